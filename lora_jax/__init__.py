@@ -1,0 +1,1 @@
+"""LoRA for JAX as a pure parameter-tree transform."""
