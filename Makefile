@@ -1,0 +1,46 @@
+# The same commands serve people and CI. Each sets up what it needs in .venv, once.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+INPUTS := pyproject.toml constraints.txt
+
+.PHONY: run test oracle check clean
+
+run: .venv/.run  ## fine-tune the embedded model on the embedded task
+	$(BIN)/lora-jax train
+
+test: .venv/.test  ## everything but the live comparisons
+	$(BIN)/python -m pytest
+
+oracle: .venv/.oracle  ## the comparisons with torch and PEFT, live
+	$(BIN)/python -m pytest --oracle
+
+check: .venv/.check  ## style, types, layering
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/python -m pytest -q tests/test_layering.py
+
+clean:
+	rm -rf .venv
+
+$(BIN)/python:
+	$(PYTHON) -m venv .venv
+
+.venv/.run: $(INPUTS) | $(BIN)/python
+	$(PIP) -c constraints.txt -e .
+	touch $@
+
+.venv/.test: $(INPUTS) | $(BIN)/python
+	$(PIP) -c constraints.txt -e '.[test]'
+	touch $@ .venv/.run
+
+.venv/.check: $(INPUTS) | $(BIN)/python
+	$(PIP) -c constraints.txt -e '.[test,dev]'
+	touch $@ .venv/.run .venv/.test
+
+# torch on its own first: peft would be content with any version of it.
+.venv/.oracle: constraints-oracle.txt .venv/.test
+	$(PIP) torch==2.13.0
+	$(PIP) -c constraints.txt -c constraints-oracle.txt peft
+	touch $@

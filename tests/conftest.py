@@ -1,0 +1,46 @@
+"""Hostile settings for every test: several devices, no network, warnings as errors, no silent skips."""
+
+import os
+
+# Before jax is imported: it reads these once.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # grain forks; tokenizers warns when it has already made threads
+
+import hypothesis
+import pytest
+
+# Compilation makes the first example of a property slow: a deadline would only measure that.
+hypothesis.settings.register_profile("lora_jax", deadline=None, derandomize=True, max_examples=30)
+hypothesis.settings.load_profile("lora_jax")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--oracle", action="store_true", help="compare with torch and PEFT live, not with the golden files"
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--oracle"):
+        return
+    live = [item for item in items if item.get_closest_marker("oracle")]
+    config.hook.pytest_deselected(items=live)
+    items[:] = [item for item in items if not item.get_closest_marker("oracle")]
+
+
+def _skipped(config):
+    return config.pluginmanager.get_plugin("terminalreporter").stats.get("skipped", [])
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session, exitstatus):
+    """A test that doesn't run is a failure: what needs torch is deselected, nothing else has a reason to skip."""
+    if exitstatus == pytest.ExitCode.OK and _skipped(session.config):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    for report in _skipped(config):
+        terminalreporter.write_line(f"FAILED {report.nodeid}: skipped, and a skip fails the run", red=True)

@@ -1,0 +1,107 @@
+"""The arrows of the layers: which module may import which, and which third-party package where."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "lora_jax"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+# Modules of one group may import each other; a group imports the groups and the packages on its right.
+CORE = {"_paths", "_tree", "_forward", "_optim", "_sharding"}
+GROUPS = {
+    "_paths": (set(), set()),
+    "_tree": ({"_paths"}, {"jax", "numpy", "ml_dtypes"}),
+    "_forward": ({"_tree", "_paths"}, {"jax", "numpy"}),
+    "_optim": ({"_tree", "_paths"}, {"jax", "optax"}),
+    "_sharding": ({"_tree", "_paths"}, {"jax", "numpy"}),
+    "lora_jax": (CORE, set()),
+    "models": (set(), {"jax", "numpy", "ml_dtypes", "flax", "transformers", "safetensors", "huggingface_hub"}),
+    "peft": (CORE, {"jax", "numpy", "ml_dtypes", "safetensors"}),
+    "checkpoint": (CORE, {"jax", "numpy", "orbax"}),
+    "analysis": (CORE, {"jax", "numpy"}),
+    "data": (set(), {"numpy", "grain"}),
+    "text_to_sql": ({"data"}, {"numpy"}),
+    "train": (CORE | {"data", "checkpoint"}, {"jax", "numpy", "optax", "orbax"}),
+    "generate": (CORE | {"data", "checkpoint"}, {"jax", "numpy"}),
+    "sweep": ({"train", "analysis", "models"}, {"jax", "numpy"}),
+    "plan": ({"train", "analysis", "models"}, {"jax", "numpy"}),
+    "cli": (None, {"jax", "numpy", "rich", "tyro"}),  # None: everything
+}
+TREE = {"_config", "_init", "_merge", "_describe", "_stack", "_dict"}  # further files of _tree
+
+
+def group_of(module: str) -> str:
+    """`lora_jax._forward.layout` and `lora_jax.models.llama` belong to `_forward` and `models`."""
+    parts = module.split(".")
+    if len(parts) == 1:
+        return "lora_jax"
+    return "_tree" if parts[1] in TREE else parts[1]
+
+
+def imports_of(path: Path, source: str | None = None) -> set[str]:
+    """Absolute dotted names of all that `path` imports, anywhere in the file."""
+    package = ".".join(path.relative_to(PACKAGE.parent).parent.parts)
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text() if source is None else source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parent = package.rsplit(".", node.level - 1)[0] if node.level else ""
+            base = ".".join(filter(None, [parent, node.module]))
+            # `from lora_jax import _tree` imports a module; `from lora_jax._tree import LoRA` a name of one.
+            found |= {f"{base}.{alias.name}" for alias in node.names} if base == "lora_jax" else {base}
+    return found
+
+
+def broken_arrows(path: Path, source: str | None = None) -> list[str]:
+    module = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+    group = group_of(module)
+    layers, packages = GROUPS[group]
+    broken = []
+    for name in sorted(imports_of(path, source)):
+        first = name.split(".")[0]
+        if first == "lora_jax":
+            allowed = layers is None or group_of(name) in layers | {group}
+        else:
+            allowed = first in sys.stdlib_module_names or first in packages
+        if not allowed:
+            broken.append(f"{module} imports {name}")
+    return broken
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_follow_the_layers(path):
+    assert broken_arrows(path) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("_paths.py", "from lora_jax import _tree"),
+        ("_tree.py", "import lora_jax._forward"),
+        ("_forward/__init__.py", "from .. import _optim"),
+        ("models/llama.py", "from lora_jax import LoRAConfig"),
+        ("models/llama.py", "import torch"),
+        ("train.py", "import flax.linen as nn"),
+        ("peft.py", "def f():\n    from lora_jax import models"),
+        ("data.py", "import jax"),
+    ],
+)
+def test_a_broken_arrow_is_seen(module, source):
+    assert broken_arrows(PACKAGE / module, source) != []
+
+
+def test_modules_import_one_another_at_the_top():
+    """An import of ours inside a function hides a cycle; the command line's lazy start goes by name."""
+    hidden = []
+    for path in MODULES:
+        tree = ast.parse(path.read_text())
+        for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
+            for node in ast.walk(function):
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                names += [node.module or "."] if isinstance(node, ast.ImportFrom) else []
+                hidden += [f"{path.name}: {name}" for name in names if name.split(".")[0] in ("lora_jax", "")]
+    assert hidden == []
