@@ -1,0 +1,203 @@
+"""Models from Hugging Face folders: pure functions on plain trees of weights, in Flax Linen.
+
+A `Model` holds what the rest of the library needs of one: `apply`, `params` and `names`. Nothing here knows of LoRA.
+
+    model = models.load("path/to/folder")
+    logits = model.apply(model.params, input_ids)
+"""
+
+import copy
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+
+from lora_jax.models import _folder, _weights, llama
+from lora_jax.models._family import Family, Weight, flatten, unflatten
+
+__all__ = ["SUPPORTED", "Model", "Weight", "init", "load", "load_abstract", "save"]
+
+FAMILIES = {family.config_class.model_type: family for family in (llama.FAMILY,)}
+SUPPORTED = tuple(sorted(family.architecture for family in FAMILIES.values()))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Model:
+    """A model as data and pure functions.
+
+    Attributes:
+        config: the transformers configuration.
+        params: nested dict of arrays (`jax.ShapeDtypeStruct` from `load_abstract`); leaves under `layers` are stacked,
+            the layer's axis first.
+        names: leaf path -> `Weight`, its name in Hugging Face files.
+        apply: `(params, input_ids, attention_mask=None, *, positions=None, cache=None)` with `input_ids` int32[B, T] and
+            `attention_mask` [B, T], 1 at real tokens (padding may be on either side) -> logits [B, T, V], or
+            `(logits, cache)` when a cache is given. `positions` int32[B, T] default to those among the real tokens.
+        init_cache: `(batch, length, dtype=None)` -> an empty cache for `length` tokens a row, padding included.
+        folder: where it was loaded from; None for `init`.
+    """
+
+    config: PretrainedConfig
+    params: dict[str, Any]
+    names: Mapping[str, Weight]
+    apply: Callable[..., Any]
+    init_cache: Callable[..., Any]
+    folder: Path | None = None
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The folder's tokenizer, loaded when first asked for.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if self.folder is None:
+            raise ValueError("this model was made by models.init and has no tokenizer")
+        try:
+            return AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+        except Exception as error:  # transformers raises whatever the tokenizer's kind raises
+            raise ValueError(f"{self.folder}: no usable tokenizer: {' '.join(str(error).split())}") from error
+
+
+def load(
+    path_or_hub_id: str | os.PathLike, dtype: Any = None, *, compute_dtype: Any = None, remat: bool = False
+) -> Model:
+    """Read a model from a Hugging Face folder, or from the hub by name.
+
+    Args:
+        path_or_hub_id: a folder with `config.json` and safetensors weights, or `owner/model`.
+        dtype: of the weights; None keeps each one's dtype in the file.
+        compute_dtype: of the activations; None is the embedding's.
+        remat: recompute each layer's activations in the backward pass instead of keeping them.
+
+    Raises:
+        FileNotFoundError: no such folder, or it has no configuration or no weights.
+        ValueError: an architecture that isn't supported, or weights that don't fit the configuration.
+    """
+    folder = _folder.find(path_or_hub_id, weights=True)
+    family, config = _folder.read_config(folder, FAMILIES)
+    model = _abstract(family, config, dtype, compute_dtype, remat, folder)
+    leaves = _weights.read(
+        folder,
+        flatten(model.params),
+        model.names,
+        dtype=dtype,
+        ignored=family.ignored,
+        copies=family.copies(config),
+    )
+    return replace(model, params=unflatten(leaves))
+
+
+def load_abstract(
+    path_or_hub_id: str | os.PathLike, dtype: Any = None, *, compute_dtype: Any = None, remat: bool = False
+) -> Model:
+    """Like `load`, from `config.json` alone: every leaf is a `jax.ShapeDtypeStruct`, and no weights are made or read.
+
+    With no `dtype`, leaves have the one that the configuration names, or float32.
+    """
+    folder = _folder.find(path_or_hub_id, weights=False)
+    family, config = _folder.read_config(folder, FAMILIES)
+    return _abstract(family, config, dtype, compute_dtype, remat, folder)
+
+
+def init(
+    config: PretrainedConfig,
+    key: jax.Array,
+    dtype: Any = jnp.float32,
+    *,
+    compute_dtype: Any = None,
+    remat: bool = False,
+) -> Model:
+    """A model with random weights: normal with the configuration's `initializer_range`, norms at one, biases at zero.
+
+    >>> from transformers import LlamaConfig
+    >>> config = LlamaConfig(vocab_size=32, hidden_size=8, intermediate_size=16, num_hidden_layers=2,
+    ...                      num_attention_heads=2, num_key_value_heads=1)
+    >>> model = init(config, jax.random.key(0))
+    >>> model.params["layers"]["self_attn"]["q_proj"]["kernel"].shape
+    (2, 8, 8)
+    >>> model.apply(model.params, jnp.ones((1, 3), jnp.int32)).shape
+    (1, 3, 32)
+    """
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        raise ValueError(f"model_type {config.model_type!r} is not supported; supported are {', '.join(FAMILIES)}")
+    model = _abstract(family, config, dtype, compute_dtype, remat, None)
+    module = family.module(config, compute_dtype, dtype, remat)
+    return replace(model, params=jax.jit(module.init)(key, jnp.zeros((1, 1), jnp.int32))["params"])
+
+
+def save(
+    folder: str | os.PathLike,
+    model: Model,
+    params: Mapping[str, Any],
+    *,
+    dtype: Any = None,
+    overwrite: bool = False,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Write `params` as a Hugging Face folder: configuration, tokenizer, safetensors. It appears whole or not at all.
+
+    Args:
+        folder: made, with its parents.
+        model: says what the weights are called; its folder's tokenizer and generation files are copied.
+        params: a tree like `model.params` (merge an adapted one first).
+        dtype: of the written weights; None keeps each leaf's.
+        overwrite: replace a folder that is there; it stays until the new one is whole.
+        tokenizer: written instead of the model's own.
+        shard_bytes: above this size the weights are split into several files with an index.
+
+    Raises:
+        FileExistsError: the folder holds something, and `overwrite` is False.
+        ValueError: `params` has other leaves or shapes than `model.params`.
+    """
+    folder = Path(folder)
+    leaves = flatten(dict(params))
+    _check_leaves(leaves, flatten(model.params))
+    config = copy.deepcopy(model.config)
+    config.architectures = [FAMILIES[config.model_type].architecture]
+    config.dtype = str(jnp.dtype(dtype or next(iter(leaves.values())).dtype))
+    with _folder.replacing(folder, overwrite=overwrite) as temporary:
+        config.save_pretrained(temporary)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        elif model.folder is not None:
+            _folder.copy_text_files(model.folder, temporary)
+        _weights.write(temporary, leaves, model.names, dtype=dtype, shard_bytes=shard_bytes)
+
+
+def _abstract(family: Family, config, dtype, compute_dtype, remat: bool, folder: Path | None) -> Model:
+    named = getattr(config, "dtype", None) or "float32"
+    param_dtype = jnp.dtype(dtype or str(named).removeprefix("torch."))
+    module = family.module(config, compute_dtype, param_dtype, remat)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+
+    def apply(params, input_ids, attention_mask=None, **keywords):
+        return module.apply({"params": params}, input_ids, attention_mask, **keywords)
+
+    def init_cache(batch: int, length: int, dtype: Any = None):
+        return family.init_cache(config, batch, length, dtype or compute_dtype or param_dtype)
+
+    return Model(
+        config=config, params=shapes, names=family.weights(config), apply=apply, init_cache=init_cache, folder=folder
+    )
+
+
+def _check_leaves(leaves: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    problems = [f"{path} is missing" for path in expected if path not in leaves]
+    problems += [f"{path} is unexpected" for path in leaves if path not in expected]
+    problems += [
+        f"{path} has shape {leaves[path].shape}, expected {leaf.shape}"
+        for path, leaf in expected.items()
+        if path in leaves and leaves[path].shape != leaf.shape
+    ]
+    if problems:
+        hint = " (merge the adapter first)" if any("_lora/" in problem for problem in problems) else ""
+        raise ValueError(f"params don't fit the model: {'; '.join(problems[: _weights.MOST_SHOWN])}{hint}")

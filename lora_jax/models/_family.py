@@ -1,0 +1,73 @@
+"""What a family of models has to say about itself: one module, one table of names."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+from transformers import PretrainedConfig
+
+Tree = dict[str, Any]
+DType = Any
+
+
+class Weight(NamedTuple):
+    """Where one leaf of the tree lives in a Hugging Face file.
+
+    Attributes:
+        name: the tensor's name; each `{}` stands for a stack index (a layer, an expert), filled in order.
+        transpose: the file holds the last two axes the other way round; `nn.Linear` stores (out, in), Flax (in, out).
+        tied: names of further tensors that are this same leaf, such as the output head of a model with tied embeddings.
+    """
+
+    name: str
+    transpose: bool = False
+    tied: tuple[str, ...] = ()
+
+
+class Family(NamedTuple):
+    """One model family: how its configuration becomes a module, and what its weights are called.
+
+    Attributes:
+        config_class: the transformers configuration; its `model_type` is what a folder's `config.json` names.
+        architecture: the transformers class whose folders are read and written.
+        module: `(config, dtype, param_dtype, remat) -> nn.Module`, called as `module(input_ids, attention_mask, ...)`.
+        weights: `config -> {leaf path: Weight}`, one entry for every leaf of the tree.
+        init_cache: `(config, batch, length, dtype) -> pytree` of empty keys and values; None where nothing is decoded.
+        ignored: regular expressions of names that files may hold besides the weights (buffers of old checkpoints).
+        copies: `config -> {name: name}`, tensors that files may hold as copies of another (a tied head).
+    """
+
+    config_class: type[PretrainedConfig]
+    architecture: str
+    module: Callable[[Any, DType, DType, bool], nn.Module]
+    weights: Callable[[Any], dict[str, Weight]]
+    init_cache: Callable[[Any, int, int, DType], Tree] | None = None
+    ignored: tuple[str, ...] = ()
+    copies: Callable[[Any], dict[str, str]] = lambda config: {}
+
+
+def flatten(tree: Tree) -> dict[str, Any]:
+    """A nested dict as `{"a/b": leaf}`.
+
+    >>> flatten({"a": {"b": 1}, "c": 2})
+    {'a/b': 1, 'c': 2}
+    """
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def unflatten(leaves: dict[str, Any]) -> Tree:
+    """The inverse of `flatten`.
+
+    >>> unflatten({"a/b": 1, "c": 2})
+    {'a': {'b': 1}, 'c': 2}
+    """
+    tree: Tree = {}
+    for path, leaf in leaves.items():
+        *parents, last = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return tree

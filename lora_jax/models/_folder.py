@@ -1,0 +1,127 @@
+"""A model's folder: finding it (here or on the hub), its configuration, and replacing it whole or not at all."""
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+from lora_jax.models._family import Family
+
+CONFIG = "config.json"
+TEXT_FILES = ("*.json", "*.txt", "*.model", "*.jinja")  # configuration and tokenizer
+WEIGHT_FILES = ("*.safetensors",)
+NOT_COPIED = re.compile(
+    r"config\.json|.*\.safetensors\.index\.json|pytorch_model\.bin\.index\.json|adapter_config\.json"
+)
+
+
+def find(path_or_hub_id: str | os.PathLike, *, weights: bool) -> Path:
+    """The local folder of a model; a hub name is downloaded (or found in the hub's cache) first.
+
+    Raises:
+        FileNotFoundError: neither a folder here nor a model that can be had from the hub.
+        NotADirectoryError: a file.
+    """
+    folder = Path(path_or_hub_id).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise NotADirectoryError(f"{folder}: a file, expected a model's folder (with {CONFIG} in it)")
+    name = os.fspath(path_or_hub_id)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
+        raise FileNotFoundError(f"{folder}: no such folder, and not a hub name (owner/model) either")
+    try:
+        return Path(snapshot_download(name, allow_patterns=[*TEXT_FILES, *(WEIGHT_FILES if weights else ())]))
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError):
+        raise FileNotFoundError(
+            f"{name}: no such folder, and the hub can't be reached for a model of that name; give a local folder"
+        ) from None
+    except (HfHubHTTPError, HFValidationError) as error:
+        reason = " ".join(str(error).split())
+        raise FileNotFoundError(f"{name}: no such folder, and the hub refuses that name: {reason}") from None
+
+
+def read_config(folder: Path, families: Mapping[str, Family]) -> tuple[Family, Any]:
+    """The family of the folder's model and its transformers configuration.
+
+    Raises:
+        FileNotFoundError: no `config.json`.
+        ValueError: it isn't JSON, or describes a model that isn't supported.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder}: no {CONFIG} in it, so it isn't a Hugging Face model's folder")
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(values).__name__}")
+    kind = values.get("model_type")
+    named = values.get("architectures") or []
+    family = families.get(kind) if isinstance(kind, str) else None
+    if family is None or (named and family.architecture not in named):
+        what = ", ".join(map(str, named)) or f"model_type {kind!r}"
+        supported = ", ".join(sorted(family.architecture for family in families.values()))
+        raise ValueError(f"{path}: {what} is not supported; supported are {supported}")
+    if values.get("quantization_config"):
+        raise ValueError(f"{path}: a quantized model is not supported; use the float16, bfloat16 or float32 original")
+    try:
+        return family, family.config_class.from_dict(values)
+    except Exception as error:  # transformers checks with whatever exceptions its validators raise
+        raise ValueError(
+            f"{path}: not a valid {family.config_class.__name__}: {' '.join(str(error).split())}"
+        ) from None
+
+
+@contextmanager
+def replacing(folder: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A temporary sibling to write into, which takes `folder`'s place when the block ends without an error.
+
+    Whatever goes wrong (no space left, an interrupt), nothing half-written stays behind and what was there is whole.
+
+    Raises:
+        FileExistsError: `folder` exists and isn't empty, and `overwrite` is False.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder}: a file, expected a folder to write")
+    if not overwrite and folder.is_dir() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder}: already there; choose another folder or ask to overwrite it")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    old = temporary.with_name(temporary.name + "-old")
+    try:
+        yield temporary
+        temporary.chmod(0o777 & ~_umask())  # mkdtemp's folders are private
+        if folder.exists():
+            folder.rename(old)
+        temporary.rename(folder)
+    except BaseException:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def copy_text_files(source: Path, target: Path) -> None:
+    """Copy the tokenizer's and generation's files; the configuration and the weights are written anew."""
+    for pattern in TEXT_FILES:
+        for path in source.glob(pattern):
+            if path.is_file() and not NOT_COPIED.fullmatch(path.name):
+                shutil.copyfile(path, target / path.name)
