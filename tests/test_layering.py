@@ -21,7 +21,7 @@ GROUPS = {
     "models": (set(), {"jax", "numpy", "ml_dtypes", "flax", "transformers", "safetensors", "huggingface_hub"}),
     "peft": (CORE, {"jax", "numpy", "ml_dtypes", "safetensors"}),
     "checkpoint": (CORE, {"jax", "numpy", "orbax"}),
-    "analysis": (CORE, {"jax", "numpy"}),
+    "analysis": (CORE, {"jax", "numpy", "scipy"}),
     "data": (set(), {"numpy", "grain"}),
     "text_to_sql": ({"data"}, {"numpy"}),
     "train": (CORE | {"data", "checkpoint"}, {"jax", "numpy", "optax", "orbax"}),
@@ -30,7 +30,7 @@ GROUPS = {
     "plan": ({"train", "analysis", "models"}, {"jax", "numpy"}),
     "cli": (None, {"jax", "numpy", "rich", "tyro"}),  # None: everything
 }
-TREE = {"_config", "_init", "_merge", "_describe", "_stack", "_dict"}  # further files of _tree
+TREE = {"_node", "_config", "_init", "_merge", "_describe", "_stack", "_dict"}  # further files of _tree
 
 
 def group_of(module: str) -> str:

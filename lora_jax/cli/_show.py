@@ -1,0 +1,62 @@
+"""What commands print: results on standard output, progress and notes on standard error."""
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def results() -> Console:
+    """Where a command's results go. Made anew each time, so that a redirected `sys.stdout` is seen."""
+    return Console(highlight=False, soft_wrap=False)
+
+
+def notes() -> Console:
+    """Where everything goes that isn't the result: what is being read, progress, hints."""
+    return Console(stderr=True, highlight=False)
+
+
+def print_json(values: dict[str, Any]) -> None:
+    """One JSON object on one line of standard output."""
+    print(json.dumps(values, allow_nan=False))
+
+
+def table(columns: Iterable[str], rows: Iterable[Iterable[Any]], *, title: str | None = None) -> Table:
+    """A table; a column whose name ends with `>` holds figures and is aligned on the right."""
+    shown = Table(title=title, title_justify="left", title_style="bold")
+    for name in columns:
+        shown.add_column(name.removesuffix(">"), justify="right" if name.endswith(">") else "left", overflow="fold")
+    for row in rows:
+        shown.add_row(*(cell if isinstance(cell, str) else number(cell) for cell in row))
+    return shown
+
+
+def number(value: float) -> str:
+    """
+    >>> number(6553600), number(0.02), number(2.0)
+    ('6,553,600', '0.02', '2')
+    """
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def percent(share: float) -> str:
+    """
+    >>> percent(0.0005), percent(0.8437), percent(1.0)
+    ('0.05 %', '84.4 %', '100 %')
+    """
+    return f"{100 * share:.3g} %"
+
+
+def size(count: float) -> str:
+    """Bytes in the largest binary unit that keeps the figure at 1 or above.
+
+    >>> size(26_031_738_880), size(512)
+    ('24.2 GiB', '512 B')
+    """
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.3g} {unit}"
+        count /= 1024
+    return f"{count:.3g} TiB"
