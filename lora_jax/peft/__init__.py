@@ -1,0 +1,11 @@
+"""Adapters in PEFT's format, out and in: the folders that PEFT, transformers and vLLM read.
+
+    params = lora_jax.peft.load("adapter", model.params, names=model.names)
+    lora_jax.peft.save("adapter", params, names=model.names)
+
+Only LoRA is read (`peft_type` "LORA"), strictly: every field of the config is honoured or refused by name, and tensors
+that are missing, unexpected, misshapen or not finite are reported together. No pickle is ever read.
+"""
+
+from lora_jax.peft._read import load as load
+from lora_jax.peft._write import save as save

@@ -1,0 +1,311 @@
+"""`adapter_config.json`: every field of PEFT's LoRA config, honoured or refused by name.
+
+Fields fall into three kinds. What shapes the adapter's function is honoured: it is a field of `AdapterConfig`. What
+only describes how the adapter was made (dropout, initialisation, provenance) is accepted whatever it says. All the
+rest, fields that a newer PEFT adds included, is refused unless it is off (null, false or empty): an option that we
+don't know may change what the adapter computes.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lora_jax.peft import _patterns
+
+PREFIX = "base_model.model."  # of every name in an adapter: PEFT's wrapper, then the model
+CONFIG_FILE = "adapter_config.json"
+MAX_BYTES = 16 * 2**20
+MAX_RANK = 65_536  # what an embedding of a large vocabulary could hold; the tensors bound it much tighter
+
+# Describe training or origin; what they say doesn't change the function that the saved tensors compute.
+DESCRIPTIVE = frozenset(
+    {
+        "auto_mapping",
+        "base_model_name_or_path",
+        "eva_config",
+        "inference_mode",
+        "lora_dropout",
+        "megatron_core",
+        "peft_type",
+        "peft_version",
+        "qalora_group_size",
+        "revision",
+        "runtime_config",
+        "task_type",
+    }
+)
+# Initialisations that leave the base as it was; pissa, olora, corda, loftq and lora_ga edit it.
+KEEPS_BASE = (True, False, None, "gaussian", "orthogonal", "eva")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """The part of PEFT's `LoraConfig` that decides which modules are adapted and how they are scaled.
+
+    Fields carry PEFT's names and defaults; lists are tuples.
+    """
+
+    r: int
+    lora_alpha: float
+    target_modules: tuple[str, ...] | str | None = None
+    exclude_modules: tuple[str, ...] | str | None = None
+    layers_to_transform: tuple[int, ...] | None = None
+    layers_pattern: tuple[str, ...] = ()
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    modules_to_save: tuple[str, ...] = ()
+    bias: str = "none"
+    use_rslora: bool = False
+    fan_in_fan_out: bool = False
+    ensure_weight_tying: bool = False
+
+    def targets(self, module: str, *, linear: bool = False) -> bool:
+        """Whether PEFT would adapt `module` (its `check_target_module_exists`).
+
+        Args:
+            module: dotted name, without PEFT's `base_model.model.` prefix.
+            linear: the module is a linear layer other than the output head: what `"all-linear"` selects.
+        """
+        if _named(self.exclude_modules, module):
+            return False
+        if any(_patterns.fullmatch(rf"(^|.*\.){saved}($|\..*)", module) for saved in self.modules_to_save):
+            return False
+        if isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear":
+            return linear
+        if isinstance(self.target_modules, str) or self.target_modules is None or module in self.target_modules:
+            return _named(self.target_modules, module)
+        return _named(self.target_modules, module) and self._in_layers(module)
+
+    def _in_layers(self, module: str) -> bool:
+        if not self.layers_to_transform:
+            return True
+        parts = module.split(".")
+        for k in range(1, len(parts) - 1):
+            head = ".".join(parts[:k])
+            if self.layers_pattern:
+                found = any(head == name or head.endswith(f".{name}") for name in self.layers_pattern)
+            else:
+                found = k >= 2  # a list of layers has a name, and sits in something that has one
+            if found and parts[k].isdecimal():
+                return int(parts[k]) in self.layers_to_transform
+        return False
+
+    def rank(self, module: str) -> int:
+        """The rank of `module`: that of the first pattern that names it, or `r`."""
+        return _by_pattern(self.rank_pattern, module, self.r)
+
+    def scale(self, module: str) -> float:
+        """alpha/rank, or alpha/√rank with `use_rslora` (Kalajdzievski 2023, arXiv 2312.03732)."""
+        rank = self.rank(module)
+        alpha = _by_pattern(self.alpha_pattern, module, self.lora_alpha)
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+    def saves(self, module: str) -> bool:
+        """Whether `modules_to_save` holds `module` or one around it: PEFT goes by the name's ending, dot or no dot."""
+        parts = module.split(".")
+        around = [".".join(parts[: n + 1]) for n in range(len(parts))]
+        return any(f"{PREFIX}{name}".endswith(saved) for name in around for saved in self.modules_to_save)
+
+
+def _named(patterns: tuple[str, ...] | str | None, module: str) -> bool:
+    """A string is a regular expression of the whole name; a list holds names and endings of names."""
+    if isinstance(patterns, str):
+        return _patterns.fullmatch(patterns, module)
+    return any(module == name or module.endswith(f".{name}") for name in patterns or ())
+
+
+def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+    for pattern, value in patterns.items():
+        if _patterns.names_end(pattern, module):
+            return value
+    return default
+
+
+def read(folder: Path) -> AdapterConfig:
+    """Reads `folder`'s config.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it isn't JSON, or says something that isn't supported; all such fields are named in one line.
+    """
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder}: not a PEFT adapter: it holds no {CONFIG_FILE}")
+    if (size := path.stat().st_size) > MAX_BYTES:
+        raise ValueError(f"{path}: {size} bytes is no adapter config; at most {MAX_BYTES} are read")
+    try:
+        fields = json.loads(path.read_bytes(), object_pairs_hook=_without_repeats, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from None
+    return parse(fields, str(path))
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} comes twice")
+    return fields
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a number")
+
+
+def parse(fields: Any, where: str) -> AdapterConfig:
+    """The config that `fields` (parsed JSON) say; `where` opens the message of a ValueError."""
+    if not isinstance(fields, dict):
+        raise ValueError(f"{where}: expected a JSON object, found {type(fields).__name__}")
+    if fields.get("peft_type") != "LORA":
+        raise ValueError(f"{where}: peft_type is {_show(fields.get('peft_type'))}; only 'LORA' adapters can be read")
+    problems, known = [], {}
+    for name, value in fields.items():
+        try:
+            if name in _FIELDS:
+                known[name] = _FIELDS[name](value)
+            elif name == "init_lora_weights":
+                if not any(value is allowed or (value == allowed and value != 1) for allowed in KEEPS_BASE):
+                    raise ValueError("edits the base weights, which aren't here")
+            elif name not in DESCRIPTIVE and value not in (None, False, {}, [], ""):
+                raise ValueError("is not supported")
+        except ValueError as error:
+            problems.append(f"{name}: {error} (it is {_show(value)})")
+    problems += [f"{name} is missing" for name in ("r", "lora_alpha") if name not in fields]
+    if isinstance(known.get("target_modules"), str) and (
+        known.get("layers_to_transform") or known.get("layers_pattern")
+    ):
+        problems.append("layers_to_transform and layers_pattern need target_modules to be a list")
+    if problems:
+        raise ValueError(f"{where}: {one_line(problems)}")
+    return AdapterConfig(**known)
+
+
+def to_json(config: AdapterConfig, **descriptive: Any) -> str:
+    """PEFT's spelling of `config`; `descriptive` are fields such as `base_model_name_or_path` and `task_type`."""
+    fields: dict[str, Any] = {
+        "peft_type": "LORA",
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_dropout": 0.0,
+        **{name: getattr(config, name) for name in _FIELDS},
+        **descriptive,
+    }
+    fields["lora_alpha"] = _whole(config.lora_alpha)
+    fields["alpha_pattern"] = {pattern: _whole(alpha) for pattern, alpha in config.alpha_pattern.items()}
+    for name in ("layers_pattern", "modules_to_save"):
+        fields[name] = fields[name] or None
+    return json.dumps(fields, indent=2, sort_keys=True) + "\n"
+
+
+def _whole(number: float) -> float:
+    """5.0 as 5: some readers insist on whole numbers."""
+    return int(number) if number == int(number) else number
+
+
+def one_line(problems: Iterable[str], limit: int = 8) -> str:
+    """The problems joined by `; `, the first `limit` of them spelled out and the rest counted."""
+    shown = list(problems)
+    more = f"; and {len(shown) - limit} more" if len(shown) > limit else ""
+    return "; ".join(" ".join(problem.split()) for problem in shown[:limit]) + more
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _rank(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_RANK:
+        raise ValueError(f"expected a whole number from 1 to {MAX_RANK}")
+    return value
+
+
+def _alpha(value: Any) -> float:
+    try:
+        number = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    except OverflowError:
+        number = math.inf
+    if not abs(number) <= 1e9:
+        raise ValueError("expected a finite number")
+    return number
+
+
+def _switch(value: Any) -> bool:
+    if value is not None and not isinstance(value, bool):
+        raise ValueError("expected true or false")
+    return bool(value)
+
+
+def _bias(value: Any) -> str:
+    if value not in ("none", "all", "lora_only", None):
+        raise ValueError("expected 'none', 'all' or 'lora_only'")
+    return value or "none"
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    value = [] if value is None else [value] if isinstance(value, str) else value
+    if not isinstance(value, list) or not all(isinstance(name, str) and name for name in value):
+        raise ValueError("expected a list of names")
+    return tuple(value)
+
+
+def _patterned(value: Any) -> tuple[str, ...] | str | None:
+    """A regular expression, or a list of names; a pattern is tried once, so that its faults are found here."""
+    if isinstance(value, str):
+        _patterns.fullmatch(value, "")
+        return value
+    return None if value is None else _names(value)
+
+
+def _saved(value: Any) -> tuple[str, ...]:
+    names = _names(value)
+    for name in names:
+        _patterns.fullmatch(rf"(^|.*\.){name}($|\..*)", "")
+    return names
+
+
+def _layers(value: Any) -> tuple[int, ...] | None:
+    value = [value] if isinstance(value, int) and not isinstance(value, bool) else value
+    if value is None:
+        return None
+    if not isinstance(value, list) or not all(type(index) is int and index >= 0 for index in value):
+        raise ValueError("expected layer numbers")
+    return tuple(value)
+
+
+def _layers_pattern(value: Any) -> tuple[str, ...]:
+    names = _names(value)
+    if any(not all(part.isidentifier() for part in name.split(".")) for name in names):
+        raise ValueError("only plain names such as 'layers' are supported, no regular expressions")
+    return names
+
+
+def _pattern_values(check: Callable[[Any], Any]) -> Callable[[Any], dict[str, Any]]:
+    def checked(value: Any) -> dict[str, Any]:
+        if value is not None and not isinstance(value, dict):
+            raise ValueError("expected an object of patterns and numbers")
+        for pattern in value or {}:
+            _patterns.names_end(pattern, "")
+        return {pattern: check(number) for pattern, number in (value or {}).items()}
+
+    return checked
+
+
+_FIELDS: dict[str, Callable[[Any], Any]] = {
+    "r": _rank,
+    "lora_alpha": _alpha,
+    "target_modules": _patterned,
+    "exclude_modules": _patterned,
+    "layers_to_transform": _layers,
+    "layers_pattern": _layers_pattern,
+    "rank_pattern": _pattern_values(_rank),
+    "alpha_pattern": _pattern_values(_alpha),
+    "modules_to_save": _saved,
+    "bias": _bias,
+    "use_rslora": _switch,
+    "fan_in_fan_out": _switch,
+    "ensure_weight_tying": _switch,
+}

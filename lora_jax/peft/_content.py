@@ -1,0 +1,205 @@
+"""From a tree with nodes to what goes into the two files of an adapter."""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from lora_jax._node import check_node
+from lora_jax._tree import LoRA
+from lora_jax.peft import _config, _names, _trees
+from lora_jax.peft._config import PREFIX, AdapterConfig
+from lora_jax.peft._names import Tensor, Weight
+from lora_jax.peft._trees import Parts
+
+
+class Factors(NamedTuple):
+    """The adapter of one Hugging Face module: ΔW = scale · a b, with a (in, rank) and b (rank, out)."""
+
+    tensor: Tensor
+    a: np.ndarray
+    b: np.ndarray
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[1]
+
+
+def content(
+    tree: Parts, names: Mapping[str, Weight], portable: bool = False
+) -> tuple[dict[str, np.ndarray], AdapterConfig]:
+    """The tensors by name, and the config under which PEFT reads them as the same function.
+
+    Args:
+        tree: factors, leaves, and which of the leaves were trained whole.
+        names: each leaf's Hugging Face name.
+        portable: one rank, scale 1.
+    """
+    nodes = tree.nodes
+    if not nodes:
+        raise ValueError("there is no adapter in these parameters: nothing to save (lora_jax.init makes one)")
+    if unnamed := sorted((nodes.keys() | tree.trained) - names.keys()):
+        raise ValueError(f"no Hugging Face name for {_config.one_line(unnamed)}: PEFT's format can't hold them")
+    shapes = _trees.shapes(tree)
+    for path, node in nodes.items():
+        check_node(path, shapes[path], node)
+    table = _names.tensors(names, shapes)
+    factors = [found for path in sorted(nodes) for found in _factors_of(path, nodes[path], table)]
+    if not factors:
+        raise ValueError("every adapter in these parameters has scale 0: nothing to save")
+    if portable:
+        factors = _one_rank(factors)
+    extra = _Extra(table, tree, {found.tensor.module for found in factors})
+    tensors = {name: array for found in factors for name, array in _factor_tensors(found)}
+    return tensors | extra.tensors(), _config_of(factors, extra, _names.modules(names, table))
+
+
+def _factors_of(path: str, node: LoRA, table: Mapping[str, Tensor]) -> list[Factors]:
+    """The node's factors, one entry for each index of its stack that is adapted, without padded ranks."""
+    a, b, scale = (np.asarray(x) for x in jax.device_get((node.a, node.b, node.scale)))
+    rank = a.shape[-1]
+    found = []
+    for tensor in table.values():
+        if tensor.path != path or scale[tensor.index] == 0:  # scale 0: only its neighbours in the stack are adapted
+            continue
+        _names.check_axes(tensor, node.axes)
+        a_i = a[tensor.index].reshape(-1, rank)
+        b_i = b[tensor.index].reshape(rank, -1)
+        if not (np.isfinite(a_i).all() and np.isfinite(b_i).all() and np.isfinite(scale[tensor.index])):
+            raise ValueError(f"{path}: the adapter holds NaN or infinity: it is not saved")
+        used = (a_i != 0).any(0) | (b_i != 0).any(1)
+        if used.any():  # a column of zeros that meets a row of zeros is padding, up to the stack's largest rank
+            a_i, b_i = a_i[:, used], b_i[used]
+        if tensor.is_embedding and not _names.looks_up(tensor, node.axes):
+            a_i, b_i = b_i.T, a_i.T
+        found.append(Factors(tensor, a_i, b_i, float(scale[tensor.index])))
+    return found
+
+
+def _factor_tensors(found: Factors) -> list[tuple[str, np.ndarray]]:
+    pairs = list(zip(_names.factor_names(found.tensor), (found.a.T, found.b.T), strict=True))
+    for head in found.tensor.tied:  # the same ΔW seen from the other side
+        pairs += zip(_names.head_factor_names(head), (found.b, found.a), strict=True)
+    return [(name, np.ascontiguousarray(array)) for name, array in pairs]
+
+
+def _one_rank(factors: Sequence[Factors]) -> list[Factors]:
+    """The same ΔW with scale 1 and one rank for all: the scale goes into b, rows and columns of zeros are added."""
+    rank = max(found.rank for found in factors)
+    padded = []
+    for tensor, a, b, scale in factors:
+        more = rank - a.shape[1]
+        scaled = (b.astype(np.float32) * np.float32(scale)).astype(b.dtype)
+        padded.append(Factors(tensor, np.pad(a, ((0, 0), (0, more))), np.pad(scaled, ((0, more), (0, 0))), 1.0))
+    return padded
+
+
+class _Extra:
+    """What was trained besides the factors, in the two ways PEFT has: whole modules, and biases of adapted modules.
+
+    A module is saved with everything it holds: PEFT wraps modules, not tensors, and misses what isn't in the file.
+    """
+
+    def __init__(self, table: Mapping[str, Tensor], tree: Parts, adapted: set[str]):
+        self.leaves, trained = tree.leaves, tree.trained
+        self.modules = sorted({t.module for t in table.values() if t.path in trained and t.module not in adapted})
+        inside = tuple(f"{module}." for module in self.modules)
+        if nested := sorted(module for module in adapted if module.startswith(inside)):
+            raise ValueError(f"{nested[0]} has an adapter inside a module trained whole: PEFT's format can't hold both")
+        self.whole = [t for t in table.values() if t.module in self.modules or f"{t.module}.".startswith(inside)]
+        beside = [t for t in table.values() if t.path in trained and t.module in adapted]
+        if clash := [t.path for t in beside if t.parameter != "bias"]:
+            raise ValueError(f"{clash[0]} is adapted and trained whole: PEFT's format can't hold both")
+        # PEFT's reader takes biases one by one, its "lora_only" has them all: both are served by saving all.
+        self.biases = [t for t in table.values() if t.module in adapted and t.parameter == "bias"] if beside else []
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        saved = {}
+        for tensor in self.whole:
+            for module in (tensor.module, *tensor.tied):
+                saved[f"{PREFIX}{module}.{tensor.parameter}"] = self._value(tensor)
+        for tensor in self.biases:
+            saved[f"{PREFIX}{tensor.module}.base_layer.bias"] = self._value(tensor)
+        return saved
+
+    def _value(self, tensor: Tensor) -> np.ndarray:
+        leaf = self.leaves.get(tensor.path)
+        if leaf is None:
+            raise ValueError(
+                f"{tensor.path} is saved with the module it belongs to: pass the whole tree, base included"
+            )
+        value = np.asarray(leaf)[tensor.index]
+        if not np.isfinite(value.astype(np.float32)).all():
+            raise ValueError(f"{tensor.path}: the leaf holds NaN or infinity: it is not saved")
+        if tensor.transpose and value.ndim != 2:
+            raise ValueError(f"{tensor.path}: a leaf of shape {value.shape} can't be saved whole, only matrices")
+        return np.ascontiguousarray(value.T if tensor.transpose else value)
+
+
+def _config_of(factors: Sequence[Factors], extra: _Extra, modules: set[str]) -> AdapterConfig:
+    """The config under which PEFT gives each of `factors` its rank and scale, and adapts nothing else."""
+    ranks = {found.tensor.module: found.rank for found in factors}
+    stabilized, alphas = _alphas(ranks, {found.tensor.module: found.scale for found in factors})
+    r, alpha = Counter(ranks.values()).most_common(1)[0][0], Counter(alphas.values()).most_common(1)[0][0]
+    return AdapterConfig(
+        r=r,
+        lora_alpha=alpha,
+        target_modules=_targets(set(ranks), modules),
+        rank_pattern={_pattern(module, ranks): value for module, value in ranks.items() if value != r},
+        alpha_pattern={_pattern(module, ranks): value for module, value in alphas.items() if value != alpha},
+        modules_to_save=tuple(_saved_name(module, modules) for module in extra.modules),
+        bias="lora_only" if extra.biases else "none",
+        use_rslora=stabilized,
+        fan_in_fan_out=all(not found.tensor.transpose and not found.tensor.is_embedding for found in factors),
+        ensure_weight_tying=any(tensor.tied for tensor in [found.tensor for found in factors] + extra.whole),
+    )
+
+
+def _alphas(ranks: Mapping[str, int], scales: Mapping[str, float]) -> tuple[bool, dict[str, float]]:
+    """Whether alpha is over √rank, and each module's alpha: whole numbers where one of the two conventions has them."""
+    for stabilized in (False, True):
+        divisors = {module: math.sqrt(rank) if stabilized else rank for module, rank in ranks.items()}
+        alphas = {module: round(scales[module] * divisors[module]) for module in ranks}
+        # A float32 scale is within half an ulp of alpha/rank; one ulp more for a division done in float32.
+        if all(math.isclose(alphas[m] / divisors[m], scales[m], rel_tol=2**-22) for m in ranks):
+            return stabilized, {module: float(alpha) for module, alpha in alphas.items()}
+    return False, {module: scales[module] * rank for module, rank in ranks.items()}
+
+
+def _targets(adapted: set[str], modules: set[str]) -> tuple[str, ...]:
+    """The shortest endings of names that select `adapted` out of `modules`: `q_proj`, or full names for some layers."""
+    everything = modules | {
+        ".".join(parts[:n]) for parts in (m.split(".") for m in modules) for n in range(1, len(parts))
+    }
+    chosen: dict[str, bool] = {}
+
+    def selects_adapted_only(ending: str) -> bool:
+        if ending not in chosen:
+            found = {name for name in everything if name == ending or name.endswith(f".{ending}")}
+            chosen[ending] = found <= adapted
+        return chosen[ending]
+
+    targets = set()
+    for module in adapted:
+        parts = module.split(".")
+        endings = (".".join(parts[-n:]) for n in range(1, len(parts)))
+        # An ending with a layer number in it is no shorter a list than full names, and harder to read.
+        short = (ending for ending in endings if not any(part.isdecimal() for part in ending.split(".")))
+        targets.add(next((ending for ending in short if selects_adapted_only(ending)), module))
+    return tuple(sorted(targets))
+
+
+def _pattern(module: str, modules: Iterable[str]) -> str:
+    """A pattern that names `module` and no other: PEFT takes the first that fits, in an order that saving changes."""
+    readable = re.compile(rf"(?:.*\.)?(?:{module})")
+    return module if sum(readable.fullmatch(other) is not None for other in modules) == 1 else f"^{re.escape(module)}"
+
+
+def _saved_name(module: str, modules: set[str]) -> str:
+    """PEFT looks for names that end in this, dot or no dot before it."""
+    return module if sum(other.endswith(module) for other in modules) == 1 else PREFIX + module

@@ -1,0 +1,227 @@
+"""An adapter read from PEFT's format: strict both ways, before anything is loaded."""
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+
+from lora_jax._tree import Axes, LoRA
+from lora_jax.peft import _config, _names, _trees
+from lora_jax.peft._config import PREFIX, AdapterConfig
+from lora_jax.peft._names import Tensor, Weight
+from lora_jax.peft._write import TENSORS_FILE
+
+DTYPES = frozenset({"F16", "BF16", "F32"})
+
+
+class Expected(NamedTuple):
+    """What a tensor of the file must look like, and what it is a part of."""
+
+    shape: tuple[int, ...]
+    of: Tensor
+
+
+def load(
+    folder: str | os.PathLike[str],
+    params: Any,
+    *,
+    names: Mapping[str, Weight],
+    axes: Mapping[str, Axes] | None = None,
+) -> Any:
+    """The tree `params` with the adapter in `folder` put into it.
+
+    Every adapted module becomes a part of the node beside its kernel: `a = lora_Aᵀ`, `b = lora_Bᵀ`, scale = alpha/r.
+    Layers of a stacked leaf may differ in rank (padded with zeros) and alpha; those that the adapter leaves alone get
+    scale 0. Leaves that were trained whole (`modules_to_save`, biases) are replaced by their trained values.
+
+    Args:
+        folder: a local folder with `adapter_config.json` and `adapter_model.safetensors`.
+        params: the base model's parameters, without nodes.
+        names: the Hugging Face name of each leaf: `model.names`.
+        axes: how kernels that aren't plain matrices are used, from `lora_jax.kernel_axes`.
+
+    Returns:
+        `params` with nodes; factors are float32.
+
+    Raises:
+        FileNotFoundError: no adapter is there.
+        ValueError: the files are damaged, an option isn't supported, or tensors are missing, unexpected, misshapen, of
+            a wrong type or not finite. All such faults are reported together, in one line.
+
+    Example: see `save`.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such adapter folder")
+    config = _config.read(folder)
+    path = folder / TENSORS_FILE
+    if not path.is_file():
+        pickled = (
+            " (adapter_model.bin is a pickle, which is never read)" if (folder / "adapter_model.bin").exists() else ""
+        )
+        raise FileNotFoundError(f"{folder}: it holds no {TENSORS_FILE}{pickled}")
+    tree = _trees.parts(params)
+    if tree.nodes:
+        raise ValueError(f"{min(tree.nodes)} already has an adapter; load into the base parameters, or merge it first")
+    try:
+        plan = _Plan(config, _names.tensors(names, tree.leaves), axes)
+        with safetensors.safe_open(path, framework="np") as file:
+            arrays = _checked(file, plan, tree.leaves)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path}: not a complete safetensors file: {' '.join(str(error).split())}") from None
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+    return _trees.put(params, plan.nodes(arrays, tree.leaves), plan.replaced(arrays, tree.leaves))
+
+
+class _Plan:
+    """Which tensors the config and the model together call for."""
+
+    def __init__(self, config: AdapterConfig, table: Mapping[str, Tensor], axes: Mapping[str, Axes] | None):
+        self.config = config
+        self.adapted = [
+            tensor
+            for tensor in table.values()
+            if tensor.takes_lora
+            and self._selected(tensor, lambda module, t=tensor: config.targets(module, linear=t.is_linear))
+        ]
+        self.axes = {tensor.path: _names.axes_of(tensor, axes) for tensor in self.adapted}
+        self.whole = self._saved_whole(table)
+        self.expected = {name: Expected(tensor.saved_shape, tensor) for name, tensor in self.whole.items()}
+        for tensor in self.adapted:
+            self.expected |= self._factors(tensor)
+        # PEFT adds copies of base weights (embeddings, where they are adapted): harmless when they are this base's.
+        self.copies = {
+            f"{PREFIX}{module}{inner}.{tensor.parameter}": Expected(tensor.saved_shape, tensor)
+            for tensor in table.values()
+            for module in (tensor.module, *tensor.tied)
+            for inner in ("", ".base_layer")
+        }
+
+    def _selected(self, tensor: Tensor, selects: Callable[[str], bool]) -> bool:
+        uses = [selects(module) for module in (tensor.module, *tensor.tied)]
+        if tensor.tied and any(uses) and not self.config.ensure_weight_tying:
+            raise ValueError(
+                f"the adapter changes one of the two uses of {tensor.path} ({tensor.module} and "
+                f"{', '.join(tensor.tied)} share it): only adapters with ensure_weight_tying=true can be read; "
+                "load it into a model with tie_word_embeddings=false"
+            )
+        return any(uses)
+
+    def _factors(self, tensor: Tensor) -> dict[str, Expected]:
+        rank = self.config.rank(tensor.module)
+        inputs, outputs = _names.widths(tensor, self.axes[tensor.path])
+        names = [*_names.factor_names(tensor)]
+        shapes = [(rank, inputs), (outputs, rank)]
+        for head in tensor.tied:
+            names += _names.head_factor_names(head)
+            shapes += [(rank, outputs), (inputs, rank)]
+        return {name: Expected(shape, tensor) for name, shape in zip(names, shapes, strict=True)}
+
+    def _saved_whole(self, table: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        adapted = {tensor.module for tensor in self.adapted}
+        whole = {}
+        for tensor in table.values():
+            if self._selected(tensor, self.config.saves):
+                whole |= {f"{PREFIX}{module}.{tensor.parameter}": tensor for module in (tensor.module, *tensor.tied)}
+            elif tensor.parameter == "bias" and tensor.module in adapted and self.config.bias != "none":
+                whole[f"{PREFIX}{tensor.module}.base_layer.bias"] = tensor
+            elif tensor.parameter == "bias" and self.config.bias == "all":
+                whole[f"{PREFIX}{tensor.module}.bias"] = tensor
+        return whole
+
+    def problems(self, found: Mapping[str, tuple[str, tuple[int, ...]]]) -> list[str]:
+        """What is wrong with tensors of these dtypes and shapes."""
+        problems = [f"{name} is missing" for name in self.expected if name not in found]
+        for name, (dtype, shape) in found.items():
+            expected = self.expected.get(name) or self.copies.get(name)
+            if expected is None:
+                problems.append(f"{name[:200]!r} is unexpected")
+            elif shape != expected.shape:
+                problems.append(f"{name} has shape {shape} in the file, {expected.shape} expected")
+            elif dtype not in DTYPES:
+                problems.append(f"{name} is {dtype}; expected one of {', '.join(sorted(DTYPES))}")
+        for tensor in self.adapted:
+            rank, most = self.config.rank(tensor.module), max(_names.widths(tensor, self.axes[tensor.path]))
+            if rank > most:
+                problems.append(f"{tensor.module}: rank {rank} is above {most}, its larger dimension")
+        if not self.expected.keys() & found.keys():
+            problems.insert(0, "not one tensor of this model is in it: it is an adapter for another model")
+        return problems
+
+    def nodes(self, arrays: Mapping[str, np.ndarray], leaves: Mapping[str, Any]) -> dict[str, LoRA]:
+        """The factors by kernel, stacked and padded to the largest rank of the stack."""
+        by_path: dict[str, list[Tensor]] = {}
+        for tensor in self.adapted:
+            by_path.setdefault(tensor.path, []).append(tensor)
+        return {path: self._node(group, arrays, leaves[path].shape) for path, group in by_path.items()}
+
+    def _node(self, group: list[Tensor], arrays: Mapping[str, np.ndarray], shape: tuple[int, ...]) -> LoRA:
+        axes = self.axes[group[0].path]
+        stack, inputs, outputs = (tuple(shape[i] for i in axis) for axis in axes)
+        rank = max(self.config.rank(tensor.module) for tensor in group)
+        a = np.zeros((*stack, math.prod(inputs), rank), np.float32)
+        b = np.zeros((*stack, rank, math.prod(outputs)), np.float32)
+        scale = np.zeros(stack, np.float32)
+        for tensor in group:
+            name_a, name_b = _names.factor_names(tensor)
+            a_i, b_i = arrays[name_a].T, arrays[name_b].T
+            if tensor.is_embedding and not _names.looks_up(tensor, axes):
+                a_i, b_i = b_i.T, a_i.T
+            a[tensor.index][:, : a_i.shape[1]] = a_i
+            b[tensor.index][: b_i.shape[0]] = b_i
+            scale[tensor.index] = self.config.scale(tensor.module)
+        return LoRA(
+            a=jnp.asarray(a.reshape(*stack, *inputs, rank)),
+            b=jnp.asarray(b.reshape(*stack, rank, *outputs)),
+            scale=jnp.asarray(scale),
+            axes=axes,
+        )
+
+    def replaced(self, arrays: Mapping[str, np.ndarray], leaves: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """The leaves that were trained whole, with what the adapter leaves alone taken from the base."""
+        new: dict[str, np.ndarray] = {}
+        for name, tensor in self.whole.items():
+            if tensor.path not in new:
+                new[tensor.path] = np.array(leaves[tensor.path], np.float32)
+            value = arrays[name].astype(np.float32)
+            new[tensor.path][tensor.index] = value.T if tensor.transpose else value
+        return new
+
+
+def _checked(file: Any, plan: _Plan, leaves: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The tensors of an open file, once their names, dtypes and shapes are right, and then their values."""
+    slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    _refuse(plan.problems({name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}))
+    arrays = {name: file.get_tensor(name) for name in slices}
+    problems = [f"{name} holds NaN or infinity" for name, array in arrays.items() if not _finite(array)]
+    for name in arrays.keys() - plan.expected.keys():
+        if not _same(arrays[name], plan.copies[name].of, leaves):
+            problems.append(f"{name} differs from this base model's: the adapter belongs to another, or has changed it")
+    for tensor in plan.adapted:
+        a, b = _names.factor_names(tensor)
+        for head in tensor.tied:
+            head_a, head_b = _names.head_factor_names(head)
+            if not (np.array_equal(arrays[head_a], arrays[b].T) and np.array_equal(arrays[head_b], arrays[a].T)):
+                problems.append(f"{head_a} and {head_b} are not those of {tensor.module}, which shares the weight")
+    _refuse(problems)
+    return arrays
+
+
+def _refuse(problems: list[str]) -> None:
+    if problems:
+        raise ValueError(_config.one_line(problems))
+
+
+def _finite(array: np.ndarray) -> bool:
+    return bool(np.isfinite(array.astype(np.float32)).all())
+
+
+def _same(array: np.ndarray, tensor: Tensor, leaves: Mapping[str, Any]) -> bool:
+    base = np.asarray(leaves[tensor.path])[tensor.index]
+    return np.array_equal(array, (base.T if tensor.transpose else base).astype(array.dtype))

@@ -1,0 +1,125 @@
+"""An adapter written in PEFT's format: both files complete before either is seen."""
+
+import contextlib
+import os
+import secrets
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+
+from lora_jax.peft import _config, _content, _trees
+from lora_jax.peft._config import CONFIG_FILE
+from lora_jax.peft._names import Weight
+
+TENSORS_FILE = "adapter_model.safetensors"
+
+
+def save(
+    folder: str | os.PathLike[str],
+    params: Any,
+    *,
+    names: Mapping[str, Weight],
+    train: Any = (),
+    base_model: str | None = None,
+    task_type: str | None = None,
+    portable: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Writes the adapter in `params` as a folder that PEFT, transformers and vLLM load.
+
+    `adapter_model.safetensors` gets, for each adapted module (each layer of a stacked leaf is one),
+    `lora_A.weight = aᵀ` (rank, in) and `lora_B.weight = bᵀ` (out, rank); `adapter_config.json` gets ranks and alphas:
+    where they differ between modules, patterns with one full name each, so that their order can't matter. Padded
+    ranks and layers with scale 0 are left out. The files are written beside `folder` and moved in when they are
+    complete: on any failure an earlier adapter stays as it was.
+
+    Args:
+        folder: where to; made if it isn't there. Other files in it are kept.
+        params: the tree with its nodes, or only the adapter (`lora_jax.split(params)[1]`).
+        names: the Hugging Face name of each leaf: `model.names`.
+        train: which other leaves were trained whole, as given to `lora_jax.split`: saved as `modules_to_save`
+            (biases of adapted modules as `bias="lora_only"`). An adapter tree knows its own.
+        base_model: the name or path of the base model, which PEFT's `AutoPeftModel` loads.
+        task_type: PEFT's task, such as `"CAUSAL_LM"`.
+        portable: fold the scale into B and pad to one rank, for tools that ignore patterns: alpha = r everywhere.
+        overwrite: replace an adapter that is there.
+
+    Raises:
+        FileExistsError: `folder` holds an adapter and `overwrite` isn't set, or is a file.
+        ValueError: `params` hold no adapter, a leaf that isn't in `names`, or something PEFT's format can't express.
+        OSError: it can't be written (disk full); what was there before is whole.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, lora_jax, tempfile
+        >>> from typing import NamedTuple
+        >>> class Weight(NamedTuple):
+        ...     name: str
+        ...     transpose: bool
+        >>> config = lora_jax.LoRAConfig(rank=2, alpha=4, targets=("query",))
+        >>> base = {"query": {"kernel": jnp.ones((3, 5))}}
+        >>> params = lora_jax.init(jax.random.key(0), base, config)
+        >>> names = {"query/kernel": Weight("encoder.query.weight", True)}
+        >>> folder = tempfile.mkdtemp()
+        >>> lora_jax.peft.save(folder, params, names=names)
+        >>> again = lora_jax.peft.load(folder, base, names=names)
+        >>> bool((again["query"]["kernel_lora"].a == params["query"]["kernel_lora"].a).all())
+        True
+
+    The format: https://huggingface.co/docs/peft/developer_guides/checkpoint
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file; an adapter is saved as a folder")
+    if (folder / CONFIG_FILE).exists() and not overwrite:
+        raise FileExistsError(f"{folder} already holds an adapter; pass overwrite=True to replace it")
+    tensors, config = _content.content(_trees.parts(params, train), names, portable)
+    text = _config.to_json(config, base_model_name_or_path=base_model, task_type=task_type)
+    _place(folder, {TENSORS_FILE: _serialized(tensors), CONFIG_FILE: text.encode()})
+
+
+def _serialized(tensors: Mapping[str, np.ndarray]) -> bytes:
+    # The tag is what transformers asks for: "pt" says that tensors are named and laid out as PyTorch's are.
+    return safetensors.numpy.save(dict(sorted(tensors.items())), metadata={"format": "pt"})
+
+
+def _place(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Writes all of `files` into a temporary folder beside `folder`, and moves them in once they are on the disk."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = folder.parent / f".{folder.name}.{secrets.token_hex(4)}.partial"
+    beside.mkdir()
+    try:
+        for name, data in files.items():
+            _write(beside / name, data)
+        if not folder.exists():
+            beside.rename(folder)
+        else:
+            _replace_all(beside, folder, list(files))
+    except OSError as error:
+        raise type(error)(error.errno, f"{folder}: the adapter was not saved: {error.strerror}") from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _replace_all(beside: Path, folder: Path, names: list[str]) -> None:
+    """Moves each file over its predecessor; should one move fail, the predecessors of the others come back."""
+    with contextlib.ExitStack() as undo:
+        for name in names:
+            if (folder / name).exists():
+                kept = beside / f"{name}.before"
+                os.replace(folder / name, kept)
+                undo.callback(os.replace, kept, folder / name)
+            else:
+                undo.callback((folder / name).unlink, missing_ok=True)
+            os.replace(beside / name, folder / name)
+        undo.pop_all()
