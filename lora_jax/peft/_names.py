@@ -104,9 +104,8 @@ def axes_of(tensor: Tensor, axes: Mapping[str, Axes] | None) -> Axes:
 def check_axes(tensor: Tensor, axes: Axes) -> None:
     """Raises ValueError unless the name's `{}` are the axes' stack, in front."""
     if axes.stack != tuple(range(len(tensor.index))):
-        raise ValueError(
-            f"{tensor.path}: stack axes {axes.stack}, but its name has one {{}} for each of the first {len(tensor.index)}"
-        )
+        depth = len(tensor.index)
+        raise ValueError(f"{tensor.path}: stack axes {axes.stack}, where its name has {depth} {{}}, for the first axes")
 
 
 def factor_names(tensor: Tensor) -> tuple[str, str]:
