@@ -1,0 +1,434 @@
+"""`kernel_axes`: how a function uses its kernels, read off its jaxpr without computing anything.
+
+Every kernel's axes carry labels (their own numbers) that follow the layout equations: a merged axis has the labels of
+its parts, both parts of a split axis have its label. The consumer sorts the labels into inputs (contracted or looked
+up), outputs (left free) and stack (batched, scanned over, or indexed away before the product).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core as jex
+
+from lora_jax._forward.interpret import source_of
+from lora_jax._forward.layout import reshape_groups
+from lora_jax._forward.transform import is_array, trace
+from lora_jax._tree import Axes, KernelAxes, detach, leaf_paths
+
+Labels = tuple[frozenset[int], ...]
+NONE: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Track:
+    """A kernel on its way: the labels of each current axis, and the labels that an index has already picked."""
+
+    path: str
+    labels: Labels
+    looked_up: frozenset[int] = NONE
+
+
+class Info(NamedTuple):
+    """What is known of a value: the kernels that it is, the uses whose product it holds, whether it depends on data."""
+
+    tracks: tuple[Track, ...] = ()
+    reach: frozenset[Use] = frozenset()
+    data: bool = False
+
+
+@dataclass(frozen=True)
+class Use:
+    """One consumption of a kernel."""
+
+    path: str
+    axes: Axes
+    primitive: str
+    source: str
+    equation: int
+
+    def __str__(self) -> str:
+        return f"{self.primitive} at {self.source}: {self.axes}"
+
+    def agrees(self, other: Use) -> bool:
+        sides = [{frozenset(u.axes.inputs), frozenset(u.axes.outputs)} for u in (self, other)]
+        return set(self.axes.stack) == set(other.axes.stack) and sides[0] == sides[1]
+
+
+@dataclass(eq=False)
+class Reader:
+    """Collects the uses while a jaxpr is walked. `shapes` are the kernels' own."""
+
+    shapes: dict[str, tuple[int, ...]]
+    uses: dict[Use, None] = field(default_factory=dict)
+    embeddings: set[str] = field(default_factory=set)
+    feeding: set[Use] = field(default_factory=set)
+
+    def use(
+        self, track: Track, eqn: Any, inputs: frozenset[int], outputs: frozenset[int], stack: frozenset[int]
+    ) -> Use | None:
+        """Note a use. A label on several sides counts as input before output before stack; one on none as stack."""
+        shape = self.shapes[track.path]
+        outputs = outputs - inputs
+        rest = [k for k in range(len(shape)) if k not in inputs and k not in outputs]
+        ones = [k for k in rest if shape[k] == 1 and k not in stack]
+        if not outputs and ones:
+            outputs = frozenset(ones[-1:])
+        elif not inputs and ones:
+            inputs = frozenset(ones[-1:])
+        if not inputs or not outputs:
+            return None
+        rest = [k for k in rest if k not in inputs and k not in outputs]
+        axes = Axes(tuple(rest), tuple(sorted(inputs)), tuple(sorted(outputs)))
+        use = Use(track.path, axes, eqn.primitive.name, source_of(eqn), id(eqn))
+        self.uses[use] = None
+        return use
+
+
+def kernel_axes(apply_fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> KernelAxes:
+    """Read how a function uses each kernel: which axes it contracts, which it leaves, which stack kernels.
+
+    Args:
+      apply_fn: the function, called as `apply_fn(params, *args, **kwargs)` under an abstract trace.
+      params: the tree of weights, of arrays or `jax.ShapeDtypeStruct`. Float leaves of two or more axes are followed.
+      *args: its other arguments (arrays, `jax.ShapeDtypeStruct`, or anything static such as flags and strings).
+      **kwargs: its keywords, likewise: rngs, mutable collections and settings pass through.
+
+    Returns:
+      A `KernelAxes`, a dict from leaf path to `Axes`, of the kernels that are consumed (contracted with activations,
+      convolved or looked up); `.embeddings` are those that a look-up reads, `.heads` those whose product is an output
+      of the function and feeds no other kernel.
+
+    Raises:
+      ValueError: two uses of a kernel disagree, so that no one pair of factors serves both.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lora_jax
+      >>> params = {"qkv": jnp.ones((3, 2, 8, 4))}
+      >>> x = jax.ShapeDtypeStruct((5, 8), jnp.float32)
+      >>> lora_jax.kernel_axes(lambda p, x: jnp.einsum("td,sndh->stnh", x, p["qkv"]), params, x)["qkv"]
+      Axes(stack=(), inputs=(2,), outputs=(0, 1, 3))
+    """
+    plain, _ = detach(params)
+    leaves, treedef = jax.tree.flatten(((plain, *args), kwargs))
+    paths = leaf_paths(plain)
+    arrays = [i for i, leaf in enumerate(leaves) if is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)]
+    closed, _ = trace(apply_fn, leaves, arrays, treedef)
+    infos, shapes = [], {}
+    for place in arrays:
+        leaf, of_params = leaves[place], place < len(paths)
+        if of_params and len(leaf.shape) >= 2 and jnp.issubdtype(leaf.dtype, jnp.floating):
+            path = paths[place]
+            shapes[path] = leaf.shape
+            infos.append(Info((Track(path, tuple(frozenset({k}) for k in range(len(leaf.shape)))),)))
+        else:
+            infos.append(Info(data=not of_params))
+    reader = Reader(shapes)
+    outputs = walk(closed, infos, reader)
+    return _report(reader, outputs)
+
+
+def _report(reader: Reader, outputs: Sequence[Info]) -> KernelAxes:
+    first: dict[str, Use] = {}
+    for use in reader.uses:
+        known = first.setdefault(use.path, use)
+        if not known.agrees(use):
+            raise ValueError(
+                f"{use.path} is used in two ways that no one pair of factors serves ({known}; {use}); "
+                "leave it out of the targets or give its axes by hand"
+            )
+    alone = {use for info in outputs if len(info.reach) == 1 for use in info.reach}
+    result = KernelAxes({path: use.axes for path, use in first.items()})
+    result.embeddings = frozenset(reader.embeddings)
+    result.heads = frozenset(use.path for use in alone - reader.feeding)
+    return result
+
+
+def walk(jaxpr: Any, infos: Sequence[Info], reader: Reader) -> list[Info]:
+    """The outputs' infos, from the inputs'."""
+    if isinstance(jaxpr, jex.ClosedJaxpr):
+        jaxpr = jaxpr.jaxpr
+    env: dict[Any, Info] = dict.fromkeys(jaxpr.constvars, Info())
+    env.update(zip(jaxpr.invars, infos, strict=True))
+
+    def read(var: Any) -> Info:
+        return Info() if isinstance(var, jex.Literal) else env[var]
+
+    for eqn in jaxpr.eqns:
+        inputs = [read(var) for var in eqn.invars]
+        outputs = CALLS.get(eqn.primitive.name, _equation)(eqn, inputs, reader)
+        env.update(zip(eqn.outvars, outputs, strict=True))
+    return [read(var) for var in jaxpr.outvars]
+
+
+def _equation(eqn: Any, inputs: Sequence[Info], reader: Reader) -> list[Info]:
+    reach = frozenset().union(*(info.reach for info in inputs)) if inputs else frozenset()
+    data = any(info.data for info in inputs)
+    plain = [Info(reach=reach, data=data)] * len(eqn.outvars)
+    if not any(info.tracks for info in inputs):
+        return plain
+    name = eqn.primitive.name
+    if name in CONSUMERS:
+        uses = CONSUMERS[name](eqn, inputs, reader)
+        if uses is not None:
+            if not uses:
+                return plain
+            reader.feeding |= reach
+            return [Info(reach=frozenset(uses), data=True)] * len(eqn.outvars)
+    if name in LOOK_UPS and inputs[0].tracks:
+        return LOOK_UPS[name](eqn, inputs, reader)
+    move = LAYOUT.get(name)
+    tracks = [] if move is None else move(eqn, inputs)
+    if not tracks:
+        lost = [use for info in inputs for track in info.tracks for use in _embedding(reader, track, eqn)]
+        return [Info(reach=reach | frozenset(lost), data=data)] * len(eqn.outvars)
+    return [Info(tuple(tracks), reach, data)] * len(eqn.outvars)
+
+
+# Layout: the tracks of the (or each) output; an empty list where the value stops being a kernel.
+
+
+def _relabel(eqn: Any, inputs: Sequence[Info], labels: Callable[[Labels], Labels]) -> list[Track]:
+    return [replace(track, labels=labels(track.labels)) for track in inputs[0].tracks]
+
+
+def _transpose(eqn: Any, inputs: Sequence[Info]) -> list[Track]:
+    return _relabel(eqn, inputs, lambda labels: tuple(labels[k] for k in eqn.params["permutation"]))
+
+
+def _squeeze(eqn: Any, inputs: Sequence[Info]) -> list[Track]:
+    gone = eqn.params["dimensions"]
+    return _relabel(eqn, inputs, lambda labels: tuple(each for k, each in enumerate(labels) if k not in gone))
+
+
+def _broadcast(eqn: Any, inputs: Sequence[Info]) -> list[Track]:
+    places = eqn.params["broadcast_dimensions"]
+
+    def spread(labels: Labels) -> Labels:
+        new = [NONE] * len(eqn.params["shape"])
+        for place, each in zip(places, labels, strict=True):
+            new[place] = each
+        return tuple(new)
+
+    return _relabel(eqn, inputs, spread)
+
+
+def _reshape(eqn: Any, inputs: Sequence[Info]) -> list[Track]:
+    shape = eqn.params["new_sizes"]
+    groups = reshape_groups(eqn.invars[0].aval.shape, shape)
+    if groups is None:
+        return []
+
+    def regroup(labels: Labels) -> Labels:
+        new = [NONE] * len(shape)
+        for before, after in groups:
+            for k in after:
+                new[k] = NONE.union(*(labels[i] for i in before))
+        return tuple(new)
+
+    return _relabel(eqn, inputs, regroup)
+
+
+def _same(eqn: Any, inputs: Sequence[Info]) -> list[Track]:
+    return list(inputs[0].tracks)
+
+
+def _combine(eqn: Any, inputs: Sequence[Info]) -> list[Track]:
+    """Arithmetic among weights leaves a kernel a kernel; arithmetic with data makes it an activation."""
+    if any(info.data for info in inputs) or eqn.outvars[0].aval.shape not in [v.aval.shape for v in eqn.invars]:
+        return []
+    return [track for info in inputs for track in info.tracks]
+
+
+LAYOUT: dict[str, Callable[[Any, Sequence[Info]], list[Track]]] = {
+    "transpose": _transpose,
+    "squeeze": _squeeze,
+    "broadcast_in_dim": _broadcast,
+    "reshape": _reshape,
+    **dict.fromkeys(("mul", "div", "add", "sub", "add_any", "concatenate", "select_n"), _combine),
+    **dict.fromkeys(
+        (
+            *(
+                "convert_element_type",
+                "copy",
+                "copy_p",
+                "name",
+                "reduce_precision",
+                "device_put",
+                "stop_gradient",
+                "neg",
+            ),
+            *("slice", "rev", "pad", "split", "sharding_constraint", "pvary", "pcast", "all_gather", "reshard"),
+            *("tanh", "sign", "round", "clamp", "exp", "logistic"),
+        ),
+        _same,
+    ),
+}
+
+
+# Consumers: the uses; None if this is no product of a kernel with something else.
+
+
+def _sorted_use(reader: Reader, eqn: Any, track: Track, inputs: Sequence[int], stack: Sequence[int]) -> Use | None:
+    labels = track.labels
+    contracted = NONE.union(*(labels[k] for k in inputs))
+    batched = NONE.union(*(labels[k] for k in stack))
+    free = NONE.union(*(labels[k] for k in range(len(labels)) if k not in inputs and k not in stack))
+    return reader.use(track, eqn, contracted, free, batched)
+
+
+def _dot_general(eqn: Any, inputs: Sequence[Info], reader: Reader) -> list[Use]:
+    contracting, batch = eqn.params["dimension_numbers"]
+    found = [
+        _sorted_use(reader, eqn, track, contracting[side], batch[side])
+        for side in (0, 1)
+        for track in inputs[side].tracks
+    ]
+    return [use for use in found if use is not None]
+
+
+def _conv(eqn: Any, inputs: Sequence[Info], reader: Reader) -> list[Use]:
+    _, contracted, *spatial = eqn.params["dimension_numbers"].rhs_spec
+    found = [_sorted_use(reader, eqn, track, (contracted, *spatial), ()) for track in inputs[1].tracks]
+    return [use for use in found if use is not None]
+
+
+def _ragged_dot(eqn: Any, inputs: Sequence[Info], reader: Reader) -> list[Use]:
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    (_, contracting), (_, batch) = numbers.dot_dimension_numbers
+    stack = (*numbers.rhs_group_dimensions, *batch)
+    found = [_sorted_use(reader, eqn, track, contracting, stack) for track in inputs[1].tracks]
+    return [use for use in found if use is not None]
+
+
+CONSUMERS: dict[str, Callable[[Any, Sequence[Info], Reader], list[Use] | None]] = {
+    "dot_general": _dot_general,
+    "conv_general_dilated": _conv,
+    "ragged_dot_general": _ragged_dot,
+}
+
+
+def _embedding(reader: Reader, track: Track, eqn: Any) -> list[Use]:
+    """A kernel that an index has read and no product consumes is an embedding."""
+    if not track.looked_up:
+        return []
+    reader.embeddings.add(track.path)
+    use = reader.use(track, eqn, track.looked_up, NONE.union(*track.labels), NONE)
+    return [] if use is None else [use]
+
+
+def _kept_or_embedding(eqn: Any, inputs: Sequence[Info], tracks: Sequence[Track], reader: Reader) -> list[Info]:
+    """Rows looked up are an embedding's; matrices picked by an index stay kernels until something consumes them."""
+    shape = eqn.outvars[0].aval.shape
+    reach = frozenset().union(*(info.reach for info in inputs))
+    kept, found = [], []
+    for track in tracks:
+        extent = [k for k, labels in enumerate(track.labels) if labels and shape[k] > 1]
+        if track.looked_up and len(extent) < 2:
+            found += _embedding(reader, track, eqn)
+        else:
+            kept.append(track)
+    return [Info(tuple(kept), reach | frozenset(found), bool(found) or inputs[0].data)]
+
+
+def _gather(eqn: Any, inputs: Sequence[Info], reader: Reader) -> list[Info]:
+    numbers = eqn.params["dimension_numbers"]
+    gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
+    picked = []
+    for track in inputs[0].tracks:
+        labels = [NONE] * len(eqn.outvars[0].aval.shape)
+        left = [each for k, each in enumerate(track.labels) if k not in gone]
+        for place, each in zip(numbers.offset_dims, left, strict=True):
+            labels[place] = each
+        looked_up = track.looked_up.union(*(track.labels[k] for k in numbers.start_index_map if k in gone))
+        picked.append(Track(track.path, tuple(labels), looked_up))
+    return _kept_or_embedding(eqn, inputs, picked, reader)
+
+
+def _dynamic_slice(eqn: Any, inputs: Sequence[Info], reader: Reader) -> list[Info]:
+    """An axis cut to one index at run time is looked up."""
+    shape, sizes = eqn.invars[0].aval.shape, eqn.params["slice_sizes"]
+    gone = {k for k, size in enumerate(sizes) if size == 1 and shape[k] > 1}
+    picked = [
+        Track(
+            track.path,
+            tuple(NONE if k in gone else each for k, each in enumerate(track.labels)),
+            track.looked_up.union(*(track.labels[k] for k in gone)),
+        )
+        for track in inputs[0].tracks
+    ]
+    return _kept_or_embedding(eqn, inputs, picked, reader)
+
+
+LOOK_UPS: dict[str, Callable[[Any, Sequence[Info], Reader], list[Info]]] = {
+    "gather": _gather,
+    "dynamic_slice": _dynamic_slice,
+}
+
+
+# Calls: the jaxprs inside.
+
+
+def _one_to_one(name: str) -> Callable:
+    def call(eqn: Any, inputs: Sequence[Info], reader: Reader) -> list[Info]:
+        return walk(eqn.params[name], inputs, reader)
+
+    return call
+
+
+def _loop(jaxpr: Any, consts: Sequence[Info], carry: Sequence[Info], xs: Sequence[Info], reader: Reader) -> list[Info]:
+    """A body walked until what is known of its carry no longer grows. Only a kernel handed on untouched stays one."""
+    inner = jaxpr.jaxpr
+    count = len(carry)
+    kept = [inner.outvars[i] is inner.invars[len(consts) + i] for i in range(count)]
+    carry = [info if keep else info._replace(tracks=()) for info, keep in zip(carry, kept, strict=True)]
+    while True:
+        outputs = walk(jaxpr, [*consts, *carry, *xs], reader)
+        joined = [
+            Info(old.tracks if keep else (), old.reach | new.reach, old.data or new.data)
+            for old, new, keep in zip(carry, outputs[:count], kept, strict=True)
+        ]
+        if joined == carry:
+            return [*carry, *outputs[count:]]
+        carry = joined
+
+
+def _scan(eqn: Any, inputs: Sequence[Info], reader: Reader) -> list[Info]:
+    first, last = eqn.params["num_consts"], eqn.params["num_consts"] + eqn.params["num_carry"]
+    slices = [
+        info._replace(tracks=tuple(replace(track, labels=track.labels[1:]) for track in info.tracks))
+        for info in inputs[last:]
+    ]
+    outputs = _loop(eqn.params["jaxpr"], inputs[:first], inputs[first:last], slices, reader)
+    return [*outputs[: last - first], *(info._replace(tracks=()) for info in outputs[last - first :])]
+
+
+def _while(eqn: Any, inputs: Sequence[Info], reader: Reader) -> list[Info]:
+    n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+    carry = _loop(eqn.params["body_jaxpr"], inputs[n_cond : n_cond + n_body], inputs[n_cond + n_body :], (), reader)
+    walk(eqn.params["cond_jaxpr"], [*inputs[:n_cond], *carry], reader)
+    return carry
+
+
+def _cond(eqn: Any, inputs: Sequence[Info], reader: Reader) -> list[Info]:
+    branches = [walk(branch, inputs[1:], reader) for branch in eqn.params["branches"]]
+    return [
+        Info((), frozenset().union(*(info.reach for info in each)), any(info.data for info in each))
+        for each in zip(*branches, strict=True)
+    ]
+
+
+CALLS: dict[str, Callable[[Any, Sequence[Info], Reader], list[Info]]] = {
+    **dict.fromkeys(("jit", "pjit", "remat", "remat2", "checkpoint", "shard_map"), _one_to_one("jaxpr")),
+    **dict.fromkeys(
+        ("custom_jvp_call", "custom_vjp_call", "closed_call", "core_call", "core_closed_call"),
+        _one_to_one("call_jaxpr"),
+    ),
+    "scan": _scan,
+    "while": _while,
+    "cond": _cond,
+}

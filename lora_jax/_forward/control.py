@@ -1,0 +1,365 @@
+"""Control-flow rules: jit, remat, scan, while, cond and shard_map are issued again with the factors passed in.
+
+jit and remat, which take all their operands as arguments, are transformed once for each sub-jaxpr and pattern of
+kernels: every later call with the same jaxpr gives JAX the same function, and so finds JAX's own caches filled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend import core as jex
+
+from lora_jax._forward import dropout
+from lora_jax._forward.interpret import Event, Frame, Session, evaluate, source_of
+from lora_jax._forward.layout import factor_spec
+from lora_jax._forward.lowrank import RANK, Factor, LowRank
+
+RULES: dict[str, Callable[..., list[Any] | None]] = {}
+
+
+def rule(*names: str) -> Callable:
+    def register(function: Callable) -> Callable:
+        for name in names:
+            RULES[name] = function
+        return function
+
+    return register
+
+
+class Body:
+    """A sub-jaxpr as a function of flat arrays: what comes in is regrouped by `treedef`, what goes out by JAX.
+
+    It holds no tracers, so that one body can serve every call of the same jaxpr. Its events are told again to each
+    caller, since a second call may find JAX's cache and not run it.
+    """
+
+    def __init__(self, session: Session, jaxpr: Any, consts: Sequence[Any], names: tuple, treedef: Any, *, whole: str):
+        self.session, self.jaxpr, self.consts, self.names, self.treedef = session, jaxpr, consts, names, treedef
+        self.whole = whole
+        self.events: dict[Event, None] = {}
+
+    def __call__(self, *leaves: Any) -> list[Any]:
+        return self.run(jax.tree.unflatten(self.treedef, leaves))
+
+    def run(self, values: Sequence[Any]) -> list[Any]:
+        """Evaluate on values in the sub-jaxpr's own slots; outputs are made whole if `whole` names a primitive."""
+        frame = Frame(self.session, self.names, self.events)
+        outputs = evaluate(self.jaxpr, self.consts, values, frame)
+        if not self.whole:
+            return outputs
+        return [frame.materialize(v, self.whole, "its output") if isinstance(v, LowRank) else v for v in outputs]
+
+
+@dataclasses.dataclass(frozen=True)
+class Inside:
+    """The operands of a sub-jaxpr: in slots of its own, each with a dropout key for this use."""
+
+    values: list[Any]
+    origins: tuple[tuple[int, ...], ...]
+    names: tuple[tuple[str, ...], ...]
+
+
+def enter(frame: Frame, values: Sequence[Any]) -> Inside:
+    inner, origins = [], []
+    for value in values:
+        if isinstance(value, LowRank):
+            origins.append(value.origin)
+            value = dataclasses.replace(value, origin=(len(origins) - 1,), key=frame.fresh_key(value))
+        inner.append(value)
+    return Inside(inner, tuple(origins), tuple(tuple(frame.paths(origin)) for origin in origins))
+
+
+def leave(frame: Frame, outputs: Sequence[Any], inside: Inside, body: Body) -> list[Any]:
+    """The outputs in the caller's slots, and the body's events told to the caller."""
+
+    def outer(origin: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(slot for inner in origin for slot in inside.origins[inner])
+
+    for event in body.events:
+        frame.note(dataclasses.replace(event, origin=outer(event.origin)))
+    return [
+        dataclasses.replace(value, origin=outer(value.origin)) if isinstance(value, LowRank) else value
+        for value in outputs
+    ]
+
+
+def _open(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
+    return (jaxpr.jaxpr, jaxpr.consts) if isinstance(jaxpr, jex.ClosedJaxpr) else (jaxpr, ())
+
+
+def _call_once_transformed(
+    frame: Frame,
+    eqn: Any,
+    values: Sequence[Any],
+    jaxpr: Any,
+    wrap: Callable[[Callable, Inside], Callable],
+    *,
+    whole: str,
+) -> list[Any]:
+    inside = enter(frame, values)
+    leaves, treedef = jax.tree.flatten(inside.values)
+    key = (eqn.primitive.name, id(jaxpr), treedef, _hashable(eqn.params))
+    if key not in frame.session.cache:
+        body = Body(frame.session, *_open(jaxpr), inside.names, treedef, whole=whole)
+        frame.session.cache[key] = body, wrap(body, inside)
+    body, function = frame.session.cache[key]
+    return leave(frame, function(*leaves), inside, body)
+
+
+def _hashable(params: Any) -> tuple:
+    """What distinguishes two calls of one jaxpr: all parameters, by identity where they can't be hashed."""
+
+    def token(value: Any) -> Any:
+        try:
+            hash(value)
+        except TypeError:
+            return id(value)
+        return value
+
+    return tuple((name, token(value)) for name, value in sorted(params.items()) if name != "jaxpr")
+
+
+def _named(body: Body, name: str) -> Callable:
+    def function(*leaves: Any) -> list[Any]:
+        return body(*leaves)
+
+    function.__name__ = function.__qualname__ = name
+    return function
+
+
+@rule("jit", "pjit")
+def _jit(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
+    """Stays a jit, with its name, shardings and options; nothing is donated."""
+    params = eqn.params
+
+    def wrap(body: Body, inside: Inside) -> Callable:
+        function = _named(body, params["name"])
+        options: dict[str, Any] = {"keep_unused": params["keep_unused"], "inline": params["inline"]}
+        if any(map(_specified, params["in_shardings"])):
+            options["in_shardings"] = tuple(
+                leaf
+                for value, sharding in zip(inside.values, params["in_shardings"], strict=True)
+                for leaf in _leaf_shardings(value, sharding)
+            )
+        if any(map(_specified, params["out_shardings"])):
+            body.whole = eqn.primitive.name
+            options["out_shardings"] = [s if _specified(s) else None for s in params["out_shardings"]]
+        if params.get("compiler_options_kvs"):
+            options["compiler_options"] = dict(params["compiler_options_kvs"])
+        return jax.jit(function, **options)
+
+    return _call_once_transformed(frame, eqn, values, params["jaxpr"], wrap, whole="")
+
+
+def _specified(sharding: Any) -> bool:
+    return isinstance(sharding, jax.sharding.Sharding)
+
+
+def _leaf_shardings(value: Any, sharding: Any) -> list[Any]:
+    """One sharding for each array of a value: the factors follow the kernel."""
+    if not isinstance(value, LowRank):
+        return [sharding if _specified(sharding) else None]
+    extra = 0 if value.key is None else 1
+    if not isinstance(sharding, jax.sharding.NamedSharding):
+        return [sharding if _specified(sharding) else None, None, None] + [None] * extra
+    factors = [
+        jax.sharding.NamedSharding(sharding.mesh, factor_spec(sharding.spec, factor.axes))
+        for factor in (value.a, value.b)
+    ]
+    return [sharding, *factors] + [None] * extra
+
+
+@rule("remat", "remat2", "checkpoint")
+def _remat(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
+    params = eqn.params
+
+    def wrap(body: Body, inside: Inside) -> Callable:
+        prevent_cse = params["prevent_cse"]
+        if not isinstance(prevent_cse, bool):
+            prevent_cse = [
+                each for value, each in zip(inside.values, prevent_cse, strict=True) for _ in jax.tree.leaves(value)
+            ]
+        return jax.checkpoint(_named(body, "checkpointed"), prevent_cse=prevent_cse, policy=params["policy"])
+
+    return _call_once_transformed(frame, eqn, values, params["jaxpr"], wrap, whole="")
+
+
+@rule("closed_call", "core_call", "core_closed_call")
+def _closed_call(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
+    jaxpr, consts = _open(eqn.params["call_jaxpr"])
+    return evaluate(jaxpr, consts, values, frame)
+
+
+def _make_whole(frame: Frame, eqn: Any, value: Any) -> Any:
+    return frame.materialize(value, eqn.primitive.name, source_of(eqn)) if isinstance(value, LowRank) else value
+
+
+def _loop_body(frame: Frame, jaxpr: Any, inside: Inside, primitive: str) -> Body:
+    return Body(frame.session, *_open(jaxpr), inside.names, None, whole=primitive)
+
+
+def _unchanged_carry(jaxpr: Any, first: int, values: Sequence[Any]) -> list[int]:
+    """Kernels in the carry that the body hands on untouched: constants in all but name."""
+    inputs = jaxpr.invars[first : first + len(values)]
+    return [i for i, v in enumerate(values) if isinstance(v, LowRank) and jaxpr.outvars[i] is inputs[i]]
+
+
+def _at_step(value: Any, step: Any) -> Any:
+    """Each step of a loop drops other elements."""
+    if isinstance(value, LowRank) and value.key is not None:
+        return dataclasses.replace(value, key=dropout.fold(value.key, step))
+    return value
+
+
+@rule("scan")
+def _scan(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
+    """A kernel that is scanned over hands each step a slice of W and of each factor that has the scanned axis."""
+    params = eqn.params
+    n_consts, n_carry = params["num_consts"], params["num_carry"]
+    jaxpr = params["jaxpr"]
+    inside = enter(frame, values)
+    consts, init, xs = (
+        inside.values[:n_consts],
+        inside.values[n_consts : n_consts + n_carry],
+        inside.values[n_consts + n_carry :],
+    )
+    fixed = {i: init[i] for i in _unchanged_carry(jaxpr.jaxpr, n_consts, init)}
+    body = _loop_body(frame, jaxpr, inside, "scan")
+    moving = [i for i in range(n_carry) if i not in fixed]
+    start = [_whole_inside(frame, eqn, init[i], inside) for i in moving]
+    scanned = [_scanned(x) if isinstance(x, LowRank) else x for x in xs]
+
+    def step(carry: list[Any], x: tuple[Any, list[Any]]) -> tuple[list[Any], list[Any]]:
+        number, slices = x
+        full: list[Any] = [None] * n_carry
+        for i, value in zip(moving, carry, strict=True):
+            full[i] = value
+        for i, value in fixed.items():
+            full[i] = value
+        here = [
+            _step_kernel(whole, part) if isinstance(whole, LowRank) else part
+            for whole, part in zip(xs, slices, strict=True)
+        ]
+        outputs = body.run([_at_step(value, number) for value in [*consts, *full, *here]])
+        return [outputs[i] for i in moving], outputs[n_carry:]
+
+    options = {key: params[key] for key in ("reverse", "unroll", "_split_transpose") if key in params}
+    any_key = any(isinstance(v, LowRank) and v.key is not None for v in inside.values)
+    numbers = jnp.arange(params["length"]) if any_key else None
+    carry, ys = lax.scan(step, start, (numbers, scanned), length=params["length"], **options)
+    outputs: list[Any] = [None] * n_carry
+    for i, value in zip(moving, carry, strict=True):
+        outputs[i] = value
+    for i, value in fixed.items():
+        outputs[i] = value
+    return leave(frame, [*outputs, *ys], inside, body)
+
+
+def _whole_inside(frame: Frame, eqn: Any, value: Any, inside: Inside) -> Any:
+    if not isinstance(value, LowRank):
+        return value
+    origin = tuple(slot for inner in value.origin for slot in inside.origins[inner])
+    return _make_whole(frame, eqn, dataclasses.replace(value, origin=origin))
+
+
+def _scanned(kernel: LowRank) -> tuple[Any, Any, Any]:
+    """What is sliced at each step: W, and each factor that has axis 0, with that axis in front."""
+
+    def leading(factor: Factor) -> Any:
+        if 0 not in factor.axes:
+            return None
+        return factor.ordered([0, *(k for k in factor.axes if k != 0)])
+
+    return kernel.w, leading(kernel.a), leading(kernel.b)
+
+
+def _step_kernel(whole: LowRank, part: tuple[Any, Any, Any]) -> LowRank:
+    """The kernel of one step, its axes counted without the scanned one."""
+
+    def follow(factor: Factor, value: Any) -> Factor:
+        axes = tuple(k if k == RANK else k - 1 for k in factor.axes if k != 0)
+        return Factor(factor.value if value is None else value, axes)
+
+    return whole.with_factors(part[0], follow(whole.a, part[1]), follow(whole.b, part[2]))
+
+
+@rule("while")
+def _while(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
+    params = eqn.params
+    n_cond, n_body = params["cond_nconsts"], params["body_nconsts"]
+    inside = enter(frame, values)
+    cond_consts, body_consts = inside.values[:n_cond], inside.values[n_cond : n_cond + n_body]
+    init = inside.values[n_cond + n_body :]
+    fixed = {i: init[i] for i in _unchanged_carry(params["body_jaxpr"].jaxpr, n_body, init)}
+    moving = [i for i in range(len(init)) if i not in fixed]
+    start = [_whole_inside(frame, eqn, init[i], inside) for i in moving]
+    body = _loop_body(frame, params["body_jaxpr"], inside, "while")
+    test = _loop_body(frame, params["cond_jaxpr"], inside, "while")
+    test.events = body.events
+    any_key = any(isinstance(v, LowRank) and v.key is not None for v in inside.values)
+
+    def full(carry: list[Any]) -> list[Any]:
+        state: list[Any] = [None] * len(init)
+        for i, value in zip(moving, carry, strict=True):
+            state[i] = value
+        for i, value in fixed.items():
+            state[i] = value
+        return state
+
+    def keep_going(state: tuple[Any, list[Any]]) -> Any:
+        number, carry = state
+        return test.run([_at_step(value, number) for value in [*cond_consts, *full(carry)]])[0]
+
+    def step(state: tuple[Any, list[Any]]) -> tuple[Any, list[Any]]:
+        number, carry = state
+        outputs = body.run([_at_step(value, number) for value in [*body_consts, *full(carry)]])
+        return (number + 1 if any_key else None), [outputs[i] for i in moving]
+
+    _, carry = lax.while_loop(keep_going, step, (jnp.int32(0) if any_key else None, start))
+    return leave(frame, full(carry), inside, body)
+
+
+@rule("cond")
+def _cond(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
+    index, *operands = values
+    if isinstance(index, LowRank):
+        return None
+    inside = enter(frame, operands)
+    leaves, treedef = jax.tree.flatten(inside.values)
+    bodies = [
+        Body(frame.session, *_open(branch), inside.names, treedef, whole="cond") for branch in eqn.params["branches"]
+    ]
+    for body in bodies:
+        body.events = bodies[0].events
+    outputs = lax.switch(index, bodies, *leaves)
+    return leave(frame, outputs, inside, bodies[0])
+
+
+@rule("shard_map")
+def _shard_map(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
+    """Each shard holds its part of W and of the factors that have the sharded axes: a sum over shards stays a sum."""
+    params = eqn.params
+    inside = enter(frame, values)
+    leaves, treedef = jax.tree.flatten(inside.values)
+    body = Body(frame.session, *_open(params["jaxpr"]), inside.names, treedef, whole="shard_map")
+    specs = []
+    for value, spec in zip(inside.values, params["in_specs"], strict=True):
+        specs.append(spec)
+        if isinstance(value, LowRank):
+            specs += [factor_spec(spec, value.a.axes), factor_spec(spec, value.b.axes)]
+            specs += [] if value.key is None else [jax.sharding.PartitionSpec()]
+    outputs = jax.shard_map(
+        body,
+        mesh=params["mesh"],
+        in_specs=tuple(specs),
+        out_specs=list(params["out_specs"]),
+        check_vma=params["check_vma"],
+        axis_names=params["manual_axes"],
+    )(*leaves)
+    return leave(frame, outputs, inside, body)

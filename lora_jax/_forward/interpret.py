@@ -1,0 +1,189 @@
+"""The evaluator: runs a jaxpr in which some values are kernels with a low-rank update.
+
+Equations that touch no such value run as they are, in stretches, through `jax.core.eval_jaxpr`. The others go to the
+rule of their primitive. Where there is no rule, or the rule finds no low-rank form, the kernel is materialised and the
+frame takes note, so that the user can be told.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from jax import core
+from jax.extend import core as jex
+from jax.extend import source_info_util
+
+from lora_jax._forward import dropout
+from lora_jax._forward.lowrank import LowRank, dense, is_vector
+
+
+@dataclass(frozen=True)
+class Event:
+    """A kernel (the slots that it comes from) was materialised by a primitive at a line of the user's code."""
+
+    origin: tuple[int, ...]
+    primitive: str
+    source: str
+
+
+@dataclass(eq=False)
+class Session:
+    """What one call of an adapted function shares among its jaxprs."""
+
+    rules: dict[str, Callable]
+    on_materialize: str = "warn"
+    dropout: float = 0.0
+    cache: dict[Any, Any] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class Frame:
+    """The evaluation of one jaxpr. `names` gives the leaf's path (or paths) of each slot, for messages."""
+
+    session: Session
+    names: tuple[tuple[str, ...], ...]
+    events: dict[Event, None] = field(default_factory=dict)
+    uses: int = 0
+
+    def paths(self, origin: Sequence[int]) -> list[str]:
+        return list(dict.fromkeys(path for slot in origin for path in self.names[slot]))
+
+    def fresh_key(self, kernel: LowRank) -> Any:
+        """A dropout key for one more use of a kernel."""
+        if kernel.key is None:
+            return None
+        self.uses += 1
+        return dropout.fold(kernel.key, self.uses)
+
+    def materialize(self, kernel: LowRank, primitive: str, source: str) -> Any:
+        """W + ΔW as an array; the user hears of it unless the kernel is a looked-up row, where it costs nothing."""
+        if not is_vector(kernel):
+            self.note(Event(kernel.origin, primitive, source))
+        return dense(kernel)
+
+    def note(self, event: Event) -> None:
+        self.events[event] = None
+        if self.session.on_materialize == "error":
+            path = " and ".join(self.paths(event.origin))
+            raise ValueError(
+                f"{path}: {event.primitive} has no factored form here and would materialise W + ΔW ({event.source}); "
+                f"rewrite that line, leave the kernel out of the targets, or pass on_materialize='warn'"
+            )
+
+
+def source_of(eqn: Any) -> str:
+    """File and line of the user's code that made the equation."""
+    return source_info_util.summarize(eqn.source_info)
+
+
+def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
+    """Evaluate one equation on arrays, in the name stack that its rule runs in, through a jaxpr of its own."""
+    here = eqn.source_info.replace(name_stack=source_info_util.new_name_stack())
+    eqn = eqn.replace(source_info=here)
+    inputs: dict[Any, Any] = {}
+    for var, value in zip(eqn.invars, values, strict=True):
+        if not isinstance(var, jex.Literal):
+            if var in inputs and inputs[var] is not value:
+                raise AssertionError("one variable bound to two values")
+            inputs[var] = value
+    return core.eval_jaxpr(_stretch([eqn], list(inputs), eqn.outvars), (), *inputs.values())
+
+
+def _stretch(eqns: Sequence[Any], inputs: Sequence[Any], outputs: Sequence[Any]) -> Any:
+    """Some equations of a jaxpr as a jaxpr."""
+    info = jex.DebugInfo("adapt", "lora_jax.adapt", ("",) * len(inputs), ("",) * len(outputs))
+    effects = frozenset().union(*(eqn.effects for eqn in eqns))
+    return jex.Jaxpr((), inputs, outputs, eqns, effects, info)
+
+
+def evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], frame: Frame) -> list[Any]:
+    """The outputs of `jaxpr` on `args`, of which some are `LowRank`; outputs may be `LowRank` too."""
+    env: dict[Any, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
+    adapted = {var for var, value in env.items() if isinstance(value, LowRank)}
+    last = _last_uses(jaxpr)
+    position, count = 0, len(jaxpr.eqns)
+    while position < count:
+        eqn = jaxpr.eqns[position]
+        if any(not isinstance(var, jex.Literal) and var in adapted for var in eqn.invars):
+            outputs = apply_rule(eqn, [_read(env, var) for var in eqn.invars], frame)
+            for var, value in zip(eqn.outvars, outputs, strict=True):
+                env[var] = value
+                if isinstance(value, LowRank):
+                    adapted.add(var)
+            position += 1
+        else:
+            stop = position + 1
+            while stop < count and not any(
+                not isinstance(var, jex.Literal) and var in adapted for var in jaxpr.eqns[stop].invars
+            ):
+                stop += 1
+            _run(jaxpr.eqns[position:stop], stop, env, last)
+            position = stop
+    return [_read(env, var) for var in jaxpr.outvars]
+
+
+def _read(env: dict[Any, Any], var: Any) -> Any:
+    return var.val if isinstance(var, jex.Literal) else env[var]
+
+
+def _last_uses(jaxpr: Any) -> dict[Any, int]:
+    last: dict[Any, int] = {}
+    for position, eqn in enumerate(jaxpr.eqns):
+        for var in eqn.invars:
+            if not isinstance(var, jex.Literal):
+                last[var] = position
+    for var in jaxpr.outvars:
+        if not isinstance(var, jex.Literal):
+            last[var] = len(jaxpr.eqns)
+    return last
+
+
+def _run(eqns: Sequence[Any], stop: int, env: dict[Any, Any], last: dict[Any, int]) -> None:
+    """Evaluate a stretch of equations without adapted kernels, keeping what is used at `stop` or after it."""
+    made: dict[Any, None] = {}
+    needed: dict[Any, None] = {}
+    for eqn in eqns:
+        for var in eqn.invars:
+            if not isinstance(var, jex.Literal) and var not in made:
+                needed[var] = None
+        for var in eqn.outvars:
+            made[var] = None
+    live = [var for var in made if last.get(var, -1) >= stop]
+    outputs = core.eval_jaxpr(_stretch(eqns, list(needed), live), (), *(env[var] for var in needed))
+    for var, value in zip(live, outputs, strict=True):
+        env[var] = value
+
+
+def apply_rule(eqn: Any, values: Sequence[Any], frame: Frame) -> list[Any]:
+    """The rule of the equation's primitive; materialise the kernels where there is none."""
+    name = eqn.primitive.name
+    found = frame.session.rules.get(name)
+    if found is not None:
+        with _context(eqn):
+            outputs = found(frame, eqn, values)
+        if outputs is not None:
+            return outputs
+    with _context(eqn):
+        return materialized(frame, eqn, values)
+
+
+@contextlib.contextmanager
+def _context(eqn: Any) -> Iterator[None]:
+    """What is made here belongs to the user's line and module, and to the equation's own mesh and settings."""
+    info = eqn.source_info
+    stack = source_info_util.current_name_stack() + info.name_stack
+    with source_info_util.user_context(info.traceback, name_stack=stack), eqn.ctx.manager:
+        yield
+
+
+def materialized(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
+    """The equation itself on W + ΔW."""
+    source = source_of(eqn)
+    whole: dict[int, Any] = {}
+    for value in values:
+        if isinstance(value, LowRank) and id(value) not in whole:
+            whole[id(value)] = frame.materialize(value, eqn.primitive.name, source)
+    return bind(eqn, [whole[id(value)] if isinstance(value, LowRank) else value for value in values])

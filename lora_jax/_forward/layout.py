@@ -1,0 +1,258 @@
+"""Layout rules: equations that move, cut, scale or cast a kernel act on W and on both factors alike.
+
+Each rule takes `(frame, eqn, values)` and returns the equation's outputs, or None where no low-rank form exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from lora_jax._forward.interpret import Frame, bind
+from lora_jax._forward.lowrank import RANK, Factor, LowRank
+
+RULES: dict[str, Callable[..., list[Any] | None]] = {}
+
+
+def rule(*names: str) -> Callable:
+    def register(function: Callable) -> Callable:
+        for name in names:
+            RULES[name] = function
+        return function
+
+    return register
+
+
+def _each_factor(kernel: LowRank, w: Any, move: Callable[[Factor], Factor]) -> list[LowRank]:
+    return [kernel.with_factors(w, move(kernel.a), move(kernel.b))]
+
+
+def _plain_w(frame: Frame, eqn: Any, values: Sequence[Any]) -> Any:
+    """The equation itself, on the plain kernels."""
+    return bind(eqn, [value.w if isinstance(value, LowRank) else value for value in values])
+
+
+@rule("convert_element_type")
+def _convert(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
+    """A cast of W leaves the factors alone: they are cast once, to the activation's dtype, where they are used."""
+    if not jnp.issubdtype(eqn.params["new_dtype"], jnp.inexact):
+        return None
+    return _each_factor(values[0], _plain_w(frame, eqn, values)[0], lambda factor: factor)
+
+
+@rule("copy", "copy_p", "name", "reduce_precision", "device_put")
+def _unchanged(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
+    outputs = _plain_w(frame, eqn, values)
+    return [v.with_factors(w, v.a, v.b) if isinstance(v, LowRank) else w for v, w in zip(values, outputs, strict=True)]
+
+
+@rule("optimization_barrier", "stop_gradient", "pvary", "pcast")
+def _elementwise(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
+    """Equations that take any number of arrays of any shape: the factors go through as well."""
+    leaves, treedef = jax.tree.flatten(list(values))
+    if eqn.primitive.multiple_results:
+        return jax.tree.unflatten(treedef, eqn.primitive.bind(*leaves, **eqn.params))
+    return jax.tree.unflatten(treedef, [eqn.primitive.bind(leaf, **eqn.params) for leaf in leaves])
+
+
+@rule("transpose")
+def _transpose(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
+    names = {old: new for new, old in enumerate(eqn.params["permutation"])}
+    return _each_factor(values[0], _plain_w(frame, eqn, values)[0], lambda factor: factor.rename(names))
+
+
+def drop(factor: Factor, axes: Sequence[int]) -> Factor:
+    """Without the given axes of W, which have size one."""
+    gone = [d for d, axis in enumerate(factor.axes) if axis in axes]
+    if not gone:
+        return factor
+    return Factor(lax.squeeze(factor.value, gone), tuple(axis for axis in factor.axes if axis not in axes))
+
+
+@rule("squeeze")
+def _squeeze(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
+    gone = eqn.params["dimensions"]
+    left = [axis for axis in range(len(values[0].shape)) if axis not in gone]
+    names = {old: new for new, old in enumerate(left)}
+    return _each_factor(values[0], _plain_w(frame, eqn, values)[0], lambda factor: drop(factor, gone).rename(names))
+
+
+@rule("broadcast_in_dim")
+def _broadcast(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
+    """New axes, and axes stretched from size one, are in neither factor: ΔW is constant along them."""
+    kernel, shape = values[0], eqn.params["shape"]
+    if len(values) > 1:
+        return None
+    places = eqn.params["broadcast_dimensions"]
+    stretched = [k for k, place in enumerate(places) if kernel.shape[k] != shape[place]]
+    names = dict(enumerate(places))
+    return _each_factor(kernel, _plain_w(frame, eqn, values)[0], lambda factor: drop(factor, stretched).rename(names))
+
+
+@rule("slice")
+def _slice(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
+    start, limit = eqn.params["start_indices"], eqn.params["limit_indices"]
+    strides = eqn.params["strides"] or (1,) * len(start)
+
+    def cut(factor: Factor) -> Factor:
+        value = factor.value
+        for d, axis in enumerate(factor.axes):
+            if axis != RANK and (start[axis], limit[axis], strides[axis]) != (0, value.shape[d], 1):
+                value = lax.slice_in_dim(value, start[axis], limit[axis], strides[axis], axis=d)
+        return Factor(value, factor.axes)
+
+    return _each_factor(values[0], _plain_w(frame, eqn, values)[0], cut)
+
+
+@rule("dynamic_slice")
+def _dynamic_slice(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
+    kernel, *starts = values
+    sizes = eqn.params["slice_sizes"]
+    if not isinstance(kernel, LowRank) or len(starts) != len(sizes):
+        return None
+
+    def cut(factor: Factor) -> Factor:
+        offsets = [np.int32(0) if axis == RANK else starts[axis] for axis in factor.axes]
+        extents = [factor.size(RANK) if axis == RANK else sizes[axis] for axis in factor.axes]
+        return Factor(lax.dynamic_slice(factor.value, offsets, extents), factor.axes)
+
+    return _each_factor(kernel, _plain_w(frame, eqn, values)[0], cut)
+
+
+@rule("split")
+def _split(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
+    kernel, axis, sizes = values[0], eqn.params["axis"], eqn.params["sizes"]
+
+    def parts(factor: Factor) -> list[Factor]:
+        if axis not in factor.axes:
+            return [factor] * len(sizes)
+        pieces = lax.split(factor.value, sizes, axis=factor.axes.index(axis))
+        return [Factor(piece, factor.axes) for piece in pieces]
+
+    pieces = zip(_plain_w(frame, eqn, values), parts(kernel.a), parts(kernel.b), strict=True)
+    return [kernel.with_factors(w, a, b) for w, a, b in pieces]
+
+
+@rule("rev")
+def _rev(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
+    flipped = eqn.params["dimensions"]
+
+    def flip(factor: Factor) -> Factor:
+        places = [d for d, axis in enumerate(factor.axes) if axis in flipped]
+        return Factor(lax.rev(factor.value, places), factor.axes) if places else factor
+
+    return _each_factor(values[0], _plain_w(frame, eqn, values)[0], flip)
+
+
+@rule("pad")
+def _pad(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
+    """Whatever W is padded with, ΔW is padded with zeros, which zeros in either factor give."""
+    kernel, config = values[0], eqn.params["padding_config"]
+    if not isinstance(kernel, LowRank):
+        return None
+
+    def extend(factor: Factor) -> Factor:
+        widths = [(0, 0, 0) if axis == RANK else config[axis] for axis in factor.axes]
+        if all(width == (0, 0, 0) for width in widths):
+            return factor
+        return Factor(lax.pad(factor.value, jnp.zeros((), factor.value.dtype), widths), factor.axes)
+
+    if any(width != (0, 0, 0) and kernel.only(axis) == "none" for axis, width in enumerate(config)):
+        return None
+    return _each_factor(kernel, _plain_w(frame, eqn, values)[0], extend)
+
+
+def reshape_groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[tuple[int, ...], tuple[int, ...]]] | None:
+    """Which axes of the old shape become which of the new: the finest such grouping, axes of size one left out."""
+    before = [k for k, size in enumerate(old) if size != 1]
+    after = [k for k, size in enumerate(new) if size != 1]
+    groups, i, j = [], 0, 0
+    while i < len(before) and j < len(after):
+        first_i, first_j, left, right = i, j, old[before[i]], new[after[j]]
+        i, j = i + 1, j + 1
+        while left != right:
+            if left < right:
+                left, i = left * old[before[i]], i + 1
+            else:
+                right, j = right * new[after[j]], j + 1
+        groups.append((tuple(before[first_i:i]), tuple(after[first_j:j])))
+    return groups if i == len(before) and j == len(after) else None
+
+
+@rule("reshape")
+def _reshape(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
+    """Axes merge and split inside one side of the kernel; a merge of an input with an output has no low-rank form."""
+    kernel, shape = values[0], eqn.params["new_sizes"]
+    if eqn.params["dimensions"] is not None or 0 in shape:
+        return None
+    groups = reshape_groups(kernel.shape, shape)
+    if groups is None:
+        return None
+    for before, _ in groups:
+        if len({kernel.only(k) for k in before} - {"none"}) > 1:
+            return None
+    ones = [k for k, size in enumerate(kernel.shape) if size == 1]
+    return _each_factor(
+        kernel,
+        _plain_w(frame, eqn, values)[0],
+        lambda factor: _regroup(drop(factor, ones), groups, kernel.shape, shape),
+    )
+
+
+def _regroup(factor: Factor, groups: Sequence, old: Sequence[int], new: Sequence[int]) -> Factor:
+    order, sizes, axes = [], [], []
+    for before, after in groups:
+        present = [k for k in before if k in factor.axes]
+        if not present:
+            continue
+        if len(present) < len(before):  # an axis along which ΔW is constant merges with one along which it varies
+            factor = _stretch(factor, [k for k in before if k not in present], old)
+        order += before
+        axes += after
+        sizes += [new[k] for k in after]
+    rank_first = factor.axes and factor.axes[0] == RANK
+    rank = factor.size(RANK)
+    order, axes, sizes = (
+        ([RANK, *order], [RANK, *axes], [rank, *sizes])
+        if rank_first
+        else ([*order, RANK], [*axes, RANK], [*sizes, rank])
+    )
+    value = factor.ordered(order)
+    return Factor(value if value.shape == tuple(sizes) else lax.reshape(value, sizes), tuple(axes))
+
+
+def _stretch(factor: Factor, axes: Sequence[int], shape: Sequence[int]) -> Factor:
+    """Repeat the factor along axes that it doesn't have."""
+    count = len(axes)
+    value = lax.broadcast_in_dim(
+        factor.value, [shape[k] for k in axes] + list(factor.value.shape), range(count, count + factor.value.ndim)
+    )
+    return Factor(value, (*axes, *factor.axes))
+
+
+@rule("sharding_constraint")
+def _sharding_constraint(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
+    """The factors follow the kernel's placement along the axes that they have; the rank isn't sharded."""
+    kernel, sharding = values[0], eqn.params["sharding"]
+    w = _plain_w(frame, eqn, values)[0]
+    if not isinstance(sharding, jax.sharding.NamedSharding):
+        return [kernel.with_factors(w, kernel.a, kernel.b)]
+
+    def place(factor: Factor) -> Factor:
+        placed = lax.with_sharding_constraint(
+            factor.value, jax.sharding.NamedSharding(sharding.mesh, factor_spec(sharding.spec, factor.axes))
+        )
+        return Factor(placed, factor.axes)
+
+    return _each_factor(kernel, w, place)
+
+
+def factor_spec(spec: Any, axes: Sequence[int]) -> jax.sharding.PartitionSpec:
+    """The kernel's partition spec restricted to the axes of a factor."""
+    full = dict(enumerate(spec))
+    return jax.sharding.PartitionSpec(*(None if axis == RANK else full.get(axis) for axis in axes))

@@ -1,0 +1,120 @@
+"""The value that the forward carries for an adapted kernel: W and its two factors, with named axes.
+
+A factor's dimensions are named by the axes of W that they follow, and `RANK`:
+
+    ΔW[k_0, ..., k_n] = Σ_r a[axes of a, r] · b[axes of b, r]
+
+An axis that both factors have is a stack axis, one that only `a` has an input, one that only `b` has an output, and one
+that neither has (a broadcast axis, an axis of size one) leaves ΔW constant along it. Transposing W renames; nothing is
+moved until a consumer contracts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+RANK = -1
+
+
+class Factor(NamedTuple):
+    """An array whose dimensions are named: `axes[d]` is the axis of W that dimension `d` follows, or `RANK`."""
+
+    value: Any
+    axes: tuple[int, ...]
+
+    def size(self, axis: int) -> int:
+        return self.value.shape[self.axes.index(axis)]
+
+    def rename(self, names: Mapping[int, int]) -> Factor:
+        """Follow a renumbering of W's axes; axes that `names` leaves out must not occur."""
+        return Factor(self.value, tuple(axis if axis == RANK else names[axis] for axis in self.axes))
+
+    def ordered(self, axes: Sequence[int]) -> Any:
+        """The array with its dimensions in the order `axes`; no equation if they already are."""
+        permutation = tuple(self.axes.index(axis) for axis in axes)
+        return self.value if permutation == tuple(range(len(axes))) else lax.transpose(self.value, permutation)
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """A kernel on its way through the function: the plain array `w` and the factors of its update.
+
+    `key` is the kernel's own dropout key (None without dropout) and `origin` says which adapted leaves it comes from,
+    as slots of the frame that evaluates it: slots, not paths, so that two layers share one transformed function.
+    """
+
+    w: Any
+    a: Factor
+    b: Factor
+    key: Any = None
+    origin: tuple[int, ...] = ()
+
+    def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        return (self.w, self.a.value, self.b.value, self.key), (self.a.axes, self.b.axes, self.origin)
+
+    @classmethod
+    def tree_unflatten(cls, aux: tuple[Any, ...], children: Iterable[Any]) -> LowRank:
+        w, a, b, key = children
+        return cls(w, Factor(a, aux[0]), Factor(b, aux[1]), key, aux[2])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.w.shape
+
+    def only(self, axis: int) -> str:
+        """Where an axis lives: "a", "b", "both" or "none"."""
+        return {(True, True): "both", (True, False): "a", (False, True): "b", (False, False): "none"}[
+            axis in self.a.axes, axis in self.b.axes
+        ]
+
+    def with_factors(self, w: Any, a: Factor, b: Factor) -> LowRank:
+        return replace(self, w=w, a=a, b=b)
+
+
+def product(lhs: Factor, rhs: Factor, keep: Sequence[int], **options: Any) -> Factor:
+    """`dot_general` over names: a shared name is a batch dimension if it is in `keep` and is contracted otherwise.
+
+    The result's dimensions are the batch, what is left of `lhs`, what is left of `rhs`, as `dot_general` orders them.
+    """
+    shared = [axis for axis in lhs.axes if axis in rhs.axes]
+    batch = [axis for axis in shared if axis in keep]
+    contracted = [axis for axis in shared if axis not in keep]
+    axes = batch + [k for k in lhs.axes if k not in shared] + [k for k in rhs.axes if k not in shared]
+    dimensions = (
+        ([lhs.axes.index(k) for k in contracted], [rhs.axes.index(k) for k in contracted]),
+        ([lhs.axes.index(k) for k in batch], [rhs.axes.index(k) for k in batch]),
+    )
+    return Factor(lax.dot_general(lhs.value, rhs.value, dimensions, **options), tuple(axes))
+
+
+def update(kernel: LowRank) -> jax.Array:
+    """ΔW as an array of the kernel's shape, computed in float32 (or wider, if the factors are)."""
+    dtype = jnp.promote_types(jnp.result_type(kernel.a.value, kernel.b.value), jnp.float32)
+    a = Factor(kernel.a.value.astype(dtype), kernel.a.axes)
+    b = Factor(kernel.b.value.astype(dtype), kernel.b.axes)
+    axes = [k for k in range(len(kernel.shape)) if kernel.only(k) != "none"]
+    value = product(a, b, keep=axes, preferred_element_type=dtype).ordered(axes)
+    return lax.broadcast_in_dim(value, kernel.shape, axes)
+
+
+def dense(kernel: LowRank) -> jax.Array:
+    """W + ΔW, added in float32 and rounded once to W's dtype, as `merge` does."""
+    delta = update(kernel)
+    return (kernel.w.astype(jnp.promote_types(kernel.w.dtype, delta.dtype)) + delta).astype(kernel.w.dtype)
+
+
+def is_vector(kernel: LowRank) -> bool:
+    """Whether one side has no extent left, as after looking up one row: then ΔW costs no more than the product."""
+    sides = [
+        math.prod(f.size(k) for k in f.axes if k != RANK and kernel.only(k) == side)
+        for f, side in ((kernel.a, "a"), (kernel.b, "b"))
+    ]
+    return min(sides) == 1
