@@ -24,7 +24,7 @@ GROUPS = {
     "analysis": (CORE, {"jax", "numpy", "scipy"}),
     "data": (set(), {"numpy", "grain"}),
     "text_to_sql": ({"data"}, {"numpy"}),
-    "train": (CORE | {"data", "checkpoint"}, {"jax", "numpy", "optax", "orbax"}),
+    "train": (CORE | {"data", "checkpoint"}, {"jax", "numpy", "grain", "optax", "rich"}),
     "generate": (CORE | {"data", "checkpoint"}, {"jax", "numpy"}),
     "sweep": ({"train", "analysis", "models"}, {"jax", "numpy"}),
     "plan": ({"train", "analysis", "models"}, {"jax", "numpy"}),

@@ -1,0 +1,154 @@
+"""What to adapt and how: the settings of `lora_jax.init`."""
+
+import dataclasses
+import math
+import numbers
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax.numpy as jnp
+
+from lora_jax._paths import ATTENTION, check_patterns
+
+Scaling = Literal["standard", "rank_stabilized"]
+Initializer = Literal["gaussian", "kaiming_uniform"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Override:
+    """Another rank or alpha for some of the targets.
+
+    Attributes:
+      target: A pattern, as in `LoRAConfig.targets`.
+      rank: For these kernels; of a stacked kernel also one for each stack index, where 0 leaves that index alone.
+      alpha: For these kernels; of a stacked kernel also one for each stack index.
+    """
+
+    target: str
+    rank: int | tuple[int, ...] | None = None
+    alpha: float | tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        check_patterns([self.target], "overrides")
+        object.__setattr__(self, "rank", _tuple_if_sequence(self.rank))
+        object.__setattr__(self, "alpha", _tuple_if_sequence(self.alpha))
+        each = isinstance(self.rank, tuple)
+        for rank in _as_tuple(self.rank):
+            _check_rank(rank, f"overrides: {self.target!r}: rank", least=0 if each else 1)
+        for alpha in _as_tuple(self.alpha):
+            _check_alpha(alpha, f"overrides: {self.target!r}: alpha")
+        if each and not any(_as_tuple(self.rank)):
+            raise ValueError(f"overrides: {self.target!r}: rank is 0 everywhere; use exclude to leave a kernel alone")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoRAConfig:
+    """What to adapt and how.
+
+        y = x W + scale · (x A) B,    scale = alpha / rank  ("standard")  or  alpha / √rank  ("rank_stabilized")
+
+    Patterns name leaves by a suffix of whole path components, with or without the final leaf name (`"q_proj"`,
+    `"attn/out"`); by a regular expression between slashes that must match the whole path; or by a preset:
+
+    - `"attention"`: the query, key, value and output projections, under the names `query key value out` (Linen, NNX;
+      the output is `linear` in Haiku, `attention/output/dense` in BERT, RoBERTa and ViT), `q_proj k_proj v_proj` with
+      `o_proj` or `out_proj` (Llama, Mistral, Qwen, Gemma, OPT, BART, CLIP), `q k v o` (T5), `q_lin k_lin v_lin out_lin`
+      (DistilBERT), `c_attn c_proj` (GPT-2), `query_key_value dense` (GPT-NeoX, BLOOM, Falcon), `qkv_proj` with `o_proj`
+      or `out_proj` (Phi-3, CodeGen), `Wqkv out_proj` (MPT), `qkv proj` (timm), and `q_einsum kv_einsum` or `qkv_einsum`
+      with `attn_vec_einsum` (Gemma).
+    - `"all-linear"`: every kernel that `lora_jax.kernel_axes` sees contracted with activations, output heads and
+      embeddings left out.
+
+    Where several patterns match, the first wins.
+
+    Attributes:
+      rank: Columns of A and rows of B.
+      alpha: Numerator of the scale.
+      targets: Patterns of the kernels to adapt.
+      exclude: Patterns of kernels to leave alone.
+      overrides: Other ranks and alphas for some of the targets; the first that matches a kernel counts.
+      scaling: `"standard"` as in the paper, or `"rank_stabilized"` (Kalajdzievski 2023, arXiv 2312.03732).
+      init: Of A; B starts at zero. `"gaussian"` is N(0, 1/rank²), as in PEFT; `"kaiming_uniform"` is U(±1/√inputs), the
+        default of loralib and PEFT.
+      dtype: Of A and B. Lower than float32 can keep them from moving at all under Adam.
+      train: Patterns of leaves that train whole: heads, biases, norms.
+
+    Raises:
+      ValueError: A setting is out of range or unknown.
+
+    >>> LoRAConfig(rank=8, alpha=16, targets=["q_proj", "v_proj"]).targets
+    ('q_proj', 'v_proj')
+    >>> LoRAConfig(rank=0, alpha=16)
+    Traceback (most recent call last):
+    ValueError: rank: 0 given, expected a whole number of 1 or more
+    """
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...] = (ATTENTION,)
+    exclude: tuple[str, ...] = ()
+    overrides: tuple[Override, ...] = ()
+    scaling: Scaling = "standard"
+    init: Initializer = "gaussian"
+    dtype: str = "float32"
+    train: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for field in ("targets", "exclude", "train"):
+            object.__setattr__(self, field, _as_tuple(getattr(self, field)))
+            check_patterns(getattr(self, field), field)
+        object.__setattr__(self, "overrides", tuple(self.overrides))
+        object.__setattr__(self, "dtype", _dtype_name(self.dtype))
+        _check_rank(self.rank, "rank", least=1)
+        _check_alpha(self.alpha, "alpha")
+        for field, known in (("scaling", Scaling), ("init", Initializer)):
+            _check_choice(getattr(self, field), field, known.__args__)
+        if not self.targets and not self.train:
+            raise ValueError("targets: none given, and train is empty too; nothing would train")
+        if not self.targets and (self.exclude or self.overrides):
+            raise ValueError("targets: none given, but exclude or overrides are; they choose among the targets")
+
+    def scale(self, rank: int, alpha: float) -> float:
+        """The factor before A B of a kernel that has this rank and alpha; 0 for rank 0.
+
+        >>> LoRAConfig(rank=8, alpha=16, scaling="rank_stabilized").scale(4, 16)
+        8.0
+        """
+        if rank == 0:
+            return 0.0
+        return alpha / (rank if self.scaling == "standard" else math.sqrt(rank))
+
+
+def _as_tuple(x: Any) -> tuple:
+    if x is None:
+        return ()
+    return (x,) if isinstance(x, str) or not isinstance(x, Sequence) else tuple(x)
+
+
+def _tuple_if_sequence(x: Any) -> Any:
+    return tuple(x) if isinstance(x, Sequence) else x
+
+
+def _check_rank(rank: Any, what: str, *, least: int) -> None:
+    if isinstance(rank, bool) or not isinstance(rank, numbers.Integral) or rank < least:
+        raise ValueError(f"{what}: {rank!r} given, expected a whole number of {least} or more")
+
+
+def _check_alpha(alpha: Any, what: str) -> None:
+    if isinstance(alpha, bool) or not isinstance(alpha, numbers.Real) or not 0 < float(alpha) < math.inf:
+        raise ValueError(f"{what}: {alpha!r} given, expected a finite number above 0")
+
+
+def _check_choice(given: Any, what: str, known: Sequence[str]) -> None:
+    if given not in known:
+        raise ValueError(f"{what}: {given!r} given, expected {' or '.join(map(repr, known))}")
+
+
+def _dtype_name(dtype: Any) -> str:
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:
+        name = None
+    if name is None or not jnp.issubdtype(name, jnp.floating):
+        raise ValueError(f"dtype: {dtype!r} given, expected a floating-point type such as 'float32'") from None
+    return name

@@ -1,0 +1,240 @@
+"""Adding LoRA nodes to a parameter tree."""
+
+import functools
+import hashlib
+import math
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from lora_jax._config import LoRAConfig, Override
+from lora_jax._node import SUFFIX, Axes, KernelAxes, LoRA, Trained, cast, place
+from lora_jax._paths import is_vector, match
+from lora_jax._tree import attach, holders, leaves_with_paths, unbox
+
+_EMBEDDING_NAMES = ("embedding", "embeddings")
+
+
+def init(key: jax.Array, params: Any, config: LoRAConfig, *, axes: Mapping[str, Axes] | None = None) -> Any:
+    """Put a LoRA node beside each targeted kernel.
+
+        kernel: f[...]   →   kernel: f[...],  kernel_lora: LoRA(a random, b = 0, scale = alpha / rank)
+
+    The function is the same as before until training moves B: the product A B starts at zero. An embedding has its
+    lookup side A at zero and B ~ N(0, 1) instead, as in loralib. Each kernel's key comes from its path alone, so that
+    another target never changes the factors of this one. Factors of a sharded base are made where they belong.
+
+    Args:
+      key: A JAX random key.
+      params: The parameters: mappings, at any depth, of arrays. Works on ShapeDtypeStructs under `jax.eval_shape`.
+      config: What to adapt and how.
+      axes: How the kernels are used. Best from `lora_jax.kernel_axes(apply_fn, params, *inputs)`, and then a target
+        that the function doesn't contract is an error. Or a dict of patterns and `Axes`, for kernels that aren't
+        f[inputs, outputs].
+
+    Returns:
+      The tree with its nodes. A leaf of a low-precision base that trains whole (`config.train`) is kept in float32.
+
+    Raises:
+      ValueError: A pattern that matches nothing; a kernel that isn't floating-point, that has more than two axes and no
+        rule, that is adapted already, that has no string key in a mapping to stand beside, or that trains whole too.
+
+    >>> params = {"query": {"kernel": jnp.ones((4, 6))}, "out": {"kernel": jnp.ones((6, 4))}}
+    >>> params = init(jax.random.key(0), params, LoRAConfig(rank=2, alpha=4, targets=["query"]))
+    >>> node = params["query"]["kernel_lora"]
+    >>> node.a.shape, node.b.shape, float(node.scale)
+    ((4, 2), (2, 6), 2.0)
+    """
+    leaves = dict(leaves_with_paths(params))
+    nodes_and_leaves = {path: leaf for path, leaf in leaves.items() if not isinstance(leaf, LoRA)}
+    kernels = _choose(nodes_and_leaves, config, axes)
+    _check_places(params, kernels)
+    whole = match(config.train, nodes_and_leaves, what="train")
+    both = sorted(set(whole) & set(kernels))
+    if both:
+        raise ValueError(f"{both[0]}: is a target and trains whole too; take it out of train, or exclude it")
+    ranks = _ranks(kernels, config)
+    nodes = {path: _node(key, path, kernel, ranks[path], config) for path, kernel in kernels.items()}
+    return attach(params, nodes, {path: _master(path, leaves[path]) for path in whole})
+
+
+class _Kernel(NamedTuple):
+    shape: tuple[int, ...]
+    sharding: Any  # None: wherever JAX puts it
+    axes: Axes
+    embedding: bool
+
+    def sizes(self) -> tuple[tuple[int, ...], ...]:
+        """Sizes of the stack, the inputs and the outputs."""
+        return tuple(tuple(self.shape[axis] for axis in group) for group in self.axes)
+
+
+# Choosing -----------------------------------------------------------------------------------------------------------
+
+
+def _choose(leaves: Mapping[str, Any], config: LoRAConfig, axes: Mapping[str, Axes] | None) -> dict[str, _Kernel]:
+    """The kernels that the config targets."""
+    exact = axes if isinstance(axes, KernelAxes) else None
+    rules = {} if axes is None or exact is not None else _rules(axes, leaves)
+    adaptable = {path for path, leaf in leaves.items() if _is_matrix(path, unbox(leaf), exact)}
+    linear = adaptable & (set(exact) - exact.heads - exact.embeddings) if exact is not None else None
+    chosen: set[str] = set()
+    for pattern in config.targets:
+        hits = adaptable & set(match([pattern], leaves, what="targets", linear=linear))
+        if not hits:
+            raise ValueError(f"targets: {pattern!r} matches no kernel, only biases, norms and such; name them in train")
+        chosen |= hits
+    excluded = match(config.exclude, leaves, what="exclude", linear=linear)
+    if config.targets and chosen <= set(excluded):
+        raise ValueError("exclude: leaves none of the targets")
+    return {
+        path: _kernel(path, unbox(leaves[path]), exact, rules)
+        for path in leaves
+        if path in chosen and path not in excluded
+    }
+
+
+def _is_matrix(path: str, leaf: Any, exact: KernelAxes | None) -> bool:
+    """Whether a leaf has an input and an output side, as far as can be known."""
+    if isinstance(leaf, Trained) or np.ndim(leaf) < 2:
+        return False
+    if exact is not None and path in exact:
+        return bool(exact[path].inputs and exact[path].outputs)
+    return not is_vector(path)
+
+
+def _rules(axes: Mapping[str, Axes], leaves: Collection[str]) -> dict[str, Axes]:
+    given = [Axes(*(tuple(group) for group in rule)) for rule in axes.values()]
+    return {path: given[index] for path, index in match(list(axes), leaves, what="axes").items()}
+
+
+def _kernel(path: str, leaf: Any, exact: KernelAxes | None, rules: Mapping[str, Axes]) -> _Kernel:
+    shape, dtype = tuple(leaf.shape), jnp.dtype(leaf.dtype)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"{path}: is {dtype.name}, expected a floating-point kernel; dequantize it, or exclude it")
+    if exact is not None:
+        if path not in exact:
+            raise ValueError(f"{path}: the traced function never contracts or looks up this leaf; exclude it")
+        axes = exact[path]
+    elif path in rules:
+        axes = rules[path]
+    elif len(shape) == 2:
+        axes = Axes()
+    else:
+        raise ValueError(
+            f"{path}: has shape {shape}, and which axes are inputs isn't known;"
+            " pass axes=lora_jax.kernel_axes(apply_fn, params, *inputs)"
+        )
+    if sorted(sum(axes, ())) != list(range(len(shape))) or not axes.inputs or not axes.outputs:
+        raise ValueError(f"{path}: {axes} must name each axis of shape {shape} once, with inputs and outputs")
+    embedding = path.rpartition("/")[2] in _EMBEDDING_NAMES if exact is None else path in exact.embeddings
+    return _Kernel(shape, _sharding_of(leaf), axes, embedding)
+
+
+def _sharding_of(leaf: Any) -> Any:
+    """Where a real array (or a ShapeDtypeStruct that says so) lives; None leaves it to JAX."""
+    if isinstance(leaf, Tracer):
+        sharding = jax.typeof(leaf).sharding  # says something under a mesh with explicit axes only
+        return sharding if any(axis is not None for axis in sharding.spec) else None
+    if isinstance(leaf, jax.Array) and not leaf.committed:
+        return None
+    return getattr(leaf, "sharding", None)
+
+
+def _check_places(params: Any, kernels: Collection[str]) -> None:
+    known = holders(params)
+    for path in kernels:
+        if path not in known:
+            raise ValueError(
+                f"{path}: stands in a list, a tuple or under an integer key, where {SUFFIX!r} can't be added to its"
+                " name; keep it in a dict under a string, or exclude it"
+            )
+        sibling = known[path].get(path.rpartition("/")[2] + SUFFIX)
+        if isinstance(sibling, LoRA):
+            raise ValueError(f"{path}: is adapted already; merge it first, or start from the base that split gives")
+        if sibling is not None:
+            raise ValueError(f"{path}{SUFFIX}: the tree has a leaf of that name, which the LoRA node needs; rename it")
+
+
+def _ranks(kernels: Mapping[str, _Kernel], config: LoRAConfig) -> dict[str, tuple[tuple[int, ...], tuple[float, ...]]]:
+    """Rank and scale of every stack index of every kernel; one of each where nothing is stacked."""
+    matched = match([override.target for override in config.overrides], kernels, what="overrides")
+    plain = Override(target="/.*/")
+    result = {}
+    for path, kernel in kernels.items():
+        override = config.overrides[matched[path]] if path in matched else plain
+        count = math.prod(kernel.sizes()[0])
+        ranks = _each(config.rank if override.rank is None else override.rank, count, f"{path}: rank")
+        alphas = _each(config.alpha if override.alpha is None else override.alpha, count, f"{path}: alpha")
+        result[path] = ranks, tuple(config.scale(*pair) for pair in zip(ranks, alphas, strict=True))
+    return result
+
+
+def _each(value: Any, count: int, what: str) -> tuple:
+    if not isinstance(value, tuple):
+        return (value,) * count
+    if len(value) != count:
+        raise ValueError(f"{what}: {len(value)} values given, the kernel has {count} stack indices")
+    return value
+
+
+# Making -------------------------------------------------------------------------------------------------------------
+
+
+def _node(key: jax.Array, path: str, kernel: _Kernel, ranks_scales: tuple[tuple, tuple], config: LoRAConfig) -> LoRA:
+    ranks, scales = ranks_scales
+    make = _maker(kernel, ranks, scales, config.init, config.dtype)
+    a, b, scale = make(_fold(key, path))
+    return LoRA(a, b, scale, axes=kernel.axes)
+
+
+def _fold(key: jax.Array, path: str) -> jax.Array:
+    """The kernel's own key. Not Python's `hash`, which differs from process to process."""
+    digest = hashlib.sha256(path.encode()).digest()
+    for word in np.frombuffer(digest[:8], "<u4"):
+        key = jax.random.fold_in(key, word)
+    return key
+
+
+# A cache of compiled functions: a model has many kernels and few kinds of kernel.
+@functools.cache
+def _maker(kernel: _Kernel, ranks: tuple[int, ...], scales: tuple[float, ...], initializer: str, dtype: str):
+    """Key to (a, b, scale), made where the kernel's sharding puts them, on no other device first."""
+    stack, inputs, outputs = kernel.sizes()
+    rank = max(ranks)
+
+    def make(key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        each = np.reshape(ranks, stack)
+        used = np.arange(rank) < each[..., None]  # the rest is padding: columns of A and rows of B that stay zero
+        used_a = used.reshape(*stack, *(1 for _ in inputs), rank)
+        a_shape, b_shape = (*stack, *inputs, rank), (*stack, rank, *outputs)
+        if kernel.embedding:
+            drawn = jax.random.normal(key, b_shape)
+            a, b = jnp.zeros(a_shape), jnp.where(used.reshape(*used.shape, *(1 for _ in outputs)), drawn, 0)
+        elif initializer == "gaussian":
+            std = 1 / np.maximum(each, 1).reshape(*stack, *(1 for _ in inputs), 1)
+            a, b = jnp.where(used_a, jax.random.normal(key, a_shape) * std, 0), jnp.zeros(b_shape)
+        else:
+            bound = 1 / math.sqrt(math.prod(inputs))
+            drawn = jax.random.uniform(key, a_shape, minval=-bound, maxval=bound)
+            a, b = jnp.where(used_a, drawn, 0), jnp.zeros(b_shape)
+        return a.astype(dtype), b.astype(dtype), jnp.asarray(np.reshape(scales, stack), jnp.float32)
+
+    if kernel.sharding is None:
+        return jax.jit(make)
+    where = place(kernel.sharding, kernel.axes)
+    return jax.jit(make, out_shardings=(where.a, where.b, where.scale))
+
+
+def _master(path: str, leaf: Any) -> Any:
+    """The leaf as it trains: float32 where its own dtype is too coarse for an optimizer's steps."""
+    if isinstance(leaf, Trained):
+        return leaf
+    dtype = jnp.dtype(unbox(leaf).dtype)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"{path}: is {dtype.name}, and only floating-point leaves train; take it out of train")
+    return Trained(cast(leaf, jnp.float32), dtype.name) if dtype.itemsize < 4 else leaf

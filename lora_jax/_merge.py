@@ -1,0 +1,96 @@
+"""Folding adapters into their kernels, and taking them out again."""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from lora_jax._node import LoRA, check_node, update_of
+from lora_jax._tree import combine, detach, edit, leaves_with_paths, nodes_of, rebox, unbox
+
+
+def merge(params: Any, *, dtype: Any = None) -> Any:
+    """Fold every adapter into its kernel.
+
+        W' = W + scale · A B,  added in float32 and rounded once
+
+    Jittable. `merge_report` says how much of the update survives the rounding.
+
+    Args:
+      params: A tree that `init` made.
+      dtype: Of the merged kernels; the kernel's own by default.
+
+    Returns:
+      The tree as it was before `init`, with W' in place of W and the extra trained leaves as they are now.
+
+    Raises:
+      ValueError: A node that doesn't fit its kernel, or holds several stacked adapters.
+
+    >>> node = LoRA(jnp.ones((2, 1)), jnp.ones((1, 3)), jnp.float32(0.5))
+    >>> merge({"kernel": jnp.ones((2, 3)), "kernel_lora": node})
+    {'kernel': Array([[1.5, 1.5, 1.5],
+           [1.5, 1.5, 1.5]], dtype=float32)}
+    """
+    plain, nodes = detach(params)
+    return _moved(plain, nodes, 1, dtype)
+
+
+def unmerge(params: Any, adapter: Any) -> Any:
+    """Take an adapter back out of merged kernels: `unmerge(merge(p), split(p)[1]) ≈ p`, up to the rounding of W'.
+
+    Args:
+      params: What `merge` gave.
+      adapter: The adapter that was merged, as `split` gives it.
+
+    Returns:
+      The tree with W' - ΔW in place of W' and its nodes beside it.
+
+    Raises:
+      ValueError: The adapter doesn't fit the tree.
+
+    >>> node = LoRA(jnp.ones((2, 1)), jnp.ones((1, 3)), jnp.float32(0.5))
+    >>> params = unmerge({"kernel": jnp.full((2, 3), 1.5)}, {"kernel_lora": node})
+    >>> params["kernel"][0, 0], params["kernel_lora"] is node
+    (Array(1., dtype=float32), True)
+    """
+    whole = {path for path, leaf in leaves_with_paths(adapter) if not isinstance(leaf, LoRA)}
+    base = _moved(params, nodes_of(adapter), -1, None)
+    return combine(edit(base, leaf=lambda path, leaf: None if path in whole else leaf), adapter)
+
+
+def delta(params: Any) -> Any:
+    """The updates alone: ΔW in float32 at every adapted kernel, None at every other leaf.
+
+    >>> node = LoRA(jnp.ones((2, 1)), jnp.ones((1, 2)), jnp.float32(0.5))
+    >>> delta({"kernel": jnp.ones((2, 2)), "kernel_lora": node, "bias": jnp.ones(2)})
+    {'kernel': Array([[0.5, 0.5],
+           [0.5, 0.5]], dtype=float32), 'bias': None}
+    """
+    plain, nodes = detach(params)
+
+    def update(path: str, leaf: Any) -> Any:
+        if path not in nodes:
+            return None
+        check_node(path, unbox(leaf), nodes[path])
+        return rebox(leaf, update_of(nodes[path], _wide(unbox(leaf))))
+
+    return edit(plain, leaf=update)
+
+
+def _moved(plain: Any, nodes: dict[str, LoRA], sign: int, dtype: Any) -> Any:
+    """Each kernel moved by its node's update, forth or back."""
+
+    def move(path: str, leaf: Any) -> Any:
+        if path not in nodes or leaf is None:
+            return leaf
+        kernel = unbox(leaf)
+        check_node(path, kernel, nodes[path])
+        wide = _wide(kernel)
+        moved = jnp.asarray(kernel, wide) + sign * update_of(nodes[path], wide)
+        return rebox(leaf, moved.astype(kernel.dtype if dtype is None else dtype))
+
+    return edit(plain, leaf=move)
+
+
+def _wide(kernel: Any) -> Any:
+    """The dtype to add in."""
+    return jnp.promote_types(jnp.float32, kernel.dtype)

@@ -1,0 +1,169 @@
+"""Names of leaves, and the one ordered matcher that picks leaves by name."""
+
+import difflib
+import re
+from collections.abc import Collection, Sequence
+from typing import Any
+
+ATTENTION = "attention"
+ALL_LINEAR = "all-linear"
+
+# Final names that say nothing about the layer: a pattern may leave them out.
+LEAF_NAMES = frozenset({"kernel", "weight", "w", "embedding", "embeddings", "bias", "b", "scale", "offset"})
+# Of these, the ones that hold a vector per layer even where stacking or heads give them more axes.
+VECTOR_NAMES = frozenset({"bias", "b", "scale", "offset"})
+
+# Projections of one attention layer: the names that must stand together, then the ones they bring along where they
+# exist. Asking for the whole group keeps a policy's "value" head and a classifier's "out" layer from passing for one.
+_ATTENTION_GROUPS = (
+    (("query", "key", "value"), ("out", "linear", "../output/dense")),  # Linen, NNX, Haiku; BERT, RoBERTa, ViT
+    (("q_proj", "k_proj", "v_proj"), ("o_proj", "out_proj")),  # Llama, Mistral, Qwen, Gemma; OPT, BART, CLIP
+    (("q", "k", "v"), ("o", "out")),  # T5
+    (("q_lin", "k_lin", "v_lin"), ("out_lin",)),  # DistilBERT
+    (("c_attn",), ("q_attn", "c_proj")),  # GPT-2
+    (("query_key_value",), ("dense",)),  # GPT-NeoX, BLOOM, Falcon
+    (("qkv_proj",), ("o_proj", "out_proj")),  # Phi-3, CodeGen
+    (("Wqkv",), ("out_proj",)),  # MPT
+    (("qkv",), ("proj",)),  # timm
+    (("q_einsum", "kv_einsum"), ("attn_vec_einsum",)),  # Gemma, grouped-query
+    (("qkv_einsum",), ("attn_vec_einsum",)),  # Gemma
+)
+
+
+def path_of(key_path: Sequence[Any]) -> str:
+    """The path string of a JAX key path: its components joined with "/".
+
+    >>> import jax
+    >>> [(key_path, _)], _ = jax.tree_util.tree_flatten_with_path({"mlp/~/linear_0": {"w": 1.0}})
+    >>> path_of(key_path)
+    'mlp/~/linear_0/w'
+    """
+    return "/".join(component(key) for key in key_path)
+
+
+def component(key: Any) -> str:
+    """One entry of a JAX key path as a string: a mapping's key, an attribute's name or an index."""
+    for field in ("key", "name", "idx"):
+        if hasattr(key, field):
+            return str(getattr(key, field))
+    return str(key)
+
+
+def check_patterns(patterns: Sequence[str], what: str) -> None:
+    """Raise ValueError for a pattern that no path could ever match: an empty one or a broken regular expression."""
+    for pattern in patterns:
+        if not isinstance(pattern, str) or not pattern.strip("/"):
+            raise ValueError(f"{what}: {pattern!r} is not a name; give a leaf's name, '/regex/' or a preset")
+        if _is_regex(pattern):
+            try:
+                re.compile(pattern[1:-1])
+            except re.error as error:
+                raise ValueError(f"{what}: {pattern!r} is not a regular expression: {error}") from None
+
+
+def match(
+    patterns: Sequence[str], paths: Collection[str], *, what: str, linear: Collection[str] | None = None
+) -> dict[str, int]:
+    """Which pattern each path matches; the first that does wins.
+
+    A pattern is a suffix of whole components, with or without the final leaf name (`LEAF_NAMES`); a regular expression
+    between slashes, which must match the whole path; or a preset, `"attention"` or `"all-linear"`.
+
+    Args:
+      patterns: In order of precedence.
+      paths: All leaf paths of the tree, as `leaf_paths` gives them.
+      what: Names the setting in error messages: `"targets"`.
+      linear: The paths that `"all-linear"` stands for; None where they aren't known.
+
+    Returns:
+      For each path that matches, the index of its pattern.
+
+    Raises:
+      ValueError: A pattern matches no path at all (the nearest names are listed), or `"all-linear"` isn't known.
+
+    >>> paths = ["layer_0/q_proj/kernel", "layer_0/q_proj/bias", "head/kernel"]
+    >>> match(["layer_0/q_proj/bias", "q_proj"], paths, what="train")
+    {'layer_0/q_proj/kernel': 1, 'layer_0/q_proj/bias': 0}
+    >>> match(["/.*/kernel/"], paths, what="targets")
+    {'layer_0/q_proj/kernel': 0, 'head/kernel': 0}
+    >>> match(["q_prj"], paths, what="targets")
+    Traceback (most recent call last):
+    ValueError: targets: 'q_prj' matches no leaf; nearest: 'q_proj'
+    """
+    check_patterns(patterns, what)
+    chosen: dict[str, int] = {}
+    for index, pattern in enumerate(patterns):
+        hits = _matches(pattern, paths, what, linear)
+        if not hits:
+            raise ValueError(f"{what}: {pattern!r} matches no leaf; {_hint(pattern, paths)}")
+        for path in hits:
+            chosen.setdefault(path, index)
+    return {path: chosen[path] for path in paths if path in chosen}
+
+
+def is_vector(path: str) -> bool:
+    """Whether the leaf is a bias or a norm's scale by its name."""
+    return path.rpartition("/")[2] in VECTOR_NAMES
+
+
+def _is_regex(pattern: str) -> bool:
+    return len(pattern) > 2 and pattern.startswith("/") and pattern.endswith("/")
+
+
+def _matches(pattern: str, paths: Collection[str], what: str, linear: Collection[str] | None) -> list[str]:
+    if pattern == ATTENTION:
+        wanted = _attention(paths)
+    elif pattern == ALL_LINEAR:
+        if linear is None:
+            raise ValueError(
+                f"{what}: 'all-linear' must know how each kernel is used;"
+                " pass axes=lora_jax.kernel_axes(apply_fn, params, *inputs)"
+            )
+        wanted = set(linear)
+    elif _is_regex(pattern):
+        regex = re.compile(pattern[1:-1])
+        return [path for path in paths if regex.fullmatch(path)]
+    else:
+        suffix = pattern.strip("/").split("/")
+        return [path for path in paths if any(_ends_with(name, suffix) for name in _names(path))]
+    return [path for path in paths if path in wanted]
+
+
+def _names(path: str) -> list[list[str]]:
+    """The components that a suffix is compared with: all, and without a final leaf name."""
+    parts = path.split("/")
+    return [parts, parts[:-1]] if parts[-1] in LEAF_NAMES and len(parts) > 1 else [parts]
+
+
+def _ends_with(parts: list[str], suffix: list[str]) -> bool:
+    return parts[-len(suffix) :] == suffix
+
+
+def _attention(paths: Collection[str]) -> set[str]:
+    modules: dict[tuple[str, ...], list[str]] = {}  # the projection, as "layer_0/attn/query" -> its leaves
+    for path in paths:
+        modules.setdefault(tuple(_names(path)[-1]), []).append(path)
+    found: set[str] = set()
+    for parent in {module[:-1] for module in modules}:
+        for anchors, others in _ATTENTION_GROUPS:
+            if all((*parent, name) in modules for name in anchors):
+                for name in (*anchors, *others):
+                    found.update(modules.get(_relative(parent, name), ()))
+    return found
+
+
+def _relative(parent: tuple[str, ...], name: str) -> tuple[str, ...]:
+    parts = name.split("/")
+    return (*parent[:-1], *parts[1:]) if parts[0] == ".." else (*parent, *parts)
+
+
+def _hint(pattern: str, paths: Collection[str]) -> str:
+    if not paths:
+        return "the tree has no leaves"
+    length = 2 if _is_regex(pattern) or pattern == ATTENTION else len(pattern.strip("/").split("/"))
+    known = {"/".join(name[-length:]) for path in paths for name in _names(path)}
+    close = difflib.get_close_matches(pattern.strip("/"), sorted(known), n=3, cutoff=0.5)
+    if close:
+        return "nearest: " + ", ".join(map(repr, close))
+    layers = list(dict.fromkeys("/".join(_names(path)[-1][-length:]) for path in paths))
+    return "the tree has " + ", ".join(map(repr, layers[:8])) + (", ..." if len(layers) > 8 else "")

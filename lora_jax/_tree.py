@@ -1,0 +1,309 @@
+"""A parameter tree with LoRA nodes in it: finding, adding, taking out, splitting and combining."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from lora_jax._node import SUFFIX
+from lora_jax._node import Axes as Axes
+from lora_jax._node import KernelAxes as KernelAxes
+from lora_jax._node import LoRA as LoRA
+from lora_jax._node import Trained as Trained
+from lora_jax._paths import component, match, path_of
+
+
+def is_node(x: Any) -> bool:
+    return isinstance(x, LoRA | Trained)
+
+
+# One level of a tree ------------------------------------------------------------------------------------------------
+
+
+def _children(tree: Any) -> tuple[list[tuple[Any, Any]], Any] | None:
+    """The (key, child) pairs of one pytree level and its treedef; None for a leaf."""
+    pairs, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is not tree)
+    if len(pairs) == 1 and not pairs[0][0]:
+        return None
+    return [(path[0], child) for path, child in pairs], treedef
+
+
+def is_box(tree: Any) -> bool:
+    """Whether `tree` is one array in a wrapper, as `nn.Partitioned` and `nnx.Param` are: it counts as the leaf.
+
+    Seen from its pytree form, a single child that is its `.value`, so that no framework need be imported.
+    """
+    if isinstance(tree, Mapping | list | tuple | LoRA | Trained) or not hasattr(tree, "value"):
+        return False
+    pairs, _ = _children(tree) or ([], None)
+    return [component(key) for key, _ in pairs] == ["value"] and _children(pairs[0][1]) is None
+
+
+def unbox(leaf: Any) -> Any:
+    """The array of a leaf, out of its wrapper if it has one."""
+    return jax.tree.leaves(leaf)[0] if is_box(leaf) else leaf
+
+
+def rebox(box: Any, value: Any) -> Any:
+    """`value` in the wrapper that `box` has, if it has one."""
+    return jax.tree.unflatten(jax.tree.structure(box), [value]) if is_box(box) else value
+
+
+def _entries(tree: Mapping) -> list[tuple[Any, Any]]:
+    """Keys and children of a mapping, as stored and in its own order."""
+    if isinstance(tree, dict):
+        return list(tree.items())
+    # Through the pytree form, since `nnx.State` wraps its children anew when they are asked for.
+    level = _children(tree)
+    return list(tree.items()) if level is None else [(_raw_key(key), child) for key, child in level[0]]
+
+
+def _raw_key(key: Any) -> Any:
+    return key.key if hasattr(key, "key") else component(key)
+
+
+def _rebuilt(tree: Any, entries: dict[Any, Any]) -> Any:
+    """A mapping of the type of `tree` with other entries."""
+    if hasattr(tree, "default_factory"):
+        return type(tree)(tree.default_factory, entries)
+    return entries if type(tree) is dict else type(tree)(entries)
+
+
+def edit(
+    tree: Any,
+    *,
+    leaf: Callable[[str, Any], Any],
+    level: Callable[[str, Mapping, dict[Any, Any]], dict[Any, Any]] = lambda path, mapping, entries: entries,
+    path: str = "",
+) -> Any:
+    """Rebuild a tree, keeping container types; a part in which nothing changes stays the very same object.
+
+    Args:
+      tree: Any pytree.
+      leaf: (path, leaf) to what takes its place. A boxed leaf, a node and None count as leaves.
+      level: (path, mapping, its entries) to the entries it shall have; they are visited next. Siblings come and go.
+      path: Where `tree` stands.
+    """
+    if is_node(tree) or is_box(tree) or tree is None:
+        return leaf(path, tree)
+    if isinstance(tree, Mapping):
+        old = dict(_entries(tree))
+        new = {key: edit(x, leaf=leaf, level=level, path=join(path, key)) for key, x in level(path, tree, old).items()}
+        same = list(new) == list(old) and all(new[key] is old[key] for key in old)
+        return tree if same else _rebuilt(tree, new)
+    opened = _children(tree)
+    if opened is None:
+        return leaf(path, tree)
+    pairs, treedef = opened
+    children = [edit(child, leaf=leaf, level=level, path=join(path, component(key))) for key, child in pairs]
+    same = all(new is old for new, (_, old) in zip(children, pairs, strict=True))
+    return tree if same else jax.tree.unflatten(treedef, children)
+
+
+def join(path: str, key: Any) -> str:
+    return f"{path}/{key}" if path else str(key)
+
+
+def leaves_with_paths(tree: Any) -> list[tuple[str, Any]]:
+    """(path, leaf) of every leaf in JAX's order; boxed leaves and nodes count as leaves, None doesn't."""
+    pairs, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: is_node(x) or is_box(x))
+    return [(path_of(key_path), leaf) for key_path, leaf in pairs]
+
+
+def leaf_paths(tree: Any) -> list[str]:
+    """The path of every leaf of a tree without nodes, aligned with `jax.tree.leaves`; boxes don't show in a path.
+
+    >>> leaf_paths({"query": {"kernel": 1.0, "bias": 2.0}, "layers": [{"w": 3.0}]})
+    ['layers/0/w', 'query/bias', 'query/kernel']
+    """
+    return [path for path, _ in leaves_with_paths(tree)]
+
+
+# Nodes and their kernels --------------------------------------------------------------------------------------------
+
+
+def kernel_path(node_path: str) -> str:
+    """The path of the kernel that the node at `node_path` belongs to."""
+    if not node_path.endswith(SUFFIX):
+        raise ValueError(f"{node_path or 'the root'}: a LoRA node must stand beside its kernel as NAME{SUFFIX}")
+    return node_path.removesuffix(SUFFIX)
+
+
+def nodes_of(tree: Any) -> dict[str, LoRA]:
+    """The LoRA nodes of a whole tree or an adapter tree, by their kernel's path."""
+    return {kernel_path(path): leaf for path, leaf in leaves_with_paths(tree) if isinstance(leaf, LoRA)}
+
+
+def is_adapter(tree: Any) -> bool:
+    """Whether `tree` is what `split` gave as the adapter: it has nodes, and none has its kernel beside it."""
+    nodes, paths = nodes_of(tree), {path for path, leaf in leaves_with_paths(tree) if not isinstance(leaf, LoRA)}
+    return bool(nodes) and paths.isdisjoint(nodes)
+
+
+def detach(tree: Any) -> tuple[Any, dict[str, LoRA]]:
+    """The tree as it was before `init`, and its nodes by their kernel's path.
+
+    Leaves that train whole appear in the dtype that the function expects.
+
+    Args:
+      tree: Any pytree, with nodes anywhere in its mappings.
+
+    Returns:
+      `(plain, nodes)`. Without nodes, `plain` is `tree` itself.
+
+    Raises:
+      ValueError: A node without its kernel beside it.
+    """
+    nodes: dict[str, LoRA] = {}
+
+    def drop_nodes(path: str, mapping: Mapping, entries: dict[Any, Any]) -> dict[Any, Any]:
+        for key, child in entries.items():
+            if isinstance(child, LoRA):
+                name = kernel_path(join(path, key))
+                if entries.get(str(key).removesuffix(SUFFIX)) is None:
+                    raise ValueError(f"{name}: its LoRA node is here, the kernel isn't; pass combine(base, adapter)")
+                nodes[name] = child
+        return {key: child for key, child in entries.items() if not isinstance(child, LoRA)}
+
+    def cast(path: str, leaf: Any) -> Any:
+        if isinstance(leaf, LoRA):
+            raise ValueError(f"{path or 'the root'}: a LoRA node must stand in a mapping, beside its kernel")
+        return leaf.cast() if isinstance(leaf, Trained) else leaf
+
+    return edit(tree, leaf=cast, level=drop_nodes), nodes
+
+
+def attach(tree: Any, nodes: Mapping[str, LoRA], leaves: Mapping[str, Any] | None = None) -> Any:
+    """The tree with each node beside its kernel, and with `leaves` in place of what it has at their paths.
+
+    Raises:
+      ValueError: A path that the tree doesn't have, or a kernel that can have no sibling.
+    """
+    leaves = leaves or {}
+    unplaced = {*nodes, *leaves}
+
+    def add_nodes(path: str, mapping: Mapping, entries: dict[Any, Any]) -> dict[Any, Any]:
+        new = {}
+        for key, child in entries.items():
+            new[key] = child
+            name = join(path, key)
+            if isinstance(key, str) and name in nodes and is_leaf(child):
+                if key + SUFFIX in entries:
+                    raise ValueError(f"{name}{SUFFIX}: exists already; a kernel takes one adapter, beside it")
+                new[key + SUFFIX] = nodes[name]
+                unplaced.discard(name)
+        return new
+
+    def replace(path: str, leaf: Any) -> Any:
+        if path not in leaves or isinstance(leaf, LoRA):
+            return leaf
+        unplaced.discard(path)
+        return leaves[path]
+
+    result = edit(tree, leaf=replace, level=add_nodes)
+    if unplaced:
+        raise ValueError(
+            f"{sorted(unplaced)[0]}: the base has no such leaf in a mapping under a string key"
+            f" ({len(unplaced)} of {len({*nodes, *leaves})} paths have no place); the adapter is another model's"
+        )
+    return result
+
+
+def is_leaf(x: Any) -> bool:
+    return x is not None and (is_node(x) or is_box(x) or _children(x) is None)
+
+
+def train_patterns(train: Any) -> tuple[str, ...]:
+    """The patterns of extra trained leaves: given as such, or by the config that `init` had."""
+    if isinstance(train, str):
+        return (train,)
+    return tuple(getattr(train, "train", train))
+
+
+def trained_paths(tree: Any, train: Any = ()) -> set[str]:
+    """Paths of the leaves that train whole: those named by `train`, and in any case the wrapped ones."""
+    leaves = [(path, leaf) for path, leaf in leaves_with_paths(tree) if not isinstance(leaf, LoRA)]
+    known = {path for path, leaf in leaves if isinstance(leaf, Trained)}
+    return known | set(match(train_patterns(train), [path for path, _ in leaves], what="train"))
+
+
+def holders(tree: Any) -> dict[str, Mapping]:
+    """The mapping that each leaf stands in, for the leaves that stand in one under a string key."""
+    found: dict[str, Mapping] = {}
+
+    def note(path: str, mapping: Mapping, entries: dict[Any, Any]) -> dict[Any, Any]:
+        found.update(
+            {join(path, key): entries for key, child in entries.items() if isinstance(key, str) and is_leaf(child)}
+        )
+        return entries
+
+    edit(tree, leaf=lambda path, leaf: leaf, level=note)
+    return found
+
+
+# Splitting ----------------------------------------------------------------------------------------------------------
+
+
+def split(params: Any, train: Any = ()) -> tuple[Any, Any]:
+    """What stays and what trains, as two trees: take gradients of the second, pass the first as an argument.
+
+    Args:
+      params: A tree that `init` made.
+      train: Patterns of further leaves that train whole, or the `LoRAConfig` that `init` had.
+
+    Returns:
+      `(base, adapter)`. The base has exactly the structure that the tree had before `init`, with None where a leaf
+      trains whole. The adapter has the nodes and those leaves, and of the containers only what leads to them.
+
+    Raises:
+      ValueError: A pattern that matches nothing.
+
+    >>> params = {"query": {"kernel": 1.0, "kernel_lora": LoRA(2.0, 3.0, 4.0)}, "head": {"kernel": 5.0}}
+    >>> split(params)
+    ({'query': {'kernel': 1.0}, 'head': {'kernel': 5.0}}, {'query': {'kernel_lora': LoRA(a=2.0, b=3.0, ...)}})
+    >>> split(params, train=["head"])[1]["head"]
+    {'kernel': 5.0}
+    """
+    whole = trained_paths(params, train)
+
+    def drop_nodes(path: str, mapping: Mapping, entries: dict[Any, Any]) -> dict[Any, Any]:
+        return {key: child for key, child in entries.items() if not isinstance(child, LoRA)}
+
+    base = edit(params, leaf=lambda path, leaf: None if path in whole else leaf, level=drop_nodes)
+    adapter = _pruned(params, lambda path, leaf: isinstance(leaf, LoRA) or path in whole)
+    return base, {} if adapter is None else adapter
+
+
+def combine(base: Any, adapter: Any) -> Any:
+    """The tree that `split` took apart: `combine(*split(params)) == params`.
+
+    Args:
+      base: The first part, or any tree with the leaves that the adapter's nodes belong to.
+      adapter: The second part.
+
+    Raises:
+      ValueError: The adapter has a node or a leaf for which the base has no place.
+
+    >>> params = {"query": {"kernel": 1.0, "kernel_lora": LoRA(2.0, 3.0, 4.0)}, "head": {"kernel": 5.0}}
+    >>> base, adapter = split(params, train=["head"])
+    >>> jax.tree.structure(combine(base, adapter)) == jax.tree.structure(params)
+    True
+    """
+    leaves = {path: leaf for path, leaf in leaves_with_paths(adapter) if not isinstance(leaf, LoRA)}
+    taken = sorted(set(leaves) & {path for path, _ in leaves_with_paths(base)})
+    if taken:
+        raise ValueError(f"{taken[0]}: both base and adapter have this leaf; the base must have None where one trains")
+    return attach(base, nodes_of(adapter), leaves)
+
+
+def _pruned(tree: Any, keep: Callable[[str, Any], bool], path: str = "") -> Any:
+    """The leaves to keep and the containers that lead to them; None if there are none."""
+    if tree is None or is_leaf(tree):
+        return tree if tree is not None and keep(path, tree) else None
+    if isinstance(tree, Mapping):
+        kept = {key: _pruned(child, keep, join(path, key)) for key, child in _entries(tree)}
+        kept = {key: child for key, child in kept.items() if child is not None}
+        return _rebuilt(tree, kept) if kept else None
+    pairs, treedef = _children(tree) or ([], None)
+    children = [_pruned(child, keep, join(path, component(key))) for key, child in pairs]
+    return None if all(child is None for child in children) else jax.tree.unflatten(treedef, children)
