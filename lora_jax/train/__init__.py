@@ -1,0 +1,20 @@
+"""Fine-tuning: the step as a pure function, and a run that logs, evaluates, saves and resumes.
+
+    encoded = lora_jax.data.encode(lora_jax.data.load("data/", "train"), model.tokenizer, max_length=512)
+    result = train(model.apply, params, encoded.examples, config=TrainConfig(epochs=2), output="out")
+
+`make_step` is the step alone, for a loop of one's own.
+"""
+
+from lora_jax.train._config import TrainConfig as TrainConfig
+from lora_jax.train._log import Record as Record
+from lora_jax.train._loop import TrainResult as TrainResult
+from lora_jax.train._loop import evaluate as evaluate
+from lora_jax.train._loop import train as train
+from lora_jax.train._loss import cross_entropy as cross_entropy
+from lora_jax.train._loss import next_token_loss as next_token_loss
+from lora_jax.train._optimizer import make_optimizer as make_optimizer
+from lora_jax.train._optimizer import schedule as schedule
+from lora_jax.train._step import Evaluation as Evaluation
+from lora_jax.train._step import StepMetrics as StepMetrics
+from lora_jax.train._step import make_step as make_step

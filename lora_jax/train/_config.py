@@ -1,0 +1,93 @@
+"""The settings of a training run. The command line's flags are made from this class."""
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How to train: batches, optimizer, schedule, and how often to look.
+
+    Raises:
+      ValueError: a setting is out of its range.
+
+    Example:
+      >>> TrainConfig(batch_size=8, accumulate=4, epochs=2).total_steps(rows=1000)
+      64
+    """
+
+    batch_size: int = 16
+    """Rows computed at once."""
+
+    accumulate: int = 1
+    """Batches whose gradients are added up before each step: one batch that many times as large, in less memory."""
+
+    epochs: float = 3.0
+    """Passes over the training rows."""
+
+    steps: int | None = None
+    """Optimizer steps; takes the place of epochs."""
+
+    max_length: int = 512
+    """Tokens a row is cut to."""
+
+    learning_rate: float = 1e-3
+    """Peak learning rate of AdamW."""
+
+    warmup: float = 0.05
+    """Share of the steps over which the learning rate rises to its peak."""
+
+    final_share: float = 0.1
+    """Share of the peak learning rate that the cosine decay ends at."""
+
+    weight_decay: float = 0.01
+    """AdamW's decoupled weight decay, of trained weights only: the base never decays."""
+
+    clip: float = 1.0
+    """Largest global norm of the trained weights' gradients; larger ones are scaled down to it. 0 for no clipping."""
+
+    dropout: float = 0.0
+    """Dropout on what goes into the low-rank path."""
+
+    seed: int = 0
+    """Seed of the row order and of dropout."""
+
+    log_every: int = 10
+    """Steps between lines in metrics.jsonl."""
+
+    eval_every: int = 0
+    """Steps between looks at the validation loss; 0 for before and after only."""
+
+    checkpoint_every: int = 0
+    """Steps between checkpoints to resume from; 0 for none."""
+
+    def __post_init__(self):
+        ranges = {
+            "batch_size": (self.batch_size >= 1, "at least 1"),
+            "accumulate": (self.accumulate >= 1, "at least 1"),
+            "epochs": (0 < self.epochs < math.inf, "more than 0"),
+            "steps": (self.steps is None or self.steps >= 1, "at least 1"),
+            "max_length": (self.max_length >= 2, "at least 2"),
+            "learning_rate": (0 < self.learning_rate < math.inf, "more than 0"),
+            "warmup": (0 <= self.warmup < 1, "at least 0 and less than 1"),
+            "final_share": (0 <= self.final_share <= 1, "0 to 1"),
+            "weight_decay": (0 <= self.weight_decay < math.inf, "at least 0"),
+            "clip": (0 <= self.clip < math.inf, "at least 0"),
+            "dropout": (0 <= self.dropout < 1, "at least 0 and less than 1"),
+            "seed": (0 <= self.seed < 2**32, "0 to 2**32 - 1"),
+            "log_every": (self.log_every >= 1, "at least 1"),
+            "eval_every": (self.eval_every >= 0, "at least 0"),
+            "checkpoint_every": (self.checkpoint_every >= 0, "at least 0"),
+        }
+        for name, (fits, expected) in ranges.items():
+            if not fits:
+                raise ValueError(f"{name}: {getattr(self, name)} given, expected {expected}")
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows whose gradients make one step."""
+        return self.batch_size * self.accumulate
+
+    def total_steps(self, rows: int) -> int:
+        """Optimizer steps of a run over `rows` training rows."""
+        return self.steps or max(1, math.ceil(self.epochs * math.ceil(rows / self.rows_per_step)))

@@ -1,0 +1,224 @@
+"""The training run: batches in, an adapter out, with everything seen on the way written down."""
+
+import contextlib
+import dataclasses
+import hashlib
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+
+from lora_jax import data
+from lora_jax._forward import adapt
+from lora_jax._tree import combine, split
+from lora_jax.checkpoint import Checkpoints, TrainState, fingerprint
+from lora_jax.train._config import TrainConfig
+from lora_jax.train._log import Log, Meter, OnLog, Record
+from lora_jax.train._optimizer import make_optimizer, schedule
+from lora_jax.train._step import Evaluation, make_loss_sums, make_step, mean_loss
+
+# Settings that a resumed run may change: they decide what is seen, not what is learned.
+_FREE = ("log_every", "eval_every", "checkpoint_every")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """What a run leaves behind."""
+
+    params: Any
+    """The tree that was given, with the trained adapter in it."""
+
+    history: list[Record]
+    """The lines of metrics.jsonl."""
+
+    before: Evaluation | None
+    """On the validation examples before the first step of this call; None without them."""
+
+    after: Evaluation | None
+    """On the validation examples after the last step."""
+
+    steps: int
+    """Optimizer steps done."""
+
+    tokens_per_second: float
+    """Tokens read, padding excluded: the median over the log lines, so that compilation doesn't count."""
+
+    seconds: float
+    """Of the whole call."""
+
+
+def train(
+    apply_fn: Callable[..., Any],
+    params: Any,
+    train_data: Sequence[data.Example],
+    valid_data: Sequence[data.Example] | None = None,
+    config: TrainConfig | None = None,
+    *,
+    output: str | Path | None = None,
+    train: Any = (),
+    on_log: OnLog | None = None,
+    console: Console | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> TrainResult:
+    """Fine-tunes the adapter that is in `params` on next-token prediction.
+
+    The gradient is taken of the adapter only; the base is an argument of the compiled step, never donated and never
+    changed. `params` themselves stay as they are. The same seed on the same machine gives the same losses bit for bit.
+
+    Args:
+      apply_fn: the model's own function, `apply_fn(params, input_ids, attention_mask) -> logits`; it is adapted here.
+      params: a tree with LoRA nodes (`lora_jax.init`), or without any, where `train` names what to train.
+      train_data: tokenised rows (`lora_jax.data.encode(...).examples`).
+      valid_data: rows for the validation loss, before, after and every `eval_every` steps.
+      config: the settings; `TrainConfig()` where not given.
+      output: a folder for `metrics.jsonl` and, every `checkpoint_every` steps, checkpoints.
+      train: leaves trained whole, as for `lora_jax.split`; `("/.*/",)` without nodes is full fine-tuning.
+      on_log: called with every line of metrics.
+      console: where progress is shown: a bar on a terminal, about twenty lines elsewhere. None shows nothing.
+      resume: go on from the newest checkpoint in `output`; the same losses follow as without the break, bit for bit.
+      overwrite: drop a run that is in `output`.
+
+    Raises:
+      ValueError: nothing to train; no examples; the loss is no longer finite; a checkpoint of another run; checkpoints
+        without an output folder.
+      FileExistsError: `output` holds a run, and neither `resume` nor `overwrite` is given.
+      FileNotFoundError: nothing in `output` to resume from.
+    """
+    began = time.perf_counter()
+    config = config or TrainConfig()
+    folder = None if output is None else Path(output)
+    base, adapter = _parts(params, train)
+    if not train_data:
+        raise ValueError("no training examples")
+    _claim(folder, config, resume, overwrite)
+
+    steps = config.total_steps(len(train_data))
+    rate, tx = schedule(config, steps), make_optimizer(config, steps, train=train)
+    apply = adapt(apply_fn, dropout=config.dropout, allow_none=True)
+    step_fn = jax.jit(make_step(apply, tx, accumulate=config.accumulate), donate_argnums=(0, 1))
+    batches = _iterate(train_data, config, steps)
+    validate = _validator(apply, valid_data, config.batch_size)
+
+    with contextlib.ExitStack() as stack:
+        opt_state, key = jax.jit(tx.init)(adapter), jax.random.key(config.seed)
+        state = TrainState(adapter, opt_state, key, 0, batches.get_state(), "", {})
+        checkpoints = None
+        if folder is not None and (config.checkpoint_every or resume):
+            state = state._replace(fingerprint=fingerprint(base), settings=_settings(config, train_data))
+            checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints"))
+        if resume and checkpoints is not None:
+            state = checkpoints.restore(state)
+            batches.set_state(state.position)
+        log = stack.enter_context(Log(steps, state.step, folder, console, on_log))
+
+        before = after = validate(base, state.adapter)
+        if before is not None and not state.step:
+            log.record(0, {}, before)
+        meter = Meter(log.step)
+        for step in range(state.step + 1, steps + 1):
+            batch = next(batches)
+            step_key = jax.random.fold_in(key, step) if config.dropout else None
+            adapter, opt_state, metrics = step_fn(state.adapter, state.opt_state, base, batch, step_key)
+            state = state._replace(adapter=adapter, opt_state=opt_state, step=step)
+            meter.add(step, metrics, int(batch["attention_mask"].sum()))
+
+            look, save = (step == steps or _due(step, every) for every in (config.eval_every, config.checkpoint_every))
+            if look or _due(step, config.log_every):
+                figures = meter.read() | {"learning_rate": float(np.asarray(rate(step - 1)))}
+                after = validate(base, state.adapter) if look else None
+                log.record(step, figures, after)
+                meter.restart()
+            if save and checkpoints is not None:
+                checkpoints.save(state._replace(position=batches.get_state()))
+                meter.restart()
+
+    speeds = [line["tokens_per_second"] for line in log.history if "tokens_per_second" in line]
+    return TrainResult(
+        params=combine(base, state.adapter),
+        history=log.history,
+        before=before,
+        after=after,
+        steps=steps,
+        tokens_per_second=float(np.median(speeds)) if speeds else 0.0,
+        seconds=time.perf_counter() - began,
+    )
+
+
+def evaluate(
+    apply_fn: Callable[..., Any], params: Any, examples: Sequence[data.Example], *, batch_size: int = 16
+) -> Evaluation:
+    """Loss and perplexity over tokenised rows, every target token counted alike.
+
+    Args:
+      apply_fn: the model's own function, as for `train`.
+      params: its tree, with or without LoRA nodes.
+      examples: tokenised rows, at least one.
+      batch_size: rows computed at once; it doesn't change the result.
+    """
+    loss_sums = make_loss_sums(adapt(apply_fn, allow_none=True))
+    return mean_loss(loss_sums, params, data.batches(examples, batch_size))
+
+
+def _parts(params: Any, train: Any) -> tuple[Any, Any]:
+    """Base and adapter, on the device once and for all; the adapter is a copy, because steps donate theirs."""
+    base, adapter = split(params, train)
+    if not jax.tree.leaves(adapter):
+        raise ValueError("nothing to train: no LoRA node in params (lora_jax.init adds them), and train names no leaf")
+    return jax.tree.map(jnp.asarray, base), jax.tree.map(jnp.array, adapter)
+
+
+def _claim(folder: Path | None, config: TrainConfig, resume: bool, overwrite: bool) -> None:
+    """Makes the output folder, and sees to it that no other run's files are mixed with this one's."""
+    if folder is None:
+        if resume or config.checkpoint_every:
+            raise ValueError("checkpoints need an output folder to be in")
+        return
+    earlier = [path for path in (folder / "metrics.jsonl", folder / "checkpoints") if path.exists()]
+    if resume and not (folder / "checkpoints").exists():
+        raise FileNotFoundError(f"{folder / 'checkpoints'}: no checkpoint to resume from")
+    if earlier and not resume:
+        if not overwrite:
+            raise FileExistsError(
+                f"{folder}: holds a run already ({earlier[0].name}); resume it, overwrite it, or go elsewhere"
+            )
+        for path in earlier:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def _iterate(examples: Sequence[data.Example], config: TrainConfig, steps: int) -> grain.DatasetIterator:
+    rows = config.rows_per_step
+    epochs = -(-steps // -(-len(examples) // rows))
+    # On the caller's thread: cutting a batch takes a fraction of a millisecond, and the device is busy meanwhile.
+    options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    return iter(data.batches(examples, rows, seed=config.seed, epochs=epochs).to_iter_dataset(options))
+
+
+def _validator(
+    apply: Callable[..., Any], examples: Sequence[data.Example] | None, batch_size: int
+) -> Callable[[Any, Any], Evaluation | None]:
+    if not examples:
+        return lambda base, adapter: None
+    batches, loss_sums = data.batches(examples, batch_size), make_loss_sums(apply)
+    return lambda base, adapter: mean_loss(loss_sums, combine(base, adapter), batches)
+
+
+def _settings(config: TrainConfig, examples: Sequence[data.Example]) -> dict[str, Any]:
+    """What must be the same for a resumed run to go on with the same losses."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(example.input_ids.tobytes() + example.targets.tobytes())
+    fixed = {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE}
+    return {**fixed, "training rows": f"{len(examples)}, {digest.hexdigest()[:16]}"}
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

@@ -1,0 +1,121 @@
+"""One optimizer step, and the loss over a set, as pure functions."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+from lora_jax._tree import combine
+from lora_jax.train._loss import next_token_loss
+
+Batch = dict[str, Array]
+Objective = Callable[[Any, Batch], tuple[Array, Array]]
+
+
+class StepMetrics(NamedTuple):
+    """What a step reports: float32 scalars."""
+
+    loss: Array  # mean over the target tokens of the whole batch, before the update
+    weight: Array  # target tokens
+    grad_norm: Array  # global norm of the trained leaves' gradients, before clipping
+
+
+class Evaluation(NamedTuple):
+    """The loss over a set, in nats a target token."""
+
+    loss: float
+    perplexity: float  # exp(loss)
+    tokens: int  # target tokens
+
+
+def make_step(
+    apply_fn: Callable[..., Any],
+    tx: optax.GradientTransformation,
+    *,
+    objective: Objective = next_token_loss,
+    accumulate: int = 1,
+) -> Callable[..., tuple[Any, Any, StepMetrics]]:
+    """A training step: the gradient is taken of the adapter, the base is an argument.
+
+        L(adapter) = Σ_i w_i loss_i / Σ_i w_i      over all target tokens of all `accumulate` parts of the batch
+
+    Pure and not yet compiled, so that it can be jitted, sharded or vmapped. Jit it with `donate_argnums=(0, 1)`: the
+    adapter and the optimizer's state are replaced. Never donate the base.
+
+    Args:
+      apply_fn: the model's function as `lora_jax.adapt` returns it, called as
+        `apply_fn(params, input_ids, attention_mask)`, with `dropout_key=` where a key is given.
+      tx: as `make_optimizer` or `lora_jax.masked` gives it; its state comes from `tx.init(adapter)`.
+      objective: from the model's output and the batch to the sum of the losses and the sum of their weights.
+      accumulate: parts that the batch is computed in, one after another. Its rows must divide by it.
+
+    Returns:
+      `step(adapter, opt_state, base, batch, key=None) -> (adapter, opt_state, StepMetrics)`.
+
+    Example:
+      >>> import lora_jax
+      >>> config = lora_jax.LoRAConfig(rank=2, alpha=4, targets=["head"])
+      >>> params = {"embed": jnp.ones((5, 3)), "head": {"kernel": jnp.ones((3, 5))}}
+      >>> params = lora_jax.init(jax.random.key(0), params, config)
+      >>> apply = lora_jax.adapt(lambda p, ids, mask: p["embed"][ids] @ p["head"]["kernel"])
+      >>> base, adapter = lora_jax.split(params)
+      >>> tx = lora_jax.masked(optax.sgd(0.1))
+      >>> step = jax.jit(make_step(apply, tx), donate_argnums=(0, 1))
+      >>> ids = jnp.array([[1, 2, 3]])
+      >>> batch = {"input_ids": ids, "attention_mask": ids * 0 + 1, "loss_weights": jnp.ones((1, 3))}
+      >>> adapter, opt_state, metrics = step(adapter, tx.init(adapter), base, batch)
+      >>> round(float(metrics.loss), 4), int(metrics.weight)
+      (1.6094, 2)
+    """
+
+    def loss_sum(adapter, base, batch, key):
+        dropout = {} if key is None else {"dropout_key": key}
+        outputs = apply_fn(combine(base, adapter), batch["input_ids"], batch["attention_mask"], **dropout)
+        return objective(outputs, batch)
+
+    gradient = jax.value_and_grad(loss_sum, has_aux=True)
+
+    def accumulated(adapter, base, batch, key):
+        def add(sums, part):
+            number, part = part
+            part_key = None if key is None else jax.random.fold_in(key, number)
+            return jax.tree.map(jnp.add, sums, gradient(adapter, base, part, part_key)), None
+
+        # Part i gets rows i, i + accumulate, ...: where rows are spread over devices, each keeps its own.
+        parts = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
+        zeros = jax.tree.map(jnp.zeros_like, ((jnp.float32(0), jnp.float32(0)), adapter))
+        return jax.lax.scan(add, zeros, (jnp.arange(accumulate), parts))[0]
+
+    def step(adapter, opt_state, base, batch, key=None):
+        (total, weight), grads = (gradient if accumulate == 1 else accumulated)(adapter, base, batch, key)
+        mean = 1 / jnp.where(weight > 0, weight, 1)  # a batch without targets moves nothing, and is no nan
+        grads = jax.tree.map(lambda g: g * mean.astype(g.dtype), grads)
+        metrics = StepMetrics(total * mean, weight, optax.tree.norm(grads))
+        updates, opt_state = tx.update(grads, opt_state, adapter)
+        return optax.apply_updates(adapter, updates), opt_state, metrics
+
+    return step
+
+
+def make_loss_sums(apply_fn: Callable[..., Any], objective: Objective = next_token_loss) -> Callable[..., Any]:
+    """The compiled `(params, batch) -> (sum of losses, sum of weights)`, without dropout."""
+
+    @jax.jit
+    def loss_sums(params, batch):
+        return objective(apply_fn(params, batch["input_ids"], batch["attention_mask"]), batch)
+
+    return loss_sums
+
+
+def mean_loss(loss_sums: Callable[..., Any], params: Any, batches: Iterable[Any]) -> Evaluation:
+    """The loss over the batches, each token counted alike, however they are cut."""
+    # Fetched once at the end: the device never waits for the host. Summed in float64, so a long set loses no digits.
+    sums = jax.device_get([loss_sums(params, batch) for batch in batches])
+    total, weight = np.sum(np.array(sums, np.float64), axis=0)
+    loss = float(total / weight)
+    with np.errstate(over="ignore"):
+        return Evaluation(loss, float(np.exp(loss)), int(weight))
