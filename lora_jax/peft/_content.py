@@ -54,7 +54,7 @@ def content(
         raise ValueError("every adapter in these parameters has scale 0: nothing to save")
     if portable:
         factors = _one_rank(factors)
-    extra = _Extra(table, tree, {found.tensor.module for found in factors})
+    extra = _Extra(table, tree, {found.tensor.module for found in factors}, names)
     tensors = {name: array for found in factors for name, array in _factor_tensors(found)}
     return tensors | extra.tensors(), _config_of(factors, extra, _names.modules(names, table))
 
@@ -105,7 +105,7 @@ class _Extra:
     A module is saved with everything it holds: PEFT wraps modules, not tensors, and misses what isn't in the file.
     """
 
-    def __init__(self, table: Mapping[str, Tensor], tree: Parts, adapted: set[str]):
+    def __init__(self, table: Mapping[str, Tensor], tree: Parts, adapted: set[str], names: Mapping[str, Weight]):
         self.leaves, trained = tree.leaves, tree.trained
         self.modules = sorted({t.module for t in table.values() if t.path in trained and t.module not in adapted})
         inside = tuple(f"{module}." for module in self.modules)
@@ -117,6 +117,17 @@ class _Extra:
             raise ValueError(f"{clash[0]} is adapted and trained whole: PEFT's format can't hold both")
         # PEFT's reader takes biases one by one, its "lora_only" has them all: both are served by saving all.
         self.biases = [t for t in table.values() if t.module in adapted and t.parameter == "bias"] if beside else []
+        self._check_complete(names, {t.path for t in table.values() if t.module in adapted} if beside else set())
+
+    def _check_complete(self, names: Mapping[str, Weight], adapted: set[str]) -> None:
+        """An adapter tree has only what was trained of a module, not the rest of it."""
+        whole, with_bias = (
+            {_module(names[path]) for path in paths} for paths in ({t.path for t in self.whole}, adapted)
+        )
+        for path, weight in names.items():
+            needed = _module(weight) in whole or (_module(weight) in with_bias and weight.name.endswith(".bias"))
+            if needed and path not in self.leaves:
+                raise ValueError(f"{path} is saved with the module it belongs to: pass the whole tree, base included")
 
     def tensors(self) -> dict[str, np.ndarray]:
         saved = {}
@@ -139,6 +150,10 @@ class _Extra:
         if tensor.transpose and value.ndim != 2:
             raise ValueError(f"{tensor.path}: a leaf of shape {value.shape} can't be saved whole, only matrices")
         return np.ascontiguousarray(value.T if tensor.transpose else value)
+
+
+def _module(weight: Weight) -> str:
+    return weight.name.rpartition(".")[0]
 
 
 def _config_of(factors: Sequence[Factors], extra: _Extra, modules: set[str]) -> AdapterConfig:
