@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 SUFFIX = "_lora"
@@ -172,6 +174,47 @@ def update_of(node: LoRA, dtype: Any = jnp.float32) -> jax.Array:
     shape = (*node.a.shape[:-1], *node.b.shape[stack + 1 :])
     order = [axis for group in node.axes for axis in group]
     return product.reshape(shape).transpose([order.index(axis) for axis in range(len(order))])
+
+
+def used_ranks(node: LoRA) -> np.ndarray:
+    """The rank of each stack index without its padding, i64[*stack].
+
+    Padding is a zero column of `a` with a zero row of `b`, after the last pair that isn't; what is traced or abstract
+    has no values to look at, and counts as full. So does an index that is zero throughout, unless its scale is zero too.
+
+    >>> a = jnp.ones((2, 3, 4)).at[0, :, 1:].set(0).at[1].set(0)
+    >>> int(used_ranks(LoRA(a[0], jnp.zeros((4, 5)), jnp.ones(())))), a[0].shape
+    (1, (3, 4))
+    """
+    stack, rank = node.scale.shape, node.a.shape[-1]
+    full = np.full(stack, rank)
+    if any(isinstance(x, Tracer | jax.ShapeDtypeStruct) for x in (node.a, node.b, node.scale)):
+        return full
+    used = np.asarray(_used(node.a, node.b, len(stack)))
+    counts = np.where(used.any(-1), rank - np.argmax(used[..., ::-1], -1), 0)
+    return np.where((counts == 0) & (np.asarray(node.scale) != 0), full, counts)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _used(a: jax.Array, b: jax.Array, stack: int) -> jax.Array:
+    """Which ranks of which stack index aren't zero in both factors, bool[*stack, rank]."""
+    in_a = (a != 0).any(axis=range(stack, a.ndim - 1))
+    return in_a | (b != 0).any(axis=range(stack + 1, b.ndim))
+
+
+def pad_rank(node: LoRA, rank: int) -> LoRA:
+    """The same update with zeros up to a higher rank."""
+    more, stack = rank - node.a.shape[-1], len(node.axes.stack)
+    a = jnp.pad(node.a, [(0, 0)] * (node.a.ndim - 1) + [(0, more)])
+    b = jnp.pad(node.b, [(0, more) if axis == stack else (0, 0) for axis in range(node.b.ndim)])
+    return dataclasses.replace(node, a=a, b=b)
+
+
+def trim_rank(node: LoRA) -> LoRA:
+    """The same update without the padding that all stack indices share."""
+    rank = max(1, int(used_ranks(node).max(initial=0)))
+    b = jax.lax.slice_in_dim(jnp.asarray(node.b), 0, rank, axis=len(node.axes.stack))
+    return dataclasses.replace(node, a=node.a[..., :rank], b=b)
 
 
 def place(sharding: Any, axes: Axes, *, magnitude: bool = False) -> LoRA:

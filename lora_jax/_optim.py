@@ -3,9 +3,15 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 
-from lora_jax._tree import LoRA, Trained, edit, is_adapter, rebox, trained_paths
+from lora_jax._node import SUFFIX, LoRA, Trained, pad_rank, used_ranks
+from lora_jax._tree import edit, is_adapter, nodes_of, rebox, split, trained_paths
+
+# Steps to wait for an optimizer that accumulates gradients to move: a few of its moves are looked at.
+_LONGEST_WAIT = 256
 
 
 def mask(tree: Any, train: Any = ()) -> Any:
@@ -52,7 +58,10 @@ def masked(tx: optax.GradientTransformation, train: Any = ()) -> optax.GradientT
     Returns:
       A transformation for whole trees and for adapter trees. Its state holds nothing for leaves that don't train.
 
-    >>> import jax.numpy as jnp
+    Raises:
+      ValueError: By its `init`: nothing would train, or ranks are padded and `tx` is no optimizer for that (see
+        `check_padding`).
+
     >>> params = {"kernel": jnp.ones((2, 2)), "kernel_lora": LoRA(jnp.ones((2, 1)), jnp.ones((1, 2)), jnp.ones(()))}
     >>> tx = masked(optax.sgd(0.5))
     >>> updates, _ = tx.update(params, tx.init(params), params)
@@ -63,4 +72,106 @@ def masked(tx: optax.GradientTransformation, train: Any = ()) -> optax.GradientT
     def frozen(tree: Any) -> Any:
         return jax.tree.map(lambda trains: not trains, mask(tree, train))
 
-    return optax.chain(optax.masked(tx, lambda tree: mask(tree, train)), optax.masked(optax.set_to_zero(), frozen))
+    both = optax.chain(optax.masked(tx, lambda tree: mask(tree, train)), optax.masked(optax.set_to_zero(), frozen))
+
+    def init(params: Any) -> Any:
+        if nodes_of(params):
+            check_padding(tx, params if is_adapter(params) else split(params, train)[1], train)
+        return both.init(params)
+
+    return optax.GradientTransformationExtraArgs(init, both.update)
+
+
+def check_padding(tx: optax.GradientTransformation, adapter: Any, train: Any = ()) -> None:
+    """Refuse an optimizer that moves zero padding, or that lets it change what the other entries do.
+
+    An adapter whose ranks differ between stack indices, or between stacked adapters, has zero columns in A and zero
+    rows in B. Their gradients are zero, and an elementwise optimizer keeps them so (sgd, adam, adamw, lion, lamb).
+    Others don't: noisy_sgd and yogi move them, adafactor, muon and clipping by a block's rms see the whole array.
+    No name tells which kind `tx` is, so a few of its steps are taken here, on random gradients: on the adapter as it is, and
+    padded once more. `masked` calls this where it can see values, that is, outside `jax.jit` and `jax.vmap`.
+
+    Args:
+      tx: The optimizer.
+      adapter: As `split` or `stack` gives it. Without padding, nothing is refused.
+      train: Patterns of further leaves that train whole, or the `LoRAConfig` that `init` had.
+
+    Raises:
+      ValueError: The adapter is padded, and `tx` doesn't leave padding alone.
+
+    >>> from lora_jax import Axes
+    >>> a = jnp.array([[[1., 1.], [1., 1.]], [[1., 0.], [1., 0.]]])  # two layers, of rank 2 and 1
+    >>> node = LoRA(a, jnp.swapaxes(a, 1, 2), jnp.ones(2), axes=Axes(stack=(0,), inputs=(1,), outputs=(2,)))
+    >>> check_padding(optax.adam(1e-3), {"kernel_lora": node})
+    >>> check_padding(optax.adafactor(1e-3), {"kernel_lora": node})
+    Traceback (most recent call last):
+    ValueError: kernel_lora: ranks are padded with zeros, which this optimizer doesn't leave alone; use sgd, adam, ...
+    """
+    for single in _singles(adapter):
+        padded = sorted(path for path, node in nodes_of(single).items() if (used_ranks(node) < node.a.shape[-1]).any())
+        if padded and not _keeps_padding(optax.masked(tx, lambda tree: mask(tree, train)), single):
+            raise ValueError(
+                f"{padded[0]}{SUFFIX}: ranks are padded with zeros, which this optimizer doesn't leave alone;"
+                " use sgd, adam, adamw, lion or lamb, or one rank throughout"
+            )
+
+
+def _singles(adapter: Any) -> list[Any]:
+    """The adapters of a stacked tree, padding and all; or the one that it is."""
+    nodes = nodes_of(adapter).values()
+    if not any(node.scale.ndim > len(node.axes.stack) for node in nodes):
+        return [adapter]
+    count = next(iter(nodes)).scale.shape[0]
+    return [jax.tree.map(lambda array, index=index: array[index], adapter) for index in range(count)]
+
+
+def _keeps_padding(tx: optax.GradientTransformationExtraArgs, adapter: Any) -> bool:
+    """Whether padding stays zero, and one column more of it changes no other entry's steps."""
+    rng = np.random.default_rng(0)
+    real = edit(adapter, leaf=_real_entries)
+
+    def noise(scale: float) -> Any:
+        return jax.tree.map(lambda entries: jnp.asarray(scale * rng.normal(size=entries.shape) * entries), real)
+
+    # A reducing schedule asks for a value; it says nothing about padding.
+    update = jax.jit(lambda grads, state, params: tx.update(grads, state, params, value=jnp.float32(1)))
+    params = noise(1.0)
+    sides = [(params, tx.init(params)), (_padded_once_more(params), tx.init(_padded_once_more(params)))]
+    moves = 0
+    for _ in range(_LONGEST_WAIT):
+        grads = noise((1.0, 1e3, 1e-3)[moves % 3])  # clipping shows at some sizes only
+        results = []
+        for given, (params, state) in zip((grads, _padded_once_more(grads)), sides, strict=True):
+            updates, state = update(given, state, params)
+            results.append((updates, (optax.apply_updates(params, updates), state)))
+        (few, more), sides = [updates for updates, _ in results], [side for _, side in results]
+        pairs = list(zip(*(jax.tree.leaves(tree) for tree in (few, _cut_like(more, few), real)), strict=True))
+        if not all(bool(jnp.all(move * (1 - entries) == 0)) for move, _, entries in pairs):
+            return False
+        if not all(np.allclose(x, y, rtol=1e-4, atol=1e-6 * float(jnp.abs(x).max())) for x, y, _ in pairs):
+            return False
+        moves += any(bool(jnp.any(move != 0)) for move, _, _ in pairs)
+        if moves == 6:
+            break
+    return True
+
+
+def _real_entries(path: str, leaf: Any) -> Any:
+    """1 where an entry counts, 0 where it is padding; a scale is data."""
+    if not isinstance(leaf, LoRA):
+        return jax.tree.map(lambda x: np.ones(x.shape, np.float32), leaf)
+    stack = len(leaf.axes.stack)
+    used = (np.arange(leaf.a.shape[-1]) < used_ranks(leaf)[..., None]).astype(np.float32)
+    a = used.reshape(*used.shape[:-1], *(1,) * (leaf.a.ndim - stack - 1), used.shape[-1])
+    b = used.reshape(*used.shape, *(1,) * (leaf.b.ndim - stack - 1))
+    scale, magnitude = (jax.tree.map(lambda x: np.ones(x.shape, np.float32), x) for x in (leaf.scale, leaf.magnitude))
+    return LoRA(np.broadcast_to(a, leaf.a.shape), np.broadcast_to(b, leaf.b.shape), scale, magnitude, leaf.axes)
+
+
+def _padded_once_more(tree: Any) -> Any:
+    return edit(tree, leaf=lambda _, leaf: pad_rank(leaf, leaf.a.shape[-1] + 1) if isinstance(leaf, LoRA) else leaf)
+
+
+def _cut_like(tree: Any, like: Any) -> Any:
+    """The leading entries of every array."""
+    return jax.tree.map(lambda array, small: array[tuple(map(slice, small.shape))], tree, like)

@@ -15,7 +15,7 @@ GROUPS = {
     "_paths": (set(), set()),
     "_tree": ({"_paths"}, {"jax", "numpy", "ml_dtypes"}),
     "_forward": ({"_tree", "_paths"}, {"jax", "numpy"}),
-    "_optim": ({"_tree", "_paths"}, {"jax", "optax"}),
+    "_optim": ({"_tree", "_paths"}, {"jax", "numpy", "optax"}),
     "_sharding": ({"_tree", "_paths"}, {"jax", "numpy"}),
     "lora_jax": (CORE, set()),
     "models": (set(), {"jax", "numpy", "ml_dtypes", "flax", "transformers", "safetensors", "huggingface_hub"}),

@@ -1,0 +1,216 @@
+"""What is adapted and what that costs, and what of it survives a merge: reports to read and to print."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from lora_jax._node import Axes, LoRA, check_node, update_of, used_ranks
+from lora_jax._tree import detach, leaves_with_paths, trained_paths, unbox
+
+
+class Row(NamedTuple):
+    """One adapted kernel, or one leaf that trains whole.
+
+    Attributes:
+      path: The leaf's.
+      shape: The leaf's.
+      axes: The kernel's; None of a leaf that trains whole.
+      rank: Without padding; a tuple, one for each stack index, where they differ; None of a leaf that trains whole.
+      scale: As `rank`; None too where the values aren't known (ShapeDtypeStructs).
+      trainable: Numbers that train.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    axes: Axes | None
+    rank: int | tuple[int, ...] | None
+    scale: float | tuple[float, ...] | None
+    trainable: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """The table of what trains.
+
+    Attributes:
+      rows: One for each adapted kernel and each leaf that trains whole.
+      trainable: Numbers that train.
+      total: Numbers in the base and in the adapter.
+    """
+
+    rows: tuple[Row, ...]
+    trainable: int
+    total: int
+
+    @property
+    def share(self) -> float:
+        """Of the whole, what trains."""
+        return self.trainable / self.total if self.total else 0.0
+
+    def __str__(self) -> str:
+        head = ("leaf", "shape", "rank", "scale", "trainable")
+        rows = [
+            (row.path, _shape(row.shape, row.axes), _span(row.rank), _span(row.scale), f"{row.trainable:,}")
+            for row in self.rows
+        ]
+        return f"{_table(head, rows)}\n{self.trainable:,} of {self.total:,} parameters train ({self.share:.2%})"
+
+
+def describe(params: Any, train: Any = ()) -> Description:
+    """What trains: each adapted kernel with its shape, axes, rank, scale and count, and the share of the whole.
+
+    Args:
+      params: A tree that `init` made, of arrays or of ShapeDtypeStructs (then ranks and counts include padding).
+      train: Patterns of further leaves that train whole, or the `LoRAConfig` that `init` had.
+
+    Returns:
+      A table: `.rows`, `.trainable`, `.total`, `.share`; `print` shows it.
+
+    Raises:
+      ValueError: A node that doesn't fit its kernel, or holds several stacked adapters.
+
+    >>> node = LoRA(jnp.ones((512, 8)), jnp.ones((8, 512)), jnp.float32(2))
+    >>> print(describe({"query": {"kernel": jnp.ones((512, 512)), "kernel_lora": node}}))
+    leaf          shape             rank  scale  trainable
+    query/kernel  512 in × 512 out  8     2          8,192
+    8,192 of 270,336 parameters train (3.03%)
+    """
+    plain, nodes = detach(params)
+    whole = trained_paths(params, train)
+    rows, total = [], 0
+    for path, leaf in leaves_with_paths(plain):
+        array = unbox(leaf)
+        size = int(np.prod(np.shape(array), dtype=np.int64))
+        row = None
+        if path in nodes:
+            check_node(path, array, nodes[path])
+            row = _node_row(path, array, nodes[path])
+        elif path in whole:
+            row = Row(path, tuple(np.shape(array)), None, None, None, size)
+        rows += [] if row is None else [row]
+        total += size + (0 if row is None or row.axes is None else row.trainable)
+    return Description(tuple(rows), sum(row.trainable for row in rows), total)
+
+
+def _node_row(path: str, kernel: Any, node: LoRA) -> Row:
+    ranks = used_ranks(node)
+    sides = [int(np.prod([kernel.shape[axis] for axis in group])) for group in (node.axes.inputs, node.axes.outputs)]
+    known = not isinstance(node.scale, Tracer | jax.ShapeDtypeStruct)
+    scale = _one_or_each(np.asarray(node.scale, np.float64)) if known else None
+    return Row(path, tuple(kernel.shape), node.axes, _one_or_each(ranks), scale, int(ranks.sum()) * sum(sides))
+
+
+def _one_or_each(values: np.ndarray) -> Any:
+    flat = values.reshape(-1).tolist()
+    return flat[0] if len(set(flat)) == 1 else tuple(flat)
+
+
+@dataclasses.dataclass(frozen=True)
+class MergedRow:
+    """One kernel's update, before and after rounding.
+
+    Attributes:
+      path: The kernel's.
+      dtype: Of the merged kernel.
+      relative: ‖ΔW‖ / ‖W‖ (Frobenius).
+      survives: 1 - ‖ΔW - what was added‖ / ‖ΔW‖, and 0 at least.
+    """
+
+    path: str
+    dtype: str
+    relative: float
+    survives: float
+
+
+@dataclasses.dataclass(frozen=True)
+class MergeReport:
+    """What a merge keeps.
+
+    Attributes:
+      rows: One for each adapted kernel.
+      survives: The share of ΔW over all kernels.
+    """
+
+    rows: tuple[MergedRow, ...]
+    survives: float
+
+    def __str__(self) -> str:
+        head = ("leaf", "dtype", "‖ΔW‖/‖W‖", "survives")
+        rows = [(row.path, row.dtype, f"{row.relative:.2e}", f"{row.survives:.1%}") for row in self.rows]
+        return f"{_table(head, rows)}\n{self.survives:.1%} of the update survives the merge"
+
+
+def merge_report(params: Any, *, dtype: Any = None) -> MergeReport:
+    """What share of ΔW a merge keeps, given that W' is rounded to the kernel's dtype.
+
+        survives = 1 - ‖ΔW - (round(W + ΔW) - round(W))‖ / ‖ΔW‖
+
+    A bfloat16 kernel has 8 bits: of an update that is 0.5% of W it loses about a third.
+
+    Args:
+      params: A tree that `init` made.
+      dtype: Of the merged kernels, as given to `merge`.
+
+    >>> node = LoRA(jnp.ones((2, 1)), jnp.ones((1, 2)), jnp.float32(1e-3))
+    >>> params = {"kernel": jnp.ones((2, 2), jnp.bfloat16), "kernel_lora": node}
+    >>> merge_report(params).survives, round(merge_report(params, dtype=jnp.float32).survives, 4)
+    (0.0, 1.0)
+    """
+    plain, nodes = detach(params)
+    kernels = dict(leaves_with_paths(plain))
+    rows, lost, moved = [], 0.0, 0.0
+    for path, node in nodes.items():
+        kernel = unbox(kernels[path])
+        check_node(path, kernel, node)
+        target = jnp.dtype(kernel.dtype if dtype is None else dtype)
+        norms = [float(norm) for norm in _norms(kernel, node, target.name)]
+        rows.append(MergedRow(path, target.name, norms[1] / norms[0] if norms[0] else 0.0, _kept(norms[2], norms[1])))
+        lost, moved = lost + norms[2] ** 2, moved + norms[1] ** 2
+    return MergeReport(tuple(rows), _kept(lost**0.5, moved**0.5))
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _norms(kernel: jax.Array, node: LoRA, dtype: str) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """‖W‖, ‖ΔW‖ and the norm of what rounding takes from ΔW."""
+    wide = jnp.promote_types(jnp.float32, kernel.dtype)
+    kernel, update = kernel.astype(wide), update_of(node, wide)
+    added = (kernel + update).astype(dtype).astype(wide) - kernel.astype(dtype).astype(wide)
+    return jnp.linalg.norm(kernel.ravel()), jnp.linalg.norm(update.ravel()), jnp.linalg.norm((update - added).ravel())
+
+
+def _kept(lost: float, moved: float) -> float:
+    return max(0.0, 1 - lost / moved) if moved else 1.0
+
+
+# Text ---------------------------------------------------------------------------------------------------------------
+
+
+def _shape(shape: tuple[int, ...], axes: Axes | None) -> str:
+    roles = (
+        {}
+        if axes is None
+        else {n: role for role, group in zip(("stack", "in", "out"), axes, strict=True) for n in group}
+    )
+    return " × ".join(f"{size} {roles[axis]}" if axis in roles else str(size) for axis, size in enumerate(shape))
+
+
+def _span(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{min(value):g}..{max(value):g}" if isinstance(value, tuple) else f"{value:g}"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns side by side, the last one flush right."""
+    widths = [max(len(line[column]) for line in (head, *rows)) for column in range(len(head))]
+    lines = []
+    for line in (head, *rows):
+        cells = [text.ljust(width) for text, width in zip(line[:-1], widths[:-1], strict=True)]
+        lines.append("  ".join([*cells, line[-1].rjust(widths[-1])]))
+    return "\n".join(lines)

@@ -1,0 +1,49 @@
+"""Where the factors live: beside their kernels."""
+
+from typing import Any
+
+from lora_jax._node import LoRA, Trained, place
+from lora_jax._tree import edit, kernel_path, leaves_with_paths, unbox
+
+
+def shardings(params: Any, base_shardings: Any) -> Any:
+    """The shardings of a whole tree: A, B and scale are cut as their kernel is, along the axes that they share with it.
+
+        kernel f[in, out]: P("data", "model")   →   a f[in, rank]: P("data", None),  b f[rank, out]: P(None, "model")
+
+    The optimizer's moments take the adapter's: `jax.jit(tx.init, out_shardings=...)`, or computation follows data.
+
+    Args:
+      params: A tree that `init` made, of arrays or of ShapeDtypeStructs.
+      base_shardings: The shardings of the tree before `init`: NamedShardings or PartitionSpecs at its leaves, or at
+        mappings for all leaves below.
+
+    Returns:
+      A tree for `jax.device_put`, or for `in_shardings` and `out_shardings` of `jax.jit`. `split` takes it apart too.
+
+    Raises:
+      ValueError: A leaf that `base_shardings` doesn't cover.
+
+    >>> import jax.numpy as jnp
+    >>> node = LoRA(jnp.ones((4, 2)), jnp.ones((2, 6)), jnp.ones(()))
+    >>> params = {"kernel": jnp.ones((4, 6)), "kernel_lora": node}
+    >>> shardings(params, {"kernel": jax.P("data", "model")})
+    {'kernel': P('data', 'model'), 'kernel_lora': LoRA(a=P('data', None), b=P(None, 'model'), scale=P(), ...)}
+    """
+    table = dict(leaves_with_paths(base_shardings))
+
+    def of(path: str) -> Any:
+        parts = path.split("/")
+        for length in range(len(parts), -1, -1):
+            if (above := "/".join(parts[:length])) in table:
+                return table[above]
+        raise ValueError(f"{path}: base_shardings has nothing for it; give it a sharding, P() for a copy everywhere")
+
+    def put(path: str, leaf: Any) -> Any:
+        if leaf is None:
+            return None
+        if isinstance(leaf, LoRA):
+            return place(unbox(of(kernel_path(path))), leaf.axes, magnitude=leaf.magnitude is not None)
+        return Trained(of(path), leaf.dtype) if isinstance(leaf, Trained) else of(path)
+
+    return edit(params, leaf=put)

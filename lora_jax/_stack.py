@@ -1,0 +1,98 @@
+"""Many adapters as one tree, to train or run side by side under `jax.vmap`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax._node import LoRA, pad_rank, trim_rank
+from lora_jax._tree import edit, is_adapter, leaves_with_paths, nodes_of
+
+
+def stack(adapters: Sequence[Any]) -> Any:
+    """One tree of all adapters, each array with a new first axis, ranks padded with zeros to the highest.
+
+    Rank and alpha may differ, since each adapter's scale is data; the kernels and the leaves that train whole may not.
+    Padding stays zero under elementwise optimizers (sgd, adam, adamw, lion, lamb, ...). `jax.vmap(tx.init)` sees no
+    values: have `lora_jax.check_padding(tx, stacked)` refuse the others.
+
+    Args:
+      adapters: As `split` gives them.
+
+    Returns:
+      The stacked tree: `jax.vmap(lambda a: loss(lora_jax.combine(base, a)))(stack(adapters))`.
+
+    Raises:
+      ValueError: No adapters, whole trees, or adapters of different kernels.
+
+    >>> one = {"kernel_lora": LoRA(jnp.ones((4, 1)), jnp.ones((1, 3)), jnp.float32(1))}
+    >>> two = {"kernel_lora": LoRA(jnp.ones((4, 2)), jnp.ones((2, 3)), jnp.float32(2))}
+    >>> jax.tree.map(jnp.shape, stack([one, two]))
+    {'kernel_lora': LoRA(a=(2, 4, 2), b=(2, 2, 3), scale=(2,), magnitude=None, ...)}
+    """
+    if not adapters:
+        raise ValueError("stack: no adapters given, expected one or more")
+    for adapter in adapters:
+        if nodes_of(adapter) and not is_adapter(adapter):
+            raise ValueError("stack: a whole tree given, expected adapters; take the second part of lora_jax.split")
+    tables = [dict(leaves_with_paths(adapter)) for adapter in adapters]
+    for number, table in enumerate(tables):
+        _check_same(number, table, tables[0])
+
+    def stacked(path: str, leaf: Any) -> Any:
+        leaves = [table[path] for table in tables] if leaf is not None else []
+        if isinstance(leaf, LoRA):
+            rank = max(node.a.shape[-1] for node in leaves)
+            leaves = [pad_rank(node, rank) for node in leaves]
+        return jax.tree.map(lambda *arrays: jnp.stack(arrays), *leaves) if leaves else None
+
+    return edit(adapters[0], leaf=stacked)
+
+
+def unstack(stacked: Any) -> list[Any]:
+    """The adapters that `stack` put together, each at its own rank again.
+
+    Under `jax.jit` no values can be looked at, and the padding stays.
+
+    >>> one = {"kernel_lora": LoRA(jnp.ones((4, 1)), jnp.ones((1, 3)), jnp.float32(1))}
+    >>> two = {"kernel_lora": LoRA(jnp.ones((4, 2)), jnp.ones((2, 3)), jnp.float32(2))}
+    >>> [adapter["kernel_lora"].a.shape for adapter in unstack(stack([one, two]))]
+    [(4, 1), (4, 2)]
+    """
+    leaves = leaves_with_paths(stacked)
+    for path, leaf in leaves:
+        if isinstance(leaf, LoRA) and leaf.scale.ndim != len(leaf.axes.stack) + 1:
+            raise ValueError(f"{path}: a single adapter given, expected stacked ones; it is what unstack would return")
+    counts = {array.shape[0] for array in jax.tree.leaves(stacked)}
+    if len(counts) != 1:
+        raise ValueError(f"unstack: arrays of {sorted(counts)} adapters given, expected one number of them throughout")
+
+    def take(index: int) -> Any:
+        def leaf_of(path: str, leaf: Any) -> Any:
+            one = jax.tree.map(lambda array: array[index], leaf)
+            return trim_rank(one) if isinstance(one, LoRA) else one
+
+        return edit(stacked, leaf=leaf_of)
+
+    return [take(index) for index in range(counts.pop())]
+
+
+def _check_same(number: int, table: dict[str, Any], first: dict[str, Any]) -> None:
+    for path in sorted(set(table) ^ set(first)):
+        have, lack = (number, 0) if path in table else (0, number)
+        raise ValueError(f"{path}: adapter {have} has it, adapter {lack} doesn't; stack adapters of the same kernels")
+    for path, leaf in table.items():
+        ours, theirs = _form(leaf), _form(first[path])
+        if ours != theirs:
+            raise ValueError(
+                f"{path}: {ours} in adapter {number}, {theirs} in adapter 0; they belong to different bases"
+            )
+
+
+def _form(leaf: Any) -> Any:
+    """What must agree: the structure, axes included, and all sizes but the rank."""
+    if isinstance(leaf, LoRA):
+        rankless = leaf.b.shape[: len(leaf.axes.stack)] + leaf.b.shape[len(leaf.axes.stack) + 1 :]
+        return leaf.a.shape[:-1], rankless, leaf.axes, leaf.magnitude is not None
+    return jax.tree.map(jnp.shape, leaf), jax.tree.structure(leaf)
