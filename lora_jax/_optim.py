@@ -88,8 +88,8 @@ def check_padding(tx: optax.GradientTransformation, adapter: Any, train: Any = (
     An adapter whose ranks differ between stack indices, or between stacked adapters, has zero columns in A and zero
     rows in B. Their gradients are zero, and an elementwise optimizer keeps them so (sgd, adam, adamw, lion, lamb).
     Others don't: noisy_sgd and yogi move them, adafactor, muon and clipping by a block's rms see the whole array.
-    No name tells which kind `tx` is, so a few of its steps are taken here, on random gradients: on the adapter as it is, and
-    padded once more. `masked` calls this where it can see values, that is, outside `jax.jit` and `jax.vmap`.
+    No name tells which kind `tx` is, so a few of its steps are taken here on random gradients, for the adapter as it is
+    and for the same padded once more. `masked` calls this where values can be seen: outside `jax.jit` and `jax.vmap`.
 
     Args:
       tx: The optimizer.

@@ -24,7 +24,7 @@ def shardings(params: Any, base_shardings: Any) -> Any:
     Raises:
       ValueError: A leaf that `base_shardings` doesn't cover.
 
-    >>> import jax.numpy as jnp
+    >>> import jax, jax.numpy as jnp
     >>> node = LoRA(jnp.ones((4, 2)), jnp.ones((2, 6)), jnp.ones(()))
     >>> params = {"kernel": jnp.ones((4, 6)), "kernel_lora": node}
     >>> shardings(params, {"kernel": jax.P("data", "model")})
