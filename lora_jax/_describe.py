@@ -59,6 +59,8 @@ class Description:
             (row.path, _shape(row.shape, row.axes), _span(row.rank), _span(row.scale), f"{row.trainable:,}")
             for row in self.rows
         ]
+        if all(row.scale is None for row in self.rows):  # ShapeDtypeStructs have none
+            head, rows = (*head[:3], head[4]), [(*row[:3], row[4]) for row in rows]
         return f"{_table(head, rows)}\n{self.trainable:,} of {self.total:,} parameters train ({self.share:.2%})"
 
 

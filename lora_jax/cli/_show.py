@@ -1,7 +1,8 @@
 """What commands print: results on standard output, progress and notes on standard error."""
 
+import contextlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -31,6 +32,25 @@ def table(columns: Iterable[str], rows: Iterable[Iterable[Any]], *, title: str |
     for row in rows:
         shown.add_row(*(cell if isinstance(cell, str) else number(cell) for cell in row))
     return shown
+
+
+@contextlib.contextmanager
+def working(what: str) -> Iterator[None]:
+    """Says on standard error what takes its time: a spinner on a terminal, a line elsewhere."""
+    console = notes()
+    if console.is_terminal:
+        with console.status(f"{what} ..."):
+            yield
+    else:
+        console.print(f"{what} ...", markup=False)
+        yield
+
+
+def figures(values: Mapping[str, Any]) -> None:
+    """Names and figures, one a line, as results."""
+    console = results()
+    for name, value in values.items():
+        console.print(f"{name.replace('_', ' '):20} {percent(value) if 'accuracy' in name else number(value)}")
 
 
 def number(value: float) -> str:

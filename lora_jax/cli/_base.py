@@ -1,0 +1,69 @@
+"""The model that a command works on: its flags, and how it is opened, with or without an adapter."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+import lora_jax
+from lora_jax import text_to_sql
+from lora_jax.cli import _show
+
+# `lora_jax.models` is reached through the package, which loads it at first use: `--help` needn't wait for transformers.
+
+LORA = lora_jax.LoRAConfig(rank=8, alpha=16)
+FOLDER = Path(text_to_sql.__file__).parent / "base"  # the embedded model
+TRACED_TOKENS = 8  # of the abstract call that tells how each kernel is used
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    """The model."""
+
+    model: str | None = None
+    """Hugging Face folder, or the hub's owner/model; the embedded model if not given"""
+    model_dtype: Literal["float32", "bfloat16"] | None = None
+    """of weights and activations; as in the files if not given (the embedded model: float32)"""
+
+    @property
+    def folder(self) -> str | Path:
+        return FOLDER if self.model is None else self.model
+
+    @property
+    def name(self) -> str:
+        return "embedded" if self.model is None else self.model
+
+    @property
+    def loaded_dtype(self) -> str | None:
+        # The embedded weights are stored in half precision to be small, not to be computed with.
+        return self.model_dtype or ("float32" if self.model is None else None)
+
+    def abstract(self, *, remat: bool = False) -> Any:
+        """The model without weights: errors in its configuration are found before anything large is read."""
+        return lora_jax.models.load_abstract(self.folder, self.loaded_dtype, remat=remat)
+
+    def load(self, *, remat: bool = False) -> Any:
+        with _show.working(f"reading {self.name}"):
+            return lora_jax.models.load(self.folder, self.loaded_dtype, remat=remat)
+
+
+def kernel_axes(model: Any) -> lora_jax.KernelAxes:
+    """How the model uses its kernels, from an abstract call."""
+    return lora_jax.kernel_axes(model.apply, model.params, jax.ShapeDtypeStruct((1, TRACED_TOKENS), jnp.int32))
+
+
+def with_adapter(model: Any, adapter: Path | None) -> Any:
+    """The model's parameters, with the adapter's nodes where one is given."""
+    if adapter is None:
+        return model.params
+    return lora_jax.peft.load(adapter, model.params, names=model.names, axes=kernel_axes(model))
+
+
+def check_free(folder: Path, overwrite: bool) -> None:
+    """Refuses a folder that holds something, before anything is read for it."""
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder}: a file, expected a folder to write")
+    if not overwrite and folder.is_dir() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder}: is not empty; pass --overwrite or another --output")

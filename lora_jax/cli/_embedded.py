@@ -1,0 +1,44 @@
+"""The embedded task: its rows as any data file's, and its answers run in SQLite."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lora_jax import data, text_to_sql
+from lora_jax.cli import _show
+from lora_jax.cli._base import Base
+from lora_jax.generate import GenerateConfig, generate_text
+
+ANSWERS = GenerateConfig(max_tokens=96, batch_size=100)
+
+
+class Answers(NamedTuple):
+    """What a model answered to a split's questions."""
+
+    texts: list[str]
+    right: list[bool]  # the answer's result is the reference's
+
+    @property
+    def accuracy(self) -> float:
+        return sum(self.right) / len(self.right)
+
+
+def check_data_given(base: Base, path: Path | None) -> None:
+    """Only the embedded model has a task of its own."""
+    if base.model is not None and path is None:
+        raise ValueError(f"data: none given for {base.model}; pass --data with a jsonl file or a folder of them")
+
+
+def rows(split: str) -> list[data.Completion]:
+    return [data.Completion(**row) for row in text_to_sql.rows(split)]
+
+
+def answer(model: Any, params: Any, split: str) -> Answers:
+    """Greedy answers to the questions of a split, and which of them are right."""
+    asked = text_to_sql.examples(split)
+    with _show.working(f"answering {len(asked)} questions"):
+        texts = generate_text(model, params, [example.prompt for example in asked], ANSWERS)
+    right = [
+        text_to_sql.is_right(text, example.completion, example.database)
+        for text, example in zip(texts, asked, strict=True)
+    ]
+    return Answers(texts, right)

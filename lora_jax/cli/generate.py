@@ -1,0 +1,33 @@
+"""`lora-jax generate`: completions of prompts."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import tyro
+
+from lora_jax.cli import _base, _show
+from lora_jax.generate import GenerateConfig, generate_text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Complete prompts, with or without an adapter. The completions alone go to standard output."""
+
+    prompt: tuple[str, ...]
+    """one text or several"""
+    adapter: Path | None = None
+    """folder of an adapter, as `lora-jax train` writes it"""
+    seed: int = 0
+    """of the draws, at temperatures above 0"""
+    base: tyro.conf.OmitArgPrefixes[_base.Base] = _base.Base()
+    generate: tyro.conf.OmitArgPrefixes[GenerateConfig] = GenerateConfig()
+
+
+def run(settings: Settings) -> None:
+    model = settings.base.load()
+    params = _base.with_adapter(model, settings.adapter)
+    with _show.working("generating"):
+        texts = generate_text(model, params, settings.prompt, settings.generate, key=jax.random.key(settings.seed))
+    for text in texts:
+        print(text)
