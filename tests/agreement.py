@@ -1,8 +1,8 @@
 """Agreement with a reference, leaf by leaf: |ours − ref64| ≤ max(4·|ref32 − ref64|, 1e-5·max|ref64|).
 
-`ref64` and `ref32` are the reference run in float64 and float32. What the reference's own rounding costs is what ours may
-cost; a fixed tolerance is too strict for a deep model (torch itself is 5e-5 off float64 at 30M parameters) and too weak
-for a tiny one. |ref32 − ref64| is the leaf's largest, since where the reference happens to round well says nothing of us.
+`ref64` and `ref32` are the reference run in float64 and float32. What the reference's own rounding costs is what ours
+may cost; a fixed tolerance is too strict for a deep model (torch itself is 5e-5 off float64 at 30M parameters) and too
+weak for a tiny one. |ref32 − ref64| is the leaf's largest: that one entry happens to round well says nothing of us.
 """
 
 import jax

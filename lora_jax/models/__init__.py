@@ -36,8 +36,8 @@ class Model:
         params: nested dict of arrays (`jax.ShapeDtypeStruct` from `load_abstract`); leaves under `layers` are stacked,
             the layer's axis first.
         names: leaf path -> `Weight`, its name in Hugging Face files.
-        apply: `(params, input_ids, attention_mask=None, *, positions=None, cache=None)` with `input_ids` int32[B, T] and
-            `attention_mask` [B, T], 1 at real tokens (padding may be on either side) -> logits [B, T, V], or
+        apply: `(params, input_ids, attention_mask=None, *, positions=None, cache=None)` with `input_ids` int32[B, T]
+            and `attention_mask` [B, T], 1 at real tokens (padding may be on either side) -> logits [B, T, V], or
             `(logits, cache)` when a cache is given. `positions` int32[B, T] default to those among the real tokens.
         init_cache: `(batch, length, dtype=None)` -> an empty cache for `length` tokens a row, padding included.
         folder: where it was loaded from; None for `init`.
@@ -91,6 +91,8 @@ def load(
         ignored=family.ignored,
         copies=family.copies(config),
     )
+    if dtype is None:  # the configuration's dtype need not be the file's
+        model = _abstract(family, config, leaves["embed_tokens/embedding"].dtype, compute_dtype, remat, folder)
     return replace(model, params=unflatten(leaves))
 
 

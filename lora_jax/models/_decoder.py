@@ -26,7 +26,7 @@ ACTIVATIONS = {
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderSpec:
-    """Everything in which the models that share this decoder differ. Frozen and hashable: modules are compared by it."""
+    """Everything in which the models that share this decoder differ; hashable, as a module's fields must be."""
 
     vocab_size: int
     hidden_size: int
@@ -157,7 +157,7 @@ class Embed(nn.Module):
 
     def __call__(self, input_ids, dtype):
         # Out-of-range ids give NaN (jnp.take's default), so they can't pass unseen.
-        return jnp.take(self.embedding, input_ids, axis=0).astype(dtype or self.param_dtype)
+        return jnp.take(self.embedding, input_ids, axis=0).astype(dtype or self.embedding.dtype)
 
     def attend(self, x):
         return x @ self.embedding.T.astype(x.dtype)
@@ -192,7 +192,7 @@ class Decoder(nn.Module):
             layer,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast),
+            in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType] - flax annotates less than it takes
             length=spec.num_layers,
         )
         x, new = layers(spec, self.param_dtype, name="layers")(x, past, context)

@@ -10,7 +10,7 @@ from lora_jax.models._family import Family, Weight
 from lora_jax.models._rope import inverse_frequencies
 
 
-def spec(config: LlamaConfig) -> DecoderSpec:
+def spec(config: Any) -> DecoderSpec:
     """The decoder that `config` describes."""
     return DecoderSpec(
         vocab_size=config.vocab_size,

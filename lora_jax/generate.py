@@ -1,0 +1,239 @@
+"""Text from a model: greedy or sampled, in one compiled loop over a cache of keys and values.
+
+    texts = generate_text(model, params, ["Once upon a time"], GenerateConfig(max_tokens=32))
+
+`params` may be a plain tree or one that holds an adapter.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax._forward import adapt
+from lora_jax.data import bucket
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """How completions are drawn."""
+
+    max_tokens: int = 64
+    """most new tokens of a completion"""
+    temperature: float = 0.0
+    """0 takes the likeliest token; above, logits are divided by it and a token is drawn"""
+    top_p: float = 1.0
+    """draw among the likeliest tokens that together have this probability"""
+    batch_size: int = 16
+    """prompts that are completed together"""
+
+    def __post_init__(self):
+        _check(self.max_tokens, self.temperature, self.top_p)
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size: {self.batch_size} given, expected at least 1")
+
+
+def generate(
+    model_apply: Callable[..., Any],
+    init_cache: Callable[..., Any],
+    params: Any,
+    input_ids: Any,
+    attention_mask: Any,
+    *,
+    max_tokens: int,
+    eos_id: int | Sequence[int],
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    key: jax.Array | None = None,
+) -> jax.Array:
+    """Continue each prompt until it ends or `max_tokens` are drawn.
+
+    One program is compiled per shape of `input_ids` and `max_tokens`; pad prompts to few lengths.
+
+    Args:
+      model_apply: `(params, input_ids, attention_mask, *, cache) -> (logits [B, T, V], cache)`; not adapted yet.
+      init_cache: `(batch, length) -> cache`.
+      params: the model's tree, with or without an adapter in it.
+      input_ids: int32[B, T], prompts padded on the left.
+      attention_mask: [B, T], 1 at the prompts' tokens; a row of zeros is passed over.
+      max_tokens: new tokens of a row at most.
+      eos_id: the token, or any of the tokens, that ends a row.
+      temperature: 0 for the likeliest token, else tokens are drawn from softmax(logits / temperature).
+      top_p: draws come from the smallest set of tokens with at least this probability (Holtzman et al. 2019,
+        arXiv 1904.09751, section 3.1).
+      key: of the draws; needed when `temperature` is above 0.
+
+    Returns:
+      int32[B, max_tokens]: the new tokens; after a row's end, its first end token is repeated.
+
+    Raises:
+      ValueError: settings out of range, a key missing, or prompts padded on the right.
+    """
+    _check(max_tokens, temperature, top_p)
+    if temperature > 0 and key is None:
+        raise ValueError(f"temperature {temperature} draws tokens and needs a key: pass key=jax.random.key(seed)")
+    mask = np.asarray(attention_mask, bool)
+    if (mask[:, :-1] & ~mask[:, 1:]).any():
+        raise ValueError("attention_mask: a prompt is padded on the right, expected padding on the left only")
+    if mask.shape[1] < 2:  # the last token is fed apart from those before it, and there must be some
+        pad = ((0, 0), (1, 0))
+        input_ids, mask = np.pad(np.asarray(input_ids), pad), np.pad(mask, pad)
+    return _generate(
+        params,
+        jnp.asarray(input_ids, jnp.int32),
+        jnp.asarray(mask),
+        jnp.atleast_1d(jnp.asarray(eos_id, jnp.int32)),
+        jnp.float32(temperature),
+        jnp.float32(top_p),
+        jax.random.key(0) if key is None else key,
+        model_apply=model_apply,
+        init_cache=init_cache,
+        max_tokens=max_tokens,
+        draw=temperature > 0,
+        nucleus=top_p < 1,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("model_apply", "init_cache", "max_tokens", "draw", "nucleus"))
+def _generate(
+    params, input_ids, mask, eos_ids, temperature, top_p, key, *, model_apply, init_cache, max_tokens, draw, nucleus
+):
+    apply = adapt(model_apply, allow_none=True)
+    batch, length = input_ids.shape
+
+    def choose(logits, step):
+        logits = logits.astype(jnp.float32)
+        if not draw:
+            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        logits = logits / temperature
+        if nucleus:
+            logits = _nucleus(logits, top_p)
+        return jax.random.categorical(jax.random.fold_in(key, step), logits).astype(jnp.int32)
+
+    def unfinished(state):
+        step, _, _, _, finished = state
+        return (step < max_tokens) & ~finished.all()
+
+    def advance(state):
+        step, tokens, last, cache, finished = state
+        logits, cache = apply(params, last[:, None], None, cache=cache)
+        token = jnp.where(finished, eos_ids[0], choose(logits[:, -1], step))
+        tokens = jax.lax.dynamic_update_index_in_dim(tokens, token, step, axis=1)
+        return step + 1, tokens, token, cache, finished | jnp.isin(token, eos_ids)
+
+    # The logits of the prompt are never looked at, so XLA leaves the head out of this call.
+    _, cache = apply(params, input_ids[:, :-1], mask[:, :-1], cache=init_cache(batch, length + max_tokens))
+    tokens = jnp.full((batch, max_tokens), eos_ids[0], jnp.int32)
+    start = (jnp.int32(0), tokens, input_ids[:, -1], cache, ~mask.any(axis=1))
+    return jax.lax.while_loop(unfinished, advance, start)[1]
+
+
+def _nucleus(logits: jax.Array, top_p: jax.Array) -> jax.Array:
+    """Logits [B, V] with everything outside the nucleus at -inf; the likeliest token is always inside."""
+    ordered = jnp.sort(logits, axis=-1, descending=True)
+    probabilities = jax.nn.softmax(ordered, axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    inside = (before < top_p).at[:, 0].set(True)
+    lowest = jnp.min(jnp.where(inside, ordered, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logits < lowest, -jnp.inf, logits)
+
+
+def generate_text(
+    model: Any,
+    params: Any,
+    prompts: Sequence[str | Sequence[int]],
+    config: GenerateConfig,
+    *,
+    key: jax.Array | None = None,
+) -> list[str]:
+    """Complete each prompt.
+
+    Args:
+      model: what `lora_jax.models.load` returns, or anything with its `apply`, `init_cache`, `config` and `tokenizer`.
+      params: the model's tree, with or without an adapter in it.
+      prompts: any number, each a text or token ids; they are completed in batches of similar length.
+      config: how.
+      key: of the draws; needed when `config.temperature` is above 0.
+
+    Returns:
+      The completions, without the prompts and special tokens, in the prompts' order.
+
+    Raises:
+      ValueError: no end token is known, or a prompt is too long for the model's positions.
+    """
+    tokenizer = model.tokenizer
+    eos_ids = _eos_ids(model)
+    encoded = [_prompt_ids(prompt, tokenizer) for prompt in prompts]
+    longest = model.config.max_position_embeddings - config.max_tokens
+    for number, ids in enumerate(encoded, 1):
+        if len(ids) > longest:
+            raise ValueError(
+                f"prompt {number}: {len(ids)} tokens and max_tokens {config.max_tokens} are more than the model's "
+                f"{model.config.max_position_embeddings} positions; shorten the prompt or lower max_tokens"
+            )
+    texts = [""] * len(encoded)
+    for number, rows in enumerate(_batches(encoded, config.batch_size)):
+        tokens = generate(
+            model.apply,
+            model.init_cache,
+            params,
+            *_left_padded([encoded[row] for row in rows], min(config.batch_size, len(encoded)), longest),
+            max_tokens=config.max_tokens,
+            eos_id=eos_ids,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            key=None if key is None else jax.random.fold_in(key, number),
+        )
+        for row, ids in zip(rows, np.asarray(tokens).tolist(), strict=False):  # the rows that fill the batch are last
+            end = next((i for i, token in enumerate(ids) if token in eos_ids), len(ids))
+            texts[row] = tokenizer.decode(ids[:end], skip_special_tokens=True)
+    return texts
+
+
+def _eos_ids(model) -> list[int]:
+    """The tokenizer's end token first, which training appends, then the model's own."""
+    own = model.config.eos_token_id
+    own = list(own) if isinstance(own, (list, tuple)) else [own]
+    ids = list(dict.fromkeys(i for i in (model.tokenizer.eos_token_id, *own) if i is not None))
+    if not ids:
+        raise ValueError("neither the tokenizer nor the model's config names an eos_token, so generation never stops")
+    return ids
+
+
+def _prompt_ids(prompt: str | Sequence[int], tokenizer) -> list[int]:
+    """As training sees a prompt: special tokens in front, but no end token, though some tokenizers add it."""
+    ids = tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else list(prompt)
+    if ids[-1:] == [tokenizer.eos_token_id]:
+        ids = ids[:-1]
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    return ids or [start]
+
+
+def _batches(encoded: list[list[int]], size: int) -> Iterator[list[int]]:
+    """Row numbers, prompts of similar length together."""
+    order = sorted(range(len(encoded)), key=lambda row: len(encoded[row]))
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
+
+
+def _left_padded(encoded: list[list[int]], batch: int, longest: int) -> tuple[np.ndarray, np.ndarray]:
+    length = bucket(max(len(ids) for ids in encoded), longest)
+    input_ids = np.zeros((batch, length), np.int32)
+    mask = np.zeros((batch, length), bool)
+    for row, ids in enumerate(encoded):
+        input_ids[row, length - len(ids) :] = ids
+        mask[row, length - len(ids) :] = True
+    return input_ids, mask
+
+
+def _check(max_tokens: int, temperature: float, top_p: float) -> None:
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens: {max_tokens} given, expected at least 1")
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature: {temperature} given, expected 0 or more")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p: {top_p} given, expected above 0 and at most 1")
