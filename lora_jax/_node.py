@@ -179,8 +179,8 @@ def update_of(node: LoRA, dtype: Any = jnp.float32) -> jax.Array:
 def used_ranks(node: LoRA) -> np.ndarray:
     """The rank of each stack index without its padding, i64[*stack].
 
-    Padding is a zero column of `a` with a zero row of `b`, after the last pair that isn't. What is traced or abstract has
-    no values to look at and counts as full; so does an index that is zero throughout, unless its scale is zero too.
+    Padding is a zero column of `a` with a zero row of `b`, after the last pair that isn't. What is traced or abstract
+    has no values to look at and counts as full; so does an index that is zero throughout, unless its scale is zero too.
 
     >>> a = jnp.ones((2, 3, 4)).at[0, :, 1:].set(0).at[1].set(0)
     >>> int(used_ranks(LoRA(a[0], jnp.zeros((4, 5)), jnp.ones(())))), a[0].shape

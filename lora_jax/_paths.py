@@ -16,7 +16,7 @@ VECTOR_NAMES = frozenset({"bias", "b", "scale", "offset"})
 # Projections of one attention layer: the names that must stand together, then the ones they bring along where they
 # exist. Asking for the whole group keeps a policy's "value" head and a classifier's "out" layer from passing for one.
 _ATTENTION_GROUPS = (
-    (("query", "key", "value"), ("out", "linear", "../output/dense")),  # Linen, NNX, Haiku; BERT, RoBERTa, ViT
+    (("query", "key", "value"), ("out", "linear", "attention/output/dense")),  # Linen, NNX, Haiku; BERT, RoBERTa, ViT
     (("q_proj", "k_proj", "v_proj"), ("o_proj", "out_proj")),  # Llama, Mistral, Qwen, Gemma; OPT, BART, CLIP
     (("q", "k", "v"), ("o", "out")),  # T5
     (("q_lin", "k_lin", "v_lin"), ("out_lin",)),  # DistilBERT
@@ -148,13 +148,16 @@ def _attention(paths: Collection[str]) -> set[str]:
         for anchors, others in _ATTENTION_GROUPS:
             if all((*parent, name) in modules for name in anchors):
                 for name in (*anchors, *others):
-                    found.update(modules.get(_relative(parent, name), ()))
+                    found.update(modules.get(_beside(parent, name), ()))
     return found
 
 
-def _relative(parent: tuple[str, ...], name: str) -> tuple[str, ...]:
-    parts = name.split("/")
-    return (*parent[:-1], *parts[1:]) if parts[0] == ".." else (*parent, *parts)
+def _beside(parent: tuple[str, ...], name: str) -> tuple[str, ...]:
+    """`name` in `parent`; with slashes, `name` beside it: `attention/self` to `attention/output/dense`."""
+    above, *below = name.split("/")
+    if not below:
+        return (*parent, name)
+    return (*parent[:-1], *below) if parent[-2:-1] == (above,) else ()
 
 
 def _hint(pattern: str, paths: Collection[str]) -> str:

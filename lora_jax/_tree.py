@@ -33,7 +33,7 @@ def is_box(tree: Any) -> bool:
 
     Seen from its pytree form, a single child that is its `.value`, so that no framework need be imported.
     """
-    if isinstance(tree, Mapping | list | tuple | LoRA | Trained) or not hasattr(tree, "value"):
+    if isinstance(tree, Mapping | list | tuple | LoRA | Trained | jax.Array):
         return False
     pairs, _ = _children(tree) or ([], None)
     return [component(key) for key, _ in pairs] == ["value"] and _children(pairs[0][1]) is None

@@ -1,0 +1,116 @@
+"""Patterns: suffixes of whole components, regular expressions, presets, precedence and the errors."""
+
+import jax
+import pytest
+
+from lora_jax._paths import check_patterns, match, path_of
+
+LLAMA = [
+    *(f"layers/self_attn/{name}_proj/kernel" for name in "qkvo"),
+    "layers/self_attn/q_proj/bias",
+    "layers/mlp/up_proj/kernel",
+    "layers/norm/scale",
+    "embed_tokens/embedding",
+    "lm_head/kernel",
+]
+
+
+def hits(pattern, paths, **settings):
+    return set(match([pattern], paths, what="targets", **settings))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("q_proj", {"layers/self_attn/q_proj/kernel", "layers/self_attn/q_proj/bias"}),
+        ("q_proj/kernel", {"layers/self_attn/q_proj/kernel"}),
+        ("self_attn/q_proj", {"layers/self_attn/q_proj/kernel", "layers/self_attn/q_proj/bias"}),
+        ("bias", {"layers/self_attn/q_proj/bias"}),
+        ("lm_head", {"lm_head/kernel"}),
+        ("embed_tokens", {"embed_tokens/embedding"}),
+        ("norm", {"layers/norm/scale"}),
+        ("/.*(q|v)_proj/kernel/", {"layers/self_attn/q_proj/kernel", "layers/self_attn/v_proj/kernel"}),
+        ("attention", {path for path in LLAMA if "self_attn" in path}),
+    ],
+)
+def test_a_pattern_matches(pattern, expected):
+    assert hits(pattern, LLAMA) == expected
+
+
+@pytest.mark.parametrize("pattern", ["proj", "attn", "q_pro", "layers", "self_attn", "/q_proj/", "/layers.*bia/"])
+def test_parts_of_components_dont_match(pattern):
+    with pytest.raises(ValueError, match=r"^targets: .* matches no leaf; ") as error:
+        hits(pattern, LLAMA)
+    assert "\n" not in str(error.value)
+
+
+def test_a_component_of_plain_dicts_is_no_final_leaf_name():
+    assert hits("q", ["attn/q", "attn/k"]) == {"attn/q"}
+    with pytest.raises(ValueError, match="matches no leaf"):
+        hits("attn", ["attn/q", "attn/k"])
+
+
+def test_haiku_names_are_split():
+    (key_path, _), *_ = jax.tree_util.tree_leaves_with_path({"mlp/~/linear_0": {"w": 1}})
+    assert path_of(key_path) == "mlp/~/linear_0/w"
+    assert hits("linear_0", [path_of(key_path)]) == {"mlp/~/linear_0/w"}
+
+
+def test_the_first_match_wins():
+    chosen = match(["/.*q_proj.*/", "q_proj", "/.*kernel/"], LLAMA, what="overrides")
+    assert chosen["layers/self_attn/q_proj/kernel"] == 0
+    assert chosen["lm_head/kernel"] == 2
+    assert "layers/norm/scale" not in chosen
+
+
+def test_nearest_names_are_listed():
+    with pytest.raises(ValueError, match="nearest: 'q_proj'"):
+        hits("qproj", LLAMA)
+    with pytest.raises(ValueError, match="nearest: 'self_attn/q_proj'"):
+        hits("selfattn/q_proj", LLAMA)
+    with pytest.raises(ValueError, match="the tree has 'q_proj', 'k_proj'"):
+        hits("zzz", LLAMA)
+    with pytest.raises(ValueError, match="the tree has no leaves"):
+        hits("q_proj", [])
+
+
+@pytest.mark.parametrize(
+    ("parent", "names"),
+    [
+        ("attn", ("query", "key", "value", "out")),
+        ("MultiHeadDotProductAttention_0", ("query", "key", "value", "out")),
+        ("multi_head_attention", ("query", "key", "value", "linear")),
+        ("encoder/layer/0/attention", ("self/query", "self/key", "self/value", "output/dense")),
+        ("self_attn", ("q_proj", "k_proj", "v_proj", "o_proj")),
+        ("self_attn", ("q_proj", "k_proj", "v_proj", "out_proj")),
+        ("SelfAttention", ("q", "k", "v", "o")),
+        ("attention", ("q_lin", "k_lin", "v_lin", "out_lin")),
+        ("h/0/attn", ("c_attn", "c_proj")),
+        ("attention", ("query_key_value", "dense")),
+        ("self_attn", ("qkv_proj", "o_proj")),
+        ("attn", ("Wqkv", "out_proj")),
+        ("attn", ("q_einsum", "kv_einsum", "attn_vec_einsum")),
+        ("attn", ("qkv_einsum", "attn_vec_einsum")),
+    ],
+)
+def test_the_attention_preset_knows_the_usual_names(parent, names):
+    attention = {f"{parent}/{name}/w" for name in names}
+    others = ["mlp/dense/w", "mlp/c_proj/w", "value/w", "out/w", "output/dense/w", "linear/w", "head/query/w"]
+    assert hits("attention", [*attention, *others]) == attention
+
+
+def test_the_attention_preset_says_when_it_finds_nothing():
+    with pytest.raises(ValueError, match="'attention' matches no leaf"):
+        hits("attention", ["policy/value/kernel", "out/kernel"])
+
+
+def test_all_linear_is_what_the_trace_said():
+    assert hits("all-linear", LLAMA, linear={"layers/mlp/up_proj/kernel"}) == {"layers/mlp/up_proj/kernel"}
+    with pytest.raises(ValueError, match="pass axes=lora_jax.kernel_axes"):
+        hits("all-linear", LLAMA)
+
+
+@pytest.mark.parametrize("pattern", ["", "/", "//", 3, None, "/(/"])
+def test_a_pattern_that_can_match_nothing_is_refused(pattern):
+    with pytest.raises(ValueError, match="^targets: "):
+        check_patterns([pattern], "targets")

@@ -1,0 +1,228 @@
+"""Laws of the tree: what init adds, split takes apart and combine puts together; containers, boxes and errors."""
+
+import collections
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx
+from hypothesis import given
+from hypothesis import strategies as st
+from trees import adapted, trees
+
+import lora_jax
+from lora_jax import Axes, LoRA, LoRAConfig
+from lora_jax._tree import Trained, detach, leaf_paths
+
+CONFIG = LoRAConfig(rank=2, alpha=4, targets=["kernel"])
+KEY = jax.random.key(0)
+
+
+def same(x, y):
+    """Equal structure, and equal leaves bit for bit, types included."""
+    assert jax.tree.structure(x) == jax.tree.structure(y)
+    for left, right in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True):
+        assert np.asarray(left).dtype == np.asarray(right).dtype
+        np.testing.assert_array_equal(np.asarray(left, np.float64), np.asarray(right, np.float64))
+
+
+def dense(shape=(3, 4), dtype=jnp.float32):
+    return {"kernel": jnp.ones(shape, dtype), "bias": jnp.zeros(shape[-1], dtype)}
+
+
+# Laws
+
+
+@given(trees())
+def test_split_gives_the_tree_before_init(case):
+    params, axes = case
+    whole = adapted(params, CONFIG, axes)
+    base, adapter = lora_jax.split(whole)
+    assert jax.tree.structure(base) == jax.tree.structure(params)
+    assert len(jax.tree.leaves(adapter)) == 3 * len(axes)
+    same(lora_jax.combine(base, adapter), whole)
+
+
+@given(trees(), st.booleans())
+def test_combine_undoes_split_with_extra_trained_leaves(case, named):
+    params, axes = case
+    config = dataclasses.replace(CONFIG, train=("bias",))
+    whole = adapted(params, config, axes)
+    base, adapter = lora_jax.split(whole, config if named else ["bias"])
+    same(lora_jax.combine(base, adapter), whole)
+    assert "bias" not in {path.rpartition("/")[2] for path in leaf_paths(base)}
+
+
+@given(trees())
+def test_detach_gives_the_tree_before_init_and_the_nodes_by_path(case):
+    params, axes = case
+    plain, nodes = detach(adapted(params, CONFIG, axes))
+    assert jax.tree.structure(plain) == jax.tree.structure(params)
+    assert {path: node.axes for path, node in nodes.items()} == dict(axes)
+
+
+def test_detach_without_nodes_copies_nothing():
+    params = {"a": [dense(), None], "b": ({}, 3)}
+    plain, nodes = detach(params)
+    assert plain is params
+    assert nodes == {}
+
+
+def test_untouched_parts_stay_the_very_same_object():
+    params = {"query": dense(), "other": dense()}
+    whole = lora_jax.init(KEY, params, dataclasses.replace(CONFIG, targets=("query",)))
+    assert whole["other"] is params["other"]
+    assert whole["query"]["kernel"] is params["query"]["kernel"]
+    assert sorted(params["query"]) == ["bias", "kernel"]
+
+
+def test_insertion_order_of_a_dict_is_kept():
+    params = {"z": dense(), "a": dense()}
+    whole = lora_jax.init(KEY, params, CONFIG)
+    assert list(whole) == ["z", "a"]
+    assert list(whole["z"]) == ["kernel", "kernel_lora", "bias"]
+    assert list(lora_jax.split(whole)[0]["z"]) == ["kernel", "bias"]
+
+
+def test_a_defaultdict_stays_one():
+    params = collections.defaultdict(dict, {"query": dense()})
+    base, adapter = lora_jax.split(lora_jax.init(KEY, params, CONFIG))
+    same(base, params)
+    assert adapter.default_factory is dict
+
+
+# Extra trained leaves
+
+
+def test_low_precision_leaves_train_in_float32_and_are_cast_at_use():
+    params = {"query": dense(dtype=jnp.bfloat16), "norm": {"scale": jnp.ones(3, jnp.bfloat16)}, "head": dense()}
+    config = LoRAConfig(rank=2, alpha=4, targets=["query"], train=["norm", "head"])
+    whole = lora_jax.init(KEY, params, config)
+    assert isinstance(whole["norm"]["scale"], Trained)
+    assert whole["norm"]["scale"].value.dtype == jnp.float32
+    assert whole["head"]["kernel"] is params["head"]["kernel"]
+    same(detach(whole)[0], params)
+    same(lora_jax.merge(whole), params)
+    base, adapter = lora_jax.split(whole, config)
+    assert base["norm"]["scale"] is None
+    assert base["head"] == {"kernel": None, "bias": None}
+    moved = jax.tree.map(lambda x: x + 2**-12, adapter)  # too little for bfloat16, but not for its master
+    again = jax.tree.map(lambda x: x - 2**-12, lora_jax.split(lora_jax.combine(base, moved), config)[1])
+    same(again["norm"], adapter["norm"])
+
+
+def test_whole_fine_tuning_is_split_too():
+    params = {"a": dense(), "b": [jnp.ones(2), None]}
+    base, adapter = lora_jax.split(params, ["/.*/"])
+    assert jax.tree.leaves(base) == []
+    same(lora_jax.combine(base, adapter), params)
+
+
+# Boxes
+
+
+@pytest.mark.parametrize(
+    "box", [lambda x: nn.Partitioned(x, names=("data", "model")), lambda x: nnx.Param(x)], ids=["linen", "nnx"]
+)
+def test_a_boxed_kernel_counts_as_the_leaf(box):
+    params = {"query": {"kernel": box(jnp.ones((3, 4)))}}
+    assert leaf_paths(params) == ["query/kernel"]
+    whole = lora_jax.init(KEY, params, CONFIG)
+    node = whole["query"]["kernel_lora"]
+    assert (node.a.shape, node.b.shape) == ((3, 2), (2, 4))
+    base, adapter = lora_jax.split(whole)
+    same(base, params)
+    same(lora_jax.combine(base, adapter), whole)
+    moved = dataclasses.replace(node, b=jnp.ones((2, 4)))
+    merged = lora_jax.merge({"query": {**whole["query"], "kernel_lora": moved}})
+    assert type(merged["query"]["kernel"]) is type(params["query"]["kernel"])
+    np.testing.assert_allclose(jax.tree.leaves(merged)[0], 1 + 2 * node.a @ moved.b, rtol=1e-6)
+    flags = lora_jax.mask(whole)
+    assert jax.tree.structure(flags) == jax.tree.structure(whole)
+    assert jax.tree.leaves(flags) == [False, True, True, False]
+
+
+def test_a_boxed_low_precision_leaf_trains_whole():
+    params = {"query": dense(), "norm": {"scale": nn.Partitioned(jnp.ones(3, jnp.bfloat16), names=("model",))}}
+    config = LoRAConfig(rank=2, alpha=4, targets=["query"], train=["norm"])
+    whole = lora_jax.init(KEY, params, config)
+    assert jax.tree.leaves(whole["norm"])[0].dtype == jnp.float32
+    same(detach(whole)[0], params)
+    same(lora_jax.combine(*lora_jax.split(whole)), whole)
+
+
+def test_an_nnx_state_takes_nodes():
+    class Model(nnx.Module):
+        def __init__(self):
+            self.layers = nnx.List([nnx.Linear(3, 4, rngs=nnx.Rngs(0))])
+
+    state = nnx.state(Model())
+    whole = lora_jax.init(KEY, state, CONFIG)
+    assert [path for path in detach(whole)[1]] == ["layers/0/kernel"]
+    same(detach(whole)[0], state)
+    same(lora_jax.combine(*lora_jax.split(whole)), whole)
+
+
+# Nodes and their dictionaries
+
+
+def test_a_node_is_a_pytree_with_keys():
+    node = LoRA(jnp.ones((3, 2)), jnp.ones((2, 4)), jnp.float32(1))
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path({"kernel_lora": node})]
+    assert paths == ["['kernel_lora'].a", "['kernel_lora'].b", "['kernel_lora'].scale"]
+    with_magnitude = dataclasses.replace(node, magnitude=jnp.ones(4))
+    assert len(jax.tree.leaves(with_magnitude)) == 4
+
+
+def test_a_node_survives_its_dictionary():
+    node = LoRA(jnp.ones((5, 3, 2)), jnp.ones((5, 2, 4)), jnp.ones(5), axes=Axes((0,), (2,), (1,)))
+    again = LoRA.from_dict(node.to_dict(), axes=node.axes)
+    same(again, node)
+    assert LoRA.from_dict(dataclasses.replace(node, magnitude=jnp.ones((5, 4))).to_dict()).magnitude.shape == (5, 4)
+
+
+def test_a_dictionary_with_other_axes_is_refused():
+    entries = LoRA(jnp.ones((3, 2)), jnp.ones((2, 3)), jnp.float32(1)).to_dict()
+    with pytest.raises(ValueError, match=r"inputs=\(0,\).*the kernel has .*inputs=\(1,\)"):
+        LoRA.from_dict(entries, axes=Axes((), (1,), (0,)))
+    with pytest.raises(ValueError, match="a LoRA node has a, b, scale, axes"):
+        LoRA.from_dict({key: value for key, value in entries.items() if key != "b"})
+    with pytest.raises(ValueError, match="a LoRA node has a, b, scale, axes"):
+        LoRA.from_dict({**entries, "alpha": 1})
+
+
+# Errors
+
+
+def test_an_adapter_without_its_base_is_refused():
+    _, adapter = lora_jax.split(lora_jax.init(KEY, {"query": dense()}, CONFIG))
+    with pytest.raises(ValueError, match=r"^query/kernel: .*pass combine\(base, adapter\)"):
+        detach(adapter)
+    with pytest.raises(ValueError, match="^query/kernel: the base has no such leaf"):
+        lora_jax.combine({"key": dense()}, adapter)
+    with pytest.raises(ValueError, match="^query/kernel: the base has no such leaf"):
+        lora_jax.combine({"query": {"kernel": None}}, adapter)
+
+
+def test_a_node_out_of_place_is_refused():
+    node = LoRA(jnp.ones((3, 2)), jnp.ones((2, 4)), jnp.float32(1))
+    with pytest.raises(ValueError, match="beside its kernel"):
+        detach([node])
+    with pytest.raises(ValueError, match="NAME_lora"):
+        detach({"kernel": jnp.ones((3, 4)), "node": node})
+
+
+def test_two_values_for_one_leaf_are_refused():
+    with pytest.raises(ValueError, match="^a: both base and adapter have this leaf"):
+        lora_jax.combine({"a": 1.0}, {"a": 2.0})
+    params = lora_jax.init(KEY, {"query": dense()}, CONFIG)
+    with pytest.raises(ValueError, match="^query/kernel_lora: exists already"):
+        lora_jax.combine(params, lora_jax.split(params)[1])
+
+
+def test_a_train_pattern_that_matches_nothing_is_an_error():
+    with pytest.raises(ValueError, match="^train: 'heat' matches no leaf; nearest: 'head'"):
+        lora_jax.split({"head": dense()}, ["heat"])
