@@ -233,15 +233,27 @@ def _reshape(eqn: Any, inputs: Sequence[Info]) -> list[Track]:
     return _relabel(eqn, inputs, regroup)
 
 
+def _unstack(eqn: Any, inputs: Sequence[Info]) -> list[Track]:
+    axis = eqn.params["axis"]
+    return _relabel(eqn, inputs, lambda labels: labels[:axis] + labels[axis + 1 :])
+
+
+def _stack(eqn: Any, inputs: Sequence[Info]) -> list[Track]:
+    axis = eqn.params["axis"]
+    tracks = [] if any(info.data for info in inputs) else [track for info in inputs for track in info.tracks]
+    return [replace(track, labels=(*track.labels[:axis], NONE, *track.labels[axis:])) for track in tracks]
+
+
 def _same(eqn: Any, inputs: Sequence[Info]) -> list[Track]:
     return list(inputs[0].tracks)
 
 
 def _combine(eqn: Any, inputs: Sequence[Info]) -> list[Track]:
-    """Arithmetic among weights leaves a kernel a kernel; arithmetic with data makes it an activation."""
-    if any(info.data for info in inputs) or eqn.outvars[0].aval.shape not in [v.aval.shape for v in eqn.invars]:
+    """What is made of weights alone is a kernel still; what data goes into is an activation."""
+    ndim = len(eqn.outvars[0].aval.shape)
+    if any(info.data for info in inputs):
         return []
-    return [track for info in inputs for track in info.tracks]
+    return [track for info in inputs for track in info.tracks if len(track.labels) == ndim]
 
 
 LAYOUT: dict[str, Callable[[Any, Sequence[Info]], list[Track]]] = {
@@ -249,6 +261,8 @@ LAYOUT: dict[str, Callable[[Any, Sequence[Info]], list[Track]]] = {
     "squeeze": _squeeze,
     "broadcast_in_dim": _broadcast,
     "reshape": _reshape,
+    "unstack": _unstack,
+    "stack": _stack,
     **dict.fromkeys(("mul", "div", "add", "sub", "add_any", "concatenate", "select_n"), _combine),
     **dict.fromkeys(
         (
@@ -262,7 +276,7 @@ LAYOUT: dict[str, Callable[[Any, Sequence[Info]], list[Track]]] = {
                 "stop_gradient",
                 "neg",
             ),
-            *("slice", "rev", "pad", "split", "sharding_constraint", "pvary", "pcast", "all_gather", "reshard"),
+            *("slice", "rev", "pad", "tile", "split", "sharding_constraint", "pvary", "pcast", "all_gather", "reshard"),
             *("tanh", "sign", "round", "clamp", "exp", "logistic"),
         ),
         _same,
@@ -344,6 +358,9 @@ def _gather(eqn: Any, inputs: Sequence[Info], reader: Reader) -> list[Info]:
         left = [each for k, each in enumerate(track.labels) if k not in gone]
         for place, each in zip(numbers.offset_dims, left, strict=True):
             labels[place] = each
+        batch = [d for d in range(len(labels)) if d not in numbers.offset_dims]
+        for axis, place in zip(numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True):
+            labels[batch[place]] = track.labels[axis]
         looked_up = track.looked_up.union(*(track.labels[k] for k in numbers.start_index_map if k in gone))
         picked.append(Track(track.path, tuple(labels), looked_up))
     return _kept_or_embedding(eqn, inputs, picked, reader)

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from lora_jax._forward import dropout
@@ -29,16 +30,16 @@ def rule(*names: str) -> Callable:
     return register
 
 
-def _add(base: jax.Array, delta: jax.Array) -> list[jax.Array]:
+def add(base: jax.Array, delta: jax.Array) -> list[jax.Array]:
     return [base + delta.astype(base.dtype)]
 
 
-def _compute_dtype(x: Any, kernel: LowRank) -> Any:
+def compute_dtype(x: Any, kernel: LowRank) -> Any:
     """The activation's dtype: a float32 factor must not promote a bfloat16 network."""
     return x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else kernel.w.dtype
 
 
-def _cast(factor: Factor, dtype: Any) -> Factor:
+def cast(factor: Factor, dtype: Any) -> Factor:
     return Factor(factor.value.astype(dtype), factor.axes)
 
 
@@ -55,8 +56,8 @@ def _dot_general(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | N
     if order is None:
         return None
     base = bind(eqn, [v.w if isinstance(v, LowRank) else v for v in values])[0]
-    dtype = _compute_dtype(x, kernel)
-    first, second = (_cast(factor, dtype) for factor in order)
+    dtype = compute_dtype(x, kernel)
+    first, second = (cast(factor, dtype) for factor in order)
 
     # Names of x's dimensions: the kernel's axis where they meet, a number beyond the kernel's axes where they don't.
     beyond = len(kernel.shape)
@@ -73,12 +74,12 @@ def _dot_general(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | N
     options = {key: eqn.params[key] for key in ("precision", "preferred_element_type")}
     waiting = [k for k in contracted if k in second.axes]
     hidden = _oriented(activations, first, side, keep=[*output, *waiting, RANK], **options)
-    delta = _oriented(_cast(hidden, dtype), second, side, keep=output, **options)
+    delta = _oriented(cast(hidden, dtype), second, side, keep=output, **options)
     present = [k for k in output if k in delta.axes]
     value = delta.ordered(present)
     if present != output:
         value = lax.broadcast_in_dim(value, base.shape, [output.index(k) for k in present])
-    return _add(base, value)
+    return add(base, value)
 
 
 def _oriented(x: Factor, factor: Factor, side: int, **options: Any) -> Factor:
@@ -116,53 +117,75 @@ def _one_kernel(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
 
 @rule("gather")
 def _gather(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
-    """Looking up rows of W looks up rows of the factor that has the axis; along a stack axis it picks kernels."""
+    """Looking up rows of W looks up rows of the factor that has the axis.
+
+    Along an input that is an embedding, (a[ids]) b at once; along a stack or an output it picks kernels.
+    """
     kernel, indices = values
+    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     if not isinstance(kernel, LowRank):
         return None
-    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     looked_up = numbers.start_index_map
-    sides = {kernel.only(k) for k in looked_up}
-    if len(sides) != 1 or sides == {"none"} or numbers.operand_batching_dims:
+    aside = {*looked_up, *numbers.operand_batching_dims}
+    if any(size != kernel.shape[k] for k, size in enumerate(sizes) if k not in aside):
         return None
-    if set(looked_up) != set(numbers.collapsed_slice_dims):
-        return None
-    if any(sizes[k] != kernel.shape[k] for k in range(len(sizes)) if k not in looked_up):
+    if any(kernel.only(k) == "none" for k in aside):
         return None
     w = bind(eqn, [kernel.w, indices])[0]
-    left = [k for k in range(len(kernel.shape)) if k not in looked_up]
+    names = _names_after(numbers, w.ndim, len(kernel.shape))
     batch = [d for d in range(w.ndim) if d not in numbers.offset_dims]
-    names = dict(zip(left, numbers.offset_dims, strict=True))
     picked = kernel.with_factors(
         w,
         _look_up(kernel.a, indices, eqn.params, batch, names),
         _look_up(kernel.b, indices, eqn.params, batch, names),
     )
-    if sides == {"both"}:
+    if not any(kernel.only(k) == "a" for k in looked_up if k in numbers.collapsed_slice_dims):
         return [picked]
-    dtype = w.dtype
     axes = [k for k in range(w.ndim) if picked.only(k) != "none"]
-    delta = product(_cast(picked.a, dtype), _cast(picked.b, dtype), keep=axes).ordered(axes)
-    return _add(w, lax.broadcast_in_dim(delta, w.shape, axes))
+    delta = product(cast(picked.a, w.dtype), cast(picked.b, w.dtype), keep=axes).ordered(axes)
+    return add(w, lax.broadcast_in_dim(delta, w.shape, axes))
+
+
+def _names_after(numbers: Any, ndim: int, kernel_ndim: int) -> dict[int, int]:
+    """Where each of the kernel's axes that isn't indexed away is in the gather's result."""
+    batch = [d for d in range(ndim) if d not in numbers.offset_dims]
+    gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
+    left = [k for k in range(kernel_ndim) if k not in gone]
+    names = dict(zip(left, numbers.offset_dims, strict=True))
+    pairs = zip(numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True)
+    return names | {axis: batch[place] for axis, place in pairs}
 
 
 def _look_up(factor: Factor, indices: Any, params: Any, batch: Sequence[int], names: dict[int, int]) -> Factor:
-    """The same gather on a factor that has the looked-up axes; one that doesn't only follows the new names."""
-    looked_up = params["dimension_numbers"].start_index_map
-    if not any(k in factor.axes for k in looked_up):
+    """The same gather on a factor, by the indices of its own axes; without any, only the names change."""
+    numbers = params["dimension_numbers"]
+    columns = [i for i, k in enumerate(numbers.start_index_map) if k in factor.axes]
+    if not columns:
         return factor.rename(names)
-    left = [k for k in factor.axes if k not in looked_up]
+    if len(columns) < indices.shape[-1]:
+        indices = indices[..., np.array(columns)]
+    looked_up = [numbers.start_index_map[i] for i in columns]
+    batching = [
+        (factor.axes.index(k), place)
+        for k, place in zip(numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True)
+        if k in factor.axes
+    ]
+    collapsed = [k for k in factor.axes if k in numbers.collapsed_slice_dims]
+    left = [k for k in factor.axes if k not in collapsed and k not in numbers.operand_batching_dims]
     rank = indices.ndim - 1
-    numbers = lax.GatherDimensionNumbers(
+    own = lax.GatherDimensionNumbers(
         offset_dims=tuple(range(rank, rank + len(left))),
-        collapsed_slice_dims=tuple(sorted(factor.axes.index(k) for k in looked_up)),
+        collapsed_slice_dims=tuple(factor.axes.index(k) for k in collapsed),
         start_index_map=tuple(factor.axes.index(k) for k in looked_up),
+        operand_batching_dims=tuple(d for d, _ in batching),
+        start_indices_batching_dims=tuple(place for _, place in batching),
     )
-    sizes = [1 if k in looked_up else factor.value.shape[d] for d, k in enumerate(factor.axes)]
+    aside = {*numbers.start_index_map, *numbers.operand_batching_dims}
+    sizes = [params["slice_sizes"][k] if k in aside else factor.value.shape[d] for d, k in enumerate(factor.axes)]
     value = lax.gather(
         factor.value,
         indices,
-        numbers,
+        own,
         sizes,
         indices_are_sorted=params["indices_are_sorted"],
         unique_indices=params["unique_indices"],
@@ -170,3 +193,47 @@ def _look_up(factor: Factor, indices: Any, params: Any, batch: Sequence[int], na
         fill_value=None if params["fill_value"] is None else 0,
     )
     return Factor(value, (*batch, *(k if k == RANK else names[k] for k in left)))
+
+
+@rule("ragged_dot_general")
+def _ragged_dot(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
+    """Experts: both factors have the group axis, so the update is two ragged products."""
+    x, kernel, sizes = values[:3]
+    params = eqn.params
+    numbers = params["ragged_dot_dimension_numbers"]
+    (x_contracting, contracting), (x_batch, _) = numbers.dot_dimension_numbers
+    group = numbers.rhs_group_dimensions
+    order = _first_and_second(kernel, set(contracting)) if isinstance(kernel, LowRank) else None
+    if isinstance(x, LowRank) or order is None or x_batch or len(group) != 1 or kernel.only(group[0]) != "both":
+        return None
+    base = bind(eqn, [v.w if isinstance(v, LowRank) else v for v in values])[0]
+    dtype = compute_dtype(x, kernel)
+    first, second = (cast(factor, dtype) for factor in order)
+    if any(k in second.axes for k in contracting):
+        return None
+    x = dropout.drop(x.astype(dtype), frame.fresh_key(kernel), frame.session.dropout)
+    x_free = [d for d in range(x.ndim) if d not in x_contracting]
+    beyond = len(kernel.shape)
+    names = tuple(contracting[x_contracting.index(d)] if d in x_contracting else beyond + d for d in range(x.ndim))
+    ragged = beyond + numbers.lhs_ragged_dimensions[0]
+    options = {key: params[key] for key in ("precision", "preferred_element_type", "group_offset")}
+    hidden = _ragged(Factor(x, names), first, sizes, group[0], ragged, **options)
+    delta = _ragged(cast(hidden, dtype), second, sizes, group[0], ragged, **options)
+    free = [k for k in range(beyond) if k not in contracting and k not in group]
+    return add(base, delta.ordered([*(beyond + d for d in x_free), *free]))
+
+
+def _ragged(x: Factor, factor: Factor, sizes: Any, group: int, ragged: int, **options: Any) -> Factor:
+    """A ragged product over names: shared names are contracted, `ragged` is split into groups."""
+    shared = [k for k in x.axes if k in factor.axes]
+    numbers = lax.RaggedDotDimensionNumbers(
+        dot_dimension_numbers=(
+            ([x.axes.index(k) for k in shared], [factor.axes.index(k) for k in shared]),
+            ([], []),
+        ),
+        lhs_ragged_dimensions=[x.axes.index(ragged)],
+        rhs_group_dimensions=[factor.axes.index(group)],
+    )
+    value = lax.ragged_dot_general(x.value, factor.value, sizes, numbers, **options)
+    left = [k for k in x.axes if k not in shared]
+    return Factor(value, (*left, *(k for k in factor.axes if k not in shared and k != group)))

@@ -98,7 +98,7 @@ def _call_once_transformed(
     eqn: Any,
     values: Sequence[Any],
     jaxpr: Any,
-    wrap: Callable[[Callable, Inside], Callable],
+    wrap: Callable[[Body, Inside], Callable],
     *,
     whole: str,
 ) -> list[Any]:

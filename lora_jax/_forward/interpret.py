@@ -19,6 +19,9 @@ from jax.extend import source_info_util
 from lora_jax._forward import dropout
 from lora_jax._forward.lowrank import LowRank, dense, is_vector
 
+# Equations that tell along which axes a multiplier varies.
+KEPT_PRODUCERS = frozenset({"broadcast_in_dim", "convert_element_type"})
+
 
 @dataclass(frozen=True)
 class Event:
@@ -47,6 +50,7 @@ class Frame:
     names: tuple[tuple[str, ...], ...]
     events: dict[Event, None] = field(default_factory=dict)
     uses: int = 0
+    producers: dict[Any, Any] = field(default_factory=dict)
 
     def paths(self, origin: Sequence[int]) -> list[str]:
         return list(dict.fromkeys(path for slot in origin for path in self.names[slot]))
@@ -104,6 +108,7 @@ def evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], frame: Fram
     env: dict[Any, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
     adapted = {var for var, value in env.items() if isinstance(value, LowRank)}
     last = _last_uses(jaxpr)
+    frame.producers.update((eqn.outvars[0], eqn) for eqn in jaxpr.eqns if eqn.primitive.name in KEPT_PRODUCERS)
     position, count = 0, len(jaxpr.eqns)
     while position < count:
         eqn = jaxpr.eqns[position]

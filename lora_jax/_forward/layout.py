@@ -32,7 +32,7 @@ def _each_factor(kernel: LowRank, w: Any, move: Callable[[Factor], Factor]) -> l
     return [kernel.with_factors(w, move(kernel.a), move(kernel.b))]
 
 
-def _plain_w(frame: Frame, eqn: Any, values: Sequence[Any]) -> Any:
+def plain(eqn: Any, values: Sequence[Any]) -> list[Any]:
     """The equation itself, on the plain kernels."""
     return bind(eqn, [value.w if isinstance(value, LowRank) else value for value in values])
 
@@ -42,16 +42,16 @@ def _convert(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
     """A cast of W leaves the factors alone: they are cast once, to the activation's dtype, where they are used."""
     if not jnp.issubdtype(eqn.params["new_dtype"], jnp.inexact):
         return None
-    return _each_factor(values[0], _plain_w(frame, eqn, values)[0], lambda factor: factor)
+    return _each_factor(values[0], plain(eqn, values)[0], lambda factor: factor)
 
 
 @rule("copy", "copy_p", "name", "reduce_precision", "device_put")
 def _unchanged(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
-    outputs = _plain_w(frame, eqn, values)
+    outputs = plain(eqn, values)
     return [v.with_factors(w, v.a, v.b) if isinstance(v, LowRank) else w for v, w in zip(values, outputs, strict=True)]
 
 
-@rule("optimization_barrier", "stop_gradient", "pvary", "pcast")
+@rule("optimization_barrier", "stop_gradient", "pvary", "pcast", "ppermute")
 def _elementwise(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
     """Equations that take any number of arrays of any shape: the factors go through as well."""
     leaves, treedef = jax.tree.flatten(list(values))
@@ -63,7 +63,7 @@ def _elementwise(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
 @rule("transpose")
 def _transpose(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
     names = {old: new for new, old in enumerate(eqn.params["permutation"])}
-    return _each_factor(values[0], _plain_w(frame, eqn, values)[0], lambda factor: factor.rename(names))
+    return _each_factor(values[0], plain(eqn, values)[0], lambda factor: factor.rename(names))
 
 
 def drop(factor: Factor, axes: Sequence[int]) -> Factor:
@@ -79,7 +79,7 @@ def _squeeze(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
     gone = eqn.params["dimensions"]
     left = [axis for axis in range(len(values[0].shape)) if axis not in gone]
     names = {old: new for new, old in enumerate(left)}
-    return _each_factor(values[0], _plain_w(frame, eqn, values)[0], lambda factor: drop(factor, gone).rename(names))
+    return _each_factor(values[0], plain(eqn, values)[0], lambda factor: drop(factor, gone).rename(names))
 
 
 @rule("broadcast_in_dim")
@@ -91,7 +91,7 @@ def _broadcast(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | Non
     places = eqn.params["broadcast_dimensions"]
     stretched = [k for k, place in enumerate(places) if kernel.shape[k] != shape[place]]
     names = dict(enumerate(places))
-    return _each_factor(kernel, _plain_w(frame, eqn, values)[0], lambda factor: drop(factor, stretched).rename(names))
+    return _each_factor(kernel, plain(eqn, values)[0], lambda factor: drop(factor, stretched).rename(names))
 
 
 @rule("slice")
@@ -106,7 +106,7 @@ def _slice(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
                 value = lax.slice_in_dim(value, start[axis], limit[axis], strides[axis], axis=d)
         return Factor(value, factor.axes)
 
-    return _each_factor(values[0], _plain_w(frame, eqn, values)[0], cut)
+    return _each_factor(values[0], plain(eqn, values)[0], cut)
 
 
 @rule("dynamic_slice")
@@ -121,7 +121,7 @@ def _dynamic_slice(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] |
         extents = [factor.size(RANK) if axis == RANK else sizes[axis] for axis in factor.axes]
         return Factor(lax.dynamic_slice(factor.value, offsets, extents), factor.axes)
 
-    return _each_factor(kernel, _plain_w(frame, eqn, values)[0], cut)
+    return _each_factor(kernel, plain(eqn, values)[0], cut)
 
 
 @rule("split")
@@ -134,8 +134,35 @@ def _split(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
         pieces = lax.split(factor.value, sizes, axis=factor.axes.index(axis))
         return [Factor(piece, factor.axes) for piece in pieces]
 
-    pieces = zip(_plain_w(frame, eqn, values), parts(kernel.a), parts(kernel.b), strict=True)
+    pieces = zip(plain(eqn, values), parts(kernel.a), parts(kernel.b), strict=True)
     return [kernel.with_factors(w, a, b) for w, a, b in pieces]
+
+
+@rule("unstack")
+def _unstack(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
+    kernel, axis = values[0], eqn.params["axis"]
+    names = {k: k - (k > axis) for k in range(len(kernel.shape)) if k != axis}
+
+    def parts(factor: Factor) -> list[Factor]:
+        if axis not in factor.axes:
+            return [factor.rename(names)] * kernel.shape[axis]
+        place = factor.axes.index(axis)
+        left = factor.axes[:place] + factor.axes[place + 1 :]
+        pieces = [lax.index_in_dim(factor.value, i, place, keepdims=False) for i in range(kernel.shape[axis])]
+        return [Factor(piece, left).rename(names) for piece in pieces]
+
+    pieces = zip(plain(eqn, values), parts(kernel.a), parts(kernel.b), strict=True)
+    return [kernel.with_factors(w, a, b) for w, a, b in pieces]
+
+
+@rule("tile")
+def _tile(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
+    times = eqn.params["reps"]
+
+    def repeat(factor: Factor) -> Factor:
+        return Factor(jnp.tile(factor.value, [1 if k == RANK else times[k] for k in factor.axes]), factor.axes)
+
+    return _each_factor(values[0], plain(eqn, values)[0], repeat)
 
 
 @rule("rev")
@@ -146,7 +173,7 @@ def _rev(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
         places = [d for d, axis in enumerate(factor.axes) if axis in flipped]
         return Factor(lax.rev(factor.value, places), factor.axes) if places else factor
 
-    return _each_factor(values[0], _plain_w(frame, eqn, values)[0], flip)
+    return _each_factor(values[0], plain(eqn, values)[0], flip)
 
 
 @rule("pad")
@@ -164,7 +191,7 @@ def _pad(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
 
     if any(width != (0, 0, 0) and kernel.only(axis) == "none" for axis, width in enumerate(config)):
         return None
-    return _each_factor(kernel, _plain_w(frame, eqn, values)[0], extend)
+    return _each_factor(kernel, plain(eqn, values)[0], extend)
 
 
 def reshape_groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[tuple[int, ...], tuple[int, ...]]] | None:
@@ -199,7 +226,7 @@ def _reshape(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
     ones = [k for k, size in enumerate(kernel.shape) if size == 1]
     return _each_factor(
         kernel,
-        _plain_w(frame, eqn, values)[0],
+        plain(eqn, values)[0],
         lambda factor: _regroup(drop(factor, ones), groups, kernel.shape, shape),
     )
 
@@ -211,7 +238,7 @@ def _regroup(factor: Factor, groups: Sequence, old: Sequence[int], new: Sequence
         if not present:
             continue
         if len(present) < len(before):  # an axis along which ΔW is constant merges with one along which it varies
-            factor = _stretch(factor, [k for k in before if k not in present], old)
+            factor = stretch(factor, [k for k in before if k not in present], old)
         order += before
         axes += after
         sizes += [new[k] for k in after]
@@ -226,7 +253,7 @@ def _regroup(factor: Factor, groups: Sequence, old: Sequence[int], new: Sequence
     return Factor(value if value.shape == tuple(sizes) else lax.reshape(value, sizes), tuple(axes))
 
 
-def _stretch(factor: Factor, axes: Sequence[int], shape: Sequence[int]) -> Factor:
+def stretch(factor: Factor, axes: Sequence[int], shape: Sequence[int]) -> Factor:
     """Repeat the factor along axes that it doesn't have."""
     count = len(axes)
     value = lax.broadcast_in_dim(
@@ -239,7 +266,7 @@ def _stretch(factor: Factor, axes: Sequence[int], shape: Sequence[int]) -> Facto
 def _sharding_constraint(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
     """The factors follow the kernel's placement along the axes that they have; the rank isn't sharded."""
     kernel, sharding = values[0], eqn.params["sharding"]
-    w = _plain_w(frame, eqn, values)[0]
+    w = plain(eqn, values)[0]
     if not isinstance(sharding, jax.sharding.NamedSharding):
         return [kernel.with_factors(w, kernel.a, kernel.b)]
 
@@ -256,3 +283,31 @@ def factor_spec(spec: Any, axes: Sequence[int]) -> jax.sharding.PartitionSpec:
     """The kernel's partition spec restricted to the axes of a factor."""
     full = dict(enumerate(spec))
     return jax.sharding.PartitionSpec(*(None if axis == RANK else full.get(axis) for axis in axes))
+
+
+@rule("reshard")
+def _reshard(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
+    kernel, sharding = values[0], eqn.params["dst_sharding"]
+
+    def place(factor: Factor) -> Factor:
+        to = jax.sharding.NamedSharding(sharding.mesh, factor_spec(sharding.spec, factor.axes))
+        return Factor(jax.sharding.reshard(factor.value, to), factor.axes)
+
+    return _each_factor(kernel, plain(eqn, values)[0], place)
+
+
+@rule("all_gather", "all_gather_invariant")
+def _all_gather(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
+    """Gathering a kernel's shards gathers those of the factors that have the axis."""
+    kernel, axis = values[0], eqn.params["all_gather_dimension"]
+    if not isinstance(kernel, LowRank) or not eqn.params["tiled"] or kernel.only(axis) == "none":
+        return None
+
+    def gather(factor: Factor) -> Factor:
+        if axis not in factor.axes:
+            return factor
+        params = {**eqn.params, "all_gather_dimension": factor.axes.index(axis)}
+        value = eqn.primitive.bind(factor.value, **params)
+        return Factor(value[0] if eqn.primitive.multiple_results else value, factor.axes)
+
+    return _each_factor(kernel, plain(eqn, values)[0], gather)

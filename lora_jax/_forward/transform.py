@@ -12,13 +12,20 @@ import jax
 import numpy as np
 from jax import lax
 
-from lora_jax._forward import consumers, control, layout
+from lora_jax._forward import arithmetic, consumers, control, convolution, layout
 from lora_jax._forward import dropout as dropping
 from lora_jax._forward.interpret import Frame, Session, evaluate
+from lora_jax._forward.layout import drop
 from lora_jax._forward.lowrank import RANK, Factor, LowRank
 from lora_jax._tree import LoRA, detach, leaf_paths
 
-RULES = {**layout.RULES, **consumers.RULES, **control.RULES}
+RULES = {
+    **layout.RULES,
+    **arithmetic.RULES,
+    **consumers.RULES,
+    **control.RULES,
+    "conv_general_dilated": convolution.convolve,
+}
 
 
 class MaterializeWarning(UserWarning):
@@ -168,13 +175,10 @@ def carry(path: str, w: Any, node: LoRA, key: Any, slot: int) -> LowRank:
     axes = node.axes
     scale = lax.stop_gradient(node.scale)
     b = node.b * scale.reshape(scale.shape + (1,) * (node.b.ndim - scale.ndim)).astype(node.b.dtype)
-    return LowRank(
-        w,
-        Factor(node.a, (*axes.stack, *axes.inputs, RANK)),
-        Factor(b, (*axes.stack, RANK, *axes.outputs)),
-        key,
-        (slot,),
-    )
+    ones = [k for k in axes.stack if w.shape[k] == 1]  # with one index, a stack axis is as good as none
+    a = drop(Factor(node.a, (*axes.stack, *axes.inputs, RANK)), ones)
+    b = drop(Factor(b, (*axes.stack, RANK, *axes.outputs)), ones)
+    return LowRank(w, a, b, key, (slot,))
 
 
 def _tell(frame: Frame) -> None:

@@ -1,0 +1,210 @@
+"""Arithmetic rules: what is linear in the kernel acts on W as it stands and on one factor, or joins factors by rank.
+
+Each rule takes `(frame, eqn, values)` and returns the equation's outputs, or None where no low-rank form exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.extend import core as jex
+
+from lora_jax._forward.interpret import Frame, bind
+from lora_jax._forward.layout import drop, plain, stretch
+from lora_jax._forward.lowrank import RANK, Factor, LowRank, dense
+
+RULES: dict[str, Callable[..., list[Any] | None]] = {}
+
+
+def rule(*names: str) -> Callable:
+    def register(function: Callable) -> Callable:
+        for name in names:
+            RULES[name] = function
+        return function
+
+    return register
+
+
+@rule("neg")
+def _neg(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
+    kernel = values[0]
+    return [kernel.with_factors(plain(eqn, values)[0], _negated(kernel.a), kernel.b)]
+
+
+def _negated(factor: Factor) -> Factor:
+    return Factor(-factor.value, factor.axes)
+
+
+@rule("mul")
+def _mul(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
+    side = 0 if isinstance(values[0], LowRank) else 1
+    return _scaled(frame, eqn, values, side, lax.mul)
+
+
+@rule("div")
+def _div(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
+    return _scaled(frame, eqn, values, 0, lax.div) if isinstance(values[0], LowRank) else None
+
+
+def _scaled(
+    frame: Frame, eqn: Any, values: Sequence[Any], side: int, operation: Callable[[Any, Any], Any]
+) -> list[Any] | None:
+    """A multiplier that varies along the axes of one factor alone scales it; others have no low-rank form."""
+    kernel, multiplier = values[side], values[1 - side]
+    if isinstance(multiplier, LowRank) or not jnp.issubdtype(jnp.result_type(multiplier), jnp.floating):
+        return None
+    shape = eqn.outvars[0].aval.shape
+    varying = varying_axes(eqn.invars[1 - side], frame.producers)
+    a, b = _stretched(kernel, shape)
+    free = {k for k in range(len(shape)) if k not in a.axes and k not in b.axes}
+    target = next((f for f in sorted((a, b), key=lambda f: f.value.size) if varying <= {*f.axes} | free), None)
+    if target is None:
+        return None
+    new = [k for k in sorted(varying) if k not in target.axes]
+    axes = (*new, *target.axes)
+    value = lax.expand_dims(target.value, range(len(new)))
+    cut = jnp.asarray(multiplier, value.dtype)
+    if cut.ndim:
+        for k in range(cut.ndim):
+            if k not in varying and cut.shape[k] != 1:
+                cut = lax.slice_in_dim(cut, 0, 1, axis=k)
+        cut = lax.squeeze(cut, [k for k in range(cut.ndim) if k not in varying])
+        order = sorted(varying)
+        cut = lax.transpose(cut, [order.index(k) for k in axes if k in varying])
+    full = [value.shape[d] if k not in new else shape[k] for d, k in enumerate(axes)]
+    places = [d for d, k in enumerate(axes) if k in varying]
+    scaled = Factor(operation(jnp.broadcast_to(value, full), lax.broadcast_in_dim(cut, full, places)), axes)
+    return [kernel.with_factors(plain(eqn, values)[0], *((scaled, b) if target is a else (a, scaled)))]
+
+
+def _stretched(kernel: LowRank, shape: Sequence[int]) -> tuple[Factor, Factor]:
+    """The factors of a kernel whose axes of size one are broadcast to `shape`."""
+    axes = [k for k, size in enumerate(kernel.shape) if size != shape[k]]
+    return drop(kernel.a, axes), drop(kernel.b, axes)
+
+
+@rule("add", "add_any", "sub")
+def _add(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
+    """Adding an array changes W alone; adding two kernels joins their factors.
+
+    A kernel that is broadcast against something bigger is used elementwise, as position embeddings are: W + ΔW costs
+    less than the sum itself.
+    """
+    shape = eqn.outvars[0].aval.shape
+    if any(isinstance(v, LowRank) and v.shape != shape for v in values):
+        return bind(eqn, [dense(v) if isinstance(v, LowRank) else v for v in values])
+    left, right = values
+    w = plain(eqn, values)[0]
+    if isinstance(right, LowRank) and eqn.primitive.name == "sub":
+        right = right.with_factors(right.w, _negated(right.a), right.b)
+    if not isinstance(right, LowRank):
+        return [left.with_factors(w, left.a, left.b)]
+    if not isinstance(left, LowRank):
+        return [right.with_factors(w, right.a, right.b)]
+    if set(left.a.axes) != set(right.a.axes) or set(left.b.axes) != set(right.b.axes):
+        return None
+    return [_joined([left, right], w, _by_rank([left.a, right.a]), _by_rank([left.b, right.b]))]
+
+
+def _joined(kernels: Sequence[LowRank], w: Any, a: Factor, b: Factor) -> LowRank:
+    origin = tuple(dict.fromkeys(slot for kernel in kernels for slot in kernel.origin))
+    return LowRank(w, a, b, kernels[0].key, origin)
+
+
+def _by_rank(factors: Sequence[Factor]) -> Factor:
+    return _along(factors, RANK)
+
+
+def _along(factors: Sequence[Factor], axis: int) -> Factor:
+    axes = factors[0].axes
+    dtype = jnp.result_type(*(factor.value for factor in factors))
+    values = [factor.ordered(axes).astype(dtype) for factor in factors]
+    return Factor(lax.concatenate(values, axes.index(axis)), axes)
+
+
+@rule("concatenate")
+def _concatenate(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
+    """Kernels joined along an input or output are one kernel of the summed rank; along a stack, a longer stack."""
+    axis = eqn.params["dimension"]
+    kernels = [value for value in values if isinstance(value, LowRank)]
+    sides = {kernel.only(axis) for kernel in kernels}
+    others = {(frozenset({*k.a.axes} - {axis}), frozenset({*k.b.axes} - {axis})) for k in kernels}
+    if len(sides) != 1 or len(others) != 1:
+        return None
+    w = plain(eqn, values)[0]
+    side = sides.pop()
+    if side in ("both", "none"):
+        a, b = (_stack_factor(values, kernels, axis, which) for which in ("a", "b"))
+        return [_joined(kernels, w, a, b)]
+    lengths = [(value.w if isinstance(value, LowRank) else value).shape[axis] for value in values]
+    starts = [sum(lengths[:i]) for i in range(len(values))]
+    across = {
+        which: _by_rank(
+            [
+                _placed(getattr(v, which), axis, start, sum(lengths)) if which == side else getattr(v, which)
+                for v, start in zip(values, starts, strict=True)
+                if isinstance(v, LowRank)
+            ]
+        )
+        for which in ("a", "b")
+    }
+    return [_joined(kernels, w, across["a"], across["b"])]
+
+
+@rule("stack")
+def _stack(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
+    axis = eqn.params["axis"]
+    names = {k: k + (k >= axis) for k in range(len(eqn.outvars[0].aval.shape) - 1)}
+
+    def open_up(value: Any) -> Any:
+        if isinstance(value, LowRank):
+            return value.with_factors(lax.expand_dims(value.w, [axis]), value.a.rename(names), value.b.rename(names))
+        return lax.expand_dims(value, [axis])
+
+    opened = [open_up(value) for value in values]
+    kernels = [value for value in opened if isinstance(value, LowRank)]
+    if len({(frozenset(kernel.a.axes), frozenset(kernel.b.axes)) for kernel in kernels}) != 1:
+        return None
+    a, b = (_stack_factor(opened, kernels, axis, which) for which in ("a", "b"))
+    return [_joined(kernels, plain(eqn, values)[0], a, b)]
+
+
+def _placed(factor: Factor, axis: int, start: int, length: int) -> Factor:
+    """The factor with zeros before and after along an axis."""
+    after = length - start - factor.size(axis)
+    widths = [(start, after, 0) if k == axis else (0, 0, 0) for k in factor.axes]
+    return Factor(lax.pad(factor.value, jnp.zeros((), factor.value.dtype), widths), factor.axes)
+
+
+def _stack_factor(values: Sequence[Any], kernels: Sequence[LowRank], axis: int, which: str) -> Factor:
+    """One factor for the whole stack: ranks padded with zeros to the largest, zeros where a kernel isn't adapted."""
+    rank = max(kernel.a.size(RANK) for kernel in kernels)
+    model = getattr(kernels[0], which)
+    model = model if axis in model.axes else stretch(model, [axis], kernels[0].shape)
+    parts = []
+    for value in values:
+        if isinstance(value, LowRank):
+            factor = getattr(value, which)
+            factor = factor if axis in factor.axes else stretch(factor, [axis], value.shape)
+            parts.append(_placed(factor, RANK, 0, rank))
+        else:
+            sizes = [rank if k == RANK else jnp.shape(value)[k] for k in model.axes]
+            parts.append(Factor(jnp.zeros(sizes, model.value.dtype), model.axes))
+    return _along(parts, axis)
+
+
+def varying_axes(var: Any, producers: dict[Any, Any]) -> set[int]:
+    """The axes along which a value can vary, as far as the equation that made it tells."""
+    if isinstance(var, jex.Literal):
+        return set()
+    varying = {k for k, size in enumerate(var.aval.shape) if size != 1}
+    eqn = producers.get(var)
+    if eqn is None:
+        return varying
+    if eqn.primitive.name == "broadcast_in_dim":
+        source = varying_axes(eqn.invars[0], producers)
+        return {place for k, place in enumerate(eqn.params["broadcast_dimensions"]) if k in source}
+    return varying & varying_axes(eqn.invars[0], producers)
