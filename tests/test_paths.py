@@ -46,7 +46,7 @@ def test_parts_of_components_dont_match(pattern):
 
 def test_a_component_of_plain_dicts_is_no_final_leaf_name():
     assert hits("q", ["attn/q", "attn/k"]) == {"attn/q"}
-    with pytest.raises(ValueError, match="matches no leaf"):
+    with pytest.raises(ValueError, match=r"matches no leaf"):
         hits("attn", ["attn/q", "attn/k"])
 
 
@@ -64,13 +64,13 @@ def test_the_first_match_wins():
 
 
 def test_nearest_names_are_listed():
-    with pytest.raises(ValueError, match="nearest: 'q_proj'"):
+    with pytest.raises(ValueError, match=r"nearest: 'q_proj'"):
         hits("qproj", LLAMA)
-    with pytest.raises(ValueError, match="nearest: 'self_attn/q_proj'"):
+    with pytest.raises(ValueError, match=r"nearest: 'self_attn/q_proj'"):
         hits("selfattn/q_proj", LLAMA)
-    with pytest.raises(ValueError, match="the tree has 'q_proj', 'k_proj'"):
+    with pytest.raises(ValueError, match=r"the tree has 'q_proj', 'k_proj'"):
         hits("zzz", LLAMA)
-    with pytest.raises(ValueError, match="the tree has no leaves"):
+    with pytest.raises(ValueError, match=r"the tree has no leaves"):
         hits("q_proj", [])
 
 
@@ -100,17 +100,17 @@ def test_the_attention_preset_knows_the_usual_names(parent, names):
 
 
 def test_the_attention_preset_says_when_it_finds_nothing():
-    with pytest.raises(ValueError, match="'attention' matches no leaf"):
+    with pytest.raises(ValueError, match=r"'attention' matches no leaf"):
         hits("attention", ["policy/value/kernel", "out/kernel"])
 
 
 def test_all_linear_is_what_the_trace_said():
     assert hits("all-linear", LLAMA, linear={"layers/mlp/up_proj/kernel"}) == {"layers/mlp/up_proj/kernel"}
-    with pytest.raises(ValueError, match="pass axes=lora_jax.kernel_axes"):
+    with pytest.raises(ValueError, match=r"pass axes=lora_jax.kernel_axes"):
         hits("all-linear", LLAMA)
 
 
 @pytest.mark.parametrize("pattern", ["", "/", "//", 3, None, "/(/"])
 def test_a_pattern_that_can_match_nothing_is_refused(pattern):
-    with pytest.raises(ValueError, match="^targets: "):
+    with pytest.raises(ValueError, match=r"^targets: "):
         check_patterns([pattern], "targets")

@@ -161,7 +161,7 @@ def test_an_nnx_state_takes_nodes():
 
     state = nnx.state(Model())
     whole = lora_jax.init(KEY, state, CONFIG)
-    assert [path for path in detach(whole)[1]] == ["layers/0/kernel"]
+    assert list(detach(whole)[1]) == ["layers/0/kernel"]
     same(detach(whole)[0], state)
     same(lora_jax.combine(*lora_jax.split(whole)), whole)
 
@@ -188,9 +188,9 @@ def test_a_dictionary_with_other_axes_is_refused():
     entries = LoRA(jnp.ones((3, 2)), jnp.ones((2, 3)), jnp.float32(1)).to_dict()
     with pytest.raises(ValueError, match=r"inputs=\(0,\).*the kernel has .*inputs=\(1,\)"):
         LoRA.from_dict(entries, axes=Axes((), (1,), (0,)))
-    with pytest.raises(ValueError, match="a LoRA node has a, b, scale, axes"):
+    with pytest.raises(ValueError, match=r"a LoRA node has a, b, scale, axes"):
         LoRA.from_dict({key: value for key, value in entries.items() if key != "b"})
-    with pytest.raises(ValueError, match="a LoRA node has a, b, scale, axes"):
+    with pytest.raises(ValueError, match=r"a LoRA node has a, b, scale, axes"):
         LoRA.from_dict({**entries, "alpha": 1})
 
 
@@ -201,28 +201,28 @@ def test_an_adapter_without_its_base_is_refused():
     _, adapter = lora_jax.split(lora_jax.init(KEY, {"query": dense()}, CONFIG))
     with pytest.raises(ValueError, match=r"^query/kernel: .*pass combine\(base, adapter\)"):
         detach(adapter)
-    with pytest.raises(ValueError, match="^query/kernel: the base has no such leaf"):
+    with pytest.raises(ValueError, match=r"^query/kernel: the base has no such leaf"):
         lora_jax.combine({"key": dense()}, adapter)
-    with pytest.raises(ValueError, match="^query/kernel: the base has no such leaf"):
+    with pytest.raises(ValueError, match=r"^query/kernel: the base has no such leaf"):
         lora_jax.combine({"query": {"kernel": None}}, adapter)
 
 
 def test_a_node_out_of_place_is_refused():
     node = LoRA(jnp.ones((3, 2)), jnp.ones((2, 4)), jnp.float32(1))
-    with pytest.raises(ValueError, match="beside its kernel"):
+    with pytest.raises(ValueError, match=r"beside its kernel"):
         detach([node])
-    with pytest.raises(ValueError, match="NAME_lora"):
+    with pytest.raises(ValueError, match=r"NAME_lora"):
         detach({"kernel": jnp.ones((3, 4)), "node": node})
 
 
 def test_two_values_for_one_leaf_are_refused():
-    with pytest.raises(ValueError, match="^a: both base and adapter have this leaf"):
+    with pytest.raises(ValueError, match=r"^a: both base and adapter have this leaf"):
         lora_jax.combine({"a": 1.0}, {"a": 2.0})
     params = lora_jax.init(KEY, {"query": dense()}, CONFIG)
-    with pytest.raises(ValueError, match="^query/kernel_lora: exists already"):
+    with pytest.raises(ValueError, match=r"^query/kernel_lora: exists already"):
         lora_jax.combine(params, lora_jax.split(params)[1])
 
 
 def test_a_train_pattern_that_matches_nothing_is_an_error():
-    with pytest.raises(ValueError, match="^train: 'heat' matches no leaf; nearest: 'head'"):
+    with pytest.raises(ValueError, match=r"^train: 'heat' matches no leaf; nearest: 'head'"):
         lora_jax.split({"head": dense()}, ["heat"])

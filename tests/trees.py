@@ -32,7 +32,7 @@ def kernels(draw, dtypes=DTYPES):
 
 
 def adapted(params, config, axes=None):
-    """What `init` gives, in structure, with values drawn here: compiling its draws for every random shape takes minutes."""
+    """The tree that `init` gives, with values drawn here: to compile its draws for every random shape takes minutes."""
     abstract = jax.eval_shape(lambda tree: lora_jax.init(jax.random.key(0), tree, config, axes=axes), params)
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda x: jnp.asarray(np.asarray(rng.normal(size=x.shape)), x.dtype), abstract)
