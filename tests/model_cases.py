@@ -1,0 +1,61 @@
+"""Small random models, one or more a family, on which our logits are compared with transformers'.
+
+A case is a transformers configuration; its weights are drawn by their names (see `peft_cases.draw`), so that both sides
+start from the same numbers. Sizes differ between axes, so that a transposed kernel can't fit.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from peft_cases import draw
+from safetensors.numpy import save_file
+
+VOCABULARY, BATCH, LENGTH, PADDED = 48, 2, 12, 5
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+DECODER = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+LLAMA = DECODER | {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+
+CASES: dict[str, dict[str, Any]] = {
+    "llama": LLAMA | {"num_key_value_heads": 4},
+    "llama_grouped_query": LLAMA | {"rope_theta": 100.0},
+    "llama_tied": LLAMA | {"tie_word_embeddings": True, "num_key_value_heads": 1},
+    "llama_3_rope": LLAMA | {"rope_parameters": LLAMA3},
+    "llama_linear_rope": LLAMA | {"rope_parameters": {"rope_type": "linear", "rope_theta": 100.0, "factor": 3.0}},
+    "llama_bias": LLAMA | {"attention_bias": True, "mlp_bias": True},
+    "llama_head_dim": LLAMA | {"head_dim": 6, "hidden_act": "gelu", "rms_norm_eps": 0.1},
+}
+
+
+def tokens() -> np.ndarray:
+    """int64[BATCH, LENGTH]."""
+    return np.random.default_rng(0).integers(3, VOCABULARY, (BATCH, LENGTH))
+
+
+def write_folder(folder: Path, name: str, shapes: dict[str, tuple[int, ...]]) -> Path:
+    """A Hugging Face folder with the case's configuration and drawn weights of the given names and shapes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(CASES[name]))
+    weights = {tensor: draw(tensor, tuple(shape)) for tensor, shape in shapes.items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder

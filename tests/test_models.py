@@ -1,0 +1,169 @@
+"""Every family against transformers, and the ways of running a model against one another.
+
+`make test` compares with tests/golden/models.npz, which tests/golden/make_models.py wrote; with `--oracle` the
+reference is computed anew, and transformers reads what we write. The rule of agreement is tests/agreement.py.
+"""
+
+import importlib
+import json
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from agreement import assert_agrees, tolerance
+from jax.extend.core import jaxprs_in_params
+from model_cases import CASES, LENGTH, PADDED, tokens, write_folder
+from safetensors.numpy import load_file
+
+from lora_jax import models
+
+GOLDEN = Path(__file__).parent / "golden" / "models.npz"
+
+
+class Setting(NamedTuple):
+    """A case: its folder, our model of it (compiled once for all tests), and transformers' logits."""
+
+    name: str
+    folder: Path
+    model: models.Model
+    apply: Any
+    ref32: np.ndarray
+    ref64: np.ndarray
+
+    def logits(self, ids, mask):
+        return self.apply(self.model.params, jnp.asarray(ids, jnp.int32), jnp.asarray(mask, jnp.int32))
+
+
+def oracle():
+    """The reference itself: torch and transformers."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of their own imports
+        return importlib.import_module("golden.make_models")
+
+
+@pytest.fixture(params=CASES, scope="module")
+def setting(request, tmp_path_factory):
+    name = request.param
+    if request.config.getoption("--oracle"):
+        found: dict[str, Any] = oracle().reference(name)
+    else:
+        with np.load(GOLDEN) as golden:
+            found = {kind: golden[f"{name}/{kind}"] for kind in ("tensors", "float32", "float64")}
+    folder = write_folder(tmp_path_factory.mktemp(name), name, json.loads(str(found["tensors"])))
+    model = models.load(folder)
+    return Setting(name, folder, model, jax.jit(model.apply), found["float32"], found["float64"])
+
+
+def padded(side):
+    """The tokens with the second row cut short and padded, its mask, and where its tokens are."""
+    ids = tokens()
+    real = slice(0, LENGTH - PADDED) if side == "right" else slice(PADDED, LENGTH)
+    if side == "left":
+        ids[1] = np.roll(ids[1], PADDED)  # what is left of the row is the beginning of the reference's
+    mask = np.ones_like(ids)
+    mask[1] = 0
+    mask[1, real] = 1
+    return ids, mask, real
+
+
+def test_logits(setting):
+    logits = setting.logits(tokens(), np.ones_like(tokens()))
+    assert logits.dtype == jnp.float32
+    assert_agrees(logits, setting.ref32, setting.ref64)
+    unmasked = jax.jit(setting.model.apply)(setting.model.params, jnp.asarray(tokens(), jnp.int32))
+    assert_agrees(unmasked, setting.ref32, setting.ref64)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_not_seen(setting, side):
+    ids, mask, real = padded(side)
+    logits = setting.logits(ids, mask)
+    assert np.isfinite(logits).all()
+    assert_agrees(logits[0], setting.ref32[0], setting.ref64[0])
+    begun = slice(0, LENGTH - PADDED)
+    assert_agrees(logits[1, real], setting.ref32[1, begun], setting.ref64[1, begun])
+
+
+def test_cached_steps_are_the_whole_forward(setting):
+    ids, mask, real = padded("left")
+    cache, first, steps = setting.model.init_cache(2, LENGTH + 3), LENGTH - 4, []
+    for part in (slice(0, first), *(slice(i, i + 1) for i in range(first, LENGTH))):
+        now = jnp.asarray(ids[:, part], jnp.int32), jnp.asarray(mask[:, part], jnp.int32)
+        logits, cache = setting.apply(setting.model.params, *now, cache=cache)
+        steps.append(logits)
+    ours, begun = jnp.concatenate(steps, axis=1), slice(0, LENGTH - PADDED)
+    assert_agrees(ours[0], setting.ref32[0], setting.ref64[0])
+    assert_agrees(ours[1, real], setting.ref32[1, begun], setting.ref64[1, begun])
+
+
+@pytest.mark.parametrize("setting", ["llama_grouped_query"], indirect=True)
+def test_remat_changes_nothing_but_memory(setting):
+    remat = models.load(setting.folder, remat=True)
+    ids = jnp.asarray(tokens(), jnp.int32)
+
+    def gradients(model):
+        return jax.jit(jax.grad(lambda params: jnp.sum(model.apply(params, ids) ** 2)))
+
+    assert "remat" in str(jax.make_jaxpr(gradients(remat))(remat.params))
+    pairs = zip(*(jax.tree.leaves(gradients(model)(model.params)) for model in (setting.model, remat)), strict=True)
+    for plain, again in pairs:
+        np.testing.assert_allclose(again, plain, rtol=1e-4, atol=1e-5 * np.max(np.abs(plain)))
+
+
+def test_bfloat16(setting):
+    """Close to float32, and every product of matrices is taken of bfloat16 operands."""
+    model = models.load(setting.folder, "bfloat16")
+    ids = jnp.asarray(tokens())
+    assert {leaf.dtype for leaf in jax.tree.leaves(model.params)} == {jnp.dtype(jnp.bfloat16)}
+    logits = jax.jit(model.apply)(model.params, ids)
+    assert logits.dtype == jnp.bfloat16
+    assert np.mean(np.abs(np.asarray(logits, np.float64) - setting.ref64)) < 0.05 * np.mean(np.abs(setting.ref64))
+    operands = set()
+
+    def visit(jaxpr):
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == "dot_general":
+                operands.update(var.aval.dtype for var in equation.invars)
+            for inner in jaxprs_in_params(equation.params):
+                visit(inner)
+
+    visit(jax.make_jaxpr(model.apply)(model.params, ids).jaxpr)
+    assert operands == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_compute_dtype_apart_from_the_weights(setting):
+    model = models.load(setting.folder, compute_dtype=jnp.bfloat16)
+    assert {leaf.dtype for leaf in jax.tree.leaves(model.params)} == {jnp.dtype(jnp.float32)}
+    assert jax.eval_shape(model.apply, model.params, jnp.asarray(tokens())).dtype == jnp.bfloat16
+
+
+def test_abstract_model_is_the_loaded_one_without_weights(setting):
+    loaded, abstract = setting.model, models.load_abstract(setting.folder, "float32")
+    assert jax.tree.map(jnp.shape, loaded.params) == jax.tree.map(lambda leaf: leaf.shape, abstract.params)
+    assert models.flatten(loaded.params).keys() == loaded.names.keys()
+    drawn = jax.eval_shape(lambda key: models.init(loaded.config, key).params, jax.random.key(0))
+    assert jax.tree.map(jnp.shape, drawn) == jax.tree.map(jnp.shape, loaded.params)
+
+
+def test_saved_folder_holds_the_same_tensors(setting, tmp_path):
+    model = setting.model
+    models.save(tmp_path / "out", model, model.params)
+    before, after = (load_file(folder / "model.safetensors") for folder in (setting.folder, tmp_path / "out"))
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        np.testing.assert_array_equal(after[name], tensor)
+
+
+@pytest.mark.oracle
+def test_transformers_reads_what_we_write(setting, tmp_path):
+    model = setting.model
+    models.save(tmp_path / "out", model, model.params, shard_bytes=20_000)
+    reference = oracle()
+    with reference.torch.no_grad():
+        theirs = reference.read(setting.name, tmp_path / "out", reference.torch.float32)
+        logits = theirs(reference.torch.from_numpy(tokens())).logits.numpy()
+    assert np.max(np.abs(logits - setting.ref32)) <= tolerance(setting.ref32, setting.ref64)
