@@ -1,0 +1,257 @@
+"""One battery: every small function of `battery` × every promise that `adapt` makes."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from battery import CASES
+from battery.case import make_nodes, merge_by_hand, with_nodes
+from jax.extend.core import jaxprs_in_params
+
+import lora_jax
+
+# Where no factored form exists, the kernel is materialised, and the user told of the primitive that asked for it.
+# function -> (primitive, why)
+MATERIALIZES = {
+    "flattened_and_restored": ("reshape", "the inputs and the outputs end up in one axis"),
+    "product_of_kernel_entries": ("mul", "quadratic in the kernel"),
+    "weight_normalised": ("mul", "quadratic in the kernel"),
+    "fake_quantised": ("round", "not linear in the kernel"),
+    "masked": ("select_n", "a masked product has no low rank"),
+    "sorted_kernel": ("sort", "not linear in the kernel"),
+    "orthogonalised": ("qr", "not linear in the kernel"),
+    "spectrum": ("fft", "a complex kernel"),
+    "kernel_times_its_transpose": ("dot_general", "a product of two adapted kernels"),
+    "kernel_is_an_output": ("output", "the caller asks for the kernel itself"),
+    "penalised": ("integer_pow", "quadratic in the kernel"),
+    "pallas_on_the_kernel": ("pallas_call", "opaque"),
+    "callback_on_the_kernel": ("pure_callback", "opaque"),
+    "linear_solve": ("custom_linear_solve", "its rules are about the whole matrix"),
+    "scan_changes_the_kernel": ("scan", "another kernel at every step"),
+    "cond_chooses_the_kernel": ("cond", "which factors it has is known at run time only"),
+    "custom_vjp_on_the_kernel": ("custom_vjp_call", "the rule is the user's, for the whole kernel"),
+    "custom_vjp_takes_the_kernel": ("custom_vjp_call", "the rule is the user's, for the whole kernel"),
+    "batch_grouped_convolution": ("conv_general_dilated", "the groups of a batch have no factored form"),
+}
+
+
+def adapted(case):
+    return lora_jax.adapt(case.fn, on_materialize="allow" if case.name in MATERIALIZES else "error")
+
+
+# XLA fuses the kernel's arithmetic into the plain product, which then adds in another order.
+ROUNDED_AT_THE_START = {"negated_and_divided", "weight_normalised"}
+
+
+def is_array(leaf):
+    return isinstance(leaf, np.ndarray | np.generic | jax.Array)
+
+
+def arrays_only(tree):
+    return [leaf for leaf in jax.tree.leaves(tree) if is_array(leaf)]
+
+
+def run(case, form, nodes, arrays):
+    """The array outputs of the case: adapted, plain on merged kernels, or with LoRA written by hand."""
+    if form == "adapted":
+        out = case.call(adapted(case), with_nodes(case.params, nodes), arrays)
+    elif form == "merged":
+        out = case.call(case.fn, merge_by_hand(case.params, nodes), arrays)
+    else:
+        out = case.call(lambda params, *args, **kw: case.by_hand(params, nodes, *args, **kw), case.params, arrays)
+    return arrays_only(out)
+
+
+# Programs, each compiled once for all the checks that run it -------------------------------------------------------
+
+
+@functools.cache
+def nodes_of(name, seed=1):
+    return make_nodes(CASES[name].params, CASES[name].axes, seed)
+
+
+@functools.cache
+def forward(name, form):
+    """The compiled function of (params, nodes, arrays)."""
+    case = CASES[name]
+    f = lambda params, nodes, arrays: run(dataclasses.replace(case, params=params), form, nodes, arrays)
+    return jax.jit(f).lower(case.params, nodes_of(name), case.arrays).compile()
+
+
+@functools.cache
+def backward(name, form):
+    """The compiled gradient of a projection of the outputs with respect to every a and b."""
+    case = CASES[name]
+
+    def loss(factors, params, nodes, arrays, directions):
+        nodes = {path: dataclasses.replace(node, **factors[path]) for path, node in nodes.items()}
+        out = floats(run(dataclasses.replace(case, params=params), form, nodes, arrays))
+        return sum(jnp.sum(leaf.astype(jnp.float32) * d) for leaf, d in zip(out, directions, strict=True))
+
+    return jax.jit(jax.grad(loss)).lower(*backward_args(name)).compile()
+
+
+@functools.cache
+def backward_args(name):
+    case, nodes = CASES[name], nodes_of(name)
+    out = floats(jax.eval_shape(lambda: run(case, "merged", nodes, case.arrays)))
+    directions = [np.cos(1.0 + np.arange(leaf.size, dtype=np.float32)).reshape(leaf.shape) for leaf in out]
+    return factors_of(nodes), case.params, nodes, case.arrays, directions
+
+
+def floats(leaves):
+    return [leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)]
+
+
+def factors_of(nodes):
+    return {path: {"a": node.a, "b": node.b} for path, node in nodes.items()}
+
+
+def assert_close(ours, reference, rtol=1e-5):
+    """Within `rtol` of the reference's norm; bfloat16 within a few units of its last place."""
+    for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(reference), strict=True):
+        assert x.dtype == y.dtype
+        assert x.shape == y.shape
+        if not jnp.issubdtype(y.dtype, jnp.floating):
+            assert (x == y).all()
+            continue
+        tolerance = 3e-2 if y.dtype == jnp.bfloat16 else rtol
+        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        assert np.linalg.norm(x - y) <= tolerance * np.linalg.norm(y)
+
+
+# Checks ------------------------------------------------------------------------------------------------------------
+
+
+def check_axes(case):
+    """The trace finds how each kernel is used."""
+    found = lora_jax.kernel_axes(lambda p: arrays_only(case.call(case.fn, p, case.arrays)), case.params)
+    assert {path: found.get(path) for path in case.axes} == case.axes
+
+
+def check_output(case):
+    """Adapted == merged, and by hand == merged (or the FLOPs would be compared with those of something else)."""
+    args = (case.params, nodes_of(case.name), case.arrays)
+    merged = forward(case.name, "merged")(*args)
+    assert_close(forward(case.name, "adapted")(*args), merged, case.rtol)
+    if case.by_hand is not None:
+        assert_close(forward(case.name, "by_hand")(*args), merged, case.rtol)
+
+
+def check_start(case):
+    """With B = 0, the base's outputs bit for bit."""
+    zero = {path: dataclasses.replace(node, b=jnp.zeros_like(node.b)) for path, node in nodes_of(case.name).items()}
+    ours = forward(case.name, "adapted")(case.params, zero, case.arrays)
+    base = jax.jit(lambda params, arrays: arrays_only(case.call(case.fn, params, arrays)))(case.params, case.arrays)
+    if case.name in ROUNDED_AT_THE_START:
+        return assert_close(ours, base, rtol=1e-6)
+    for x, y in zip(ours, base, strict=True):
+        np.testing.assert_array_equal(x, y, strict=True)
+
+
+def check_gradients(case):
+    """With respect to a and b, those of the function of W + ΔW."""
+    ours, merged = (backward(case.name, form)(*backward_args(case.name)) for form in ("adapted", "merged"))
+    assert_close(ours, merged, case.rtol)
+
+
+def check_vmap(case):
+    """vmap over three adapters == three runs."""
+    nodes = [nodes_of(case.name, seed) for seed in range(3)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *nodes)
+    together = jax.jit(jax.vmap(lambda n: run(case, "adapted", n, case.arrays)))(stacked)
+    alone = [forward(case.name, "adapted")(case.params, n, case.arrays) for n in nodes]
+    assert_close(together, jax.tree.map(lambda *leaves: jnp.stack(leaves), *alone))
+
+
+def check_dtype(case):
+    """A bfloat16 network stays one: float32 factors promote nothing."""
+    half = lambda x: x.astype(jnp.bfloat16) if is_array(x) and jnp.issubdtype(x.dtype, jnp.floating) else x
+    params, arrays = jax.tree.map(half, (case.params, case.arrays))
+    small = dataclasses.replace(case, params=params)
+    ours = jax.eval_shape(lambda p, n, x: run(small, "adapted", n, x), params, nodes_of(case.name), arrays)
+    plain = jax.eval_shape(lambda p, x: arrays_only(case.call(case.fn, p, x)), params, arrays)
+    assert [leaf.dtype for leaf in ours] == [leaf.dtype for leaf in plain]
+
+
+def check_settings(case):
+    """Products keep their precision and accumulation, look-ups their mode; what isn't an array comes back as it was."""
+    ours, tree = traced(case, lambda p, x: case.call(adapted(case), with_nodes(p, nodes_of(case.name)), x))
+    plain, plain_tree = traced(case, lambda p, x: case.call(case.fn, p, x))
+    assert tree == plain_tree
+    for kind, unset in {"product": {(None, jnp.float32)}, "gather": set()}.items():
+        assert settings_of(ours)[kind] in (settings_of(plain)[kind] or unset, settings_of(plain)[kind])
+
+
+def traced(case, f):
+    """The jaxpr, and the output with its arrays taken out."""
+    kept = []
+
+    def flat(params, arrays):
+        out = f(params, arrays)
+        kept.append(jax.tree.map(lambda leaf: "array" if is_array(leaf) else leaf, out))
+        return arrays_only(out)
+
+    return jax.make_jaxpr(flat)(case.params, case.arrays).jaxpr, kept[0]
+
+
+def settings_of(jaxpr):
+    """{"product": {(precision, dtype)}, "gather": {mode}} of all equations."""
+    found = {"product": set(), "gather": set()}
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in ("dot_general", "ragged_dot_general", "conv_general_dilated"):
+            found["product"].add((eqn.params["precision"], eqn.outvars[0].aval.dtype.type))
+        if eqn.primitive.name == "gather":
+            found["gather"].add(eqn.params["mode"])
+        for inner in map(settings_of, jaxprs_in_params(eqn.params)):
+            found = {kind: found[kind] | inner[kind] for kind in found}
+    return found
+
+
+def check_flops(case):
+    """Not more than LoRA by hand, forward and backward, by XLA's count (both have the same loops).
+
+    Left out: elementwise work on the factors alone (scaling b, say), which doesn't grow with the activations. W + ΔW or
+    a gradient of W would cost several times that even here.
+    """
+    program = backward if case.differentiable else forward
+    ours, hand = (program(case.name, form).cost_analysis()["flops"] for form in ("adapted", "by_hand"))
+    factors = sum(node.a.size + node.b.size for node in nodes_of(case.name).values())
+    assert ours <= 1.01 * hand + 8 * factors
+
+
+def check_materializes(case):
+    """What is in the table is refused on request, by the leaf's path and the primitive's name."""
+    primitive, _ = MATERIALIZES[case.name]
+    f = lora_jax.adapt(case.fn, on_materialize="error")
+    with pytest.raises(ValueError, match=f"^({'|'.join(case.axes)}): {primitive} ") as error:
+        jax.eval_shape(lambda x: case.call(f, with_nodes(case.params, nodes_of(case.name)), x), case.arrays)
+    assert "\n" not in str(error.value)
+
+
+CHECKS = {
+    "axes": (check_axes, lambda case: case.name not in MATERIALIZES),
+    "output": (check_output, lambda case: True),
+    "start": (check_start, lambda case: True),
+    "gradients": (check_gradients, lambda case: case.differentiable),
+    "vmap": (check_vmap, lambda case: case.vmap),
+    "dtype": (check_dtype, lambda case: case.bf16),
+    "settings": (check_settings, lambda case: case.name not in MATERIALIZES),
+    "flops": (check_flops, lambda case: case.by_hand is not None),
+    "materializes": (check_materializes, lambda case: case.name in MATERIALIZES),
+}
+BATTERY = [(name, check) for name, case in CASES.items() for check, (_, applies) in CHECKS.items() if applies(case)]
+
+
+@pytest.mark.parametrize(("name", "check"), BATTERY)
+def test_battery(name, check):
+    CHECKS[check][0](CASES[name])
+
+
+def test_battery_is_whole():
+    """At least sixty functions, and no entry of the table without its function."""
+    assert len(CASES) >= 60
+    assert MATERIALIZES.keys() <= CASES.keys()
