@@ -1,7 +1,6 @@
 """What is adapted and what that costs, and what of it survives a merge: reports to read and to print."""
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -177,9 +176,8 @@ def merge_report(params: Any, *, dtype: Any = None) -> MergeReport:
     return MergeReport(tuple(rows), _kept(lost**0.5, moved**0.5))
 
 
-@functools.partial(jax.jit, static_argnums=2)
 def _norms(kernel: jax.Array, node: LoRA, dtype: str) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """‖W‖, ‖ΔW‖ and the norm of what rounding takes from ΔW."""
+    """‖W‖, ‖ΔW‖ and the norm of what rounding takes from ΔW. Not jitted: XLA drops a rounding that is undone next."""
     wide = jnp.promote_types(jnp.float32, kernel.dtype)
     kernel, update = kernel.astype(wide), update_of(node, wide)
     added = (kernel + update).astype(dtype).astype(wide) - kernel.astype(dtype).astype(wide)
