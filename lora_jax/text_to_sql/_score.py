@@ -1,0 +1,98 @@
+"""Execution accuracy: a prediction is right when the database answers it as it answers the reference."""
+
+import contextlib
+import sqlite3
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+Row = tuple[Any, ...]
+
+_STEPS = 200_000  # of SQLite's virtual machine; a query over a few dozen rows takes hundreds
+_ANSWER_ROWS = 1_000
+_ALLOWED = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION}
+
+
+class Database(NamedTuple):
+    """One table with its rows: what a query is run against."""
+
+    table: str
+    columns: tuple[str, ...]
+    rows: tuple[Row, ...]
+
+
+def execute(sql: str, database: Database) -> list[Row]:
+    """The rows that a query returns, in an in-memory SQLite that holds `database` and nothing else.
+
+    The query may only read: anything but one SELECT is refused, as are functions that load or write files. It is
+    stopped after 200,000 steps of SQLite's machine or 1,000 rows.
+
+    Args:
+        sql: one statement.
+        database: the table and its rows.
+    Returns:
+        the rows, in SQLite's order.
+    Raises:
+        sqlite3.Error: where the query is not valid SQL, reads what is not there, writes, or takes too long.
+
+    Example:
+        >>> farms = Database("farms", ("crop", "hectares"), (("rye", 12), ("oats", 30)))
+        >>> execute("SELECT MAX(hectares) FROM farms", farms)
+        [(30,)]
+        >>> execute("DROP TABLE farms", farms)
+        Traceback (most recent call last):
+        sqlite3.DatabaseError: not authorized
+    """
+    return execute_all((sql,), database)[0]
+
+
+def execute_all(queries: Sequence[str], database: Database) -> list[list[Row]]:
+    """`execute` for several queries of one database, which is filled once."""
+    with contextlib.closing(_opened(database)) as connection:
+        return [_select(connection, sql) for sql in queries]
+
+
+def _opened(database: Database) -> sqlite3.Connection:
+    connection = sqlite3.connect(":memory:")
+    connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 100_000)
+    connection.execute(f"CREATE TABLE {database.table} ({', '.join(database.columns)})")
+    marks = ", ".join("?" * len(database.columns))
+    connection.executemany(f"INSERT INTO {database.table} VALUES ({marks})", database.rows)
+    connection.set_authorizer(lambda action, *_: sqlite3.SQLITE_OK if action in _ALLOWED else sqlite3.SQLITE_DENY)
+    return connection
+
+
+def _select(connection: sqlite3.Connection, sql: str) -> list[Row]:
+    left = iter(range(_STEPS // 1_000))
+    connection.set_progress_handler(lambda: next(left, None) is None, 1_000)  # true stops the query
+    try:
+        rows = connection.execute(sql).fetchmany(_ANSWER_ROWS + 1)
+    except (sqlite3.Warning, ValueError) as error:  # two statements; a null character or a lone surrogate
+        raise sqlite3.ProgrammingError(str(error)) from error
+    if len(rows) > _ANSWER_ROWS:
+        raise sqlite3.DataError(f"more than {_ANSWER_ROWS} rows")
+    return rows
+
+
+def same_answer(answer: Sequence[Row], reference: Sequence[Row]) -> bool:
+    """Whether two results hold the same rows, in any order, numbers equal to six decimals.
+
+    Example:
+        >>> same_answer([("rye", 0.1 + 0.2), ("oats", 1)], [("oats", 1.0), ("rye", 0.3)])
+        True
+        >>> same_answer([("rye",)], [("rye",), ("rye",)])
+        False
+    """
+    return _comparable(answer) == _comparable(reference)
+
+
+def _comparable(rows: Sequence[Row]) -> list[str]:
+    return sorted(repr([round(float(v), 6) if isinstance(v, int | float) else v for v in row]) for row in rows)
+
+
+def is_right(prediction: str, completion: str, database: Database) -> bool:
+    """Whether `prediction` gives the reference `completion`'s answer; one that fails to run doesn't."""
+    reference = execute(completion, database)
+    try:
+        return same_answer(execute(prediction.strip(), database), reference)
+    except sqlite3.Error:
+        return False
