@@ -43,5 +43,9 @@ def test_import_brings_jax_and_optax_only():
         "import sys, jax, optax; base = set(sys.modules); import lora_jax; print(*sorted(set(sys.modules) - base))"
     )
     out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    foreign = {name.split(".")[0] for name in out.stdout.split()} - {"lora_jax", "jax", "optax"} - set(sys.stdlib_module_names)
+    foreign = (
+        {name.split(".")[0] for name in out.stdout.split()}
+        - {"lora_jax", "jax", "optax"}
+        - set(sys.stdlib_module_names)
+    )
     assert foreign == set()

@@ -22,23 +22,35 @@ class Sample(NamedTuple):
     answers: dict[str, tuple[str, bool | None]]
 
 
-def prompt_of(example: Example) -> tuple[list[int], list[int]]:
-    """Token ids up to the last stretch of targets, and that stretch; a row that is all targets is cut in the middle."""
-    targets = example.targets.astype(int)
-    start = int(np.flatnonzero(np.diff(targets, prepend=0) == 1)[-1])
-    start = start if start > 1 else len(targets) // 2
-    return example.input_ids[:start].tolist(), example.input_ids[start:].tolist()
+class Prompt(NamedTuple):
+    """Where a row is cut: what the model is given, that as text, and what the data say comes next."""
+
+    given: str | list[int]
+    text: str
+    expected: str
 
 
-def complete(model: Any, params: Any, examples: Sequence[Example]) -> list[str]:
-    """Greedy completions of the first examples' prompts."""
-    return generate_text(model, params, [prompt_of(example)[0] for example in examples[:SHOWN]], CONFIG)
+def prompts_of(model: Any, examples: Sequence[Example]) -> list[Prompt]:
+    """The first rows, cut before their last stretch of targets; a row that is all targets before its last line."""
+    return [_cut(model.tokenizer, example) for example in examples[:SHOWN]]
 
 
-def texts_of(model: Any, example: Example) -> tuple[str, str]:
-    """The prompt and the expected completion of a row, as text."""
-    prompt, rest = (model.tokenizer.decode(ids, skip_special_tokens=True) for ids in prompt_of(example))
-    return prompt, rest
+def _cut(tokenizer: Any, example: Example) -> Prompt:
+    def text_of(ids: np.ndarray) -> str:
+        return tokenizer.decode(ids.tolist(), skip_special_tokens=True)
+
+    ids, targets = example
+    start = int(np.flatnonzero(np.diff(targets.astype(int), prepend=0) == 1)[-1])
+    if start > 1:
+        return Prompt(ids[:start].tolist(), text_of(ids[:start]), text_of(ids[start:]))
+    text = text_of(ids).strip()
+    middle = text.rfind("\n") + 1 or text.rfind(" ", 0, len(text) // 2) + 1
+    return Prompt(text[:middle], text[:middle], text[middle:])
+
+
+def complete(model: Any, params: Any, prompts: Sequence[Prompt]) -> list[str]:
+    """Greedy completions."""
+    return generate_text(model, params, [prompt.given for prompt in prompts], CONFIG)
 
 
 def show(console: Console, samples: Sequence[Sample]) -> None:

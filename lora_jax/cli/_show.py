@@ -2,21 +2,29 @@
 
 import contextlib
 import json
+import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.table import Table
 
+LOG_WIDTH = 120  # of files and pipes; a terminal tells its own
+
 
 def results() -> Console:
     """Where a command's results go. Made anew each time, so that a redirected `sys.stdout` is seen."""
-    return Console(highlight=False, soft_wrap=False)
+    return Console(highlight=False, width=_width(sys.stdout))
 
 
 def notes() -> Console:
     """Where everything goes that isn't the result: what is being read, progress, hints."""
-    return Console(stderr=True, highlight=False)
+    return Console(stderr=True, highlight=False, width=_width(sys.stderr))
+
+
+def _width(stream: TextIO) -> int | None:
+    return None if stream.isatty() or "COLUMNS" in os.environ else LOG_WIDTH
 
 
 def print_json(values: dict[str, Any]) -> None:
@@ -36,13 +44,9 @@ def table(columns: Iterable[str], rows: Iterable[Iterable[Any]], *, title: str |
 
 @contextlib.contextmanager
 def working(what: str) -> Iterator[None]:
-    """Says on standard error what takes its time: a spinner on a terminal, a line elsewhere."""
+    """A spinner that says what takes its time, where someone watches."""
     console = notes()
-    if console.is_terminal:
-        with console.status(f"{what} ..."):
-            yield
-    else:
-        console.print(f"{what} ...", markup=False)
+    with console.status(f"{what} ...") if console.is_terminal else contextlib.nullcontext():
         yield
 
 

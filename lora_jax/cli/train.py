@@ -132,7 +132,7 @@ def _look(settings: Settings, model: Any, params: Any, rows: Rows) -> Look:
     if settings.data is None:
         answers = _embedded.answer(model, params, "test")
         return Look(answers.texts, answers.right, answers.accuracy)
-    texts = _samples.complete(model, params, rows.valid)
+    texts = _samples.complete(model, params, _samples.prompts_of(model, rows.valid))
     return Look(texts, [None] * len(texts), None)
 
 
@@ -141,7 +141,7 @@ def _show_samples(settings: Settings, model: Any, rows: Rows, before: Look, afte
     if settings.data is None:
         told = [(row.prompt, row.completion) for row in _embedded.rows("test")[: _samples.SHOWN]]
     else:
-        told = [_samples.texts_of(model, example) for example in rows.valid[: _samples.SHOWN]]
+        told = [(cut.text, cut.expected) for cut in _samples.prompts_of(model, rows.valid)]
     answers = zip(before.texts, before.right, after.texts, after.right, strict=True)
     samples = [
         _samples.Sample(prompt, expected, {"before": (text, right), "after": (new_text, new_right)})

@@ -1,0 +1,346 @@
+"""The command line as a user types it, in this process: results, and one line with exit code 2 for every mistake."""
+
+import contextlib
+import errno
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import jax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers import models as tokenizer_models
+from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+from lora_jax import models
+from lora_jax.cli import COMMANDS, main
+
+LLAMA_2_13B = {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40}
+GPT_3 = {"hidden_size": 12288, "intermediate_size": 49152, "num_hidden_layers": 96, "num_attention_heads": 96}
+
+
+def tiny_tokenizer():
+    """Bytes as tokens, with an end token."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(tokenizer_models.BPE({letter: i for i, letter in enumerate(["<pad>", "</s>", *letters])}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
+
+
+def tiny_model(folder, **changes):
+    config = LlamaConfig(
+        **{
+            "vocab_size": 258,
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "max_position_embeddings": 128,
+            "initializer_range": 0.2,
+            "pad_token_id": 0,
+            "eos_token_id": 1,
+            "bos_token_id": None,
+        }
+        | changes
+    )
+    model = models.init(config, jax.random.key(0))
+    models.save(folder, model, model.params, tokenizer=tiny_tokenizer())
+    return str(folder)
+
+
+def write_rows(path, count=12):
+    rows = [{"prompt": f"{i} + 1 = ", "completion": str(i + 1)} for i in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+TRAIN = ("--rank", "2", "--alpha", "4", "--steps", "2", "--batch-size", "4", "--learning-rate", "0.01")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    """Commands compile the same programs again and again: here from the second time on they are read from a file."""
+    compilation_cache.reset_cache()
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A model, a data file and an adapter trained on it by the command line."""
+    folder = tmp_path_factory.mktemp("world")
+    paths = {
+        "model": tiny_model(folder / "model"),
+        "data": write_rows(folder / "data.jsonl"),
+        "out": str(folder / "out"),
+    }
+    argv = ["train", "--model", paths["model"], "--data", paths["data"], "--output", paths["out"], *TRAIN]
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        assert main(argv) == 0
+    return paths | {"said": said.getvalue()}
+
+
+@pytest.fixture
+def refused(capsys, monkeypatch):
+    """Runs a command that must fail, and gives its one line."""
+    monkeypatch.delenv("LORA_JAX_TRACEBACK", raising=False)
+
+    def run(*argv):
+        capsys.readouterr()
+        assert main([str(word) for word in argv]) == 2
+        lines = capsys.readouterr().err.splitlines()
+        progress, message = lines[:-1], lines[-1]
+        assert all(line.startswith("step ") for line in progress)
+        assert message.startswith("lora-jax: ")
+        return message.removeprefix("lora-jax: ")
+
+    return run
+
+
+# --- what the commands do --------------------------------------------------------------------------------------------
+
+
+def test_train_leaves_an_adapter_and_its_metrics(world):
+    assert sorted(os.listdir(world["out"])) == ["adapter_config.json", "adapter_model.safetensors", "metrics.jsonl"]
+
+
+def test_train_tells_what_it_matched_and_what_to_type_next(world):
+    for word in ("layers/self_attn/q_proj/kernel", "parameters train", "perplexity", "before", "after", "expected"):
+        assert word in world["said"]
+    assert f"adapter: {world['out']}" in world["said"]
+    assert "next: lora-jax generate" in world["said"]
+
+
+def test_the_next_command_runs(world, capsys):
+    argv = [
+        "generate",
+        "--model",
+        world["model"],
+        "--adapter",
+        world["out"],
+        "--prompt",
+        "1 + 1 = ",
+        "--max-tokens",
+        "4",
+    ]
+    assert main(argv) == 0
+    assert len(capsys.readouterr().out) >= 1
+
+
+def test_evaluate_prints_one_json_object(world, capsys):
+    argv = ["evaluate", "--model", world["model"], "--data", world["data"], "--json"]
+    assert main(argv) == 0
+    base = json.loads(capsys.readouterr().out)
+    assert main([*argv, "--adapter", world["out"]]) == 0
+    adapted = json.loads(capsys.readouterr().out)
+    assert base["rows"] == adapted["rows"] == 12
+    assert adapted["loss"] < base["loss"]
+
+
+def test_merged_evaluates_as_adapted(world, tmp_path, capsys):
+    merged = str(tmp_path / "merged")
+    assert main(["merge", "--model", world["model"], "--adapter", world["out"], "--output", merged]) == 0
+    capsys.readouterr()
+    losses = []
+    for model in (["--model", merged], ["--model", world["model"], "--adapter", world["out"]]):
+        assert main(["evaluate", *model, "--data", world["data"], "--json"]) == 0
+        losses.append(json.loads(capsys.readouterr().out)["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "flags", "trainable"),
+    [
+        (LLAMA_2_13B, ["--rank", "8", "--targets", "q_proj", "v_proj"], 6_553_600),
+        (GPT_3, ["--rank", "8", "--targets", "q_proj"], 18_874_368),
+        (GPT_3, ["--rank", "4", "--targets", "q_proj", "v_proj"], 18_874_368),
+    ],
+    ids=["llama-2-13b", "gpt-3-one", "gpt-3-two"],
+)
+def test_inspect_counts_the_published_shapes_from_the_config_alone(shape, flags, trainable, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(LlamaConfig(**shape, dtype="bfloat16").to_dict()))
+    assert main(["inspect", "--model", str(tmp_path), "--json", *flags]) == 0
+    assert json.loads(capsys.readouterr().out)["trainable"] == trainable
+
+
+def test_inspect_shows_a_table(world, capsys):
+    assert main(["inspect", "--model", world["model"]]) == 0
+    assert "layers/self_attn/q_proj/kernel" in capsys.readouterr().out
+
+
+def test_every_command_has_help(capsys):
+    assert main([]) == main(["--help"]) == 0
+    usage = capsys.readouterr().out
+    assert all(name in usage for name in COMMANDS)
+    for name in COMMANDS:
+        assert main([name, "--help"]) == 0
+        assert f"usage: lora-jax {name}" in capsys.readouterr().out
+
+
+def test_help_loads_no_models():
+    program = (
+        "import sys; from lora_jax.cli import main; main(['train', '--help']); print(*sys.modules, file=sys.stderr)"
+    )
+    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stderr.split()
+    assert {"transformers", "flax", "torch"}.isdisjoint(loaded)
+
+
+# --- mistakes --------------------------------------------------------------------------------------------------------
+
+
+def test_missing_model_folder(refused, tmp_path):
+    assert "no such folder" in refused("inspect", "--model", tmp_path / "nowhere")
+
+
+def test_folder_without_config(refused, tmp_path):
+    assert "no config.json" in refused("inspect", "--model", tmp_path)
+
+
+def test_unsupported_architecture(refused, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "mamba", "architectures": ["MambaForCausalLM"]}')
+    message = refused("inspect", "--model", tmp_path)
+    assert "MambaForCausalLM" in message
+    assert "LlamaForCausalLM" in message
+
+
+def test_truncated_weights(refused, world, tmp_path):
+    shutil.copytree(world["model"], tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    out = tmp_path / "out"
+    assert str(weights) in refused("train", "--model", weights.parent, "--data", world["data"], "--output", out, *TRAIN)
+    assert not out.exists()
+
+
+def test_target_that_matches_nothing(refused, world, tmp_path):
+    out = tmp_path / "out"
+    message = refused(
+        "train", "--model", world["model"], "--data", world["data"], "--output", out, *TRAIN, "--targets", "q_prj"
+    )
+    assert "'q_prj' matches no leaf" in message
+    assert "'q_proj'" in message
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("line", ['{"prompt": "a", ', "[1]", '{"question": "a"}', '{"prompt": "a", "completion": 1}'])
+def test_data_file_with_a_broken_line(refused, world, tmp_path, line):
+    data, out = tmp_path / "data.jsonl", tmp_path / "out"
+    write_rows(data, 2)
+    data.write_text(data.read_text() + line + "\n")
+    assert f"{data}:3" in refused("train", "--model", world["model"], "--data", data, "--output", out, *TRAIN)
+    assert not out.exists()
+
+
+def test_empty_data_file(refused, world, tmp_path):
+    data, out = tmp_path / "data.jsonl", tmp_path / "out"
+    data.touch()
+    assert "holds no rows" in refused("train", "--model", world["model"], "--data", data, "--output", out, *TRAIN)
+    assert not out.exists()
+
+
+def test_missing_data_file(refused, world, tmp_path):
+    assert "no such" in refused("evaluate", "--model", world["model"], "--data", tmp_path / "nowhere.jsonl")
+
+
+def test_a_model_without_data(refused, world):
+    assert "--data" in refused("train", "--model", world["model"])
+
+
+def test_rank_zero(refused):
+    assert refused("train", "--rank", "0") == "rank: 0 given, expected a whole number of 1 or more"
+
+
+def test_setting_out_of_range(refused):
+    assert refused("train", "--batch-size", "0") == "batch_size: 0 given, expected at least 1"
+
+
+@pytest.mark.parametrize("command", ["evaluate", "generate", "merge"])
+def test_adapter_for_another_model(refused, world, tmp_path, command):
+    other, output = tiny_model(tmp_path / "other", hidden_size=32), tmp_path / "merged"
+    flags = {
+        "evaluate": ["--data", world["data"]],
+        "generate": ["--prompt", "1"],
+        "merge": ["--output", output],
+    }[command]
+    message = refused(command, "--model", other, "--adapter", world["out"], *flags)
+    assert world["out"] in message
+    assert "shape" in message
+    assert not output.exists()
+
+
+def test_missing_adapter(refused, world, tmp_path):
+    message = refused("generate", "--model", world["model"], "--adapter", tmp_path / "nowhere", "--prompt", "1")
+    assert "no such adapter folder" in message
+
+
+def test_output_that_holds_a_run(refused, world, tmp_path):
+    before = {name: (tmp_path.joinpath(world["out"], name)).read_bytes() for name in os.listdir(world["out"])}
+    message = refused("train", "--model", world["model"], "--data", world["data"], "--output", world["out"], *TRAIN)
+    assert "--overwrite" in message
+    assert before == {name: (tmp_path.joinpath(world["out"], name)).read_bytes() for name in os.listdir(world["out"])}
+
+
+def test_overwrite(world, tmp_path):
+    shutil.copytree(world["out"], tmp_path / "out")
+    argv = ["train", "--model", world["model"], "--data", world["data"], "--output", str(tmp_path / "out"), *TRAIN]
+    assert main([*argv, "--seed", "1", "--overwrite"]) == 0
+    changed = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
+    assert changed != tmp_path.joinpath(world["out"], "adapter_model.safetensors").read_bytes()
+
+
+def test_merge_into_a_folder_that_is_not_empty(refused, world):
+    message = refused("merge", "--model", world["model"], "--adapter", world["out"], "--output", world["model"])
+    assert "--overwrite" in message
+
+
+@pytest.mark.parametrize("command", ["train", "merge"])
+def test_disk_full_while_saving(refused, world, tmp_path, monkeypatch, command):
+    """What was there stays whole, and nothing half-written stays behind."""
+    source = world["out"] if command == "train" else world["model"]
+    shutil.copytree(source, tmp_path / "out")
+    names = [name for name in os.listdir(source) if name != "metrics.jsonl"]
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("lora_jax.peft._write._write", full)
+    monkeypatch.setattr("lora_jax.models._weights.write", full)
+    flags = ["--data", world["data"], *TRAIN] if command == "train" else ["--adapter", world["out"]]
+    argv = [command, "--model", world["model"], *flags, "--output", str(tmp_path / "out"), "--overwrite"]
+    assert "No space left on device" in refused(*argv)
+    assert os.listdir(tmp_path) == ["out"]
+    for name in names:
+        assert (tmp_path / "out" / name).read_bytes() == tmp_path.joinpath(source, name).read_bytes()
+
+
+def test_unknown_command(refused):
+    assert "the commands are inspect, train" in refused("trian")
+
+
+def test_mistyped_flag_is_explained(capsys):
+    assert main(["inspect", "--rnk", "8"]) == 2
+    assert "--rank" in capsys.readouterr().err
+
+
+def test_traceback_on_request(world, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("LORA_JAX_TRACEBACK", "1")
+    assert main(["inspect", "--model", str(tmp_path)]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_interrupt(monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lora_jax.cli.inspect.run", interrupted)
+    assert main(["inspect"]) == 130
+    assert capsys.readouterr().err == "lora-jax: interrupted\n"
