@@ -125,6 +125,25 @@ def _along(factors: Sequence[Factor], axis: int) -> Factor:
     return Factor(lax.concatenate(values, axes.index(axis)), axes)
 
 
+@rule("reduce_sum")
+def _reduce_sum(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
+    """A sum over an input or an output is a sum of its factor; the kernels of a stack add up by joining their ranks."""
+    kernel, axes = values[0], eqn.params["axes"]
+    if any(kernel.shape[k] != 1 and kernel.only(k) == "none" for k in axes):
+        return None
+    left = [k for k in range(len(kernel.shape)) if k not in axes]
+    names = {old: new for new, old in enumerate(left)}
+    joined = [k for k in axes if kernel.only(k) == "both"]
+
+    def add_up(factor: Factor) -> Factor:
+        gone = [k for k in factor.axes if k in axes and k not in joined]
+        kept = [k for k in factor.axes if k in left]
+        value = jnp.sum(factor.ordered([*kept, *gone, *joined, RANK]), range(len(kept), len(kept) + len(gone)))
+        return Factor(value.reshape(*value.shape[: len(kept)], -1), (*kept, RANK)).rename(names)
+
+    return [kernel.with_factors(plain(eqn, values)[0], add_up(kernel.a), add_up(kernel.b))]
+
+
 @rule("concatenate")
 def _concatenate(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
     """Kernels joined along an input or output are one kernel of the summed rank; along a stack, a longer stack."""

@@ -233,6 +233,12 @@ def _reshape(eqn: Any, inputs: Sequence[Info]) -> list[Track]:
     return _relabel(eqn, inputs, regroup)
 
 
+def _reduce_sum(eqn: Any, inputs: Sequence[Info]) -> list[Track]:
+    """Kernels that are added up are a stack."""
+    axes = eqn.params["axes"]
+    return _relabel(eqn, inputs, lambda labels: tuple(each for k, each in enumerate(labels) if k not in axes))
+
+
 def _unstack(eqn: Any, inputs: Sequence[Info]) -> list[Track]:
     axis = eqn.params["axis"]
     return _relabel(eqn, inputs, lambda labels: labels[:axis] + labels[axis + 1 :])
@@ -261,6 +267,7 @@ LAYOUT: dict[str, Callable[[Any, Sequence[Info]], list[Track]]] = {
     "squeeze": _squeeze,
     "broadcast_in_dim": _broadcast,
     "reshape": _reshape,
+    "reduce_sum": _reduce_sum,
     "unstack": _unstack,
     "stack": _stack,
     **dict.fromkeys(("mul", "div", "add", "sub", "add_any", "concatenate", "select_n"), _combine),
@@ -439,12 +446,17 @@ def _cond(eqn: Any, inputs: Sequence[Info], reader: Reader) -> list[Info]:
     ]
 
 
+def _each_for_itself(eqn: Any, inputs: Sequence[Info], reader: Reader) -> list[Info]:
+    return list(inputs)
+
+
 CALLS: dict[str, Callable[[Any, Sequence[Info], Reader], list[Info]]] = {
     **dict.fromkeys(("jit", "pjit", "remat", "remat2", "checkpoint", "shard_map"), _one_to_one("jaxpr")),
     **dict.fromkeys(
         ("custom_jvp_call", "custom_vjp_call", "closed_call", "core_call", "core_closed_call"),
         _one_to_one("call_jaxpr"),
     ),
+    "optimization_barrier": _each_for_itself,
     "scan": _scan,
     "while": _while,
     "cond": _cond,

@@ -360,6 +360,6 @@ def _shard_map(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
         in_specs=tuple(specs),
         out_specs=list(params["out_specs"]),
         check_vma=params["check_vma"],
-        axis_names=params["manual_axes"],
+        axis_names=params["newly_manual_axes"] if "newly_manual_axes" in params else params["manual_axes"],
     )(*leaves)
     return leave(frame, outputs, inside, body)
