@@ -85,14 +85,12 @@ def _check_same(number: int, table: dict[str, Any], first: dict[str, Any]) -> No
     for path, leaf in table.items():
         ours, theirs = _form(leaf), _form(first[path])
         if ours != theirs:
-            raise ValueError(
-                f"{path}: {ours} in adapter {number}, {theirs} in adapter 0; they belong to different bases"
-            )
+            raise ValueError(f"{path}: {ours} in adapter {number}, {theirs} in adapter 0; their bases differ")
 
 
 def _form(leaf: Any) -> Any:
     """What must agree: the structure, axes included, and all sizes but the rank."""
-    if isinstance(leaf, LoRA):
-        rankless = leaf.b.shape[: len(leaf.axes.stack)] + leaf.b.shape[len(leaf.axes.stack) + 1 :]
-        return leaf.a.shape[:-1], rankless, leaf.axes, leaf.magnitude is not None
-    return jax.tree.map(jnp.shape, leaf), jax.tree.structure(leaf)
+    if not isinstance(leaf, LoRA):
+        return jax.tree.structure(leaf), [jnp.shape(array) for array in jax.tree.leaves(leaf)]
+    stack = len(leaf.axes.stack)
+    return leaf.axes, leaf.a.shape[:-1], leaf.b.shape[:stack] + leaf.b.shape[stack + 1 :], leaf.magnitude is not None
