@@ -1,0 +1,193 @@
+"""Agreement with transformers and PEFT: reading, logits, gradients, steps of SGD, and adapters and models written here.
+
+`make test` compares with tests/golden/peft, which tests/golden/make_peft.py wrote; with `--oracle` the same references
+are computed anew, and what we write is loaded by PEFT and transformers. The rule of agreement is tests/agreement.py.
+"""
+
+import importlib
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from agreement import assert_agrees
+from peft_cases import CASES, STEPS, Case, draw, model_config, tokens
+from transformers import LlamaConfig
+
+import lora_jax
+from lora_jax import models, peft
+from lora_jax.peft._names import factor_names, tensors
+from lora_jax.peft._trees import parts, shapes
+
+GOLDEN = Path(__file__).parent / "golden" / "peft"
+
+
+class Setting(NamedTuple):
+    """One case on both sides: our model, its parameters with PEFT's adapter, and what the reference computes."""
+
+    name: str
+    case: Case
+    model: models.Model
+    params: Any
+    expected: dict[str, np.ndarray]
+
+    @property
+    def train(self) -> tuple[str, ...]:
+        """The leaves that train whole, as patterns."""
+        whole = {"lm_head": "lm_head", "model.norm": "/norm/scale/"}
+        biases = ("q_proj/bias", "v_proj/bias") if self.case.lora.get("bias") == "lora_only" else ()
+        return tuple(whole[name] for name in self.case.lora.get("modules_to_save", ())) + biases
+
+    def agrees(self, kind: str, ours: Any) -> None:
+        """`ours` is an array, or a dict of them by the name of the tensor."""
+        if not isinstance(ours, dict):
+            assert_agrees(np.asarray(ours), self.expected[f"{kind}/float32"], self.expected[f"{kind}/float64"])
+            return
+        names = {name.split("/", 2)[2] for name in self.expected if name.startswith(f"{kind}/")}
+        assert ours.keys() == names
+        sides = [{name: self.expected[f"{kind}/{dtype}/{name}"] for name in names} for dtype in ("float32", "float64")]
+        assert_agrees(ours, *sides)
+
+
+def llama(case: Case) -> models.Model:
+    """Our model with the case's weights."""
+    model = models.init(LlamaConfig(**model_config(case)), jax.random.key(0))
+    leaves = models.flatten(model.params)
+    for name, tensor in tensors(model.names, leaves).items():
+        leaf = np.array(leaves[tensor.path])
+        value = draw(name, tensor.saved_shape)
+        leaf[tensor.index] = value.T if tensor.transpose else value
+        leaves[tensor.path] = jnp.asarray(leaf)
+    return replace(model, params=models.unflatten(leaves))
+
+
+def oracle():
+    """The reference itself: torch, PEFT and transformers."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of their own imports
+        return importlib.import_module("golden.make_peft")
+
+
+def by_name(setting: Setting, adapter: Any) -> dict[str, np.ndarray]:
+    """The adapter tree, or one of its shape, with the names and shapes of PEFT's file; padding must be zero."""
+    params, found = setting.params, parts(adapter)
+    nodes, expected = parts(params).nodes, setting.expected
+    named = {}
+    for name, tensor in tensors(setting.model.names, shapes(parts(params))).items():
+        saved = f"base_model.model.{name}"
+        if tensor.path in nodes and nodes[tensor.path].scale[tensor.index] != 0:
+            pair = found.nodes[tensor.path].a[tensor.index].T, found.nodes[tensor.path].b[tensor.index].T
+            rank = expected[f"gradient/float64/{factor_names(tensor)[0]}"].shape[0]
+            assert not np.any(pair[0][rank:])
+            assert not np.any(pair[1][:, rank:])
+            named |= zip(factor_names(tensor), (pair[0][:rank], pair[1][:, :rank]), strict=True)
+        elif tensor.path in found.leaves:
+            value = found.leaves[tensor.path][tensor.index]
+            inner = saved.replace(".bias", ".base_layer.bias")
+            named[inner] = value.T if tensor.transpose else value
+    return {name: np.asarray(array) for name, array in named.items()}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def setting(request, tmp_path_factory):
+    case, folder = CASES[request.param], GOLDEN / request.param
+    if request.config.getoption("--oracle"):
+        folder = tmp_path_factory.mktemp("peft")
+        oracle().make(folder, case)
+    model = llama(case)
+    params = peft.load(folder, model.params, names=model.names)
+    with np.load(folder / "expected.npz") as expected:
+        return Setting(request.param, case, model, params, dict(expected))
+
+
+def test_logits_of_the_base_and_of_the_merged_model(setting):
+    apply = jax.jit(setting.model.apply)
+    setting.agrees("base", apply(setting.model.params, jnp.asarray(tokens())))
+    setting.agrees("adapted", apply(lora_jax.merge(setting.params), jnp.asarray(tokens())))
+
+
+def test_logits_gradients_and_three_steps(setting):
+    ids = jnp.asarray(tokens())
+    base, adapter = lora_jax.split(setting.params, setting.train)
+    apply = lora_jax.adapt(setting.model.apply, on_materialize="error")
+    tx = lora_jax.masked(optax.sgd(setting.case.learning_rate))
+
+    def loss(adapter):
+        logits = apply(lora_jax.combine(base, adapter), ids)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], ids[:, 1:])
+        return losses.mean(), logits
+
+    @jax.jit
+    def step(adapter, state):
+        (_, logits), gradients = jax.value_and_grad(loss, has_aux=True)(adapter)
+        updates, state = tx.update(gradients, state, adapter)
+        return optax.apply_updates(adapter, updates), state, logits, gradients
+
+    trained, state, logits, gradients = step(adapter, tx.init(adapter))
+    setting.agrees("adapted", logits)
+    setting.agrees("gradient", by_name(setting, gradients))
+    for _ in range(STEPS - 1):
+        trained, state, _, _ = step(trained, state)
+    moves = by_name(setting, jax.tree.map(jnp.subtract, trained, adapter))
+    assert min(np.max(np.abs(move)) for move in moves.values()) >= 1e-2
+    setting.agrees("move", moves)
+
+
+def test_what_peft_wrote_survives_a_round_trip(setting, tmp_path):
+    peft.save(tmp_path / "ours", setting.params, names=setting.model.names, train=setting.train)
+    again = peft.load(tmp_path / "ours", setting.model.params, names=setting.model.names)
+    assert jax.tree.structure(again) == jax.tree.structure(setting.params)
+    jax.tree.map(np.testing.assert_array_equal, again, setting.params)
+
+
+# Live ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("portable", [False, True])
+def test_peft_loads_what_we_write(setting, tmp_path, portable):
+    """No key missing or unexpected, and the same logits; what PEFT then saves is read here as the same adapter."""
+    import peft as reference
+
+    peft.save(tmp_path / "ours", setting.params, names=setting.model.names, train=setting.train, portable=portable)
+    make = oracle()
+    config = reference.PeftConfig.from_pretrained(tmp_path / "ours")
+    theirs = reference.get_peft_model(make.base_model(setting.case), config).eval()
+    weights = reference.load_peft_weights(tmp_path / "ours", device="cpu")
+    result = reference.set_peft_model_state_dict(theirs, weights)
+    assert result.unexpected_keys == []
+    adapters = [name for name in result.missing_keys if ".default" in name]
+    assert adapters == []
+    assert set(reference.get_peft_model_state_dict(theirs)) - set(weights) <= {
+        f"base_model.model.{name}.base_layer.weight" for name in ("lm_head", "model.embed_tokens")
+    }
+    setting.agrees("adapted", make.logits(theirs))
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = peft.load(tmp_path / "theirs", setting.model.params, names=setting.model.names)
+    ours = peft.load(tmp_path / "ours", setting.model.params, names=setting.model.names)
+    jax.tree.map(np.testing.assert_array_equal, again, ours)
+
+
+@pytest.mark.oracle
+def test_peft_model_loads_our_folder_without_a_warning(setting, tmp_path):
+    import peft as reference
+
+    peft.save(tmp_path / "ours", setting.params, names=setting.model.names, train=setting.train)
+    make = oracle()
+    model = reference.PeftModel.from_pretrained(make.base_model(setting.case), tmp_path / "ours")
+    setting.agrees("adapted", make.logits(model))
+
+
+@pytest.mark.oracle
+def test_transformers_loads_the_merged_folder(setting, tmp_path):
+    import transformers
+
+    models.save(tmp_path / "merged", setting.model, lora_jax.merge(setting.params))
+    merged, info = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not any(info.values())
+    setting.agrees("adapted", oracle().logits(merged.eval()))
