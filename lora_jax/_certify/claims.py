@@ -1,0 +1,251 @@
+"""`certify`: what a compiled LoRA training step doesn't do, checked before anything is allocated."""
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax._certify.cost import Cost, cost_of
+from lora_jax._certify.hlo import Collective, collectives
+from lora_jax._certify.step import Step, dims, read_step
+
+STATE_LIMIT = 4  # numbers of optimizer state for each trained one: Adam has 2, Adan 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Certificate:
+    """What `certify` found; printable.
+
+    Attributes:
+      kernels: Adapted kernels.
+      trained: Numbers that train.
+      base: Numbers in the base.
+      state: Numbers in the optimizer's state.
+      flops: Of all matrix products of one step, loop bodies times their trip counts.
+      plain_flops: Of the loss of the unadapted model and its gradient for the whole base; None without `plain`.
+      collectives: Collectives on arrays of a kernel's size in the compiled step (the base step has them too).
+      argument_bytes, output_bytes, temporary_bytes: Of the compiled step, on one device; outputs that reuse a donated
+        argument's memory are not counted.
+      uncounted: What `flops` leaves out.
+    """
+
+    kernels: int
+    trained: int
+    base: int
+    state: int
+    flops: int
+    plain_flops: int | None
+    collectives: tuple[str, ...]
+    argument_bytes: int
+    output_bytes: int
+    temporary_bytes: int
+    uncounted: tuple[str, ...]
+
+    def __str__(self) -> str:
+        share = f", {self.flops / self.plain_flops:.3f} of the plain gradient's" if self.plain_flops else ""
+        mib = lambda size: f"{size / 2**20:.1f} MiB"
+        lines = {
+            "trained": f"{self.trained:,} numbers beside {self.kernels} kernels, of a base of {self.base:,}",
+            "gradient": "none of a kernel's shape",
+            "outputs": f"no copy of the base; {mib(self.output_bytes)} written",
+            "base": "an argument, no constant",
+            "state": f"{self.state:,} numbers, {self.state / max(self.trained, 1):.1f} for each trained one",
+            "sent": "of a kernel's shape, " + (", ".join(self.collectives) or "nothing"),
+            "products": f"{self.flops:,} FLOPs{share}" + "".join(f"; not counted: {what}" for what in self.uncounted),
+            "memory": f"{mib(self.argument_bytes)} arguments, {mib(self.temporary_bytes)} temporary",
+        }
+        return "\n".join(f"{name:<12}{line}" for name, line in lines.items())
+
+
+def certify(
+    step: Callable[..., Any], *args: Any, plain: Callable[..., Any] | None = None, **kwargs: Any
+) -> Certificate:
+    """Compile a training step and check that it costs what LoRA should.
+
+    Claims: no gradient of a kernel's shape is computed, nor W + ΔW; no output is a copy of the base; the base is an
+    argument, not a captured constant; the optimizer's state is proportional to the adapter; no collective moves an
+    array of a kernel's shape unless the plain step does; and, with `plain`, FLOPs are below those of plain forward and
+    backward.
+
+    Args:
+      step: A function that trains once: takes the adapter (what `split` gave, or the whole tree), the optimizer's
+        state, the base and a batch, in any order, and returns at least the new adapter and state. Jitted or not.
+      *args: Its arguments: arrays, or `jax.ShapeDtypeStruct` with or without shardings. The adapter is known by its
+        LoRA nodes, the base by the kernels at the nodes' paths, the state by being returned as it came.
+      plain: The unadapted model's loss, called with the plain parameters and those of `args` that are neither
+        adapter, state nor base.
+      **kwargs: Passed to `step`.
+
+    Returns:
+      What was found.
+
+    Raises:
+      ValueError: No LoRA node in `args`; or a claim fails (one line for each).
+
+    >>> import jax, jax.numpy as jnp, optax, lora_jax
+    >>> def loss(params, x):
+    ...     return jnp.mean((x @ params["dense"]["kernel"]) ** 2)
+    >>> params = {"dense": {"kernel": jnp.ones((64, 32))}}
+    >>> config = lora_jax.LoRAConfig(rank=2, alpha=4.0, targets=("dense",))
+    >>> base, adapter = lora_jax.split(lora_jax.init(jax.random.key(0), params, config))
+    >>> tx = lora_jax.masked(optax.adam(1e-3))
+    >>> def step(adapter, state, base, x):
+    ...     grads = jax.grad(lambda a: lora_jax.adapt(loss)(lora_jax.combine(base, a), x))(adapter)
+    ...     updates, state = tx.update(grads, state, adapter)
+    ...     return optax.apply_updates(adapter, updates), state
+    >>> report = lora_jax.certify(step, adapter, tx.init(adapter), base, jnp.ones((128, 64)), plain=loss)
+    >>> report.trained, report.state, report.flops < report.plain_flops
+    (192, 385, True)
+
+    Source: Hu et al. 2021, section 4.2 (no gradients or optimizer state of the frozen parameters).
+    """
+    jitted = step if hasattr(step, "trace") else jax.jit(step)
+    traced = jitted.trace(*args, **kwargs)
+    parts = read_step(args, traced.out_info)
+    lowered = traced.lower()
+    compiled = lowered.compile()
+    cost = cost_of(traced.jaxpr, parts.data + [True for _ in jax.tree.leaves(kwargs)])
+    found = [c for c in collectives(compiled.as_text() or "") if dims(c.shape) in parts.shards]
+    plain_cost, plain_found = (None, None) if plain is None else _plain(plain, parts)
+    failures = [
+        *_captured(traced.jaxpr, parts),
+        *_gradients(cost, parts),
+        *_copies(traced, lowered, parts),
+        *_state(parts),
+        *_foreign(found, plain_found),
+        *_dearer(cost, plain_cost),
+    ]
+    if failures:
+        raise ValueError("\n".join(failures))
+    memory: Any = compiled.memory_analysis()
+    return Certificate(
+        kernels=len(parts.kernels),
+        trained=parts.trained,
+        base=sum(math.prod(leaf.shape) for leaf in parts.base),
+        state=sum(math.prod(leaf.shape) for leaf in parts.state),
+        flops=cost.flops,
+        plain_flops=None if plain_cost is None else plain_cost.flops,
+        collectives=tuple(map(str, found)),
+        argument_bytes=memory.argument_size_in_bytes,
+        output_bytes=memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        temporary_bytes=memory.temp_size_in_bytes,
+        uncounted=tuple(cost.uncounted),
+    )
+
+
+def _plain(loss: Callable[..., Any], step: Step) -> tuple[Cost, list[Collective]]:
+    """What full fine-tuning would do: the plain loss and its gradient for every leaf of the base."""
+    leaves, treedef = jax.tree.flatten(step.plain)
+    inexact = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
+
+    def of_leaves(trained: Sequence[Any], frozen: Sequence[Any], *rest: Any) -> Any:
+        parts = {True: iter(trained), False: iter(frozen)}
+        out = loss(jax.tree.unflatten(treedef, [next(parts[flag]) for flag in inexact]), *rest)
+        return jax.tree.leaves(out)[0]
+
+    trained, frozen = (
+        [leaf for leaf, flag in zip(leaves, inexact, strict=True) if flag is kind] for kind in (True, False)
+    )
+    traced = jax.jit(jax.value_and_grad(of_leaves)).trace(trained, frozen, *step.rest)
+    cost = cost_of(traced.jaxpr, [True] * len(traced.jaxpr.in_avals))
+    return cost, collectives(traced.lower().compile().as_text() or "")
+
+
+# Claims: each gives a line for what breaks it -----------------------------------------------------------------------
+
+
+def _captured(jaxpr: Any, step: Step) -> Iterator[str]:
+    if not step.base:
+        path, shape = next(iter(step.kernels.items()))
+        yield f"{path}: no argument holds this kernel of shape {shape}, so it is a constant; pass the base to the step"
+    shapes = {dims(leaf.shape) for leaf in step.base} | set(step.forms)
+    for const in _constants(jaxpr):
+        if len(dims(const.shape)) > 1 and dims(const.shape) in shapes:
+            yield f"a constant of shape {const.shape} is captured, a kernel's shape; pass the base as an argument"
+
+
+def _constants(jaxpr: Any) -> Iterator[Any]:
+    for const in jaxpr.consts:
+        if hasattr(const, "shape"):
+            yield const
+    for inner in _inner(jaxpr.jaxpr):
+        yield from _constants(inner)
+
+
+def _inner(jaxpr: Any) -> Iterator[Any]:
+    for eqn in jaxpr.eqns:
+        for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "consts")):
+            if hasattr(value, "consts") and hasattr(value, "jaxpr"):
+                yield value
+
+
+def _gradients(cost: Cost, step: Step) -> Iterator[str]:
+    """Products of a kernel's shape without the kernel: from data alone (its gradient), from factors alone (ΔW)."""
+    forms = dict(step.forms)
+    sizes = {math.prod(form): names for form, names in forms.items()}
+    for product in cost.products:
+        # The shapes that kernels have where they are used, after reshapes, are kernels' shapes too.
+        for shape, data, other in zip(product.operands, product.data, reversed(product.data), strict=True):
+            if other and not data and math.prod(shape) in sizes:
+                forms.setdefault(dims(shape), sizes[math.prod(shape)])
+    told = set()
+    for product in cost.products:
+        names = forms.get(dims(product.shape))
+        if names is None or dims(product.shape) in step.trained_whole or product.data[0] != product.data[1]:
+            continue
+        what = "its gradient" if product.data[0] else "W + ΔW"
+        if (*names, what) not in told:
+            told.add((*names, what))
+            yield (
+                f"{_either(names)}: {what} is computed whole, as {product.shape} at {product.source}; "
+                "keep the kernel factored (if an activation has that shape, certify at another batch size)"
+            )
+
+
+def _either(names: Sequence[str]) -> str:
+    """Which kernel it may be: several have one shape."""
+    return " or ".join(names[:3]) + (" or another of that shape" if len(names) > 3 else "")
+
+
+def _copies(traced: Any, lowered: Any, step: Step) -> Iterator[str]:
+    """Outputs of a base leaf's shape that reuse no donated argument and aren't an argument handed through."""
+    donated = [info for info in jax.tree.leaves(lowered.args_info) if info.donated]
+    allowed = Counter((leaf.shape, leaf.dtype) for leaf in (*donated, *step.kept_whole))
+    inputs = set(traced.jaxpr.jaxpr.invars)
+    shapes = {leaf.shape for leaf in step.base if len(dims(leaf.shape)) > 1}
+    for var in traced.jaxpr.jaxpr.outvars:
+        key = (var.aval.shape, var.aval.dtype)
+        if var.aval.shape not in shapes or var in inputs:
+            continue
+        allowed[key] -= 1
+        if allowed[key] < 0:
+            yield f"an output of shape {var.aval.shape} is as large as a base leaf; return the adapter alone, or donate"
+
+
+def _state(step: Step) -> Iterator[str]:
+    size = sum(math.prod(leaf.shape) for leaf in step.state if leaf.shape)
+    if size > STATE_LIMIT * step.trained:
+        yield (
+            f"the optimizer's state has {size:,} numbers for {step.trained:,} trained ones; make it with "
+            "lora_jax.masked(tx).init(adapter)"
+        )
+
+
+def _foreign(found: Sequence[Collective], plain: Sequence[Collective] | None) -> Iterator[str]:
+    """Without a plain step to compare with, kernels may be gathered (they are sharded) but never reduced."""
+    for collective in dict.fromkeys(found):
+        known = collective.kind == "all-gather" if plain is None else collective in plain
+        if not known:
+            yield f"{collective}, a kernel's shape: the plain step has none; check the shardings of adapter and base"
+
+
+def _dearer(cost: Cost, plain: Cost | None) -> Iterator[str]:
+    if plain is not None and cost.flops > plain.flops:
+        yield (
+            f"{cost.flops:,} FLOPs in matrix products, {plain.flops:,} in plain forward and backward; "
+            "lower the rank, or keep kernels factored"
+        )

@@ -1,0 +1,182 @@
+"""What a traced program multiplies: its matrix products, how often each runs, and which operands depend on data.
+
+A product of two arrays that both depend on data and whose result has a kernel's shape is that kernel's gradient; a
+product of two that both depend on parameters only is a kernel's update made whole. Neither needs a compiler to be seen.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from jax.extend import core as jex
+from jax.extend import source_info_util
+from jax.interpreters import partial_eval
+
+
+class Product(NamedTuple):
+    """One matrix product of a program.
+
+    Attributes:
+      shape: Of the result (on one device, inside a `shard_map`).
+      operands: Shapes of the two operands.
+      data: Which of the two operands depend on data, not on parameters and constants alone.
+      flops: All runs together, a loop's body times its trip count.
+      source: File and line of the code that asked for it.
+    """
+
+    shape: tuple[int, ...]
+    operands: tuple[tuple[int, ...], tuple[int, ...]]
+    data: tuple[bool, bool]
+    flops: int
+    source: str
+
+
+class Cost(NamedTuple):
+    """The products of a program, and what could not be counted: calls of foreign code, loops of unknown length."""
+
+    products: list[Product]
+    uncounted: list[str]
+
+    @property
+    def flops(self) -> int:
+        return sum(product.flops for product in self.products)
+
+
+def cost_of(jaxpr: Any, data: Sequence[bool]) -> Cost:
+    """Walk a closed jaxpr, dead code left out.
+
+    Args:
+      jaxpr: From `jax.jit(f).trace(...)` or `jax.make_jaxpr`.
+      data: For each input, whether it depends on data: batches and random keys do, parameters and the state don't.
+    """
+    live, used = partial_eval.dce_jaxpr(jaxpr.jaxpr, [True] * len(jaxpr.out_avals), instantiate=False)
+    cost = Cost([], [])
+    _walk(live, [flag for flag, use in zip(data, used, strict=True) if use], 1, cost)
+    return Cost(cost.products, sorted(set(cost.uncounted)))
+
+
+def _walk(jaxpr: Any, data: Sequence[bool], times: int, cost: Cost) -> list[bool]:
+    """Add the products of `jaxpr` run `times` times; whether each output depends on data."""
+    known: dict[Any, bool] = dict(zip(jaxpr.invars, data, strict=True))
+    # A large constant is as likely a batch that was closed over as a parameter; a number is neither.
+    known.update({var: math.prod(var.aval.shape) > 1 for var in jaxpr.constvars})
+    for eqn in jaxpr.eqns:
+        flags = [not isinstance(var, jex.Literal) and known[var] for var in eqn.invars]
+        known.update(zip(eqn.outvars, _equation(eqn, flags, times, cost), strict=True))
+    return [not isinstance(var, jex.Literal) and known[var] for var in jaxpr.outvars]
+
+
+def _equation(eqn: Any, flags: list[bool], times: int, cost: Cost) -> list[bool]:
+    name = eqn.primitive.name
+    if name in FLOPS:
+        _add_product(eqn, flags, times * FLOPS[name](eqn), cost)
+    elif name == "scan":
+        return _scan(eqn, flags, times * eqn.params["length"], cost)
+    elif name == "while":
+        return _while(eqn, flags, times, cost)
+    elif name == "cond":
+        return _cond(eqn, flags, times, cost)
+    elif name in ("pallas_call", "ffi_call", "custom_call", "tpu_custom_call"):
+        cost.uncounted.append(name)
+    else:
+        # A call: its jaxpr's inputs are the equation's. Of anything else (a solver, a reduction) the parts count once.
+        times = times * math.prod(_manual_sizes(eqn)) if name == "shard_map" else times
+        for inner in jex.jaxprs_in_params(eqn.params):
+            if len(inner.invars) == len(flags):
+                outputs = _walk(inner, flags, times, cost)
+                if len(outputs) == len(eqn.outvars):
+                    return outputs
+            else:
+                _walk(inner, [any(flags)] * len(inner.invars), times, cost)
+    return [any(flags)] * len(eqn.outvars)
+
+
+def _manual_sizes(eqn: Any) -> list[int]:
+    """Sizes of the mesh axes that a shard_map's body is written for: it runs once a device along these."""
+    mesh = eqn.params["mesh"]
+    return [mesh.shape[axis] for axis in eqn.params.get("manual_axes", mesh.axis_names)]
+
+
+def _scan(eqn: Any, flags: list[bool], times: int, cost: Cost) -> list[bool]:
+    consts, carries = eqn.params["num_consts"], eqn.params["num_carry"]
+    body = eqn.params["jaxpr"].jaxpr
+    flags = _settled(body, flags, consts, carries)
+    return _walk(body, flags, times, cost)
+
+
+def _settled(body: Any, flags: list[bool], first: int, count: int) -> list[bool]:
+    """The flags once what a step does to its carry has gone round."""
+    while True:
+        outputs = _walk(body, flags, 0, Cost([], []))
+        carry = [old or new for old, new in zip(flags[first : first + count], outputs, strict=False)]
+        settled = flags[:first] + carry + flags[first + count :]
+        if settled == flags:
+            return flags
+        flags = settled
+
+
+def _while(eqn: Any, flags: list[bool], times: int, cost: Cost) -> list[bool]:
+    cond, body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+    carry = flags[cond + body :]
+    inner = eqn.params["body_jaxpr"].jaxpr
+    settled = _settled(inner, flags[cond : cond + body] + carry, body, len(carry))
+    before = len(cost.products)
+    _walk(eqn.params["cond_jaxpr"].jaxpr, flags[:cond] + settled[body:], times, cost)
+    _walk(inner, settled, times, cost)
+    if len(cost.products) > before:
+        cost.uncounted.append(f"while loop counted once ({source_info_util.summarize(eqn.source_info)})")
+    return settled[body:]
+
+
+def _cond(eqn: Any, flags: list[bool], times: int, cost: Cost) -> list[bool]:
+    """The dearest branch."""
+    branches = [Cost([], []) for _ in eqn.params["branches"]]
+    outputs = [
+        _walk(jaxpr.jaxpr, flags[1:], times, branch)
+        for jaxpr, branch in zip(eqn.params["branches"], branches, strict=True)
+    ]
+    dearest = max(branches, key=lambda branch: branch.flops)
+    cost.products.extend(dearest.products)
+    cost.uncounted.extend(dearest.uncounted)
+    return [flags[0] or any(column) for column in zip(*outputs, strict=True)]
+
+
+def _add_product(eqn: Any, flags: list[bool], flops: int, cost: Cost) -> None:
+    # A scatter adds its third operand into its first: rows of an embedding's gradient.
+    left, right = (0, 2) if eqn.primitive.name == "scatter-add" else (0, 1)
+    shapes = eqn.invars[left].aval.shape, eqn.invars[right].aval.shape
+    data = (flags[left], flags[right])
+    if eqn.primitive.name == "scatter-add":
+        # Into zeros, it is a gradient; into an array that depends on data (a cache), it is not.
+        data = (not flags[left] and flags[right], flags[right])
+    source = source_info_util.summarize(eqn.source_info)
+    cost.products.append(Product(eqn.outvars[0].aval.shape, shapes, data, flops, source))
+
+
+def _dot_general(eqn: Any) -> int:
+    (contracting, _), _ = eqn.params["dimension_numbers"]
+    lhs = eqn.invars[0].aval.shape
+    return 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(lhs[d] for d in contracting)
+
+
+def _ragged_dot(eqn: Any) -> int:
+    """Each row meets the kernel of its group only."""
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    (_, rhs_contracting), (_, rhs_batch) = numbers.dot_dimension_numbers
+    lhs, rhs = eqn.invars[0].aval.shape, eqn.invars[1].aval.shape
+    left_out = {*rhs_contracting, *rhs_batch, *numbers.rhs_group_dimensions}
+    return 2 * math.prod(lhs) * math.prod(size for d, size in enumerate(rhs) if d not in left_out)
+
+
+def _convolution(eqn: Any) -> int:
+    rhs = eqn.invars[1].aval.shape
+    outputs = rhs[eqn.params["dimension_numbers"].rhs_spec[0]]
+    return 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(rhs) // outputs
+
+
+FLOPS = {
+    "dot_general": _dot_general,
+    "ragged_dot_general": _ragged_dot,
+    "conv_general_dilated": _convolution,
+    "scatter-add": lambda eqn: 0,
+}

@@ -1,0 +1,165 @@
+"""The arguments of a training step, told apart: adapter, base, optimizer state, data."""
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from lora_jax._node import LoRA
+from lora_jax._paths import path_of
+from lora_jax._tree import combine, detach, is_box, nodes_of
+
+
+def dims(shape: Sequence[int]) -> tuple[int, ...]:
+    """A shape up to transposition and axes of size one."""
+    return tuple(sorted(size for size in shape if size != 1))
+
+
+class Step(NamedTuple):
+    """What a step's arguments are.
+
+    Attributes:
+      kernels: Shapes of the adapted kernels by path.
+      forms: Shapes, as `dims` gives them, of a kernel whole or of one index of its stack, and whose they are.
+      shards: The same, and those of one device's part of the base's leaves.
+      base, state: Leaves of the base and of the optimizer's state.
+      kept_whole: Leaves of adapter and state that aren't factors or moments of factors.
+      trained_whole: Shapes of leaves that train whole, as `dims` gives them.
+      trained: How many numbers train.
+      data: For each flat argument, whether it is neither adapter, base nor state.
+      plain: The parameters as they were before `init`; None where the step takes no base.
+      rest: The arguments that are data.
+    """
+
+    kernels: dict[str, tuple[int, ...]]
+    forms: dict[tuple[int, ...], list[str]]
+    shards: set[tuple[int, ...]]
+    base: list[Any]
+    state: list[Any]
+    kept_whole: list[Any]
+    trained_whole: set[tuple[int, ...]]
+    trained: int
+    data: list[bool]
+    plain: Any
+    rest: list[Any]
+
+
+def read_step(args: tuple[Any, ...], outputs: Any) -> Step:
+    """Tell the arguments apart.
+
+    The adapter is the outermost subtree with LoRA nodes (an optimizer's moments have them deeper down), the base the
+    outermost with a leaf at a node's path that has the kernel's shape, the state whatever else of the step's arguments
+    comes back with the structure and shapes that it had.
+
+    Raises:
+      ValueError: No LoRA node among the arguments.
+    """
+    pairs, _ = jax.tree_util.tree_flatten_with_path(args, is_leaf=lambda x: isinstance(x, LoRA) or is_box(x))
+    places = [path[: _mapping_start(path)] for path, leaf in pairs if isinstance(leaf, LoRA)]
+    if not places:
+        raise ValueError("no LoRA node in the step's arguments; pass the adapter (or the whole tree) that it trains")
+    at = min(places, key=len)
+    adapter = _subtree(args, at)
+    nodes = nodes_of(adapter)
+    kernels = {path: _kernel_shape(node) for path, node in nodes.items()}
+    base_at = _find_base(pairs, kernels)
+    carried = _carried(args, outputs)
+
+    base, state, trained_leaves, data = [], [], [], []
+    for path, leaf in pairs:
+        leaves = jax.tree.leaves(leaf)
+        if path[: len(at)] == at and (isinstance(leaf, LoRA) or at != base_at):
+            trained_leaves += [leaf]
+        elif base_at is not None and path[: len(base_at)] == base_at:
+            base += leaves
+        elif path[0].idx in carried:
+            state += leaves
+        else:
+            data += [True] * len(leaves)
+            continue
+        data += [False] * len(leaves)
+    whole = [array for leaf in trained_leaves if not isinstance(leaf, LoRA) for array in jax.tree.leaves(leaf)]
+    factors = [array for node in nodes.values() for array in (node.a, node.b)]
+    forms = _forms(nodes, kernels)
+    shards = {
+        dims(leaf.sharding.shard_shape(leaf.shape)) for leaf in base if getattr(leaf, "sharding", None) is not None
+    }
+    taken = {place[0].idx for place in (at, base_at) if place is not None} | carried
+    return Step(
+        kernels=kernels,
+        forms=forms,
+        shards=set(forms) | {shard for shard in shards if len(shard) > 1},
+        base=base,
+        state=state,
+        kept_whole=[*whole, *state],
+        trained_whole={dims(leaf.shape) for leaf in whole},
+        trained=sum(math.prod(leaf.shape) for leaf in [*whole, *factors]),
+        data=data,
+        plain=None if base_at is None else _plain(_subtree(args, base_at), adapter, at == base_at),
+        rest=[arg for i, arg in enumerate(args) if i not in taken],
+    )
+
+
+def _mapping_start(path: Sequence[Any]) -> int:
+    """Where the trailing run of mapping keys begins: what precedes it leads to the parameter tree."""
+    start = len(path)
+    while start and hasattr(path[start - 1], "key"):
+        start -= 1
+    return start
+
+
+def _subtree(tree: Any, path: Sequence[Any]) -> Any:
+    for key in path:
+        tree = getattr(tree, key.name) if hasattr(key, "name") else tree[key.idx if hasattr(key, "idx") else key.key]
+    return tree
+
+
+def _kernel_shape(node: LoRA) -> tuple[int, ...]:
+    stack, inputs, outputs = node.axes
+    sizes = (*node.a.shape[:-1], *node.b.shape[len(stack) + 1 :])
+    return tuple(size for _, size in sorted(zip((*stack, *inputs, *outputs), sizes, strict=True)))
+
+
+def _forms(nodes: dict[str, LoRA], kernels: dict[str, tuple[int, ...]]) -> dict[tuple[int, ...], list[str]]:
+    forms: dict[tuple[int, ...], list[str]] = {}
+    for path, node in nodes.items():
+        for count in range(len(node.axes.stack) + 1):
+            for gone in itertools.combinations(node.axes.stack, count):
+                form = dims([size for axis, size in enumerate(kernels[path]) if axis not in gone])
+                forms.setdefault(form, []).append(path)
+    return forms
+
+
+def _find_base(pairs: Sequence[tuple[Any, Any]], kernels: dict[str, tuple[int, ...]]) -> tuple[Any, ...] | None:
+    found = []
+    for path, leaf in pairs:
+        start = _mapping_start(path)
+        shape = kernels.get(path_of(path[start:]))
+        if not isinstance(leaf, LoRA) and shape is not None and jax.tree.leaves(leaf)[0].shape == shape:
+            found.append(path[:start])
+    return min(found, key=len, default=None)
+
+
+def _carried(args: tuple[Any, ...], outputs: Any) -> set[int]:
+    """The arguments that the step returns anew, somewhere among its outputs."""
+    returned = set(map(_signature, _subtrees(outputs)))
+    return {i for i, arg in enumerate(args) if jax.tree.leaves(arg) and _signature(arg) in returned}
+
+
+def _subtrees(tree: Any) -> Iterator[Any]:
+    yield tree
+    children = jax.tree.leaves(tree, is_leaf=lambda x: x is not tree)
+    if not (len(children) == 1 and children[0] is tree):
+        for child in children:
+            yield from _subtrees(child)
+
+
+def _signature(tree: Any) -> tuple[Any, ...]:
+    leaves, treedef = jax.tree.flatten(tree)
+    return treedef, tuple((leaf.shape, leaf.dtype) for leaf in leaves if hasattr(leaf, "shape"))
+
+
+def _plain(base: Any, adapter: Any, together: bool) -> Any:
+    return detach(base if together else combine(base, adapter))[0]
