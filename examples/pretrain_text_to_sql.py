@@ -10,6 +10,7 @@ most of the text is random names and numbers, which can't be known.
 import collections
 import concurrent.futures
 import functools
+import itertools
 import multiprocessing
 import re
 import time
@@ -52,7 +53,9 @@ class Pretraining:
 
 def main(settings: Pretraining) -> None:
     started = time.perf_counter()
-    tokenizer = train_tokenizer(pretraining_documents(settings.seed, min(settings.documents, 50_000)), settings.vocabulary)
+    tokenizer = train_tokenizer(
+        pretraining_documents(settings.seed, min(settings.documents, 50_000)), settings.vocabulary
+    )
     buckets = encode(settings, tokenizer)
     print(f"{sum(map(np.size, buckets)):,} tokens with padding, {time.perf_counter() - started:.0f} s")
 
@@ -85,10 +88,9 @@ def train_tokenizer(documents: Iterator[str], vocabulary: int) -> tokenizers.Tok
     count as often as they occur, all others once: a token must be part of many words, or the model meets it in few and
     can't copy it in a new one.
     """
-    counts, total = collections.Counter[str](), 0
-    for total, document in enumerate(documents, 1):
-        counts.update(set(re.findall(r"[^\W\d_]+|[\W_]+", document)))
-    pieces = (word for word, count in counts.items() for _ in range(count if count > total / 20 else 1))
+    words = [set(re.findall(r"[^\W\d_]+|[\W_]+", document)) for document in documents]
+    counts = collections.Counter(itertools.chain.from_iterable(words))
+    pieces = (word for word, count in counts.items() for _ in range(count if count > len(words) / 20 else 1))
 
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     apart = tokenizers.Regex(r"\p{L}+|\p{N}|[^\p{L}\p{N}]+")

@@ -2,7 +2,7 @@
 
 The SQL follows plain conventions, or ones that a note above the question announces. The base so learns to read a
 schema, to copy names and values and to write a value in another form; it learns nothing of how the task's house keeps
-its databases, which no note of the task says, and none of the task's tables or columns occurs.
+its databases, which no note announces, and meets none of the task's schemas.
 """
 
 import random
@@ -19,10 +19,15 @@ _FLAGS = ("active", "archived", "approved", "cancelled", "draft", "hidden", "obs
 
 
 def documents(seed: int, count: int) -> Iterator[str]:
-    """`count` documents of one to a dozen lines each; the same for the same seed.
+    """`count` documents of three to a dozen lines each, the same for the same seed.
 
     Example:
-        >>> print(next(documents(3, 1)))  # doctest: +SKIP
+        >>> print(next(documents(18, 1)))
+        table: companies
+        columns: employees number, industry text, director text, profit money, listed date
+        note: dates are numbers.
+        question: Name the director of the companies where employees exceeds 4611.
+        sql: SELECT director FROM companies WHERE employees > 4611
     """
     rng = random.Random(seed)
     for _ in range(count):
@@ -38,8 +43,8 @@ def draw_table(rng: random.Random) -> Table:
         table = rng.choice(_TOPICS)
         return table._replace(columns=tuple(rng.sample(table.columns, len(kinds))))
     if source < 0.45:
-        drawn = {rng.choice(_COLUMNS[kind]) for kind in kinds}
-        return Table(rng.choice(_TOPICS).name, tuple(sorted(drawn, key=lambda _: rng.random())))
+        drawn = dict.fromkeys(rng.choice(_COLUMNS[kind]) for kind in kinds)  # none twice, in the order drawn
+        return Table(rng.choice(_TOPICS).name, tuple(drawn))
     columns = {_invented_name(rng): kind for kind in kinds}
     name = rng.choice(_TOPICS).name if source < 0.6 else _query.draw_word(rng) + "s"
     return Table(name, tuple(Column(*item) for item in columns.items()))

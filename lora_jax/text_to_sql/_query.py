@@ -129,7 +129,7 @@ def question(rng: random.Random, query: Query) -> str:
     """
     openings = _OPENINGS[query.aggregate]
     if query.column is not None and query.column.kind == "date":
-        openings = _DATE_OPENINGS.get(query.aggregate, openings)
+        openings = _DATE_OPENINGS.get(query.aggregate) or openings
     table, column = _spoken(query.table.name), _spoken(query.column.name) if query.column else ""
     asked = [
         rng.choice(_CONDITIONS[c.column.kind, c.operator]).format(c=_spoken(c.column.name), v=c.value)
@@ -158,7 +158,8 @@ def draw_query(rng: random.Random, table: Table) -> Query:
     aggregate = "COUNT" if column is None else rng.choice(_AGGREGATES[column.kind])
     count = rng.choices((0, 1, 2), (1, 6, 4))[0]
     conditions = tuple(
-        Condition(c, rng.choice(_OPERATORS[c.kind]), draw_value(rng, c.kind)) for c in columns[: max(count, aggregate == "")]
+        Condition(c, rng.choice(_OPERATORS[c.kind]), draw_value(rng, c.kind))
+        for c in columns[: max(count, aggregate == "")]
     )
     return Query(table, aggregate, column, conditions)
 

@@ -1,4 +1,4 @@
-"""Execution accuracy: a prediction is right when the database answers it as it answers the reference."""
+"""Whether a prediction is right: the database answers it as it answers the reference."""
 
 import contextlib
 import sqlite3
@@ -65,9 +65,12 @@ def _select(connection: sqlite3.Connection, sql: str) -> list[Row]:
     left = iter(range(_STEPS // 1_000))
     connection.set_progress_handler(lambda: next(left, None) is None, 1_000)  # true stops the query
     try:
-        rows = connection.execute(sql).fetchmany(_ANSWER_ROWS + 1)
+        cursor = connection.execute(sql)
+        rows = cursor.fetchmany(_ANSWER_ROWS + 1)
     except (sqlite3.Warning, ValueError) as error:  # two statements; a null character or a lone surrogate
         raise sqlite3.ProgrammingError(str(error)) from error
+    if cursor.description is None:
+        raise sqlite3.ProgrammingError("not a query")
     if len(rows) > _ANSWER_ROWS:
         raise sqlite3.DataError(f"more than {_ANSWER_ROWS} rows")
     return rows

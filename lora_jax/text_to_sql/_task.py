@@ -13,7 +13,7 @@ them apart would credit luck (test suites by distillation: Zhong, Yu & Klein 202
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from lora_jax.text_to_sql import _query, _score, _topics
@@ -52,7 +52,12 @@ def rows(split: str) -> list[dict[str, str]]:
     """A split as the lines of a jsonl data file, without databases: what training needs.
 
     Example:
-        >>> rows("train")[0]["completion"]  # doctest: +SKIP
+        >>> row = rows("train")[0]
+        >>> print(row["prompt"] + row["completion"])
+        table: circuses
+        columns: clowns number, ringmaster text, winter_camp text, ringside_price money
+        question: Show the maximum ringside price for circuses whose clowns is 8090.
+        sql: SELECT MAX(ringside_price) / 100.0 FROM circuses WHERE clowns = 8090 AND deleted = 0
     """
     return [{"prompt": prompt, "completion": _query.sql(query, HOUSE)} for query, prompt in _asked(split)]
 
@@ -72,6 +77,23 @@ def examples(split: str, conventions: Conventions = HOUSE) -> list[Example]:
         database = _stored(query.table, _telling_records(query, prompt), conventions)
         found.append(Example(prompt, _query.sql(query, conventions), database))
     return found
+
+
+def execution_accuracy(predictions: Sequence[str], asked: Sequence[Example]) -> float:
+    """The share of the predictions whose result is the reference's, 0 to 1; one that fails to run is wrong.
+
+    Raises:
+        ValueError: no predictions, or not one for each example.
+
+    Example:
+        >>> asked = examples("valid")[:2]
+        >>> execution_accuracy([asked[0].completion, "no idea"], asked)
+        0.5
+    """
+    if not predictions or len(predictions) != len(asked):
+        raise ValueError(f"{len(predictions)} predictions for {len(asked)} examples, expected one for each")
+    right = (_score.is_right(p, e.completion, e.database) for p, e in zip(predictions, asked, strict=True))
+    return sum(right) / len(predictions)
 
 
 def _asked(split: str) -> Iterator[tuple[Query, str]]:

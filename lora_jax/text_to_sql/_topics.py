@@ -154,5 +154,7 @@ def tables(topics: str) -> list[Table]:
     for line in topics.strip().splitlines():
         name, columns = line.split(": ")
         names = (names.split() for names in columns.split(" | "))
-        found.append(Table(name, tuple(Column(n, kind) for kind, group in zip(KINDS, names, strict=True) for n in group)))
+        found.append(
+            Table(name, tuple(Column(n, kind) for kind, group in zip(KINDS, names, strict=True) for n in group))
+        )
     return found

@@ -1,14 +1,14 @@
 """What invented words are made of."""
 
-# The onsets, vowels and codas of a syllable.
-SYLLABLE = (
-    "b br c ch d dr f g gl h j k kl l m n p pr qu r s sh st t th tr v w y z".split(),
-    "a e i o u ai ea ou".split(),
-    "l m n r s t x nd rk ll".split() + [""] * 4,
-)
+_ONSETS = "b br c ch d dr f g gl h j k kl l m n p pr qu r s sh st t th tr v w y z"
+_VOWELS = "a e i o u ai ea ou"
+_CODAS = "l m n r s t x nd rk ll"
+
+# What a syllable is made of: now and then it ends in its vowel.
+SYLLABLE = (_ONSETS.split(), _VOWELS.split(), _CODAS.split() + [""] * 4)
 
 # Common words of four letters and more, for their spelling.
-ENGLISH = """
+_ENGLISH = """
 able about above accept across action active address adult advance afraid after again against agency agree almost
 alone along already although always among amount ancient angle animal annual another answer anyone appear apple apply
 approach around arrive article artist aside asleep assume attack attempt author autumn average awake balance basket
@@ -64,4 +64,6 @@ visit voice volume voyage waist walk wander warm warning waste watch water wealt
 western wheat wheel where whether which while whisper whistle white whole wicked wide widow wild window winter wisdom
 within without witness woman wonder wooden woollen world worship worth wound wrap wreck write wrong yellow yesterday
 young youth zero
-""".split()
+"""
+
+ENGLISH = _ENGLISH.split()
