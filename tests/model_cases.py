@@ -34,8 +34,13 @@ DECODER = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-LLAMA = DECODER | {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
 
+
+def decoder(model_type: str, architecture: str, **settings: Any) -> dict[str, Any]:
+    return DECODER | {"model_type": model_type, "architectures": [architecture]} | settings
+
+
+LLAMA = decoder("llama", "LlamaForCausalLM")
 CASES: dict[str, dict[str, Any]] = {
     "llama": LLAMA | {"num_key_value_heads": 4},
     "llama_grouped_query": LLAMA | {"rope_theta": 100.0},
@@ -44,6 +49,44 @@ CASES: dict[str, dict[str, Any]] = {
     "llama_linear_rope": LLAMA | {"rope_parameters": {"rope_type": "linear", "rope_theta": 100.0, "factor": 3.0}},
     "llama_bias": LLAMA | {"attention_bias": True, "mlp_bias": True},
     "llama_head_dim": LLAMA | {"head_dim": 6, "hidden_act": "gelu", "rms_norm_eps": 0.1},
+    "mistral": decoder("mistral", "MistralForCausalLM", sliding_window=4),
+    "mistral_unwindowed": decoder("mistral", "MistralForCausalLM", sliding_window=None, head_dim=12),
+    "mixtral": decoder("mixtral", "MixtralForCausalLM", num_local_experts=5, num_experts_per_tok=2),
+    "qwen2": decoder("qwen2", "Qwen2ForCausalLM", use_sliding_window=True, sliding_window=4, max_window_layers=1),
+    "qwen3": decoder("qwen3", "Qwen3ForCausalLM", head_dim=10, tie_word_embeddings=True),
+    "qwen3_moe": decoder(
+        "qwen3_moe",
+        "Qwen3MoeForCausalLM",
+        head_dim=10,
+        num_experts=5,
+        num_experts_per_tok=3,
+        moe_intermediate_size=12,
+        norm_topk_prob=False,
+    ),
+    "gemma": decoder("gemma", "GemmaForCausalLM", head_dim=10, tie_word_embeddings=True),
+    "gemma2": decoder(
+        "gemma2",
+        "Gemma2ForCausalLM",
+        head_dim=10,
+        tie_word_embeddings=True,
+        query_pre_attn_scalar=7,
+        sliding_window=4,
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=5.0,
+    ),
+    "gemma3": decoder(
+        "gemma3_text",
+        "Gemma3ForCausalLM",
+        head_dim=10,
+        tie_word_embeddings=True,
+        query_pre_attn_scalar=7,
+        sliding_window=4,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        rope_parameters={
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            "full_attention": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 2.0},
+        },
+    ),
 }
 
 

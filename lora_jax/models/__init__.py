@@ -18,13 +18,13 @@ import jax
 import jax.numpy as jnp
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from lora_jax.models import _folder, _weights, llama
+from lora_jax.models import _folder, _weights, gemma, llama, mistral, qwen
 from lora_jax.models._family import Family, Weight, flatten, unflatten
 
 __all__ = ["SUPPORTED", "Model", "Weight", "init", "load", "load_abstract", "save"]
 
-FAMILIES = {family.config_class.model_type: family for family in (llama.FAMILY,)}
-SUPPORTED = tuple(sorted(family.architecture for family in FAMILIES.values()))
+FAMILIES = {family.architecture: family for module in (llama, mistral, qwen, gemma) for family in module.FAMILIES}
+SUPPORTED = tuple(sorted(FAMILIES))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -127,9 +127,7 @@ def init(
     >>> model.apply(model.params, jnp.ones((1, 3), jnp.int32)).shape
     (1, 3, 32)
     """
-    family = FAMILIES.get(config.model_type)
-    if family is None:
-        raise ValueError(f"model_type {config.model_type!r} is not supported; supported are {', '.join(FAMILIES)}")
+    family = _folder.family_of(config.model_type, config.architectures, FAMILIES)
     model = _abstract(family, config, dtype, compute_dtype, remat, None)
     module = family.module(config, compute_dtype, dtype, remat)
     return replace(model, params=jax.jit(module.init)(key, jnp.zeros((1, 1), jnp.int32))["params"])
@@ -164,7 +162,7 @@ def save(
     leaves = flatten(dict(params))
     _check_leaves(leaves, flatten(model.params))
     config = copy.deepcopy(model.config)
-    config.architectures = [FAMILIES[config.model_type].architecture]
+    config.architectures = [_folder.family_of(config.model_type, config.architectures, FAMILIES).architecture]
     config.dtype = str(jnp.dtype(dtype or next(iter(leaves.values())).dtype))
     with _folder.replacing(folder, overwrite=overwrite) as temporary:
         config.save_pretrained(temporary)

@@ -4,6 +4,7 @@ Pre-norm blocks of causal grouped-query attention with rotary positions and a ga
 every leaf under `layers` has a leading axis of layers.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.models._rope import rotate, rotation
+from lora_jax.models import _attention
+from lora_jax.models._experts import ExpertsSpec, SparseMLP
+from lora_jax.models._family import Family, Weight
+from lora_jax.models._rope import inverse_frequencies, rotate, rotation
 
 ACTIVATIONS = {
     "silu": nn.silu,
@@ -40,8 +44,20 @@ class DecoderSpec:
     frequencies: tuple[float, ...]  # of the rotary embedding, one per pair of channels
     tied: bool  # the head is the transposed embedding
     init_std: float
-    attention_bias: bool = False
+    qkv_bias: bool = False
+    output_bias: bool = False
     mlp_bias: bool = False
+    query_key_norm: bool = False  # each head's queries and keys are normed
+    unit_offset: bool = False  # norms multiply by 1 + scale, in float32
+    sandwich: bool = False  # attention and MLP are normed after, too
+    embedding_scale: float | None = None
+    attention_scale: float | None = None  # of q kᵀ; None is 1/√head_dim
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    window: int | None = None  # how far the sliding layers look back
+    sliding: tuple[bool, ...] = ()  # which layers those are; () for all where there is a window
+    sliding_frequencies: tuple[float, ...] | None = None  # of the sliding layers, where they differ
+    experts: ExpertsSpec | None = None
 
     def __post_init__(self):
         if self.activation not in ACTIVATIONS:
@@ -49,19 +65,18 @@ class DecoderSpec:
                 f"hidden_act {self.activation!r} is not supported; supported are {', '.join(sorted(ACTIVATIONS))}"
             )
 
+    @property
+    def kinds(self) -> tuple[bool, ...]:
+        """The kinds of attention that there are: of full layers (False), of sliding ones (True), or both."""
+        if self.window is None:
+            return (False,)
+        return tuple(sorted(set(self.sliding))) or (True,)
 
-def init_cache(spec: DecoderSpec, batch: int, length: int, dtype: Any) -> dict[str, jax.Array]:
-    """Empty keys and values for `length` tokens of `batch` rows.
-
-    `index` is the next free slot, the same for all rows; `valid` says which slots hold a token rather than padding.
-    """
-    shape = (spec.num_layers, batch, length, spec.num_kv_heads, spec.head_dim)
-    return {
-        "k": jnp.zeros(shape, dtype),
-        "v": jnp.zeros(shape, dtype),
-        "valid": jnp.zeros((batch, length), bool),
-        "index": jnp.zeros((), jnp.int32),
-    }
+    @property
+    def norms(self) -> tuple[str, ...]:
+        """The names of a block's norms of width `hidden_size`."""
+        after = ("pre_feedforward_layernorm", "post_feedforward_layernorm") if self.sandwich else ()
+        return ("input_layernorm", "post_attention_layernorm", *after)
 
 
 class RMSNorm(nn.Module):
@@ -72,9 +87,12 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
+        init = nn.initializers.zeros if self.spec.unit_offset else nn.initializers.ones
+        scale = self.param("scale", init, (x.shape[-1],), self.param_dtype)
         x32 = x.astype(jnp.float32)
         normed = x32 * lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.spec.norm_eps)
+        if self.spec.unit_offset:
+            return (normed * (1 + scale.astype(jnp.float32))).astype(x.dtype)
         return normed.astype(x.dtype) * scale.astype(x.dtype)
 
 
@@ -89,24 +107,33 @@ class Attention(nn.Module):
         spec = self.spec
 
         def project(name, heads):
-            y = _dense(spec, self.param_dtype, heads * spec.head_dim, spec.attention_bias, name, x.dtype)(x)
+            y = _dense(spec, self.param_dtype, heads * spec.head_dim, spec.qkv_bias, name, x.dtype)(x)
             return y.reshape(*x.shape[:2], heads, spec.head_dim)
 
-        q = rotate(project("q_proj", spec.num_heads), *context["rotation"])
-        k = rotate(project("k_proj", spec.num_kv_heads), *context["rotation"])
-        v = project("v_proj", spec.num_kv_heads)
+        q, k, v = (
+            project("q_proj", spec.num_heads),
+            project("k_proj", spec.num_kv_heads),
+            project("v_proj", spec.num_kv_heads),
+        )
+        if spec.query_key_norm:
+            q = RMSNorm(spec, self.param_dtype, name="q_norm")(q)
+            k = RMSNorm(spec, self.param_dtype, name="k_norm")(k)
+        q, k = rotate(q, *context["rotation"]), rotate(k, *context["rotation"])
         new = None
         if past is not None:
             new = (k.astype(past[0].dtype), v.astype(past[1].dtype))
-            k, v = (
-                lax.dynamic_update_slice_in_dim(old, now, context["index"], axis=1).astype(x.dtype)
-                for old, now in zip(past, new, strict=True)
-            )
-        out = jax.nn.dot_product_attention(
-            q, k, v, mask=context["mask"], is_causal=past is None, scale=spec.head_dim**-0.5
+            k, v = (side.astype(x.dtype) for side in _attention.extend(past, new, context["index"]))
+        out = _attention.attend(
+            q,
+            k,
+            v,
+            context["mask"],
+            causal=past is None,
+            scale=spec.attention_scale or spec.head_dim**-0.5,
+            softcap=spec.attention_softcap,
         )
         out = out.reshape(*x.shape[:2], spec.num_heads * spec.head_dim)
-        return _dense(spec, self.param_dtype, spec.hidden_size, spec.attention_bias, "o_proj", x.dtype)(out), new
+        return _dense(spec, self.param_dtype, spec.hidden_size, spec.output_bias, "o_proj", x.dtype)(out), new
 
 
 class MLP(nn.Module):
@@ -127,22 +154,35 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """One block. `past` is this layer's cached (k, v) or None; returns the new ones, which the caller writes back."""
+    """One block. Returns its new keys and values, which the caller writes to the cache.
+
+    Args:
+      x: [B, T, D].
+      own: this layer's `past` (cached keys and values, or None) and whether it is `sliding` (None: all are alike).
+      context: what all layers share: by kind of attention the `rotation` and the `mask`; the cache's `index`.
+    """
 
     spec: DecoderSpec
     param_dtype: Any
 
     @nn.compact
-    def __call__(self, x, past, context):
-        def norm(name):
-            return RMSNorm(self.spec, self.param_dtype, name=name)
+    def __call__(self, x, own, context):
+        spec = self.spec
 
-        attended, new = Attention(self.spec, self.param_dtype, name="self_attn")(
-            norm("input_layernorm")(x), past, context
+        def norm(name, x):
+            return RMSNorm(spec, self.param_dtype, name=name)(x)
+
+        seen = _of_kind(own["sliding"], context["kinds"])
+        attended, new = Attention(spec, self.param_dtype, name="self_attn")(
+            norm("input_layernorm", x), own["past"], seen | {"index": context["index"]}
         )
-        x = x + attended
-        x = x + MLP(self.spec, self.param_dtype, name="mlp")(norm("post_attention_layernorm")(x))
-        return x, new
+        x = x + (norm("post_attention_layernorm", attended) if spec.sandwich else attended)
+        if spec.experts is None:
+            mlp = MLP(spec, self.param_dtype, name="mlp")
+        else:
+            mlp = SparseMLP(spec.experts, ACTIVATIONS[spec.activation], spec.init_std, self.param_dtype, name="mlp")
+        y = mlp(norm("pre_feedforward_layernorm" if spec.sandwich else "post_attention_layernorm", x))
+        return x + (norm("post_feedforward_layernorm", y) if spec.sandwich else y), new
 
 
 class Embed(nn.Module):
@@ -157,7 +197,9 @@ class Embed(nn.Module):
 
     def __call__(self, input_ids, dtype):
         # Out-of-range ids give NaN (jnp.take's default), so they can't pass unseen.
-        return jnp.take(self.embedding, input_ids, axis=0).astype(dtype or self.embedding.dtype)
+        x = jnp.take(self.embedding, input_ids, axis=0).astype(dtype or self.embedding.dtype)
+        scale = self.spec.embedding_scale
+        return x if scale is None else x * jnp.asarray(scale, x.dtype)
 
     def attend(self, x):
         return x @ self.embedding.T.astype(x.dtype)
@@ -175,17 +217,18 @@ class Decoder(nn.Module):
     def __call__(self, input_ids, attention_mask=None, *, positions=None, cache=None):
         spec = self.spec
         if positions is None:
-            positions = _positions(input_ids, attention_mask, cache)
+            positions = _attention.positions_of(input_ids, attention_mask, cache)
         embed = Embed(spec, self.param_dtype, name="embed_tokens")
         x = embed(input_ids, self.dtype)
-        context = {"rotation": rotation(spec.frequencies, positions, x.dtype), "index": None, "mask": None}
-        past = None
+        own: dict[str, Any] = {"past": None, "sliding": None}
+        if len(spec.kinds) > 1:
+            own["sliding"] = jnp.asarray(spec.sliding)
+        context: dict[str, Any] = {"index": None}
         if cache is not None:
-            cache = _mark_valid(cache, input_ids, attention_mask)
-            context |= {"index": cache["index"], "mask": _cached_mask(cache, input_ids.shape[1])}
-            past = (cache["k"], cache["v"])
-        elif attention_mask is not None:
-            context["mask"] = attention_mask.astype(bool)[:, None, None, :]
+            cache = _attention.note_positions(cache, positions, attention_mask, input_ids.shape)
+            context["index"] = cache["index"]
+            own["past"] = (cache["k"], cache["v"])
+        context["kinds"] = [_seen(spec, kind, positions, attention_mask, cache, x.dtype) for kind in spec.kinds]
 
         layer = nn.remat(Layer, prevent_cse=False) if self.remat else Layer  # scan already keeps the copies apart
         layers = nn.scan(
@@ -195,14 +238,15 @@ class Decoder(nn.Module):
             in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType] - flax annotates less than it takes
             length=spec.num_layers,
         )
-        x, new = layers(spec, self.param_dtype, name="layers")(x, past, context)
+        x, new = layers(spec, self.param_dtype, name="layers")(x, own, context)
         x = RMSNorm(spec, self.param_dtype, name="norm")(x)
-        logits = (
-            embed.attend(x)
-            if spec.tied
-            else _dense(spec, self.param_dtype, spec.vocab_size, False, "lm_head", x.dtype)(x)
-        )
-        return logits if cache is None else (logits, _write(cache, new, input_ids.shape[1]))
+        if spec.tied:
+            logits = embed.attend(x)
+        else:
+            logits = _dense(spec, self.param_dtype, spec.vocab_size, False, "lm_head", x.dtype)(x)
+        if spec.logit_softcap is not None:
+            logits = spec.logit_softcap * jnp.tanh(logits / spec.logit_softcap)
+        return logits if cache is None else (logits, _attention.write(cache, new, input_ids.shape[1]))
 
 
 def _dense(spec, param_dtype, features, bias, name, dtype):
@@ -210,32 +254,100 @@ def _dense(spec, param_dtype, features, bias, name, dtype):
     return nn.Dense(features, bias, dtype=dtype, param_dtype=param_dtype, kernel_init=kernel_init, name=name)
 
 
-def _positions(input_ids, attention_mask, cache):
-    """Each token's position among its row's real tokens: padding on either side doesn't count."""
-    if attention_mask is None:
-        positions = jnp.arange(input_ids.shape[1], dtype=jnp.int32)[None]
-    else:
-        positions = jnp.maximum(jnp.cumsum(attention_mask.astype(jnp.int32), axis=1) - 1, 0)
+def _seen(spec, sliding, positions, attention_mask, cache, dtype):
+    """The rotation and the mask of one kind of layer. A mask of None leaves causality to the attention function."""
+    frequencies = spec.sliding_frequencies if sliding and spec.sliding_frequencies else spec.frequencies
+    window = spec.window if sliding else None
     if cache is not None:
-        positions = positions + jnp.sum(cache["valid"], axis=1, dtype=jnp.int32)[:, None]
-    return positions
+        mask = _attention.cached_mask(cache, positions, window)
+    elif window is None and len(spec.kinds) == 1 and spec.attention_softcap is None:
+        # Left to the attention function, causality is computed where it is used, and no [T, T] array is read.
+        mask = None if attention_mask is None else attention_mask.astype(bool)[:, None, None, :]
+    else:
+        mask = _attention.causal_mask(positions, attention_mask, window)
+    return {"rotation": rotation(frequencies, positions, dtype), "mask": mask}
 
 
-def _mark_valid(cache, input_ids, attention_mask):
-    now = jnp.ones(input_ids.shape, bool) if attention_mask is None else attention_mask.astype(bool)
-    return cache | {"valid": lax.dynamic_update_slice_in_dim(cache["valid"], now, cache["index"], axis=1)}
+def _of_kind(sliding, kinds):
+    """What this layer sees, of the one kind or of both (full, sliding)."""
+    if sliding is None:
+        return kinds[0]
+    return jax.tree.map(lambda full, near: jnp.where(sliding, near, full), *kinds)
 
 
-def _cached_mask(cache, length):
-    """bool[B, 1, T, S]: which slots each of the T new tokens may look at: real ones, up to its own."""
-    slots = jnp.arange(cache["valid"].shape[1])
-    own = cache["index"] + jnp.arange(length)
-    return (slots[None, :] <= own[:, None])[None, None] & cache["valid"][:, None, None, :]
+# --- families --------------------------------------------------------------------------------------------------------
 
 
-def _write(cache, new, length):
-    k, v = (
-        lax.dynamic_update_slice_in_dim(cache[name], now, cache["index"], axis=2)
-        for name, now in zip("kv", new, strict=True)
+def common(config: Any) -> dict[str, Any]:
+    """The fields that are called alike in the configurations of all these families."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_layers": config.num_hidden_layers,
+        "num_heads": config.num_attention_heads,
+        "num_kv_heads": config.num_key_value_heads,
+        "head_dim": head_dim,
+        "activation": getattr(config, "hidden_activation", None) or config.hidden_act,
+        "norm_eps": config.rms_norm_eps,
+        "tied": config.tie_word_embeddings,
+        "init_std": config.initializer_range,
+    } | ({} if "sliding_attention" in config.rope_parameters else {"frequencies": _frequencies(config, head_dim)})
+
+
+def _frequencies(config, head_dim):
+    return inverse_frequencies(config.rope_parameters, head_dim)
+
+
+def sliding_layers(config: Any) -> dict[str, Any]:
+    """The fields of a model that names the kind of attention of each layer."""
+    return {
+        "window": config.sliding_window if "sliding_attention" in config.layer_types else None,
+        "sliding": tuple(kind == "sliding_attention" for kind in config.layer_types),
+    }
+
+
+def weights(spec: DecoderSpec) -> dict[str, Weight]:
+    """Every leaf of the tree and its name in a Hugging Face file, the same for all these families."""
+    projections = {f"self_attn/{name}_proj": spec.qkv_bias for name in "qkv"}
+    projections["self_attn/o_proj"] = spec.output_bias
+    if spec.experts is None:
+        projections |= {f"mlp/{name}_proj": spec.mlp_bias for name in ("gate", "up", "down")}
+    norms = [*spec.norms, *(("self_attn/q_norm", "self_attn/k_norm") if spec.query_key_norm else ())]
+    tied = ("lm_head.weight",) if spec.tied else ()
+    table = {"embed_tokens/embedding": Weight("model.embed_tokens.weight", tied=tied)}
+    for path, bias in projections.items():
+        name = f"model.layers.{{}}.{path.replace('/', '.')}"
+        table[f"layers/{path}/kernel"] = Weight(f"{name}.weight", transpose=True)
+        if bias:
+            table[f"layers/{path}/bias"] = Weight(f"{name}.bias")
+    for path in norms:
+        table[f"layers/{path}/scale"] = Weight(f"model.layers.{{}}.{path.replace('/', '.')}.weight")
+    table["norm/scale"] = Weight("model.norm.weight")
+    if not spec.tied:
+        table["lm_head/kernel"] = Weight("lm_head.weight", transpose=True)
+    return table
+
+
+def family(
+    config_class: Any,
+    architecture: str,
+    spec: Callable[[Any], DecoderSpec],
+    more_weights: Callable[[DecoderSpec], dict[str, Weight]] = lambda spec: {},
+) -> Family:
+    """A family that this decoder runs: its configuration read by `spec`, and weights beyond the common ones."""
+
+    def init_cache(config, batch, length, dtype):
+        of = spec(config)
+        return _attention.init_cache(of.num_layers, batch, length, of.num_kv_heads, of.head_dim, dtype)
+
+    return Family(
+        config_class=config_class,
+        architecture=architecture,
+        module=lambda config, dtype, param_dtype, remat: Decoder(spec(config), dtype, param_dtype, remat),
+        weights=lambda config: weights(spec(config)) | more_weights(spec(config)),
+        init_cache=init_cache,
+        ignored=(r".*rotary_emb\.inv_freq",),  # a buffer, in old files
+        copies=lambda config: {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_word_embeddings else {},
     )
-    return cache | {"k": k, "v": v, "index": cache["index"] + length}

@@ -65,13 +65,10 @@ def read_config(folder: Path, families: Mapping[str, Family]) -> tuple[Family, A
         raise ValueError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a JSON object, found {type(values).__name__}")
-    kind = values.get("model_type")
-    named = values.get("architectures") or []
-    family = families.get(kind) if isinstance(kind, str) else None
-    if family is None or (named and family.architecture not in named):
-        what = ", ".join(map(str, named)) or f"model_type {kind!r}"
-        supported = ", ".join(sorted(family.architecture for family in families.values()))
-        raise ValueError(f"{path}: {what} is not supported; supported are {supported}")
+    try:
+        family = family_of(values.get("model_type"), values.get("architectures"), families)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     if values.get("quantization_config"):
         raise ValueError(f"{path}: a quantized model is not supported; use the float16, bfloat16 or float32 original")
     try:
@@ -80,6 +77,20 @@ def read_config(folder: Path, families: Mapping[str, Family]) -> tuple[Family, A
         raise ValueError(
             f"{path}: not a valid {family.config_class.__name__}: {' '.join(str(error).split())}"
         ) from None
+
+
+def family_of(model_type: Any, architectures: Any, families: Mapping[str, Family]) -> Family:
+    """The family that a configuration names; where it names no architecture, the first of its model type.
+
+    Raises:
+        ValueError: it isn't supported.
+    """
+    of_type = {name: family for name, family in families.items() if family.config_class.model_type == model_type}
+    for name in architectures or of_type:
+        if name in of_type:
+            return of_type[name]
+    what = ", ".join(map(str, architectures or ())) or f"model_type {model_type!r}"
+    raise ValueError(f"{what} is not supported; supported are {', '.join(sorted(families))}")
 
 
 @contextmanager

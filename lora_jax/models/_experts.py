@@ -1,0 +1,86 @@
+"""A mixture of experts as one stack of kernels (Shazeer et al. 2017, arXiv 1701.06538), computed without padding.
+
+Each token goes to its `top_k` experts; the tokens are sorted by expert, so that every expert's are consecutive, and
+`ragged_dot` multiplies each run by its own kernel.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertsSpec:
+    """How many experts, how many of them a token sees, and whether their weights are made to add up to one."""
+
+    count: int
+    top_k: int
+    intermediate_size: int
+    normalized: bool
+
+
+class Kernels(nn.Module):
+    """One kernel per expert, [E, in, out], applied to runs of rows."""
+
+    count: int
+    features: int
+    init_std: float
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, rows, sizes):
+        shape = (self.count, rows.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.normal(self.init_std), shape, self.param_dtype)
+        return lax.ragged_dot(rows, kernel.astype(rows.dtype), sizes)
+
+
+class Experts(nn.Module):
+    """The experts' gated MLPs: rows [M, D] sorted by expert, `sizes` int32[E] of each one's run -> [M, D]."""
+
+    spec: ExpertsSpec
+    activation: Any
+    init_std: float
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, rows, sizes):
+        def project(name, features):
+            return Kernels(self.spec.count, features, self.init_std, self.param_dtype, name=name)
+
+        gate = self.activation(project("gate_proj", self.spec.intermediate_size)(rows, sizes))
+        up = project("up_proj", self.spec.intermediate_size)(rows, sizes)
+        return project("down_proj", rows.shape[-1])(gate * up, sizes)
+
+
+class SparseMLP(nn.Module):
+    """Each token's weighted sum of its experts; the router's softmax is in float32."""
+
+    spec: ExpertsSpec
+    activation: Any
+    init_std: float
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x):
+        spec, tokens = self.spec, x.reshape(-1, x.shape[-1])
+        router = nn.Dense(
+            spec.count,
+            use_bias=False,
+            dtype=x.dtype,
+            param_dtype=self.param_dtype,
+            kernel_init=nn.initializers.normal(self.init_std),
+            name="gate",
+        )
+        shares, chosen = lax.top_k(jax.nn.softmax(router(tokens).astype(jnp.float32)), spec.top_k)
+        if spec.normalized:
+            shares = shares / jnp.sum(shares, axis=-1, keepdims=True)
+        order = jnp.argsort(chosen.reshape(-1))  # stable: the (token, choice) pairs, sorted by expert
+        sizes = jnp.bincount(chosen.reshape(-1), length=spec.count).astype(jnp.int32)
+        experts = Experts(spec, self.activation, self.init_std, self.param_dtype, name="experts")
+        out = experts(tokens[order // spec.top_k], sizes)[jnp.argsort(order)]
+        out = out.reshape(-1, spec.top_k, x.shape[-1]) * shares[:, :, None].astype(x.dtype)
+        return jnp.sum(out, axis=1).reshape(x.shape)

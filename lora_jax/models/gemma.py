@@ -1,0 +1,61 @@
+"""Gemma 1, 2 and 3 (text): scaled embeddings and norms around 1; 2 and 3 norm a block's outputs too.
+
+Gemma 2 bounds its logits by a tanh and alternates between sliding and full layers; Gemma 3 norms queries and keys, and
+its sliding layers have rotary frequencies of their own.
+"""
+
+from typing import Any
+
+from transformers import Gemma2Config, Gemma3TextConfig, GemmaConfig
+
+from lora_jax.models._decoder import DecoderSpec, common, family, sliding_layers
+from lora_jax.models._rope import inverse_frequencies
+
+
+def gemma(config: Any) -> DecoderSpec:
+    """The decoder that a `GemmaConfig` describes."""
+    return DecoderSpec(**_fields(config))
+
+
+def gemma2(config: Any) -> DecoderSpec:
+    """The decoder that a `Gemma2Config` describes."""
+    return DecoderSpec(**_fields(config), **_later_fields(config))
+
+
+def gemma3(config: Any) -> DecoderSpec:
+    """The decoder that a `Gemma3TextConfig` describes."""
+    near, full = (
+        inverse_frequencies(config.rope_parameters[kind], config.head_dim)
+        for kind in ("sliding_attention", "full_attention")
+    )
+    return DecoderSpec(
+        **_fields(config), **_later_fields(config), query_key_norm=True, frequencies=full, sliding_frequencies=near
+    )
+
+
+def _fields(config):
+    if getattr(config, "use_bidirectional_attention", None):
+        raise ValueError("use_bidirectional_attention is not supported; only causal Gemmas are")
+    bias = config.attention_bias
+    return common(config) | {
+        "unit_offset": True,
+        "embedding_scale": config.hidden_size**0.5,
+        "qkv_bias": bias,
+        "output_bias": bias,
+    }
+
+
+def _later_fields(config):
+    return sliding_layers(config) | {
+        "sandwich": True,
+        "attention_scale": config.query_pre_attn_scalar**-0.5,
+        "attention_softcap": config.attn_logit_softcapping,
+        "logit_softcap": config.final_logit_softcapping,
+    }
+
+
+FAMILIES = (
+    family(GemmaConfig, "GemmaForCausalLM", gemma),
+    family(Gemma2Config, "Gemma2ForCausalLM", gemma2),
+    family(Gemma3TextConfig, "Gemma3ForCausalLM", gemma3),
+)

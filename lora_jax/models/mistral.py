@@ -1,0 +1,40 @@
+"""Mistral and Mixtral: Llama with a window on all layers; Mixtral's MLP is a mixture of experts."""
+
+from typing import Any
+
+from transformers import MistralConfig, MixtralConfig
+
+from lora_jax.models._decoder import DecoderSpec, common, family
+from lora_jax.models._experts import ExpertsSpec
+from lora_jax.models._family import Weight
+
+
+def mistral(config: Any) -> DecoderSpec:
+    """The decoder that a `MistralConfig` describes."""
+    return DecoderSpec(**common(config), window=config.sliding_window)
+
+
+def mixtral(config: Any) -> DecoderSpec:
+    """The decoder that a `MixtralConfig` describes."""
+    experts = ExpertsSpec(
+        count=config.num_local_experts,
+        top_k=config.num_experts_per_tok,
+        intermediate_size=config.intermediate_size,
+        normalized=True,
+    )
+    return DecoderSpec(**common(config), window=config.sliding_window, experts=experts)
+
+
+def _expert_weights(spec: DecoderSpec) -> dict[str, Weight]:
+    block = "model.layers.{}.block_sparse_moe"
+    names = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+    return {"layers/mlp/gate/kernel": Weight(f"{block}.gate.weight", transpose=True)} | {
+        f"layers/mlp/experts/{path}/kernel": Weight(f"{block}.experts.{{}}.{name}.weight", transpose=True)
+        for path, name in names.items()
+    }
+
+
+FAMILIES = (
+    family(MistralConfig, "MistralForCausalLM", mistral),
+    family(MixtralConfig, "MixtralForCausalLM", mixtral, _expert_weights),
+)
