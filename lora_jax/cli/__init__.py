@@ -12,6 +12,8 @@ import sys
 import traceback
 from collections.abc import Sequence
 from importlib.metadata import version
+from types import ModuleType
+from typing import Any
 
 import tyro
 
@@ -49,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(ValueError(f"no command {words[0]!r}; the commands are {', '.join(COMMANDS)}"))
     try:
         command = importlib.import_module(f"{__name__}.{words[0]}")
-        command.run(_parse(command.Settings, words[1:], prog=f"lora-jax {words[0]}"))
+        command.run(_parse(command, words[1:], prog=f"lora-jax {words[0]}"))
     except SystemExit as exit:  # help was asked for, or tyro has explained a mistyped flag
         return int(exit.code or 0)
     except KeyboardInterrupt:
@@ -77,12 +79,18 @@ def _fail(error: Exception) -> int:
     return 2
 
 
-def _parse(settings: type, words: list[str], *, prog: str):
-    """Flags to `settings`. An error of our own (rank 0) is raised as it is, not in the box of a mistyped flag."""
+def _parse(command: ModuleType, words: list[str], *, prog: str) -> Any:
+    """Flags to the command's `Settings`, whose defaults may depend on what is given.
+
+    An error of our own (rank 0) is raised as it is, not in the box of a mistyped flag.
+    """
+    default = command.defaults(words) if hasattr(command, "defaults") else tyro.MISSING_NONPROP
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(settings, args=words, prog=prog, config=(tyro.conf.FlagCreatePairsOff,))
+            return tyro.cli(
+                command.Settings, args=words, prog=prog, default=default, config=(tyro.conf.FlagCreatePairsOff,)
+            )
     except SystemExit as exit:
         cause = exit.__context__
         while cause is not None and not _raised_here(cause):

@@ -14,7 +14,6 @@ from lora_jax.cli import _show
 # `lora_jax.models` is reached through the package, which loads it at first use: `--help` needn't wait for transformers.
 
 LORA = lora_jax.LoRAConfig(rank=8, alpha=16)
-FOLDER = Path(text_to_sql.__file__).parent / "base"  # the embedded model
 TRACED_TOKENS = 8  # of the abstract call that tells how each kernel is used
 
 
@@ -29,7 +28,7 @@ class Base:
 
     @property
     def folder(self) -> str | Path:
-        return FOLDER if self.model is None else self.model
+        return text_to_sql.BASE if self.model is None else self.model
 
     @property
     def name(self) -> str:

@@ -8,7 +8,7 @@ from lora_jax.cli import _show
 from lora_jax.cli._base import Base
 from lora_jax.generate import GenerateConfig, generate_text
 
-ANSWERS = GenerateConfig(max_tokens=96, batch_size=100)
+ANSWERS = GenerateConfig(max_tokens=text_to_sql.DEFAULTS.max_tokens, batch_size=100)
 
 
 class Answers(NamedTuple):

@@ -1,5 +1,6 @@
 """`lora-jax train`: an adapter from a model and a data file; without arguments, the embedded task."""
 
+import dataclasses
 import shlex
 import time
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ import tyro
 from rich.table import Table
 
 import lora_jax
-from lora_jax import data
+from lora_jax import data, text_to_sql
 from lora_jax.cli import _base, _embedded, _samples, _show, inspect
 from lora_jax.data import Example
 from lora_jax.train import TrainConfig, TrainResult, train
@@ -22,7 +23,10 @@ RUN_FILES = ("adapter_config.json", "adapter_model.safetensors", "metrics.jsonl"
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Fine-tune a model with LoRA. Without arguments: the embedded model on the embedded text-to-SQL task, offline."""
+    """Fine-tune a model with LoRA. Without arguments: the embedded model on the embedded text-to-SQL task, offline.
+
+    The defaults of that run differ from those for data of your own: `lora-jax train --data FILE --help` shows these.
+    """
 
     data: Path | None = None
     """jsonl file, or folder with train.jsonl and perhaps valid.jsonl; the embedded task if not given"""
@@ -37,6 +41,17 @@ class Settings:
     base: tyro.conf.OmitArgPrefixes[_base.Base] = _base.Base()
     lora: tyro.conf.OmitArgPrefixes[lora_jax.LoRAConfig] = _base.LORA
     train: tyro.conf.OmitArgPrefixes[TrainConfig] = TrainConfig()
+
+
+def defaults(words: Sequence[str]) -> Settings:
+    """What flags that aren't given stand for: the embedded task has settings of its own."""
+    if any(word.split("=")[0] in ("--model", "--data") for word in words):
+        return Settings()
+    task = text_to_sql.DEFAULTS
+    return Settings(
+        lora=dataclasses.replace(_base.LORA, rank=task.rank, alpha=task.alpha),
+        train=TrainConfig(learning_rate=task.learning_rate, batch_size=task.batch_size, steps=task.steps),
+    )
 
 
 class Rows(NamedTuple):
