@@ -72,6 +72,7 @@ def _dot_general(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | N
     x_free = [k for k in activations.axes if k >= beyond]
     output = list(batch[side]) + (free + x_free if side == 0 else x_free + free)
     options = {key: eqn.params[key] for key in ("precision", "preferred_element_type")}
+    options["place"] = _placement(eqn.params.get("out_sharding"), output)
     waiting = [k for k in contracted if k in second.axes]
     hidden = _oriented(activations, first, side, keep=[*output, *waiting, RANK], **options)
     delta = _oriented(cast(hidden, dtype), second, side, keep=output, **options)
@@ -80,6 +81,14 @@ def _dot_general(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | N
     if present != output:
         value = lax.broadcast_in_dim(value, base.shape, [output.index(k) for k in present])
     return add(base, value)
+
+
+def _placement(sharding: Any, output: Sequence[int]) -> Callable[[Sequence[int]], Any]:
+    """On an explicit mesh: the equation's own output sharding, by the names of its dimensions; the rank is whole."""
+    if sharding is None:
+        return lambda axes: None
+    spec = dict(zip(output, sharding.spec, strict=False))
+    return lambda axes: jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*map(spec.get, axes)))
 
 
 def _oriented(x: Factor, factor: Factor, side: int, **options: Any) -> Factor:

@@ -89,7 +89,7 @@ def leave(frame: Frame, outputs: Sequence[Any], inside: Inside, body: Body) -> l
     ]
 
 
-def _open(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
+def opened(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
     return (jaxpr.jaxpr, jaxpr.consts) if isinstance(jaxpr, jex.ClosedJaxpr) else (jaxpr, ())
 
 
@@ -106,7 +106,7 @@ def _call_once_transformed(
     leaves, treedef = jax.tree.flatten(inside.values)
     key = (eqn.primitive.name, id(jaxpr), treedef, _hashable(eqn.params))
     if key not in frame.session.cache:
-        body = Body(frame.session, *_open(jaxpr), inside.names, treedef, whole=whole)
+        body = Body(frame.session, *opened(jaxpr), inside.names, treedef, whole=whole)
         frame.session.cache[key] = body, wrap(body, inside)
     body, function = frame.session.cache[key]
     return leave(frame, function(*leaves), inside, body)
@@ -192,7 +192,7 @@ def _remat(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
 
 @rule("closed_call", "core_call", "core_closed_call")
 def _closed_call(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
-    jaxpr, consts = _open(eqn.params["call_jaxpr"])
+    jaxpr, consts = opened(eqn.params["call_jaxpr"])
     return evaluate(jaxpr, consts, values, frame)
 
 
@@ -201,7 +201,7 @@ def _make_whole(frame: Frame, eqn: Any, value: Any) -> Any:
 
 
 def _loop_body(frame: Frame, jaxpr: Any, inside: Inside, primitive: str) -> Body:
-    return Body(frame.session, *_open(jaxpr), inside.names, None, whole=primitive)
+    return Body(frame.session, *opened(jaxpr), inside.names, None, whole=primitive)
 
 
 def _unchanged_carry(jaxpr: Any, first: int, values: Sequence[Any]) -> list[int]:
@@ -333,7 +333,7 @@ def _cond(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
     inside = enter(frame, operands)
     leaves, treedef = jax.tree.flatten(inside.values)
     bodies = [
-        Body(frame.session, *_open(branch), inside.names, treedef, whole="cond") for branch in eqn.params["branches"]
+        Body(frame.session, *opened(branch), inside.names, treedef, whole="cond") for branch in eqn.params["branches"]
     ]
     for body in bodies:
         body.events = bodies[0].events
@@ -347,7 +347,7 @@ def _shard_map(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
     params = eqn.params
     inside = enter(frame, values)
     leaves, treedef = jax.tree.flatten(inside.values)
-    body = Body(frame.session, *_open(params["jaxpr"]), inside.names, treedef, whole="shard_map")
+    body = Body(frame.session, *opened(params["jaxpr"]), inside.names, treedef, whole="shard_map")
     specs = []
     for value, spec in zip(inside.values, params["in_specs"], strict=True):
         specs.append(spec)

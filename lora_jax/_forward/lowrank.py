@@ -12,7 +12,7 @@ moved until a consumer contracts.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -79,10 +79,17 @@ class LowRank:
         return replace(self, w=w, a=a, b=b)
 
 
-def product(lhs: Factor, rhs: Factor, keep: Sequence[int], **options: Any) -> Factor:
+def product(
+    lhs: Factor,
+    rhs: Factor,
+    keep: Sequence[int],
+    place: Callable[[Sequence[int]], Any] = lambda axes: None,
+    **options: Any,
+) -> Factor:
     """`dot_general` over names: a shared name is a batch dimension if it is in `keep` and is contracted otherwise.
 
-    The result's dimensions are the batch, what is left of `lhs`, what is left of `rhs`, as `dot_general` orders them.
+    The result's dimensions are the batch, what is left of `lhs`, what is left of `rhs`, as `dot_general` orders them;
+    `place` gives its sharding, or None to leave that to JAX.
     """
     shared = [axis for axis in lhs.axes if axis in rhs.axes]
     batch = [axis for axis in shared if axis in keep]
@@ -92,6 +99,9 @@ def product(lhs: Factor, rhs: Factor, keep: Sequence[int], **options: Any) -> Fa
         ([lhs.axes.index(k) for k in contracted], [rhs.axes.index(k) for k in contracted]),
         ([lhs.axes.index(k) for k in batch], [rhs.axes.index(k) for k in batch]),
     )
+    sharding = place(axes)
+    if sharding is not None:
+        options["out_sharding"] = sharding
     return Factor(lax.dot_general(lhs.value, rhs.value, dimensions, **options), tuple(axes))
 
 

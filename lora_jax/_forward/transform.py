@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax import lax
 
-from lora_jax._forward import arithmetic, consumers, control, convolution, layout
+from lora_jax._forward import arithmetic, consumers, control, convolution, custom_rules, layout
 from lora_jax._forward import dropout as dropping
 from lora_jax._forward.interpret import Frame, Session, evaluate
 from lora_jax._forward.layout import drop
@@ -25,6 +25,7 @@ RULES = {
     **consumers.RULES,
     **control.RULES,
     "conv_general_dilated": convolution.convolve,
+    "custom_jvp_call": custom_rules.custom_jvp,
 }
 
 

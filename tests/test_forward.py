@@ -1,0 +1,369 @@
+"""What `adapt` promises of every function: exact at init, transparent to JAX, loud where it can't be cheap."""
+
+import functools
+import re
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import lora_jax
+from lora_jax import Axes, LoRA
+
+DENSE = Axes()
+
+
+def normal(*shape, seed=0, dtype=np.float32):
+    return jnp.asarray(np.random.default_rng([seed, *shape]).normal(size=shape), dtype)
+
+
+def node(shape, axes=DENSE, rank=2, seed=1):
+    size = lambda which: tuple(shape[k] for k in which)
+    a = normal(*size(axes.stack), *size(axes.inputs), rank, seed=seed)
+    b = normal(*size(axes.stack), rank, *size(axes.outputs), seed=seed + 1)
+    return LoRA(a, b, jnp.full(size(axes.stack), 0.5), axes=axes)
+
+
+def mlp(params, x):
+    return jnp.tanh(x @ params["w"]) @ params["v"]
+
+
+SHAPES = {"w": (6, 8), "v": (8, 5)}
+PLAIN = {name: normal(*shape) for name, shape in SHAPES.items()}
+NODES = {name + "_lora": node(shape, seed=len(name) + i) for i, (name, shape) in enumerate(SHAPES.items())}
+PARAMS = {**PLAIN, **NODES}
+X = normal(4, 6)
+
+
+def test_equals_merged():
+    np.testing.assert_allclose(lora_jax.adapt(mlp)(PARAMS, X), mlp(lora_jax.merge(PARAMS), X), rtol=1e-5)
+
+
+# Transparent to JAX ---------------------------------------------------------------------------------------------------
+
+
+def test_traces_once():
+    count = 0
+
+    def fn(params, x):
+        nonlocal count
+        count += 1
+        return mlp(params, x)
+
+    jitted = jax.jit(lora_jax.adapt(fn))
+    jitted(PARAMS, X)
+    jitted(PARAMS, X + 1)
+    assert count == 1
+
+
+def test_arguments_that_are_not_arrays_arrive_as_they_are():
+    seen = []
+
+    def fn(params, x, mode, depth, flag, nothing, *, activation, table):
+        seen[:] = [mode, depth, flag, nothing, table]
+        return {"y": activation(x @ params["w"]), "name": mode, "none": nothing, "depth": depth}
+
+    table = {"key": "value", "list": [1, "two", None]}
+    out = lora_jax.adapt(fn)(PARAMS, X, "train", 3, True, None, activation=jnp.tanh, table=table)
+    assert seen == ["train", 3, True, None, table]
+    assert [type(value) for value in seen[:4]] == [str, int, bool, type(None)]
+    assert (out["name"], out["none"], out["depth"]) == ("train", None, 3)
+    assert isinstance(out["y"], jax.Array)
+
+
+def test_function_sees_the_tree_as_before_init():
+    seen = []
+
+    def fn(params, x):
+        seen.append(jax.tree.structure(params))
+        return mlp(params, x)
+
+    lora_jax.adapt(fn)(PARAMS, X)
+    assert seen == [jax.tree.structure(PLAIN)]
+
+
+def test_nodes_in_any_argument():
+    fn = lambda x, *, params: mlp(params, x)
+    np.testing.assert_array_equal(lora_jax.adapt(fn)(X, params=PARAMS), lora_jax.adapt(mlp)(PARAMS, X))
+
+
+def test_no_node_is_an_error_unless_allowed():
+    with pytest.raises(ValueError, match=r"no adapted kernel in the arguments: .*lora_jax\.init"):
+        lora_jax.adapt(mlp)(PLAIN, X)
+    np.testing.assert_array_equal(lora_jax.adapt(mlp, allow_none=True)(PLAIN, X), mlp(PLAIN, X))
+
+
+def test_dora_is_refused_by_name():
+    params = {**PLAIN, "w_lora": LoRA(normal(6, 2), normal(2, 8), jnp.ones(()), normal(8))}
+    with pytest.raises(ValueError, match=r"^w: .*magnitude \(DoRA\)"):
+        lora_jax.adapt(mlp)(params, X)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"dropout": 1.0}, r"dropout 1\.0 is not a rate"), ({"on_materialize": "maybe"}, "on_materialize 'maybe'")],
+)
+def test_bad_settings(settings, message):
+    with pytest.raises(ValueError, match=message):
+        lora_jax.adapt(mlp, **settings)
+
+
+def test_no_tracer_leaks():
+    with jax.checking_leaks():
+        jax.jit(jax.grad(lambda p: jnp.sum(lora_jax.adapt(mlp)(p, X))))(PARAMS)
+
+
+def test_no_tracer_leaks_through_calls():
+    layers = {"w": normal(3, 6, 6), "w_lora": node((3, 6, 6), Axes((0,), (1,), (2,)))}
+
+    def fn(params, x):
+        body = jax.checkpoint(jax.jit(lambda c, w: (jnp.tanh(c @ w), None)))
+        x, _ = jax.lax.scan(body, x, params["w"])
+        return jax.lax.cond(x.sum() > 0, lambda: x @ params["w"][0], lambda: x)
+
+    with jax.checking_leaks():
+        jax.jit(jax.grad(lambda p: jnp.sum(lora_jax.adapt(fn)(p, X))))(layers)
+
+
+@pytest.mark.filterwarnings("ignore:Some donated buffers were not usable")
+def test_donated_adapters():
+    base, adapter = lora_jax.split(PARAMS)
+    expected = lora_jax.adapt(mlp)(PARAMS, X)
+    apply = lora_jax.adapt(mlp)
+    step = jax.jit(lambda adapter, base: (apply(lora_jax.combine(base, adapter), X), adapter), donate_argnums=0)
+    out, _ = step(jax.tree.map(jnp.copy, adapter), base)
+    np.testing.assert_allclose(out, expected, rtol=1e-6)
+
+
+def test_vmap_over_adapters():
+    nodes = [{name: node(SHAPES[name[0]], seed=10 * i) for name in NODES} for i in range(3)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *nodes)
+    apply = lora_jax.adapt(mlp)
+    out = jax.vmap(lambda nodes: apply({**PLAIN, **nodes}, X))(stacked)
+    solo = jnp.stack([apply({**PLAIN, **each}, X) for each in nodes])
+    np.testing.assert_allclose(out, solo, rtol=1e-5, atol=1e-6)
+
+
+def of_nodes(fn):
+    """A function of the nodes alone: through adapt, and through merge."""
+    return (
+        lambda nodes: jnp.sum(jnp.sin(lora_jax.adapt(fn)({**PLAIN, **nodes}, X))),
+        lambda nodes: jnp.sum(jnp.sin(fn(lora_jax.merge({**PLAIN, **nodes}), X))),
+    )
+
+
+def freeze_scale(tree):
+    return jax.tree.map(lambda n: n.replace(scale=jnp.zeros_like(n.scale)), tree, is_leaf=lambda n: isinstance(n, LoRA))
+
+
+def factors(tree):
+    return [x for n in jax.tree.leaves(tree, is_leaf=lambda n: isinstance(n, LoRA)) for x in (n.a, n.b)]
+
+
+def test_gradient_and_the_scale_has_none():
+    ours, merged = of_nodes(mlp)
+    got, expected = jax.grad(ours)(NODES), jax.grad(merged)(NODES)
+    for x, y in zip(factors(got), factors(expected), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+    assert all(float(n.scale) == 0.0 for n in got.values())
+
+
+def test_gradient_of_gradient():
+    def hvp(fn):
+        g = lambda nodes: sum(jnp.sum(x**2) for x in factors(jax.grad(fn)(nodes)))
+        return factors(jax.grad(g)(NODES))
+
+    ours, merged = of_nodes(mlp)
+    for x, y in zip(hvp(ours), hvp(merged), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-3 * float(jnp.max(jnp.abs(y))))
+
+
+def test_jvp():
+    tangents = jax.tree.map(jnp.ones_like, NODES)
+    zero = lambda n: LoRA(n.a, n.b, jnp.zeros_like(n.scale), axes=n.axes)
+    tangents = {name: zero(n) for name, n in tangents.items()}
+    ours, merged = of_nodes(mlp)
+    got, expected = (jax.jvp(fn, (NODES,), (tangents,)) for fn in (ours, merged))
+    np.testing.assert_allclose(got, expected, rtol=1e-4)
+
+
+def test_one_gradient_only_for_the_factors():
+    """No array of a kernel's shape in the gradient's jaxpr except the kernels themselves."""
+    ours, _ = of_nodes(mlp)
+    jaxpr = jax.make_jaxpr(jax.grad(ours))(NODES).jaxpr
+    made = [var.aval.shape for eqn in jaxpr.eqns for var in eqn.outvars]
+    assert not {(6, 8), (8, 5), (8, 6), (5, 8)} & set(made)
+
+
+# Exact at init ------------------------------------------------------------------------------------------------------
+
+
+def at_init(params):
+    return {
+        name: n if not isinstance(n, LoRA) else LoRA(n.a, 0 * n.b, n.scale, axes=n.axes) for name, n in params.items()
+    }
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_at_init_the_outputs_are_the_base_bit_for_bit(dtype):
+    plain = {name: w.astype(dtype) for name, w in PLAIN.items()}
+    params = {**plain, **at_init(NODES)}
+    x = normal(4, 6, dtype=dtype)
+    got, expected = jax.jit(lora_jax.adapt(mlp))(params, x), jax.jit(mlp)(plain, x)
+    assert got.dtype == expected.dtype == dtype
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_a_float32_factor_does_not_promote():
+    params = {**{name: w.astype(jnp.bfloat16) for name, w in PLAIN.items()}, **NODES}
+    x = normal(4, 6, dtype=jnp.bfloat16)
+    jaxpr = jax.make_jaxpr(lora_jax.adapt(mlp))(params, x)
+    dots = [eqn for eqn in jaxpr.jaxpr.eqns if eqn.primitive.name == "dot_general"]
+    assert len(dots) == 6
+    assert {var.aval.dtype for eqn in dots for var in (*eqn.invars, *eqn.outvars)} == {jnp.dtype(jnp.bfloat16)}
+
+
+# Calls keep their form ----------------------------------------------------------------------------------------------
+
+
+def primitives(jaxpr):
+    """All equations, inner jaxprs included."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            if hasattr(inner, "eqns"):
+                yield from primitives(getattr(inner, "jaxpr", inner))
+
+
+def equations(fn, *args):
+    return list(primitives(jax.make_jaxpr(fn)(*args).jaxpr))
+
+
+def test_inner_jit_stays_a_jit_and_identical_ones_are_transformed_once():
+    @functools.partial(jax.jit, inline=False, keep_unused=True)
+    def layer(w, x):
+        return jnp.tanh(x @ w)
+
+    def fn(params, x):
+        for w in params.values():
+            x = layer(w, x)
+        return x
+
+    params = {str(i): normal(6, 6, seed=i) for i in range(5)}
+    params |= {f"{i}_lora": node((6, 6), seed=3 * i) for i in range(5)}
+    apply = lora_jax.adapt(lambda p, x: fn(p, x))
+    calls = [eqn for eqn in equations(apply, params, X) if eqn.params.get("name") == "layer"]
+    assert len(calls) == 5
+    assert len({id(eqn.params["jaxpr"]) for eqn in calls}) == 1
+    assert all(eqn.params["keep_unused"] and not eqn.params["inline"] for eqn in calls)
+    assert not any(any(eqn.params["donated_invars"]) for eqn in calls)
+
+
+def test_inner_jit_keeps_its_shardings():
+    mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+    place = lambda *spec: NamedSharding(mesh, P(*spec))
+
+    @functools.partial(jax.jit, in_shardings=(place("x", "y"), place(None, "x")), out_shardings=place(None, "y"))
+    def layer(w, x):
+        return x @ w
+
+    fn = lambda params, x: layer(params["w"], x)
+    (call,) = [
+        e
+        for e in equations(lora_jax.adapt(fn), {"w": PLAIN["w"], "w_lora": NODES["w_lora"]}, X)
+        if e.params.get("name") == "layer"
+    ]
+    specs = [s.spec if isinstance(s, NamedSharding) else None for s in call.params["in_shardings"]]
+    assert specs == [P("x", "y"), P("x", None), P(None, "y"), P(None, "x")]
+    assert [s.spec for s in call.params["out_shardings"]] == [P(None, "y")]
+
+
+def test_remat_keeps_policy_and_scan_its_settings():
+    stacked = {"w": normal(3, 6, 6), "w_lora": node((3, 6, 6), Axes((0,), (1,), (2,)))}
+    policy = jax.checkpoint_policies.dots_saveable
+
+    def fn(params, x):
+        body = jax.checkpoint(lambda c, w: (jnp.tanh(c @ w), None), policy=policy, prevent_cse=False)
+        return jax.lax.scan(body, x, params["w"], reverse=True, unroll=3)[0]
+
+    made = equations(lora_jax.adapt(fn), stacked, X)
+    (scan,) = [eqn for eqn in made if eqn.primitive.name == "scan"]
+    (remat,) = [eqn for eqn in made if eqn.primitive.name in ("checkpoint", "remat2", "remat")]
+    assert (scan.params["reverse"], scan.params["unroll"], scan.params["length"]) == (True, 3, 3)
+    assert remat.params["policy"] is policy
+    assert remat.params["prevent_cse"] is False
+
+
+# Loud where it can't be cheap ---------------------------------------------------------------------------------------
+
+
+def squashed(params, x):
+    return x @ jnp.exp(params["w"])
+
+
+SQUASHED = {"w": PLAIN["w"], "w_lora": NODES["w_lora"]}
+
+
+def test_materialising_warns_once_a_leaf():
+    fn = lambda params, x: squashed(params, x) + squashed(params, x) + x @ jnp.sin(params["w"])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        out = lora_jax.adapt(fn)(SQUASHED, X)
+    assert [w.category for w in caught] == [lora_jax.MaterializeWarning]
+    assert re.match(r"w: exp has no factored form .*test_forward\.py:\d+", str(caught[0].message))
+    np.testing.assert_allclose(out, fn(lora_jax.merge(SQUASHED), X), rtol=1e-5)
+
+
+def test_materialising_can_be_an_error_with_the_line_of_the_user():
+    line = squashed.__code__.co_firstlineno + 1
+    with pytest.raises(ValueError, match=rf"^w: exp has no factored form .*test_forward\.py:{line}"):
+        lora_jax.adapt(squashed, on_materialize="error")(SQUASHED, X)
+
+
+def test_materialising_can_be_allowed():
+    out = lora_jax.adapt(squashed, on_materialize="allow")(SQUASHED, X)
+    np.testing.assert_allclose(out, squashed(lora_jax.merge(SQUASHED), X), rtol=1e-5)
+
+
+def test_each_caller_of_a_shared_function_is_told():
+    layer = jax.jit(lambda w, x: x @ jnp.exp(w))
+    params = {str(i): normal(6, 6, seed=i) for i in range(3)} | {f"{i}_lora": node((6, 6)) for i in range(3)}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        lora_jax.adapt(lambda p, x: sum(layer(w, x) for w in p.values()))(params, X)
+    assert [str(w.message).split(":")[0] for w in caught] == ["0", "1", "2"]
+
+
+# Meshes -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("specs", [(P(None, "y"), P("y", None)), (P("y", None), P(None, "y")), (P(), P())])
+def test_meshes(kind, specs):
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind,) * 2)
+    put = lambda value, *spec: jax.device_put(value, NamedSharding(mesh, P(*spec)))
+    shapes = {"w": (8, 16), "v": (16, 8)}
+    out_spec = P("x", None)
+
+    def fn(params, x):
+        h = jnp.einsum("tc,ch->th", x, params["w"], **explicit(P("x", specs[0][1] if len(specs[0]) else None)))
+        return jnp.einsum("th,hc->tc", jnp.tanh(h), params["v"], **explicit(out_spec))
+
+    def explicit(spec):
+        return {"out_sharding": NamedSharding(mesh, spec)} if kind is AxisType.Explicit else {}
+
+    plain = {n: put(normal(*shape), *spec) for (n, shape), spec in zip(shapes.items(), specs, strict=True)}
+    nodes = {n + "_lora": node(shape) for n, shape in shapes.items()}
+    params, x = {**plain, **nodes}, put(normal(8, 8), "x", None)
+    placed = jax.device_put(params, lora_jax.shardings(params, {n: w.sharding for n, w in plain.items()}))
+    with jax.set_mesh(mesh):
+        out = jax.jit(lora_jax.adapt(fn))(placed, x)
+        expected = jax.jit(fn)(lora_jax.merge(placed), x)
+        grads = jax.jit(jax.grad(lambda p, x: jnp.sum(jnp.sin(lora_jax.adapt(fn)(p, x)))))(placed, x)
+    assert out.sharding.is_equivalent_to(expected.sharding, out.ndim)
+    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
+    assert all(bool(jnp.all(jnp.isfinite(g))) for g in jax.tree.leaves(grads))
