@@ -176,12 +176,12 @@ def merge_report(params: Any, *, dtype: Any = None) -> MergeReport:
     return MergeReport(tuple(rows), _kept(lost**0.5, moved**0.5))
 
 
-def _norms(kernel: jax.Array, node: LoRA, dtype: str) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _norms(kernel: jax.Array, node: LoRA, dtype: str) -> tuple[jax.Array, ...]:
     """‖W‖, ‖ΔW‖ and the norm of what rounding takes from ΔW. Not jitted: XLA drops a rounding that is undone next."""
     wide = jnp.promote_types(jnp.float32, kernel.dtype)
     kernel, update = kernel.astype(wide), update_of(node, wide)
     added = (kernel + update).astype(dtype).astype(wide) - kernel.astype(dtype).astype(wide)
-    return jnp.linalg.norm(kernel.ravel()), jnp.linalg.norm(update.ravel()), jnp.linalg.norm((update - added).ravel())
+    return tuple(jnp.sqrt(jnp.sum(jnp.square(x))) for x in (kernel, update, update - added))
 
 
 def _kept(lost: float, moved: float) -> float:

@@ -1,5 +1,6 @@
 """Adding LoRA nodes to a parameter tree."""
 
+import collections
 import functools
 import hashlib
 import math
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.sharding import AbstractMesh, NamedSharding
 
 from lora_jax._config import LoRAConfig, Override
 from lora_jax._node import SUFFIX, Axes, KernelAxes, LoRA, Trained, cast, place
@@ -49,11 +51,10 @@ def init(key: jax.Array, params: Any, config: LoRAConfig, *, axes: Mapping[str, 
     >>> node.a.shape, node.b.shape, float(node.scale)
     ((4, 2), (2, 6), 2.0)
     """
-    leaves = dict(leaves_with_paths(params))
-    nodes_and_leaves = {path: leaf for path, leaf in leaves.items() if not isinstance(leaf, LoRA)}
-    kernels = _choose(nodes_and_leaves, config, axes)
+    leaves = _by_path(params)
+    kernels = _choose(leaves, config, axes)
     _check_places(params, kernels)
-    whole = match(config.train, nodes_and_leaves, what="train")
+    whole = match(config.train, leaves, what="train")
     both = sorted(set(whole) & set(kernels))
     if both:
         raise ValueError(f"{both[0]}: is a target and trains whole too; take it out of train, or exclude it")
@@ -71,6 +72,15 @@ class _Kernel(NamedTuple):
     def sizes(self) -> tuple[tuple[int, ...], ...]:
         """Sizes of the stack, the inputs and the outputs."""
         return tuple(tuple(self.shape[axis] for axis in group) for group in self.axes)
+
+
+def _by_path(params: Any) -> dict[str, Any]:
+    """The leaves outside nodes, boxed ones in their boxes."""
+    pairs = [(path, leaf) for path, leaf in leaves_with_paths(params) if not isinstance(leaf, LoRA)]
+    twice = [path for path, count in collections.Counter(path for path, _ in pairs).items() if count > 1]
+    if twice:
+        raise ValueError(f"{twice[0]}: two leaves have this path once their keys are joined with slashes; rename one")
+    return dict(pairs)
 
 
 # Choosing -----------------------------------------------------------------------------------------------------------
@@ -227,7 +237,11 @@ def _maker(kernel: _Kernel, ranks: tuple[int, ...], scales: tuple[float, ...], i
     if kernel.sharding is None:
         return jax.jit(make)
     where = place(kernel.sharding, kernel.axes)
-    return jax.jit(make, out_shardings=(where.a, where.b, where.scale))
+    where = (where.a, where.b, where.scale)
+    if isinstance(kernel.sharding, NamedSharding) and isinstance(kernel.sharding.mesh, AbstractMesh):
+        # Traced, with explicit axes: a jit inside a jit doesn't give its results the types that out_shardings says.
+        return jax.jit(lambda key: jax.tree.map(jax.sharding.reshard, make(key), where))
+    return jax.jit(make, out_shardings=where)
 
 
 def _master(path: str, leaf: Any) -> Any:

@@ -166,14 +166,17 @@ def update_of(node: LoRA, dtype: Any = jnp.float32) -> jax.Array:
     >>> update_of(node).shape
     (5, 3)
     """
-    stack = len(node.axes.stack)
-    a = node.a.astype(dtype).reshape(*node.a.shape[:stack], -1, node.a.shape[-1])
-    b = node.b.astype(dtype).reshape(*node.b.shape[: stack + 1], -1)
-    scale = jnp.asarray(node.scale, dtype)[..., None, None]
-    product = jnp.matmul(a * scale, b, precision=jax.lax.Precision.HIGHEST)
-    shape = (*node.a.shape[:-1], *node.b.shape[stack + 1 :])
+    stack, inputs, _ = (len(group) for group in node.axes)
+    batch = tuple(range(stack))
+    scale = jnp.expand_dims(jnp.asarray(node.scale, dtype), range(stack, stack + inputs + 1))
+    product = jax.lax.dot_general(
+        node.a.astype(dtype) * scale,
+        node.b.astype(dtype),
+        (((stack + inputs,), (stack,)), (batch, batch)),
+        precision=jax.lax.Precision.HIGHEST,
+    )
     order = [axis for group in node.axes for axis in group]
-    return product.reshape(shape).transpose([order.index(axis) for axis in range(len(order))])
+    return product.transpose([order.index(axis) for axis in range(len(order))])
 
 
 def used_ranks(node: LoRA) -> np.ndarray:

@@ -331,6 +331,7 @@ def test_a_target_that_the_function_never_contracts_is_an_error():
             "q/kernel_lora: the tree has a leaf of that name",
         ),
         ({"q": {"kernel": jnp.ones((2, 3)), "kernel_lora": {}}}, "q", "q/kernel_lora: the tree has a leaf of that"),
+        ({"a/b": {"c": jnp.ones(2)}, "a": {"b/c": jnp.ones(2)}}, "q", "a/b/c: two leaves have this path"),
         ({}, "q", "targets: 'q' matches no leaf; the tree has no leaves"),
     ],
 )

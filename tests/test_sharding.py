@@ -87,6 +87,30 @@ def test_factors_of_a_sharded_base_are_made_in_place(kind):
         np.testing.assert_array_equal(np.asarray(made, np.float32), np.asarray(alone, np.float32))
 
 
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_everything_runs_on_a_sharded_tree(kind):
+    params = jax.device_put(base(), named(SPECS, kind))
+    eager = init(params)
+    with jax.set_mesh(mesh(kind)):
+        traced = jax.jit(init)(params)
+        merged, updates = jax.jit(lora_jax.merge)(traced), jax.jit(lora_jax.delta)(traced)
+    if kind == AxisType.Explicit:
+        for made, wanted in zip(jax.tree.leaves(traced), jax.tree.leaves(eager), strict=True):
+            assert made.sharding.is_equivalent_to(wanted.sharding, made.ndim)
+    for made, wanted in zip(jax.tree.leaves(traced), jax.tree.leaves(eager), strict=True):
+        np.testing.assert_array_equal(np.asarray(made, np.float32), np.asarray(wanted, np.float32))
+    for name in ("q", "heads"):
+        assert merged[name]["kernel"].sharding.is_equivalent_to(
+            params[name]["kernel"].sharding, params[name]["kernel"].ndim
+        )
+        assert not updates[name]["kernel"].any()
+    assert lora_jax.describe(eager).trainable == 2 * (8 + 12 + 3 * (8 + 20) + 16 + 8) + 8
+    assert lora_jax.merge_report(eager).survives == 1.0
+    adapter = lora_jax.split(eager)[1]
+    for again in lora_jax.unstack(lora_jax.stack([adapter, adapter])):
+        assert jax.tree.structure(again) == jax.tree.structure(adapter)
+
+
 def test_a_factor_is_never_whole_on_one_device():
     """In the compiled program that draws A, no buffer has A's full shape."""
     kernel = _Kernel((4096, 64), NamedSharding(mesh(), P("model")), Axes(), False)
