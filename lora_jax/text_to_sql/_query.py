@@ -125,7 +125,7 @@ def question(rng: random.Random, query: Query) -> str:
         >>> lamps = Column("lamp_height", "number")
         >>> query = Query(Table("lighthouses", (lamps,)), "COUNT", None, (Condition(lamps, ">", 20),))
         >>> question(random.Random(0), query)
-        'How many are the lighthouses with more than 20 lamp height?'
+        'How many are the lighthouses where lamp height exceeds 20?'
     """
     openings = _OPENINGS[query.aggregate]
     if query.column is not None and query.column.kind == "date":

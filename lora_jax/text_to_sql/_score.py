@@ -93,9 +93,17 @@ def _comparable(rows: Sequence[Row]) -> list[str]:
 
 
 def is_right(prediction: str, completion: str, database: Database) -> bool:
-    """Whether `prediction` gives the reference `completion`'s answer; one that fails to run doesn't."""
+    """Whether `prediction` gives the reference `completion`'s answer; one that fails to run doesn't.
+
+    Only the prediction's first line is run: a model that was never told where to stop goes on to another question.
+
+    Example:
+        >>> farms = Database("farms", ("crop", "hectares"), (("rye", 12), ("oats", 30)))
+        >>> is_right("SELECT crop FROM farms WHERE hectares = 30\\nquestion: ...", "SELECT MIN(crop) FROM farms", farms)
+        True
+    """
     reference = execute(completion, database)
     try:
-        return same_answer(execute(prediction.strip(), database), reference)
+        return same_answer(execute(prediction.strip().partition("\n")[0], database), reference)
     except sqlite3.Error:
         return False
