@@ -1,0 +1,44 @@
+"""What README.md shows, done."""
+
+import re
+import shlex
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+
+from lora_jax import cli
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+COMMANDS = re.findall(r"^ *(lora-jax \w.*)$", README, re.MULTILINE)
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def test_the_code_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), names)
+    assert "parameters train" in capsys.readouterr().out
+    adapted = names["apply"](names["lora_jax"].combine(names["base"], names["adapter"]), names["x"])
+    assert jnp.allclose(names["apply_fn"](names["merged"], names["x"]), adapted, atol=1e-5)
+    assert float(names["loss"]) < jnp.log(10)
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+    assert (tmp_path / "merged" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_commands_are_understood(command, monkeypatch):
+    """Each is parsed whole; that it then does its work is tests/test_cli.py's."""
+    _, name, *flags = shlex.split(command)
+    understood = []
+    monkeypatch.setattr(f"lora_jax.cli.{name}.run", understood.append)
+    assert cli.main([name, *flags]) == 0
+    assert len(understood) == 1
+
+
+def test_the_commands_are_found():
+    assert {shlex.split(command)[1] for command in COMMANDS} == set(cli.COMMANDS)
