@@ -1,0 +1,197 @@
+"""A run that is broken off and resumed is the run; a checkpoint of anything else is refused."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import lora_jax
+from lora_jax.checkpoint import Checkpoints, TrainState, fingerprint
+from lora_jax.train import TrainConfig, train
+
+# 40 rows in batches of 8: a checkpoint after 4 of 5 batches lies inside an epoch, one after 8 inside another.
+CONFIG = TrainConfig(batch_size=8, steps=12, learning_rate=1e-2, log_every=1, dropout=0.3, checkpoint_every=4)
+ROWS = tiny.examples(40)
+
+
+def params_of(seed=0, rank=4):
+    config = lora_jax.LoRAConfig(rank=rank, alpha=8, targets=["head"])
+    return lora_jax.init(jax.random.key(1), tiny.small_init(jax.random.key(seed)), config)
+
+
+class Broken(Exception):
+    """What breaks a run off."""
+
+
+def run(folder, *, until=None, rows=ROWS, params=None, config=CONFIG, **keywords):
+    def watch(line):
+        if line["step"] == until:
+            raise Broken
+
+    return train(
+        tiny.small_apply,
+        params_of() if params is None else params,
+        rows,
+        tiny.examples(8, seed=9),
+        config,
+        output=folder,
+        on_log=watch,
+        **keywords,
+    )
+
+
+def lines(folder):
+    """metrics.jsonl without what the clock says."""
+    read = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "tokens_per_second"} for line in read]
+
+
+@pytest.mark.parametrize("until", [6, 9])
+def test_a_resumed_run_is_the_run_bit_for_bit(tmp_path, until):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    expected = run(whole)
+    with pytest.raises(Broken):
+        run(broken, until=until)
+    with (broken / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 1')  # as it is when the power goes
+    result = run(broken, resume=True)
+    assert lines(broken) == lines(whole)
+    assert [line["step"] for line in result.history] == list(range(until // 4 * 4 + 1, 13))
+    for x, y in zip(jax.tree.leaves(result.params), jax.tree.leaves(expected.params), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_resuming_a_finished_run_gives_its_result(tmp_path):
+    expected = run(tmp_path)
+    result = run(tmp_path, resume=True)
+    assert (result.after, result.steps, result.history) == (expected.after, 12, [])
+    for x, y in zip(jax.tree.leaves(result.params), jax.tree.leaves(expected.params), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_only_the_newest_are_kept_and_nothing_is_a_pickle(tmp_path):
+    run(tmp_path)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["12", "8"]
+    names = {path.name for path in tmp_path.rglob("*") if path.is_file()}
+    assert not any(name.endswith((".pkl", ".pickle", ".pt", ".bin")) for name in names)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    run(folder)
+    return folder
+
+
+def square_node(axes):
+    return lora_jax.LoRA(jnp.ones((3, 2)), jnp.ones((2, 3)), jnp.float32(1), axes=axes)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"params": params_of(seed=1)}, "trained on another base"),
+        (
+            {"params": params_of(rank=2)},
+            r"array adapter/head/kernel_lora/a: float32\[24, 4\] in the checkpoint, float32\[24, 2\]",
+        ),
+        (
+            {"config": dataclasses.replace(CONFIG, learning_rate=2e-2)},
+            "setting learning_rate: 0.01 in the checkpoint, 0.02",
+        ),
+        ({"config": dataclasses.replace(CONFIG, steps=20)}, "setting steps: 12 in the checkpoint, 20 here"),
+        ({"rows": ROWS[:-1] + tiny.examples(1, seed=7)}, "setting training rows: 40, "),
+    ],
+    ids=["base", "rank", "rate", "steps", "rows"],
+)
+def test_a_checkpoint_of_another_run_is_refused(finished, changed, message):
+    before = (finished / "metrics.jsonl").read_bytes()
+    with pytest.raises(ValueError, match=message) as error:
+        run(finished, resume=True, **changed)
+    assert "\n" not in str(error.value)
+    assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def test_what_decides_nothing_may_change(finished):
+    run(finished, resume=True, config=dataclasses.replace(CONFIG, log_every=3, eval_every=5, checkpoint_every=2))
+
+
+def state_of(adapter, tx=None):
+    tx = tx or optax.adam(1e-3)
+    return TrainState(adapter, tx.init(adapter), jax.random.key(3), 5, {"next_index": 5}, "base", {"seed": 0})
+
+
+def test_everything_comes_back(tmp_path):
+    node = square_node(lora_jax.Axes(inputs=(1,), outputs=(0,)))
+    adapter = {"q": {"kernel_lora": node}, "head": [None, jnp.arange(4, dtype=jnp.bfloat16)]}
+    state = state_of(adapter)
+    with Checkpoints(tmp_path / "new") as checkpoints:
+        assert checkpoints.latest is None
+        with pytest.raises(FileNotFoundError, match="no checkpoint"):
+            checkpoints.restore(state)
+        checkpoints.save(state)
+    empty = jax.tree.map(jnp.zeros_like, (state.adapter, state.opt_state))
+    template = state._replace(adapter=empty[0], opt_state=empty[1], key=jax.random.key(0), step=0, position={})
+    with Checkpoints(tmp_path / "new") as checkpoints:
+        restored = checkpoints.restore(template)
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    for x, y in zip(jax.tree.leaves(restored._replace(key=0)), jax.tree.leaves(state._replace(key=0)), strict=True):
+        np.testing.assert_array_equal(x, y)
+    np.testing.assert_array_equal(jax.random.key_data(restored.key), jax.random.key_data(state.key))
+    assert restored.adapter["head"][1].dtype == jnp.bfloat16
+
+
+def test_a_square_kernel_with_other_axes_is_refused(tmp_path):
+    adapters = [{"q": {"kernel_lora": square_node(axes)}} for axes in (lora_jax.Axes(), lora_jax.Axes((), (1,), (0,)))]
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state_of(adapters[0]))
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(ValueError, match="axes of q/kernel_lora"):
+        checkpoints.restore(state_of(adapters[1]))
+
+
+def test_another_optimizer_is_refused(tmp_path):
+    adapter = {"a": jnp.ones(3)}
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state_of(adapter))
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(ValueError, match=r"opt_state/0/nu/a: .* absent here"):
+        checkpoints.restore(state_of(adapter, optax.sgd(0.1, momentum=0.9)))
+
+
+def test_arrays_come_back_where_the_template_has_them(tmp_path):
+    mesh = Mesh(np.array(jax.devices()), ("x",))
+    spread = NamedSharding(mesh, PartitionSpec("x"))
+    state = state_of({"a": jnp.arange(16.0)})
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state)
+    template = state._replace(adapter={"a": jax.device_put(jnp.zeros(16), spread)})
+    with Checkpoints(tmp_path) as checkpoints:
+        restored = checkpoints.restore(template).adapter["a"]
+    assert restored.sharding == spread
+    np.testing.assert_array_equal(restored, np.arange(16.0))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8", "int32", "bool"])
+def test_a_fingerprint_sees_every_change(dtype):
+    def of(x, name="w"):
+        return fingerprint({"layers": {name: jnp.asarray(x, dtype), "b": jnp.ones(2)}})
+
+    x = np.arange(24).reshape(4, 6) % 5
+    flipped = x.copy()
+    flipped[3, 4] = not flipped[3, 4]
+    swapped = x[[1, 0, 2, 3]]
+    fingerprints = {of(x), of(flipped), of(swapped), of(x.reshape(6, 4)), of(x, "v"), of(x.T.reshape(4, 6))}
+    assert len(fingerprints) == 6
+    assert of(x) == of(x.copy())
+
+
+def test_a_fingerprint_sees_the_dtype_and_not_the_placement():
+    x = jnp.arange(16, dtype=jnp.int32)
+    spread = jax.device_put(x, NamedSharding(Mesh(np.array(jax.devices()), ("x",)), PartitionSpec("x")))
+    assert fingerprint([x]) != fingerprint([x.astype(jnp.uint32)])
+    assert fingerprint([x]) == fingerprint([spread]) == fingerprint([np.asarray(x)])

@@ -1,0 +1,496 @@
+"""The laws of training: what is trained and what isn't, what the loss is a mean of, and what a step costs."""
+
+import dataclasses
+import io
+import json
+import math
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+from rich.console import Console
+
+import lora_jax
+from lora_jax import data
+from lora_jax.train import (
+    TrainConfig,
+    cross_entropy,
+    evaluate,
+    make_optimizer,
+    make_step,
+    next_token_loss,
+    schedule,
+    train,
+)
+
+CONFIG = lora_jax.LoRAConfig(rank=4, alpha=8, targets=tiny.TARGETS)
+AXES = {name: lora_jax.Axes((0,), (1,), (2,)) for name in tiny.TARGETS}
+QUICK = TrainConfig(batch_size=8, steps=12, learning_rate=1e-2, log_every=1)
+
+
+def adapted(dtype=jnp.float32):
+    """Parameters of `tiny.apply` with nodes."""
+    return lora_jax.init(jax.random.key(1), tiny.init(jax.random.key(0), dtype), CONFIG, axes=AXES)
+
+
+def grown(params):
+    """The same with a B that isn't zero, so that every part of the gradient counts."""
+
+    def grow(x):
+        return dataclasses.replace(x, b=0.1 * jax.random.normal(jax.random.key(2), x.b.shape)) if is_node(x) else x
+
+    return jax.tree.map(grow, params, is_leaf=is_node)
+
+
+def small():
+    """Parameters of `tiny.small_apply` with a node."""
+    config = lora_jax.LoRAConfig(rank=4, alpha=8, targets=["head"])
+    return lora_jax.init(jax.random.key(1), tiny.small_init(jax.random.key(0)), config)
+
+
+def is_node(x):
+    return isinstance(x, lora_jax.LoRA)
+
+
+def batch_of(rows, length=30, batch_size=None):
+    return data.pad(rows, batch_size or len(rows), length)
+
+
+def losses(result, name="loss"):
+    return [line[name] for line in result.history if name in line]
+
+
+def same(one, other):
+    """Equal bit for bit, structure and dtypes too."""
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(x, y)
+
+
+def close(one, other, share=1e-5):
+    """Equal within `share` of each leaf's largest entry: sums in another order differ by that much."""
+    for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=share * np.abs(y).max())
+
+
+# --- the loss --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("size", [1.0, 1e4])
+def test_cross_entropy_and_its_gradient(dtype, size):
+    logits = (size * jax.random.normal(jax.random.key(0), (3, 5, 11))).astype(dtype)
+    targets = jax.random.randint(jax.random.key(1), (3, 5), 0, 11)
+    weights = jax.random.normal(jax.random.key(2), (3, 5))
+
+    def reference(logits):
+        return -jnp.take_along_axis(jax.nn.log_softmax(logits.astype(jnp.float32)), targets[..., None], -1)[..., 0]
+
+    ours, gradient = jax.value_and_grad(lambda x: jnp.sum(cross_entropy(x, targets) * weights))(logits)
+    theirs, expected = jax.value_and_grad(lambda x: jnp.sum(reference(x) * weights))(logits)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+    assert gradient.dtype == dtype
+    np.testing.assert_allclose(
+        gradient.astype(jnp.float32), expected.astype(jnp.float32), atol=1e-2 if dtype == jnp.bfloat16 else 2e-6
+    )
+    assert cross_entropy(logits, targets).dtype == jnp.float32
+    np.testing.assert_array_equal(
+        jax.jit(jax.vmap(cross_entropy))(logits, targets), jax.jit(cross_entropy)(logits, targets)
+    )
+
+
+def test_each_token_is_predicted_from_those_before_it():
+    ids = jnp.array([[3, 1, 2, 0]])
+    batch = {"input_ids": ids, "loss_weights": jnp.array([[9.0, 1.0, 0.0, 2.0]])}
+    logits = jax.random.normal(jax.random.key(0), (1, 4, 5))
+    log_p = jax.nn.log_softmax(logits)
+    total, weight = next_token_loss(logits, batch)
+    np.testing.assert_allclose(total, -(log_p[0, 0, 1] + 2 * log_p[0, 2, 0]), rtol=1e-6)
+    assert weight == 3
+
+
+def test_what_padding_holds_is_not_seen():
+    batch = batch_of(tiny.examples(2, longest=8), length=10)
+    logits = jax.random.normal(jax.random.key(0), (2, 10, tiny.VOCABULARY))
+    unweighted = jnp.pad(batch["loss_weights"][:, 1:], ((0, 0), (0, 1))) == 0
+    spoilt = jnp.where(unweighted[..., None], jnp.inf, logits)
+    np.testing.assert_array_equal(next_token_loss(spoilt, batch), next_token_loss(logits, batch))
+
+
+@pytest.mark.parametrize(("length", "batch_size"), [(24, 8), (17, 11)])
+def test_padding_never_changes_the_step(length, batch_size):
+    rows = tiny.examples(8)
+    tx = lora_jax.masked(optax.sgd(1.0))
+    base, adapter = lora_jax.split(grown(adapted()))
+    step = jax.jit(make_step(lora_jax.adapt(tiny.apply), tx))
+
+    def run(batch):
+        moved, _, metrics = step(adapter, tx.init(adapter), base, batch)
+        return moved, metrics
+
+    shortest = max(len(row.input_ids) for row in rows)
+    moved, metrics = run(batch_of(rows, shortest))
+    padded_moved, padded = run(batch_of(rows, length, batch_size))
+    np.testing.assert_allclose(padded.loss, metrics.loss, rtol=1e-6)
+    assert padded.weight == metrics.weight == sum(int(row.targets.sum()) for row in rows)
+    close(padded_moved, moved)
+
+
+def test_the_batch_size_never_changes_the_validation_loss():
+    rows, params = tiny.examples(23), grown(adapted())
+    found = [evaluate(tiny.apply, params, rows, batch_size=size) for size in (1, 4, 50)]
+    assert {x.tokens for x in found} == {sum(int(row.targets.sum()) for row in rows)}
+    np.testing.assert_allclose([x.loss for x in found], found[0].loss, rtol=1e-6)
+    assert found[0].perplexity == math.exp(found[0].loss)
+
+
+def test_a_batch_without_targets_moves_nothing():
+    rows = [row._replace(targets=np.zeros_like(row.targets)) for row in tiny.examples(4)]
+    tx = lora_jax.masked(optax.sgd(1.0))
+    base, adapter = lora_jax.split(grown(adapted()))
+    step = jax.jit(make_step(lora_jax.adapt(tiny.apply), tx))
+    moved, _, metrics = step(adapter, tx.init(adapter), base, batch_of(rows))
+    assert (metrics.loss, metrics.weight, metrics.grad_norm) == (0, 0, 0)
+    same(moved, adapter)
+
+
+# --- accumulation ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("accumulate", [2, 8])
+def test_parts_of_a_batch_add_up_to_the_batch(accumulate):
+    """Rows of very different numbers of targets: a mean of the parts' means would be off by far."""
+    rows = tiny.examples(4, longest=4) + tiny.examples(4, seed=1, shortest=28, longest=30)
+    tx = lora_jax.masked(optax.sgd(1.0))
+    base, adapter = lora_jax.split(grown(adapted()))
+    results = []
+    for parts in (1, accumulate):
+        step = jax.jit(make_step(lora_jax.adapt(tiny.apply), tx, accumulate=parts))
+        results.append(step(adapter, tx.init(adapter), base, batch_of(rows)))
+    (whole, _, metrics), (parted, _, parted_metrics) = results
+    np.testing.assert_allclose(parted_metrics, metrics, rtol=1e-5)
+    close(parted, whole)
+    of_parts = [evaluate(tiny.apply, grown(adapted()), part, batch_size=8).loss for part in (rows[:4], rows[4:])]
+    assert abs(np.mean(of_parts) - metrics.loss) > 1e-2
+
+
+def test_a_run_in_parts_is_the_run():
+    rows = tiny.examples(24)
+    whole = train(tiny.apply, adapted(), rows, config=QUICK)
+    parted = train(tiny.apply, adapted(), rows, config=dataclasses.replace(QUICK, batch_size=2, accumulate=4))
+    np.testing.assert_allclose(losses(parted), losses(whole), rtol=1e-4)
+
+
+# --- what trains -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_base_keeps_every_bit(dtype):
+    params = adapted(dtype)
+    before = jax.tree.map(np.array, params)
+    config = dataclasses.replace(QUICK, weight_decay=0.1, steps=40)
+    result = train(tiny.apply, params, tiny.examples(40), config=config)
+    same(params, before)  # what was given is still there, undonated and unchanged
+    base, adapter = lora_jax.split(result.params)
+    same(base, lora_jax.split(before)[0])
+    assert jax.tree.structure(result.params) == jax.tree.structure(params)
+    for node, old in zip(
+        jax.tree.leaves(adapter, is_leaf=is_node),
+        jax.tree.leaves(lora_jax.split(before)[1], is_leaf=is_node),
+        strict=True,
+    ):
+        assert node.a.dtype == node.b.dtype == jnp.float32
+        assert np.abs(node.a - old.a).max() > 1e-2
+        assert np.abs(node.b).max() > 1e-2
+        np.testing.assert_array_equal(node.scale, old.scale)
+    assert losses(result)[-1] < 0.9 * losses(result)[0]
+
+
+def test_the_optimizer_holds_the_adapters_moments_only():
+    _, adapter = lora_jax.split(adapted())
+    state = jax.eval_shape(make_optimizer(QUICK, 10).init, adapter)
+    nodes = jax.tree.leaves(adapter, is_leaf=is_node)
+    factors = [x.shape for node in nodes for x in (node.a, node.b)]
+    assert sorted(x.shape for x in jax.tree.leaves(state) if x.shape) == sorted(2 * factors)
+
+
+def test_clipping_sees_the_adapter_only():
+    """Gradients of the whole tree, those of the base a million times larger: the adapter's update is the same."""
+    params = grown(adapted())
+    batch = batch_of(tiny.examples(8))
+    apply = lora_jax.adapt(tiny.apply)
+
+    def loss(params):
+        return next_token_loss(apply(params, batch["input_ids"], batch["attention_mask"]), batch)[0]
+
+    grads = jax.jit(jax.grad(loss))(params)
+    base, adapter = lora_jax.split(grads)
+    grads = lora_jax.combine(jax.tree.map(lambda x: 1e6 * x, base), adapter)
+    tx = make_optimizer(dataclasses.replace(QUICK, clip=0.5), 10)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    own = lora_jax.split(params)[1]
+    alone, _ = tx.update(adapter, tx.init(own), own)
+    same(lora_jax.split(updates)[1], alone)
+
+
+def test_clipping_scales_the_gradient_to_the_norm():
+    _, adapter = lora_jax.split(grown(adapted()))
+    grads = jax.tree.map(lambda x: 100 * x, adapter)
+    grads = jax.tree.map(lambda n: dataclasses.replace(n, scale=0 * n.scale), grads, is_leaf=is_node)
+    small = jax.tree.map(lambda x: x / optax.tree.norm(grads), grads)
+    config = dataclasses.replace(QUICK, weight_decay=0.0)
+    updates = {}
+    for clip in (0.0, 1.0):
+        # Adam's eps makes the size of a gradient visible once it is comparable.
+        tx = make_optimizer(dataclasses.replace(config, clip=clip), 10)
+        updates[clip] = [tx.update(g, tx.init(adapter), adapter)[0] for g in (grads, small)]
+    close(*updates[1.0])
+    assert optax.tree.norm(jax.tree.map(jnp.subtract, *updates[0.0])) > 0
+
+
+def test_full_fine_tuning_goes_through_the_same_loop():
+    params = tiny.init(jax.random.key(0))
+    before = jax.tree.map(np.array, params)
+    result = train(tiny.apply, params, tiny.examples(24), config=QUICK, train=("/.*/",))
+    same(params, before)
+    assert jax.tree.structure(result.params) == jax.tree.structure(params)
+    jax.tree.map(lambda x, y: np.testing.assert_array_less(0, np.abs(x - y).max()), result.params, before)
+    assert losses(result)[-1] < losses(result)[0]
+
+
+def test_a_head_trained_whole_beside_the_factors():
+    params = lora_jax.init(
+        jax.random.key(1), tiny.init(jax.random.key(0)), dataclasses.replace(CONFIG, train=["head"]), axes=AXES
+    )
+    result = train(tiny.apply, params, tiny.examples(24), config=QUICK, train=["head"])
+    assert np.abs(result.params["head"]["kernel"] - params["head"]["kernel"]).max() > 1e-3
+    same(result.params["embed"], params["embed"])
+
+
+# --- what a step costs -----------------------------------------------------------------------------------------------
+
+
+def by_hand(tx):
+    """The step as someone would write it for this one model: factors as inputs of the same scan."""
+
+    @jax.jit
+    def step(factors, opt_state, base, batch):
+        def loss(factors):
+            logits = tiny.apply(base, batch["input_ids"], batch["attention_mask"], low_rank=factors)
+            return next_token_loss(logits, batch)
+
+        (total, weight), grads = jax.value_and_grad(loss, has_aux=True)(factors)
+        grads = jax.tree.map(lambda g: g / weight, grads)
+        norm = optax.tree.norm(grads)
+        updates, opt_state = tx.update(grads, opt_state, factors)
+        return optax.apply_updates(factors, updates), opt_state, (total / weight, weight, norm)
+
+    return step
+
+
+def factors_of(adapter):
+    return {
+        name: {"a": adapter["layers"][name]["kernel_lora"].a, "b": adapter["layers"][name]["kernel_lora"].b}
+        for name in tiny.TARGETS
+    }
+
+
+def test_the_step_is_the_one_written_by_hand_and_costs_the_same():
+    base, adapter = lora_jax.split(grown(adapted()))
+    batch, factors = batch_of(tiny.examples(8)), factors_of(adapter)
+    tx, masked = optax.adamw(1e-2), lora_jax.masked(optax.adamw(1e-2))
+    ours = jax.jit(make_step(lora_jax.adapt(tiny.apply), masked)).lower(adapter, masked.init(adapter), base, batch)
+    theirs = by_hand(tx).lower(factors, tx.init(factors), base, batch)
+    ours, theirs = ours.compile(), theirs.compile()
+    moved, _, metrics = ours(adapter, masked.init(adapter), base, batch)
+    expected, _, expected_metrics = theirs(factors, tx.init(factors), base, batch)
+    np.testing.assert_allclose(metrics, expected_metrics, rtol=1e-5)
+    close(factors_of(moved), expected, 1e-4)  # Adam's first step is a sign: what is near 0 differs most
+    assert ours.cost_analysis()["flops"] == pytest.approx(theirs.cost_analysis()["flops"], rel=0.01)
+
+
+def products(jaxpr):
+    """Shapes of all results of dot_general, in sub-jaxprs too."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            yield from (x.aval.shape for x in eqn.outvars)
+        for inner in jax.extend.core.jaxprs_in_params(eqn.params):
+            yield from products(inner)
+
+
+def kernel_gradients(params, train=()):
+    base, adapter = lora_jax.split(params, train)
+    tx = lora_jax.masked(optax.sgd(1.0), train)
+    # 5 rows of 29: no activation has a kernel's shape.
+    batch = batch_of(tiny.examples(5, longest=20), 29)
+    step = make_step(lora_jax.adapt(tiny.apply, allow_none=True), tx)
+    shapes = list(products(jax.make_jaxpr(step)(adapter, tx.init(adapter), base, batch).jaxpr))
+    assert len(shapes) > 20
+    kernels = {x.shape[-2:] for x in jax.tree.leaves(tiny.init(jax.random.key(0)))}
+    kernels |= {shape[::-1] for shape in kernels}
+    return [shape for shape in shapes if shape[-2:] in kernels]
+
+
+def test_no_kernel_has_a_gradient():
+    assert kernel_gradients(adapted()) == []
+    assert kernel_gradients(tiny.init(jax.random.key(0)), ("/.*/",)) != []
+
+
+# --- the run ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_seed_decides_everything():
+    rows, valid = tiny.examples(24), tiny.examples(10, seed=5)
+    config = dataclasses.replace(QUICK, dropout=0.2, eval_every=5)
+    one, again = (train(tiny.small_apply, small(), rows, valid, config) for _ in range(2))
+    assert losses(one) == losses(again)
+    assert losses(one, "valid_loss") == losses(again, "valid_loss")
+    same(one.params, again.params)
+    other = train(tiny.small_apply, small(), rows, valid, dataclasses.replace(config, seed=1))
+    assert losses(one) != losses(other)
+
+
+def test_dropout_is_drawn_anew_and_off_in_evaluation():
+    base, adapter = lora_jax.split(grown(small()))
+    tx = lora_jax.masked(optax.sgd(0.0))
+    batch = batch_of(tiny.examples(8))
+    apply = lora_jax.adapt(tiny.small_apply, dropout=0.5)
+
+    def loss(key, batch=batch, accumulate=1):
+        step = jax.jit(make_step(apply, tx, accumulate=accumulate))
+        return float(step(adapter, tx.init(adapter), base, batch, key)[2].loss)
+
+    key = jax.random.key(0)
+    assert len({loss(None), loss(key), loss(jax.random.key(1))}) == 3
+    # Two equal rows in two parts: with one key for both parts, the mean would be the first part's loss.
+    first = loss(jax.random.fold_in(key, 0), batch_of(tiny.examples(1)))
+    assert abs(loss(key, batch_of(tiny.examples(1) * 2), 2) - first) > 1e-4
+    rows = tiny.examples(8)
+    result = train(tiny.small_apply, grown(small()), rows, rows, dataclasses.replace(QUICK, dropout=0.5, steps=1))
+    assert result.before == evaluate(tiny.small_apply, grown(small()), rows, batch_size=8)
+
+
+def test_what_a_run_tells(tmp_path):
+    rows, valid, told = tiny.examples(40), tiny.examples(10, seed=5), []
+    config = dataclasses.replace(QUICK, log_every=4, eval_every=6, steps=14, learning_rate=0.02)
+    result = train(tiny.small_apply, small(), rows, valid, config, output=tmp_path / "a" / "b", on_log=told.append)
+    lines = [json.loads(line) for line in (tmp_path / "a" / "b" / "metrics.jsonl").read_text().splitlines()]
+    assert lines == result.history == told
+    assert [line["step"] for line in lines] == [0, 4, 6, 8, 12, 14]
+    assert [line["step"] for line in lines if "valid_loss" in line] == [0, 6, 12, 14]
+    assert set(lines[0]) == {"step", "valid_loss", "valid_perplexity"}
+    assert set(lines[1]) == {"step", "loss", "learning_rate", "grad_norm", "tokens_per_second"}
+    assert lines[1]["learning_rate"] == pytest.approx(float(schedule(config, 14)(3)))
+    assert result.before.loss == lines[0]["valid_loss"]
+    assert result.after.loss == lines[-1]["valid_loss"] < result.before.loss
+    assert result.after == evaluate(tiny.small_apply, result.params, valid, batch_size=8)
+    assert (result.steps, result.tokens_per_second > 0, result.seconds > 0) == (14, True, True)
+
+
+def test_a_line_is_the_mean_over_its_steps():
+    rows = tiny.examples(40)
+    each = train(tiny.small_apply, small(), rows, config=QUICK)
+    lines = train(tiny.small_apply, small(), rows, config=dataclasses.replace(QUICK, log_every=6))
+    weights = [batch["loss_weights"].sum() for batch in data.batches(rows, 8, seed=0, epochs=3)]
+    expected = [np.average(losses(each)[i : i + 6], weights=weights[i : i + 6]) for i in (0, 6)]
+    np.testing.assert_allclose(losses(lines), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress(terminal):
+    shown = io.StringIO()
+    console = Console(file=shown, force_terminal=terminal, width=120)
+    config = dataclasses.replace(QUICK, steps=60)
+    train(tiny.small_apply, small(), tiny.examples(16), tiny.examples(4), config, console=console)
+    text = shown.getvalue()
+    assert "validation loss" in text
+    assert "tokens/s" in text
+    if terminal:
+        assert "60/60" in text
+    else:
+        assert "step 60/60" in text
+        assert "s left" in text
+        assert 15 <= text.count("\n") <= 25
+        assert "\x1b" not in text
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path):
+    params = small()
+    params["head"]["kernel"] = params["head"]["kernel"].at[0, 0].set(jnp.nan)
+    with pytest.raises(ValueError, match=r"step 1: the loss is nan .* lower learning_rate"):
+        train(tiny.small_apply, params, tiny.examples(16), config=QUICK, output=tmp_path)
+
+
+def test_runs_that_cannot_begin(tmp_path):
+    rows = tiny.examples(8)
+    with pytest.raises(ValueError, match="nothing to train"):
+        train(tiny.small_apply, tiny.small_init(jax.random.key(0)), rows)
+    with pytest.raises(ValueError, match="no training examples"):
+        train(tiny.small_apply, small(), [])
+    with pytest.raises(ValueError, match="need an output folder"):
+        train(tiny.small_apply, small(), rows, config=dataclasses.replace(QUICK, checkpoint_every=5))
+    with pytest.raises(FileNotFoundError, match="no checkpoint to resume from"):
+        train(tiny.small_apply, small(), rows, output=tmp_path / "new", resume=True)
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_output_folder_that_holds_a_run(tmp_path):
+    rows = tiny.examples(8)
+    config = dataclasses.replace(QUICK, steps=2, checkpoint_every=1)
+    train(tiny.small_apply, small(), rows, config=config, output=tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="holds a run already"):
+        train(tiny.small_apply, small(), rows, config=config, output=tmp_path)
+    plain = dataclasses.replace(QUICK, steps=1)
+    train(tiny.small_apply, small(), rows, config=plain, output=tmp_path, overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "notes.txt"]
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("batch_size", 0),
+        ("accumulate", 0),
+        ("epochs", 0.0),
+        ("epochs", math.nan),
+        ("steps", 0),
+        ("max_length", 1),
+        ("learning_rate", 0.0),
+        ("learning_rate", math.inf),
+        ("warmup", 1.0),
+        ("final_share", 1.5),
+        ("weight_decay", -0.1),
+        ("clip", -1.0),
+        ("dropout", 1.0),
+        ("seed", -1),
+        ("log_every", 0),
+        ("eval_every", -1),
+        ("checkpoint_every", -1),
+    ],
+)
+def test_settings_out_of_range(name, value):
+    with pytest.raises(ValueError, match=f"^{name}: .* given, expected"):
+        TrainConfig(**{name: value})
+
+
+def test_the_number_of_steps():
+    assert TrainConfig(batch_size=8, epochs=1).total_steps(17) == 3
+    assert TrainConfig(batch_size=8, accumulate=2, epochs=2.5).total_steps(17) == 5
+    assert TrainConfig(batch_size=8, epochs=0.1).total_steps(17) == 1
+    assert TrainConfig(steps=7).total_steps(17) == 7
+
+
+@pytest.mark.parametrize(("warmup", "steps"), [(0.0, 1), (0.5, 1), (0.0, 20), (0.3, 20)])
+def test_the_schedule_never_wastes_a_step(warmup, steps):
+    config = TrainConfig(learning_rate=2.0, warmup=warmup, final_share=0.1)
+    rates = [float(schedule(config, steps)(step)) for step in range(steps + 1)]
+    peak = round(warmup * steps) if steps > 1 else 0
+    assert rates[peak] == max(rates) == 2.0
+    assert min(rates[:-1]) > 0.1
+    assert rates[-1] == pytest.approx(0.2)
