@@ -56,7 +56,7 @@ CASES = {
         learning_rate=0.3, model={"num_key_value_heads": 2}, lora={"r": 3, "lora_alpha": 4, "target_modules": [*LINEAR]}
     ),
     "tied": Case(
-        learning_rate=0.5,
+        learning_rate=0.1,
         model={"tie_word_embeddings": True},
         lora={"r": 4, "lora_alpha": 4, "target_modules": [*ATTENTION]},
     ),

@@ -24,6 +24,12 @@ from lora_jax import models, peft
 from lora_jax.peft._names import factor_names, tensors
 from lora_jax.peft._trees import parts, shapes
 
+# PEFT's own: a deprecated name that it asks transformers for, and that it copies adapted embeddings into the file.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning"),
+]
+
 GOLDEN = Path(__file__).parent / "golden" / "peft"
 
 
