@@ -24,13 +24,29 @@ Labels = tuple[frozenset[int], ...]
 NONE: frozenset[int] = frozenset()
 
 
+class Place(NamedTuple):
+    """An equation: its primitive, the user's line, and what tells it from others."""
+
+    primitive: str
+    source: str
+    equation: int
+
+    @classmethod
+    def of(cls, eqn: Any) -> Place:
+        return cls(eqn.primitive.name, source_of(eqn), id(eqn))
+
+    def __str__(self) -> str:
+        return f"{self.primitive} at {self.source}"
+
+
 @dataclass(frozen=True)
 class Track:
-    """A kernel on its way: the labels of each current axis, and the labels that an index has already picked."""
+    """A kernel on its way: the labels of each current axis; those an index has already picked, and where it did."""
 
     path: str
     labels: Labels
     looked_up: frozenset[int] = NONE
+    where: Place | None = None
 
 
 class Info(NamedTuple):
@@ -47,12 +63,10 @@ class Use:
 
     path: str
     axes: Axes
-    primitive: str
-    source: str
-    equation: int
+    where: Place
 
     def __str__(self) -> str:
-        return f"{self.primitive} at {self.source}: {self.axes}"
+        return f"{self.where}: {self.axes}"
 
     def agrees(self, other: Use) -> bool:
         sides = [{frozenset(u.axes.inputs), frozenset(u.axes.outputs)} for u in (self, other)]
@@ -69,7 +83,7 @@ class Reader:
     feeding: set[Use] = field(default_factory=set)
 
     def use(
-        self, track: Track, eqn: Any, inputs: frozenset[int], outputs: frozenset[int], stack: frozenset[int]
+        self, track: Track, where: Place, inputs: frozenset[int], outputs: frozenset[int], stack: frozenset[int]
     ) -> Use | None:
         """Note a use. A label on several sides counts as input before output before stack; one on none as stack."""
         shape = self.shapes[track.path]
@@ -84,9 +98,20 @@ class Reader:
             return None
         rest = [k for k in rest if k not in inputs and k not in outputs]
         axes = Axes(tuple(rest), tuple(sorted(inputs)), tuple(sorted(outputs)))
-        use = Use(track.path, axes, eqn.primitive.name, source_of(eqn), id(eqn))
+        use = Use(track.path, axes, where)
         self.uses[use] = None
         return use
+
+    def close(self, info: Info) -> Info:
+        """The value is a kernel no more: one that an index has read and no product has consumed is an embedding."""
+        found = [self.embedding(track) for track in info.tracks]
+        return Info(reach=info.reach.union(use for use in found if use is not None), data=info.data)
+
+    def embedding(self, track: Track) -> Use | None:
+        if track.where is None:
+            return None
+        self.embeddings.add(track.path)
+        return self.use(track, track.where, track.looked_up, NONE.union(*track.labels), NONE)
 
 
 def kernel_axes(apply_fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> KernelAxes:
@@ -128,7 +153,7 @@ def kernel_axes(apply_fn: Callable[..., Any], params: Any, *args: Any, **kwargs:
         else:
             infos.append(Info(data=not of_params))
     reader = Reader(shapes)
-    outputs = walk(closed, infos, reader)
+    outputs = [reader.close(info) for info in walk(closed, infos, reader)]
     return _report(reader, outputs)
 
 
@@ -184,8 +209,8 @@ def _equation(eqn: Any, inputs: Sequence[Info], reader: Reader) -> list[Info]:
     move = LAYOUT.get(name)
     tracks = [] if move is None else move(eqn, inputs)
     if not tracks:
-        lost = [use for info in inputs for track in info.tracks for use in _embedding(reader, track, eqn)]
-        return [Info(reach=reach | frozenset(lost), data=data)] * len(eqn.outvars)
+        reach = frozenset().union(*(reader.close(info).reach for info in inputs))
+        return [Info(reach=reach, data=data)] * len(eqn.outvars)
     return [Info(tuple(tracks), reach, data)] * len(eqn.outvars)
 
 
@@ -250,6 +275,11 @@ def _stack(eqn: Any, inputs: Sequence[Info]) -> list[Track]:
     return [replace(track, labels=(*track.labels[:axis], NONE, *track.labels[axis:])) for track in tracks]
 
 
+def _weight_function(eqn: Any, inputs: Sequence[Info]) -> list[Track]:
+    """A function of a weight is a weight; of what was looked up, an activation."""
+    return [track for track in inputs[0].tracks if track.where is None]
+
+
 def _same(eqn: Any, inputs: Sequence[Info]) -> list[Track]:
     return list(inputs[0].tracks)
 
@@ -284,10 +314,10 @@ LAYOUT: dict[str, Callable[[Any, Sequence[Info]], list[Track]]] = {
                 "neg",
             ),
             *("slice", "rev", "pad", "tile", "split", "sharding_constraint", "pvary", "pcast", "all_gather", "reshard"),
-            *("tanh", "sign", "round", "clamp", "exp", "logistic"),
         ),
         _same,
     ),
+    **dict.fromkeys(("tanh", "sign", "round", "clamp", "exp", "logistic"), _weight_function),
 }
 
 
@@ -299,7 +329,7 @@ def _sorted_use(reader: Reader, eqn: Any, track: Track, inputs: Sequence[int], s
     contracted = NONE.union(*(labels[k] for k in inputs))
     batched = NONE.union(*(labels[k] for k in stack))
     free = NONE.union(*(labels[k] for k in range(len(labels)) if k not in inputs and k not in stack))
-    return reader.use(track, eqn, contracted, free, batched)
+    return reader.use(track, Place.of(eqn), contracted, free, batched)
 
 
 def _dot_general(eqn: Any, inputs: Sequence[Info], reader: Reader) -> list[Use]:
@@ -333,15 +363,6 @@ CONSUMERS: dict[str, Callable[[Any, Sequence[Info], Reader], list[Use] | None]] 
 }
 
 
-def _embedding(reader: Reader, track: Track, eqn: Any) -> list[Use]:
-    """A kernel that an index has read and no product consumes is an embedding."""
-    if not track.looked_up:
-        return []
-    reader.embeddings.add(track.path)
-    use = reader.use(track, eqn, track.looked_up, NONE.union(*track.labels), NONE)
-    return [] if use is None else [use]
-
-
 def _kept_or_embedding(eqn: Any, inputs: Sequence[Info], tracks: Sequence[Track], reader: Reader) -> list[Info]:
     """Rows looked up are an embedding's; matrices picked by an index stay kernels until something consumes them."""
     shape = eqn.outvars[0].aval.shape
@@ -350,26 +371,29 @@ def _kept_or_embedding(eqn: Any, inputs: Sequence[Info], tracks: Sequence[Track]
     for track in tracks:
         extent = [k for k, labels in enumerate(track.labels) if labels and shape[k] > 1]
         if track.looked_up and len(extent) < 2:
-            found += _embedding(reader, track, eqn)
+            found.append(reader.embedding(track))
         else:
             kept.append(track)
-    return [Info(tuple(kept), reach | frozenset(found), bool(found) or inputs[0].data)]
+    uses = [use for use in found if use is not None]
+    return [Info(tuple(kept), reach.union(uses), bool(found) or inputs[0].data)]
 
 
 def _gather(eqn: Any, inputs: Sequence[Info], reader: Reader) -> list[Info]:
     numbers = eqn.params["dimension_numbers"]
     gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
+    shape, sizes = eqn.invars[0].aval.shape, eqn.params["slice_sizes"]
+    indexed = {k for k in numbers.start_index_map if k in gone or sizes[k] == 1 < shape[k]}
     picked = []
     for track in inputs[0].tracks:
         labels = [NONE] * len(eqn.outvars[0].aval.shape)
-        left = [each for k, each in enumerate(track.labels) if k not in gone]
+        left = [NONE if k in indexed else each for k, each in enumerate(track.labels) if k not in gone]
         for place, each in zip(numbers.offset_dims, left, strict=True):
             labels[place] = each
         batch = [d for d in range(len(labels)) if d not in numbers.offset_dims]
         for axis, place in zip(numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True):
             labels[batch[place]] = track.labels[axis]
-        looked_up = track.looked_up.union(*(track.labels[k] for k in numbers.start_index_map if k in gone))
-        picked.append(Track(track.path, tuple(labels), looked_up))
+        looked_up = track.looked_up.union(*(track.labels[k] for k in indexed))
+        picked.append(Track(track.path, tuple(labels), looked_up, Place.of(eqn) if looked_up else None))
     return _kept_or_embedding(eqn, inputs, picked, reader)
 
 
@@ -382,6 +406,7 @@ def _dynamic_slice(eqn: Any, inputs: Sequence[Info], reader: Reader) -> list[Inf
             track.path,
             tuple(NONE if k in gone else each for k, each in enumerate(track.labels)),
             track.looked_up.union(*(track.labels[k] for k in gone)),
+            Place.of(eqn) if gone else track.where,
         )
         for track in inputs[0].tracks
     ]
@@ -409,11 +434,11 @@ def _loop(jaxpr: Any, consts: Sequence[Info], carry: Sequence[Info], xs: Sequenc
     inner = jaxpr.jaxpr
     count = len(carry)
     kept = [inner.outvars[i] is inner.invars[len(consts) + i] for i in range(count)]
-    carry = [info if keep else info._replace(tracks=()) for info, keep in zip(carry, kept, strict=True)]
+    carry = [info if keep else reader.close(info) for info, keep in zip(carry, kept, strict=True)]
     while True:
         outputs = walk(jaxpr, [*consts, *carry, *xs], reader)
         joined = [
-            Info(old.tracks if keep else (), old.reach | new.reach, old.data or new.data)
+            Info(old.tracks if keep else (), old.reach | reader.close(new).reach, old.data or new.data)
             for old, new, keep in zip(carry, outputs[:count], kept, strict=True)
         ]
         if joined == carry:
@@ -428,7 +453,7 @@ def _scan(eqn: Any, inputs: Sequence[Info], reader: Reader) -> list[Info]:
         for info in inputs[last:]
     ]
     outputs = _loop(eqn.params["jaxpr"], inputs[:first], inputs[first:last], slices, reader)
-    return [*outputs[: last - first], *(info._replace(tracks=()) for info in outputs[last - first :])]
+    return [*outputs[: last - first], *(reader.close(info) for info in outputs[last - first :])]
 
 
 def _while(eqn: Any, inputs: Sequence[Info], reader: Reader) -> list[Info]:
@@ -439,7 +464,7 @@ def _while(eqn: Any, inputs: Sequence[Info], reader: Reader) -> list[Info]:
 
 
 def _cond(eqn: Any, inputs: Sequence[Info], reader: Reader) -> list[Info]:
-    branches = [walk(branch, inputs[1:], reader) for branch in eqn.params["branches"]]
+    branches = [[reader.close(info) for info in walk(branch, inputs[1:], reader)] for branch in eqn.params["branches"]]
     return [
         Info((), frozenset().union(*(info.reach for info in each)), any(info.data for info in each))
         for each in zip(*branches, strict=True)

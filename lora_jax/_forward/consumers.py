@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from lora_jax._forward import dropout
@@ -148,7 +147,7 @@ def _gather(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
         _look_up(kernel.a, indices, eqn.params, batch, names),
         _look_up(kernel.b, indices, eqn.params, batch, names),
     )
-    if not any(kernel.only(k) == "a" for k in looked_up if k in numbers.collapsed_slice_dims):
+    if not any(kernel.only(k) == "a" and sizes[k] == 1 for k in looked_up):
         return [picked]
     axes = [k for k in range(w.ndim) if picked.only(k) != "none"]
     delta = product(cast(picked.a, w.dtype), cast(picked.b, w.dtype), keep=axes).ordered(axes)
@@ -165,14 +164,22 @@ def _names_after(numbers: Any, ndim: int, kernel_ndim: int) -> dict[int, int]:
     return names | {axis: batch[place] for axis, place in pairs}
 
 
+def _is_whole(factor: Factor, axis: int, params: Any) -> bool:
+    """Whether an indexed axis is taken whole, as under vmap of dynamic_slice: its index can only be zero."""
+    inside = params["mode"] in (lax.GatherScatterMode.CLIP, lax.GatherScatterMode.PROMISE_IN_BOUNDS)
+    return inside and params["slice_sizes"][axis] == factor.size(axis)
+
+
 def _look_up(factor: Factor, indices: Any, params: Any, batch: Sequence[int], names: dict[int, int]) -> Factor:
     """The same gather on a factor, by the indices of its own axes; without any, only the names change."""
     numbers = params["dimension_numbers"]
-    columns = [i for i, k in enumerate(numbers.start_index_map) if k in factor.axes]
+    columns = [
+        i for i, k in enumerate(numbers.start_index_map) if k in factor.axes and not _is_whole(factor, k, params)
+    ]
     if not columns:
         return factor.rename(names)
     if len(columns) < indices.shape[-1]:
-        indices = indices[..., np.array(columns)]
+        indices = jnp.concatenate([indices[..., i : i + 1] for i in columns], -1)
     looked_up = [numbers.start_index_map[i] for i in columns]
     batching = [
         (factor.axes.index(k), place)
@@ -189,7 +196,7 @@ def _look_up(factor: Factor, indices: Any, params: Any, batch: Sequence[int], na
         operand_batching_dims=tuple(d for d, _ in batching),
         start_indices_batching_dims=tuple(place for _, place in batching),
     )
-    aside = {*numbers.start_index_map, *numbers.operand_batching_dims}
+    aside = {*looked_up, *numbers.operand_batching_dims}
     sizes = [params["slice_sizes"][k] if k in aside else factor.value.shape[d] for d, k in enumerate(factor.axes)]
     value = lax.gather(
         factor.value,

@@ -49,7 +49,7 @@ class Frame:
     session: Session
     names: tuple[tuple[str, ...], ...]
     events: dict[Event, None] = field(default_factory=dict)
-    uses: int = 0
+    uses: dict[tuple[int, ...], int] = field(default_factory=dict)
     producers: dict[Any, Any] = field(default_factory=dict)
 
     def paths(self, origin: Sequence[int]) -> list[str]:
@@ -59,8 +59,8 @@ class Frame:
         """A dropout key for one more use of a kernel."""
         if kernel.key is None:
             return None
-        self.uses += 1
-        return dropout.fold(kernel.key, self.uses)
+        self.uses[kernel.origin] = self.uses.get(kernel.origin, 0) + 1
+        return dropout.fold(kernel.key, self.uses[kernel.origin])
 
     def materialize(self, kernel: LowRank, primitive: str, source: str) -> Any:
         """W + ΔW as an array; the user hears of it unless the kernel is a looked-up row, where it costs nothing."""
