@@ -19,12 +19,12 @@ HEAVY = {
 
 
 def modules_after(statement: str) -> dict:
-    """Fresh interpreter: what `statement` loaded, and how many seconds it took beyond jax and optax."""
+    """Fresh interpreter: what `statement` loaded, and how many seconds of CPU it took beyond jax and optax."""
     program = (
         "import jax, optax, sys, time, json\n"
-        "before, start = set(sys.modules), time.perf_counter()\n"
+        "before, start = set(sys.modules), time.process_time()\n"
         f"{statement}\n"
-        "seconds = time.perf_counter() - start\n"
+        "seconds = time.process_time() - start\n"
         "loaded = sorted({name.split('.')[0] for name in set(sys.modules) - before})\n"
         "print(json.dumps({'seconds': seconds, 'loaded': loaded}))"
     )

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from trees import adapted, trees
 
 import lora_jax
@@ -35,6 +35,7 @@ def one(dtype=jnp.float32, size=1.0, shape=(32, 48)):
     return {"kernel": jnp.asarray(rng.normal(size=shape), dtype), "kernel_lora": node}
 
 
+@settings(max_examples=12)  # every new shape compiles
 @given(trees())
 def test_merge_adds_the_update_in_the_kernels_order_and_rounds_once(case):
     params, axes = case
@@ -53,6 +54,7 @@ def test_merge_adds_the_update_in_the_kernels_order_and_rounds_once(case):
             np.testing.assert_array_equal(np.asarray(after, np.float64), expected)
 
 
+@settings(max_examples=12)  # every new shape compiles
 @given(trees(dtypes=(jnp.float32,)))
 def test_unmerge_undoes_merge(case):
     params, axes = case
@@ -64,6 +66,7 @@ def test_unmerge_undoes_merge(case):
     )
 
 
+@settings(max_examples=12)  # every new shape compiles
 @given(trees())
 def test_delta_is_the_update_and_none_elsewhere(case):
     params, axes = case

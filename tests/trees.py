@@ -27,7 +27,7 @@ def kernels(draw, dtypes=DTYPES):
     order = draw(st.permutations(range(sum(groups))))
     ends = np.cumsum(groups)
     axes = Axes(*(tuple(order[end - n : end]) for n, end in zip(groups, ends, strict=True)))
-    shape = tuple(draw(st.integers(1, 4)) for _ in order)
+    shape = tuple(draw(st.sampled_from([1, 3, 4])) for _ in order)
     return values(shape, draw(st.sampled_from(dtypes)), seed=math.prod(shape)), axes
 
 
