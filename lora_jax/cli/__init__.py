@@ -75,8 +75,17 @@ def _fail(error: Exception) -> int:
     if os.environ.get("LORA_JAX_TRACEBACK"):
         traceback.print_exception(error)
     else:
-        print("lora-jax:", " ".join(str(error).split()), file=sys.stderr)
+        print("lora-jax:", _in_one_line(error), file=sys.stderr)
     return 2
+
+
+def _in_one_line(error: Exception) -> str:
+    """
+    >>> _in_one_line(FileNotFoundError(2, "No such file or directory", "data.jsonl"))
+    'data.jsonl: No such file or directory'
+    """
+    told = [error.filename, error.strerror] if isinstance(error, OSError) and error.strerror else [error]
+    return " ".join(": ".join(str(part) for part in told if part is not None).split())
 
 
 def _parse(command: ModuleType, words: list[str], *, prog: str) -> Any:

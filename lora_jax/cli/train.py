@@ -82,6 +82,8 @@ def run(settings: Settings) -> None:
     key = jax.random.fold_in(jax.random.key(settings.train.seed), 0)  # training folds in the steps, from 1
     params = lora_jax.init(key, model.params, settings.lora, axes=_base.kernel_axes(model))
     before = _look(settings, model, params, rows)
+    if before.accuracy is not None:
+        show.print(f"before training: {_show.percent(before.accuracy)} of {len(before.texts)} held-out questions right")
     result = train(
         model.apply,
         params,
