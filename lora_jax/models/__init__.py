@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBas
 from lora_jax.models import _folder, _weights, gemma, llama, mistral, qwen
 from lora_jax.models._family import Family, Weight, flatten, unflatten
 
-__all__ = ["SUPPORTED", "Model", "Weight", "init", "load", "load_abstract", "save"]
+__all__ = ["SUPPORTED", "Model", "Weight", "flatten", "init", "load", "load_abstract", "save", "unflatten"]
 
 FAMILIES = {family.architecture: family for module in (llama, mistral, qwen, gemma) for family in module.FAMILIES}
 SUPPORTED = tuple(sorted(FAMILIES))

@@ -179,7 +179,7 @@ def _read_leaf(tensors, weight, shape, dtype):
     leaf = np.empty(shape, dtype)
     for index, name, _ in parts:
         tensor = tensors.read(name)
-        leaf[index] = (np.swapaxes(tensor, -1, -2) if weight.transpose else tensor).astype(dtype)
+        leaf[index] = cast(np.swapaxes(tensor, -1, -2) if weight.transpose else tensor, dtype, name)
     return jnp.asarray(leaf)
 
 
@@ -233,8 +233,21 @@ def _write_file(path, shard, leaves, weights):
         file.write(len(encoded).to_bytes(8, "little"))
         file.write(encoded)
         held_path, held = None, np.empty(0)
-        for leaf_path, dtype, index, _, _ in shard.values():
+        for name, (leaf_path, dtype, index, _, _) in shard.items():
             if leaf_path != held_path:
                 held_path, held = leaf_path, np.asarray(leaves[leaf_path])
             tensor = np.swapaxes(held[index], -1, -2) if weights[leaf_path].transpose else held[index]
-            file.write(np.ascontiguousarray(tensor, DTYPES[dtype]).tobytes())
+            file.write(np.ascontiguousarray(cast(tensor, DTYPES[dtype], name)).reshape(-1).view(np.uint8).data)
+
+
+def cast(tensor: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    """The tensor in another dtype.
+
+    Raises:
+        ValueError: a finite value became infinite.
+    """
+    with np.errstate(over="ignore"):
+        out = tensor.astype(dtype, copy=False)
+    if dtype != tensor.dtype and not np.array_equal(np.isfinite(out), np.isfinite(tensor)):
+        raise ValueError(f"{name}: a weight is beyond {dtype}'s range; choose bfloat16 or float32")
+    return out

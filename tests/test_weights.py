@@ -1,0 +1,338 @@
+"""Model folders, good and bad: what is read, what is refused and in which words, what a failed save leaves behind."""
+
+import errno
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from model_cases import CASES
+from safetensors.numpy import load_file, save_file
+from transformers import LlamaConfig
+
+from lora_jax import models
+from lora_jax.models import _weights
+
+NAME = "llama_tied"
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """A model with random weights."""
+    return models.init(LlamaConfig.from_dict(CASES[NAME]), jax.random.key(0))
+
+
+@pytest.fixture
+def folder(drawn, tmp_path):
+    """Its folder."""
+    models.save(tmp_path / "model", drawn, drawn.params)
+    return tmp_path / "model"
+
+
+def edit(folder: Path, change) -> None:
+    """Change the folder's tensors in place."""
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS)
+
+
+def configure(folder: Path, **values) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def refusal(error, path, **keywords) -> str:
+    """The message with which the folder is refused: one line."""
+    with pytest.raises(error) as caught:
+        models.load(path, **keywords)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def same(left, right) -> bool:
+    return jax.tree.all(jax.tree.map(lambda a, b: a.dtype == b.dtype and bool(jnp.array_equal(a, b)), left, right))
+
+
+# --- what is read ----------------------------------------------------------------------------------------------------
+
+
+def test_what_is_saved_is_what_is_loaded(drawn, folder):
+    assert same(models.load(folder).params, drawn.params)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_dtypes(drawn, folder, tmp_path, dtype):
+    models.save(tmp_path / "out", drawn, drawn.params, dtype=dtype)
+    expected = jax.tree.map(lambda leaf: leaf.astype(dtype), drawn.params)
+    assert same(models.load(tmp_path / "out").params, expected)
+    assert same(models.load(folder, dtype).params, expected)
+    assert models.load_abstract(tmp_path / "out").params["norm"]["scale"].dtype == dtype
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == dtype
+
+
+def test_a_value_beyond_the_dtype_is_refused(drawn, folder, tmp_path):
+    params = models.unflatten(models.flatten(drawn.params) | {"norm/scale": jnp.full(32, 1e5)})
+    with pytest.raises(ValueError, match=r"model.norm.weight.*beyond float16"):
+        models.save(tmp_path / "out", drawn, params, dtype="float16")
+    edit(folder, lambda tensors: tensors.update({"model.norm.weight": np.full(32, 1e5, np.float32)}))
+    assert "beyond float16" in refusal(ValueError, folder, dtype="float16")
+    models.load(folder, "bfloat16")
+
+
+def test_dtype_of_the_file_wins_over_the_configuration(drawn, folder):
+    configure(folder, dtype="float16")
+    model = models.load(folder)
+    assert same(model.params, drawn.params)
+    assert model.init_cache(1, 4)["k"].dtype == jnp.float32
+
+
+def test_shards(drawn, tmp_path):
+    models.save(tmp_path / "out", drawn, drawn.params, shard_bytes=10_000)
+    shards = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
+    assert len(shards) > 2
+    assert shards[0] == f"model-00001-of-{len(shards):05d}.safetensors"
+    assert same(models.load(tmp_path / "out").params, drawn.params)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(leaf.nbytes for leaf in jax.tree.leaves(drawn.params))
+    (tmp_path / "out" / shards[1]).unlink()
+    assert shards[1] in refusal(FileNotFoundError, tmp_path / "out")
+
+
+def test_a_copy_of_the_tied_head_is_read_and_another_head_refused(drawn, folder):
+    edit(folder, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].copy()}))
+    assert same(models.load(folder).params, drawn.params)
+    edit(folder, lambda tensors: tensors["lm_head.weight"].__setitem__((0, 0), 7))
+    assert "lm_head.weight differs from model.embed_tokens.weight" in refusal(ValueError, folder)
+
+
+def test_old_buffers_are_passed_over(drawn, folder):
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    edit(folder, lambda tensors: tensors.update({name: np.ones(4, np.float32)}))
+    assert same(models.load(folder).params, drawn.params)
+
+
+def test_abstract_needs_no_weights(folder, drawn):
+    (folder / WEIGHTS).unlink()
+    abstract = models.load_abstract(folder)
+    assert jax.tree.map(jnp.shape, drawn.params) == jax.tree.map(lambda leaf: leaf.shape, abstract.params)
+
+
+def test_one_tensor_is_held_at_a_time(drawn, folder, monkeypatch):
+    """Reading and writing hold a leaf, never a file's worth of tensors."""
+    held, read = [], _weights.TensorFiles.read
+    monkeypatch.setattr(_weights.TensorFiles, "read", lambda self, name: held.append(name) or read(self, name))
+    models.load(folder)
+    assert sorted(held) == sorted(load_file(folder / WEIGHTS))  # each tensor once, none twice
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+def test_all_mismatches_are_reported_together(folder):
+    def change(tensors):
+        del tensors["model.layers.1.mlp.up_proj.weight"]
+        tensors["model.norm.weight"] = np.ones(7, np.float32)
+        tensors["model.layers.0.self_attn.k_proj.weight"] = tensors["model.layers.0.self_attn.k_proj.weight"].T.copy()
+        tensors["model.layers.3.mlp.up_proj.weight"] = np.ones(2, np.float32)
+        tensors["model.layers.0.mlp.up_proj.weight"] = np.ones((40, 32), np.int32)
+
+    edit(folder, change)
+    message = refusal(ValueError, folder)
+    assert "model.layers.1.mlp.up_proj.weight is missing" in message
+    assert "model.norm.weight has shape (7,), expected (32,)" in message
+    assert "model.layers.0.self_attn.k_proj.weight has shape (32, 8), expected (8, 32)" in message
+    assert "model.layers.3.mlp.up_proj.weight is unexpected" in message
+    assert "model.layers.0.mlp.up_proj.weight is I32" in message
+
+
+def test_many_mismatches_are_counted(folder):
+    configure(folder, num_hidden_layers=9)
+    message = refusal(ValueError, folder)
+    assert f"and {6 * 9 - _weights.MOST_SHOWN} more" in message
+    assert len(message) < 1500
+
+
+@pytest.mark.parametrize("keep", [0, 5, 50, 5000, -1])
+def test_truncated_file(folder, keep):
+    path = folder / WEIGHTS
+    path.write_bytes(path.read_bytes()[:keep])
+    message = refusal(ValueError, folder)
+    assert str(path) in message
+    assert "truncated or corrupt" in message
+
+
+def test_corrupt_header(folder):
+    path = folder / WEIGHTS
+    content = bytearray(path.read_bytes())
+    content[8:40] = b"\xff" * 32
+    path.write_bytes(content)
+    assert "truncated or corrupt" in refusal(ValueError, folder)
+
+
+def test_pickles_are_never_read(folder):
+    (folder / WEIGHTS).rename(folder / "pytorch_model.bin")
+    message = refusal(FileNotFoundError, folder)
+    assert "pytorch_model.bin is a pickle, which is never read" in message
+
+
+@pytest.mark.parametrize("shard", ["../model.safetensors", "/etc/passwd", 7])
+def test_index_stays_in_its_folder(folder, shard):
+    (folder / WEIGHTS).rename(folder.parent / WEIGHTS)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": shard}}))
+    assert "outside its folder" in refusal(ValueError, folder)
+
+
+@pytest.mark.parametrize("index", ["{", "[]", '{"weight_map": 3}'])
+def test_broken_index(folder, index):
+    (folder / WEIGHTS).unlink()
+    (folder / "model.safetensors.index.json").write_text(index)
+    assert "not a safetensors index" in refusal(ValueError, folder)
+
+
+def test_missing_folder(tmp_path):
+    assert "no such folder" in refusal(FileNotFoundError, tmp_path / "nowhere")
+    assert "no such folder" in refusal(FileNotFoundError, "nowhere")
+
+
+def test_hub_name_without_the_hub():
+    assert "the hub can't be reached" in refusal(FileNotFoundError, "lora-jax-tests/not-a-model")
+
+
+def test_file_in_place_of_a_folder(folder):
+    assert "expected a model's folder" in refusal(NotADirectoryError, folder / "config.json")
+
+
+def test_folder_without_configuration(folder):
+    (folder / "config.json").unlink()
+    assert "no config.json in it" in refusal(FileNotFoundError, folder)
+
+
+@pytest.mark.parametrize("config", ["", "{", "[1]", "\x00"])
+def test_broken_configuration(folder, config):
+    (folder / "config.json").write_text(config)
+    assert str(folder / "config.json") in refusal(ValueError, folder)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"architectures": ["OPTForCausalLM"], "model_type": "opt"}, "OPTForCausalLM is not supported"),
+        ({"architectures": ["LlamaForTokenClassification"]}, "LlamaForTokenClassification is not supported"),
+        ({"architectures": None, "model_type": "opt"}, "model_type 'opt' is not supported"),
+        ({"model_type": None}, "LlamaForCausalLM is not supported"),
+        ({"quantization_config": {"bits": 4}}, "a quantized model is not supported"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "rope_type 'yarn'"),
+        ({"hidden_act": "mish"}, "hidden_act 'mish' is not supported"),
+        ({"hidden_size": "wide"}, "not a valid LlamaConfig"),
+    ],
+)
+def test_what_is_not_supported_is_named(folder, values, words):
+    configure(folder, **values)
+    message = refusal(ValueError, folder)
+    assert words in message
+    if "ForC" in words or "model_type" in words:
+        assert "supported are" in message
+        assert "LlamaForCausalLM" in message
+
+
+def test_no_tokenizer(folder, drawn):
+    with pytest.raises(ValueError, match="no usable tokenizer") as caught:
+        _ = models.load(folder).tokenizer
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="has no tokenizer"):
+        _ = drawn.tokenizer
+
+
+# --- saving ----------------------------------------------------------------------------------------------------------
+
+
+def test_other_files_of_the_folder_go_along(folder, tmp_path):
+    for name in ("tokenizer.json", "generation_config.json", "merges.txt", "chat_template.jinja", "spiece.model"):
+        (folder / name).write_text(f"this is {name}")
+    (folder / "pytorch_model.bin").write_text("a pickle")
+    model = models.load(folder)
+    models.save(tmp_path / "out", model, model.params)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        path.name for path in folder.iterdir() if path.suffix != ".bin"
+    }
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == "this is tokenizer.json"
+
+
+def test_a_folder_is_not_overwritten_unasked(drawn, folder):
+    with pytest.raises(FileExistsError, match="already there"):
+        models.save(folder, drawn, drawn.params)
+    models.save(folder, drawn, jax.tree.map(jnp.zeros_like, drawn.params), overwrite=True)
+    assert not np.any(models.load(folder).params["norm"]["scale"])
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_overwriting_the_folder_that_the_model_came_from(drawn, folder):
+    (folder / "tokenizer.json").write_text("kept")
+    model = models.load(folder)
+    models.save(folder, model, model.params, overwrite=True)
+    assert (folder / "tokenizer.json").read_text() == "kept"
+    assert same(models.load(folder).params, drawn.params)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_full_disk_leaves_the_old_folder_whole(drawn, folder, tmp_path, monkeypatch, overwrite):
+    written = []
+
+    def full(tensor, dtype, name):
+        written.append(name)
+        if len(written) > 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return cast(tensor, dtype, name)
+
+    cast = _weights.cast
+    monkeypatch.setattr(_weights, "cast", full)
+    target = folder if overwrite else tmp_path / "new"
+    before = {path.name for path in tmp_path.iterdir()}
+    with pytest.raises(OSError, match="No space left"):
+        models.save(target, drawn, jax.tree.map(jnp.zeros_like, drawn.params), overwrite=overwrite)
+    monkeypatch.undo()
+    assert {path.name for path in tmp_path.iterdir()} == before
+    assert same(models.load(folder).params, drawn.params)
+
+
+def test_a_failed_rename_puts_the_old_folder_back(drawn, folder, monkeypatch):
+    rename = Path.rename
+
+    def fail(self, target):
+        if Path(target) == folder and not self.name.endswith("-old"):
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OSError, match="Input/output"):
+        models.save(folder, drawn, drawn.params, overwrite=True)
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    assert same(models.load(folder).params, drawn.params)
+
+
+def test_params_of_another_shape_are_refused(drawn, tmp_path):
+    leaves = models.flatten(drawn.params)
+    leaves["norm/scale"] = jnp.ones(7)
+    del leaves["layers/mlp/up_proj/kernel"]
+    leaves["layers/mlp/up_proj/kernel_lora/a"] = jnp.ones(7)
+    with pytest.raises(ValueError, match="params don't fit the model") as caught:
+        models.save(tmp_path / "out", drawn, models.unflatten(leaves))
+    for words in ("norm/scale has shape (7,)", "up_proj/kernel is missing", "merge the adapter first"):
+        assert words in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_file_in_place_of_the_output(drawn, tmp_path):
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(FileExistsError, match="expected a folder"):
+        models.save(tmp_path / "out", drawn, drawn.params, overwrite=True)
+
+
+def test_nothing_of_the_library_is_in_the_tree(folder):
+    """Plain dicts of arrays: anyone's functions take them."""
+    kinds = {type(node) for node in jax.tree.leaves(models.load(folder).params, is_leaf=lambda x: isinstance(x, dict))}
+    assert kinds == {dict}
