@@ -32,6 +32,7 @@ MATERIALIZES = {
     "linear_solve": ("custom_linear_solve", "its rules are about the whole matrix"),
     "scan_changes_the_kernel": ("scan", "another kernel at every step"),
     "cond_chooses_the_kernel": ("cond", "which factors it has is known at run time only"),
+    "vmap_of_a_cond_on_data": ("select_n", "both branches run, each operand selected for each row"),
     "custom_vjp_on_the_kernel": ("custom_vjp_call", "the rule is the user's, for the whole kernel"),
     "custom_vjp_takes_the_kernel": ("custom_vjp_call", "the rule is the user's, for the whole kernel"),
     "batch_grouped_convolution": ("conv_general_dilated", "the groups of a batch have no factored form"),

@@ -13,19 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lora_jax._forward.interpret import Frame, bind
+from lora_jax._forward.interpret import Frame, Rules, bind
 from lora_jax._forward.lowrank import RANK, Factor, LowRank
 
-RULES: dict[str, Callable[..., list[Any] | None]] = {}
-
-
-def rule(*names: str) -> Callable:
-    def register(function: Callable) -> Callable:
-        for name in names:
-            RULES[name] = function
-        return function
-
-    return register
+RULES = Rules()
 
 
 def _each_factor(kernel: LowRank, w: Any, move: Callable[[Factor], Factor]) -> list[LowRank]:
@@ -37,7 +28,7 @@ def plain(eqn: Any, values: Sequence[Any]) -> list[Any]:
     return bind(eqn, [value.w if isinstance(value, LowRank) else value for value in values])
 
 
-@rule("convert_element_type")
+@RULES("convert_element_type")
 def _convert(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
     """A cast of W leaves the factors alone: they are cast once, to the activation's dtype, where they are used."""
     if not jnp.issubdtype(eqn.params["new_dtype"], jnp.inexact):
@@ -45,13 +36,13 @@ def _convert(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
     return _each_factor(values[0], plain(eqn, values)[0], lambda factor: factor)
 
 
-@rule("copy", "copy_p", "name", "reduce_precision", "device_put")
+@RULES("copy", "copy_p", "name", "reduce_precision", "device_put")
 def _unchanged(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
     outputs = plain(eqn, values)
     return [v.with_factors(w, v.a, v.b) if isinstance(v, LowRank) else w for v, w in zip(values, outputs, strict=True)]
 
 
-@rule("optimization_barrier", "stop_gradient", "pvary", "pcast", "ppermute")
+@RULES("optimization_barrier", "stop_gradient", "pvary", "pcast", "ppermute")
 def _elementwise(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
     """Equations that take any number of arrays of any shape: the factors go through as well."""
     leaves, treedef = jax.tree.flatten(list(values))
@@ -60,7 +51,7 @@ def _elementwise(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
     return jax.tree.unflatten(treedef, [eqn.primitive.bind(leaf, **eqn.params) for leaf in leaves])
 
 
-@rule("transpose")
+@RULES("transpose")
 def _transpose(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
     names = {old: new for new, old in enumerate(eqn.params["permutation"])}
     return _each_factor(values[0], plain(eqn, values)[0], lambda factor: factor.rename(names))
@@ -74,7 +65,7 @@ def drop(factor: Factor, axes: Sequence[int]) -> Factor:
     return Factor(lax.squeeze(factor.value, gone), tuple(axis for axis in factor.axes if axis not in axes))
 
 
-@rule("squeeze")
+@RULES("squeeze")
 def _squeeze(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
     gone = eqn.params["dimensions"]
     left = [axis for axis in range(len(values[0].shape)) if axis not in gone]
@@ -82,7 +73,7 @@ def _squeeze(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
     return _each_factor(values[0], plain(eqn, values)[0], lambda factor: drop(factor, gone).rename(names))
 
 
-@rule("broadcast_in_dim")
+@RULES("broadcast_in_dim")
 def _broadcast(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
     """New axes, and axes stretched from size one, are in neither factor: ΔW is constant along them."""
     kernel, shape = values[0], eqn.params["shape"]
@@ -94,7 +85,7 @@ def _broadcast(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | Non
     return _each_factor(kernel, plain(eqn, values)[0], lambda factor: drop(factor, stretched).rename(names))
 
 
-@rule("slice")
+@RULES("slice")
 def _slice(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
     start, limit = eqn.params["start_indices"], eqn.params["limit_indices"]
     strides = eqn.params["strides"] or (1,) * len(start)
@@ -109,7 +100,7 @@ def _slice(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
     return _each_factor(values[0], plain(eqn, values)[0], cut)
 
 
-@rule("dynamic_slice")
+@RULES("dynamic_slice")
 def _dynamic_slice(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
     kernel, *starts = values
     sizes = eqn.params["slice_sizes"]
@@ -124,7 +115,7 @@ def _dynamic_slice(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] |
     return _each_factor(kernel, plain(eqn, values)[0], cut)
 
 
-@rule("split")
+@RULES("split")
 def _split(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
     kernel, axis, sizes = values[0], eqn.params["axis"], eqn.params["sizes"]
 
@@ -138,7 +129,7 @@ def _split(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
     return [kernel.with_factors(w, a, b) for w, a, b in pieces]
 
 
-@rule("unstack")
+@RULES("unstack")
 def _unstack(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
     kernel, axis = values[0], eqn.params["axis"]
     names = {k: k - (k > axis) for k in range(len(kernel.shape)) if k != axis}
@@ -155,7 +146,7 @@ def _unstack(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
     return [kernel.with_factors(w, a, b) for w, a, b in pieces]
 
 
-@rule("tile")
+@RULES("tile")
 def _tile(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
     times = eqn.params["reps"]
 
@@ -165,7 +156,7 @@ def _tile(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
     return _each_factor(values[0], plain(eqn, values)[0], repeat)
 
 
-@rule("rev")
+@RULES("rev")
 def _rev(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
     flipped = eqn.params["dimensions"]
 
@@ -176,7 +167,7 @@ def _rev(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
     return _each_factor(values[0], plain(eqn, values)[0], flip)
 
 
-@rule("pad")
+@RULES("pad")
 def _pad(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
     """Whatever W is padded with, ΔW is padded with zeros, which zeros in either factor give."""
     kernel, config = values[0], eqn.params["padding_config"]
@@ -189,9 +180,20 @@ def _pad(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
             return factor
         return Factor(lax.pad(factor.value, jnp.zeros((), factor.value.dtype), widths), factor.axes)
 
-    if any(width != (0, 0, 0) and kernel.only(axis) == "none" for axis, width in enumerate(config)):
-        return None
-    return _each_factor(kernel, plain(eqn, values)[0], extend)
+    constant = [k for k, width in enumerate(config) if width != (0, 0, 0) and kernel.only(k) == "none"]
+    return _each_factor(
+        kernel.with_factors(kernel.w, kernel.a, _spread(kernel.b, constant, kernel.shape)),
+        plain(eqn, values)[0],
+        extend,
+    )
+
+
+def _spread(factor: Factor, axes: Sequence[int], shape: Sequence[int]) -> Factor:
+    """With axes of its own along which ΔW was constant, and won't be."""
+    if not axes:
+        return factor
+    sizes = [*factor.value.shape, *(shape[axis] for axis in axes)]
+    return Factor(lax.broadcast_in_dim(factor.value, sizes, range(factor.value.ndim)), (*factor.axes, *axes))
 
 
 def reshape_groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[tuple[int, ...], tuple[int, ...]]] | None:
@@ -211,7 +213,7 @@ def reshape_groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[tuple[i
     return groups if i == len(before) and j == len(after) else None
 
 
-@rule("reshape")
+@RULES("reshape")
 def _reshape(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
     """Axes merge and split inside one side of the kernel; a merge of an input with an output has no low-rank form."""
     kernel, shape = values[0], eqn.params["new_sizes"]
@@ -262,7 +264,7 @@ def stretch(factor: Factor, axes: Sequence[int], shape: Sequence[int]) -> Factor
     return Factor(value, (*axes, *factor.axes))
 
 
-@rule("sharding_constraint")
+@RULES("sharding_constraint")
 def _sharding_constraint(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
     """The factors follow the kernel's placement along the axes that they have; the rank isn't sharded."""
     kernel, sharding = values[0], eqn.params["sharding"]
@@ -285,7 +287,7 @@ def factor_spec(spec: Any, axes: Sequence[int]) -> jax.sharding.PartitionSpec:
     return jax.sharding.PartitionSpec(*(None if axis == RANK else full.get(axis) for axis in axes))
 
 
-@rule("reshard")
+@RULES("reshard")
 def _reshard(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
     kernel, sharding = values[0], eqn.params["dst_sharding"]
 
@@ -296,7 +298,7 @@ def _reshard(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
     return _each_factor(kernel, plain(eqn, values)[0], place)
 
 
-@rule("all_gather", "all_gather_invariant")
+@RULES("all_gather", "all_gather_invariant")
 def _all_gather(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
     """Gathering a kernel's shards gathers those of the factors that have the axis."""
     kernel, axis = values[0], eqn.params["all_gather_dimension"]

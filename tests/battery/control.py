@@ -179,6 +179,11 @@ def cond_chooses_the_kernel(p, x, yes):
     return x @ lax.cond(yes, lambda: p["u"], lambda: p["v"])
 
 
+@case(X, w=SQUARE)
+def vmap_of_a_cond_on_data(p, x):
+    return jax.vmap(lambda row: lax.cond(row.sum() > 0, lambda: layer(p["w"], row), lambda: row))(x)
+
+
 @case(X, np.bool_(False), plus=lambda n, x, yes: plain_low(n, x) * jnp.where(yes, 1.0, 2.0))
 def cond_chooses_a_scale(p, x, yes):
     return x @ (p["w"] * lax.cond(yes, lambda: 1.0, lambda: 2.0))
