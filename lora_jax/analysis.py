@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.sparse.linalg import LinearOperator, eigsh
+from scipy.sparse.linalg import aslinearoperator, eigsh
 
 from lora_jax._tree import Axes, LoRA
 
@@ -224,7 +224,7 @@ def spectrum(w_or_lora: ArrayLike | LoRA, axes: Axes | None = None) -> Spectrum:
     if axes is None:
         raise ValueError(f"an array of shape {np.shape(w_or_lora)} has no spectrum: pass a kernel of two axes or more")
     kernel = _matrices(w_or_lora, axes)
-    return Spectrum(np.linalg.svd(kernel, compute_uv=False))
+    return Spectrum(_singular_values(kernel))
 
 
 class _Sides(NamedTuple):
@@ -272,12 +272,17 @@ def _top_singular_values(kernel: Float, count: int) -> Float:
     """W's largest singular values: LAPACK where that is quick, else Lanczos on WᵀW with a fixed start."""
     small = min(kernel.shape)
     if count == 0 or small <= _FULL_SVD_LIMIT or count > small // 8:
-        return np.linalg.svd(kernel, compute_uv=False)[:count]
+        return _singular_values(kernel)[:count]
     matrix = kernel if kernel.shape[0] >= kernel.shape[1] else kernel.T
-    gram = LinearOperator((small, small), matvec=lambda x: matrix.T @ (matrix @ x), dtype=np.float64)
+    operator = aslinearoperator(matrix)
+    gram = operator.T @ operator
     start = np.ones(small)
     values = eigsh(gram, k=count, which="LA", v0=start, return_eigenvectors=False)
     return np.sqrt(np.maximum(np.sort(values)[::-1], 0.0))
+
+
+def _singular_values(kernel: Float) -> Float:
+    return np.asarray(np.linalg.svd(kernel, compute_uv=False), np.float64)
 
 
 def _matrices(kernel: ArrayLike, axes: Axes) -> Float:

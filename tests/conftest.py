@@ -11,6 +11,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # grain forks; tokenizers warns 
 import hypothesis
 import pytest
 
+collect_ignore_glob = ["golden/*"]  # scripts that run the references, which aren't installed for the tests
+
 # Compilation makes the first example of a property slow: a deadline would only measure that.
 hypothesis.settings.register_profile("lora_jax", deadline=None, derandomize=True, max_examples=30)
 hypothesis.settings.load_profile("lora_jax")
