@@ -1,9 +1,7 @@
 """Adapters in PEFT's format: what is written, and that reading is strict. (Agreement: test_peft_reference.)"""
 
 import errno
-import json
 import os
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,105 +9,29 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.numpy import load_file, save_file
+from peft_trees import (
+    EMBEDDING,
+    HEAD,
+    LAYERS,
+    NAMES,
+    QUERY,
+    TIED,
+    VOCABULARY,
+    WIDTH,
+    Weight,
+    adapted,
+    base,
+    config_in,
+    edit,
+    node,
+    same,
+    shape_of,
+    tensors_in,
+)
 
 import lora_jax
 from lora_jax import Axes, LoRA, peft
 from lora_jax._tree import Trained, attach, nodes_of
-
-LAYERS, WIDTH, VOCABULARY = 3, 8, 12
-
-
-class Weight(NamedTuple):
-    name: str
-    transpose: bool = False
-    tied: tuple[str, ...] = ()
-
-
-NAMES = {
-    "embed/embedding": Weight("model.embed.weight"),
-    "layers/attn/query/kernel": Weight("model.layers.{}.attn.query.weight", True),
-    "layers/attn/query/bias": Weight("model.layers.{}.attn.query.bias"),
-    "layers/attn/dense/kernel": Weight("model.layers.{}.attn.dense.weight", True),
-    "layers/mlp/dense/kernel": Weight("model.layers.{}.mlp.dense.weight", True),
-    "layers/norm/scale": Weight("model.layers.{}.norm.weight"),
-    "norm/scale": Weight("model.norm.weight"),
-    "norm/bias": Weight("model.norm.bias"),
-    "lm_head/kernel": Weight("lm_head.weight", True),
-}
-TIED = {path: weight for path, weight in NAMES.items() if path != "lm_head/kernel"}
-TIED["embed/embedding"] = Weight("model.embed.weight", tied=("lm_head.weight",))
-QUERY, HEAD, EMBEDDING = "layers/attn/query/kernel", "lm_head/kernel", "embed/embedding"
-
-
-def base(dtype=jnp.float32, *, tied=False):
-    random = np.random.default_rng(7)
-
-    def leaf(*shape):
-        return jnp.asarray(random.normal(size=shape).astype(dtype))
-
-    tree = {
-        "embed": {"embedding": leaf(VOCABULARY, WIDTH)},
-        "layers": {
-            "attn": {
-                "query": {"kernel": leaf(LAYERS, WIDTH, 6), "bias": leaf(LAYERS, 6)},
-                "dense": {"kernel": leaf(LAYERS, 6, WIDTH)},
-            },
-            "mlp": {"dense": {"kernel": leaf(LAYERS, WIDTH, WIDTH)}},
-            "norm": {"scale": leaf(LAYERS, WIDTH)},
-        },
-        "norm": {"scale": leaf(WIDTH), "bias": leaf(WIDTH)},
-        "lm_head": {"kernel": leaf(WIDTH, VOCABULARY)},
-    }
-    return {key: child for key, child in tree.items() if key != "lm_head" or not tied}
-
-
-def shape_of(path):
-    leaf = base()
-    for key in path.split("/"):
-        leaf = leaf[key]
-    return leaf.shape
-
-
-def node(path, ranks, scales, seed=0, dtype=np.float32):
-    """Random factors with the given rank and scale for each layer, or for the one kernel."""
-    *stack, inputs, outputs = shape_of(path)
-    random = np.random.default_rng(seed)
-    ranks, scales = np.broadcast_to(ranks, stack), np.broadcast_to(np.float32(scales), stack)
-    rank = int(ranks.max())
-    used = np.arange(rank) < ranks[..., None]
-    a = random.normal(size=(*stack, inputs, rank)) * used[..., None, :]
-    b = random.normal(size=(*stack, rank, outputs)) * used[..., :, None]
-    depth = len(stack)
-    axes = Axes(tuple(range(depth)), (depth,), (depth + 1,))
-    return LoRA(jnp.asarray(a.astype(dtype)), jnp.asarray(b.astype(dtype)), jnp.asarray(scales), axes=axes)
-
-
-def adapted(nodes=None, **options):
-    return attach(base(**options), nodes or {QUERY: node(QUERY, 2, 2.0)})
-
-
-def same(one, other):
-    paths = [jax.tree_util.tree_leaves_with_path(tree) for tree in (one, other)]
-    assert [path for path, _ in paths[0]] == [path for path, _ in paths[1]]
-    for (path, x), (_, y) in zip(*paths, strict=True):
-        np.testing.assert_array_equal(np.asarray(x), np.asarray(y), err_msg=jax.tree_util.keystr(path))
-    return True
-
-
-def config_in(folder):
-    return json.loads((folder / "adapter_config.json").read_text())
-
-
-def tensors_in(folder):
-    return load_file(folder / "adapter_model.safetensors")
-
-
-def edit(folder, tensors=None, **fields):
-    """Changes an adapter on disk: config fields, and tensors through a function of their dict."""
-    (folder / "adapter_config.json").write_text(json.dumps(config_in(folder) | fields))
-    if tensors is not None:
-        save_file(tensors(tensors_in(folder)), folder / "adapter_model.safetensors")
 
 
 @pytest.fixture
@@ -603,3 +525,17 @@ def test_a_full_disk_leaves_nothing_where_nothing_was(tmp_path, monkeypatch):
 
 def test_nothing_is_pickled(folder):
     assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+
+
+def test_an_altered_alpha_is_noticed(folder):
+    path = folder / "adapter_config.json"
+    path.write_text(path.read_text().replace('"lora_alpha": 4', '"lora_alpha": 5'))
+    assert "checksum differs" in refusal(folder)
+
+
+def test_what_only_describes_may_be_edited(folder):
+    path = folder / "adapter_config.json"
+    path.write_text(
+        path.read_text().replace('"base_model_name_or_path": null', '"base_model_name_or_path": "me/model"')
+    )
+    assert same(peft.load(folder, base(), names=NAMES), adapted())

@@ -6,17 +6,21 @@ rest, fields that a newer PEFT adds included, is refused unless it is off (null,
 don't know may change what the adapter computes.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from lora_jax.peft import _patterns
 
 PREFIX = "base_model.model."  # of every name in an adapter: PEFT's wrapper, then the model
 CONFIG_FILE = "adapter_config.json"
+CHECKSUM = "lora_jax.sha256"  # the key of the checksum in the metadata of the tensors' file
 MAX_BYTES = 16 * 2**20
 MAX_RANK = 65_536  # what an embedding of a large vocabulary could hold; the tensors bound it much tighter
 
@@ -203,6 +207,18 @@ def to_json(config: AdapterConfig, **descriptive: Any) -> str:
 def _whole(number: float) -> float:
     """5.0 as 5: some readers insist on whole numbers."""
     return int(number) if number == int(number) else number
+
+
+def checksum(config: AdapterConfig, tensors: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 of all that decides what the adapter computes.
+
+    An alpha that was altered or a flipped bit in a mantissa gives another adapter that looks as good as the right one.
+    """
+    digest = hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode())
+    for name, array in sorted(tensors.items()):
+        digest.update(f"{name}:{array.dtype}:{array.shape}:".encode())
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return digest.hexdigest()
 
 
 def one_line(problems: Iterable[str], limit: int = 8) -> str:

@@ -203,6 +203,9 @@ def _checked(file: Any, plan: _Plan, leaves: Mapping[str, Any]) -> dict[str, np.
     for name in arrays.keys() - plan.expected.keys():
         if not _same(arrays[name], plan.copies[name].of, leaves):
             problems.append(f"{name} differs from this base model's: the adapter belongs to another, or has changed it")
+    recorded = (file.metadata() or {}).get(_config.CHECKSUM)
+    if recorded is not None and recorded != _config.checksum(plan.config, arrays):
+        problems.append("config or tensors are not what was saved (their checksum differs): damaged, or edited by hand")
     for tensor in plan.adapted:
         a, b = _names.factor_names(tensor)
         for head in tensor.tied:

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors.numpy
 
 from lora_jax.peft import _config, _content, _trees
@@ -34,8 +33,9 @@ def save(
     `adapter_model.safetensors` gets, for each adapted module (each layer of a stacked leaf is one),
     `lora_A.weight = aᵀ` (rank, in) and `lora_B.weight = bᵀ` (out, rank); `adapter_config.json` gets ranks and alphas:
     where they differ between modules, patterns with one full name each, so that their order can't matter. Padded
-    ranks and layers with scale 0 are left out. The files are written beside `folder` and moved in when they are
-    complete: on any failure an earlier adapter stays as it was.
+    ranks and layers with scale 0 are left out. A checksum of config and tensors goes along, which `load` verifies.
+    The files are written beside `folder` and moved in when they are complete: on any failure an earlier adapter stays
+    as it was.
 
     Args:
         folder: where to; made if it isn't there. Other files in it are kept.
@@ -78,12 +78,9 @@ def save(
         raise FileExistsError(f"{folder} already holds an adapter; pass overwrite=True to replace it")
     tensors, config = _content.content(_trees.parts(params, train), names, portable)
     text = _config.to_json(config, base_model_name_or_path=base_model, task_type=task_type)
-    _place(folder, {TENSORS_FILE: _serialized(tensors), CONFIG_FILE: text.encode()})
-
-
-def _serialized(tensors: Mapping[str, np.ndarray]) -> bytes:
-    # The tag is what transformers asks for: "pt" says that tensors are named and laid out as PyTorch's are.
-    return safetensors.numpy.save(dict(sorted(tensors.items())), metadata={"format": "pt"})
+    # transformers asks for the format: "pt" says that tensors are named and laid out as PyTorch's are.
+    metadata = {"format": "pt", _config.CHECKSUM: _config.checksum(config, tensors)}
+    _place(folder, {TENSORS_FILE: safetensors.numpy.save(tensors, metadata), CONFIG_FILE: text.encode()})
 
 
 def _place(folder: Path, files: Mapping[str, bytes]) -> None:
