@@ -40,6 +40,17 @@ def decoder(model_type: str, architecture: str, **settings: Any) -> dict[str, An
     return DECODER | {"model_type": model_type, "architectures": [architecture]} | settings
 
 
+GPT2 = {
+    "model_type": "gpt2",
+    "architectures": ["GPT2LMHeadModel"],
+    "vocab_size": VOCABULARY,
+    "n_embd": 32,
+    "n_layer": 3,
+    "n_head": 4,
+    "n_positions": 24,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 LLAMA = decoder("llama", "LlamaForCausalLM")
 CASES: dict[str, dict[str, Any]] = {
     "llama": LLAMA | {"num_key_value_heads": 4},
@@ -87,6 +98,8 @@ CASES: dict[str, dict[str, Any]] = {
             "full_attention": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 2.0},
         },
     ),
+    "gpt2": GPT2,
+    "gpt2_untied": GPT2 | {"tie_word_embeddings": False, "scale_attn_weights": False, "n_inner": 40},
 }
 
 

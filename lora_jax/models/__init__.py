@@ -18,12 +18,12 @@ import jax
 import jax.numpy as jnp
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from lora_jax.models import _folder, _weights, gemma, llama, mistral, qwen
+from lora_jax.models import _folder, _weights, gemma, gpt2, llama, mistral, qwen
 from lora_jax.models._family import Family, Weight, flatten, unflatten
 
 __all__ = ["SUPPORTED", "Model", "Weight", "flatten", "init", "load", "load_abstract", "save", "unflatten"]
 
-FAMILIES = {family.architecture: family for module in (llama, mistral, qwen, gemma) for family in module.FAMILIES}
+FAMILIES = {family.architecture: family for module in (llama, mistral, qwen, gemma, gpt2) for family in module.FAMILIES}
 SUPPORTED = tuple(sorted(FAMILIES))
 
 
@@ -90,9 +90,10 @@ def load(
         dtype=dtype,
         ignored=family.ignored,
         copies=family.copies(config),
+        prefix=family.prefix,
     )
     if dtype is None:  # the configuration's dtype need not be the file's
-        model = _abstract(family, config, leaves["embed_tokens/embedding"].dtype, compute_dtype, remat, folder)
+        model = _abstract(family, config, next(iter(leaves.values())).dtype, compute_dtype, remat, folder)
     return replace(model, params=unflatten(leaves))
 
 

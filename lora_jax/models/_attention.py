@@ -6,6 +6,7 @@ positions back. A token's position is its number among its row's real tokens: pa
 
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -28,23 +29,46 @@ def init_cache(layers: int, batch: int, length: int, heads: int, head_dim: int, 
     }
 
 
-def positions_of(input_ids: jax.Array, attention_mask: jax.Array | None, cache: Cache | None) -> jax.Array:
-    """int32[B or 1, T]: each token's position among its row's real tokens; padding before them has 0."""
-    if attention_mask is None:
-        positions = jnp.arange(input_ids.shape[1], dtype=jnp.int32)[None]
-    else:
-        positions = jnp.maximum(jnp.cumsum(attention_mask.astype(jnp.int32), axis=1) - 1, 0)
-    if cache is not None:
-        positions = positions + jnp.sum(cache["positions"] >= 0, axis=1, dtype=jnp.int32)[:, None]
-    return positions
+def begin(input_ids: jax.Array, attention_mask: jax.Array | None, positions: jax.Array | None, cache: Cache | None):
+    """What a decoder's call starts with.
 
-
-def note_positions(cache: Cache, positions: jax.Array, attention_mask: jax.Array | None, shape: tuple) -> Cache:
-    """The cache with the positions of new tokens, [B, T] = `shape`, in the slots that they will take."""
-    now = jnp.broadcast_to(positions, shape)
+    Returns:
+      The positions, int32[B or 1, T], unless given; the cache with the positions of the new tokens in the slots that
+      they will take; its keys and values. The last two are None without a cache.
+    """
+    if positions is None:
+        positions = positions_of(input_ids, attention_mask)
+        if cache is not None:
+            positions = positions + jnp.sum(cache["positions"] >= 0, axis=1, dtype=jnp.int32)[:, None]
+    if cache is None:
+        return positions, None, None
+    now = jnp.broadcast_to(positions, input_ids.shape)
     if attention_mask is not None:
         now = jnp.where(attention_mask.astype(bool), now, -1)
-    return cache | {"positions": lax.dynamic_update_slice_in_dim(cache["positions"], now, cache["index"], axis=1)}
+    noted = lax.dynamic_update_slice_in_dim(cache["positions"], now, cache["index"], axis=1)
+    return positions, cache | {"positions": noted}, (cache["k"], cache["v"])
+
+
+def positions_of(input_ids: jax.Array, attention_mask: jax.Array | None) -> jax.Array:
+    """int32[B or 1, T]: each token's position among its row's real tokens; padding before them has 0."""
+    if attention_mask is None:
+        return jnp.arange(input_ids.shape[1], dtype=jnp.int32)[None]
+    return jnp.maximum(jnp.cumsum(attention_mask.astype(jnp.int32), axis=1) - 1, 0)
+
+
+def stacked(layer: type[nn.Module], count: int, remat: bool) -> Any:
+    """`count` layers under one scan: every leaf has a leading axis of layers.
+
+    A layer maps `(x, own, context)` to `(x, out)`: `own` and `out` are its slices of arrays with a leading axis of
+    layers, `context` is shared by all.
+    """
+    return nn.scan(
+        nn.remat(layer, prevent_cse=False) if remat else layer,  # the scan already keeps the copies apart
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType] - flax annotates less than it takes
+        length=count,
+    )
 
 
 def cached_mask(cache: Cache, positions: jax.Array, window: int | None) -> jax.Array:

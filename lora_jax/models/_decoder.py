@@ -16,16 +16,8 @@ from jax import lax
 from lora_jax.models import _attention
 from lora_jax.models._experts import ExpertsSpec, SparseMLP
 from lora_jax.models._family import Family, Weight
+from lora_jax.models._layers import ACTIVATIONS, Embed, check_activation, dense
 from lora_jax.models._rope import inverse_frequencies, rotate, rotation
-
-ACTIVATIONS = {
-    "silu": nn.silu,
-    "swish": nn.silu,
-    "relu": nn.relu,
-    "gelu": lambda x: nn.gelu(x, approximate=False),
-    "gelu_new": nn.gelu,
-    "gelu_pytorch_tanh": nn.gelu,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,10 +52,7 @@ class DecoderSpec:
     experts: ExpertsSpec | None = None
 
     def __post_init__(self):
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(
-                f"hidden_act {self.activation!r} is not supported; supported are {', '.join(sorted(ACTIVATIONS))}"
-            )
+        check_activation(self.activation)
 
     @property
     def kinds(self) -> tuple[bool, ...]:
@@ -107,7 +96,7 @@ class Attention(nn.Module):
         spec = self.spec
 
         def project(name, heads):
-            y = _dense(spec, self.param_dtype, heads * spec.head_dim, spec.qkv_bias, name, x.dtype)(x)
+            y = dense(self, name, heads * spec.head_dim, x, bias=spec.qkv_bias)
             return y.reshape(*x.shape[:2], heads, spec.head_dim)
 
         q, k, v = (
@@ -133,7 +122,7 @@ class Attention(nn.Module):
             softcap=spec.attention_softcap,
         )
         out = out.reshape(*x.shape[:2], spec.num_heads * spec.head_dim)
-        return _dense(spec, self.param_dtype, spec.hidden_size, spec.output_bias, "o_proj", x.dtype)(out), new
+        return dense(self, "o_proj", spec.hidden_size, out, bias=spec.output_bias), new
 
 
 class MLP(nn.Module):
@@ -146,11 +135,9 @@ class MLP(nn.Module):
     def __call__(self, x):
         spec = self.spec
 
-        def dense(name, features):
-            return _dense(spec, self.param_dtype, features, spec.mlp_bias, name, x.dtype)
-
-        gate = ACTIVATIONS[spec.activation](dense("gate_proj", spec.intermediate_size)(x))
-        return dense("down_proj", spec.hidden_size)(gate * dense("up_proj", spec.intermediate_size)(x))
+        gate = ACTIVATIONS[spec.activation](dense(self, "gate_proj", spec.intermediate_size, x, bias=spec.mlp_bias))
+        up = dense(self, "up_proj", spec.intermediate_size, x, bias=spec.mlp_bias)
+        return dense(self, "down_proj", spec.hidden_size, gate * up, bias=spec.mlp_bias)
 
 
 class Layer(nn.Module):
@@ -185,26 +172,6 @@ class Layer(nn.Module):
         return x + (norm("post_feedforward_layernorm", y) if spec.sandwich else y), new
 
 
-class Embed(nn.Module):
-    """Token embeddings; `attend` is the tied head."""
-
-    spec: DecoderSpec
-    param_dtype: Any
-
-    def setup(self):
-        shape = (self.spec.vocab_size, self.spec.hidden_size)
-        self.embedding = self.param("embedding", nn.initializers.normal(self.spec.init_std), shape, self.param_dtype)
-
-    def __call__(self, input_ids, dtype):
-        # Out-of-range ids give NaN (jnp.take's default), so they can't pass unseen.
-        x = jnp.take(self.embedding, input_ids, axis=0).astype(dtype or self.embedding.dtype)
-        scale = self.spec.embedding_scale
-        return x if scale is None else x * jnp.asarray(scale, x.dtype)
-
-    def attend(self, x):
-        return x @ self.embedding.T.astype(x.dtype)
-
-
 class Decoder(nn.Module):
     """Token ids to logits. `dtype` is what the network computes in (None: the embedding's own)."""
 
@@ -216,42 +183,23 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(self, input_ids, attention_mask=None, *, positions=None, cache=None):
         spec = self.spec
-        if positions is None:
-            positions = _attention.positions_of(input_ids, attention_mask, cache)
-        embed = Embed(spec, self.param_dtype, name="embed_tokens")
+        positions, cache, past = _attention.begin(input_ids, attention_mask, positions, cache)
+        embed = Embed(spec.vocab_size, spec.hidden_size, spec.init_std, self.param_dtype, name="embed_tokens")
         x = embed(input_ids, self.dtype)
-        own: dict[str, Any] = {"past": None, "sliding": None}
-        if len(spec.kinds) > 1:
-            own["sliding"] = jnp.asarray(spec.sliding)
-        context: dict[str, Any] = {"index": None}
-        if cache is not None:
-            cache = _attention.note_positions(cache, positions, attention_mask, input_ids.shape)
-            context["index"] = cache["index"]
-            own["past"] = (cache["k"], cache["v"])
-        context["kinds"] = [_seen(spec, kind, positions, attention_mask, cache, x.dtype) for kind in spec.kinds]
-
-        layer = nn.remat(Layer, prevent_cse=False) if self.remat else Layer  # scan already keeps the copies apart
-        layers = nn.scan(
-            layer,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType] - flax annotates less than it takes
-            length=spec.num_layers,
-        )
+        if spec.embedding_scale is not None:
+            x = x * jnp.asarray(spec.embedding_scale, x.dtype)
+        own = {"past": past, "sliding": jnp.asarray(spec.sliding) if len(spec.kinds) > 1 else None}
+        context = {
+            "index": None if cache is None else cache["index"],
+            "kinds": [_seen(spec, kind, positions, attention_mask, cache, x.dtype) for kind in spec.kinds],
+        }
+        layers = _attention.stacked(Layer, spec.num_layers, self.remat)
         x, new = layers(spec, self.param_dtype, name="layers")(x, own, context)
         x = RMSNorm(spec, self.param_dtype, name="norm")(x)
-        if spec.tied:
-            logits = embed.attend(x)
-        else:
-            logits = _dense(spec, self.param_dtype, spec.vocab_size, False, "lm_head", x.dtype)(x)
+        logits = embed.attend(x) if spec.tied else dense(self, "lm_head", spec.vocab_size, x, bias=False)
         if spec.logit_softcap is not None:
             logits = spec.logit_softcap * jnp.tanh(logits / spec.logit_softcap)
         return logits if cache is None else (logits, _attention.write(cache, new, input_ids.shape[1]))
-
-
-def _dense(spec, param_dtype, features, bias, name, dtype):
-    kernel_init = nn.initializers.normal(spec.init_std)
-    return nn.Dense(features, bias, dtype=dtype, param_dtype=param_dtype, kernel_init=kernel_init, name=name)
 
 
 def _seen(spec, sliding, positions, attention_mask, cache, dtype):
@@ -348,6 +296,7 @@ def family(
         module=lambda config, dtype, param_dtype, remat: Decoder(spec(config), dtype, param_dtype, remat),
         weights=lambda config: weights(spec(config)) | more_weights(spec(config)),
         init_cache=init_cache,
+        prefix="model.",
         ignored=(r".*rotary_emb\.inv_freq",),  # a buffer, in old files
         copies=lambda config: {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_word_embeddings else {},
     )

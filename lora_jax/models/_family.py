@@ -36,6 +36,7 @@ class Family(NamedTuple):
         init_cache: `(config, batch, length, dtype) -> pytree` of empty keys and values; None where nothing is decoded.
         ignored: regular expressions of names that files may hold besides the weights (buffers of old checkpoints).
         copies: `config -> {name: name}`, tensors that files may hold as copies of another (a tied head).
+        prefix: of the names; files of the bare model (its base class in transformers) lack it.
     """
 
     config_class: type[PretrainedConfig]
@@ -45,6 +46,7 @@ class Family(NamedTuple):
     init_cache: Callable[[Any, int, int, DType], Tree] | None = None
     ignored: tuple[str, ...] = ()
     copies: Callable[[Any], dict[str, str]] = lambda config: {}
+    prefix: str = ""
 
 
 def flatten(tree: Tree) -> dict[str, Any]:

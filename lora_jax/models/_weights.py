@@ -123,6 +123,7 @@ def read(
     dtype: Any = None,
     ignored: Sequence[str] = (),
     copies: Mapping[str, str] | None = None,
+    prefix: str = "",
 ) -> dict[str, Any]:
     """Fill every leaf from the folder's files.
 
@@ -133,6 +134,7 @@ def read(
         dtype: of the leaves; None keeps each tensor's own.
         ignored: regular expressions of tensor names that may be there and are not weights.
         copies: tensors that may be there as copies of another (a tied head): name -> the other's name.
+        prefix: of the names in `weights`, which the files of a bare model lack.
 
     Returns:
         path -> array, the leaf's tensors stacked.
@@ -142,6 +144,9 @@ def read(
     """
     copies = copies or {}
     with TensorFiles(folder) as tensors:
+        if not any(name.startswith(prefix) for name in tensors.files):
+            weights = {path: weight._replace(name=weight.name.removeprefix(prefix)) for path, weight in weights.items()}
+            copies = {name: original.removeprefix(prefix) for name, original in copies.items()}
         expected = {
             name: shape for path, leaf in leaves.items() for _, name, shape in entries(weights[path], leaf.shape)
         }

@@ -1,0 +1,60 @@
+"""The layers that all families are made of."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+ACTIVATIONS = {
+    "silu": nn.silu,
+    "swish": nn.silu,
+    "relu": nn.relu,
+    "gelu": lambda x: nn.gelu(x, approximate=False),
+    "gelu_new": nn.gelu,
+    "gelu_pytorch_tanh": nn.gelu,
+}
+
+
+def check_activation(name: str) -> None:
+    """Raises ValueError for an activation that isn't implemented, by name."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"hidden_act {name!r} is not supported; supported are {', '.join(sorted(ACTIVATIONS))}")
+
+
+def dense(parent: Any, name: str, features: int, x: Any, *, bias: bool = True) -> Any:
+    """x W + b in x's dtype, with the `spec.init_std` and the `param_dtype` of the module whose child this is."""
+    return nn.Dense(
+        features,
+        bias,
+        dtype=x.dtype,
+        param_dtype=parent.param_dtype,
+        kernel_init=nn.initializers.normal(parent.spec.init_std),
+        name=name,
+    )(x)
+
+
+def layer_norm(parent: Any, name: str, x: Any) -> Any:
+    """LayerNorm in float32 (Ba et al. 2016, arXiv 1607.06450), returned in x's dtype."""
+    return nn.LayerNorm(
+        parent.spec.norm_eps, dtype=x.dtype, param_dtype=parent.param_dtype, use_fast_variance=False, name=name
+    )(x)
+
+
+class Embed(nn.Module):
+    """A table of `count` vectors; `attend` is a head tied to it."""
+
+    count: int
+    features: int
+    init_std: float
+    param_dtype: Any
+
+    def setup(self):
+        init = nn.initializers.normal(self.init_std)
+        self.embedding = self.param("embedding", init, (self.count, self.features), self.param_dtype)
+
+    def __call__(self, ids, dtype=None):
+        # Ids out of range give NaN (jnp.take's default), so they can't pass unseen.
+        return jnp.take(self.embedding, ids, axis=0).astype(dtype or self.embedding.dtype)
+
+    def attend(self, x):
+        return x @ self.embedding.T.astype(x.dtype)

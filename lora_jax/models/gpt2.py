@@ -1,0 +1,167 @@
+"""GPT-2 (Radford et al. 2019): learned positions, LayerNorm, one fused kernel for queries, keys and values.
+
+Its files keep kernels as (in, out), so none is transposed.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from transformers import GPT2Config
+
+from lora_jax.models import _attention
+from lora_jax.models._family import Family, Weight
+from lora_jax.models._layers import ACTIVATIONS, Embed, check_activation, dense, layer_norm
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPT2Spec:
+    """The sizes of a GPT-2."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    max_positions: int
+    num_layers: int
+    num_heads: int
+    activation: str
+    norm_eps: float
+    scaled: bool  # attention's logits are divided by √head_dim
+    tied: bool
+    init_std: float
+
+
+def spec(config: Any) -> GPT2Spec:
+    """The model that a `GPT2Config` describes.
+
+    Raises:
+      ValueError: a variant that isn't implemented, by name.
+    """
+    for name in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
+        if getattr(config, name):
+            raise ValueError(f"{name} is not supported; only GPT-2 without it is")
+    check_activation(config.activation_function)
+    return GPT2Spec(
+        vocab_size=config.vocab_size,
+        hidden_size=config.n_embd,
+        intermediate_size=config.n_inner or 4 * config.n_embd,
+        max_positions=config.n_positions,
+        num_layers=config.n_layer,
+        num_heads=config.n_head,
+        activation=config.activation_function,
+        norm_eps=config.layer_norm_epsilon,
+        scaled=config.scale_attn_weights,
+        tied=config.tie_word_embeddings,
+        init_std=config.initializer_range,
+    )
+
+
+class Attention(nn.Module):
+    """Causal self-attention from one fused projection."""
+
+    spec: GPT2Spec
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x, past, context):
+        spec = self.spec
+        head_dim = spec.hidden_size // spec.num_heads
+        fused = dense(self, "c_attn", 3 * spec.hidden_size, x)
+        q, k, v = (part.reshape(*x.shape[:2], spec.num_heads, head_dim) for part in jnp.split(fused, 3, axis=-1))
+        new = None
+        if past is not None:
+            new = (k.astype(past[0].dtype), v.astype(past[1].dtype))
+            k, v = (side.astype(x.dtype) for side in _attention.extend(past, new, context["index"]))
+        scale = head_dim**-0.5 if spec.scaled else 1.0
+        out = _attention.attend(q, k, v, context["mask"], causal=past is None, scale=scale)
+        return dense(self, "c_proj", spec.hidden_size, out.reshape(x.shape)), new
+
+
+class MLP(nn.Module):
+    """proj(act(fc(x)))."""
+
+    spec: GPT2Spec
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x):
+        hidden = ACTIVATIONS[self.spec.activation](dense(self, "c_fc", self.spec.intermediate_size, x))
+        return dense(self, "c_proj", self.spec.hidden_size, hidden)
+
+
+class Layer(nn.Module):
+    """One pre-norm block; returns its new keys and values too."""
+
+    spec: GPT2Spec
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x, past, context):
+        attention = Attention(self.spec, self.param_dtype, name="attn")
+        attended, new = attention(layer_norm(self, "ln_1", x), past, context)
+        x = x + attended
+        return x + MLP(self.spec, self.param_dtype, name="mlp")(layer_norm(self, "ln_2", x)), new
+
+
+class GPT2(nn.Module):
+    """Token ids to logits, called as the other decoders are. No position may be beyond the table of positions."""
+
+    spec: GPT2Spec
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, input_ids, attention_mask=None, *, positions=None, cache=None):
+        spec = self.spec
+        positions, cache, past = _attention.begin(input_ids, attention_mask, positions, cache)
+        tokens = Embed(spec.vocab_size, spec.hidden_size, spec.init_std, self.param_dtype, name="wte")
+        places = Embed(spec.max_positions, spec.hidden_size, spec.init_std, self.param_dtype, name="wpe")
+        x = tokens(input_ids, self.dtype) + places(positions, self.dtype)
+        context = {"index": None, "mask": None}
+        if cache is not None:
+            context = {"index": cache["index"], "mask": _attention.cached_mask(cache, positions, None)}
+        elif attention_mask is not None:
+            context["mask"] = attention_mask.astype(bool)[:, None, None, :]
+        layers = _attention.stacked(Layer, spec.num_layers, self.remat)
+        x, new = layers(spec, self.param_dtype, name="h")(x, past, context)
+        x = layer_norm(self, "ln_f", x)
+        logits = tokens.attend(x) if spec.tied else dense(self, "lm_head", spec.vocab_size, x, bias=False)
+        return logits if cache is None else (logits, _attention.write(cache, new, input_ids.shape[1]))
+
+
+def weights(config: Any) -> dict[str, Weight]:
+    """Every leaf of the tree and its name in a Hugging Face file."""
+    table = {
+        "wte/embedding": Weight("transformer.wte.weight"),
+        "wpe/embedding": Weight("transformer.wpe.weight"),
+        "ln_f/scale": Weight("transformer.ln_f.weight"),
+        "ln_f/bias": Weight("transformer.ln_f.bias"),
+    }
+    for path in ("attn/c_attn", "attn/c_proj", "mlp/c_fc", "mlp/c_proj", "ln_1", "ln_2"):
+        name = f"transformer.h.{{}}.{path.replace('/', '.')}"
+        table[f"h/{path}/{'scale' if path.startswith('ln') else 'kernel'}"] = Weight(f"{name}.weight")
+        table[f"h/{path}/bias"] = Weight(f"{name}.bias")
+    if not config.tie_word_embeddings:
+        table["lm_head/kernel"] = Weight("lm_head.weight", transpose=True)
+    return table
+
+
+def init_cache(config: Any, batch: int, length: int, dtype: Any) -> _attention.Cache:
+    of = spec(config)
+    return _attention.init_cache(of.num_layers, batch, length, of.num_heads, of.hidden_size // of.num_heads, dtype)
+
+
+FAMILIES = (
+    Family(
+        config_class=GPT2Config,
+        architecture="GPT2LMHeadModel",
+        module=lambda config, dtype, param_dtype, remat: GPT2(spec(config), dtype, param_dtype, remat),
+        weights=weights,
+        init_cache=init_cache,
+        ignored=(r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias",),  # buffers, in old files
+        copies=lambda config: {"lm_head.weight": "transformer.wte.weight"} if config.tie_word_embeddings else {},
+        prefix="transformer.",
+    ),
+)
