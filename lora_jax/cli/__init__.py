@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if words[0] not in COMMANDS:
         return _fail(ValueError(f"no command {words[0]!r}; the commands are {', '.join(COMMANDS)}"))
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would tell everyone that torch isn't installed
     try:
         command = importlib.import_module(f"{__name__}.{words[0]}")
         command.run(_parse(command, words[1:], prog=f"lora-jax {words[0]}"))
