@@ -12,23 +12,14 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core as jex
 
-from lora_jax._forward.interpret import Frame, bind
+from lora_jax._forward.interpret import Frame, Rules, bind
 from lora_jax._forward.layout import drop, plain, stretch
 from lora_jax._forward.lowrank import RANK, Factor, LowRank, dense
 
-RULES: dict[str, Callable[..., list[Any] | None]] = {}
+RULES = Rules()
 
 
-def rule(*names: str) -> Callable:
-    def register(function: Callable) -> Callable:
-        for name in names:
-            RULES[name] = function
-        return function
-
-    return register
-
-
-@rule("neg")
+@RULES("neg")
 def _neg(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
     kernel = values[0]
     return [kernel.with_factors(plain(eqn, values)[0], _negated(kernel.a), kernel.b)]
@@ -38,13 +29,13 @@ def _negated(factor: Factor) -> Factor:
     return Factor(-factor.value, factor.axes)
 
 
-@rule("mul")
+@RULES("mul")
 def _mul(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
     side = 0 if isinstance(values[0], LowRank) else 1
     return _scaled(frame, eqn, values, side, lax.mul)
 
 
-@rule("div")
+@RULES("div")
 def _div(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
     return _scaled(frame, eqn, values, 0, lax.div) if isinstance(values[0], LowRank) else None
 
@@ -86,7 +77,7 @@ def _stretched(kernel: LowRank, shape: Sequence[int]) -> tuple[Factor, Factor]:
     return drop(kernel.a, axes), drop(kernel.b, axes)
 
 
-@rule("add", "add_any", "sub")
+@RULES("add", "add_any", "sub")
 def _add(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
     """Adding an array changes W alone; adding two kernels joins their factors.
 
@@ -125,7 +116,7 @@ def _along(factors: Sequence[Factor], axis: int) -> Factor:
     return Factor(lax.concatenate(values, axes.index(axis)), axes)
 
 
-@rule("reduce_sum")
+@RULES("reduce_sum")
 def _reduce_sum(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
     """A sum over an input or an output is a sum of its factor; the kernels of a stack add up by joining their ranks."""
     kernel, axes = values[0], eqn.params["axes"]
@@ -144,7 +135,7 @@ def _reduce_sum(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | No
     return [kernel.with_factors(plain(eqn, values)[0], add_up(kernel.a), add_up(kernel.b))]
 
 
-@rule("concatenate")
+@RULES("concatenate")
 def _concatenate(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
     """Kernels joined along an input or output are one kernel of the summed rank; along a stack, a longer stack."""
     axis = eqn.params["dimension"]
@@ -173,7 +164,7 @@ def _concatenate(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | N
     return [_joined(kernels, w, across["a"], across["b"])]
 
 
-@rule("stack")
+@RULES("stack")
 def _stack(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
     axis = eqn.params["axis"]
     names = {k: k + (k >= axis) for k in range(len(eqn.outvars[0].aval.shape) - 1)}

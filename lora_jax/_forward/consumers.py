@@ -14,19 +14,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax._forward import dropout
-from lora_jax._forward.interpret import Frame, bind, source_of
+from lora_jax._forward.interpret import Frame, Rules, bind, source_of
 from lora_jax._forward.lowrank import RANK, Factor, LowRank, is_vector, product
 
-RULES: dict[str, Callable[..., list[Any] | None]] = {}
-
-
-def rule(*names: str) -> Callable:
-    def register(function: Callable) -> Callable:
-        for name in names:
-            RULES[name] = function
-        return function
-
-    return register
+RULES = Rules()
 
 
 def add(base: jax.Array, delta: jax.Array) -> list[jax.Array]:
@@ -42,7 +33,7 @@ def cast(factor: Factor, dtype: Any) -> Factor:
     return Factor(factor.value.astype(dtype), factor.axes)
 
 
-@rule("dot_general")
+@RULES("dot_general")
 def _dot_general(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
     """x W + (x a) b, whichever axes are contracted: the factor that has them meets the activations first."""
     values = _one_kernel(frame, eqn, values)
@@ -123,7 +114,7 @@ def _one_kernel(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
     return values
 
 
-@rule("gather")
+@RULES("gather")
 def _gather(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
     """Looking up rows of W looks up rows of the factor that has the axis.
 
@@ -211,7 +202,7 @@ def _look_up(factor: Factor, indices: Any, params: Any, batch: Sequence[int], na
     return Factor(value, (*batch, *(k if k == RANK else names[k] for k in left)))
 
 
-@rule("ragged_dot_general")
+@RULES("ragged_dot_general")
 def _ragged_dot(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
     """Experts: both factors have the group axis, so the update is two ragged products."""
     x, kernel, sizes = values[:3]

@@ -16,20 +16,11 @@ from jax import lax
 from jax.extend import core as jex
 
 from lora_jax._forward import dropout
-from lora_jax._forward.interpret import Event, Frame, Session, evaluate, source_of
+from lora_jax._forward.interpret import Event, Frame, Rules, Session, evaluate, source_of
 from lora_jax._forward.layout import factor_spec
 from lora_jax._forward.lowrank import RANK, Factor, LowRank
 
-RULES: dict[str, Callable[..., list[Any] | None]] = {}
-
-
-def rule(*names: str) -> Callable:
-    def register(function: Callable) -> Callable:
-        for name in names:
-            RULES[name] = function
-        return function
-
-    return register
+RULES = Rules()
 
 
 class Body:
@@ -133,7 +124,7 @@ def _named(body: Body, name: str) -> Callable:
     return function
 
 
-@rule("jit", "pjit")
+@RULES("jit", "pjit")
 def _jit(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
     """Stays a jit, with its name, shardings and options; nothing is donated."""
     params = eqn.params
@@ -175,7 +166,7 @@ def _leaf_shardings(value: Any, sharding: Any) -> list[Any]:
     return [sharding, *factors] + [None] * extra
 
 
-@rule("remat", "remat2", "checkpoint")
+@RULES("remat", "remat2", "checkpoint")
 def _remat(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
     params = eqn.params
 
@@ -190,7 +181,7 @@ def _remat(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
     return _call_once_transformed(frame, eqn, values, params["jaxpr"], wrap, whole="")
 
 
-@rule("closed_call", "core_call", "core_closed_call")
+@RULES("closed_call", "core_call", "core_closed_call")
 def _closed_call(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
     jaxpr, consts = opened(eqn.params["call_jaxpr"])
     return evaluate(jaxpr, consts, values, frame)
@@ -217,7 +208,7 @@ def _at_step(value: Any, step: Any) -> Any:
     return value
 
 
-@rule("scan")
+@RULES("scan")
 def _scan(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
     """A kernel that is scanned over hands each step a slice of W and of each factor that has the scanned axis."""
     params = eqn.params
@@ -289,7 +280,7 @@ def _step_kernel(whole: LowRank, part: tuple[Any, Any, Any]) -> LowRank:
     return whole.with_factors(part[0], follow(whole.a, part[1]), follow(whole.b, part[2]))
 
 
-@rule("while")
+@RULES("while")
 def _while(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
     params = eqn.params
     n_cond, n_body = params["cond_nconsts"], params["body_nconsts"]
@@ -325,7 +316,7 @@ def _while(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
     return leave(frame, full(carry), inside, body)
 
 
-@rule("cond")
+@RULES("cond")
 def _cond(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
     index, *operands = values
     if isinstance(index, LowRank):
@@ -341,7 +332,7 @@ def _cond(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
     return leave(frame, outputs, inside, bodies[0])
 
 
-@rule("shard_map")
+@RULES("shard_map")
 def _shard_map(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
     """Each shard holds its part of W and of the factors that have the sharded axes: a sum over shards stays a sum."""
     params = eqn.params

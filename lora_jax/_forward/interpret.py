@@ -23,6 +23,17 @@ from lora_jax._forward.lowrank import LowRank, dense, is_vector
 KEPT_PRODUCERS = frozenset({"broadcast_in_dim", "convert_element_type"})
 
 
+class Rules(dict[str, Callable[..., list[Any] | None]]):
+    """Rules by primitive name; `@RULES("transpose")` adds the function below it."""
+
+    def __call__(self, *names: str) -> Callable:
+        def add(rule: Callable) -> Callable:
+            self.update(dict.fromkeys(names, rule))
+            return rule
+
+        return add
+
+
 @dataclass(frozen=True)
 class Event:
     """A kernel (the slots that it comes from) was materialised by a primitive at a line of the user's code."""
@@ -118,7 +129,7 @@ def evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], frame: Fram
                 env[var] = value
                 if isinstance(value, LowRank):
                     adapted.add(var)
-            position += 1
+            stop = position + 1
         else:
             stop = position + 1
             while stop < count and not any(
@@ -126,12 +137,21 @@ def evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], frame: Fram
             ):
                 stop += 1
             _run(jaxpr.eqns[position:stop], stop, env, last)
-            position = stop
+        _forget(jaxpr.eqns[position:stop], stop, env, last)
+        position = stop
     return [_read(env, var) for var in jaxpr.outvars]
 
 
 def _read(env: dict[Any, Any], var: Any) -> Any:
     return var.val if isinstance(var, jex.Literal) else env[var]
+
+
+def _forget(eqns: Sequence[Any], stop: int, env: dict[Any, Any], last: dict[Any, int]) -> None:
+    """Let go of what isn't used any more: outside `jit`, of its memory."""
+    for eqn in eqns:
+        for var in eqn.invars:
+            if not isinstance(var, jex.Literal) and last[var] < stop:
+                env.pop(var, None)
 
 
 def _last_uses(jaxpr: Any) -> dict[Any, int]:
