@@ -1,5 +1,6 @@
 """The embedded task: its rows as any data file's, and its answers run in SQLite."""
 
+import functools
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,9 +33,15 @@ def rows(split: str) -> list[data.Completion]:
     return [data.Completion(**row) for row in text_to_sql.rows(split)]
 
 
+@functools.cache
+def asked_of(split: str) -> list[text_to_sql.Example]:
+    """Kept, because filling databases that tell right from wrong takes seconds."""
+    return text_to_sql.examples(split)
+
+
 def answer(model: Any, params: Any, split: str) -> Answers:
     """Greedy answers to the questions of a split, and which of them are right."""
-    asked = text_to_sql.examples(split)
+    asked = asked_of(split)
     with _show.working(f"answering {len(asked)} questions"):
         texts = generate_text(model, params, [example.prompt for example in asked], ANSWERS)
     right = [

@@ -31,8 +31,12 @@ class Prompt(NamedTuple):
 
 
 def prompts_of(model: Any, examples: Sequence[Example]) -> list[Prompt]:
-    """The first rows, cut before their last stretch of targets; a row that is all targets before its last line."""
-    return [_cut(model.tokenizer, example) for example in examples[:SHOWN]]
+    """The first rows that leave the model room to answer, cut where its answer begins.
+
+    That is before the last stretch of targets, or where all are targets before the last line.
+    """
+    room = model.config.max_position_embeddings - CONFIG.max_tokens
+    return [_cut(model.tokenizer, example) for example in examples if len(example.input_ids) <= room][:SHOWN]
 
 
 def _cut(tokenizer: Any, example: Example) -> Prompt:

@@ -135,10 +135,11 @@ def _read(settings: Settings, split: str) -> Sequence[data.Row]:
 def _encode(split: str, rows: Sequence[data.Row], model: Any, settings: Settings) -> list[Example]:
     if not rows:
         return []
-    encoded = data.encode(rows, model.tokenizer, settings.train.max_length)
+    length = min(settings.train.max_length, model.config.max_position_embeddings)
+    encoded = data.encode(rows, model.tokenizer, length)
     told = f"{split}: {len(encoded.examples):,} rows"
     if encoded.truncated:
-        told += f", {encoded.truncated:,} cut to {settings.train.max_length} tokens"
+        told += f", {encoded.truncated:,} cut to {length} tokens"
     if encoded.left_out:
         told += f", {encoded.left_out:,} left out because no target remained"
     _show.results().print(told)
