@@ -21,6 +21,7 @@ GROUPS = {
     "lora_jax": (CORE, set()),
     "models": (set(), {"jax", "numpy", "ml_dtypes", "flax", "transformers", "safetensors", "huggingface_hub"}),
     "peft": (CORE, {"jax", "numpy", "ml_dtypes", "safetensors"}),
+    "loralib": (CORE | {"peft"}, {"jax", "numpy", "ml_dtypes"}),
     "checkpoint": (CORE, {"jax", "numpy", "orbax"}),
     "analysis": (CORE, {"jax", "numpy", "scipy"}),
     "data": (set(), {"numpy", "grain"}),

@@ -217,7 +217,7 @@ def checksum(config: AdapterConfig, tensors: Mapping[str, np.ndarray]) -> str:
     digest = hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode())
     for name, array in sorted(tensors.items()):
         digest.update(f"{name}:{array.dtype}:{array.shape}:".encode())
-        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        digest.update(array.tobytes())
     return digest.hexdigest()
 
 

@@ -4,30 +4,15 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
 
-import jax
 import numpy as np
 
 from lora_jax._node import check_node
-from lora_jax._tree import LoRA
 from lora_jax.peft import _config, _names, _trees
 from lora_jax.peft._config import PREFIX, AdapterConfig
+from lora_jax.peft._factors import Factors, factors_of
 from lora_jax.peft._names import Tensor, Weight
 from lora_jax.peft._trees import Parts
-
-
-class Factors(NamedTuple):
-    """The adapter of one Hugging Face module: ΔW = scale · a b, with a (in, rank) and b (rank, out)."""
-
-    tensor: Tensor
-    a: np.ndarray
-    b: np.ndarray
-    scale: float
-
-    @property
-    def rank(self) -> int:
-        return self.a.shape[1]
 
 
 def content(
@@ -49,7 +34,7 @@ def content(
     for path, node in nodes.items():
         check_node(path, shapes[path], node)
     table = _names.tensors(names, shapes)
-    factors = [found for path in sorted(nodes) for found in _factors_of(path, nodes[path], table)]
+    factors = [found for path in sorted(nodes) for found in factors_of(path, nodes[path], table)]
     if not factors:
         raise ValueError("every adapter in these parameters has scale 0: nothing to save")
     if portable:
@@ -57,28 +42,6 @@ def content(
     extra = _Extra(table, tree, {found.tensor.module for found in factors}, names)
     tensors = {name: array for found in factors for name, array in _factor_tensors(found)}
     return tensors | extra.tensors(), _config_of(factors, extra, _names.modules(names, table))
-
-
-def _factors_of(path: str, node: LoRA, table: Mapping[str, Tensor]) -> list[Factors]:
-    """The node's factors, one entry for each index of its stack that is adapted, without padded ranks."""
-    a, b, scale = (np.asarray(x) for x in jax.device_get((node.a, node.b, node.scale)))
-    rank = a.shape[-1]
-    found = []
-    for tensor in table.values():
-        if tensor.path != path or scale[tensor.index] == 0:  # scale 0: only its neighbours in the stack are adapted
-            continue
-        _names.check_axes(tensor, node.axes)
-        a_i = a[tensor.index].reshape(-1, rank)
-        b_i = b[tensor.index].reshape(rank, -1)
-        if not (np.isfinite(a_i).all() and np.isfinite(b_i).all() and np.isfinite(scale[tensor.index])):
-            raise ValueError(f"{path}: the adapter holds NaN or infinity: it is not saved")
-        used = (a_i != 0).any(0) | (b_i != 0).any(1)
-        if used.any():  # a column of zeros that meets a row of zeros is padding, up to the stack's largest rank
-            a_i, b_i = a_i[:, used], b_i[used]
-        if tensor.is_embedding and not _names.looks_up(tensor, node.axes):
-            a_i, b_i = b_i.T, a_i.T
-        found.append(Factors(tensor, a_i, b_i, float(scale[tensor.index])))
-    return found
 
 
 def _factor_tensors(found: Factors) -> list[tuple[str, np.ndarray]]:

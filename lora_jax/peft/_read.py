@@ -1,18 +1,17 @@
 """An adapter read from PEFT's format: strict both ways, before anything is loaded."""
 
-import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 import safetensors
 
 from lora_jax._tree import Axes, LoRA
 from lora_jax.peft import _config, _names, _trees
 from lora_jax.peft._config import PREFIX, AdapterConfig
+from lora_jax.peft._factors import Factors, node_of
 from lora_jax.peft._names import Tensor, Weight
 from lora_jax.peft._write import TENSORS_FILE
 
@@ -76,7 +75,8 @@ def load(
         raise ValueError(f"{path}: not a complete safetensors file: {' '.join(str(error).split())}") from None
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
-    return _trees.put(params, plan.nodes(arrays, tree.leaves), plan.replaced(arrays, tree.leaves))
+    whole = _trees.filled(((tensor, arrays[name]) for name, tensor in plan.whole.items()), tree.leaves)
+    return _trees.put(params, plan.nodes(arrays, tree.leaves), whole)
 
 
 class _Plan:
@@ -155,43 +155,12 @@ class _Plan:
         return problems
 
     def nodes(self, arrays: Mapping[str, np.ndarray], leaves: Mapping[str, Any]) -> dict[str, LoRA]:
-        """The factors by kernel, stacked and padded to the largest rank of the stack."""
-        by_path: dict[str, list[Tensor]] = {}
+        """The factors by kernel."""
+        by_path: dict[str, list[Factors]] = {}
         for tensor in self.adapted:
-            by_path.setdefault(tensor.path, []).append(tensor)
-        return {path: self._node(group, arrays, leaves[path].shape) for path, group in by_path.items()}
-
-    def _node(self, group: list[Tensor], arrays: Mapping[str, np.ndarray], shape: tuple[int, ...]) -> LoRA:
-        axes = self.axes[group[0].path]
-        stack, inputs, outputs = (tuple(shape[i] for i in axis) for axis in axes)
-        rank = max(self.config.rank(tensor.module) for tensor in group)
-        a = np.zeros((*stack, math.prod(inputs), rank), np.float32)
-        b = np.zeros((*stack, rank, math.prod(outputs)), np.float32)
-        scale = np.zeros(stack, np.float32)
-        for tensor in group:
-            name_a, name_b = _names.factor_names(tensor)
-            a_i, b_i = arrays[name_a].T, arrays[name_b].T
-            if tensor.is_embedding and not _names.looks_up(tensor, axes):
-                a_i, b_i = b_i.T, a_i.T
-            a[tensor.index][:, : a_i.shape[1]] = a_i
-            b[tensor.index][: b_i.shape[0]] = b_i
-            scale[tensor.index] = self.config.scale(tensor.module)
-        return LoRA(
-            a=jnp.asarray(a.reshape(*stack, *inputs, rank)),
-            b=jnp.asarray(b.reshape(*stack, rank, *outputs)),
-            scale=jnp.asarray(scale),
-            axes=axes,
-        )
-
-    def replaced(self, arrays: Mapping[str, np.ndarray], leaves: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """The leaves that were trained whole, with what the adapter leaves alone taken from the base."""
-        new: dict[str, np.ndarray] = {}
-        for name, tensor in self.whole.items():
-            if tensor.path not in new:
-                new[tensor.path] = np.array(leaves[tensor.path], np.float32)
-            value = arrays[name].astype(np.float32)
-            new[tensor.path][tensor.index] = value.T if tensor.transpose else value
-        return new
+            a, b = (arrays[name].T for name in _names.factor_names(tensor))
+            by_path.setdefault(tensor.path, []).append(Factors(tensor, a, b, self.config.scale(tensor.module)))
+        return {path: node_of(group, leaves[path].shape, self.axes[path]) for path, group in by_path.items()}
 
 
 def _checked(file: Any, plan: _Plan, leaves: Mapping[str, Any]) -> dict[str, np.ndarray]:

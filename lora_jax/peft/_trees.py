@@ -1,5 +1,6 @@
 """Parameter trees as flat tables: factors and leaves by path."""
 
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 
 from lora_jax import _tree
 from lora_jax._tree import LoRA, Trained
+from lora_jax.peft._names import Tensor
 
 
 class Parts(NamedTuple):
@@ -47,6 +49,16 @@ def _trained_leaf(leaf: Any, value: np.ndarray) -> Any:
     if jnp.finfo(dtype).bits < 32:
         return Trained(jnp.asarray(value, jnp.float32), str(dtype))
     return _tree.rebox(leaf, jnp.asarray(value, dtype))
+
+
+def filled(values: Iterable[tuple[Tensor, np.ndarray]], leaves: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Whole leaves, float32, with these tensors as parts of them, and the rest as in `leaves`."""
+    new: dict[str, np.ndarray] = {}
+    for tensor, value in values:
+        if tensor.path not in new:
+            new[tensor.path] = np.array(leaves[tensor.path], np.float32)
+        new[tensor.path][tensor.index] = value.T if tensor.transpose else value
+    return new
 
 
 def kernel_shape(node: LoRA) -> tuple[int, ...]:

@@ -1,0 +1,155 @@
+"""loralib's tensors as nodes: Linear, Embedding and MergedLinear."""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lora_jax._tree import Axes
+from lora_jax.loralib._zip import read
+from lora_jax.peft import _names, _trees
+from lora_jax.peft._config import one_line
+from lora_jax.peft._factors import Factors, node_of
+from lora_jax.peft._names import Tensor, Weight
+
+
+def load(
+    path: str | os.PathLike[str],
+    params: Any,
+    *,
+    names: Mapping[str, Weight],
+    alpha: float,
+    enable_lora: Sequence[bool] | None = None,
+    axes: Mapping[str, Axes] | None = None,
+) -> Any:
+    """The tree `params` with the adapter of a loralib checkpoint put into it.
+
+    `MODULE.lora_A` (rank, in) and `MODULE.lora_B` (out, rank) become the node beside the kernel, with scale alpha/rank.
+    loralib's `MergedLinear`, one kernel that holds several projections (GPT-2's query, key and value), has factors of
+    its own for those it adapts, in groups: ΔW is block-diagonal in them, so that k groups of rank r are one node of
+    rank k·r, still with scale alpha/r. Other tensors (a classifier, biases) were trained whole and replace the leaf.
+
+    Args:
+        path: what `torch.save(loralib.lora_state_dict(model), path)` wrote. Nothing in it is executed.
+        params: the base model's parameters, without nodes.
+        names: the Hugging Face name of each leaf, which loralib's models share: `model.names`.
+        alpha: `lora_alpha`, which isn't in the file.
+        enable_lora: which of the projections of a MergedLinear are adapted, as given to loralib; needed when the file
+            has one, unless all are.
+        axes: how kernels that aren't plain matrices are used, from `lora_jax.kernel_axes`.
+
+    Returns:
+        `params` with nodes; factors are float32.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it isn't such a file, or its tensors don't fit these parameters; all faults are reported together.
+
+    The reference: https://github.com/microsoft/LoRA (loralib 0.1.2, layers.py)
+    """
+    arrays = read(path)
+    tree = _trees.parts(params)
+    if tree.nodes:
+        raise ValueError(f"{min(tree.nodes)} already has an adapter; load into the base parameters, or merge it first")
+    table = _names.tensors(names, tree.leaves)
+    modules = sorted({name.removesuffix(".lora_A").removesuffix(".lora_B") for name in arrays if ".lora_" in name})
+    problems, by_path = [], {}
+    for module in modules:
+        try:
+            tensor = _kernel(module, table)
+            factors = _factors(tensor, arrays, _names.axes_of(tensor, axes), alpha, enable_lora)
+            by_path.setdefault(tensor.path, []).append(factors)
+        except ValueError as error:
+            problems.append(f"{module}: {error}")
+    whole = {name: array for name, array in arrays.items() if ".lora_" not in name}
+    problems += _unfit(whole, table)
+    problems += [f"{name} holds NaN or infinity" for name, array in arrays.items() if not _finite(array)]
+    if not modules:
+        problems.append("it holds no lora_A and lora_B")
+    if problems:
+        raise ValueError(f"{path}: {one_line(problems)}")
+    nodes = {
+        kernel: node_of(group, tree.leaves[kernel].shape, _names.axes_of(group[0].tensor, axes))
+        for kernel, group in by_path.items()
+    }
+    replaced = _trees.filled(((table[name], array) for name, array in whole.items()), tree.leaves)
+    return _trees.put(params, nodes, replaced)
+
+
+def _kernel(module: str, table: Mapping[str, Tensor]) -> Tensor:
+    tensor = table.get(f"{module}.weight")
+    if tensor is None or not tensor.takes_lora:
+        raise ValueError("no such kernel in this model")
+    if tensor.tied:
+        raise ValueError(f"it adapts one use of a weight that {', '.join(tensor.tied)} shares (tied embeddings)")
+    return tensor
+
+
+def _factors(
+    tensor: Tensor, arrays: Mapping[str, np.ndarray], axes: Axes, alpha: float, enable_lora: Sequence[bool] | None
+) -> Factors:
+    inputs, outputs = _names.widths(tensor, axes)
+    pair = [arrays.get(f"{tensor.module}.lora_{factor}") for factor in "AB"]
+    if any(array is None or array.ndim != 2 or not array.size for array in pair):
+        raise ValueError("lora_A and lora_B must both be there, as matrices")
+    a, b = (np.asarray(array, np.float32) for array in pair)
+    if a.shape[1] != inputs:
+        raise ValueError(f"lora_A has shape {a.shape}, expected (rank, {inputs}): an adapter for another model")
+    rank = b.shape[1]
+    if b.shape == (outputs, a.shape[0]):
+        return Factors(tensor, a.T, b.T, alpha / rank)
+    blocks = _blocks(a.shape[0], b.shape, outputs, enable_lora)
+    return Factors(tensor, a.T, _block_diagonal(b, blocks), alpha / rank)
+
+
+class _Blocks(NamedTuple):
+    """The groups of a MergedLinear: how many outputs each projection has, and which projections are adapted."""
+
+    width: int
+    outputs: int
+    adapted: tuple[int, ...]
+
+
+def _blocks(rows_of_a: int, shape_of_b: tuple[int, ...], outputs: int, enable_lora: Sequence[bool] | None) -> _Blocks:
+    rows, rank = shape_of_b
+    groups, rest = divmod(rows_of_a, rank)
+    width = rows // max(groups, 1)
+    if rest or not groups or rows % groups or outputs % width:
+        raise ValueError(f"lora_A of {rows_of_a} rows and lora_B {shape_of_b} fit no kernel of {outputs} outputs")
+    projections = outputs // width
+    if groups == projections:
+        enable_lora = (True,) * projections
+    elif enable_lora is None:
+        raise ValueError(
+            f"a MergedLinear that adapts {groups} of {projections} projections: say which, as in enable_lora="
+            f"{(True,) * groups + (False,) * (projections - groups)}"
+        )
+    enabled = tuple(bool(on) for on in enable_lora)
+    if len(enabled) != projections or sum(enabled) != groups:
+        raise ValueError(f"enable_lora={enabled}, but the file adapts {groups} of {projections} projections")
+    return _Blocks(width, outputs, tuple(i for i, on in enumerate(enabled) if on))
+
+
+def _block_diagonal(b: np.ndarray, blocks: _Blocks) -> np.ndarray:
+    """loralib's B of k groups, (k · width, rank), as b of one kernel, (k · rank, outputs)."""
+    rank = b.shape[1]
+    whole = np.zeros((len(blocks.adapted) * rank, blocks.outputs), np.float32)
+    for group, projection in enumerate(blocks.adapted):
+        columns = slice(projection * blocks.width, (projection + 1) * blocks.width)
+        whole[group * rank : (group + 1) * rank, columns] = b[group * blocks.width : (group + 1) * blocks.width].T
+    return whole
+
+
+def _unfit(whole: Mapping[str, np.ndarray], table: Mapping[str, Tensor]) -> list[str]:
+    problems = []
+    for name, array in whole.items():
+        if name not in table:
+            problems.append(f"{name[:200]!r} is unexpected")
+        elif array.shape != table[name].saved_shape:
+            problems.append(f"{name} has shape {array.shape} in the file, {table[name].saved_shape} expected")
+    return problems
+
+
+def _finite(array: np.ndarray) -> bool:
+    return array.dtype.kind in "biu" or bool(np.isfinite(array.astype(np.float32)).all())

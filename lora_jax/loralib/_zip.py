@@ -1,0 +1,263 @@
+"""The zip that `torch.save` writes, read without unpickling.
+
+A pickle is a program for a stack machine: its opcodes push values, build tuples and call functions by name. This file
+is an interpreter for the few opcodes that a dictionary of tensors needs, in which "calling" knows three functions (a
+tensor from a storage, a parameter, an ordered dict), and names are looked up in a fixed table of dtypes. Nothing is
+imported, nothing is called, and whatever isn't in the tables is an error.
+
+The format: https://docs.pytorch.org/docs/stable/notes/serialization.html, opcodes: `pickletools`.
+"""
+
+import math
+import os
+import pickletools
+import struct
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+MAX_PICKLE = 64 * 2**20  # bytes: a few hundred for each tensor
+
+STORAGES = {
+    "torch DoubleStorage": np.dtype(np.float64),
+    "torch FloatStorage": np.dtype(np.float32),
+    "torch HalfStorage": np.dtype(np.float16),
+    "torch BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+    "torch LongStorage": np.dtype(np.int64),
+    "torch IntStorage": np.dtype(np.int32),
+    "torch ShortStorage": np.dtype(np.int16),
+    "torch CharStorage": np.dtype(np.int8),
+    "torch ByteStorage": np.dtype(np.uint8),
+    "torch BoolStorage": np.dtype(np.bool_),
+}
+ORDERED_DICT, TENSOR, PARAMETER = (
+    "collections OrderedDict",
+    "torch._utils _rebuild_tensor_v2",
+    "torch._utils _rebuild_parameter",
+)
+
+
+class _Global(NamedTuple):
+    """A name that the pickle mentions; it is never looked up."""
+
+    name: str
+
+
+class _Mark(NamedTuple):
+    """Where a tuple or a run of items begins on the stack."""
+
+
+def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """The tensors of a file that `torch.save` wrote from a state dict.
+
+    Args:
+        path: the file; nothing in it is executed.
+
+    Returns:
+        Name -> array, in the file's order.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it isn't such a file, is damaged, or holds anything but tensors by name.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return _Archive(archive, path.stat().st_size).tensors()
+    except (zipfile.BadZipFile, EOFError, struct.error):
+        raise ValueError(f"{path}: not a zip of tensors as torch.save writes since PyTorch 1.6, or cut short") from None
+    except (ValueError, OverflowError, NotImplementedError) as error:  # the last: a compression that zipfile hasn't
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
+
+
+class _Archive:
+    """An open zip, with its members checked: stored as they are, and no larger than the file."""
+
+    def __init__(self, archive: zipfile.ZipFile, size: int):
+        self.archive = archive
+        self.members = {member.filename: member for member in archive.infolist()}
+        for member in self.members.values():
+            if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1 or member.file_size > size:
+                raise ValueError(f"{member.filename[:80]!r} is compressed or encrypted, which torch.save never does")
+        pickles = [name for name in self.members if name.count("/") == 1 and name.endswith("/data.pkl")]
+        if len(pickles) != 1:
+            raise ValueError("it holds no data.pkl; only files that torch.save wrote can be read")
+        self.root = pickles[0].removesuffix("data.pkl")
+        if self._optional("byteorder") not in (None, b"little"):
+            raise ValueError("its numbers aren't little-endian")
+
+    def _optional(self, name: str) -> bytes | None:
+        member = self.members.get(self.root + name)
+        return None if member is None else self.archive.read(member)
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        if self.members[f"{self.root}data.pkl"].file_size > MAX_PICKLE:
+            raise ValueError("its data.pkl is too large for a table of tensors")
+        found = interpret(self._optional("data.pkl") or b"", self.storage)
+        if not isinstance(found, dict):
+            raise ValueError(f"it holds a {type(found).__name__}, not tensors by name")
+        for name, value in found.items():
+            if not isinstance(name, str) or not isinstance(value, np.ndarray):
+                raise ValueError(f"{str(name)[:80]!r} is no tensor; only a state dict can be read")
+        return found
+
+    def storage(self, reference: Any) -> np.ndarray:
+        """The numbers that a persistent id names: ("storage", type, key, device, count)."""
+        if not isinstance(reference, tuple) or len(reference) != 5 or reference[0] != "storage":
+            raise ValueError("it refers to something that is no storage")
+        _, kind, key, _, count = reference
+        dtype = STORAGES.get(kind.name) if isinstance(kind, _Global) else None
+        if dtype is None or not isinstance(key, str) or not key.isdecimal() or type(count) is not int:
+            raise ValueError(f"it holds a storage of an unknown kind: {_show(kind)}")
+        data = self._optional(f"data/{key}")
+        if data is None or len(data) != count * dtype.itemsize:
+            raise ValueError(
+                f"storage {key[:20]} is missing or not of {count} numbers: the file is cut short or damaged"
+            )
+        return np.frombuffer(data, dtype)
+
+
+def interpret(program: bytes, storage: Callable[[Any], np.ndarray]) -> Any:
+    """What the pickle describes, built from tables: dicts, tuples, strings, numbers and tensors, nothing else.
+
+    >>> import pickle
+    >>> interpret(pickle.dumps({"a": (1, True)}, protocol=2), storage=lambda reference: None)
+    {'a': (1, True)}
+    >>> interpret(pickle.dumps(1j, protocol=2), storage=lambda reference: None)
+    Traceback (most recent call last):
+    ValueError: it calls for something other than tensors: '__builtin__ complex'
+    """
+    machine = _Machine(storage)
+    for opcode, argument, _ in pickletools.genops(program):
+        if opcode.name == "STOP":
+            return machine.pop()
+        machine.step(opcode.name, argument)
+    raise ValueError("its pickle has no end")
+
+
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+_PUSHED = {"BINUNICODE", "SHORT_BINUNICODE", "BININT", "BININT1", "BININT2", "LONG1"}
+_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+
+
+class _Machine:
+    """The stack and the memo of a pickle's program."""
+
+    def __init__(self, storage: Callable[[Any], np.ndarray]):
+        self.storage = storage
+        self.stack: list[Any] = []
+        self.memo: dict[int, Any] = {}
+
+    def pop(self) -> Any:
+        if not self.stack:
+            raise ValueError("its pickle takes more than it has: damaged")
+        return self.stack.pop()
+
+    def top(self) -> Any:
+        value = self.pop()
+        self.stack.append(value)
+        return value
+
+    def pop_to_mark(self) -> list[Any]:
+        items = []
+        while not isinstance(item := self.pop(), _Mark):
+            items.append(item)
+        return items[::-1]
+
+    def step(self, name: str, argument: Any) -> None:
+        if name in _CONSTANTS:
+            self.stack.append(_CONSTANTS[name])
+        elif name in _PUSHED:
+            self.stack.append(argument)
+        elif name in ("PROTO", "FRAME"):
+            pass
+        elif name == "GLOBAL":
+            self.stack.append(_Global(argument))
+        elif name == "MARK":
+            self.stack.append(_Mark())
+        elif name == "EMPTY_DICT":
+            self.stack.append({})
+        elif name == "TUPLE":
+            self.stack.append(tuple(self.pop_to_mark()))
+        elif name in _TUPLES:
+            items = [self.pop() for _ in range(_TUPLES[name])]
+            self.stack.append(tuple(items[::-1]))
+        else:
+            self.act(name, argument)
+
+    def act(self, name: str, argument: Any) -> None:
+        """The opcodes that do more than push."""
+        if name in ("BINPUT", "LONG_BINPUT"):
+            self.memo[argument] = self.top()
+        elif name in ("BINGET", "LONG_BINGET"):
+            if argument not in self.memo:
+                raise ValueError("its pickle recalls what it never stored: damaged")
+            self.stack.append(self.memo[argument])
+        elif name == "BINPERSID":
+            self.stack.append(self.storage(self.pop()))
+        elif name == "SETITEM":
+            value, key = self.pop(), self.pop()
+            _set(self.top(), [key, value])
+        elif name == "SETITEMS":
+            items = self.pop_to_mark()
+            _set(self.top(), items)
+        elif name == "BUILD":  # attributes of the dict: torch leaves the versions of its modules there
+            self.pop()
+            if not isinstance(self.top(), dict):
+                raise ValueError("it sets attributes of something other than a state dict")
+        elif name == "REDUCE":
+            arguments, function = self.pop(), self.pop()
+            self.stack.append(_call(function, arguments))
+        else:
+            raise ValueError(f"it calls for something other than tensors: {name!r}")
+
+
+def _set(target: Any, items: list[Any]) -> None:
+    if not isinstance(target, dict) or len(items) % 2:
+        raise ValueError("it sets items of something other than a dict: damaged")
+    for key, value in zip(items[::2], items[1::2], strict=True):
+        if not isinstance(key, str | int):
+            raise ValueError(f"it has a key that is no name: {_show(key)}")
+        target[key] = value
+
+
+def _call(function: Any, arguments: Any) -> Any:
+    """What one of the three known functions would return."""
+    name = function.name if isinstance(function, _Global) else None
+    count = len(arguments) if isinstance(arguments, tuple) else -1
+    if name == ORDERED_DICT and count == 0:
+        return {}
+    if name == TENSOR and count in (6, 7):
+        return _tensor(*arguments[:4])
+    if name == PARAMETER and count == 3 and isinstance(arguments[0], np.ndarray):
+        return arguments[0]
+    raise ValueError(f"it calls for something other than tensors: {_show(function)}")
+
+
+def _tensor(storage: Any, offset: Any, size: Any, stride: Any) -> np.ndarray:
+    """The view of a storage that a tensor is, copied; one that reaches beyond the storage is refused."""
+    numbers = [offset, *size, *stride] if isinstance(size, tuple) and isinstance(stride, tuple) else [-1]
+    if (
+        not isinstance(storage, np.ndarray)
+        or any(type(n) is not int or n < 0 for n in numbers)
+        or len(size) != len(stride)
+    ):
+        raise ValueError("it holds a tensor without a shape: damaged")
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+    if math.prod(size) > storage.size or (math.prod(size) and last >= storage.size):
+        raise ValueError(f"a tensor of shape {size} reaches beyond its storage of {storage.size} numbers")
+    if not math.prod(size):
+        return np.zeros(size, storage.dtype)
+    strides = [step * storage.itemsize for step in stride]
+    return np.lib.stride_tricks.as_strided(storage[offset:], size, strides).copy()
+
+
+def _show(value: Any) -> str:
+    text = value.name if isinstance(value, _Global) else type(value).__name__
+    return repr(text[:80])

@@ -1,0 +1,72 @@
+"""A node as the factors of single modules, and back: a stack of layers is one node, and as many modules."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax._tree import Axes, LoRA
+from lora_jax.peft import _names
+from lora_jax.peft._names import Tensor
+
+
+class Factors(NamedTuple):
+    """The adapter of one Hugging Face module: ΔW = scale · a b, with a (in, rank) and b (rank, out)."""
+
+    tensor: Tensor
+    a: np.ndarray
+    b: np.ndarray
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[1]
+
+
+def factors_of(path: str, node: LoRA, table: Mapping[str, Tensor]) -> list[Factors]:
+    """The node's factors, one entry for each index of its stack that is adapted, without padded ranks."""
+    a, b, scale = (np.asarray(x) for x in jax.device_get((node.a, node.b, node.scale)))
+    rank = a.shape[-1]
+    found = []
+    for tensor in table.values():
+        if tensor.path != path or scale[tensor.index] == 0:  # scale 0: only its neighbours in the stack are adapted
+            continue
+        _names.check_axes(tensor, node.axes)
+        a_i = a[tensor.index].reshape(-1, rank)
+        b_i = b[tensor.index].reshape(rank, -1)
+        if not (np.isfinite(a_i).all() and np.isfinite(b_i).all() and np.isfinite(scale[tensor.index])):
+            raise ValueError(f"{path}: the adapter holds NaN or infinity: it is not saved")
+        used = (a_i != 0).any(0) | (b_i != 0).any(1)
+        if used.any():  # a column of zeros that meets a row of zeros is padding, up to the stack's largest rank
+            a_i, b_i = a_i[:, used], b_i[used]
+        if tensor.is_embedding and not _names.looks_up(tensor, node.axes):
+            a_i, b_i = b_i.T, a_i.T
+        found.append(Factors(tensor, a_i, b_i, float(scale[tensor.index])))
+    return found
+
+
+def node_of(factors: Sequence[Factors], shape: tuple[int, ...], axes: Axes) -> LoRA:
+    """The inverse of `factors_of`: the node of a kernel of this shape, float32, padded to the largest rank.
+
+    Layers that no entry is for get scale 0.
+    """
+    stack, inputs, outputs = (tuple(shape[axis] for axis in group) for group in axes)
+    rank = max(found.rank for found in factors)
+    a = np.zeros((*stack, int(np.prod(inputs)), rank), np.float32)
+    b = np.zeros((*stack, rank, int(np.prod(outputs))), np.float32)
+    scale = np.zeros(stack, np.float32)
+    for found in factors:
+        one_a, one_b = found.a, found.b
+        if found.tensor.is_embedding and not _names.looks_up(found.tensor, axes):
+            one_a, one_b = one_b.T, one_a.T
+        a[found.tensor.index][:, : found.rank] = one_a
+        b[found.tensor.index][: found.rank] = one_b
+        scale[found.tensor.index] = found.scale
+    return LoRA(
+        a=jnp.asarray(a.reshape(*stack, *inputs, rank)),
+        b=jnp.asarray(b.reshape(*stack, rank, *outputs)),
+        scale=jnp.asarray(scale),
+        axes=axes,
+    )

@@ -1,0 +1,217 @@
+"""loralib's checkpoints (tests/golden/make_loralib.py made them): the ΔW that loralib merges, and nothing executed."""
+
+import os
+import pickle
+import time
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lora_jax
+from lora_jax import loralib, peft
+from lora_jax._tree import nodes_of
+
+GOLDEN = Path(__file__).parent / "golden" / "loralib"
+ALPHA, ENABLED = 6, (True, False, True)
+
+
+class Weight(NamedTuple):
+    name: str
+    transpose: bool = False
+
+
+NAMES = {
+    "embed/embedding": Weight("embed.weight"),
+    **{f"layers/{name}/bias": Weight(f"layers.{{}}.{name}.bias") for name in ("query", "c_attn", "qkv")},
+    "layers/query/kernel": Weight("layers.{}.query.weight", True),
+    "layers/c_attn/kernel": Weight("layers.{}.c_attn.weight"),  # stored (in, out), as GPT-2's
+    "layers/qkv/kernel": Weight("layers.{}.qkv.weight", True),
+}
+
+
+def base():
+    widths = {"query": 4, "c_attn": 12, "qkv": 12}
+    layers = {
+        name: {"kernel": jnp.zeros((2, 6, width)), "bias": jnp.zeros((2, width))} for name, width in widths.items()
+    }
+    return {"embed": {"embedding": jnp.zeros((10, 6))}, "layers": layers}
+
+
+def load(path=GOLDEN / "adapter.bin", **options):
+    return loralib.load(path, base(), **({"names": NAMES, "alpha": ALPHA, "enable_lora": ENABLED} | options))
+
+
+def test_updates_are_those_that_loralib_merges():
+    updates = lora_jax.delta(load())
+    with np.load(GOLDEN / "updates.npz") as expected:
+        assert len(expected) == 7
+        for name, update in expected.items():
+            *parents, module = name.split(".")
+            ours = updates["layers"][module]["kernel"][int(parents[1])] if parents else updates["embed"]["embedding"]
+            theirs = update.T if ours.shape != update.shape else update
+            np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_biases_are_replaced_and_alpha_is_over_the_rank_of_a_group():
+    params = load()
+    with_bias = loralib.read(GOLDEN / "adapter.bin")
+    np.testing.assert_array_equal(params["layers"]["query"]["bias"][1], with_bias["layers.1.query.bias"])
+    nodes = nodes_of(params)
+    assert nodes["layers/c_attn/kernel"].a.shape == (2, 6, 6)  # two groups of rank 3
+    np.testing.assert_array_equal(nodes["layers/c_attn/kernel"].scale, [2, 2])
+
+
+def test_it_becomes_a_peft_adapter(tmp_path):
+    params = load()
+    peft.save(tmp_path / "a", params, names=NAMES, train=["bias"])
+    again = peft.load(tmp_path / "a", base(), names=NAMES)
+    for path, node in nodes_of(params).items():
+        for field in ("a", "b", "scale"):
+            np.testing.assert_array_equal(getattr(nodes_of(again)[path], field), getattr(node, field))
+    np.testing.assert_array_equal(again["layers"]["qkv"]["bias"], params["layers"]["qkv"]["bias"])
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"enable_lora": None}, "adapts 2 of 3 projections: say which"),
+        ({"enable_lora": (True, False, False)}, "adapts 2 of 3 projections"),
+        (
+            {"names": {path: name for path, name in NAMES.items() if "query" not in path}},
+            "layers.0.query: no such kernel",
+        ),
+        (
+            {"names": {path: name for path, name in NAMES.items() if "qkv/bias" not in path}},
+            "'layers.0.qkv.bias' is unexp",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_said(options, problem):
+    with pytest.raises(ValueError, match=problem) as caught:
+        load(**options)
+    assert "\n" not in str(caught.value)
+    assert "adapter.bin" in str(caught.value)
+
+
+def test_another_width_is_another_model():
+    params = base()
+    params["layers"]["query"]["kernel"] = jnp.zeros((2, 8, 4))
+    with pytest.raises(ValueError, match=r"lora_A has shape \(2, 6\), expected \(rank, 8\)"):
+        loralib.load(GOLDEN / "adapter.bin", params, names=NAMES, alpha=1, enable_lora=ENABLED)
+
+
+# The reader ---------------------------------------------------------------------------------------------------------
+
+
+def test_views_parameters_and_dtypes():
+    found = loralib.read(GOLDEN / "views.bin")
+    whole = np.arange(24, dtype=np.float32).reshape(4, 6)
+    np.testing.assert_array_equal(found["transposed"], whole.T)
+    np.testing.assert_array_equal(found["part"], whole[1:3, ::2])
+    np.testing.assert_array_equal(found["half"].astype(np.float32), whole)
+    assert (found["half"].dtype, found["one"].shape) == (jnp.bfloat16, ())
+    assert loralib.read(GOLDEN / "module.bin").keys() == {"weight", "bias"}
+
+
+@pytest.mark.parametrize(("file", "problem"), [("whole_module.bin", "other than tensors"), ("legacy.bin", "not a zip")])
+def test_what_holds_more_than_tensors_is_refused(file, problem):
+    with pytest.raises(ValueError, match=problem):
+        loralib.read(GOLDEN / file)
+
+
+class Malice:
+    def __reduce__(self):
+        return os.mkdir, ("pwned",)
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_nothing_is_executed(tmp_path, monkeypatch, protocol):
+    monkeypatch.chdir(tmp_path)
+    with zipfile.ZipFile(tmp_path / "x.bin", "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps({"weight": Malice()}, protocol=protocol))
+    with pytest.raises(ValueError, match="other than tensors"):
+        loralib.read(tmp_path / "x.bin")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.bin"]
+
+
+def repacked(path, change, method=zipfile.ZIP_STORED):
+    """The adapter's zip, its members changed."""
+    with zipfile.ZipFile(GOLDEN / "adapter.bin") as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for name, data in change(members).items():
+            archive.writestr(name, data)
+    return path
+
+
+def test_the_repacked_file_is_read(tmp_path):
+    assert loralib.read(repacked(tmp_path / "x.bin", dict)).keys() == loralib.read(GOLDEN / "adapter.bin").keys()
+
+
+@pytest.mark.parametrize(
+    ("change", "method", "problem"),
+    [
+        (dict, zipfile.ZIP_DEFLATED, "compressed"),
+        (lambda members: {"x/y": b"1"}, zipfile.ZIP_STORED, "no data.pkl"),
+        (lambda members: members | {"adapter/data/0": b"1234"}, zipfile.ZIP_STORED, "cut short or damaged"),
+        (lambda members: members | {"adapter/byteorder": b"big"}, zipfile.ZIP_STORED, "little-endian"),
+        (
+            lambda members: members | {"adapter/data.pkl": pickle.dumps([1], 2)},
+            zipfile.ZIP_STORED,
+            "other than tensors",
+        ),
+        (lambda members: members | {"adapter/data.pkl": pickle.dumps((1,), 2)}, zipfile.ZIP_STORED, "holds a tuple"),
+        (
+            lambda members: members | {"adapter/data.pkl": pickle.dumps({"a": 1}, 2)},
+            zipfile.ZIP_STORED,
+            "'a' is no tensor",
+        ),
+    ],
+)
+def test_other_zips_are_refused(tmp_path, change, method, problem):
+    with pytest.raises(ValueError, match=problem):
+        loralib.read(repacked(tmp_path / "x.bin", change, method))
+
+
+def attempt(path):
+    """The tensors, or the message of the ValueError: no other error may come."""
+    try:
+        return loralib.read(path), ""
+    except ValueError as error:
+        return None, str(error)
+
+
+def test_damage_is_refused_or_harmless(tmp_path):
+    """Bits flipped anywhere; zip has a checksum for each member, so that most are noticed before they are looked at."""
+    whole = loralib.read(GOLDEN / "adapter.bin")
+    for seed in range(200):
+        data = bytearray((GOLDEN / "adapter.bin").read_bytes())
+        random = np.random.default_rng(seed)
+        data[random.integers(len(data))] ^= 1 << int(random.integers(8))
+        (tmp_path / "x.bin").write_bytes(data[: random.integers(len(data))] if seed % 4 == 0 else data)
+        started = time.monotonic()
+        found, refusal = attempt(tmp_path / "x.bin")
+        assert refusal.isprintable()
+        assert refusal or found.keys() == whole.keys()
+        assert refusal or all(np.array_equal(found[name], whole[name]) for name in whole)
+        assert time.monotonic() - started < 2
+
+
+def test_damaged_programs_are_refused_or_give_tensors(tmp_path):
+    """The pickle itself damaged, with the zip's checksum made good: no error but ours."""
+    random = np.random.default_rng(0)
+    for _ in range(300):
+
+        def damage(members):
+            program = bytearray(members["adapter/data.pkl"])
+            for _ in range(int(random.integers(1, 4))):
+                program[random.integers(len(program))] = random.integers(256)
+            return members | {"adapter/data.pkl": bytes(program)}
+
+        found, refusal = attempt(repacked(tmp_path / "x.bin", damage))
+        assert refusal.isprintable()
+        assert refusal or all(isinstance(array, np.ndarray) for array in found.values())
