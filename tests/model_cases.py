@@ -51,6 +51,22 @@ GPT2 = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+ENCODER = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 24,
+    "layer_norm_eps": 1e-5,
+    "pad_token_id": 1,
+}
+
+
+def encoder(model_type: str, architecture: str, **settings: Any) -> dict[str, Any]:
+    return ENCODER | {"model_type": model_type, "architectures": [architecture]} | settings
+
+
 LLAMA = decoder("llama", "LlamaForCausalLM")
 CASES: dict[str, dict[str, Any]] = {
     "llama": LLAMA | {"num_key_value_heads": 4},
@@ -98,6 +114,12 @@ CASES: dict[str, dict[str, Any]] = {
             "full_attention": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 2.0},
         },
     ),
+    "bert_masked_lm": encoder("bert", "BertForMaskedLM"),
+    "bert_classification": encoder("bert", "BertForSequenceClassification", num_labels=5),
+    "bert": encoder("bert", "BertModel", hidden_act="gelu_new"),
+    "roberta_masked_lm": encoder("roberta", "RobertaForMaskedLM", type_vocab_size=1),
+    "roberta_classification": encoder("roberta", "RobertaForSequenceClassification", type_vocab_size=1, num_labels=1),
+    "roberta": encoder("roberta", "RobertaModel", type_vocab_size=1),
     "gpt2": GPT2,
     "gpt2_untied": GPT2 | {"tie_word_embeddings": False, "scale_attn_weights": False, "n_inner": 40},
 }
@@ -106,6 +128,27 @@ CASES: dict[str, dict[str, Any]] = {
 def tokens() -> np.ndarray:
     """int64[BATCH, LENGTH]."""
     return np.random.default_rng(0).integers(3, VOCABULARY, (BATCH, LENGTH))
+
+
+def encodes(name: str) -> bool:
+    return CASES[name]["model_type"] in ("bert", "roberta")
+
+
+def tokens_of(name: str) -> dict[str, np.ndarray]:
+    """The inputs of the case's model: the tokens, and as a pair of texts where the family has types of tokens."""
+    inputs = {"input_ids": tokens()}
+    if CASES[name]["model_type"] == "bert":
+        inputs["token_type_ids"] = np.broadcast_to(np.arange(LENGTH) >= 4, (BATCH, LENGTH)).astype(np.int64)
+    return inputs
+
+
+def padded_tokens_of(name: str) -> dict[str, np.ndarray]:
+    """The same, the second row padded on the right."""
+    inputs = tokens_of(name)
+    mask = np.ones_like(inputs["input_ids"])
+    mask[1, LENGTH - PADDED :] = 0
+    inputs["input_ids"][mask == 0] = ENCODER["pad_token_id"]  # transformers' RoBERTa looks for the id
+    return inputs | {"attention_mask": mask}
 
 
 def write_folder(folder: Path, name: str, shapes: dict[str, tuple[int, ...]]) -> Path:

@@ -18,12 +18,14 @@ import jax
 import jax.numpy as jnp
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from lora_jax.models import _folder, _weights, gemma, gpt2, llama, mistral, qwen
+from lora_jax.models import _folder, _weights, bert, gemma, gpt2, llama, mistral, qwen
 from lora_jax.models._family import Family, Weight, flatten, unflatten
 
 __all__ = ["SUPPORTED", "Model", "Weight", "flatten", "init", "load", "load_abstract", "save", "unflatten"]
 
-FAMILIES = {family.architecture: family for module in (llama, mistral, qwen, gemma, gpt2) for family in module.FAMILIES}
+FAMILIES = {
+    family.architecture: family for module in (llama, mistral, qwen, gemma, gpt2, bert) for family in module.FAMILIES
+}
 SUPPORTED = tuple(sorted(FAMILIES))
 
 
@@ -39,6 +41,7 @@ class Model:
         apply: `(params, input_ids, attention_mask=None, *, positions=None, cache=None)` with `input_ids` int32[B, T]
             and `attention_mask` [B, T], 1 at real tokens (padding may be on either side) -> logits [B, T, V], or
             `(logits, cache)` when a cache is given. `positions` int32[B, T] default to those among the real tokens.
+            Encoders take `token_type_ids` int32[B, T] instead of a cache, and give what their head does.
         init_cache: `(batch, length, dtype=None)` -> an empty cache for `length` tokens a row, padding included.
         folder: where it was loaded from; None for `init`.
     """
@@ -73,7 +76,7 @@ def load(
     Args:
         path_or_hub_id: a folder with `config.json` and safetensors weights, or `owner/model`.
         dtype: of the weights; None keeps each one's dtype in the file.
-        compute_dtype: of the activations; None is the embedding's.
+        compute_dtype: of the activations; None is the embedding's, and float32 for float16 weights.
         remat: recompute each layer's activations in the backward pass instead of keeping them.
 
     Raises:
@@ -177,6 +180,8 @@ def save(
 def _abstract(family: Family, config, dtype, compute_dtype, remat: bool, folder: Path | None) -> Model:
     named = getattr(config, "dtype", None) or "float32"
     param_dtype = jnp.dtype(dtype or str(named).removeprefix("torch."))
+    if compute_dtype is None and param_dtype == jnp.float16:
+        compute_dtype = jnp.float32  # float16 has no range for activations and gradients, and no dot products on CPU
     module = family.module(config, compute_dtype, param_dtype, remat)
     shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
 
@@ -184,6 +189,8 @@ def _abstract(family: Family, config, dtype, compute_dtype, remat: bool, folder:
         return module.apply({"params": params}, input_ids, attention_mask, **keywords)
 
     def init_cache(batch: int, length: int, dtype: Any = None):
+        if family.init_cache is None:
+            raise ValueError(f"{family.architecture} is an encoder: it generates no text and has no cache")
         return family.init_cache(config, batch, length, dtype or compute_dtype or param_dtype)
 
     return Model(

@@ -29,21 +29,25 @@ class TensorFiles:
 
     Attributes:
         files: tensor name -> open file.
+        stored: tensor name -> its name in the file; others only where `current` renames it.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.files: dict[str, Any] = {}
+        self.stored: dict[str, str] = {}
         self._stack = ExitStack()
 
     def __enter__(self) -> "TensorFiles":
         try:
             for path in _files(self.folder):
                 file = self._stack.enter_context(_open(path))
-                for name in file.keys():  # noqa: SIM118 - not a mapping
+                for stored in file.keys():  # noqa: SIM118 - not a mapping
+                    name = current(stored)
                     if name in self.files:
                         raise ValueError(f"{path}: tensor {name} is in another of the folder's files too")
                     self.files[name] = file
+                    self.stored[name] = stored
         except BaseException:
             self._stack.close()
             raise
@@ -53,17 +57,29 @@ class TensorFiles:
         self._stack.close()
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.files[name].get_slice(name).get_shape())
+        return tuple(self.files[name].get_slice(self.stored[name]).get_shape())
 
     def dtype(self, name: str) -> str:
         """The safetensors name of a tensor's dtype, `"F32"` for float32."""
-        return self.files[name].get_slice(name).get_dtype()
+        return self.files[name].get_slice(self.stored[name]).get_dtype()
 
     def read(self, name: str) -> np.ndarray:
         try:
-            return self.files[name].get_tensor(name)
+            return self.files[name].get_tensor(self.stored[name])
         except SafetensorError as error:
             raise ValueError(f"{self.folder}: tensor {name} can't be read: {error}") from None
+
+
+def current(name: str) -> str:
+    """Today's name of a tensor: checkpoints that were converted from TensorFlow call a LayerNorm's weights otherwise.
+
+    >>> current("bert.embeddings.LayerNorm.gamma")
+    'bert.embeddings.LayerNorm.weight'
+    """
+    for old, new in ((".gamma", ".weight"), (".beta", ".bias")):
+        if name.endswith(old):
+            return name.removesuffix(old) + new
+    return name
 
 
 def _open(path: Path):

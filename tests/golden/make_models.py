@@ -2,8 +2,8 @@
 
     python tests/golden/make_models.py      # torch 2.13.0 (CPU), transformers 5.23; seconds on two cores
 
-For each case, under its name: the names and shapes of the tensors in a folder that transformers writes, and the logits
-of the model with drawn weights, read back by transformers, in float32 and in float64.
+For each case, under its name: the names and shapes of the tensors in a folder that transformers writes, and the output
+of the model with drawn weights, read back by transformers, in float32 and in float64; an encoder's of padded rows too.
 """
 
 import json
@@ -17,7 +17,7 @@ import transformers
 from safetensors import safe_open
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from model_cases import CASES, tokens, write_folder
+from model_cases import CASES, encodes, padded_tokens_of, tokens_of, write_folder
 
 HERE = Path(__file__).parent
 
@@ -49,7 +49,9 @@ def reference(name: str) -> dict[str, np.ndarray]:
         write_folder(Path(folder), name, tensors)
         for dtype in ("float32", "float64"):
             model = read(name, Path(folder), getattr(torch, dtype))
-            found[dtype] = model(torch.from_numpy(tokens())).logits.numpy()
+            for kind, inputs in (("", tokens_of(name)), ("padded/", padded_tokens_of(name))):
+                if kind == "" or encodes(name):  # a decoder's padding must not be seen: that needs no reference
+                    found[kind + dtype] = model(**{key: torch.from_numpy(x) for key, x in inputs.items()})[0].numpy()
     return found
 
 

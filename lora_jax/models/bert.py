@@ -1,0 +1,297 @@
+"""BERT (Devlin et al. 2018) and RoBERTa (Liu et al. 2019): encoders with a head for tokens, for texts, or none.
+
+RoBERTa is BERT whose positions count real tokens from the padding's id on, and whose heads have other names.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from transformers import BertConfig, RobertaConfig
+
+from lora_jax.models import _attention
+from lora_jax.models._family import Family, Weight
+from lora_jax.models._layers import ACTIVATIONS, Embed, check_activation, dense, layer_norm
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderSpec:
+    """What a BERT or RoBERTa consists of."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    max_positions: int
+    token_types: int
+    num_layers: int
+    num_heads: int
+    activation: str
+    norm_eps: float
+    first_position: int | None  # RoBERTa: of a row's first real token; None: positions count padding too, from 0
+    head: str  # "none", "masked_lm" or "classification"
+    num_labels: int
+    init_std: float
+
+
+def spec(config: Any, head: str) -> EncoderSpec:
+    """The encoder that a `BertConfig` or `RobertaConfig` describes, with a head.
+
+    Raises:
+      ValueError: a variant that isn't implemented, by name.
+    """
+    for name in ("is_decoder", "add_cross_attention"):
+        if getattr(config, name, False):
+            raise ValueError(f"{name} is not supported; only encoders are")
+    if head == "masked_lm" and not config.tie_word_embeddings:
+        raise ValueError("tie_word_embeddings false is not supported in an encoder; only a tied head is")
+    check_activation(config.hidden_act)
+    roberta = config.model_type == "roberta"
+    return EncoderSpec(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        max_positions=config.max_position_embeddings,
+        token_types=config.type_vocab_size,
+        num_layers=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
+        activation=config.hidden_act,
+        norm_eps=config.layer_norm_eps,
+        first_position=config.pad_token_id + 1 if roberta else None,
+        head=head,
+        num_labels=config.num_labels,
+        init_std=config.initializer_range,
+    )
+
+
+class Embeddings(nn.Module):
+    """Words, positions and token types added up and normed."""
+
+    spec: EncoderSpec
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, input_ids, attention_mask, token_type_ids, positions, dtype):
+        spec = self.spec
+
+        def table(name, count):
+            return Embed(count, spec.hidden_size, spec.init_std, self.param_dtype, name=name)
+
+        if positions is None and spec.first_position is not None:
+            positions = _attention.positions_of(input_ids, attention_mask) + spec.first_position
+        elif positions is None:
+            positions = _attention.positions_of(input_ids, None)
+        if token_type_ids is None:
+            token_type_ids = jnp.zeros((1, 1), jnp.int32)
+        words = table("word_embeddings", spec.vocab_size)
+        x = words(input_ids, dtype) + table("position_embeddings", spec.max_positions)(positions, dtype)
+        x = x + table("token_type_embeddings", spec.token_types)(token_type_ids, dtype)
+        return layer_norm(self, "LayerNorm", x), words
+
+
+class SelfAttention(nn.Module):
+    """Attention in both directions, up to but without the output projection."""
+
+    spec: EncoderSpec
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x, mask):
+        heads = self.spec.num_heads
+
+        def project(name):
+            return dense(self, name, self.spec.hidden_size, x).reshape(*x.shape[:2], heads, -1)
+
+        q, k, v = project("query"), project("key"), project("value")
+        out = _attention.attend(q, k, v, mask, causal=False, scale=q.shape[-1] ** -0.5)
+        return out.reshape(x.shape)
+
+
+class Output(nn.Module):
+    """Projects `y` to the stream's width, adds it to `x` and norms the sum."""
+
+    spec: EncoderSpec
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, y, x):
+        return layer_norm(self, "LayerNorm", x + dense(self, "dense", self.spec.hidden_size, y))
+
+
+class Attention(nn.Module):
+    """Self-attention, its projection, and the norm after it."""
+
+    spec: EncoderSpec
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x, mask):
+        attended = SelfAttention(self.spec, self.param_dtype, name="self")(x, mask)
+        return Output(self.spec, self.param_dtype, name="output")(attended, x)
+
+
+class Intermediate(nn.Module):
+    """The MLP's first half."""
+
+    spec: EncoderSpec
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x):
+        return ACTIVATIONS[self.spec.activation](dense(self, "dense", self.spec.intermediate_size, x))
+
+
+class Layer(nn.Module):
+    """One post-norm block."""
+
+    spec: EncoderSpec
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x, own, mask):
+        x = Attention(self.spec, self.param_dtype, name="attention")(x, mask)
+        hidden = Intermediate(self.spec, self.param_dtype, name="intermediate")(x)
+        return Output(self.spec, self.param_dtype, name="output")(hidden, x), None
+
+
+class Pooler(nn.Module):
+    """tanh of a projection of the first token."""
+
+    spec: EncoderSpec
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x):
+        return jnp.tanh(dense(self, "dense", self.spec.hidden_size, x[:, 0]))
+
+
+class MaskedLMHead(nn.Module):
+    """A projection, its norm, and the word embeddings as the kernel of the last product."""
+
+    spec: EncoderSpec
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x, words):
+        spec = self.spec
+        x = layer_norm(self, "LayerNorm", ACTIVATIONS[self.activation](dense(self, "dense", spec.hidden_size, x)))
+        bias = self.param("bias", nn.initializers.zeros, (spec.vocab_size,), self.param_dtype)
+        return words.attend(x) + bias.astype(x.dtype)
+
+    @property
+    def activation(self):
+        return "gelu" if self.spec.first_position is not None else self.spec.activation  # RoBERTa's is fixed
+
+
+class ClassificationHead(nn.Module):
+    """RoBERTa's: tanh of a projection of the first token, then the labels."""
+
+    spec: EncoderSpec
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x):
+        x = jnp.tanh(dense(self, "dense", self.spec.hidden_size, x[:, 0]))
+        return dense(self, "out_proj", self.spec.num_labels, x)
+
+
+class Encoder(nn.Module):
+    """Token ids to what the head gives, or to the last hidden states [B, T, D] where there is none.
+
+    The head gives logits: [B, T, V] for tokens, [B, num_labels] for texts.
+    """
+
+    spec: EncoderSpec
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, input_ids, attention_mask=None, *, token_type_ids=None, positions=None):
+        spec, roberta = self.spec, self.spec.first_position is not None
+        embeddings = Embeddings(spec, self.param_dtype, name="embeddings")
+        x, words = embeddings(input_ids, attention_mask, token_type_ids, positions, self.dtype)
+        mask = None if attention_mask is None else attention_mask.astype(bool)[:, None, None, :]
+        x, _ = _attention.stacked(Layer, spec.num_layers, self.remat)(spec, self.param_dtype, name="layer")(
+            x, None, mask
+        )
+        if spec.head == "masked_lm":
+            return MaskedLMHead(spec, self.param_dtype, name="lm_head")(x, words)
+        if spec.head == "classification" and roberta:
+            return ClassificationHead(spec, self.param_dtype, name="classifier")(x)
+        pooled = Pooler(spec, self.param_dtype, name="pooler")(x)
+        return dense(self, "classifier", spec.num_labels, pooled) if spec.head == "classification" else x
+
+
+# --- names -----------------------------------------------------------------------------------------------------------
+
+
+def weights(config: Any, head: str) -> dict[str, Weight]:
+    """Every leaf of the tree and its name in a Hugging Face file."""
+    base = "" if head == "none" else f"{config.model_type}."
+    table = {}
+    for name in ("word", "position", "token_type"):
+        table[f"embeddings/{name}_embeddings/embedding"] = Weight(f"{base}embeddings.{name}_embeddings.weight")
+    norms = {"embeddings/LayerNorm": f"{base}embeddings.LayerNorm"}
+    projections = {}
+    for path in ("attention/self/query", "attention/self/key", "attention/self/value"):
+        projections[f"layer/{path}"] = f"{base}encoder.layer.{{}}.{path.replace('/', '.')}"
+    for path in ("attention/output", "intermediate", "output"):
+        name = f"{base}encoder.layer.{{}}.{path.replace('/', '.')}"
+        projections[f"layer/{path}/dense"] = f"{name}.dense"
+        if path != "intermediate":
+            norms[f"layer/{path}/LayerNorm"] = f"{name}.LayerNorm"
+    roberta = config.model_type == "roberta"
+    if head == "masked_lm":
+        of_head = "lm_head" if roberta else "cls.predictions"
+        projections["lm_head/dense"] = f"{of_head}.dense" if roberta else f"{of_head}.transform.dense"
+        norms["lm_head/LayerNorm"] = f"{of_head}.layer_norm" if roberta else f"{of_head}.transform.LayerNorm"
+        table["lm_head/bias"] = Weight(f"{of_head}.bias")
+    elif head == "classification" and roberta:
+        projections |= {f"classifier/{name}": f"classifier.{name}" for name in ("dense", "out_proj")}
+    else:
+        projections["pooler/dense"] = f"{base}pooler.dense"
+        if head == "classification":
+            projections["classifier"] = "classifier"
+    for path, name in projections.items():
+        table[f"{path}/kernel"] = Weight(f"{name}.weight", transpose=True)
+        table[f"{path}/bias"] = Weight(f"{name}.bias")
+    for path, name in norms.items():
+        table[f"{path}/scale"] = Weight(f"{name}.weight")
+        table[f"{path}/bias"] = Weight(f"{name}.bias")
+    return table
+
+
+def _copies(config: Any) -> dict[str, str]:
+    """A tied head's, which some files hold too."""
+    of_head = "lm_head" if config.model_type == "roberta" else "cls.predictions"
+    return {
+        f"{of_head}.decoder.weight": f"{config.model_type}.embeddings.word_embeddings.weight",
+        f"{of_head}.decoder.bias": f"{of_head}.bias",
+    }
+
+
+def _family(config_class: Any, architecture: str, head: str) -> Family:
+    # Buffers of old files; and what files hold of a model that was trained with more heads than this one has.
+    unused = [r"(.*\.)?embeddings\.position_ids"]
+    unused += [r"cls\.seq_relationship\..*", r".*\.pooler\..*"] if head == "masked_lm" else []
+    return Family(
+        config_class=config_class,
+        architecture=architecture,
+        module=lambda config, dtype, param_dtype, remat: Encoder(spec(config, head), dtype, param_dtype, remat),
+        weights=lambda config: weights(config, head),
+        ignored=tuple(unused),
+        copies=_copies if head == "masked_lm" else lambda config: {},
+        prefix="" if head == "none" else f"{config_class.model_type}.",
+    )
+
+
+FAMILIES = tuple(
+    _family(config_class, name + suffix, head)
+    for config_class, name in ((BertConfig, "Bert"), (RobertaConfig, "Roberta"))
+    for suffix, head in (
+        ("ForMaskedLM", "masked_lm"),
+        ("ForSequenceClassification", "classification"),
+        ("Model", "none"),
+    )
+)
