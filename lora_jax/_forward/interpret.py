@@ -8,10 +8,12 @@ frame takes note, so that the user can be told.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax
 from jax import core
 from jax.extend import core as jex
 from jax.extend import source_info_util
@@ -109,7 +111,7 @@ def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
 
 def _stretch(eqns: Sequence[Any], inputs: Sequence[Any], outputs: Sequence[Any]) -> Any:
     """Some equations of a jaxpr as a jaxpr."""
-    info = jex.DebugInfo("adapt", "lora_jax.adapt", ("",) * len(inputs), ("",) * len(outputs))
+    info = _debug_info()._replace(arg_names=("",) * len(inputs), result_paths=("",) * len(outputs))
     effects = frozenset().union(*(eqn.effects for eqn in eqns))
     return jex.Jaxpr((), inputs, outputs, eqns, effects, info)
 
@@ -164,6 +166,12 @@ def _last_uses(jaxpr: Any) -> dict[Any, int]:
         if not isinstance(var, jex.Literal):
             last[var] = len(jaxpr.eqns)
     return last
+
+
+@functools.cache
+def _debug_info() -> Any:
+    """A jaxpr must say where it is from; older versions of JAX have no public name for that."""
+    return jax.make_jaxpr(lambda: ())().jaxpr.debug_info
 
 
 def _run(eqns: Sequence[Any], stop: int, env: dict[Any, Any], last: dict[Any, int]) -> None:
