@@ -298,6 +298,23 @@ def test_remat_keeps_policy_and_scan_its_settings():
     assert remat.params["prevent_cse"] is False
 
 
+def test_remat_inside_a_gradient_inside_still_recomputes():
+    layer = jax.checkpoint(lambda w, x: jnp.sin(jnp.sin(x @ w)))
+    fn = lambda params, x: jax.grad(lambda x: jnp.sum(layer(params["w"], x)))(x)
+    remats = lambda f, params: [
+        e.params["differentiated"] for e in equations(f, params, X) if "differentiated" in e.params
+    ]
+    assert remats(lora_jax.adapt(fn), PARAMS) == remats(fn, PLAIN) == [True]
+    np.testing.assert_allclose(lora_jax.adapt(fn)(PARAMS, X), fn(lora_jax.merge(PARAMS), X), rtol=1e-4, atol=1e-5)
+
+
+def test_a_kernel_times_itself():
+    params = {"w": normal(6, 6), "w_lora": node((6, 6))}
+    fn = lambda params, x: x @ (params["w"] @ params["w"])
+    out = lora_jax.adapt(fn, on_materialize="allow")(params, X)
+    np.testing.assert_allclose(out, fn(lora_jax.merge(params), X), rtol=1e-4, atol=1e-4)
+
+
 # Loud where it can't be cheap ---------------------------------------------------------------------------------------
 
 

@@ -36,6 +36,8 @@ def cast(factor: Factor, dtype: Any) -> Factor:
 @RULES("dot_general")
 def _dot_general(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
     """x W + (x a) b, whichever axes are contracted: the factor that has them meets the activations first."""
+    if values[0] is values[1]:
+        return None
     values = _one_kernel(frame, eqn, values)
     side = 0 if isinstance(values[0], LowRank) else 1
     kernel, x = values[side], values[1 - side]

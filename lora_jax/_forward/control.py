@@ -16,7 +16,7 @@ from jax import lax
 from jax.extend import core as jex
 
 from lora_jax._forward import dropout
-from lora_jax._forward.interpret import Event, Frame, Rules, Session, evaluate, source_of
+from lora_jax._forward.interpret import Event, Frame, Rules, Session, as_jaxpr, evaluate, source_of
 from lora_jax._forward.layout import factor_spec
 from lora_jax._forward.lowrank import RANK, Factor, LowRank
 
@@ -176,9 +176,26 @@ def _remat(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
             prevent_cse = [
                 each for value, each in zip(inside.values, prevent_cse, strict=True) for _ in jax.tree.leaves(value)
             ]
-        return jax.checkpoint(_named(body, "checkpointed"), prevent_cse=prevent_cse, policy=params["policy"])
+        function = _named(body, "checkpointed")
+        if params.get("differentiated"):
+            return _bound(eqn, function, prevent_cse if isinstance(prevent_cse, bool) else tuple(prevent_cse))
+        return jax.checkpoint(function, prevent_cse=prevent_cse, policy=params["policy"])
 
     return _call_once_transformed(frame, eqn, values, params["jaxpr"], wrap, whole="")
+
+
+def _bound(eqn: Any, function: Callable, prevent_cse: bool | tuple[bool, ...]) -> Callable:
+    """The equation on another function: a gradient taken inside has its own form of remat, which must not be lost."""
+
+    def call(*leaves: Any) -> Any:
+        closed, shapes = jax.make_jaxpr(function, return_shape=True)(*leaves)
+        inner = closed.jaxpr
+        jaxpr = as_jaxpr(inner.eqns, [*inner.constvars, *inner.invars], inner.outvars)
+        cse = prevent_cse if isinstance(prevent_cse, bool) else (False,) * len(closed.consts) + prevent_cse
+        params = {**eqn.params, "jaxpr": jaxpr, "prevent_cse": cse}
+        return jax.tree.unflatten(jax.tree.structure(shapes), eqn.primitive.bind(*closed.consts, *leaves, **params))
+
+    return call
 
 
 @RULES("closed_call", "core_call", "core_closed_call")
@@ -199,6 +216,12 @@ def _unchanged_carry(jaxpr: Any, first: int, values: Sequence[Any]) -> list[int]
     """Kernels in the carry that the body hands on untouched: constants in all but name."""
     inputs = jaxpr.invars[first : first + len(values)]
     return [i for i, v in enumerate(values) if isinstance(v, LowRank) and jaxpr.outvars[i] is inputs[i]]
+
+
+def _full(fixed: dict[int, Any], moving: Sequence[int], carry: Sequence[Any]) -> list[Any]:
+    """The whole carry, in order, of the kernels that stay and the values that change."""
+    state = fixed | dict(zip(moving, carry, strict=True))
+    return [state[i] for i in range(len(state))]
 
 
 def _at_step(value: Any, step: Any) -> Any:
@@ -223,40 +246,23 @@ def _scan(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
     fixed = {i: init[i] for i in _unchanged_carry(jaxpr.jaxpr, n_consts, init)}
     body = _loop_body(frame, jaxpr, inside, "scan")
     moving = [i for i in range(n_carry) if i not in fixed]
-    start = [_whole_inside(frame, eqn, init[i], inside) for i in moving]
+    start = [_make_whole(frame, eqn, values[n_consts + i]) for i in moving]
     scanned = [_scanned(x) if isinstance(x, LowRank) else x for x in xs]
 
     def step(carry: list[Any], x: tuple[Any, list[Any]]) -> tuple[list[Any], list[Any]]:
         number, slices = x
-        full: list[Any] = [None] * n_carry
-        for i, value in zip(moving, carry, strict=True):
-            full[i] = value
-        for i, value in fixed.items():
-            full[i] = value
         here = [
             _step_kernel(whole, part) if isinstance(whole, LowRank) else part
             for whole, part in zip(xs, slices, strict=True)
         ]
-        outputs = body.run([_at_step(value, number) for value in [*consts, *full, *here]])
+        outputs = body.run([_at_step(value, number) for value in [*consts, *_full(fixed, moving, carry), *here]])
         return [outputs[i] for i in moving], outputs[n_carry:]
 
     options = {key: params[key] for key in ("reverse", "unroll", "_split_transpose") if key in params}
     any_key = any(isinstance(v, LowRank) and v.key is not None for v in inside.values)
     numbers = jnp.arange(params["length"]) if any_key else None
     carry, ys = lax.scan(step, start, (numbers, scanned), length=params["length"], **options)
-    outputs: list[Any] = [None] * n_carry
-    for i, value in zip(moving, carry, strict=True):
-        outputs[i] = value
-    for i, value in fixed.items():
-        outputs[i] = value
-    return leave(frame, [*outputs, *ys], inside, body)
-
-
-def _whole_inside(frame: Frame, eqn: Any, value: Any, inside: Inside) -> Any:
-    if not isinstance(value, LowRank):
-        return value
-    origin = tuple(slot for inner in value.origin for slot in inside.origins[inner])
-    return _make_whole(frame, eqn, dataclasses.replace(value, origin=origin))
+    return leave(frame, [*_full(fixed, moving, carry), *ys], inside, body)
 
 
 def _scanned(kernel: LowRank) -> tuple[Any, Any, Any]:
@@ -289,31 +295,23 @@ def _while(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
     init = inside.values[n_cond + n_body :]
     fixed = {i: init[i] for i in _unchanged_carry(params["body_jaxpr"].jaxpr, n_body, init)}
     moving = [i for i in range(len(init)) if i not in fixed]
-    start = [_whole_inside(frame, eqn, init[i], inside) for i in moving]
+    start = [_make_whole(frame, eqn, values[n_cond + n_body + i]) for i in moving]
     body = _loop_body(frame, params["body_jaxpr"], inside, "while")
     test = _loop_body(frame, params["cond_jaxpr"], inside, "while")
     test.events = body.events
     any_key = any(isinstance(v, LowRank) and v.key is not None for v in inside.values)
 
-    def full(carry: list[Any]) -> list[Any]:
-        state: list[Any] = [None] * len(init)
-        for i, value in zip(moving, carry, strict=True):
-            state[i] = value
-        for i, value in fixed.items():
-            state[i] = value
-        return state
-
     def keep_going(state: tuple[Any, list[Any]]) -> Any:
         number, carry = state
-        return test.run([_at_step(value, number) for value in [*cond_consts, *full(carry)]])[0]
+        return test.run([_at_step(value, number) for value in [*cond_consts, *_full(fixed, moving, carry)]])[0]
 
     def step(state: tuple[Any, list[Any]]) -> tuple[Any, list[Any]]:
         number, carry = state
-        outputs = body.run([_at_step(value, number) for value in [*body_consts, *full(carry)]])
+        outputs = body.run([_at_step(value, number) for value in [*body_consts, *_full(fixed, moving, carry)]])
         return (number + 1 if any_key else None), [outputs[i] for i in moving]
 
     _, carry = lax.while_loop(keep_going, step, (jnp.int32(0) if any_key else None, start))
-    return leave(frame, full(carry), inside, body)
+    return leave(frame, _full(fixed, moving, carry), inside, body)
 
 
 @RULES("cond")

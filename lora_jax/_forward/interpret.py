@@ -103,14 +103,12 @@ def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
     inputs: dict[Any, Any] = {}
     for var, value in zip(eqn.invars, values, strict=True):
         if not isinstance(var, jex.Literal):
-            if var in inputs and inputs[var] is not value:
-                raise AssertionError("one variable bound to two values")
             inputs[var] = value
-    return core.eval_jaxpr(_stretch([eqn], list(inputs), eqn.outvars), (), *inputs.values())
+    return core.eval_jaxpr(as_jaxpr([eqn], list(inputs), eqn.outvars), (), *inputs.values())
 
 
-def _stretch(eqns: Sequence[Any], inputs: Sequence[Any], outputs: Sequence[Any]) -> Any:
-    """Some equations of a jaxpr as a jaxpr."""
+def as_jaxpr(eqns: Sequence[Any], inputs: Sequence[Any], outputs: Sequence[Any]) -> Any:
+    """Equations of a jaxpr, or of a part of one, as a jaxpr without constants."""
     info = _debug_info()._replace(arg_names=("",) * len(inputs), result_paths=("",) * len(outputs))
     effects = frozenset().union(*(eqn.effects for eqn in eqns))
     return jex.Jaxpr((), inputs, outputs, eqns, effects, info)
@@ -185,7 +183,7 @@ def _run(eqns: Sequence[Any], stop: int, env: dict[Any, Any], last: dict[Any, in
         for var in eqn.outvars:
             made[var] = None
     live = [var for var in made if last.get(var, -1) >= stop]
-    outputs = core.eval_jaxpr(_stretch(eqns, list(needed), live), (), *(env[var] for var in needed))
+    outputs = core.eval_jaxpr(as_jaxpr(eqns, list(needed), live), (), *(env[var] for var in needed))
     for var, value in zip(live, outputs, strict=True):
         env[var] = value
 

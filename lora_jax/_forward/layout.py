@@ -6,6 +6,7 @@ Each rule takes `(frame, eqn, values)` and returns the equation's outputs, or No
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -45,10 +46,15 @@ def _unchanged(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
 @RULES("optimization_barrier", "stop_gradient", "pvary", "pcast", "ppermute")
 def _elementwise(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
     """Equations that take any number of arrays of any shape: the factors go through as well."""
-    leaves, treedef = jax.tree.flatten(list(values))
+    keys = [value.key if isinstance(value, LowRank) else None for value in values]
+    bare = [replace(value, key=None) if isinstance(value, LowRank) else value for value in values]
+    leaves, treedef = jax.tree.flatten(bare)
     if eqn.primitive.multiple_results:
-        return jax.tree.unflatten(treedef, eqn.primitive.bind(*leaves, **eqn.params))
-    return jax.tree.unflatten(treedef, [eqn.primitive.bind(leaf, **eqn.params) for leaf in leaves])
+        leaves = eqn.primitive.bind(*leaves, **eqn.params)
+    else:
+        leaves = [eqn.primitive.bind(leaf, **eqn.params) for leaf in leaves]
+    outputs = jax.tree.unflatten(treedef, leaves)
+    return [out if key is None else replace(out, key=key) for out, key in zip(outputs, keys, strict=True)]
 
 
 @RULES("transpose")
