@@ -13,6 +13,7 @@ import optax
 import pytest
 import tiny
 from rich.console import Console
+from transformers import LlamaConfig
 
 import lora_jax
 from lora_jax import data
@@ -499,3 +500,31 @@ def test_the_schedule_never_wastes_a_step(warmup, steps):
     assert rates[peak] == max(rates) == 2.0
     assert min(rates[:-1]) > 0.1
     assert rates[-1] == pytest.approx(0.2)
+
+
+# --- a real architecture ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_llama_from_a_folder(tmp_path, dtype):
+    config = LlamaConfig(
+        vocab_size=tiny.VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    fresh = lora_jax.models.init(config, jax.random.key(0))
+    lora_jax.models.save(tmp_path / "model", fresh, fresh.params, dtype=dtype)
+    model = lora_jax.models.load(tmp_path / "model")
+    ids = jax.ShapeDtypeStruct((1, 4), jnp.int32)
+    axes = lora_jax.kernel_axes(model.apply, model.params, ids, ids)
+    lora = lora_jax.LoRAConfig(rank=4, alpha=16, targets="all-linear")
+    params = lora_jax.init(jax.random.key(1), model.params, lora, axes=axes)
+    result = train(model.apply, params, tiny.examples(24), config=dataclasses.replace(QUICK, steps=30))
+    assert losses(result)[-1] < losses(result)[0] - 0.1
+    base = lora_jax.split(result.params)[0]
+    same(base, model.params)
+    assert {x.dtype for x in jax.tree.leaves(base)} == {jnp.dtype(dtype)}
