@@ -10,14 +10,15 @@ PACKAGE = Path(__file__).parent.parent / "lora_jax"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # Modules of one group may import each other; a group imports the groups and the packages on its right.
-CORE = {"_paths", "_tree", "_forward", "_optim", "_sharding", "_certify"}
+CORE = {"_paths", "_tree", "_forward", "_optim", "_sharding", "_certify", "_jaxprs"}
 GROUPS = {
     "_paths": (set(), set()),
     "_tree": ({"_paths"}, {"jax", "numpy", "ml_dtypes"}),
-    "_forward": ({"_tree", "_paths"}, {"jax", "numpy"}),
+    "_jaxprs": (set(), set()),
+    "_forward": ({"_tree", "_paths", "_jaxprs"}, {"jax", "numpy"}),
     "_optim": ({"_tree", "_paths"}, {"jax", "numpy", "optax"}),
     "_sharding": ({"_tree", "_paths"}, {"jax", "numpy"}),
-    "_certify": ({"_tree", "_paths"}, {"jax"}),
+    "_certify": ({"_tree", "_paths", "_jaxprs"}, {"jax"}),
     "lora_jax": (CORE, set()),
     "models": (set(), {"jax", "numpy", "ml_dtypes", "flax", "transformers", "safetensors", "huggingface_hub"}),
     "peft": (CORE, {"jax", "numpy", "ml_dtypes", "safetensors"}),

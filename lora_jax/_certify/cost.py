@@ -12,6 +12,8 @@ from jax.extend import core as jex
 from jax.extend import source_info_util
 from jax.interpreters import partial_eval
 
+from lora_jax._jaxprs import scan_counts
+
 
 class Product(NamedTuple):
     """One matrix product of a program.
@@ -98,7 +100,7 @@ def _manual_sizes(eqn: Any) -> list[int]:
 
 
 def _scan(eqn: Any, flags: list[bool], times: int, cost: Cost) -> list[bool]:
-    consts, carries = eqn.params["num_consts"], eqn.params["num_carry"]
+    consts, carries = scan_counts(eqn)
     body = eqn.params["jaxpr"].jaxpr
     flags = _settled(body, flags, consts, carries)
     return _walk(body, flags, times, cost)

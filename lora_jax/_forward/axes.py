@@ -12,6 +12,7 @@ from jax.extend import core as jex
 
 from lora_jax._forward.tracks import Info, Reader, Track, Use, equation
 from lora_jax._forward.transform import is_array, trace
+from lora_jax._jaxprs import scan_counts
 from lora_jax._tree import KernelAxes, detach, leaf_paths
 
 
@@ -119,7 +120,8 @@ def _loop(jaxpr: Any, consts: Sequence[Info], carry: Sequence[Info], xs: Sequenc
 
 
 def _scan(eqn: Any, inputs: Sequence[Info], reader: Reader) -> list[Info]:
-    first, last = eqn.params["num_consts"], eqn.params["num_consts"] + eqn.params["num_carry"]
+    first, carried = scan_counts(eqn)
+    last = first + carried
     slices = [
         info._replace(tracks=tuple(replace(track, labels=track.labels[1:]) for track in info.tracks))
         for info in inputs[last:]

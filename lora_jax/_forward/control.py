@@ -19,6 +19,7 @@ from lora_jax._forward import dropout
 from lora_jax._forward.interpret import Event, Frame, Rules, Session, as_jaxpr, evaluate, source_of
 from lora_jax._forward.layout import factor_spec
 from lora_jax._forward.lowrank import RANK, Factor, LowRank
+from lora_jax._jaxprs import scan_counts
 
 RULES = Rules()
 
@@ -235,7 +236,7 @@ def _at_step(value: Any, step: Any) -> Any:
 def _scan(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
     """A kernel that is scanned over hands each step a slice of W and of each factor that has the scanned axis."""
     params = eqn.params
-    n_consts, n_carry = params["num_consts"], params["num_carry"]
+    n_consts, n_carry = scan_counts(eqn)
     jaxpr = params["jaxpr"]
     inside = enter(frame, values)
     consts, init, xs = (
