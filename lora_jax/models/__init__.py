@@ -194,7 +194,7 @@ def _abstract(family: Family, config, dtype, compute_dtype, remat: bool, folder:
         return family.init_cache(config, batch, length, dtype or compute_dtype or param_dtype)
 
     return Model(
-        config=config, params=shapes, names=family.weights(config), apply=apply, init_cache=init_cache, folder=folder
+        config=config, params=shapes, names=family.names(config), apply=apply, init_cache=init_cache, folder=folder
     )
 
 

@@ -263,8 +263,7 @@ def weights(spec: DecoderSpec) -> dict[str, Weight]:
     if spec.experts is None:
         projections |= {f"mlp/{name}_proj": spec.mlp_bias for name in ("gate", "up", "down")}
     norms = [*spec.norms, *(("self_attn/q_norm", "self_attn/k_norm") if spec.query_key_norm else ())]
-    tied = ("lm_head.weight",) if spec.tied else ()
-    table = {"embed_tokens/embedding": Weight("model.embed_tokens.weight", tied=tied)}
+    table = {"embed_tokens/embedding": Weight("model.embed_tokens.weight")}
     for path, bias in projections.items():
         name = f"model.layers.{{}}.{path.replace('/', '.')}"
         table[f"layers/{path}/kernel"] = Weight(f"{name}.weight", transpose=True)

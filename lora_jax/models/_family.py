@@ -48,6 +48,14 @@ class Family(NamedTuple):
     copies: Callable[[Any], dict[str, str]] = lambda config: {}
     prefix: str = ""
 
+    def names(self, config: Any) -> dict[str, Weight]:
+        """The weights, each with the names of its copies."""
+        copies: dict[str, tuple[str, ...]] = {}
+        for copy, original in self.copies(config).items():
+            copies[original] = (*copies.get(original, ()), copy)
+        weights = self.weights(config).items()
+        return {path: weight._replace(tied=copies.get(weight.name, ())) for path, weight in weights}
+
 
 def flatten(tree: Tree) -> dict[str, Any]:
     """A nested dict as `{"a/b": leaf}`.
