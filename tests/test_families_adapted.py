@@ -46,7 +46,8 @@ def test_adapted_is_merged(case):
     params = lora_jax.init(jax.random.key(0), model.params, config, axes=axes)
     apply = jax.jit(lora_jax.adapt(model.apply, on_materialize="error"))
     base, plain = apply(params, **inputs), jax.jit(model.apply)(model.params, **inputs)
-    # Bit for bit, but where XLA adds an encoder's bias inside the product of the plain kernel, and so rounds otherwise.
+    # Bit for bit, but in encoders: XLA lays out what enters attention's output projection otherwise where two products
+    # read it (W's and A's), and the product of W then adds up in another order.
     rounding = 1e-6 * np.max(np.abs(plain)) if isinstance(model.config, ENCODERS) else 0
     np.testing.assert_allclose(base, plain, rtol=0, atol=rounding)
 
