@@ -398,10 +398,12 @@ def test_what_a_run_tells(tmp_path):
     assert (result.steps, result.tokens_per_second > 0, result.seconds > 0) == (14, True, True)
 
 
-def test_a_line_is_the_mean_over_its_steps():
+def test_a_line_is_the_mean_over_its_steps(tmp_path):
     rows = tiny.examples(40)
     each = train(tiny.small_apply, small(), rows, config=QUICK)
-    lines = train(tiny.small_apply, small(), rows, config=dataclasses.replace(QUICK, log_every=6))
+    # Checkpoints fall between the lines, and take nothing from them.
+    config = dataclasses.replace(QUICK, log_every=6, checkpoint_every=4)
+    lines = train(tiny.small_apply, small(), rows, config=config, output=tmp_path)
     weights = [batch["loss_weights"].sum() for batch in data.batches(rows, 8, seed=0, epochs=3)]
     expected = [np.average(losses(each)[i : i + 6], weights=weights[i : i + 6]) for i in (0, 6)]
     np.testing.assert_allclose(losses(lines), expected, rtol=1e-6)
@@ -429,7 +431,14 @@ def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path):
     params = small()
     params["head"]["kernel"] = params["head"]["kernel"].at[0, 0].set(jnp.nan)
     with pytest.raises(ValueError, match=r"step 1: the loss is nan .* lower learning_rate"):
-        train(tiny.small_apply, params, tiny.examples(16), config=QUICK, output=tmp_path)
+        train(
+            tiny.small_apply,
+            params,
+            tiny.examples(16),
+            config=dataclasses.replace(QUICK, checkpoint_every=1),
+            output=tmp_path,
+        )
+    assert list((tmp_path / "checkpoints").iterdir()) == []  # nothing that a resumed run would start from
 
 
 def test_runs_that_cannot_begin(tmp_path):

@@ -30,7 +30,7 @@ class Meter:
         self.restart()
 
     def restart(self) -> None:
-        """Begins a new line: call it after evaluations and checkpoints, whose time is not training's."""
+        """Begins a new line."""
         self._steps: list[StepMetrics] = []
         self._tokens = 0
         self._started = time.perf_counter()
@@ -53,10 +53,21 @@ class Meter:
         self._steps.append(metrics)
         self._on_step(step, float(metrics.loss))
 
-    def read(self) -> Record:
-        """The figures since `restart`: waits for the steps in flight."""
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around what is not training: it begins when no step is in flight and every loss so far is known to be finite."""
+        self._settle()
+        began = time.perf_counter()
+        yield
+        self._started += time.perf_counter() - began
+
+    def _settle(self) -> None:
         while self._in_flight:
             self._fetch()
+
+    def read(self) -> Record:
+        """The figures since `restart`: waits for the steps in flight."""
+        self._settle()
         seconds = time.perf_counter() - self._started
         losses, weights, norms = np.array(self._steps, np.float64).T
         return {

@@ -125,7 +125,7 @@ def train(
         meter = Meter(log.step)
         for step in range(state.step + 1, steps + 1):
             batch = next(batches)
-            step_key = jax.random.fold_in(key, step) if config.dropout else None
+            step_key = jax.random.fold_in(state.key, step) if config.dropout else None
             adapter, opt_state, metrics = step_fn(state.adapter, state.opt_state, base, batch, step_key)
             state = state._replace(adapter=adapter, opt_state=opt_state, step=step)
             meter.add(step, metrics, int(batch["attention_mask"].sum()))
@@ -137,8 +137,8 @@ def train(
                 log.record(step, figures, after)
                 meter.restart()
             if save and checkpoints is not None:
-                checkpoints.save(state._replace(position=batches.get_state()))
-                meter.restart()
+                with meter.paused():
+                    checkpoints.save(state._replace(position=batches.get_state()))
 
     speeds = [line["tokens_per_second"] for line in log.history if "tokens_per_second" in line]
     return TrainResult(
