@@ -85,6 +85,7 @@ def adapt(
                     "no adapted kernel in the arguments: pass the tree that lora_jax.init returned "
                     "(or adapt(..., allow_none=True) to run without)"
                 )
+            args, kwargs = jax.tree.unflatten(treedef, leaves)
             return apply_fn(*args, **kwargs)
         arrays = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
         jaxpr, rebuild = trace(apply_fn, leaves, arrays, treedef)

@@ -55,7 +55,7 @@ class Meter:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Around what is not training: it begins when no step is in flight and every loss so far is known to be finite."""
+        """Around what is not training: it begins once no step is in flight and every loss so far is finite."""
         self._settle()
         began = time.perf_counter()
         yield

@@ -1,0 +1,112 @@
+"""Every family's adapters both ways, live: PEFT reads ours and we read PEFT's, with the same outputs.
+
+Only with `--oracle`. Ours adapt all linear layers, experts and routers included; PEFT's are what its "all-linear"
+makes.
+"""
+
+import importlib
+import warnings
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from agreement import assert_agrees
+from model_cases import CASES, tokens_of, write_folder
+from peft_cases import draw
+
+import lora_jax
+from lora_jax import models, peft
+
+pytestmark = [
+    pytest.mark.oracle,
+    # PEFT's own: a deprecated name that it asks transformers for.
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+]
+
+# One case of each architecture.
+CHOSEN = sorted({case["architectures"][0]: name for name, case in CASES.items()}.values())
+
+
+class Setting(NamedTuple):
+    """A model on both sides: ours with its adapted function compiled once, and how to make theirs."""
+
+    name: str
+    model: models.Model
+    axes: lora_jax.KernelAxes
+    inputs: dict[str, np.ndarray]
+    apply: Any
+
+    def outputs(self, params):
+        return self.apply(params, **{name: jnp.asarray(array, jnp.int32) for name, array in self.inputs.items()})
+
+    def theirs(self, dtype):
+        return make().read(self.name, self.model.folder, getattr(importlib.import_module("torch"), dtype))
+
+    def their_outputs(self, model):
+        torch = importlib.import_module("torch")
+        with torch.no_grad():
+            return model.eval()(**{name: torch.from_numpy(array) for name, array in self.inputs.items()})[0].numpy()
+
+
+def make():
+    """The reference's side of `model_cases`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch's and transformers' own imports
+        return importlib.import_module("golden.make_models")
+
+
+@pytest.fixture(params=CHOSEN, scope="module")
+def setting(request, tmp_path_factory):
+    name = request.param
+    folder = write_folder(tmp_path_factory.mktemp(name), name, make().shapes(name))
+    model, inputs = models.load(folder), tokens_of(name)
+    traced = {key: jnp.asarray(array, jnp.int32) for key, array in inputs.items()}
+    axes = lora_jax.kernel_axes(model.apply, model.params, **traced)
+    apply = jax.jit(lora_jax.adapt(model.apply, on_materialize="error"))
+    return Setting(name, model, axes, inputs, apply)
+
+
+def drawn(params):
+    """Every factor drawn: at init B = 0, which hides mistakes."""
+
+    def leaf(path, value):
+        name = jax.tree_util.keystr(path)
+        return jnp.asarray(draw(name, value.shape)) if name.endswith((".a", ".b")) else value
+
+    return jax.tree_util.tree_map_with_path(leaf, params)
+
+
+def test_peft_reads_ours(setting, tmp_path):
+    reference = importlib.import_module("peft")
+    config = lora_jax.LoRAConfig(rank=2, alpha=3, targets=("all-linear",))
+    params = drawn(lora_jax.init(jax.random.key(0), setting.model.params, config, axes=setting.axes))
+    peft.save(tmp_path / "ours", params, names=setting.model.names)
+    refs = []
+    for dtype in ("float32", "float64"):
+        config = reference.PeftConfig.from_pretrained(tmp_path / "ours")
+        theirs = reference.get_peft_model(setting.theirs(dtype), config, autocast_adapter_dtype=False)
+        weights = reference.load_peft_weights(tmp_path / "ours", device="cpu")
+        result = reference.set_peft_model_state_dict(theirs, weights)
+        assert result.unexpected_keys == []
+        assert [name for name in result.missing_keys if ".default" in name] == []
+        refs.append(setting.their_outputs(theirs.to(getattr(importlib.import_module("torch"), dtype))))
+    assert_agrees(setting.outputs(params), *refs)
+
+
+def test_we_read_pefts(setting, tmp_path):
+    reference, torch = importlib.import_module("peft"), importlib.import_module("torch")
+    config = reference.LoraConfig(r=3, lora_alpha=4, target_modules="all-linear")
+    refs = []
+    for dtype in ("float32", "float64"):
+        theirs = reference.get_peft_model(setting.theirs(dtype), config, autocast_adapter_dtype=False)
+        with torch.no_grad():
+            for name, parameter in theirs.named_parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(torch.from_numpy(draw(name, tuple(parameter.shape))))
+        refs.append(setting.their_outputs(theirs.to(getattr(torch, dtype))))
+        if dtype == "float32":
+            theirs.save_pretrained(tmp_path / "theirs")
+    params = peft.load(tmp_path / "theirs", setting.model.params, names=setting.model.names, axes=setting.axes)
+    assert_agrees(setting.outputs(params), *refs)
