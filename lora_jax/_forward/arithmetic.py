@@ -137,7 +137,10 @@ def _reduce_sum(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | No
 
 @RULES("concatenate")
 def _concatenate(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
-    """Kernels joined along an input or output are one kernel of the summed rank; along a stack, a longer stack."""
+    """Kernels joined along an input or output are one kernel of the summed rank; along a stack, a longer stack.
+
+    Parts of one kernel, as `jnp.roll` joins them, still share the factor that wasn't cut: the rank stays what it was.
+    """
     axis = eqn.params["dimension"]
     kernels = [value for value in values if isinstance(value, LowRank)]
     sides = {kernel.only(axis) for kernel in kernels}
@@ -149,6 +152,10 @@ def _concatenate(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | N
     if side in ("both", "none"):
         a, b = (_stack_factor(values, kernels, axis, which) for which in ("a", "b"))
         return [_joined(kernels, w, a, b)]
+    other = "b" if side == "a" else "a"
+    first, *more = (getattr(kernel, other) for kernel in kernels)
+    if all(factor.value is first.value and factor.axes == first.axes for factor in more):
+        return [_joined(kernels, w, **{side: _stack_factor(values, kernels, axis, side), other: first})]
     lengths = [(value.w if isinstance(value, LowRank) else value).shape[axis] for value in values]
     starts = [sum(lengths[:i]) for i in range(len(values))]
     across = {
