@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax import Axes, LoRA, analysis
+import lora_jax
+from lora_jax import Axes, LoRA, LoRAConfig, analysis
+from lora_jax.analysis._svd import top_singular_values
 
 PLAIN = Axes()
 
@@ -126,10 +128,13 @@ def test_amplification_of_stacked_kernels_with_unequal_ranks():
     np.testing.assert_allclose([found.projected[1], found.factor[1]], [alone.projected, alone.factor], rtol=1e-6)
 
 
-def test_large_kernels_take_lanczos_and_agree_with_lapack():
-    w = np.random.default_rng(9).standard_normal((1100, 1200))
-    full = np.linalg.svd(w, compute_uv=False)[:4]
-    np.testing.assert_allclose(analysis._top_singular_values(w, 4), full, rtol=1e-8)
+@pytest.mark.parametrize(("decay", "error"), [(0.0, 1e-9), (0.5, 1e-8)])
+def test_large_kernels_take_a_krylov_space_and_agree_with_known_values(decay, error):
+    """Values that hardly differ are the hardest to tell apart: there LAPACK is asked after all."""
+    rng = np.random.default_rng(9)
+    values = np.linspace(2, 1, 1030) * np.arange(1, 1031) ** -decay
+    w = (orthonormal(rng, 1040, 1030) * values) @ orthonormal(rng, 1030, 1030).T
+    np.testing.assert_allclose(top_singular_values(w, 4), values[:4], rtol=error)
 
 
 def test_amplification_refuses_another_kernels_node():
@@ -176,3 +181,88 @@ def test_zero_update_has_rank_zero():
 def test_energy_rank_refuses_a_share_outside_the_unit(share):
     with pytest.raises(ValueError, match="energy share"):
         analysis.spectrum(np.eye(2)).energy_rank(share)
+
+
+# Before training ----------------------------------------------------------------------------------------------------
+
+
+def linear(params, x):
+    """Kernels with a stack and with axes in another order, whose gradients are known by hand."""
+    return sum(x @ w for w in params["stacked"]["kernel"]) + jnp.einsum("ti,oi->to", x, params["turned"]["kernel"])
+
+
+def scored(rank, batches, seed=1):
+    rng = np.random.default_rng(20)
+    base = {
+        "stacked": {"kernel": jnp.asarray(rng.standard_normal((2, 12, 9)), jnp.float32)},
+        "turned": {"kernel": jnp.asarray(rng.standard_normal((9, 12)), jnp.float32)},
+    }
+    config = LoRAConfig(rank=3, alpha=3, targets=("stacked", "turned"))
+    axes = {"stacked/kernel": Axes((0,), (1,), (2,)), "turned/kernel": Axes((), (1,), (0,))}
+    params = lora_jax.init(jax.random.key(0), base, config, axes=axes)
+    apply = lora_jax.adapt(linear)
+
+    def loss(params, batch):
+        return (apply(params, batch[0]) * batch[1]).sum()
+
+    return analysis.gradient_scores(loss, params, batches, rank=rank, key=jax.random.key(seed))
+
+
+def linear_batches(tokens, count=2):
+    rng = np.random.default_rng(21)
+    return [
+        (np.float32(rng.standard_normal((tokens, 12))), np.float32(rng.standard_normal((tokens, 9))))
+        for _ in range(count)
+    ]
+
+
+def test_score_is_the_energy_of_the_gradients_top_directions():
+    """The gradient of the three kernels is xᵀy, averaged over batches: of rank 4, so that the sketch is exact."""
+    batches = linear_batches(tokens=2)
+    values = np.linalg.svd(np.mean([x.T @ y for x, y in batches], axis=0), compute_uv=False)
+    found = scored(2, batches)
+    assert found.keys() == {"stacked/kernel", "turned/kernel"}
+    assert found["stacked/kernel"].best.shape == (2,)
+    expected = np.linalg.norm(values[:2])
+    np.testing.assert_allclose(found["stacked/kernel"].best, expected, rtol=1e-5)
+    np.testing.assert_allclose(found["turned/kernel"].best, expected, rtol=1e-5)
+
+
+def test_no_update_of_that_rank_and_norm_does_better():
+    (x, y), *_ = batches = linear_batches(tokens=3, count=1)
+    best = scored(2, batches)["turned/kernel"].best
+    u, s, vt = np.linalg.svd(x.T @ y)
+    update = (u[:, :2] * s[:2]) @ vt[:2]
+    assert np.sum(x.T @ y * update) / np.linalg.norm(update) == pytest.approx(best, rel=1e-5)
+    rng = np.random.default_rng(22)
+    for _ in range(50):
+        other = rng.standard_normal((12, 2)) @ rng.standard_normal((2, 9))
+        assert np.sum(x.T @ y * other) / np.linalg.norm(other) < best
+
+
+def test_first_step_and_norm_are_means_over_draws_of_a():
+    """Of three kernels with one gradient, so of three draws."""
+    (x, y), *_ = batches = linear_batches(tokens=40, count=1)
+    gradient = x.T @ y
+    found = scored(4, batches).values()
+    assert np.mean([score.norm.mean() for score in found]) == pytest.approx(np.linalg.norm(gradient), rel=0.1)
+    # E|aᵀg| of a standard normal a is √(2/π) ‖g‖
+    steps = 4 * np.sqrt(2 / np.pi) * np.linalg.norm(gradient, axis=0).sum()
+    assert np.mean([score.first_step.mean() for score in found]) == pytest.approx(steps, rel=0.1)
+
+
+def test_score_of_a_gradient_of_full_rank_is_close():
+    x, y = np.float32(np.diag(0.5 ** np.arange(12.0))), np.float32(np.eye(12, 9))
+    found = scored(1, [(x, y)])["turned/kernel"].best
+    assert found == pytest.approx(1.0, rel=0.05)
+
+
+def test_what_cannot_be_scored_is_said():
+    with pytest.raises(ValueError, match="batches: none given"):
+        scored(1, [])
+    with pytest.raises(ValueError, match="rank: 0 given"):
+        scored(0, linear_batches(2))
+    with pytest.raises(ValueError, match=r"gradient of .*kernel .* not finite"):
+        scored(1, [(np.full((1, 12), np.inf, np.float32), np.ones((1, 9), np.float32))])
+    with pytest.raises(ValueError, match="there is no node"):
+        analysis.gradient_scores(linear, {"w": jnp.eye(2)}, [], rank=1, key=jax.random.key(0))

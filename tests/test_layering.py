@@ -24,7 +24,7 @@ GROUPS = {
     "peft": (CORE, {"jax", "numpy", "ml_dtypes", "safetensors"}),
     "loralib": (CORE | {"peft"}, {"jax", "numpy", "ml_dtypes"}),
     "checkpoint": (CORE, {"jax", "numpy", "orbax"}),
-    "analysis": (CORE, {"jax", "numpy", "scipy"}),
+    "analysis": (CORE, {"jax", "numpy"}),
     "data": (set(), {"numpy", "grain"}),
     "text_to_sql": ({"data"}, {"numpy"}),
     "train": (CORE | {"data", "checkpoint"}, {"jax", "numpy", "grain", "optax", "rich"}),

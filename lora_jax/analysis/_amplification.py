@@ -1,0 +1,92 @@
+"""Table 7: how much of W lies where ΔW acts, and how much larger ΔW is."""
+
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from numpy.typing import ArrayLike
+
+from lora_jax._tree import LoRA
+from lora_jax.analysis._spectrum import Spectrum
+from lora_jax.analysis._svd import Float, Sides, as_matrices, thin_svd, top_singular_values
+
+
+class Amplification(NamedTuple):
+    """Table 7 of the paper for one kernel (or one entry for each index of a stacked one). All are float64."""
+
+    projected: Float
+    """‖UᵀWVᵀ‖_F with U and V the singular vectors of ΔW: how much of W lies where ΔW acts."""
+    projected_own: Float
+    """The same with W's own top r singular vectors: the most that r directions of W can hold."""
+    projected_random: Float
+    """The same with those of a random Gaussian matrix of W's shape."""
+    w_norm: Float
+    """‖W‖_F."""
+    delta_norm: Float
+    """‖ΔW‖_F."""
+
+    @property
+    def factor(self) -> Float:
+        """The amplification factor ‖ΔW‖_F / ‖UᵀWVᵀ‖_F; NaN where ΔW is zero."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.where(self.delta_norm > 0, self.delta_norm / self.projected, np.nan)
+
+
+def amplification(w: ArrayLike, lora: LoRA, key: jax.Array, *, own: Spectrum | None = None) -> Amplification:
+    """Whether ΔW strengthens directions that W has but does not stress (section 7.3, table 7; appendix H.4).
+
+    With ΔW = U S Vᵀ thin and of rank r, the projection of W onto ΔW's subspace is UᵀWV, and
+    ‖ΔW‖_F / ‖UᵀWV‖_F says how much larger the update is than what W already does there. r counts the directions
+    that ΔW has: fewer than the adapter's rank where it is padded.
+
+    Args:
+      w: the kernel as it lies in the tree, any float dtype.
+      lora: the node beside it.
+      key: draws the random baseline.
+      own: the kernel's spectrum, where it is known already.
+
+    Returns:
+      The five norms and their `factor`; scalars, or arrays of the kernel's stack shape.
+
+    Raises:
+      ValueError: the kernel and the node do not fit each other, or hold a value that is not finite.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from lora_jax import Axes, LoRA
+    >>> w = jnp.diag(jnp.array([4.0, 1.0, 0.5]))
+    >>> node = LoRA(a=jnp.eye(3)[:, 2:], b=jnp.eye(3)[2:], scale=jnp.float32(5.0), axes=Axes())
+    >>> result = amplification(w, node, jax.random.key(0))
+    >>> float(result.projected), float(result.projected_own), float(result.factor)
+    (0.5, 4.0, 10.0)
+    """
+    kernel = as_matrices(w, lora.axes)
+    stack = kernel.shape[:-2]
+    sides = thin_svd(lora)
+    if sides.left.shape[:-1] != kernel.shape[:-1] or sides.right.shape[:-1] != (*stack, kernel.shape[-1]):
+        raise ValueError(
+            f"the kernel {np.shape(w)} with axes {tuple(lora.axes)} does not fit factors {np.shape(lora.a)} and "
+            f"{np.shape(lora.b)}: pass the kernel that the node stands beside"
+        )
+    rows = []
+    for place, index in enumerate(np.ndindex(stack)):
+        found = Sides(*(part[index] for part in sides))
+        rank = int(np.count_nonzero(found.values))
+        top = top_singular_values(kernel[index], rank) if own is None else own.singular_values[index][:rank]
+        rows.append(_row(kernel[index], found, top, jax.random.fold_in(key, place)))
+    return Amplification(*(np.asarray(column).reshape(stack) for column in zip(*rows, strict=True)))
+
+
+def _row(kernel: Float, update: Sides, top: Float, key: jax.Array) -> tuple[float, ...]:
+    """The five norms of one matrix, of which `top` are W's largest singular values, as many as the update has."""
+    left, right = update.left[:, : len(top)], update.right[:, : len(top)]
+    noise_left, noise_right = _random_sides(key, kernel.shape, len(top))
+    parts = (left.T @ kernel @ right, top, noise_left.T @ kernel @ noise_right, kernel, update.values)
+    return tuple(float(np.linalg.norm(part)) for part in parts)
+
+
+def _random_sides(key: jax.Array, shape: tuple[int, ...], rank: int) -> tuple[Float, Float]:
+    """Orthonormal bases of uniformly random subspaces: the singular vectors of a Gaussian matrix are such."""
+    keys = jax.random.split(key)
+    draws = (jax.random.normal(one, (features, rank)) for one, features in zip(keys, shape, strict=True))
+    left, right = (np.linalg.qr(np.asarray(draw, np.float64))[0] for draw in draws)
+    return left, right

@@ -1,0 +1,121 @@
+"""Kernels and factors as float64 matrices on the host, and the decompositions that the measures rest on."""
+
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from lora_jax._tree import Axes, LoRA
+
+Float = NDArray[np.float64]
+
+FULL_SVD_LIMIT = 1024
+"""Up to this many rows or columns LAPACK's SVD is the quicker way to the top singular values of W."""
+OVERSAMPLED = 16  # columns of a Krylov block besides those asked for
+MOST_BLOCKS = 16
+SETTLED = 1e-8  # relative growth of the sum of squares at which the top singular values count as found
+
+
+class Sides(NamedTuple):
+    """A thin SVD of ΔW: left (*stack, inputs, r), values (*stack, r) descending, right (*stack, outputs, r)."""
+
+    left: Float
+    values: Float
+    right: Float
+
+
+def matrices(lora: LoRA) -> tuple[Float, Float]:
+    """Both factors of a node with their features in front of the rank, ready for `subspace_similarity`.
+
+    Args:
+      lora: a node, with any axes.
+
+    Returns:
+      `(right, left)`, float64: `a` as (*stack, inputs, rank), whose directions are the paper's right singular vectors,
+      and `b` as (*stack, outputs, rank), whose directions are its left ones.
+
+    Raises:
+      ValueError: a value that is not finite.
+
+    >>> import jax.numpy as jnp
+    >>> node = LoRA(jnp.ones((6, 2)), jnp.ones((2, 4, 5)), jnp.float32(1), axes=Axes(outputs=(1, 2)))
+    >>> [factor.shape for factor in matrices(node)]
+    [(6, 2), (20, 2)]
+    """
+    depth = len(lora.axes.stack)
+    raw = host("a", lora.a)
+    stack, rank = raw.shape[:depth], raw.shape[-1]
+    b = host("b", lora.b).reshape(*stack, rank, -1)
+    return raw.reshape(*stack, -1, rank), np.swapaxes(b, -1, -2)
+
+
+def thin_svd(lora: LoRA) -> Sides:
+    """ΔW's SVD, from QR of both factors. Values that only float64 rounding keeps from zero (padding) are zero."""
+    a, b = matrices(lora)
+    scale = host("scale", lora.scale)[..., None, None]
+    left, inner_left = np.linalg.qr(a)
+    right, inner_right = np.linalg.qr(b)
+    core_left, values, core_right = np.linalg.svd(scale * inner_left @ np.swapaxes(inner_right, -1, -2))
+    values = values * (values > rounding(values, a.shape[-1]))
+    count = values.shape[-1]
+    return Sides(left @ core_left[..., :count], values, right @ np.swapaxes(core_right, -1, -2)[..., :count])
+
+
+def directions(factor: Float) -> Float:
+    """Singular vectors on the feature side, zero past the numerical rank, (*stack, features, rank)."""
+    vectors, values, _ = np.linalg.svd(factor, full_matrices=False)
+    vectors = vectors * (values > rounding(values, max(factor.shape[-2:])))[..., None, :]
+    missing = factor.shape[-1] - vectors.shape[-1]
+    return np.pad(vectors, [(0, 0)] * (vectors.ndim - 1) + [(0, missing)])
+
+
+def rounding(values: Float, size: int) -> Float:
+    """What float64 rounding leaves of a singular value that is zero."""
+    return 8 * size * np.finfo(np.float64).eps * values[..., :1]
+
+
+def singular_values(kernel: Float) -> Float:
+    return np.asarray(np.linalg.svd(kernel, compute_uv=False), np.float64)
+
+
+def top_singular_values(kernel: Float, count: int) -> Float:
+    """W's largest singular values: LAPACK where that is quick, else a block Krylov space with a fixed start.
+
+    The space holds (WᵀW)^q X for q = 0, 1, ... of a Gaussian X a little wider than `count` (Musco and Musco 2015,
+    arXiv 1504.05477), and grows until the values' sum of squares has settled; where it won't, LAPACK is asked.
+    """
+    small = min(kernel.shape)
+    if count == 0 or small <= FULL_SVD_LIMIT or count > small // 8:
+        return singular_values(kernel)[:count]
+    w = kernel if kernel.shape[0] >= kernel.shape[1] else kernel.T
+    block = np.random.default_rng(0).standard_normal((small, count + OVERSAMPLED))
+    basis, image, energy = np.empty((small, 0)), np.empty((len(w), 0)), 0.0
+    for _ in range(min(MOST_BLOCKS, small // block.shape[1])):
+        for _ in range(2):  # once is not enough: the first pass leaves what rounding takes from nearly parallel vectors
+            block = np.linalg.qr(block - basis @ (basis.T @ block))[0]
+        step = w @ block
+        basis, image = np.concatenate([basis, block], 1), np.concatenate([image, step], 1)
+        found = np.linalg.eigvalsh(image.T @ image)[::-1][:count]
+        if found.sum() - energy <= SETTLED * found.sum():
+            return np.sqrt(np.maximum(found, 0.0))
+        energy, block = found.sum(), w.T @ step
+    return singular_values(kernel)[:count]
+
+
+def as_matrices(kernel: ArrayLike, axes: Axes) -> Float:
+    """W as (*stack, inputs, outputs), each group of axes flattened."""
+    array = host("kernel", kernel)
+    order = (*axes.stack, *axes.inputs, *axes.outputs)
+    if sorted(order) != list(range(array.ndim)):
+        raise ValueError(f"axes {tuple(axes)} do not cover a kernel of shape {array.shape}: name each axis once")
+    sizes = [array.shape[axis] for axis in axes.stack]
+    inputs = int(np.prod([array.shape[axis] for axis in axes.inputs]))
+    return array.transpose(order).reshape(*sizes, inputs, -1)
+
+
+def host(name: str, array: ArrayLike) -> Float:
+    values = np.asarray(jax.device_get(array)).astype(np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError(f"{name} of shape {values.shape} holds a value that is not finite")
+    return values
