@@ -1,8 +1,8 @@
 """Training state on disk, to go on from where a run stopped: Orbax's CheckpointManager.
 
-A checkpoint holds what the base doesn't: the adapter, the optimizer's state, the random key, and as JSON the step, the
-data iterator's position, the axes of every adapted kernel and a fingerprint of the base. Orbax writes to a temporary
-folder and renames it, so a checkpoint is whole or absent. No pickle is written or read.
+A checkpoint holds what the base doesn't: the adapter, the best one so far, the optimizer's state, the random key, and
+as JSON the step, the data iterator's position, the axes of every adapted kernel and a fingerprint of the base. Orbax
+writes to a temporary folder and renames it, so a checkpoint is whole or absent. No pickle is written or read.
 """
 
 import hashlib
@@ -18,6 +18,13 @@ from jax import Array
 from lora_jax._tree import LoRA
 
 
+class Kept(NamedTuple):
+    """An adapter set aside, the best so far, with what is to be known of it."""
+
+    adapter: Any
+    facts: dict[str, Any]  # JSON values
+
+
 class TrainState(NamedTuple):
     """All that a training loop needs to go on, beside the base."""
 
@@ -28,6 +35,7 @@ class TrainState(NamedTuple):
     position: dict[str, Any]  # of the data iterator: its get_state()
     fingerprint: str  # of the base the adapter was trained on
     settings: dict[str, Any]  # of the run, JSON values
+    kept: Kept | None = None
 
 
 class Checkpoints:
@@ -72,6 +80,7 @@ class Checkpoints:
             "fingerprint": state.fingerprint,
             "settings": state.settings,
             "axes": _axes(state.adapter),
+            "kept": None if state.kept is None else state.kept.facts,
             "arrays": _shapes(_named(_trees(state))),
         }
         items = ocp.args.Composite(arrays=ocp.args.StandardSave(_named(_trees(state))), facts=ocp.args.JsonSave(facts))
@@ -91,6 +100,7 @@ class Checkpoints:
             raise FileNotFoundError(f"{self.folder}: no checkpoint to resume from")
         where = self.folder / str(self.latest)
         facts = self._manager.restore(self.latest, args=ocp.args.Composite(facts=ocp.args.JsonRestore()))["facts"]
+        template = template._replace(kept=facts["kept"] and Kept(template.adapter, facts["kept"]))
         wanted = _named(_trees(template))
         _check(facts, template, _shapes(wanted), where)
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), wanted)
@@ -100,6 +110,7 @@ class Checkpoints:
         trees = jax.tree.unflatten(jax.tree.structure(trees), [arrays[name] for name in _named(trees)])
         key = jax.random.wrap_key_data(trees["key"], impl=jax.random.key_impl(template.key))
         return template._replace(
+            kept=template.kept and template.kept._replace(adapter=trees["kept"]),
             adapter=trees["adapter"],
             opt_state=trees["opt_state"],
             key=key,
@@ -140,7 +151,8 @@ def _named(tree: Any) -> dict[str, Any]:
 
 
 def _trees(state: TrainState) -> dict[str, Any]:
-    return {"adapter": state.adapter, "key": jax.random.key_data(state.key), "opt_state": state.opt_state}
+    trees = {"adapter": state.adapter, "key": jax.random.key_data(state.key), "opt_state": state.opt_state}
+    return trees if state.kept is None else trees | {"kept": state.kept.adapter}
 
 
 def _shapes(arrays: dict[str, Any]) -> dict[str, str]:

@@ -27,7 +27,7 @@ GROUPS = {
     "analysis": (CORE, {"jax", "numpy"}),
     "data": (set(), {"numpy", "grain"}),
     "text_to_sql": ({"data"}, {"numpy"}),
-    "train": (CORE | {"data", "checkpoint"}, {"jax", "numpy", "grain", "optax", "rich"}),
+    "train": (CORE | {"data", "checkpoint"}, {"jax", "numpy", "grain", "optax", "rich", "scipy", "sklearn"}),
     "generate": (CORE | {"data", "checkpoint"}, {"jax", "numpy"}),
     "sweep": ({"train", "analysis", "models"}, {"jax", "numpy"}),
     "plan": ({"train", "analysis", "models"}, {"jax", "numpy"}),

@@ -145,9 +145,9 @@ def test_padding_never_changes_the_step(length, batch_size):
 def test_the_batch_size_never_changes_the_validation_loss():
     rows, params = tiny.examples(23), grown(adapted())
     found = [evaluate(tiny.apply, params, rows, batch_size=size) for size in (1, 4, 50)]
-    assert {x.tokens for x in found} == {sum(int(row.targets.sum()) for row in rows)}
+    assert {x.count for x in found} == {sum(int(row.targets.sum()) for row in rows)}
     np.testing.assert_allclose([x.loss for x in found], found[0].loss, rtol=1e-6)
-    assert found[0].perplexity == math.exp(found[0].loss)
+    assert found[0].metrics["perplexity"] == math.exp(found[0].loss)
 
 
 def test_a_batch_without_targets_moves_nothing():

@@ -41,8 +41,8 @@ def run(settings: Settings) -> None:
         found = evaluate(model.apply, params, encoded.examples, batch_size=settings.batch_size)
     figures: dict[str, Any] = {
         "loss": found.loss,
-        "perplexity": found.perplexity,
-        "tokens": found.tokens,
+        **found.metrics,
+        "tokens": found.count,
         "rows": len(encoded.examples),
         "rows_left_out": encoded.left_out,
         "rows_truncated": encoded.truncated,

@@ -173,7 +173,10 @@ def _comparison(result: TrainResult, before: Look, after: Look) -> Table:
     rows = []
     if result.before is not None and result.after is not None:
         rows.append(("validation loss", f"{result.before.loss:.4f}", f"{result.after.loss:.4f}"))
-        rows.append(("perplexity", f"{result.before.perplexity:.3f}", f"{result.after.perplexity:.3f}"))
+        rows += [
+            (name.replace("_", " "), f"{figure:.3f}", f"{result.after.metrics[name]:.3f}")
+            for name, figure in result.before.metrics.items()
+        ]
     if before.accuracy is not None and after.accuracy is not None:
         rows.append(("execution accuracy", _show.percent(before.accuracy), _show.percent(after.accuracy)))
     return _show.table(("", "before>", "after>"), rows)

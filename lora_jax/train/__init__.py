@@ -7,14 +7,24 @@
 """
 
 from lora_jax.train._config import TrainConfig as TrainConfig
+from lora_jax.train._evaluate import Evaluation as Evaluation
+from lora_jax.train._evaluate import Evaluator as Evaluator
+from lora_jax.train._evaluate import evaluate as evaluate
 from lora_jax.train._log import Record as Record
 from lora_jax.train._loop import TrainResult as TrainResult
-from lora_jax.train._loop import evaluate as evaluate
 from lora_jax.train._loop import train as train
+from lora_jax.train._loss import classification_loss as classification_loss
 from lora_jax.train._loss import cross_entropy as cross_entropy
 from lora_jax.train._loss import next_token_loss as next_token_loss
+from lora_jax.train._loss import regression_loss as regression_loss
 from lora_jax.train._optimizer import make_optimizer as make_optimizer
 from lora_jax.train._optimizer import schedule as schedule
-from lora_jax.train._step import Evaluation as Evaluation
 from lora_jax.train._step import StepMetrics as StepMetrics
+from lora_jax.train._step import apply_to_batch as apply_to_batch
+from lora_jax.train._step import make_loss_sums as make_loss_sums
 from lora_jax.train._step import make_step as make_step
+from lora_jax.train._task import LANGUAGE_MODELLING as LANGUAGE_MODELLING
+from lora_jax.train._task import REGRESSION as REGRESSION
+from lora_jax.train._task import Task as Task
+from lora_jax.train._task import classification as classification
+from lora_jax.train._task import task_of as task_of

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +56,11 @@ class TrainConfig:
     log_every: int = 10
     """Steps between lines in metrics.jsonl."""
 
-    eval_every: int = 0
-    """Steps between looks at the validation loss; 0 for before and after only."""
+    eval_every: int | None = None
+    """Steps between looks at the validation rows; 0 for before and after only. None is 0, and an epoch of labels."""
+
+    keep: Literal["best", "last"] = "best"
+    """The adapter that a run ends with: the best seen in a look at the validation rows, or the last."""
 
     checkpoint_every: int = 0
     """Steps between checkpoints to resume from; 0 for none."""
@@ -76,7 +80,8 @@ class TrainConfig:
             "dropout": (0 <= self.dropout < 1, "at least 0 and less than 1"),
             "seed": (0 <= self.seed < 2**32, "0 to 2**32 - 1"),
             "log_every": (self.log_every >= 1, "at least 1"),
-            "eval_every": (self.eval_every >= 0, "at least 0"),
+            "eval_every": (self.eval_every is None or self.eval_every >= 0, "at least 0"),
+            "keep": (self.keep in ("best", "last"), "best or last"),
             "checkpoint_every": (self.checkpoint_every >= 0, "at least 0"),
         }
         for name, (fits, expected) in ranges.items():
@@ -91,3 +96,9 @@ class TrainConfig:
     def total_steps(self, rows: int) -> int:
         """Optimizer steps of a run over `rows` training rows."""
         return self.steps or max(1, math.ceil(self.epochs * math.ceil(rows / self.rows_per_step)))
+
+    def look_every(self, rows: int, labelled: bool) -> int:
+        """Steps between looks at the validation rows; 0 for before and after only."""
+        if self.eval_every is None:
+            return math.ceil(rows / self.rows_per_step) if labelled else 0
+        return self.eval_every

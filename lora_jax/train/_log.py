@@ -12,7 +12,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lora_jax.train._step import Evaluation, StepMetrics
+from lora_jax.train._evaluate import Evaluation
+from lora_jax.train._step import StepMetrics
 
 Record = dict[str, float | int]
 OnLog = Callable[[Record], None]
@@ -111,7 +112,8 @@ class Log:
         """Adds a line."""
         line: Record = {"step": step, **figures}
         if evaluation is not None:
-            line |= {"valid_loss": evaluation.loss, "valid_perplexity": evaluation.perplexity}
+            line |= {"valid_loss": evaluation.loss}
+            line |= {f"valid_{name}": figure for name, figure in evaluation.metrics.items()}
         self.history.append(line)
         if self._file is not None:
             self._file.write(json.dumps(line) + "\n")
@@ -202,6 +204,11 @@ def _told(record: Record, steps: int | None = None) -> str:
         "tokens_per_second": "{:,.0f} tokens/s",
         "valid_loss": "validation loss {:.3f}",
         "valid_perplexity": "perplexity {:.2f}",
+        "valid_accuracy": "accuracy {:.3f}",
+        "valid_f1": "F1 {:.3f}",
+        "valid_matthews_correlation": "Matthews {:.3f}",
+        "valid_pearson": "Pearson {:.3f}",
+        "valid_spearman": "Spearman {:.3f}",
     }
     told += [text.format(record[name]) for name, text in formats.items() if name in record]
     return "  ".join(told)

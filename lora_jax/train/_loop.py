@@ -18,11 +18,13 @@ from rich.console import Console
 from lora_jax import data
 from lora_jax._forward import adapt
 from lora_jax._tree import combine, split
-from lora_jax.checkpoint import Checkpoints, TrainState, fingerprint
+from lora_jax.checkpoint import Checkpoints, Kept, TrainState, fingerprint
 from lora_jax.train._config import TrainConfig
+from lora_jax.train._evaluate import Evaluation, Evaluator
 from lora_jax.train._log import Log, Meter, OnLog, Record
 from lora_jax.train._optimizer import make_optimizer, schedule
-from lora_jax.train._step import Evaluation, make_loss_sums, make_step, mean_loss
+from lora_jax.train._step import make_step
+from lora_jax.train._task import Task, task_of
 
 # Settings that a resumed run may change: they decide what is seen, not what is learned.
 _FREE = ("log_every", "eval_every", "checkpoint_every")
@@ -33,7 +35,7 @@ class TrainResult:
     """What a run leaves behind."""
 
     params: Any
-    """The tree that was given, with the trained adapter in it."""
+    """The tree that was given, with the trained adapter in it: the best one, or the last, as `keep` says."""
 
     history: list[Record]
     """The lines of metrics.jsonl."""
@@ -42,10 +44,13 @@ class TrainResult:
     """On the validation examples before the first step of this call; None without them."""
 
     after: Evaluation | None
-    """On the validation examples after the last step."""
+    """On the validation examples, of the adapter in `params`."""
 
     steps: int
     """Optimizer steps done."""
+
+    kept_step: int
+    """Optimizer steps that the adapter in `params` has seen."""
 
     tokens_per_second: float
     """Tokens read, padding excluded: the median over the log lines, so that compilation doesn't count."""
@@ -57,10 +62,11 @@ class TrainResult:
 def train(
     apply_fn: Callable[..., Any],
     params: Any,
-    train_data: Sequence[data.Example],
-    valid_data: Sequence[data.Example] | None = None,
+    train_data: Sequence[data.AnyExample],
+    valid_data: Sequence[data.AnyExample] | None = None,
     config: TrainConfig | None = None,
     *,
+    task: Task | None = None,
     output: str | Path | None = None,
     train: Any = (),
     on_log: OnLog | None = None,
@@ -68,17 +74,19 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
 ) -> TrainResult:
-    """Fine-tunes the adapter that is in `params` on next-token prediction.
+    """Fine-tunes the adapter that is in `params`: on next-token prediction, or on the labels that the rows have.
 
     The gradient is taken of the adapter only; the base is an argument of the compiled step, never donated and never
     changed. `params` themselves stay as they are. The same seed on the same machine gives the same losses bit for bit.
 
     Args:
       apply_fn: the model's own function, `apply_fn(params, input_ids, attention_mask) -> logits`; it is adapted here.
+        Of labelled rows it also gets `token_type_ids=` where they have them, and gives [batch, classes] or [batch, 1].
       params: a tree with LoRA nodes (`lora_jax.init`), or without any, where `train` names what to train.
-      train_data: tokenised rows (`lora_jax.data.encode(...).examples`).
-      valid_data: rows for the validation loss, before, after and every `eval_every` steps.
+      train_data: tokenised rows (the `examples` of `lora_jax.data.encode` or `encode_labelled`).
+      valid_data: rows for loss and metrics before, after and every `eval_every` steps, and to choose the best adapter.
       config: the settings; `TrainConfig()` where not given.
+      task: what the rows ask for, where it isn't `task_of(train_data)`.
       output: a folder for `metrics.jsonl` and, every `checkpoint_every` steps, checkpoints.
       train: leaves trained whole, as for `lora_jax.split`; `("/.*/",)` without nodes is full fine-tuning.
       on_log: called with every line of metrics.
@@ -100,26 +108,29 @@ def train(
         raise ValueError("no training examples")
     _claim(folder, config, resume, overwrite)
 
-    steps = config.total_steps(len(train_data))
+    task = task or task_of(train_data)
+    steps, every = config.total_steps(len(train_data)), config.look_every(len(train_data), task.metrics is not None)
     rate, tx = schedule(config, steps), make_optimizer(config, steps, train=train)
     apply = adapt(apply_fn, dropout=config.dropout, allow_none=True)
-    step_fn = jax.jit(make_step(apply, tx, accumulate=config.accumulate), donate_argnums=(0, 1))
+    step_fn = jax.jit(
+        make_step(apply, tx, objective=task.objective, accumulate=config.accumulate), donate_argnums=(0, 1)
+    )
     batches = _iterate(train_data, config, steps)
-    validate = _validator(apply, valid_data, config.batch_size)
+    validate = Evaluator(apply, valid_data, config.batch_size, task) if valid_data else lambda params: None
 
     with contextlib.ExitStack() as stack:
         opt_state, key = jax.jit(tx.init)(adapter), jax.random.key(config.seed)
         state = TrainState(adapter, opt_state, key, 0, batches.get_state(), "", {})
         checkpoints = None
         if folder is not None and (config.checkpoint_every or resume):
-            state = state._replace(fingerprint=fingerprint(base), settings=_settings(config, train_data))
+            state = state._replace(fingerprint=fingerprint(base), settings=_settings(config, train_data, valid_data))
             checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints"))
         if resume and checkpoints is not None:
             state = checkpoints.restore(state)
             batches.set_state(state.position)
         log = stack.enter_context(Log(steps, state.step, folder, console, on_log))
 
-        before = after = validate(base, state.adapter)
+        before = after = validate(combine(base, state.adapter))
         if before is not None and not state.step:
             log.record(0, {}, before)
         meter = Meter(log.step)
@@ -130,16 +141,22 @@ def train(
             state = state._replace(adapter=adapter, opt_state=opt_state, step=step)
             meter.add(step, metrics, int(batch["attention_mask"].sum()))
 
-            look, save = (step == steps or _due(step, every) for every in (config.eval_every, config.checkpoint_every))
+            look, save = (step == steps or _due(step, each) for each in (every, config.checkpoint_every))
             if look or _due(step, config.log_every):
                 figures = meter.read() | {"learning_rate": float(np.asarray(rate(step - 1)))}
-                after = validate(base, state.adapter) if look else None
-                log.record(step, figures, after)
+                found = validate(combine(base, state.adapter)) if look else None
+                log.record(step, figures, found)
+                if found is not None:
+                    after, state = found, state._replace(kept=_better(state, found, task, config))
                 meter.restart()
             if save and checkpoints is not None:
                 with meter.paused():
                     checkpoints.save(state._replace(position=batches.get_state()))
 
+    kept_step = steps
+    if state.kept is not None:
+        kept_step, after = state.kept.facts["step"], _evaluation(state.kept)
+        state = state._replace(adapter=state.kept.adapter)
     speeds = [line["tokens_per_second"] for line in log.history if "tokens_per_second" in line]
     return TrainResult(
         params=combine(base, state.adapter),
@@ -147,24 +164,10 @@ def train(
         before=before,
         after=after,
         steps=steps,
+        kept_step=kept_step,
         tokens_per_second=float(np.median(speeds)) if speeds else 0.0,
         seconds=time.perf_counter() - began,
     )
-
-
-def evaluate(
-    apply_fn: Callable[..., Any], params: Any, examples: Sequence[data.Example], *, batch_size: int = 16
-) -> Evaluation:
-    """Loss and perplexity over tokenised rows, every target token counted alike.
-
-    Args:
-      apply_fn: the model's own function, as for `train`.
-      params: its tree, with or without LoRA nodes.
-      examples: tokenised rows, at least one.
-      batch_size: rows computed at once; it doesn't change the result.
-    """
-    loss_sums = make_loss_sums(adapt(apply_fn, allow_none=True))
-    return mean_loss(loss_sums, params, data.batches(examples, batch_size))
 
 
 def _parts(params: Any, train: Any) -> tuple[Any, Any]:
@@ -194,7 +197,7 @@ def _claim(folder: Path | None, config: TrainConfig, resume: bool, overwrite: bo
     folder.mkdir(parents=True, exist_ok=True)
 
 
-def _iterate(examples: Sequence[data.Example], config: TrainConfig, steps: int) -> grain.DatasetIterator:
+def _iterate(examples: Sequence[data.AnyExample], config: TrainConfig, steps: int) -> grain.DatasetIterator:
     rows = config.rows_per_step
     epochs = -(-steps // -(-len(examples) // rows))
     # On the caller's thread: cutting a batch takes a fraction of a millisecond, and the device is busy meanwhile.
@@ -202,22 +205,35 @@ def _iterate(examples: Sequence[data.Example], config: TrainConfig, steps: int) 
     return iter(data.batches(examples, rows, seed=config.seed, epochs=epochs).to_iter_dataset(options))
 
 
-def _validator(
-    apply: Callable[..., Any], examples: Sequence[data.Example] | None, batch_size: int
-) -> Callable[[Any, Any], Evaluation | None]:
-    if not examples:
-        return lambda base, adapter: None
-    batches, loss_sums = data.batches(examples, batch_size), make_loss_sums(apply)
-    return lambda base, adapter: mean_loss(loss_sums, combine(base, adapter), batches)
+def _better(state: TrainState, found: Evaluation, task: Task, config: TrainConfig) -> Kept | None:
+    """The adapter to end with, should none be better: this one, copied because steps donate theirs, or the earlier."""
+    if config.keep == "last":
+        return None
+    if state.kept is not None:
+        figure, best = found.figure(task.best), _evaluation(state.kept).figure(task.best)
+        if not (figure > best if task.highest else figure < best):
+            return state.kept
+    return Kept(jax.tree.map(jnp.array, state.adapter), {"step": state.step, **found._asdict()})
 
 
-def _settings(config: TrainConfig, examples: Sequence[data.Example]) -> dict[str, Any]:
-    """What must be the same for a resumed run to go on with the same losses."""
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(example.input_ids.tobytes() + example.targets.tobytes())
+def _evaluation(kept: Kept) -> Evaluation:
+    return Evaluation(*(kept.facts[name] for name in Evaluation._fields))
+
+
+def _settings(
+    config: TrainConfig, train_data: Sequence[data.AnyExample], valid_data: Sequence[data.AnyExample] | None
+) -> dict[str, Any]:
+    """What must be the same for a resumed run to go on with the same losses, and to end with the same adapter."""
     fixed = {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE}
-    return {**fixed, "training rows": f"{len(examples)}, {digest.hexdigest()[:16]}"}
+    rows = {"training rows": train_data} | ({"validation rows": valid_data or ()} if config.keep == "best" else {})
+    return fixed | {name: f"{len(examples)}, {_digest(examples)}" for name, examples in rows.items()}
+
+
+def _digest(examples: Sequence[data.AnyExample]) -> str:
+    digest = hashlib.sha256()
+    for part in (part for example in examples for part in example if part is not None):
+        digest.update(part.tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _due(step: int, every: int) -> bool:

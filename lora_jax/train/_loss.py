@@ -1,4 +1,4 @@
-"""Cross entropy in float32 that keeps nothing but the logits for the backward pass."""
+"""What is minimised: cross entropy in float32 that keeps nothing but the logits for the backward pass, and squares."""
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +62,36 @@ def next_token_loss(logits: Array, batch: dict[str, Array]) -> tuple[Array, Arra
     def following(x):  # the last position predicts nothing
         return jnp.pad(x[:, 1:], ((0, 0), (0, 1)))
 
-    weights = following(batch["loss_weights"]).astype(jnp.float32)
-    losses = cross_entropy(logits, following(batch["input_ids"]))
+    return _sums(cross_entropy(logits, following(batch["input_ids"])), following(batch["loss_weights"]))
+
+
+def classification_loss(logits: Array, batch: dict[str, Array]) -> tuple[Array, Array]:
+    """The weighted sum of the rows' cross entropies, and the sum of the weights.
+
+    Args:
+      logits: float [batch, classes].
+      batch: `labels` int [batch], and `loss_weights` float [batch].
+
+    Returns:
+      Two float32 scalars.
+    """
+    return _sums(cross_entropy(logits, batch["labels"]), batch["loss_weights"])
+
+
+def regression_loss(scores: Array, batch: dict[str, Array]) -> tuple[Array, Array]:
+    """The weighted sum of the rows' squared errors, and the sum of the weights.
+
+    Args:
+      scores: float [batch, 1].
+      batch: `labels` float [batch], and `loss_weights` float [batch].
+
+    Returns:
+      Two float32 scalars.
+    """
+    return _sums(jnp.square(scores[..., 0].astype(jnp.float32) - batch["labels"]), batch["loss_weights"])
+
+
+def _sums(losses: Array, weights: Array) -> tuple[Array, Array]:
+    weights = weights.astype(jnp.float32)
     # Not a plain product: padding may hold anything, and 0 · inf would be nan.
     return jnp.sum(jnp.where(weights > 0, losses * weights, 0.0)), jnp.sum(weights)

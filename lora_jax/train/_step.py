@@ -1,11 +1,10 @@
-"""One optimizer step, and the loss over a set, as pure functions."""
+"""One optimizer step, and the loss of a batch, as pure functions."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import Array
 
@@ -19,17 +18,9 @@ Objective = Callable[[Any, Batch], tuple[Array, Array]]
 class StepMetrics(NamedTuple):
     """What a step reports: float32 scalars."""
 
-    loss: Array  # mean over the target tokens of the whole batch, before the update
-    weight: Array  # target tokens
+    loss: Array  # mean over the targets (tokens, or labelled rows) of the whole batch, before the update
+    weight: Array  # targets
     grad_norm: Array  # global norm of the trained leaves' gradients, before clipping
-
-
-class Evaluation(NamedTuple):
-    """The loss over a set, in nats a target token."""
-
-    loss: float
-    perplexity: float  # exp(loss)
-    tokens: int  # target tokens
 
 
 def make_step(
@@ -41,14 +32,15 @@ def make_step(
 ) -> Callable[..., tuple[Any, Any, StepMetrics]]:
     """A training step: the gradient is taken of the adapter, the base is an argument.
 
-        L(adapter) = Σ_i w_i loss_i / Σ_i w_i      over all target tokens of all `accumulate` parts of the batch
+        L(adapter) = Σ_i w_i loss_i / Σ_i w_i      over all targets of all `accumulate` parts of the batch
 
     Pure and not yet compiled, so that it can be jitted, sharded or vmapped. Jit it with `donate_argnums=(0, 1)`: the
     adapter and the optimizer's state are replaced. Never donate the base.
 
     Args:
       apply_fn: the model's function as `lora_jax.adapt` returns it, called as
-        `apply_fn(params, input_ids, attention_mask)`, with `dropout_key=` where a key is given.
+        `apply_fn(params, input_ids, attention_mask)`, with `dropout_key=` where a key is given and `token_type_ids=`
+        where the batch has them.
       tx: as `make_optimizer` or `lora_jax.masked` gives it; its state comes from `tx.init(adapter)`.
       objective: from the model's output and the batch to the sum of the losses and the sum of their weights.
       accumulate: parts that the batch is computed in, one after another. Its rows must divide by it.
@@ -74,8 +66,7 @@ def make_step(
 
     def loss_sum(adapter, base, batch, key):
         dropout = {} if key is None else {"dropout_key": key}
-        outputs = apply_fn(combine(base, adapter), batch["input_ids"], batch["attention_mask"], **dropout)
-        return objective(outputs, batch)
+        return objective(apply_to_batch(apply_fn, combine(base, adapter), batch, **dropout), batch)
 
     gradient = jax.value_and_grad(loss_sum, has_aux=True)
 
@@ -101,21 +92,25 @@ def make_step(
     return step
 
 
-def make_loss_sums(apply_fn: Callable[..., Any], objective: Objective = next_token_loss) -> Callable[..., Any]:
-    """The compiled `(params, batch) -> (sum of losses, sum of weights)`, without dropout."""
+def apply_to_batch(apply_fn: Callable[..., Any], params: Any, batch: Batch, **keywords: Any) -> Any:
+    """The model's output for a batch: `token_type_ids` go along where the batch has them, and `keywords` do."""
+    extra = {name: batch[name] for name in ("token_type_ids",) if name in batch}
+    return apply_fn(params, batch["input_ids"], batch["attention_mask"], **extra, **keywords)
+
+
+def make_loss_sums(
+    apply_fn: Callable[..., Any],
+    objective: Objective = next_token_loss,
+    predict: Callable[[Any], Array] | None = None,
+) -> Callable[..., tuple[Array, ...]]:
+    """The compiled `(params, batch) -> (sum of losses, sum of weights)`, without dropout.
+
+    With `predict`, from the model's output to one prediction a row, these come third.
+    """
 
     @jax.jit
     def loss_sums(params, batch):
-        return objective(apply_fn(params, batch["input_ids"], batch["attention_mask"]), batch)
+        outputs = apply_to_batch(apply_fn, params, batch)
+        return (*objective(outputs, batch), *(() if predict is None else (predict(outputs),)))
 
     return loss_sums
-
-
-def mean_loss(loss_sums: Callable[..., Any], params: Any, batches: Iterable[Any]) -> Evaluation:
-    """The loss over the batches, each token counted alike, however they are cut."""
-    # Fetched once at the end: the device never waits for the host. Summed in float64, so a long set loses no digits.
-    sums = jax.device_get([loss_sums(params, batch) for batch in batches])
-    total, weight = np.sum(np.array(sums, np.float64), axis=0)
-    loss = float(total / weight)
-    with np.errstate(over="ignore"):
-        return Evaluation(loss, float(np.exp(loss)), int(weight))

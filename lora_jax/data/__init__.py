@@ -1,0 +1,38 @@
+"""Rows of a data file as batches of token ids, with a weight for everything that counts in the loss.
+
+    rows = load("data/", "train")                          # what the file says, checked line by line
+    encoded = encode(rows, tokenizer, max_length=512)      # token ids, and which of them are targets
+    for batch in batches(encoded.examples, 16, seed=0):    # numpy arrays [16, length], few lengths
+        ...
+
+A file holds rows of one kind: `{"text"}`, `{"prompt", "completion"}`, `{"messages"}`, `{"text", "label"}` or
+`{"text", "text_pair", "label"}`. The last two, and GLUE's own files (`load(..., glue="cola")`), are for telling labels:
+`encode_labelled(rows, tokenizer, 128, labels_of(rows))`.
+"""
+
+from lora_jax.data._batches import WINDOW as WINDOW
+from lora_jax.data._batches import AnyExample as AnyExample
+from lora_jax.data._batches import Batch as Batch
+from lora_jax.data._batches import batches as batches
+from lora_jax.data._batches import bucket as bucket
+from lora_jax.data._batches import pad as pad
+from lora_jax.data._encode import Encoded as Encoded
+from lora_jax.data._encode import Example as Example
+from lora_jax.data._encode import Tokenizer as Tokenizer
+from lora_jax.data._encode import encode as encode
+from lora_jax.data._encode_labelled import EncodedLabelled as EncodedLabelled
+from lora_jax.data._encode_labelled import LabelledExample as LabelledExample
+from lora_jax.data._encode_labelled import PairTokenizer as PairTokenizer
+from lora_jax.data._encode_labelled import encode_labelled as encode_labelled
+from lora_jax.data._glue import GLUE_TASKS as GLUE_TASKS
+from lora_jax.data._glue import GlueTask as GlueTask
+from lora_jax.data._glue import glue_task as glue_task
+from lora_jax.data._jsonl import read_jsonl as read_jsonl
+from lora_jax.data._labels import Labels as Labels
+from lora_jax.data._labels import labels_of as labels_of
+from lora_jax.data._load import load as load
+from lora_jax.data._rows import Chat as Chat
+from lora_jax.data._rows import Completion as Completion
+from lora_jax.data._rows import Labelled as Labelled
+from lora_jax.data._rows import Row as Row
+from lora_jax.data._rows import Text as Text

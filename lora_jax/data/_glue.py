@@ -1,0 +1,146 @@
+"""GLUE's own files (Wang et al. 2018, arXiv 1804.07461): which column of which task is what."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lora_jax.data._jsonl import lines, objects
+from lora_jax.data._rows import Labelled, Row
+
+_FILES = {"train": ("train.tsv", "train.jsonl"), "valid": ("dev.tsv", "dev.jsonl", "valid.jsonl")}
+_ENTAILMENT = ("entailment", "neutral", "contradiction")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GlueTask:
+    """One task: its columns, what its labels are called, in the order of their numbers, and the figure it is judged by.
+
+    A score has one name, `"score"`.
+    """
+
+    text: str
+    pair: str | None = None
+    label: str = "label"
+    labels: tuple[str, ...] = ("score",)
+    figure: str = "accuracy"
+    header: tuple[str, ...] | None = None  # of files that have no header line
+    broken_rows: bool = False  # the published file has lines with too few columns, which everyone leaves out
+    files: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: _FILES)
+
+
+def _mnli(dev: str) -> GlueTask:
+    train = (*_FILES["train"], "train_subset.jsonl")
+    return GlueTask(
+        text="sentence1",
+        pair="sentence2",
+        label="gold_label",
+        labels=_ENTAILMENT,
+        files={"train": train, "valid": (f"{dev}.tsv", f"{dev}.jsonl")},
+    )
+
+
+GLUE_TASKS = {
+    "cola": GlueTask(
+        text="sentence",
+        labels=("unacceptable", "acceptable"),
+        figure="matthews_correlation",
+        header=("source", "label", "original", "sentence"),
+    ),
+    "sst2": GlueTask(text="sentence", labels=("negative", "positive")),
+    "mrpc": GlueTask(
+        text="#1 String", pair="#2 String", label="Quality", labels=("not_equivalent", "equivalent"), figure="f1"
+    ),
+    "stsb": GlueTask(text="sentence1", pair="sentence2", label="score", figure="pearson"),
+    "qqp": GlueTask(
+        text="question1",
+        pair="question2",
+        label="is_duplicate",
+        labels=("not_duplicate", "duplicate"),
+        figure="f1",
+        broken_rows=True,
+    ),
+    "mnli": _mnli("dev_matched"),
+    "mnli-mm": _mnli("dev_mismatched"),
+    "qnli": GlueTask(text="question", pair="sentence", labels=("entailment", "not_entailment")),
+    "rte": GlueTask(text="sentence1", pair="sentence2", labels=("entailment", "not_entailment")),
+    "wnli": GlueTask(text="sentence1", pair="sentence2", labels=("not_entailment", "entailment")),
+}
+_JSON_NAMES = {"sentence1": "premise", "sentence2": "hypothesis", "gold_label": "label"}  # of MNLI as jsonl
+
+
+def glue_task(name: str) -> GlueTask:
+    """The task called `name`, in any spelling: `sst2`, `SST-2`.
+
+    Raises:
+      ValueError: there is none.
+    """
+    spelled = {key.replace("-", ""): task for key, task in GLUE_TASKS.items()}
+    task = spelled.get(name.lower().replace("-", "").replace("_", ""))
+    if task is None:
+        raise ValueError(f"glue:{name}: no such task; the tasks are {', '.join(GLUE_TASKS)}")
+    return task
+
+
+def read(path: Path, task: GlueTask) -> list[Row]:
+    """All rows of one file, their labels by name.
+
+    Raises:
+      ValueError: a line that doesn't fit; the message starts with `file:line`.
+    """
+    records = _json_records(path, task) if path.suffix == ".jsonl" else _tsv_records(path, task)
+    rows: list[Row] = []
+    for where, fields in records:
+        pair = None if task.pair is None else fields[task.pair]
+        rows.append(Labelled(fields[task.text], _label(fields[task.label], task, where), pair, where))
+    if not rows:
+        raise ValueError(f"{path}: the file holds no rows")
+    return rows
+
+
+def _needed(task: GlueTask) -> list[str]:
+    return [name for name in (task.text, task.pair, task.label) if name is not None]
+
+
+def _tsv_records(path: Path, task: GlueTask) -> Iterator[tuple[str, dict[str, str]]]:
+    """Tab between columns, and no quoting: a quotation mark is a character like any other."""
+    columns = task.header
+    for where, line in lines(path):
+        try:
+            cells = line.decode().rstrip("\r\n").split("\t")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{where}: not UTF-8 ({error})") from error
+        if columns is None:
+            columns = tuple(cells)
+            if missing := [name for name in _needed(task) if name not in columns]:
+                raise ValueError(f"{where}: no column {missing[0]!r} in the header, which has {', '.join(columns)}")
+        elif len(cells) >= len(columns):
+            yield where, dict(zip(columns, cells, strict=False))
+        elif not task.broken_rows:
+            raise ValueError(f"{where}: {len(cells)} columns, expected {len(columns)}: {', '.join(columns)}")
+
+
+def _json_records(path: Path, task: GlueTask) -> Iterator[tuple[str, dict[str, str]]]:
+    for where, fields in objects(path):
+        keys = {name: name if name in fields else _JSON_NAMES.get(name, name) for name in _needed(task)}
+        for key in keys.values():
+            if not isinstance(fields.get(key), str | int | float):
+                raise ValueError(f"{where}: no string {key!r}; the keys are {', '.join(fields)}")
+        yield where, {name: str(fields[key]) for name, key in keys.items()}
+
+
+def _label(value: str, task: GlueTask, where: str) -> str | float:
+    if len(task.labels) > 1:
+        if value in task.labels:
+            return value
+        if value.isdecimal() and int(value) < len(task.labels):
+            return task.labels[int(value)]
+        numbers = f"0 to {len(task.labels) - 1}"
+        raise ValueError(f"{where}: label {value!r}, expected {numbers} or {', '.join(task.labels)}")
+    try:
+        score = float(value)
+    except ValueError:
+        score = math.nan
+    if not math.isfinite(score):
+        raise ValueError(f"{where}: score {value!r}, expected a number")
+    return score

@@ -1,0 +1,69 @@
+"""What labels stand for: names and their numbers, or a score."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from lora_jax.data._rows import Labelled
+
+SCORE = ("score",)
+
+
+class Labels(NamedTuple):
+    """The labels' names, in the order of their numbers. One name is no class but a score: a regression.
+
+    Example:
+      >>> Labels(("no", "yes")).value(Labelled("Is it?", "yes"))
+      np.int32(1)
+    """
+
+    names: tuple[str, ...]
+
+    @property
+    def regression(self) -> bool:
+        return len(self.names) == 1
+
+    def value(self, row: Labelled) -> np.int32 | np.float32:
+        """The number of the row's label, or its score.
+
+        Raises:
+          ValueError: the label is none of these; the message starts with the row's `file:line`.
+        """
+        where, label = row.where or repr(row.text[:40]), row.label
+        if self.regression:
+            if isinstance(label, str):
+                raise ValueError(f"{where}: label {label!r}, expected a number, as the other rows have")
+            value = np.float32(label)
+            if not math.isfinite(value):
+                raise ValueError(f"{where}: label {label}, expected a finite number")
+            return value
+        if isinstance(label, float) or str(label) not in self.names:
+            raise ValueError(f"{where}: label {label!r}, expected one of {', '.join(self.names)}")
+        return np.int32(self.names.index(str(label)))
+
+
+def labels_of(rows: Sequence[Labelled]) -> Labels:
+    """The labels that occur, sorted: strings by letter, integers by size. Any float among numbers makes it a score.
+
+    Raises:
+      ValueError: strings and numbers are mixed (with the `file:line` of the first that differs); only one label.
+
+    Example:
+      >>> labels_of([Labelled("a", "yes"), Labelled("b", "no")]).names
+      ('no', 'yes')
+      >>> labels_of([Labelled("a", 2.5), Labelled("b", 1)]).regression
+      True
+    """
+    text = isinstance(rows[0].label, str)
+    for row in rows:
+        if isinstance(row.label, str) != text:
+            what = ("a number", "strings") if text else ("a string", "numbers")
+            raise ValueError(f"{row.where}: label {row.label!r} is {what[0]}, the labels before it are {what[1]}")
+    if any(isinstance(row.label, float) for row in rows):
+        return Labels(SCORE)
+    names = tuple(map(str, sorted({row.label for row in rows})))
+    if len(names) == 1:
+        raise ValueError(f"every row has the label {names[0]!r}: there is nothing to tell apart")
+    return Labels(names)

@@ -1,0 +1,77 @@
+"""The loss and the metrics over a set."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import grain
+import jax
+import numpy as np
+
+from lora_jax import data
+from lora_jax._forward import adapt
+from lora_jax.train._step import make_loss_sums
+from lora_jax.train._task import Task, task_of
+
+
+class Evaluation(NamedTuple):
+    """What a model makes of a set."""
+
+    loss: float
+    """Mean over the targets: nats a token or a row, or squared error a row."""
+
+    count: int
+    """Targets: tokens, or labelled rows."""
+
+    metrics: dict[str, float]
+    """`perplexity` (exp(loss)) of tokens; `accuracy`, `f1` and `matthews_correlation` of classes; `pearson` and
+    `spearman` of scores."""
+
+    def figure(self, name: str) -> float:
+        """The loss, or a metric, by name."""
+        return self.loss if name == "loss" else self.metrics[name]
+
+
+def evaluate(
+    apply_fn: Callable[..., Any],
+    params: Any,
+    examples: Sequence[data.AnyExample],
+    *,
+    batch_size: int = 16,
+    task: Task | None = None,
+) -> Evaluation:
+    """Loss and metrics over tokenised rows, every target (token or label) counted alike.
+
+    Args:
+      apply_fn: the model's own function, as for `train`.
+      params: its tree, with or without LoRA nodes.
+      examples: tokenised rows, at least one.
+      batch_size: rows computed at once; it doesn't change the result.
+      task: what the rows ask for, where it isn't `task_of(examples)`.
+    """
+    return Evaluator(adapt(apply_fn, allow_none=True), examples, batch_size, task or task_of(examples))(params)
+
+
+class Evaluator:
+    """`evaluate` for many looks at one set: compiled once."""
+
+    def __init__(self, apply: Callable[..., Any], examples: Sequence[data.AnyExample], batch_size: int, task: Task):
+        self.task = task
+        self._batches: grain.MapDataset[data.Batch] = data.batches(examples, batch_size)
+        self._loss_sums = make_loss_sums(apply, task.objective, task.predict)
+
+    def __call__(self, params: Any) -> Evaluation:
+        sums, labels = [], []
+        for batch in self._batches:
+            sums.append(self._loss_sums(params, batch))
+            labels.append((batch.get("labels"), batch["loss_weights"] > 0))
+        # Fetched at the end: the device never waits for the host. Summed in float64, so a long set loses no digits.
+        sums = jax.device_get(sums)
+        total, weight = np.sum(np.array([found[:2] for found in sums], np.float64), axis=0)
+        loss = float(total / weight)
+        if self.task.metrics is None:
+            with np.errstate(over="ignore"):
+                return Evaluation(loss, int(weight), {"perplexity": float(np.exp(loss))})
+        predicted = np.concatenate([found[2][real] for found, (_, real) in zip(sums, labels, strict=True)])
+        return Evaluation(
+            loss, int(weight), self.task.metrics(predicted, np.concatenate([these[real] for these, real in labels]))
+        )
