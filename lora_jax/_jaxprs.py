@@ -1,6 +1,10 @@
 """What JAX's versions write differently in a jaxpr."""
 
+from collections.abc import Iterator, Sequence
 from typing import Any
+
+import jax
+from jax.extend import core as jex
 
 
 def scan_counts(eqn: Any) -> tuple[int, int]:
@@ -18,3 +22,21 @@ def scan_counts(eqn: Any) -> tuple[int, int]:
         consts, carry, _ = eqn.params["ft_in"].unpack()
         return len(consts), len(carry)
     return eqn.params["num_consts"], eqn.params["num_carry"]
+
+
+def inner_jaxprs(eqn: Any) -> Iterator[Any]:
+    """The jaxprs that an equation holds in its parameters, closed or not, in the order of the parameters.
+
+    >>> import jax
+    >>> eqn = jax.make_jaxpr(lambda x: jax.lax.cond(x > 0, lambda: x, lambda: -x))(1.0).eqns[-1]
+    >>> len(list(inner_jaxprs(eqn)))
+    2
+    """
+    kinds = (jex.Jaxpr, jex.ClosedJaxpr)
+    held = jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda value: isinstance(value, kinds))
+    return (value for value in held if isinstance(value, kinds))
+
+
+def opened(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
+    """A jaxpr, closed or not, and its constants."""
+    return (jaxpr.jaxpr, jaxpr.consts) if isinstance(jaxpr, jex.ClosedJaxpr) else (jaxpr, ())

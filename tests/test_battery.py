@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from battery import CASES
 from battery.case import make_nodes, merge_by_hand, with_nodes
-from jax.extend.core import jaxprs_in_params
 
 import lora_jax
+from lora_jax._jaxprs import inner_jaxprs, opened
 
 # Where no factored form exists, the kernel is materialised, and the user told of the primitive that asked for it.
 # function -> (primitive, why)
@@ -207,7 +207,7 @@ def settings_of(jaxpr):
             found["product"].add((eqn.params["precision"], eqn.outvars[0].aval.dtype.type))
         if eqn.primitive.name == "gather":
             found["gather"].add(eqn.params["mode"])
-        for inner in map(settings_of, jaxprs_in_params(eqn.params)):
+        for inner in (settings_of(opened(held)[0]) for held in inner_jaxprs(eqn)):
             found = {kind: found[kind] | inner[kind] for kind in found}
     return found
 

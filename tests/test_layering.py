@@ -14,7 +14,7 @@ CORE = {"_paths", "_tree", "_forward", "_optim", "_sharding", "_certify", "_jaxp
 GROUPS = {
     "_paths": (set(), set()),
     "_tree": ({"_paths"}, {"jax", "numpy", "ml_dtypes"}),
-    "_jaxprs": (set(), set()),
+    "_jaxprs": (set(), {"jax"}),
     "_forward": ({"_tree", "_paths", "_jaxprs"}, {"jax", "numpy"}),
     "_optim": ({"_tree", "_paths"}, {"jax", "numpy", "optax"}),
     "_sharding": ({"_tree", "_paths"}, {"jax", "numpy"}),

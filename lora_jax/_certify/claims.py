@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from lora_jax._certify.cost import Cost, cost_of
 from lora_jax._certify.hlo import Collective, collectives
 from lora_jax._certify.step import Step, dims, read_step
+from lora_jax._jaxprs import inner_jaxprs, opened
 
 STATE_LIMIT = 4  # numbers of optimizer state for each trained one: Adam has 2, Adan 3
 
@@ -169,18 +170,13 @@ def _captured(jaxpr: Any, step: Step) -> Iterator[str]:
 
 
 def _constants(jaxpr: Any) -> Iterator[Any]:
-    for const in jaxpr.consts:
+    jaxpr, consts = opened(jaxpr)
+    for const in consts:
         if hasattr(const, "shape"):
             yield const
-    for inner in _inner(jaxpr.jaxpr):
-        yield from _constants(inner)
-
-
-def _inner(jaxpr: Any) -> Iterator[Any]:
     for eqn in jaxpr.eqns:
-        for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "consts")):
-            if hasattr(value, "consts") and hasattr(value, "jaxpr"):
-                yield value
+        for inner in inner_jaxprs(eqn):
+            yield from _constants(inner)
 
 
 def _gradients(cost: Cost, step: Step) -> Iterator[str]:

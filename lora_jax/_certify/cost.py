@@ -12,7 +12,7 @@ from jax.extend import core as jex
 from jax.extend import source_info_util
 from jax.interpreters import partial_eval
 
-from lora_jax._jaxprs import scan_counts
+from lora_jax._jaxprs import inner_jaxprs, opened, scan_counts
 
 
 class Product(NamedTuple):
@@ -83,7 +83,7 @@ def _equation(eqn: Any, flags: list[bool], times: int, cost: Cost) -> list[bool]
     else:
         # A call: its jaxpr's inputs are the equation's. Of anything else (a solver, a reduction) the parts count once.
         times = times * math.prod(_manual_sizes(eqn)) if name == "shard_map" else times
-        for inner in jex.jaxprs_in_params(eqn.params):
+        for inner, _ in map(opened, inner_jaxprs(eqn)):
             if len(inner.invars) == len(flags):
                 outputs = _walk(inner, flags, times, cost)
                 if len(outputs) == len(eqn.outvars):

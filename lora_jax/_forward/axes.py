@@ -12,7 +12,7 @@ from jax.extend import core as jex
 
 from lora_jax._forward.tracks import Info, Reader, Track, Use, equation
 from lora_jax._forward.transform import is_array, trace
-from lora_jax._jaxprs import scan_counts
+from lora_jax._jaxprs import opened, scan_counts
 from lora_jax._tree import KernelAxes, detach, leaf_paths
 
 
@@ -77,8 +77,7 @@ def _report(reader: Reader, outputs: Sequence[Info]) -> KernelAxes:
 
 def walk(jaxpr: Any, infos: Sequence[Info], reader: Reader) -> list[Info]:
     """The outputs' infos, from the inputs'."""
-    if isinstance(jaxpr, jex.ClosedJaxpr):
-        jaxpr = jaxpr.jaxpr
+    jaxpr, _ = opened(jaxpr)
     env: dict[Any, Info] = dict.fromkeys(jaxpr.constvars, Info())
     env.update(zip(jaxpr.invars, infos, strict=True))
 

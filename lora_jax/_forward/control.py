@@ -13,13 +13,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend import core as jex
 
 from lora_jax._forward import dropout
 from lora_jax._forward.interpret import Event, Frame, Rules, Session, as_jaxpr, evaluate, source_of
 from lora_jax._forward.layout import factor_spec
 from lora_jax._forward.lowrank import RANK, Factor, LowRank
-from lora_jax._jaxprs import scan_counts
+from lora_jax._jaxprs import opened, scan_counts
 
 RULES = Rules()
 
@@ -79,10 +78,6 @@ def leave(frame: Frame, outputs: Sequence[Any], inside: Inside, body: Body) -> l
         dataclasses.replace(value, origin=outer(value.origin)) if isinstance(value, LowRank) else value
         for value in outputs
     ]
-
-
-def opened(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
-    return (jaxpr.jaxpr, jaxpr.consts) if isinstance(jaxpr, jex.ClosedJaxpr) else (jaxpr, ())
 
 
 def _call_once_transformed(

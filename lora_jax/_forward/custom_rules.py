@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax._forward.control import Body, enter, leave, opened
+from lora_jax._forward.control import Body, enter, leave
 from lora_jax._forward.interpret import Frame, bind, evaluate
 from lora_jax._forward.lowrank import LowRank
+from lora_jax._jaxprs import opened
 
 
 def custom_jvp(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
