@@ -43,8 +43,14 @@ def adapted(case):
     return lora_jax.adapt(case.fn, on_materialize="allow" if case.name in MATERIALIZES else "error")
 
 
-# XLA fuses the kernel's arithmetic into the plain product, which then adds in another order.
-ROUNDED_AT_THE_START = {"negated_and_divided", "weight_normalised"}
+# Where XLA rewrites the plain product together with what stands beside it, which the update then parts it from, sums
+# are taken in another order. Run one operation at a time, these too have the base's bits.
+ROUNDED_AT_THE_START = {
+    "negated_and_divided": "the kernel's arithmetic is fused into the product",
+    "weight_normalised": "the kernel's arithmetic is fused into the product",
+    "columns_taken": "the transpose after the look-up becomes the product's layout",
+    "vmapped_activations": "the transpose after the product becomes the order of its operands",
+}
 
 
 def is_array(leaf):
@@ -145,12 +151,21 @@ def check_output(case):
 def check_start(case):
     """With B = 0, the base's outputs bit for bit."""
     zero = {path: dataclasses.replace(node, b=jnp.zeros_like(node.b)) for path, node in nodes_of(case.name).items()}
+    plain = lambda params, arrays: arrays_only(case.call(case.fn, params, arrays))
     ours = forward(case.name, "adapted")(case.params, zero, case.arrays)
-    base = jax.jit(lambda params, arrays: arrays_only(case.call(case.fn, params, arrays)))(case.params, case.arrays)
+    base = jax.jit(plain)(case.params, case.arrays)
     if case.name in ROUNDED_AT_THE_START:
-        return assert_close(ours, base, rtol=1e-6)
+        assert_close(ours, base, rtol=1e-6)
+        adapted_too = lambda params, arrays: run(dataclasses.replace(case, params=params), "adapted", zero, arrays)
+        ours, base = (one_at_a_time(f, case.params, case.arrays) for f in (adapted_too, plain))
     for x, y in zip(ours, base, strict=True):
         np.testing.assert_array_equal(x, y, strict=True)
+
+
+def one_at_a_time(f, *args):
+    """The outputs of f with each of its operations compiled on its own."""
+    closed = jax.make_jaxpr(f)(*args)
+    return jax.core.eval_jaxpr(closed.jaxpr, closed.consts, *jax.tree.leaves(args))
 
 
 def check_gradients(case):
@@ -255,4 +270,4 @@ def test_battery(name, check):
 def test_battery_is_whole():
     """At least sixty functions, and no entry of the table without its function."""
     assert len(CASES) >= 60
-    assert MATERIALIZES.keys() <= CASES.keys()
+    assert MATERIALIZES.keys() | ROUNDED_AT_THE_START.keys() <= CASES.keys()
