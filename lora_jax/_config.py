@@ -72,6 +72,8 @@ class LoRAConfig:
         default of loralib and PEFT.
       dtype: Of A and B. Lower than float32 can keep them from moving at all under Adam.
       train: Patterns of leaves that train whole: heads, biases, norms.
+      dora: Train the length of each output's kernel by itself, as a magnitude in the node (DoRA, Liu et al. 2024, arXiv
+        2402.09353): W' = m ⊙ (W + ΔW) / ‖W + ΔW‖, with m = ‖W‖ at the start.
 
     Raises:
       ValueError: A setting is out of range or unknown.
@@ -92,6 +94,7 @@ class LoRAConfig:
     init: Initializer = "gaussian"
     dtype: str = "float32"
     train: tuple[str, ...] = ()
+    dora: bool = False
 
     def __post_init__(self) -> None:
         for field in ("targets", "exclude", "train"):

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from lora_jax._node import Axes, LoRA, check_node, update_of, used_ranks
+from lora_jax._dora import changed, difference
+from lora_jax._node import Axes, LoRA, check_node, used_ranks
 from lora_jax._tree import detach, leaves_with_paths, trained_paths, unbox
 
 
@@ -104,7 +105,10 @@ def _node_row(path: str, kernel: Any, node: LoRA) -> Row:
     sides = [int(np.prod([kernel.shape[axis] for axis in group])) for group in (node.axes.inputs, node.axes.outputs)]
     known = not isinstance(node.scale, Tracer | jax.ShapeDtypeStruct)
     scale = _one_or_each(np.asarray(node.scale, np.float64)) if known else None
-    return Row(path, tuple(kernel.shape), node.axes, _one_or_each(ranks), scale, int(ranks.sum()) * sum(sides))
+    trainable = int(ranks.sum()) * sum(sides)
+    if node.magnitude is not None:
+        trainable += int(np.count_nonzero(ranks)) * sides[1]
+    return Row(path, tuple(kernel.shape), node.axes, _one_or_each(ranks), scale, trainable)
 
 
 def _one_or_each(values: np.ndarray) -> Any:
@@ -179,8 +183,9 @@ def merge_report(params: Any, *, dtype: Any = None) -> MergeReport:
 def _norms(kernel: jax.Array, node: LoRA, dtype: str) -> tuple[jax.Array, ...]:
     """‖W‖, ‖ΔW‖ and the norm of what rounding takes from ΔW. Not jitted: XLA drops a rounding that is undone next."""
     wide = jnp.promote_types(jnp.float32, kernel.dtype)
-    kernel, update = kernel.astype(wide), update_of(node, wide)
-    added = (kernel + update).astype(dtype).astype(wide) - kernel.astype(dtype).astype(wide)
+    kernel = kernel.astype(wide)
+    update = difference(kernel, node)
+    added = changed(kernel, node).astype(dtype).astype(wide) - kernel.astype(dtype).astype(wide)
     return tuple(jnp.sqrt(jnp.sum(jnp.square(x))) for x in (kernel, update, update - added))
 
 

@@ -1,10 +1,11 @@
 """Adding LoRA nodes to a parameter tree."""
 
 import collections
+import dataclasses
 import functools
 import hashlib
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ from jax.core import Tracer
 from jax.sharding import AbstractMesh, NamedSharding
 
 from lora_jax._config import LoRAConfig, Override
+from lora_jax._dora import magnitude_of
 from lora_jax._node import SUFFIX, Axes, KernelAxes, LoRA, Trained, cast, place
 from lora_jax._paths import is_vector, match
 from lora_jax._tree import attach, holders, leaves_with_paths, unbox
@@ -28,7 +30,8 @@ def init(key: jax.Array, params: Any, config: LoRAConfig, *, axes: Mapping[str, 
 
     The function is the same as before until training moves B: the product A B starts at zero. An embedding has its
     lookup side A at zero and B ~ N(0, 1) instead, as in loralib. Each kernel's key comes from its path alone, so that
-    another target never changes the factors of this one. Factors of a sharded base are made where they belong.
+    another target never changes the factors of this one. Factors of a sharded base are made where they belong. With
+    `config.dora` the node has a magnitude too, ‖W‖, with which the function is the same up to rounding.
 
     Args:
       key: A JAX random key.
@@ -60,6 +63,8 @@ def init(key: jax.Array, params: Any, config: LoRAConfig, *, axes: Mapping[str, 
         raise ValueError(f"{both[0]}: is a target and trains whole too; take it out of train, or exclude it")
     ranks = _ranks(kernels, config)
     nodes = {path: _node(key, path, kernel, ranks[path], config) for path, kernel in kernels.items()}
+    if config.dora:
+        nodes = {path: _with_magnitude(node, unbox(leaves[path]), kernels[path]) for path, node in nodes.items()}
     return attach(params, nodes, {path: _master(path, leaves[path]) for path in whole})
 
 
@@ -234,14 +239,34 @@ def _maker(kernel: _Kernel, ranks: tuple[int, ...], scales: tuple[float, ...], i
             a, b = jnp.where(used_a, drawn, 0), jnp.zeros(b_shape)
         return a.astype(dtype), b.astype(dtype), jnp.asarray(np.reshape(scales, stack), jnp.float32)
 
+    return _placed(make, kernel, lambda where: (where.a, where.b, where.scale))
+
+
+def _placed(make: Callable[..., Any], kernel: _Kernel, part: Callable[[LoRA], Any]) -> Callable[..., Any]:
+    """`make`, compiled, with its results where the kernel's sharding puts that part of the node."""
     if kernel.sharding is None:
         return jax.jit(make)
-    where = place(kernel.sharding, kernel.axes)
-    where = (where.a, where.b, where.scale)
+    where = part(place(kernel.sharding, kernel.axes, magnitude=True))
     if isinstance(kernel.sharding, NamedSharding) and isinstance(kernel.sharding.mesh, AbstractMesh):
         # Traced, with explicit axes: a jit inside a jit doesn't give its results the types that out_shardings says.
-        return jax.jit(lambda key: jax.tree.map(jax.sharding.reshard, make(key), where))
+        return jax.jit(lambda given: jax.tree.map(jax.sharding.reshard, make(given), where))
     return jax.jit(make, out_shardings=where)
+
+
+def _with_magnitude(node: LoRA, leaf: Any, kernel: _Kernel) -> LoRA:
+    return dataclasses.replace(node, magnitude=_measure(kernel)((leaf, node.scale)))
+
+
+@functools.cache
+def _measure(kernel: _Kernel) -> Callable[..., Any]:
+    """(W, scale) to the magnitude: W's norms; 0, as padding is, at stack indices that aren't adapted."""
+
+    def make(given: tuple[jax.Array, jax.Array]) -> jax.Array:
+        w, scale = given
+        adapted = scale.reshape(scale.shape + (1,) * len(kernel.axes.outputs)) != 0
+        return jnp.where(adapted, magnitude_of(w, kernel.axes), 0).astype(jnp.float32)
+
+    return _placed(make, kernel, lambda where: where.magnitude)
 
 
 def _master(path: str, leaf: Any) -> Any:

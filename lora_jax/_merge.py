@@ -1,9 +1,11 @@
 """Folding adapters into their kernels, and taking them out again."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 
+from lora_jax._dora import changed, difference
 from lora_jax._node import LoRA, check_node, update_of
 from lora_jax._tree import combine, detach, edit, leaves_with_paths, nodes_of, rebox, unbox
 
@@ -12,6 +14,7 @@ def merge(params: Any, *, dtype: Any = None) -> Any:
     """Fold every adapter into its kernel.
 
         W' = W + scale · A B,  added in float32 and rounded once
+        W' = m ⊙ (W + scale · A B) / ‖W + scale · A B‖  where the node has a magnitude (DoRA)
 
     Jittable. `merge_report` says how much of the update survives the rounding.
 
@@ -31,7 +34,7 @@ def merge(params: Any, *, dtype: Any = None) -> Any:
            [1.5, 1.5, 1.5]], dtype=float32)}
     """
     plain, nodes = detach(params)
-    return _moved(plain, nodes, 1, dtype)
+    return _moved(plain, nodes, changed, dtype)
 
 
 def unmerge(params: Any, adapter: Any) -> Any:
@@ -45,7 +48,8 @@ def unmerge(params: Any, adapter: Any) -> Any:
       The tree with W' - ΔW in place of W' and its nodes beside it.
 
     Raises:
-      ValueError: The adapter doesn't fit the tree.
+      ValueError: The adapter doesn't fit the tree, or has a magnitude (DoRA): merging divided by ‖W + ΔW‖, which W'
+        doesn't tell. Keep the base.
 
     >>> node = LoRA(jnp.ones((2, 1)), jnp.ones((1, 3)), jnp.float32(0.5))
     >>> params = unmerge({"kernel": jnp.full((2, 3), 1.5)}, {"kernel_lora": node})
@@ -53,12 +57,24 @@ def unmerge(params: Any, adapter: Any) -> Any:
     (Array(1., dtype=float32), True)
     """
     whole = {path for path, leaf in leaves_with_paths(adapter) if not isinstance(leaf, LoRA)}
-    base = _moved(params, nodes_of(adapter), -1, None)
+    nodes = nodes_of(adapter)
+    if lost := sorted(path for path, node in nodes.items() if node.magnitude is not None):
+        raise ValueError(
+            f"{lost[0]}: its node has a magnitude (DoRA), so the merged kernel doesn't tell the base; combine the base"
+            " that split gave with the adapter"
+        )
+
+    def take_out(kernel: Any, node: LoRA) -> Any:
+        return kernel - update_of(node, kernel.dtype)
+
+    base = _moved(params, nodes, take_out, None)
     return combine(edit(base, leaf=lambda path, leaf: None if path in whole else leaf), adapter)
 
 
 def delta(params: Any) -> Any:
-    """The updates alone: ΔW in float32 at every adapted kernel, None at every other leaf.
+    """The updates alone: W' - W in float32 at every adapted kernel, None at every other leaf.
+
+    Without a magnitude that is ΔW = scale · A B.
 
     >>> node = LoRA(jnp.ones((2, 1)), jnp.ones((1, 2)), jnp.float32(0.5))
     >>> delta({"kernel": jnp.ones((2, 2)), "kernel_lora": node, "bias": jnp.ones(2)})
@@ -70,25 +86,25 @@ def delta(params: Any) -> Any:
     def update(path: str, leaf: Any) -> Any:
         if path not in nodes:
             return None
-        check_node(path, unbox(leaf), nodes[path])
-        return rebox(leaf, update_of(nodes[path], _wide(unbox(leaf))))
+        node, kernel = nodes[path], unbox(leaf)
+        check_node(path, kernel, node)
+        return rebox(leaf, difference(jnp.asarray(kernel, _wide(kernel)), node))
 
     return edit(plain, leaf=update)
 
 
-def _moved(plain: Any, nodes: dict[str, LoRA], sign: int, dtype: Any) -> Any:
-    """Each kernel moved by its node's update, forth or back."""
+def _moved(plain: Any, nodes: dict[str, LoRA], move: Callable[[Any, LoRA], Any], dtype: Any) -> Any:
+    """Each kernel moved by its node, in float32 or wider."""
 
-    def move(path: str, leaf: Any) -> Any:
+    def leaf_of(path: str, leaf: Any) -> Any:
         if path not in nodes or leaf is None:
             return leaf
         kernel = unbox(leaf)
         check_node(path, kernel, nodes[path])
-        wide = _wide(kernel)
-        moved = jnp.asarray(kernel, wide) + sign * update_of(nodes[path], wide)
+        moved = move(jnp.asarray(kernel, _wide(kernel)), nodes[path])
         return rebox(leaf, moved.astype(kernel.dtype if dtype is None else dtype))
 
-    return edit(plain, leaf=move)
+    return edit(plain, leaf=leaf_of)
 
 
 def _wide(kernel: Any) -> Any:

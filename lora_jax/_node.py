@@ -70,7 +70,7 @@ class LoRA:
       a: f[*stack, *inputs, rank], trains.
       b: f[*stack, rank, *outputs], trains.
       scale: f32[*stack], alpha / rank; never trains.
-      magnitude: None; f[*stack, *outputs] of a DoRA node.
+      magnitude: None, or f32[*stack, *outputs] of a DoRA node, trains: the length of each output's kernel.
       axes: Which axes of W are stack, inputs and outputs. Static.
 
     >>> node = LoRA(a=jnp.ones((3, 2)), b=jnp.ones((2, 5)), scale=jnp.float32(0.5))
@@ -155,12 +155,15 @@ def check_node(path: str, kernel: Any, node: LoRA) -> None:
             f"{path}{SUFFIX}: a {a}, b {b} and scale {tuple(node.scale.shape)} don't fit a kernel {tuple(kernel.shape)}"
             f" with {node.axes}"
         )
-    if node.magnitude is not None:
-        raise ValueError(f"{path}{SUFFIX}: has a magnitude (DoRA), which can't be applied; train it as plain LoRA")
+    if node.magnitude is not None and tuple(node.magnitude.shape) != stack + outputs:
+        raise ValueError(
+            f"{path}{SUFFIX}: magnitude {tuple(node.magnitude.shape)} doesn't fit a kernel {tuple(kernel.shape)} with"
+            f" {node.axes}; expected {stack + outputs}"
+        )
 
 
 def update_of(node: LoRA, dtype: Any = jnp.float32) -> jax.Array:
-    """ΔW of one node in the order of the kernel's axes.
+    """ΔW = scale · A B of one node, in the order of the kernel's axes; what a magnitude makes of it is `_dora`'s.
 
     >>> node = LoRA(jnp.ones((3, 2)), jnp.ones((2, 5)), jnp.float32(0.5), axes=Axes(inputs=(1,), outputs=(0,)))
     >>> update_of(node).shape

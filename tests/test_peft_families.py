@@ -23,6 +23,10 @@ pytestmark = [
     pytest.mark.oracle,
     # PEFT's own: a deprecated name that it asks transformers for.
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    # PEFT says this of the rank and alpha that it gives experts itself.
+    pytest.mark.filterwarnings(
+        "ignore:The following (rank|alpha)_pattern keys did not match any targeted module:RuntimeWarning"
+    ),
     # GPT-2's layers are Conv1D: PEFT sets the field right and says so.
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False but the target module is:UserWarning"),
 ]

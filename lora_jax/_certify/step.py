@@ -81,7 +81,7 @@ def read_step(args: tuple[Any, ...], outputs: Any) -> Step:
             continue
         data += [False] * len(leaves)
     whole = [array for leaf in trained_leaves if not isinstance(leaf, LoRA) for array in jax.tree.leaves(leaf)]
-    factors = [array for node in nodes.values() for array in (node.a, node.b)]
+    factors = [array for node in nodes.values() for array in (node.a, node.b, node.magnitude) if array is not None]
     forms = _forms(nodes, kernels)
     shards = {
         dims(leaf.sharding.shard_shape(leaf.shape)) for leaf in base if getattr(leaf, "sharding", None) is not None

@@ -6,6 +6,7 @@ Each rule takes `(frame, eqn, values)` and returns the equation's outputs, or No
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -68,18 +69,24 @@ def _scaled(
     full = [value.shape[d] if k not in new else shape[k] for d, k in enumerate(axes)]
     places = [d for d, k in enumerate(axes) if k in varying]
     scaled = Factor(operation(jnp.broadcast_to(value, full), lax.broadcast_in_dim(cut, full, places)), axes)
-    return [kernel.with_factors(plain(eqn, values)[0], *((scaled, b) if target is a else (a, scaled)))]
+    a, b = (scaled, b) if target is a else (a, scaled)
+    gain = None if kernel.gain is None else drop(kernel.gain, _stretched_axes(kernel, shape))
+    return [replace(kernel, w=plain(eqn, values)[0], a=a, b=b, gain=gain)]
 
 
 def _stretched(kernel: LowRank, shape: Sequence[int]) -> tuple[Factor, Factor]:
     """The factors of a kernel whose axes of size one are broadcast to `shape`."""
-    axes = [k for k, size in enumerate(kernel.shape) if size != shape[k]]
+    axes = _stretched_axes(kernel, shape)
     return drop(kernel.a, axes), drop(kernel.b, axes)
+
+
+def _stretched_axes(kernel: LowRank, shape: Sequence[int]) -> list[int]:
+    return [k for k, size in enumerate(kernel.shape) if size != shape[k]]
 
 
 @RULES("add", "add_any", "sub")
 def _add(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
-    """Adding an array changes W alone; adding two kernels joins their factors.
+    """Adding an array changes W alone; adding two kernels joins their factors. Under a gain neither does.
 
     A kernel that is broadcast against something bigger is used elementwise, as position embeddings are: W + ΔW costs
     less than the sum itself.
@@ -87,6 +94,8 @@ def _add(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
     shape = eqn.outvars[0].aval.shape
     if any(isinstance(v, LowRank) and v.shape != shape for v in values):
         return bind(eqn, [dense(v) if isinstance(v, LowRank) else v for v in values])
+    if any(isinstance(v, LowRank) and v.gain is not None for v in values):
+        return None
     left, right = values
     w = plain(eqn, values)[0]
     if isinstance(right, LowRank) and eqn.primitive.name == "sub":
@@ -100,9 +109,9 @@ def _add(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
     return [_joined([left, right], w, _by_rank([left.a, right.a]), _by_rank([left.b, right.b]))]
 
 
-def _joined(kernels: Sequence[LowRank], w: Any, a: Factor, b: Factor) -> LowRank:
+def _joined(kernels: Sequence[LowRank], w: Any, a: Factor, b: Factor, gain: Factor | None = None) -> LowRank:
     origin = tuple(dict.fromkeys(slot for kernel in kernels for slot in kernel.origin))
-    return LowRank(w, a, b, kernels[0].key, origin)
+    return LowRank(w, a, b, kernels[0].key, origin, gain)
 
 
 def _by_rank(factors: Sequence[Factor]) -> Factor:
@@ -122,6 +131,8 @@ def _reduce_sum(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | No
     kernel, axes = values[0], eqn.params["axes"]
     if any(kernel.shape[k] != 1 and kernel.only(k) == "none" for k in axes):
         return None
+    if kernel.gain is not None and any(k in kernel.gain.axes and kernel.shape[k] != 1 for k in axes):
+        return None
     left = [k for k in range(len(kernel.shape)) if k not in axes]
     names = {old: new for new, old in enumerate(left)}
     joined = [k for k in axes if kernel.only(k) == "both"]
@@ -132,7 +143,8 @@ def _reduce_sum(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | No
         value = jnp.sum(factor.ordered([*kept, *gone, *joined, RANK]), range(len(kept), len(kept) + len(gone)))
         return Factor(value.reshape(*value.shape[: len(kept)], -1), (*kept, RANK)).rename(names)
 
-    return [kernel.with_factors(plain(eqn, values)[0], add_up(kernel.a), add_up(kernel.b))]
+    gain = None if kernel.gain is None else drop(kernel.gain, axes).rename(names)
+    return [replace(kernel, w=plain(eqn, values)[0], a=add_up(kernel.a), b=add_up(kernel.b), gain=gain)]
 
 
 @RULES("concatenate")
@@ -145,17 +157,18 @@ def _concatenate(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | N
     kernels = [value for value in values if isinstance(value, LowRank)]
     sides = {kernel.only(axis) for kernel in kernels}
     others = {(frozenset({*k.a.axes} - {axis}), frozenset({*k.b.axes} - {axis})) for k in kernels}
-    if len(sides) != 1 or len(others) != 1:
+    gains = _gains_along(values, axis)
+    if len(sides) != 1 or len(others) != 1 or gains is None:
         return None
-    w = plain(eqn, values)[0]
+    w, gain = plain(eqn, values)[0], _along(gains, axis) if gains else None
     side = sides.pop()
     if side in ("both", "none"):
         a, b = (_stack_factor(values, kernels, axis, which) for which in ("a", "b"))
-        return [_joined(kernels, w, a, b)]
+        return [_joined(kernels, w, a, b, gain)]
     other = "b" if side == "a" else "a"
     first, *more = (getattr(kernel, other) for kernel in kernels)
     if all(factor.value is first.value and factor.axes == first.axes for factor in more):
-        return [_joined(kernels, w, **{side: _stack_factor(values, kernels, axis, side), other: first})]
+        return [_joined(kernels, w, **{side: _stack_factor(values, kernels, axis, side), other: first}, gain=gain)]
     lengths = [(value.w if isinstance(value, LowRank) else value).shape[axis] for value in values]
     starts = [sum(lengths[:i]) for i in range(len(values))]
     across = {
@@ -168,7 +181,23 @@ def _concatenate(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | N
         )
         for which in ("a", "b")
     }
-    return [_joined(kernels, w, across["a"], across["b"])]
+    return [_joined(kernels, w, across["a"], across["b"], gain)]
+
+
+def _gains_along(values: Sequence[Any], axis: int) -> list[Factor] | None:
+    """The gain of each value, 1 where it has none; empty if none has one, None if they can't be joined along `axis`."""
+    found = {v.gain.axes for v in values if isinstance(v, LowRank) and v.gain is not None}
+    if not found:
+        return []
+    axes = next(iter(found))
+    if any(set(other) != set(axes) for other in found) or axis not in axes:
+        return None
+
+    def gain(value: Any) -> Factor:
+        own = value.gain if isinstance(value, LowRank) else None
+        return Factor(jnp.ones([jnp.shape(value)[k] for k in axes], jnp.float32), axes) if own is None else own
+
+    return [gain(value) for value in values]
 
 
 @RULES("stack")
@@ -178,15 +207,18 @@ def _stack(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
 
     def open_up(value: Any) -> Any:
         if isinstance(value, LowRank):
-            return value.with_factors(lax.expand_dims(value.w, [axis]), value.a.rename(names), value.b.rename(names))
+            opened = value.moved(lax.expand_dims(value.w, [axis]), lambda factor: factor.rename(names))
+            gain = None if opened.gain is None else stretch(opened.gain, [axis], opened.shape)
+            return replace(opened, gain=gain)
         return lax.expand_dims(value, [axis])
 
     opened = [open_up(value) for value in values]
     kernels = [value for value in opened if isinstance(value, LowRank)]
-    if len({(frozenset(kernel.a.axes), frozenset(kernel.b.axes)) for kernel in kernels}) != 1:
+    gains = _gains_along(opened, axis)
+    if len({(frozenset(kernel.a.axes), frozenset(kernel.b.axes)) for kernel in kernels}) != 1 or gains is None:
         return None
     a, b = (_stack_factor(opened, kernels, axis, which) for which in ("a", "b"))
-    return [_joined(kernels, plain(eqn, values)[0], a, b)]
+    return [_joined(kernels, plain(eqn, values)[0], a, b, _along(gains, axis) if gains else None)]
 
 
 def _placed(factor: Factor, axis: int, start: int, length: int) -> Factor:

@@ -1,4 +1,4 @@
-"""Consumer rules: where a kernel meets activations, x W becomes x W + (x a) b.
+"""Consumer rules: where a kernel meets activations, x W becomes x W + (x a) b, and x W g becomes (x W + (x a) b) g.
 
 The base product is the original equation on the original arrays. Each rule takes `(frame, eqn, values)` and returns the
 equation's outputs, or None where no low-rank form exists.
@@ -6,7 +6,7 @@ equation's outputs, or None where no low-rank form exists.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,13 +15,18 @@ from jax import lax
 
 from lora_jax._forward import dropout
 from lora_jax._forward.interpret import Frame, Rules, bind, source_of
-from lora_jax._forward.lowrank import RANK, Factor, LowRank, is_vector, product
+from lora_jax._forward.lowrank import RANK, Factor, LowRank, gained, is_vector, product
 
 RULES = Rules()
 
 
 def add(base: jax.Array, delta: jax.Array) -> list[jax.Array]:
     return [base + delta.astype(base.dtype)]
+
+
+def scaled(results: Sequence[jax.Array], gain: Factor | None, places: Mapping[int, int]) -> list[jax.Array]:
+    """Each result times the gain, if there is one; `places` as in `gained`."""
+    return [result if gain is None else gained(result, gain, places) for result in results]
 
 
 def compute_dtype(x: Any, kernel: LowRank) -> Any:
@@ -45,9 +50,12 @@ def _dot_general(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | N
     places = dict(zip(contracting[side] + batch[side], contracting[1 - side] + batch[1 - side], strict=True))
     contracted = set(contracting[side])
     order = _first_and_second(kernel, contracted)
-    if order is None:
+    gain = kernel.gain
+    if order is None or (gain is not None and not contracted.isdisjoint(gain.axes) and not set(gain.axes) <= {*places}):
         return None
-    base = bind(eqn, [v.w if isinstance(v, LowRank) else v for v in values])[0]
+    if gain is not None and not contracted.isdisjoint(gain.axes):  # the kernel is used from its other side
+        x, gain = gained(x, gain, places), None
+    base = bind(eqn, [kernel.w, x] if side == 0 else [x, kernel.w])[0]
     dtype = compute_dtype(x, kernel)
     first, second = (cast(factor, dtype) for factor in order)
 
@@ -72,7 +80,7 @@ def _dot_general(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | N
     value = delta.ordered(present)
     if present != output:
         value = lax.broadcast_in_dim(value, base.shape, [output.index(k) for k in present])
-    return add(base, value)
+    return scaled(add(base, value), gain, {k: place for place, k in enumerate(output)})
 
 
 def _placement(sharding: Any, output: Sequence[int]) -> Callable[[Sequence[int]], Any]:
@@ -135,16 +143,12 @@ def _gather(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
     w = bind(eqn, [kernel.w, indices])[0]
     names = _names_after(numbers, w.ndim, len(kernel.shape))
     batch = [d for d in range(w.ndim) if d not in numbers.offset_dims]
-    picked = kernel.with_factors(
-        w,
-        _look_up(kernel.a, indices, eqn.params, batch, names),
-        _look_up(kernel.b, indices, eqn.params, batch, names),
-    )
+    picked = kernel.moved(w, lambda factor: _look_up(factor, indices, eqn.params, batch, names))
     if not any(kernel.only(k) == "a" and sizes[k] == 1 for k in looked_up):
         return [picked]
     axes = [k for k in range(w.ndim) if picked.only(k) != "none"]
     delta = product(cast(picked.a, w.dtype), cast(picked.b, w.dtype), keep=axes).ordered(axes)
-    return add(w, lax.broadcast_in_dim(delta, w.shape, axes))
+    return scaled(add(w, lax.broadcast_in_dim(delta, w.shape, axes)), picked.gain, {k: k for k in range(w.ndim)})
 
 
 def _names_after(numbers: Any, ndim: int, kernel_ndim: int) -> dict[int, int]:
@@ -199,7 +203,7 @@ def _look_up(factor: Factor, indices: Any, params: Any, batch: Sequence[int], na
         indices_are_sorted=params["indices_are_sorted"],
         unique_indices=params["unique_indices"],
         mode=params["mode"],
-        fill_value=None if params["fill_value"] is None else 0,
+        fill_value=None if params["fill_value"] is None else int(RANK not in factor.axes),
     )
     return Factor(value, (*batch, *(k if k == RANK else names[k] for k in left)))
 
@@ -215,21 +219,37 @@ def _ragged_dot(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | No
     order = _first_and_second(kernel, set(contracting)) if isinstance(kernel, LowRank) else None
     if isinstance(x, LowRank) or order is None or x_batch or len(group) != 1 or kernel.only(group[0]) != "both":
         return None
-    base = bind(eqn, [v.w if isinstance(v, LowRank) else v for v in values])[0]
+    if any(k in order[1].axes for k in contracting):
+        return None
+    beyond = len(kernel.shape)
+    ragged = beyond + numbers.lhs_ragged_dimensions[0]
+    gain = _by_row(kernel.gain, sizes, group[0], ragged, x.shape[ragged - beyond])
+    if gain is not None and not set(contracting).isdisjoint(gain.axes):
+        if not set(gain.axes) <= {*contracting, ragged}:
+            return None
+        places = {ragged: ragged - beyond, **dict(zip(contracting, x_contracting, strict=True))}
+        x, gain = gained(x, gain, places), None
+    base = bind(eqn, [x, kernel.w, *values[2:]])[0]
     dtype = compute_dtype(x, kernel)
     first, second = (cast(factor, dtype) for factor in order)
-    if any(k in second.axes for k in contracting):
-        return None
     x = dropout.drop(x.astype(dtype), frame.fresh_key(kernel), frame.session.dropout)
     x_free = [d for d in range(x.ndim) if d not in x_contracting]
-    beyond = len(kernel.shape)
     names = tuple(contracting[x_contracting.index(d)] if d in x_contracting else beyond + d for d in range(x.ndim))
-    ragged = beyond + numbers.lhs_ragged_dimensions[0]
     options = {key: params[key] for key in ("precision", "preferred_element_type", "group_offset")}
     hidden = _ragged(Factor(x, names), first, sizes, group[0], ragged, **options)
     delta = _ragged(cast(hidden, dtype), second, sizes, group[0], ragged, **options)
     free = [k for k in range(beyond) if k not in contracting and k not in group]
-    return add(base, delta.ordered([*(beyond + d for d in x_free), *free]))
+    output = [*(beyond + d for d in x_free), *free]
+    return scaled(add(base, delta.ordered(output)), gain, {k: place for place, k in enumerate(output)})
+
+
+def _by_row(gain: Factor | None, sizes: Any, group: int, ragged: int, rows: int) -> Factor | None:
+    """The gain that each row of a ragged product meets: its group's."""
+    if gain is None or group not in gain.axes:
+        return gain
+    rest = [k for k in gain.axes if k != group]
+    value = jnp.repeat(gain.ordered([group, *rest]), sizes, axis=0, total_repeat_length=rows)
+    return Factor(value, (ragged, *rest))
 
 
 def _ragged(x: Factor, factor: Factor, sizes: Any, group: int, ragged: int, **options: Any) -> Factor:

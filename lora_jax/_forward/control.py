@@ -153,13 +153,11 @@ def _leaf_shardings(value: Any, sharding: Any) -> list[Any]:
     if not isinstance(value, LowRank):
         return [sharding if _specified(sharding) else None]
     extra = 0 if value.key is None else 1
+    factors = value.factors
     if not isinstance(sharding, jax.sharding.NamedSharding):
-        return [sharding if _specified(sharding) else None, None, None] + [None] * extra
-    factors = [
-        jax.sharding.NamedSharding(sharding.mesh, factor_spec(sharding.spec, factor.axes))
-        for factor in (value.a, value.b)
-    ]
-    return [sharding, *factors] + [None] * extra
+        return [sharding if _specified(sharding) else None] + [None] * (len(factors) + extra)
+    placed = [jax.sharding.NamedSharding(sharding.mesh, factor_spec(sharding.spec, factor.axes)) for factor in factors]
+    return [sharding, *placed] + [None] * extra
 
 
 @RULES("remat", "remat2", "checkpoint")
@@ -261,7 +259,7 @@ def _scan(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
     return leave(frame, [*_full(fixed, moving, carry), *ys], inside, body)
 
 
-def _scanned(kernel: LowRank) -> tuple[Any, Any, Any]:
+def _scanned(kernel: LowRank) -> tuple[Any, list[Any]]:
     """What is sliced at each step: W, and each factor that has axis 0, with that axis in front."""
 
     def leading(factor: Factor) -> Any:
@@ -269,17 +267,20 @@ def _scanned(kernel: LowRank) -> tuple[Any, Any, Any]:
             return None
         return factor.ordered([0, *(k for k in factor.axes if k != 0)])
 
-    return kernel.w, leading(kernel.a), leading(kernel.b)
+    return kernel.w, [leading(factor) for factor in kernel.factors]
 
 
-def _step_kernel(whole: LowRank, part: tuple[Any, Any, Any]) -> LowRank:
+def _step_kernel(whole: LowRank, part: tuple[Any, list[Any]]) -> LowRank:
     """The kernel of one step, its axes counted without the scanned one."""
+    w, slices = part
+    values = iter(slices)
 
-    def follow(factor: Factor, value: Any) -> Factor:
+    def follow(factor: Factor) -> Factor:
         axes = tuple(k if k == RANK else k - 1 for k in factor.axes if k != 0)
+        value = next(values)
         return Factor(factor.value if value is None else value, axes)
 
-    return whole.with_factors(part[0], follow(whole.a, part[1]), follow(whole.b, part[2]))
+    return whole.moved(w, follow)
 
 
 @RULES("while")
@@ -337,7 +338,7 @@ def _shard_map(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
     for value, spec in zip(inside.values, params["in_specs"], strict=True):
         specs.append(spec)
         if isinstance(value, LowRank):
-            specs += [factor_spec(spec, value.a.axes), factor_spec(spec, value.b.axes)]
+            specs += [factor_spec(spec, factor.axes) for factor in value.factors]
             specs += [] if value.key is None else [jax.sharding.PartitionSpec()]
     outputs = jax.shard_map(
         body,

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax._forward import dropout
-from lora_jax._forward.consumers import add, cast, compute_dtype
+from lora_jax._forward.consumers import add, cast, compute_dtype, scaled
 from lora_jax._forward.interpret import Frame, bind
 from lora_jax._forward.layout import stretch
 from lora_jax._forward.lowrank import RANK, Factor, LowRank, product
@@ -35,14 +35,16 @@ def convolve(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
         return None
     if not spatial_outside and kernel.only(out_axis) in sides:
         return None
+    if kernel.gain is not None and set(kernel.gain.axes) != {out_axis}:
+        return None
     base = bind(eqn, [x, kernel.w])[0]
     dtype = compute_dtype(x, kernel)
     x = dropout.drop(x.astype(dtype), frame.fresh_key(kernel), frame.session.dropout)
     inner = _with_axes(cast(inner, dtype), [in_axis] if spatial_outside else [in_axis, *spatial], kernel.shape)
     outer = cast(outer, dtype)
-    if spatial_outside:
-        return add(base, _mix_then_convolve(x, inner, outer, params, in_axis, out_axis, spatial))
-    return add(base, _convolve_then_mix(x, inner, outer, params, in_axis, out_axis, spatial))
+    order = _mix_then_convolve if spatial_outside else _convolve_then_mix
+    update = order(x, inner, outer, params, in_axis, out_axis, spatial)
+    return scaled(add(base, update), kernel.gain, {out_axis: params["dimension_numbers"].out_spec[1]})
 
 
 def _with_axes(factor: Factor, axes: Sequence[int], shape: Sequence[int]) -> Factor:

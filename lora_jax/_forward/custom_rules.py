@@ -23,6 +23,8 @@ def custom_jvp(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | Non
     """The same function and rule, on kernels that stay factored."""
     if not all(jnp.issubdtype(var.aval.dtype, jnp.inexact) for var in eqn.outvars):
         return None
+    if any(isinstance(value, LowRank) and value.gain is not None for value in values):
+        return None  # the tangent of a gain times a kernel is a sum under two gains
     inside = enter(frame, values)
     leaves, treedef = jax.tree.flatten(inside.values)
     body = Body(frame.session, *opened(eqn.params["call_jaxpr"]), inside.names, treedef, whole=eqn.primitive.name)

@@ -1,4 +1,4 @@
-"""Layout rules: equations that move, cut, scale or cast a kernel act on W and on both factors alike.
+"""Layout rules: equations that move, cut, scale or cast a kernel act on W, on both factors and on a gain alike.
 
 Each rule takes `(frame, eqn, values)` and returns the equation's outputs, or None where no low-rank form exists.
 """
@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.extend import core as jex
 
 from lora_jax._forward.interpret import Frame, Rules, bind
 from lora_jax._forward.lowrank import RANK, Factor, LowRank
@@ -21,7 +22,7 @@ RULES = Rules()
 
 
 def _each_factor(kernel: LowRank, w: Any, move: Callable[[Factor], Factor]) -> list[LowRank]:
-    return [kernel.with_factors(w, move(kernel.a), move(kernel.b))]
+    return [kernel.moved(w, move)]
 
 
 def plain(eqn: Any, values: Sequence[Any]) -> list[Any]:
@@ -40,7 +41,7 @@ def _convert(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
 @RULES("copy", "copy_p", "name", "reduce_precision", "device_put")
 def _unchanged(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
     outputs = plain(eqn, values)
-    return [v.with_factors(w, v.a, v.b) if isinstance(v, LowRank) else w for v, w in zip(values, outputs, strict=True)]
+    return [replace(v, w=w) if isinstance(v, LowRank) else w for v, w in zip(values, outputs, strict=True)]
 
 
 @RULES("optimization_barrier", "stop_gradient", "pvary", "pcast", "ppermute")
@@ -131,8 +132,13 @@ def _split(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
         pieces = lax.split(factor.value, sizes, axis=factor.axes.index(axis))
         return [Factor(piece, factor.axes) for piece in pieces]
 
-    pieces = zip(plain(eqn, values), parts(kernel.a), parts(kernel.b), strict=True)
-    return [kernel.with_factors(w, a, b) for w, a, b in pieces]
+    return _pieces(kernel, plain(eqn, values), parts)
+
+
+def _pieces(kernel: LowRank, wholes: Sequence[Any], parts: Callable[[Factor], list[Factor]]) -> list[LowRank]:
+    a, b = parts(kernel.a), parts(kernel.b)
+    gains = [None] * len(wholes) if kernel.gain is None else parts(kernel.gain)
+    return [replace(kernel, w=w, a=a[i], b=b[i], gain=gains[i]) for i, w in enumerate(wholes)]
 
 
 @RULES("unstack")
@@ -148,8 +154,7 @@ def _unstack(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
         pieces = [lax.index_in_dim(factor.value, i, place, keepdims=False) for i in range(kernel.shape[axis])]
         return [Factor(piece, left).rename(names) for piece in pieces]
 
-    pieces = zip(plain(eqn, values), parts(kernel.a), parts(kernel.b), strict=True)
-    return [kernel.with_factors(w, a, b) for w, a, b in pieces]
+    return _pieces(kernel, plain(eqn, values), parts)
 
 
 @RULES("tile")
@@ -175,23 +180,25 @@ def _rev(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
 
 @RULES("pad")
 def _pad(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
-    """Whatever W is padded with, ΔW is padded with zeros, which zeros in either factor give."""
+    """Whatever W is padded with, ΔW is padded with zeros, which zeros in either factor give, and a gain with ones."""
     kernel, config = values[0], eqn.params["padding_config"]
     if not isinstance(kernel, LowRank):
         return None
+    padded = [k for k, width in enumerate(config) if width != (0, 0, 0)]
+    zeros = isinstance(eqn.invars[1], jex.Literal) and eqn.invars[1].val == 0
+    if kernel.gain is not None and not zeros and not set(padded) <= set(kernel.gain.axes):
+        return None  # the gain would scale what W is padded with
 
     def extend(factor: Factor) -> Factor:
         widths = [(0, 0, 0) if axis == RANK else config[axis] for axis in factor.axes]
         if all(width == (0, 0, 0) for width in widths):
             return factor
-        return Factor(lax.pad(factor.value, jnp.zeros((), factor.value.dtype), widths), factor.axes)
+        value = jnp.asarray(0 if RANK in factor.axes else 1, factor.value.dtype)
+        return Factor(lax.pad(factor.value, value, widths), factor.axes)
 
-    constant = [k for k, width in enumerate(config) if width != (0, 0, 0) and kernel.only(k) == "none"]
-    return _each_factor(
-        kernel.with_factors(kernel.w, kernel.a, _spread(kernel.b, constant, kernel.shape)),
-        plain(eqn, values)[0],
-        extend,
-    )
+    constant = [k for k in padded if kernel.only(k) == "none"]
+    spread = kernel.with_factors(kernel.w, kernel.a, _spread(kernel.b, constant, kernel.shape))
+    return _each_factor(spread, plain(eqn, values)[0], extend)
 
 
 def _spread(factor: Factor, axes: Sequence[int], shape: Sequence[int]) -> Factor:
@@ -250,13 +257,13 @@ def _regroup(factor: Factor, groups: Sequence, old: Sequence[int], new: Sequence
         order += before
         axes += after
         sizes += [new[k] for k in after]
-    rank_first = factor.axes and factor.axes[0] == RANK
-    rank = factor.size(RANK)
-    order, axes, sizes = (
-        ([RANK, *order], [RANK, *axes], [rank, *sizes])
-        if rank_first
-        else ([*order, RANK], [*axes, RANK], [*sizes, rank])
-    )
+    if RANK in factor.axes:
+        rank = factor.size(RANK)
+        order, axes, sizes = (
+            ([RANK, *order], [RANK, *axes], [rank, *sizes])
+            if factor.axes[0] == RANK
+            else ([*order, RANK], [*axes, RANK], [*sizes, rank])
+        )
     value = factor.ordered(order)
     return Factor(value if value.shape == tuple(sizes) else lax.reshape(value, sizes), tuple(axes))
 
@@ -276,7 +283,7 @@ def _sharding_constraint(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[
     kernel, sharding = values[0], eqn.params["sharding"]
     w = plain(eqn, values)[0]
     if not isinstance(sharding, jax.sharding.NamedSharding):
-        return [kernel.with_factors(w, kernel.a, kernel.b)]
+        return [replace(kernel, w=w)]
 
     def place(factor: Factor) -> Factor:
         placed = lax.with_sharding_constraint(

@@ -4,6 +4,9 @@ A factor's dimensions are named by the axes of W that they follow, and `RANK`:
 
     ΔW[k_0, ..., k_n] = Σ_r a[axes of a, r] · b[axes of b, r]
 
+A kernel with a magnitude (DoRA) has a gain besides, a factor without `RANK`: it stands for gain · (W + ΔW), and a
+consumer puts the gain on whichever of its operands and results has the gain's axes.
+
 An axis that both factors have is a stack axis, one that only `a` has an input, one that only `b` has an output, and one
 that neither has (a broadcast axis, an axis of size one) leaves ΔW constant along it. Transposing W renames; nothing is
 moved until a consumer contracts.
@@ -49,6 +52,7 @@ class LowRank:
 
     `key` is the kernel's own dropout key (None without dropout) and `origin` says which adapted leaves it comes from,
     as slots of the frame that evaluates it: slots, not paths, so that two layers share one transformed function.
+    `gain` is None unless the kernel has a magnitude.
     """
 
     w: Any
@@ -56,14 +60,24 @@ class LowRank:
     b: Factor
     key: Any = None
     origin: tuple[int, ...] = ()
+    gain: Factor | None = None
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        return (self.w, self.a.value, self.b.value, self.key), (self.a.axes, self.b.axes, self.origin)
+        gain, gain_axes = (None, None) if self.gain is None else self.gain
+        return (self.w, self.a.value, self.b.value, gain, self.key), (self.a.axes, self.b.axes, gain_axes, self.origin)
 
     @classmethod
     def tree_unflatten(cls, aux: tuple[Any, ...], children: Iterable[Any]) -> LowRank:
-        w, a, b, key = children
-        return cls(w, Factor(a, aux[0]), Factor(b, aux[1]), key, aux[2])
+        w, a, b, gain, key = children
+        a_axes, b_axes, gain_axes, origin = aux
+        return cls(
+            w, Factor(a, a_axes), Factor(b, b_axes), key, origin, None if gain_axes is None else Factor(gain, gain_axes)
+        )
+
+    @property
+    def factors(self) -> list[Factor]:
+        """a, b and the gain if there is one, in the order of the pytree."""
+        return [self.a, self.b] + ([] if self.gain is None else [self.gain])
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -76,7 +90,13 @@ class LowRank:
         ]
 
     def with_factors(self, w: Any, a: Factor, b: Factor) -> LowRank:
+        """Other factors under the same gain: of what is linear in the kernel and leaves its axes alone."""
         return replace(self, w=w, a=a, b=b)
+
+    def moved(self, w: Any, move: Callable[[Factor], Factor]) -> LowRank:
+        """The same move of both factors and of the gain, in this order."""
+        a, b, *gain = map(move, self.factors)
+        return replace(self, w=w, a=a, b=b, gain=gain[0] if gain else None)
 
 
 def product(
@@ -116,9 +136,23 @@ def update(kernel: LowRank) -> jax.Array:
 
 
 def dense(kernel: LowRank) -> jax.Array:
-    """W + ΔW, added in float32 and rounded once to W's dtype, as `merge` does."""
+    """W + ΔW, or the gain times it, computed in float32 and rounded once to W's dtype, as `merge` does."""
     delta = update(kernel)
-    return (kernel.w.astype(jnp.promote_types(kernel.w.dtype, delta.dtype)) + delta).astype(kernel.w.dtype)
+    moved = kernel.w.astype(jnp.promote_types(kernel.w.dtype, delta.dtype)) + delta
+    if kernel.gain is not None:
+        moved = gained(moved, kernel.gain, range(moved.ndim))
+    return moved.astype(kernel.w.dtype)
+
+
+def gained(value: Any, gain: Factor, places: Mapping[int, int] | Sequence[int]) -> jax.Array:
+    """`value` times the gain; `places[axis]` is the dimension of `value` that follows an axis of the kernel.
+
+    As value + value · (gain - 1): close to 1, a gain rounded to bfloat16 would be wrong by a good part of its distance
+    from 1, for every row alike.
+    """
+    order = sorted(gain.axes, key=lambda axis: places[axis])
+    more = (gain.ordered(order) - 1).astype(value.dtype)
+    return value + value * lax.broadcast_in_dim(more, value.shape, [places[axis] for axis in order])
 
 
 def is_vector(kernel: LowRank) -> bool:

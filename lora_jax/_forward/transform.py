@@ -12,11 +12,13 @@ import jax
 import numpy as np
 from jax import lax
 
+from lora_jax._dora import gain_of
 from lora_jax._forward import arithmetic, consumers, control, convolution, custom_rules, layout
 from lora_jax._forward import dropout as dropping
 from lora_jax._forward.interpret import Frame, Session, evaluate
 from lora_jax._forward.layout import drop
 from lora_jax._forward.lowrank import RANK, Factor, LowRank
+from lora_jax._node import check_node
 from lora_jax._tree import LoRA, detach, leaf_paths
 
 RULES = {
@@ -39,6 +41,7 @@ def adapt(
     """Give a function the low-rank updates that lie beside the kernels in its arguments.
 
         x W   becomes   x W + (alpha/r) (x A) B
+        and with a magnitude (DoRA)   (x W + (alpha/r) (x A) B) m / ‖W + (alpha/r) A B‖
 
     The function is traced with the plain tree, exactly as it was before `init`, and evaluated with each adapted kernel
     as W plus low rank; W + ΔW is never formed, nor is a gradient of W's shape. The result works under `jit`, `grad`,
@@ -48,7 +51,8 @@ def adapt(
       apply_fn: any function that JAX can trace, of any arguments. Arrays are traced; what isn't an array (flags,
         strings, numbers, None, functions) reaches it unchanged and may decide what it computes.
       dropout: the rate in [0, 1) at which the activations that enter A are dropped (only on the low-rank path, scaled
-        by 1 / (1 - rate)). Active only in calls with a `dropout_key`.
+        by 1 / (1 - rate)). Active only in calls with a `dropout_key`. The same with a magnitude, where PEFT drops
+        activations of a second product with W too.
       on_materialize: what to do where no factored form exists and W + ΔW must be formed: "warn" (once for each leaf),
         "error", or "allow".
       allow_none: accept arguments that hold no adapted kernel, and call `apply_fn` as it is.
@@ -58,7 +62,7 @@ def adapt(
 
     Raises:
       ValueError: a rate outside [0, 1) or an unknown `on_materialize`; at the call, no adapted kernel in the
-        arguments, a node with `magnitude`, or a kernel materialised under `on_materialize="error"`.
+        arguments, or a kernel materialised under `on_materialize="error"`.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax
@@ -169,18 +173,21 @@ def trace(
 
 
 def carry(path: str, w: Any, node: LoRA, key: Any, slot: int) -> LowRank:
-    """A kernel and its node as the value that the evaluator carries; the scale, which never trains, goes into b."""
-    if node.magnitude is not None:
-        raise ValueError(
-            f"{path}: its node has a magnitude (DoRA), which the forward doesn't implement; load a LoRA adapter"
-        )
+    """A kernel and its node as the value that the evaluator carries; the scale, which never trains, goes into b.
+
+    A magnitude becomes a gain here, once for a whole stack.
+    """
     axes = node.axes
     scale = lax.stop_gradient(node.scale)
     b = node.b * scale.reshape(scale.shape + (1,) * (node.b.ndim - scale.ndim)).astype(node.b.dtype)
     ones = [k for k in axes.stack if w.shape[k] == 1]  # with one index, a stack axis is as good as none
     a = drop(Factor(node.a, (*axes.stack, *axes.inputs, RANK)), ones)
     b = drop(Factor(b, (*axes.stack, RANK, *axes.outputs)), ones)
-    return LowRank(w, a, b, key, (slot,))
+    gain = None
+    if node.magnitude is not None:
+        check_node(path, w, node)
+        gain = drop(Factor(gain_of(w, node), (*axes.stack, *axes.outputs)), ones)
+    return LowRank(w, a, b, key, (slot,), gain)
 
 
 def _tell(frame: Frame) -> None:

@@ -145,14 +145,15 @@ def with_nodes(params, nodes: dict[str, LoRA], prefix=""):
 
 
 def merge_by_hand(params, nodes: dict[str, LoRA], prefix=""):
-    """W + scale A B, from the definition: the oracle that owes nothing to the library."""
+    """W + scale A B, or DoRA's m (W + scale A B) / norm, from the definition: owes nothing to the library."""
     out = {}
     for key, value in params.items():
         path = f"{prefix}{key}"
         if isinstance(value, dict):
             out[key] = merge_by_hand(value, nodes, path + "/")
         elif path in nodes:
-            out[key] = (value + delta_by_hand(nodes[path])).astype(value.dtype)
+            moved = value + delta_by_hand(nodes[path])
+            out[key] = with_magnitude_by_hand(moved, nodes[path]).astype(value.dtype)
         else:
             out[key] = value
     return out
@@ -163,6 +164,15 @@ def delta_by_hand(node: LoRA):
     s, i, o = "stuvw"[: len(stack)], "ijklm"[: len(inputs)], "opqxy"[: len(outputs)]
     product = jnp.einsum(f"{s},{s}{i}r,{s}r{o}->{s}{i}{o}", node.scale, node.a, node.b)
     return jnp.transpose(product, np.argsort([*stack, *inputs, *outputs]))
+
+
+def with_magnitude_by_hand(kernel, node: LoRA):
+    if node.magnitude is None:
+        return kernel
+    letters = "abcdefg"[: kernel.ndim]
+    kept = "".join(letters[axis] for axis in (*node.axes.stack, *node.axes.outputs))
+    norm = jax.lax.stop_gradient(jnp.sqrt(jnp.einsum(f"{letters},{letters}->{kept}", kernel, kernel)))
+    return jnp.einsum(f"{letters},{kept}->{letters}", kernel, node.magnitude / norm)
 
 
 def low(node: LoRA, x):
