@@ -156,3 +156,25 @@ def test_works_under_jit_with_the_key_as_an_argument():
     apply = lora_jax.adapt(lambda p, x: x @ p["w"], dropout=RATE)
     run = jax.jit(lambda p, x, key: apply(p, x, dropout_key=key))
     np.testing.assert_array_equal(run(tree("w"), ONES, KEY), apply(tree("w"), ONES, dropout_key=KEY))
+
+
+def test_a_row_loses_the_same_however_far_it_is_padded():
+    fn, params = lambda p, x: x @ p["w"], tree("w")
+    short = masks(fn, params, jnp.ones((3, 5, WIDTH)))
+    np.testing.assert_array_equal(short, masks(fn, params, jnp.ones((4, 7, WIDTH)))[:3, :5])
+    assert_masks(*masks(fn, params, jnp.ones((3, 32, WIDTH))))
+
+
+@pytest.mark.parametrize("form", ["scanned", "shared", "remat"])
+def test_the_rate_may_be_traced_data(form):
+    layer = {"shared": jax.jit, "remat": jax.checkpoint}.get(form, lambda fn: fn)(lambda w, x: x @ w)
+
+    def fn(p, x):
+        if form == "scanned":
+            return jax.lax.scan(lambda x, w: (x @ w, None), x, p["w"])[0]
+        return layer(p["w"], layer(p["w"], x))
+
+    params, rates = tree("w", stack=(2,) if form == "scanned" else ()), jnp.array([0.0, RATE])
+    out = jax.jit(jax.vmap(lambda rate: lora_jax.adapt(fn)(params, ONES, dropout_key=(KEY, rate))))(rates)
+    for rate, mine in zip((0.0, RATE), out, strict=True):
+        np.testing.assert_allclose(mine, lora_jax.adapt(fn, dropout=rate)(params, ONES, dropout_key=KEY), rtol=1e-6)

@@ -111,7 +111,7 @@ def _add(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
 
 def _joined(kernels: Sequence[LowRank], w: Any, a: Factor, b: Factor, gain: Factor | None = None) -> LowRank:
     origin = tuple(dict.fromkeys(slot for kernel in kernels for slot in kernel.origin))
-    return LowRank(w, a, b, kernels[0].key, origin, gain)
+    return LowRank(w, a, b, kernels[0].draw, origin, gain)
 
 
 def _by_rank(factors: Sequence[Factor]) -> Factor:

@@ -64,7 +64,7 @@ def _dot_general(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | N
     met = {place: axis for axis, place in places.items()}
     activations = Factor(x.astype(dtype), tuple(met.get(d, beyond + d) for d in range(x.ndim)))
     activations = Factor(
-        dropout.drop(activations.value, frame.fresh_key(kernel), frame.session.dropout), activations.axes
+        dropout.drop(activations.value, frame.fresh_draw(kernel)), activations.axes
     )
     activations = _sum_over(activations, [k for k in contracted if kernel.only(k) == "none"])
 
@@ -232,7 +232,7 @@ def _ragged_dot(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | No
     base = bind(eqn, [x, kernel.w, *values[2:]])[0]
     dtype = compute_dtype(x, kernel)
     first, second = (cast(factor, dtype) for factor in order)
-    x = dropout.drop(x.astype(dtype), frame.fresh_key(kernel), frame.session.dropout)
+    x = dropout.drop(x.astype(dtype), frame.fresh_draw(kernel))
     x_free = [d for d in range(x.ndim) if d not in x_contracting]
     names = tuple(contracting[x_contracting.index(d)] if d in x_contracting else beyond + d for d in range(x.ndim))
     options = {key: params[key] for key in ("precision", "preferred_element_type", "group_offset")}

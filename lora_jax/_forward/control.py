@@ -49,7 +49,7 @@ class Body:
 
 @dataclasses.dataclass(frozen=True)
 class Inside:
-    """The operands of a sub-jaxpr: in slots of its own, each with a dropout key for this use."""
+    """The operands of a sub-jaxpr: in slots of its own, each with a dropout draw for this use."""
 
     values: list[Any]
     origins: tuple[tuple[int, ...], ...]
@@ -61,7 +61,7 @@ def enter(frame: Frame, values: Sequence[Any]) -> Inside:
     for value in values:
         if isinstance(value, LowRank):
             origins.append(value.origin)
-            value = dataclasses.replace(value, origin=(len(origins) - 1,), key=frame.fresh_key(value))
+            value = dataclasses.replace(value, origin=(len(origins) - 1,), draw=frame.fresh_draw(value))
         inner.append(value)
     return Inside(inner, tuple(origins), tuple(tuple(frame.paths(origin)) for origin in origins))
 
@@ -152,7 +152,7 @@ def _leaf_shardings(value: Any, sharding: Any) -> list[Any]:
     """One sharding for each array of a value: the factors follow the kernel."""
     if not isinstance(value, LowRank):
         return [sharding if _specified(sharding) else None]
-    extra = 0 if value.key is None else 1
+    extra = len(jax.tree.leaves(value.draw))
     factors = value.factors
     if not isinstance(sharding, jax.sharding.NamedSharding):
         return [sharding if _specified(sharding) else None] + [None] * (len(factors) + extra)
@@ -220,8 +220,8 @@ def _full(fixed: dict[int, Any], moving: Sequence[int], carry: Sequence[Any]) ->
 
 def _at_step(value: Any, step: Any) -> Any:
     """Each step of a loop drops other elements."""
-    if isinstance(value, LowRank) and value.key is not None:
-        return dataclasses.replace(value, key=dropout.fold(value.key, step))
+    if isinstance(value, LowRank) and value.draw is not None:
+        return dataclasses.replace(value, draw=dropout.fold(value.draw, step))
     return value
 
 
@@ -253,8 +253,8 @@ def _scan(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
         return [outputs[i] for i in moving], outputs[n_carry:]
 
     options = {key: params[key] for key in ("reverse", "unroll", "_split_transpose") if key in params}
-    any_key = any(isinstance(v, LowRank) and v.key is not None for v in inside.values)
-    numbers = jnp.arange(params["length"]) if any_key else None
+    any_draw = any(isinstance(v, LowRank) and v.draw is not None for v in inside.values)
+    numbers = jnp.arange(params["length"]) if any_draw else None
     carry, ys = lax.scan(step, start, (numbers, scanned), length=params["length"], **options)
     return leave(frame, [*_full(fixed, moving, carry), *ys], inside, body)
 
@@ -296,7 +296,7 @@ def _while(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
     body = _loop_body(frame, params["body_jaxpr"], inside, "while")
     test = _loop_body(frame, params["cond_jaxpr"], inside, "while")
     test.events = body.events
-    any_key = any(isinstance(v, LowRank) and v.key is not None for v in inside.values)
+    any_draw = any(isinstance(v, LowRank) and v.draw is not None for v in inside.values)
 
     def keep_going(state: tuple[Any, list[Any]]) -> Any:
         number, carry = state
@@ -305,9 +305,9 @@ def _while(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
     def step(state: tuple[Any, list[Any]]) -> tuple[Any, list[Any]]:
         number, carry = state
         outputs = body.run([_at_step(value, number) for value in [*body_consts, *_full(fixed, moving, carry)]])
-        return (number + 1 if any_key else None), [outputs[i] for i in moving]
+        return (number + 1 if any_draw else None), [outputs[i] for i in moving]
 
-    _, carry = lax.while_loop(keep_going, step, (jnp.int32(0) if any_key else None, start))
+    _, carry = lax.while_loop(keep_going, step, (jnp.int32(0) if any_draw else None, start))
     return leave(frame, _full(fixed, moving, carry), inside, body)
 
 
@@ -339,7 +339,7 @@ def _shard_map(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
         specs.append(spec)
         if isinstance(value, LowRank):
             specs += [factor_spec(spec, factor.axes) for factor in value.factors]
-            specs += [] if value.key is None else [jax.sharding.PartitionSpec()]
+            specs += [jax.sharding.PartitionSpec()] * len(jax.tree.leaves(value.draw))
     outputs = jax.shard_map(
         body,
         mesh=params["mesh"],

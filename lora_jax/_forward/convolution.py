@@ -39,7 +39,7 @@ def convolve(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
         return None
     base = bind(eqn, [x, kernel.w])[0]
     dtype = compute_dtype(x, kernel)
-    x = dropout.drop(x.astype(dtype), frame.fresh_key(kernel), frame.session.dropout)
+    x = dropout.drop(x.astype(dtype), frame.fresh_draw(kernel))
     inner = _with_axes(cast(inner, dtype), [in_axis] if spatial_outside else [in_axis, *spatial], kernel.shape)
     outer = cast(outer, dtype)
     order = _mix_then_convolve if spatial_outside else _convolve_then_mix

@@ -3,29 +3,45 @@
 from __future__ import annotations
 
 import zlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 
-def key_for(key: Any, path: str) -> Any:
-    """The key of one kernel: folded from a hash of its path that is the same in every process."""
-    return fold(key, zlib.crc32(path.encode()))
+class Draw(NamedTuple):
+    """What a kernel's mask is drawn from. Both are arrays: adapters of different rates run as one program."""
+
+    key: Any
+    rate: Any  # f32[]
 
 
-def fold(key: Any, number: Any) -> Any:
-    return jax.random.fold_in(key, number)
+def draw_for(key: Any, rate: Any, path: str) -> Draw:
+    """The draw of one kernel: its key is folded from a hash of its path that is the same in every process."""
+    return fold(Draw(key, jnp.asarray(rate, jnp.float32)), zlib.crc32(path.encode()))
 
 
-def drop(x: jax.Array, key: Any, rate: float) -> jax.Array:
-    """x with each element zeroed with probability `rate`, the others scaled so that the expectation stays x."""
-    if key is None or rate == 0.0:
+def fold(draw: Draw, number: Any) -> Draw:
+    return draw._replace(key=jax.random.fold_in(draw.key, number))
+
+
+def drop(x: jax.Array, draw: Draw | None) -> jax.Array:
+    """x with each element zeroed with probability `rate`, the others scaled so that the expectation stays x.
+
+    Each index of the first axis has a key of its own: what a row loses depends neither on the rows beside it nor on
+    how far the rows are padded.
+    """
+    if draw is None:
         return x
     for axis in sorted(_varying_mesh_axes(x)):  # each shard of a sharded activation has a mask of its own
-        key = fold(key, jax.lax.axis_index(axis))
-    kept = jax.random.bernoulli(key, 1.0 - rate, x.shape)
-    return jnp.where(kept, x / jnp.asarray(1.0 - rate, x.dtype), jnp.zeros((), x.dtype))
+        draw = fold(draw, jax.lax.axis_index(axis))
+    keep = 1 - draw.rate
+    if x.ndim < 2:
+        kept = jax.random.bernoulli(draw.key, keep, x.shape)
+    else:
+        keys = jax.vmap(lambda row: jax.random.fold_in(draw.key, row))(jnp.arange(x.shape[0]))
+        kept = jax.vmap(lambda key: jax.random.bernoulli(key, keep, x.shape[1:]))(keys)
+    return jnp.where(kept, x / keep.astype(x.dtype), jnp.zeros((), x.dtype))
 
 
 def _varying_mesh_axes(x: Any) -> frozenset[str]:

@@ -51,7 +51,6 @@ class Session:
 
     rules: dict[str, Callable]
     on_materialize: str = "warn"
-    dropout: float = 0.0
     cache: dict[Any, Any] = field(default_factory=dict)
 
 
@@ -68,12 +67,12 @@ class Frame:
     def paths(self, origin: Sequence[int]) -> list[str]:
         return list(dict.fromkeys(path for slot in origin for path in self.names[slot]))
 
-    def fresh_key(self, kernel: LowRank) -> Any:
-        """A dropout key for one more use of a kernel."""
-        if kernel.key is None:
+    def fresh_draw(self, kernel: LowRank) -> dropout.Draw | None:
+        """What dropout is drawn from at one more use of a kernel."""
+        if kernel.draw is None:
             return None
         self.uses[kernel.origin] = self.uses.get(kernel.origin, 0) + 1
-        return dropout.fold(kernel.key, self.uses[kernel.origin])
+        return dropout.fold(kernel.draw, self.uses[kernel.origin])
 
     def materialize(self, kernel: LowRank, primitive: str, source: str) -> Any:
         """W + ΔW as an array; the user hears of it unless the kernel is a looked-up row, where it costs nothing."""

@@ -47,15 +47,15 @@ def _unchanged(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
 @RULES("optimization_barrier", "stop_gradient", "pvary", "pcast", "ppermute")
 def _elementwise(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
     """Equations that take any number of arrays of any shape: the factors go through as well."""
-    keys = [value.key if isinstance(value, LowRank) else None for value in values]
-    bare = [replace(value, key=None) if isinstance(value, LowRank) else value for value in values]
+    draws = [value.draw if isinstance(value, LowRank) else None for value in values]
+    bare = [replace(value, draw=None) if isinstance(value, LowRank) else value for value in values]
     leaves, treedef = jax.tree.flatten(bare)
     if eqn.primitive.multiple_results:
         leaves = eqn.primitive.bind(*leaves, **eqn.params)
     else:
         leaves = [eqn.primitive.bind(leaf, **eqn.params) for leaf in leaves]
     outputs = jax.tree.unflatten(treedef, leaves)
-    return [out if key is None else replace(out, key=key) for out, key in zip(outputs, keys, strict=True)]
+    return [out if draw is None else replace(out, draw=draw) for out, draw in zip(outputs, draws, strict=True)]
 
 
 @RULES("transpose")

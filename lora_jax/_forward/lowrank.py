@@ -50,28 +50,28 @@ class Factor(NamedTuple):
 class LowRank:
     """A kernel on its way through the function: the plain array `w` and the factors of its update.
 
-    `key` is the kernel's own dropout key (None without dropout) and `origin` says which adapted leaves it comes from,
-    as slots of the frame that evaluates it: slots, not paths, so that two layers share one transformed function.
-    `gain` is None unless the kernel has a magnitude.
+    `draw` is what the kernel's dropout is drawn from (None without dropout) and `origin` says which adapted leaves it
+    comes from, as slots of the frame that evaluates it: slots, not paths, so that two layers share one transformed
+    function. `gain` is None unless the kernel has a magnitude.
     """
 
     w: Any
     a: Factor
     b: Factor
-    key: Any = None
+    draw: Any = None
     origin: tuple[int, ...] = ()
     gain: Factor | None = None
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         gain, gain_axes = (None, None) if self.gain is None else self.gain
-        return (self.w, self.a.value, self.b.value, gain, self.key), (self.a.axes, self.b.axes, gain_axes, self.origin)
+        return (self.w, self.a.value, self.b.value, gain, self.draw), (self.a.axes, self.b.axes, gain_axes, self.origin)
 
     @classmethod
     def tree_unflatten(cls, aux: tuple[Any, ...], children: Iterable[Any]) -> LowRank:
-        w, a, b, gain, key = children
+        w, a, b, gain, draw = children
         a_axes, b_axes, gain_axes, origin = aux
         return cls(
-            w, Factor(a, a_axes), Factor(b, b_axes), key, origin, None if gain_axes is None else Factor(gain, gain_axes)
+            w, Factor(a, a_axes), Factor(b, b_axes), draw, origin, None if gain_axes is None else Factor(gain, gain_axes)
         )
 
     @property

@@ -58,7 +58,8 @@ def adapt(
       allow_none: accept arguments that hold no adapted kernel, and call `apply_fn` as it is.
 
     Returns:
-      A function of the same arguments and results, and the keyword `dropout_key` (a JAX PRNG key or None).
+      A function of the same arguments and results, and the keyword `dropout_key`: a JAX PRNG key, a pair of a key and
+      a rate that takes the place of `dropout` and may be traced, or None.
 
     Raises:
       ValueError: a rate outside [0, 1) or an unknown `on_materialize`; at the call, no adapted kernel in the
@@ -94,10 +95,10 @@ def adapt(
         arrays = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
         jaxpr, rebuild = trace(apply_fn, leaves, arrays, treedef)
         names = tuple((path,) for path, _ in nodes.values())
-        frame = Frame(Session(RULES, on_materialize, dropout), names)
-        key = dropout_key if dropout else None
+        frame = Frame(Session(RULES, on_materialize), names)
+        key, rate = dropout_key if isinstance(dropout_key, tuple) else (dropout_key if dropout else None, dropout)
         kernels = {
-            place: carry(path, leaves[place], node, None if key is None else dropping.key_for(key, path), slot)
+            place: carry(path, leaves[place], node, None if key is None else dropping.draw_for(key, rate, path), slot)
             for slot, (place, (path, node)) in enumerate(nodes.items())
         }
         values = [kernels[i] if i in kernels else leaves[i] for i in arrays]
@@ -172,7 +173,7 @@ def trace(
     return jaxpr, rebuild
 
 
-def carry(path: str, w: Any, node: LoRA, key: Any, slot: int) -> LowRank:
+def carry(path: str, w: Any, node: LoRA, draw: dropping.Draw | None, slot: int) -> LowRank:
     """A kernel and its node as the value that the evaluator carries; the scale, which never trains, goes into b.
 
     A magnitude becomes a gain here, once for a whole stack.
@@ -187,7 +188,7 @@ def carry(path: str, w: Any, node: LoRA, key: Any, slot: int) -> LowRank:
     if node.magnitude is not None:
         check_node(path, w, node)
         gain = drop(Factor(gain_of(w, node), (*axes.stack, *axes.outputs)), ones)
-    return LowRank(w, a, b, key, (slot,), gain)
+    return LowRank(w, a, b, draw, (slot,), gain)
 
 
 def _tell(frame: Frame) -> None:
