@@ -29,6 +29,9 @@ _ATTENTION_GROUPS = (
     (("qkv_einsum",), ("attn_vec_einsum",)),  # Gemma
 )
 
+# What a group's first names project to, by how many there are: one kernel for each, or several in one.
+_ANCHOR_ROLES = {3: ("q", "k", "v"), 2: ("q", "kv"), 1: ("qkv",)}
+
 
 def path_of(key_path: Sequence[Any]) -> str:
     """The path string of a JAX key path: its components joined with "/".
@@ -139,17 +142,37 @@ def _ends_with(parts: list[str], suffix: list[str]) -> bool:
     return parts[-len(suffix) :] == suffix
 
 
-def _attention(paths: Collection[str]) -> set[str]:
-    modules: dict[tuple[str, ...], list[str]] = {}  # the projection, as "layer_0/attn/query" -> its leaves
-    for path in paths:
-        modules.setdefault(tuple(_names(path)[-1]), []).append(path)
-    found: set[str] = set()
-    for parent in {module[:-1] for module in modules}:
+def attention_roles(paths: Collection[str]) -> dict[str, list[str]]:
+    """The modules of the attention layers by what they project to: `"q"`, `"k"`, `"v"`, `"o"`; `"qkv"` where fused.
+
+    >>> attention_roles([f"attn/{name}/kernel" for name in ("query", "key", "value", "out", "norm")])
+    {'q': ['attn/query'], 'k': ['attn/key'], 'v': ['attn/value'], 'o': ['attn/out']}
+    """
+    modules = _modules(paths)
+    found: dict[str, list[str]] = {}
+    for parent in dict.fromkeys(module[:-1] for module in modules):
         for anchors, others in _ATTENTION_GROUPS:
             if all((*parent, name) in modules for name in anchors):
-                for name in (*anchors, *others):
-                    found.update(modules.get(_beside(parent, name), ()))
+                roles = (*_ANCHOR_ROLES[len(anchors)], *("o" if name != "q_attn" else "q" for name in others))
+                for role, name in zip(roles, (*anchors, *others), strict=True):
+                    module = _beside(parent, name)
+                    if module in modules:
+                        found.setdefault(role, []).append("/".join(module))
     return found
+
+
+def _attention(paths: Collection[str]) -> set[str]:
+    modules = _modules(paths)
+    named = [module for group in attention_roles(paths).values() for module in group]
+    return {path for module in named for path in modules[tuple(module.split("/"))]}
+
+
+def _modules(paths: Collection[str]) -> dict[tuple[str, ...], list[str]]:
+    """The leaves of each module, which goes by its path's components: ("layer_0", "attn", "query")."""
+    modules: dict[tuple[str, ...], list[str]] = {}
+    for path in paths:
+        modules.setdefault(tuple(_names(path)[-1]), []).append(path)
+    return modules
 
 
 def _beside(parent: tuple[str, ...], name: str) -> tuple[str, ...]:

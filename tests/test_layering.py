@@ -29,7 +29,7 @@ GROUPS = {
     "text_to_sql": ({"data"}, {"numpy"}),
     "train": (CORE | {"data", "checkpoint"}, {"jax", "numpy", "grain", "optax", "rich", "scipy", "sklearn"}),
     "generate": (CORE | {"data", "checkpoint"}, {"jax", "numpy"}),
-    "sweep": ({"train", "analysis", "models"}, {"jax", "numpy"}),
+    "sweep": (CORE | {"data", "train", "analysis", "models"}, {"jax", "numpy", "rich"}),
     "plan": ({"train", "analysis", "models"}, {"jax", "numpy"}),
     "cli": (None, {"jax", "numpy", "rich", "tyro"}),  # None: everything
 }

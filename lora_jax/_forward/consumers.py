@@ -63,9 +63,7 @@ def _dot_general(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | N
     beyond = len(kernel.shape)
     met = {place: axis for axis, place in places.items()}
     activations = Factor(x.astype(dtype), tuple(met.get(d, beyond + d) for d in range(x.ndim)))
-    activations = Factor(
-        dropout.drop(activations.value, frame.fresh_draw(kernel)), activations.axes
-    )
+    activations = Factor(dropout.drop(activations.value, frame.fresh_draw(kernel)), activations.axes)
     activations = _sum_over(activations, [k for k in contracted if kernel.only(k) == "none"])
 
     free = [k for k in range(beyond) if k not in places]

@@ -71,7 +71,12 @@ class LowRank:
         w, a, b, gain, draw = children
         a_axes, b_axes, gain_axes, origin = aux
         return cls(
-            w, Factor(a, a_axes), Factor(b, b_axes), draw, origin, None if gain_axes is None else Factor(gain, gain_axes)
+            w,
+            Factor(a, a_axes),
+            Factor(b, b_axes),
+            draw,
+            origin,
+            None if gain_axes is None else Factor(gain, gain_axes),
         )
 
     @property

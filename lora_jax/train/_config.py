@@ -51,7 +51,10 @@ class TrainConfig:
     """Dropout on what goes into the low-rank path."""
 
     seed: int = 0
-    """Seed of the row order and of dropout."""
+    """Seed of dropout and, unless order is given, of the row order."""
+
+    order: int | None = None
+    """Seed of the row order, where it is to differ from seed."""
 
     log_every: int = 10
     """Steps between lines in metrics.jsonl."""
@@ -79,6 +82,7 @@ class TrainConfig:
             "clip": (0 <= self.clip < math.inf, "at least 0"),
             "dropout": (0 <= self.dropout < 1, "at least 0 and less than 1"),
             "seed": (0 <= self.seed < 2**32, "0 to 2**32 - 1"),
+            "order": (self.order is None or 0 <= self.order < 2**32, "0 to 2**32 - 1"),
             "log_every": (self.log_every >= 1, "at least 1"),
             "eval_every": (self.eval_every is None or self.eval_every >= 0, "at least 0"),
             "keep": (self.keep in ("best", "last"), "best or last"),
@@ -92,6 +96,11 @@ class TrainConfig:
     def rows_per_step(self) -> int:
         """Rows whose gradients make one step."""
         return self.batch_size * self.accumulate
+
+    @property
+    def row_order(self) -> int:
+        """Seed of the row order."""
+        return self.seed if self.order is None else self.order
 
     def total_steps(self, rows: int) -> int:
         """Optimizer steps of a run over `rows` training rows."""

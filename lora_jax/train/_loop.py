@@ -202,7 +202,7 @@ def _iterate(examples: Sequence[data.AnyExample], config: TrainConfig, steps: in
     epochs = -(-steps // -(-len(examples) // rows))
     # On the caller's thread: cutting a batch takes a fraction of a millisecond, and the device is busy meanwhile.
     options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    return iter(data.batches(examples, rows, seed=config.seed, epochs=epochs).to_iter_dataset(options))
+    return iter(data.batches(examples, rows, seed=config.row_order, epochs=epochs).to_iter_dataset(options))
 
 
 def _better(state: TrainState, found: Evaluation, task: Task, config: TrainConfig) -> Kept | None:

@@ -8,20 +8,22 @@ from lora_jax._optim import masked
 from lora_jax.train._config import TrainConfig
 
 
-def schedule(config: TrainConfig, steps: int) -> optax.Schedule:
+def schedule(config: TrainConfig, steps: int, peak: Any = None) -> optax.Schedule:
     """The learning rate of each step: a linear rise to the peak, then a cosine fall to `final_share` of it.
 
         lr(t) = peak · (t + 1) / (w + 1)                                          t < w = round(warmup · steps)
         lr(t) = peak · (f + (1 − f) · (1 + cos(π (t − w) / (steps − w))) / 2)     t ≥ w
 
-    The first step already learns: a schedule that starts at 0 wastes it.
+    The first step already learns: a schedule that starts at 0 wastes it. `peak` is the config's learning rate unless
+    given.
 
     Example:
       >>> rate = schedule(TrainConfig(learning_rate=1.0, warmup=0.2, final_share=0.1), steps=10)
       >>> [round(float(rate(step)), 2) for step in (0, 1, 2, 6, 10)]
       [0.33, 0.67, 1.0, 0.55, 0.1]
     """
-    peak, warmup = config.learning_rate, min(round(config.warmup * steps), steps - 1)
+    peak = config.learning_rate if peak is None else peak
+    warmup = min(round(config.warmup * steps), steps - 1)
     fall = optax.cosine_decay_schedule(peak, steps - warmup, alpha=config.final_share)
     if not warmup:
         return fall
@@ -29,18 +31,23 @@ def schedule(config: TrainConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([rise, fall], [warmup])
 
 
-def make_optimizer(config: TrainConfig, steps: int, *, train: Any = ()) -> optax.GradientTransformation:
+def make_optimizer(
+    config: TrainConfig, steps: int, *, train: Any = (), learning_rate: Any = None, weight_decay: Any = None
+) -> optax.GradientTransformation:
     """AdamW for the trained leaves of a tree or of an adapter; whatever else is in it neither moves nor has moments.
 
     Args:
       config: learning rate, warm-up, decay and clipping.
       steps: of the whole run, for the schedule.
       train: leaves trained whole, as given to `lora_jax.split`.
+      learning_rate: the peak, in place of the config's. May be traced, so that under `vmap` each adapter has its own.
+      weight_decay: likewise.
 
     Returns:
       An optax transformation; its clipping sees the trained leaves' gradients only.
     """
-    tx = optax.adamw(schedule(config, steps), weight_decay=config.weight_decay)
+    decay = config.weight_decay if weight_decay is None else weight_decay
+    tx = optax.adamw(schedule(config, steps, learning_rate), weight_decay=decay)
     if config.clip:
         tx = optax.chain(optax.clip_by_global_norm(config.clip), tx)
     return masked(tx, train)

@@ -1,0 +1,15 @@
+"""Many adapters in one program: a grid of ranks, targets, learning rates, seeds, ... over one copy of the base.
+
+    points = grid({"targets": [("q",), ("q", "v")], "rank": [1, 8]}, model.params, seeds=3)
+    results = run(model.apply, model.params, points, train_rows, valid_rows, config=TrainConfig(steps=200))
+    print(results)
+
+Each result is that of the same run alone, within float32 reordering: `Point.settings` gives its settings.
+"""
+
+from lora_jax.sweep._grid import grid as grid
+from lora_jax.sweep._grid import parse as parse
+from lora_jax.sweep._point import Point as Point
+from lora_jax.sweep._results import Result as Result
+from lora_jax.sweep._results import Results as Results
+from lora_jax.sweep._run import run as run

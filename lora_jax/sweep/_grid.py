@@ -1,0 +1,184 @@
+"""Grids: from lists of settings to points, under a budget of parameters where one is given."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from lora_jax._config import LoRAConfig
+from lora_jax._init import init
+from lora_jax._tree import Axes, leaf_paths, nodes_of
+from lora_jax.sweep._point import Point
+
+AUTO = "auto"  # the highest rank within the budget
+LEAST_SHARE = 0.9  # of the budget that a point must use, to be compared with the others under it
+
+Specs = Mapping[str, Sequence[Any]]
+
+
+def grid(
+    specs: Specs,
+    params: Any,
+    *,
+    lora: LoRAConfig | None = None,
+    axes: Mapping[str, Axes] | None = None,
+    budget: int | None = None,
+    seeds: int | None = None,
+) -> list[Point]:
+    """Every combination of the given settings, as points for `run`.
+
+    With a `budget`, a point's A and B together must have at most that many numbers, and at least 90 % of them: the
+    paper's table 5 compares sets of targets at one budget. Rank `"auto"` is the highest that the budget allows. Leaves
+    that train whole (`lora.train`) aren't counted: all points have them alike.
+
+    Args:
+      specs: a list of values for each setting of `Point` that is to vary. Besides numbers, rank may be `"auto"`, and
+        alpha a multiple of the rank: `"2r"`.
+      params: the model's tree, of arrays or `ShapeDtypeStruct`s.
+      lora: rank, alpha and targets where `specs` don't give them; its other settings as for `run`.
+      axes: how kernels are used, as for `lora_jax.init`.
+      budget: numbers in A and B.
+      seeds: repeats each point with the seeds 0, ..., seeds - 1.
+
+    Raises:
+      ValueError: an unknown setting, or a value out of its range; targets that match nothing; rank `"auto"` without a
+        budget; a budget that no point meets.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> params = {name: {"kernel": jnp.ones((8, 8))} for name in ("query", "key", "value")}
+      >>> specs = {"targets": [("q",), ("q", "v")], "rank": ["auto"]}
+      >>> [point.label for point in grid(specs, params, budget=64, lora=LoRAConfig(rank=8, alpha=16))]
+      ['q rank 4 alpha 16', 'q,v rank 2 alpha 16']
+
+    Source: Hu et al. 2021, arXiv 2106.09685, section 7.1.
+    """
+    lora = lora or LoRAConfig(rank=8, alpha=16)
+    lists = _checked(specs, seeds)
+    costs = _Costs(params, lora, axes)
+    points = []
+    for values in itertools.product(*lists.values()):
+        chosen: dict[str, Any] = {"rank": lora.rank, "alpha": lora.alpha, "targets": lora.targets}
+        chosen |= dict(zip(lists, values, strict=True))
+        each = costs.of_rank_one(Point(rank=1, alpha=1, targets=chosen["targets"]))
+        if chosen["rank"] == AUTO:
+            if budget is None:
+                raise ValueError("rank: 'auto' given, which is the highest rank within a budget; give a budget")
+            chosen["rank"] = budget // each
+            fits = chosen["rank"] > 0
+        else:
+            fits = budget is None or LEAST_SHARE * budget <= chosen["rank"] * each <= budget
+        if fits:
+            chosen["alpha"] = _alpha(chosen["alpha"], chosen["rank"])
+            points.append(Point(**chosen))
+    if not points:
+        cheapest = min(costs.known.values())
+        raise ValueError(
+            f"budget: no point has {LEAST_SHARE * (budget or 0):,.0f} to {budget:,} parameters; at rank 1 the cheapest"
+            f" targets have {cheapest:,}. Give other ranks, 'auto' for the highest within the budget, or another budget"
+        )
+    return list(dict.fromkeys(points))
+
+
+class _Costs:
+    """How many numbers A and B have at rank 1, for the targets that were asked for."""
+
+    def __init__(self, params: Any, lora: LoRAConfig, axes: Mapping[str, Axes] | None):
+        self.known: dict[tuple[str, ...], int] = {}
+        self._params, self._lora, self._axes, self._paths = params, lora, axes, leaf_paths(params)
+
+    def of_rank_one(self, point: Point) -> int:
+        if point.targets not in self.known:
+            config, _ = point.settings(self._lora, None, self._paths)
+            adapted = jax.eval_shape(
+                lambda params: init(jax.random.key(0), params, config, axes=self._axes), self._params
+            )
+            self.known[point.targets] = sum(node.a.size + node.b.size for node in nodes_of(adapted).values())
+        return self.known[point.targets]
+
+
+def _checked(specs: Specs, seeds: int | None) -> dict[str, list[Any]]:
+    names = [field.name for field in dataclasses.fields(Point)]
+    lists = {name: list(values) for name, values in specs.items()}
+    if seeds is not None:
+        if seeds < 1:
+            raise ValueError(f"seeds: {seeds} given, expected at least 1")
+        if "seed" in lists:
+            raise ValueError("seeds: given together with seed in the grid; give one of them")
+        lists["seed"] = list(range(seeds))
+    for name, values in lists.items():
+        if name not in names:
+            raise ValueError(f"grid: no setting {name!r}; the settings are {', '.join(names)}")
+        if not values:
+            raise ValueError(f"grid: {name} has no values")
+    if "targets" in lists:
+        lists["targets"] = [(one,) if isinstance(one, str) else tuple(one) for one in lists["targets"]]
+    return lists
+
+
+def _alpha(value: Any, rank: int) -> float:
+    """A number, or a multiple of the rank, such as "2r"."""
+    if not isinstance(value, str):
+        return value
+    return rank * _number(float, value.removesuffix("r") or "1", "alpha", value)
+
+
+# Text ----------------------------------------------------------------------------------------------------------------
+
+
+def parse(words: Sequence[str]) -> dict[str, list[Any]]:
+    """Settings from words like `"rank=1,2,4"` and `"targets=q;v;q,v"`, for `grid`.
+
+    Values are separated by commas, or by semicolons where there are any. Of targets each value is a list: semicolons
+    separate the values, commas the patterns within one.
+
+    Raises:
+      ValueError: a word without "=", a setting given twice or not at all known, a value that isn't a number.
+
+    >>> parse(["targets=q;v;q,v", "rank=1,8,auto", "alpha=2r", "learning_rate=1e-3;1e-2"])
+    {'targets': [('q',), ('v',), ('q', 'v')], 'rank': [1, 8, 'auto'], 'alpha': ['2r'], 'learning_rate': [0.001, 0.01]}
+    """
+    specs: dict[str, list[Any]] = {}
+    for word in words:
+        name, equals, text = word.partition("=")
+        name = name.strip().replace("-", "_")
+        if not equals:
+            raise ValueError(f"grid: {word!r} given, expected NAME=VALUES, such as rank=1,2,4")
+        if name not in _READERS:
+            raise ValueError(f"grid: no setting {name!r}; the settings are {', '.join(_READERS)}")
+        if name in specs:
+            raise ValueError(f"grid: {name} is given twice; give all its values at once")
+        separator = ";" if ";" in text or name == "targets" else ","
+        specs[name] = [_READERS[name](value.strip()) for value in text.split(separator)]
+    return specs
+
+
+def _number(kind: Callable[[str], Any], text: str, name: str, given: str) -> Any:
+    try:
+        return kind(text)
+    except ValueError:
+        expected = "a whole number" if kind is int else "a number"
+        other = {"rank": ", or 'auto'", "alpha": ", or a multiple of the rank such as '2r'"}.get(name, "")
+        raise ValueError(f"grid: {name}: {given!r} given, expected {expected}{other}") from None
+
+
+def _reader(name: str, kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    return lambda text: _number(kind, text, name, text)
+
+
+def _read_targets(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+_READERS: dict[str, Callable[[str], Any]] = {
+    "rank": lambda text: AUTO if text == AUTO else _number(int, text, "rank", text),
+    "alpha": lambda text: text if text.endswith("r") else _number(float, text, "alpha", text),
+    "targets": _read_targets,
+    "learning_rate": _reader("learning_rate", float),
+    "weight_decay": _reader("weight_decay", float),
+    "dropout": _reader("dropout", float),
+    "seed": _reader("seed", int),
+    "order": _reader("order", int),
+}

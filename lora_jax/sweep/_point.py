@@ -1,0 +1,111 @@
+"""One point of a grid: the settings of one adapter."""
+
+import dataclasses
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from lora_jax._config import LoRAConfig
+from lora_jax._paths import ATTENTION, attention_roles
+from lora_jax.train import TrainConfig
+
+# Settings by which repeats of one point differ; the spread of results is taken over them.
+REPEATS = ("seed", "order")
+ROLES = ("q", "k", "v", "o")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Point:
+    """The settings of one adapter. What is None is as the run's `TrainConfig` says.
+
+    Attributes:
+      rank: columns of A and rows of B.
+      alpha: numerator of the scale.
+      targets: patterns as in `LoRAConfig.targets`; besides, `"q"`, `"k"`, `"v"` and `"o"` stand for the attention
+        projections, whatever the model calls them.
+      learning_rate: peak learning rate.
+      weight_decay: AdamW's.
+      dropout: on what goes into the low-rank path.
+      seed: of A's first values, of dropout and, unless `order` is given, of the row order.
+      order: seed of the row order.
+
+    >>> Point(rank=4, alpha=8, targets=("q", "v"), seed=1).label
+    'q,v rank 4 alpha 8 seed 1'
+    """
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...] = (ATTENTION,)
+    learning_rate: float | None = None
+    weight_decay: float | None = None
+    dropout: float | None = None
+    seed: int | None = None
+    order: int | None = None
+
+    def __post_init__(self) -> None:
+        targets = (self.targets,) if isinstance(self.targets, str) else tuple(self.targets)
+        object.__setattr__(self, "targets", targets)
+        self.settings()  # their checks are the point's
+
+    @property
+    def label(self) -> str:
+        """The settings that are given, in words."""
+        given = {
+            field.name.replace("_", " "): getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name != "targets" and getattr(self, field.name) is not None
+        }
+        return " ".join([",".join(self.targets), *(f"{name} {value:g}" for name, value in given.items())])
+
+    @property
+    def repeated(self) -> "Point":
+        """What this point shares with its repeats."""
+        return dataclasses.replace(self, **dict.fromkeys(REPEATS))
+
+    def settings(
+        self, lora: LoRAConfig | None = None, config: TrainConfig | None = None, paths: Collection[str] | None = None
+    ) -> tuple[LoRAConfig, TrainConfig]:
+        """The settings of this adapter's run alone, for `lora_jax.init` and `train`.
+
+        Args:
+          lora: says what a point doesn't: exclude, scaling, init, dtype, train.
+          config: the settings of the runs.
+          paths: the leaves of the tree, with which q, k, v and o are found.
+
+        Raises:
+          ValueError: a setting out of its range; q, k or v of a model that holds them in one kernel.
+        """
+        lora, config = lora or LoRAConfig(rank=1, alpha=1), config or TrainConfig()
+        targets = self.targets if paths is None else resolve(self.targets, paths)
+        names = ("learning_rate", "weight_decay", "dropout", *REPEATS)
+        own = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return (
+            dataclasses.replace(lora, rank=self.rank, alpha=self.alpha, targets=targets),
+            dataclasses.replace(config, **own),
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """The settings by name; targets as one string."""
+        return {**dataclasses.asdict(self), "targets": ",".join(self.targets)}
+
+
+def resolve(targets: Sequence[str], paths: Collection[str]) -> tuple[str, ...]:
+    """The targets with q, k, v and o replaced by the modules that they stand for.
+
+    >>> resolve(["q", "mlp"], ["attn/query/kernel", "attn/key/kernel", "attn/value/kernel", "mlp/kernel"])
+    ('attn/query', 'mlp')
+    """
+    roles = attention_roles(paths)
+    found: list[str] = []
+    for target in targets:
+        fused = [role for role in roles if len(role) > 1 and target in role]
+        if target in ROLES and target in roles:
+            found += roles[target]
+        elif target in ROLES and fused:
+            module = roles[fused[0]][0]
+            raise ValueError(
+                f"targets: {target!r} is a part of {module}, which is one kernel for {', '.join(fused[0])};"
+                f" name {module.rpartition('/')[2]!r} to adapt them together"
+            )
+        else:
+            found.append(target)
+    return tuple(dict.fromkeys(found))

@@ -1,0 +1,144 @@
+"""The compiled program: the step and the loss of one adapter, under `vmap` over all of them."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax._forward import adapt
+from lora_jax._tree import combine
+from lora_jax.train import TrainConfig, make_optimizer, make_step
+from lora_jax.train._step import Objective, make_loss_sums
+
+
+class Lane(NamedTuple):
+    """What one adapter trains with, as data; of several, with a leading axis."""
+
+    learning_rate: Any  # f32[]
+    weight_decay: Any  # f32[]
+    dropout: Any  # f32[]
+    key: Any  # of dropout
+
+
+def lanes(configs: Sequence[TrainConfig]) -> Lane:
+    """The adapters' data, with a leading axis."""
+    rates = {
+        name: jnp.asarray([getattr(config, name) for config in configs], jnp.float32)
+        for name in ("learning_rate", "weight_decay", "dropout")
+    }
+    return Lane(**rates, key=jnp.stack([jax.random.key(config.seed) for config in configs]))
+
+
+class Program(NamedTuple):
+    """Functions of stacked adapters, each compiled once for each length of the batches."""
+
+    init: Callable[..., Any]
+    """`(adapters) -> opt_states`"""
+
+    step: Callable[..., Any]
+    """`(adapters, opt_states, lanes, base, batch, number) -> (adapters, opt_states, StepMetrics [K])`; the first two
+    arguments are donated"""
+
+    loss_sums: Callable[..., Any]
+    """`(adapters, base, batch) -> (sums of losses [K], sums of weights [K])`"""
+
+
+def make_program(
+    apply_fn: Callable[..., Any],
+    config: TrainConfig,
+    steps: int,
+    *,
+    objective: Objective,
+    dropout: bool,
+    own_rows: bool,
+) -> Program:
+    """The program for adapters that share `config` in all but what a `Lane` holds.
+
+        x W + scale_k (x_k A_k) B_k      for all adapters k at once: W is one array, and meets the rows of all of them
+                                         in one product
+
+    Nothing of one adapter enters what is computed for another: they meet in no sum. So a NaN stays where it arises.
+
+    Args:
+      apply_fn: the model's own function.
+      config: of the runs.
+      steps: of each.
+      objective: as for `make_step`.
+      dropout: whether any adapter has dropout.
+      own_rows: whether each adapter has rows of its own: the batch then has a leading axis too.
+    """
+    apply = adapt(apply_fn, allow_none=True)
+
+    def step(adapter, opt_state, lane, base, batch, number):
+        def forward(*args, dropout_key=None, **keywords):
+            pair = None if dropout_key is None else (dropout_key, lane.dropout)
+            return apply(*args, dropout_key=pair, **keywords)
+
+        tx = make_optimizer(config, steps, learning_rate=lane.learning_rate, weight_decay=lane.weight_decay)
+        one = make_step(forward, tx, objective=objective, accumulate=config.accumulate)
+        key = jax.random.fold_in(lane.key, number) if dropout else None
+        return one(adapter, opt_state, base, batch, key)
+
+    sums = make_loss_sums(apply, objective)
+    vmapped = jax.vmap(step, in_axes=(0, 0, 0, None, 0 if own_rows else None, None))
+    return Program(
+        init=jax.jit(jax.vmap(make_optimizer(config, steps).init)),
+        step=jax.jit(vmapped, donate_argnums=(0, 1)),
+        loss_sums=jax.jit(
+            jax.vmap(lambda adapter, base, batch: sums(combine(base, adapter), batch), in_axes=(0, None, None))
+        ),
+    )
+
+
+def bytes_needed(step: Callable[..., Any], *arguments: Any) -> int:
+    """Memory of the compiled step: arguments, results and what is kept between forward and backward pass.
+
+    0 where the backend doesn't tell.
+    """
+    stats = step.lower(*arguments).compile().memory_analysis()
+    if stats is None:
+        return 0
+    return (
+        stats.argument_size_in_bytes
+        + stats.output_size_in_bytes
+        + stats.temp_size_in_bytes
+        - stats.alias_size_in_bytes  # donated arguments, which results take the place of
+    )
+
+
+def at_once(count: int, fixed: int, needed: Callable[[int], int], memory: int) -> int:
+    """How many of `count` adapters are trained at once, so that all rounds are equal and none needs more than `memory`.
+
+    What each adapter needs is found from compiled programs (`needed`), where it grows in proportion to their number.
+
+    Raises:
+      ValueError: not even one fits.
+
+    >>> at_once(10, 100, lambda adapters: 100 + 50 * adapters, memory=320)
+    4
+    >>> at_once(10, 100, lambda adapters: 100 + 50 * adapters, memory=10_000)
+    10
+    """
+    size = count
+    while (bytes_here := needed(size)) > memory:
+        if size == 1:
+            raise ValueError(
+                f"memory: {memory / 1e9:.3g} GB given, and one adapter alone needs {bytes_here / 1e9:.3g} GB;"
+                " give more, or lower batch_size or max_length"
+            )
+        each = max(1.0, (bytes_here - fixed) / size)
+        size = max(1, min(size - 1, int((memory - fixed) / each)))
+    return math.ceil(count / math.ceil(count / size))
+
+
+def size_of(tree: Any) -> int:
+    """Bytes of all arrays."""
+    return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def shapes(tree: Any, lead: tuple[int, ...] = ()) -> Any:
+    """The tree's arrays as shapes, each with more leading axes."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((*lead, *x.shape), x.dtype), tree)

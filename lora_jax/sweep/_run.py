@@ -1,0 +1,275 @@
+"""The sweep: rounds of adapters that train at once, and what each of them comes to."""
+
+import dataclasses
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+
+from lora_jax import data
+from lora_jax._config import LoRAConfig
+from lora_jax._forward import kernel_axes
+from lora_jax._tree import Axes, split
+from lora_jax.sweep._point import Point
+from lora_jax.sweep._program import Program, at_once, bytes_needed, lanes, make_program, shapes, size_of
+from lora_jax.sweep._results import Result, Results, weighted
+from lora_jax.sweep._start import Starts, taken, trainable
+from lora_jax.train import TrainConfig, next_token_loss
+from lora_jax.train._log import Log
+from lora_jax.train._step import Objective, StepMetrics
+
+TRACED_TOKENS = 8  # of the abstract call that tells how each kernel is used
+
+
+def run(
+    apply_fn: Callable[..., Any],
+    params: Any,
+    points: Sequence[Point],
+    train_data: Sequence[data.Example],
+    valid_data: Sequence[data.Example] | None = None,
+    config: TrainConfig | None = None,
+    *,
+    lora: LoRAConfig | None = None,
+    axes: Mapping[str, Axes] | None = None,
+    objective: Objective = next_token_loss,
+    memory: int | None = None,
+    console: Console | None = None,
+    on_result: Callable[[Result], None] | None = None,
+) -> Results:
+    """Trains one adapter for each point, all at once over one copy of the base, in one compiled program.
+
+        adapter_k  ←  step(adapter_k, base, batch_k)      for every point k, under `vmap`
+
+    Ranks are padded with zeros to the highest; alpha, learning rate, weight decay, dropout and seeds are data. Each
+    adapter comes out as from a run alone with the settings that `Point.settings` gives, within float32 reordering:
+    `lora_jax.init(jax.random.fold_in(jax.random.key(seed), 0), params, ...)`, then `lora_jax.train.train`. Adapters
+    don't touch one another: one whose loss is no longer finite is reported as failed at its step, the others go on.
+
+    Every adapter is computed at the highest rank and with every point's targets, so a grid of like ranks wastes least.
+    Where row orders differ, a step's batches are padded to the longest among them.
+
+    Args:
+      apply_fn: the model's own function, `apply_fn(params, input_ids, attention_mask)`; it is adapted here.
+      params: its tree, without nodes.
+      points: as `grid` gives them.
+      train_data: tokenised rows.
+      valid_data: rows for the validation loss.
+      config: the settings of the runs; a point's own take the place of its learning rate, weight decay, dropout, seed
+        and order.
+      lora: exclude, scaling, init, dtype and train of the adapters; rank, alpha and targets are the points'.
+      axes: how kernels are used; traced where not given.
+      objective: from the model's output and the batch to the sum of the losses and the sum of their weights.
+      memory: bytes that a round may take, base included, as XLA's memory analysis of the compiled step tells. More
+        adapters than fit are trained in several equal rounds. None: half of what the device has free.
+      console: where progress is shown; None shows nothing.
+      on_result: called with each result as its round ends.
+
+    Raises:
+      ValueError: no points, no rows, targets that match nothing, or a memory too small for one adapter: before
+        anything is trained.
+    """
+    began = time.perf_counter()
+    config, lora = config or TrainConfig(), lora or LoRAConfig(rank=1, alpha=1)
+    _check(points, train_data, config)
+    if axes is None:
+        ids = jax.ShapeDtypeStruct((1, TRACED_TOKENS), jnp.int32)
+        axes = kernel_axes(apply_fn, params, ids, ids)
+    entries = [_entry(point, config) for point in points]
+    starts = Starts(params, [entry.point for entry in entries], lora, axes)
+    steps = config.total_steps(len(train_data))
+    rows = _Rows(train_data, [entry.config for entry in entries], steps)
+    program = make_program(
+        apply_fn,
+        config,
+        steps,
+        objective=objective,
+        dropout=any(entry.config.dropout for entry in entries),
+        own_rows=rows.differ,
+    )
+    base = jax.tree.map(jnp.asarray, split(params, lora.train)[0])
+    bench = _Bench(program, starts, base, rows, list(data.batches(valid_data, config.batch_size)) if valid_data else [])
+    size = bench.at_once(entries, free_memory() if memory is None else memory)
+
+    groups = [entries[start : start + size] for start in range(0, len(entries), size)]
+    results: list[Result] = []
+    with Log(steps * len(groups), 0, None, console, None) as log:
+        for number, group in enumerate(groups):
+            for result in bench.round(group, size, _Progress(log, number * steps, config.log_every)):
+                results.append(result)
+                if on_result is not None:
+                    on_result(result)
+    return Results(tuple(results), len(groups), time.perf_counter() - began)
+
+
+class _Entry(NamedTuple):
+    point: Point  # complete
+    config: TrainConfig  # of its run alone
+
+
+def _entry(point: Point, config: TrainConfig) -> _Entry:
+    """The point with what it leaves to the config filled in."""
+    own = point.settings(None, config)[1]
+    given = {field.name: getattr(own, field.name) for field in dataclasses.fields(Point) if hasattr(own, field.name)}
+    return _Entry(dataclasses.replace(point, **given), own)
+
+
+def _check(points: Sequence[Point], train_data: Sequence[Any], config: TrainConfig) -> None:
+    if not points:
+        raise ValueError("no points to train")
+    if not train_data:
+        raise ValueError("no training examples")
+    for name in ("eval_every", "checkpoint_every"):
+        if getattr(config, name):
+            raise ValueError(f"{name}: {getattr(config, name)} given, but a sweep evaluates at its end and is short; 0")
+
+
+class _Rows:
+    """The batches of every row order."""
+
+    def __init__(self, examples: Sequence[data.Example], configs: Sequence[TrainConfig], steps: int):
+        rows = configs[0].rows_per_step
+        epochs = -(-steps // -(-len(examples) // rows))
+        self.steps, self._longest = steps, max(len(example.input_ids) for example in examples)
+        self._orders: dict[int, Any] = {
+            order: data.batches(examples, rows, seed=order, epochs=epochs)
+            for order in dict.fromkeys(config.row_order for config in configs)
+        }
+
+    @property
+    def differ(self) -> bool:
+        return len(self._orders) > 1
+
+    def batch(self, step: int, configs: Sequence[TrainConfig]) -> data.Batch:
+        """The batch of one step: of all adapters, or with a leading axis one for each, padded to one length."""
+        found = {order: self._orders[order][step] for order in {config.row_order for config in configs}}
+        if not self.differ:
+            return next(iter(found.values()))
+        length = max(batch["input_ids"].shape[1] for batch in found.values())
+        padded = {order: _to_length(batch, length) for order, batch in found.items()}
+        each = [padded[config.row_order] for config in configs]
+        return {name: np.stack([batch[name] for batch in each]) for name in each[0]}
+
+    def longest_batch(self, count: int) -> Any:
+        """The shapes of a batch of the longest rows, for `count` adapters."""
+        order = next(iter(self._orders.values()))
+        return shapes(_to_length(order[0], self._longest), (count,) if self.differ else ())
+
+
+def _to_length(batch: data.Batch, length: int) -> data.Batch:
+    """More padding on the right, which no loss sees."""
+    now = batch["input_ids"].shape[1]
+    return {
+        name: np.pad(array, ((0, 0), (0, length - now))) if array.ndim == 2 and array.shape[1] == now else array
+        for name, array in batch.items()
+    }
+
+
+class _Progress(NamedTuple):
+    """The bar and lines of the whole grid, told by one round."""
+
+    log: Log
+    before: int  # steps of earlier rounds
+    every: int
+
+    def tell(self, step: int, metrics: StepMetrics, last: bool) -> None:
+        losses = metrics.loss[np.isfinite(metrics.loss)]
+        mean = float(losses.mean()) if losses.size else math.nan
+        self.log.step(self.before + step, mean)
+        if last or step % self.every == 0:
+            self.log.record(self.before + step, {"loss": mean})
+
+
+class _Bench(NamedTuple):
+    """What all rounds share."""
+
+    program: Program
+    starts: Starts
+    base: Any
+    rows: _Rows
+    valid: list[data.Batch]
+
+    def at_once(self, entries: Sequence[_Entry], memory: int) -> int:
+        """How many adapters a round has."""
+        one = jax.eval_shape(lambda: self.starts.stacked([self.starts.alone(entries[0].point, 0)]))
+        one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), one)
+        lane = jax.eval_shape(lambda: lanes([entries[0].config]))
+
+        def needed(count: int) -> int:
+            adapters = shapes(one, (count,))
+            states = jax.eval_shape(self.program.init, adapters)
+            lane_shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype), lane)
+            batch = self.rows.longest_batch(count)
+            number = jax.ShapeDtypeStruct((), jnp.int32)
+            return bytes_needed(self.program.step, adapters, states, lane_shapes, shapes(self.base), batch, number)
+
+        return at_once(len(entries), size_of(self.base), needed, memory)
+
+    def round(self, group: Sequence[_Entry], size: int, progress: _Progress) -> list[Result]:
+        """Trains up to `size` adapters at once; a last round is filled up, so that it is the same program."""
+        began = time.perf_counter()
+        filled = [*group, *[group[-1]] * (size - len(group))]
+        configs = [entry.config for entry in filled]
+        begun = {entry: self.starts.alone(entry.point, entry.config.seed) for entry in group}
+        adapters = self.starts.stacked([begun[entry] for entry in filled])
+        metrics, adapters = self._train(adapters, configs, progress)
+        valid = self._validate(adapters)
+        adapters = jax.device_get(adapters)
+        seconds = (time.perf_counter() - began) / len(group)
+        return [
+            self._result(entry, begun[entry], i, metrics, valid, adapters, seconds) for i, entry in enumerate(group)
+        ]
+
+    def _train(self, adapters: Any, configs: Sequence[TrainConfig], progress: _Progress) -> tuple[StepMetrics, Any]:
+        """Every step's metrics, each [steps, adapters], and the trained adapters."""
+        states, lane = self.program.init(adapters), lanes(configs)
+        in_flight, seen = None, []
+        for step in range(1, self.rows.steps + 1):
+            batch = self.rows.batch(step - 1, configs)
+            adapters, states, metrics = self.program.step(adapters, states, lane, self.base, batch, np.int32(step))
+            # Fetched one step late: the device never waits for the host.
+            if in_flight is not None:
+                seen.append(jax.device_get(in_flight))
+                progress.tell(step - 1, seen[-1], last=False)
+            in_flight = metrics
+        seen.append(jax.device_get(in_flight))
+        progress.tell(self.rows.steps, seen[-1], last=True)
+        return jax.tree.map(lambda *values: np.stack(values), *seen), adapters
+
+    def _validate(self, adapters: Any) -> np.ndarray | None:
+        """The validation loss of each adapter."""
+        if not self.valid:
+            return None
+        sums = jax.device_get([self.program.loss_sums(adapters, self.base, batch) for batch in self.valid])
+        total, weight = np.sum(np.array(sums, np.float64), axis=0)
+        return total / weight
+
+    def _result(self, entry, begun, index, metrics, valid, adapters, seconds) -> Result:
+        losses, weights, norms = (values[:, index] for values in metrics)
+        broken = ~np.isfinite(losses) | ~np.isfinite(norms)
+        failed_at = int(np.argmax(broken)) + 1 if broken.any() else None
+        tail = max(1, round(len(losses) / 10))
+        fine = failed_at is None
+        return Result(
+            point=entry.point,
+            trainable=trainable(begun),
+            train_loss=weighted(losses[-tail:], weights[-tail:]) if fine else None,
+            valid_loss=float(valid[index]) if fine and valid is not None else None,
+            seconds=seconds,
+            failed_at=failed_at,
+            losses=losses,
+            adapter=taken(adapters, index, begun) if fine else None,
+        )
+
+
+def free_memory() -> int:
+    """Half of the bytes that the device has free."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return (stats["bytes_limit"] - stats.get("bytes_in_use", 0)) // 2
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2

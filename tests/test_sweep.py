@@ -1,0 +1,287 @@
+"""Laws of sweeps: each adapter as from a run alone, none touched by another, one program for all."""
+
+import collections
+import csv
+import dataclasses
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+import lora_jax
+from lora_jax import LoRAConfig, sweep
+from lora_jax._paths import attention_roles
+from lora_jax._tree import leaf_paths
+from lora_jax.sweep import Point, _program, _run
+from lora_jax.sweep._start import Starts
+from lora_jax.train import TrainConfig, make_optimizer, make_step, next_token_loss, train
+
+PARAMS = tiny.small_init(jax.random.key(0))
+IDS = jax.ShapeDtypeStruct((1, 8), "int32")
+AXES = lora_jax.kernel_axes(tiny.small_apply, PARAMS, IDS, IDS)
+ROWS, VALID = tiny.examples(24), tiny.examples(8, seed=1)
+CONFIG = TrainConfig(batch_size=4, steps=12, learning_rate=1e-2, clip=0.5)
+POINTS = [
+    Point(rank=1, alpha=2, targets=("head",)),
+    Point(rank=4, alpha=8, targets=("embed", "head"), learning_rate=3e-2, weight_decay=0.5, seed=1),
+    Point(rank=2, alpha=8, targets=("head",), dropout=0.3, seed=2),
+    Point(rank=2, alpha=1, targets=("embed",), seed=2, order=0),
+]
+
+
+def swept(points, config=CONFIG, **settings):
+    return sweep.run(tiny.small_apply, PARAMS, points, ROWS, VALID, config, axes=AXES, **{"memory": 10**9} | settings)
+
+
+def solo(point, config=CONFIG, lora=None):
+    """The run alone that a point stands for, with every step's loss in its history."""
+    lora, config = point.settings(lora, config, leaf_paths(PARAMS))
+    key = jax.random.fold_in(jax.random.key(config.seed), 0)
+    params = lora_jax.init(key, PARAMS, lora, axes=AXES)
+    return train(tiny.small_apply, params, ROWS, VALID, dataclasses.replace(config, log_every=1), train=lora.train)
+
+
+@pytest.fixture(scope="module")
+def together():
+    return swept(POINTS)
+
+
+# --- each as alone ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("index", range(len(POINTS)))
+def test_each_is_its_run_alone(together, index):
+    result, alone = together.results[index], solo(POINTS[index])
+    losses = [line["loss"] for line in alone.history if "loss" in line]
+    np.testing.assert_allclose(result.losses, losses, rtol=1e-5)
+    np.testing.assert_allclose(result.valid_loss, alone.after.loss, rtol=1e-5)
+    expected = lora_jax.split(alone.params)[1]
+    assert jax.tree.structure(result.adapter) == jax.tree.structure(expected)
+    for mine, other in zip(jax.tree.leaves(result.adapter), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(mine, other, rtol=0, atol=1e-4 * np.abs(other).max())
+    whole = lora_jax.describe(alone.params)
+    assert result.trainable == whole.trainable
+
+
+def test_leaves_that_train_whole_train_beside_each():
+    lora = LoRAConfig(rank=1, alpha=1, train=("embed",))
+    points = [Point(rank=r, alpha=r, targets=("head",), seed=r) for r in (1, 2)]
+    for result, point in zip(swept(points, lora=lora).results, points, strict=True):
+        alone = solo(point, lora=lora)
+        np.testing.assert_allclose(result.valid_loss, alone.after.loss, rtol=1e-5)
+        np.testing.assert_allclose(
+            result.adapter["embed"]["kernel"], alone.params["embed"]["kernel"], rtol=0, atol=1e-5
+        )
+        assert result.trainable == PARAMS["embed"]["kernel"].size + point.rank * (tiny.VOCABULARY + tiny.WIDTH)
+
+
+def test_rounds_change_nothing(together, monkeypatch):
+    asked, measure = [], _run.bytes_needed
+
+    def measured(*arguments):
+        asked.append(measure(*arguments))
+        return asked[-1]
+
+    monkeypatch.setattr(_run, "bytes_needed", measured)
+    swept(POINTS[:3])
+    split_up = swept(POINTS[:3], memory=asked[0] - 1)
+    assert split_up.rounds == 2
+    for mine, other in zip(split_up.results, together.results, strict=False):
+        np.testing.assert_allclose(mine.losses, other.losses, rtol=1e-5)
+    with pytest.raises(ValueError, match=r"^memory: 1e-06 GB given, and one adapter alone needs"):
+        swept(POINTS[:3], memory=1000)
+
+
+# --- none touched by another -----------------------------------------------------------------------------------------
+
+
+def test_a_nan_stays_where_it_arises():
+    points = [Point(rank=2, alpha=4, targets=("head",), seed=seed) for seed in range(8)]
+    spoilt = [dataclasses.replace(p, learning_rate=1e38) if p.seed == 3 else p for p in points]
+    whole, broken = swept(points).results, swept(spoilt).results
+    assert [result.failed_at is not None for result in broken] == [seed == 3 for seed in range(8)]
+    assert 1 < broken[3].failed_at <= 3
+    assert (broken[3].train_loss, broken[3].valid_loss, broken[3].adapter) == (None, None, None)
+    for mine, other in zip(broken, whole, strict=True):
+        if mine is not broken[3]:
+            np.testing.assert_array_equal(mine.losses, other.losses)
+            jax.tree.map(np.testing.assert_array_equal, mine.adapter, other.adapter)
+
+
+def test_padding_and_what_isnt_targeted_stay_zero(monkeypatch):
+    stacks = []
+    taken = _run.taken
+    monkeypatch.setattr(_run, "taken", lambda stacked, *rest: (stacks.append(stacked), taken(stacked, *rest))[1])
+    swept(POINTS)
+    for name in ("embed", "head"):
+        node = stacks[0][name]["kernel_lora"]
+        for index, point in enumerate(POINTS):
+            rank = point.rank if name in point.targets else 0
+            assert not node.a[index, :, rank:].any()
+            assert not node.b[index, rank:].any()
+            assert (node.scale[index] != 0) == (rank > 0)
+
+
+# --- one program -----------------------------------------------------------------------------------------------------
+
+
+def test_the_grid_is_traced_once():
+    def traces(points):
+        count = collections.Counter()
+
+        def counted(*arguments):
+            count["apply"] += 1
+            return tiny.small_apply(*arguments)
+
+        sweep.run(counted, PARAMS, points, ROWS, VALID, CONFIG, axes=AXES, memory=10**9)
+        return count["apply"]
+
+    assert traces(POINTS[:1]) == traces([*POINTS, *(dataclasses.replace(POINTS[1], seed=s) for s in (7, 8))])
+
+
+def test_one_base_meets_the_rows_of_all():
+    """K adapters cost K runs' arithmetic; nothing of K times a kernel's size is made, nor a gradient of a kernel."""
+    count, params = 5, tiny.init(jax.random.key(0))
+    points = [Point(rank=2, alpha=4, targets=("q", "v"), seed=seed) for seed in range(count)]
+    axes = lora_jax.kernel_axes(tiny.apply, params, IDS, IDS)
+    lora, _ = points[0].settings(None, None, leaf_paths(params))
+    starts = Starts(params, points, LoRAConfig(rank=1, alpha=1), axes)
+    alone = jax.eval_shape(lambda: starts.alone(points[0], 0))
+    batch = {name: jax.ShapeDtypeStruct((4, 16), "int32") for name in ("input_ids", "attention_mask")}
+    batch["loss_weights"] = jax.ShapeDtypeStruct((4, 16), "float32")
+    base, _ = lora_jax.split(params)
+    program = _program.make_program(tiny.apply, CONFIG, 10, objective=next_token_loss, dropout=False, own_rows=True)
+    adapters = _program.shapes(alone, (count,))
+    lane = _program.lanes([CONFIG] * count)
+    states = jax.eval_shape(program.init, adapters)
+    together = program.step.lower(adapters, states, lane, base, _program.shapes(batch, (count,)), np.int32(1))
+    tx = make_optimizer(CONFIG, 10)
+    step = jax.jit(make_step(lora_jax.adapt(tiny.apply), tx))
+    one = step.lower(alone, jax.eval_shape(tx.init, alone), base, batch)
+    assert together.cost_analysis()["flops"] == pytest.approx(count * one.cost_analysis()["flops"], rel=0.02)
+    shapes = set(re.findall(r"tensor<([0-9x]+)xf32>", together.as_text()))
+    kernels = {"24x24", "24x40", "40x24", "24x32"}
+    assert not {
+        shape
+        for shape in shapes
+        for kernel in kernels
+        if shape.endswith(f"5x{kernel}") or (shape.startswith("5x3x") and shape.endswith(kernel))
+    }
+    assert lora.targets == ("layers/q_proj", "layers/v_proj")
+
+
+# --- grids -----------------------------------------------------------------------------------------------------------
+
+ATTENTION = {
+    f"{name}_proj": {"kernel": jax.ShapeDtypeStruct((12, out), "float32")}
+    for name, out in zip("qkvo", (12, 6, 6, 12), strict=True)
+}
+ALL = {"targets": [("q",), ("v",), ("q", "v"), ("q", "k", "v", "o")]}
+
+
+def labels(specs, **settings):
+    return [point.label for point in sweep.grid(specs, {"attn": ATTENTION}, **settings)]
+
+
+def test_a_grid_is_every_combination():
+    assert labels({"rank": [1, 2], "targets": ["q", ("k", "v")], "alpha": [3, "2r"]}) == [
+        "q rank 1 alpha 3", "q rank 1 alpha 2", "k,v rank 1 alpha 3", "k,v rank 1 alpha 2",
+        "q rank 2 alpha 3", "q rank 2 alpha 4", "k,v rank 2 alpha 3", "k,v rank 2 alpha 4",
+    ]  # fmt: skip
+    assert labels({}, seeds=2) == [f"attention rank 8 alpha 16 seed {seed}" for seed in (0, 1)]
+    assert labels({"rank": [2, 2]}) == ["attention rank 2 alpha 16"]
+
+
+def test_a_budget_keeps_what_uses_it():
+    # At rank 1: q and o 24, k and v 18 numbers each.
+    ranks = {"rank": [1, 2, 4, 5]}
+    assert labels(ALL | ranks, budget=96) == ["q rank 4 alpha 16", "v rank 5 alpha 16"]
+    assert labels(ALL | {"rank": ["auto"]}, budget=96) == [
+        "q rank 4 alpha 16", "v rank 5 alpha 16", "q,v rank 2 alpha 16", "q,k,v,o rank 1 alpha 16",
+    ]  # fmt: skip
+
+
+def test_words_are_read_as_a_grid():
+    words = ["targets=q;v;q,v;q,k,v,o", "rank=1,2,auto", "alpha=16;2r", "learning-rate=1e-3", "seed=3"]
+    assert sweep.parse(words) == {
+        "targets": [("q",), ("v",), ("q", "v"), ("q", "k", "v", "o")],
+        "rank": [1, 2, "auto"],
+        "alpha": [16.0, "2r"],
+        "learning_rate": [1e-3],
+        "seed": [3],
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "settings", "message"),
+    [
+        (["rang=1"], {}, "grid: no setting 'rang'; the settings are rank, alpha, targets, learning_rate,"),
+        (["rank"], {}, "grid: 'rank' given, expected NAME=VALUES"),
+        (["rank=1", "rank=2"], {}, "grid: rank is given twice"),
+        (["rank=1.5"], {}, "grid: rank: '1.5' given, expected a whole number, or 'auto'"),
+        (["alpha=xr"], {}, "grid: alpha: 'xr' given, expected a number, or a multiple of the rank"),
+        (["rank=0"], {}, "rank: 0 given, expected a whole number of 1 or more"),
+        (["dropout=1"], {}, "dropout: 1.0 given, expected at least 0 and less than 1"),
+        (["targets=q;nope"], {}, "targets: 'nope' matches no leaf"),
+        (["targets=q;"], {}, "targets: none given"),
+        (["rank=auto"], {}, "rank: 'auto' given, which is the highest rank within a budget; give a budget"),
+        (["rank=1", "targets=q"], {"budget": 96}, "budget: no point has 86 to 96 parameters; at rank 1 the cheapest"),
+        (["rank=auto"], {"budget": 10}, "budget: no point has 9 to 10 parameters"),
+        (["seed=1"], {"seeds": 3}, "seeds: given together with seed in the grid"),
+        ([], {"seeds": 0}, "seeds: 0 given, expected at least 1"),
+    ],
+)  # fmt: skip
+def test_a_grid_that_cant_be_is_refused(words, settings, message):
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
+        labels(sweep.parse(words), **settings)
+
+
+def test_roles_are_found_under_any_name():
+    bert = [f"layer/attention/self/{name}/kernel" for name in ("query", "key", "value")]
+    bert += ["layer/attention/output/dense/kernel", "layer/output/dense/kernel", "layer/attention/self/query/bias"]
+    assert attention_roles(bert)["o"] == ["layer/attention/output/dense"]
+    point = Point(rank=1, alpha=1, targets=("o", "q"))
+    assert point.settings(None, None, bert)[0].targets == ("layer/attention/output/dense", "layer/attention/self/query")
+    fused = ["h/attn/c_attn/kernel", "h/attn/c_proj/kernel"]
+    assert Point(rank=1, alpha=1, targets=("o",)).settings(None, None, fused)[0].targets == ("h/attn/c_proj",)
+    with pytest.raises(ValueError, match=r"^targets: 'k' is a part of h/attn/c_attn, .* name 'c_attn'"):
+        Point(rank=1, alpha=1, targets=("k",)).settings(None, None, fused)
+
+
+# --- results ---------------------------------------------------------------------------------------------------------
+
+
+def test_results_are_summed_up_and_written(tmp_path):
+    points = [Point(rank=r, alpha=4, targets=("head",), seed=s) for r in (1, 2) for s in (0, 1)]
+    points.append(dataclasses.replace(points[0], seed=2, learning_rate=1e38))
+    seen = []
+    results = swept(points, on_result=seen.append)
+    assert tuple(seen) == results.results
+    first, second, third = results.summary()
+    assert (first["rank"], first["repeats"], first["failed"], second["rank"], third["failed"]) == (1, 2, 0, 2, 1)
+    pair = [result.valid_loss for result in results.results[:2]]
+    assert first["valid_loss"] == pytest.approx(np.mean(pair))
+    assert first["valid_loss_std"] == pytest.approx(np.std(pair, ddof=1))
+    assert third["valid_loss"] is None
+    results.write(tmp_path, model="small")
+    lines = list(csv.DictReader((tmp_path / "results.csv").read_text().splitlines()))
+    whole = json.loads((tmp_path / "results.json").read_text())
+    assert len(lines) == len(whole["points"]) == 5
+    assert (whole["model"], whole["rounds"], len(whole["summary"])) == ("small", 1, 3)
+    assert float(lines[1]["valid_loss"]) == whole["points"][1]["valid_loss"] == pair[1]
+    assert (lines[4]["valid_loss"], lines[4]["failed_at"], lines[0]["failed_at"]) == ("", "2", "")
+    assert results.table().row_count == 3
+
+
+def test_nothing_to_train_is_refused():
+    with pytest.raises(ValueError, match=r"^no points"):
+        swept([])
+    with pytest.raises(ValueError, match=r"^no training examples"):
+        sweep.run(tiny.small_apply, PARAMS, POINTS, [])
+    with pytest.raises(ValueError, match=r"^eval_every: 3 given"):
+        swept(POINTS, dataclasses.replace(CONFIG, eval_every=3))
+    with pytest.raises(ValueError, match=r"^targets: 'nope' matches no leaf"):
+        swept([*POINTS, Point(rank=1, alpha=1, targets=("nope",))])
