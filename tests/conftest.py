@@ -20,16 +20,23 @@ hypothesis.settings.load_profile("lora_jax")
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--oracle", action="store_true", help="compare with torch and PEFT live, not with the golden files"
+        "--oracle", action="store_true", help="only the comparisons with torch and PEFT, live and not with golden files"
     )
 
 
+@pytest.fixture(scope="session")
+def live(request):
+    """Whether references are run, rather than read from the golden files: a test that asks for it runs both ways."""
+    return request.config.getoption("--oracle")
+
+
 def pytest_collection_modifyitems(config, items):
-    if config.getoption("--oracle"):
-        return
-    live = [item for item in items if item.get_closest_marker("oracle")]
-    config.hook.pytest_deselected(items=live)
-    items[:] = [item for item in items if not item.get_closest_marker("oracle")]
+    def chosen(item):
+        marked = item.get_closest_marker("oracle") is not None
+        return marked or "live" in getattr(item, "fixturenames", ()) if config.getoption("--oracle") else not marked
+
+    config.hook.pytest_deselected(items=[item for item in items if not chosen(item)])
+    items[:] = [item for item in items if chosen(item)]
 
 
 def _skipped(config):

@@ -163,9 +163,9 @@ def test_factors_come_in_the_dtype_asked_for():
 
 
 @pytest.fixture(scope="module")
-def reference(request):
+def reference(live):
     """What PEFT and loralib do: live with --oracle, else as tests/golden/make_init.py wrote it."""
-    if not request.config.getoption("--oracle"):
+    if not live:
         return dict(np.load(GOLDEN / "init.npz"))
     spec = importlib.util.spec_from_file_location("make_init", GOLDEN / "make_init.py")
     module = importlib.util.module_from_spec(spec)

@@ -58,9 +58,9 @@ def oracle():
 
 
 @pytest.fixture(params=CASES, scope="module")
-def setting(request, tmp_path_factory):
+def setting(request, live, tmp_path_factory):
     name = request.param
-    if request.config.getoption("--oracle"):
+    if live:
         found: dict[str, Any] = oracle().reference(name)
     else:
         with np.load(GOLDEN) as golden:

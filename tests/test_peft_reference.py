@@ -100,9 +100,9 @@ def by_name(setting: Setting, adapter: Any) -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="module", params=CASES)
-def setting(request, tmp_path_factory):
+def setting(request, live, tmp_path_factory):
     case, folder = CASES[request.param], GOLDEN / request.param
-    if request.config.getoption("--oracle"):
+    if live:
         folder = tmp_path_factory.mktemp("peft")
         oracle().make(folder, case)
     model = llama(case)
