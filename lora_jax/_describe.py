@@ -1,7 +1,8 @@
 """What is adapted and what that costs, and what of it survives a merge: reports to read and to print."""
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -169,24 +170,41 @@ def merge_report(params: Any, *, dtype: Any = None) -> MergeReport:
     """
     plain, nodes = detach(params)
     kernels = dict(leaves_with_paths(plain))
-    rows, lost, moved = [], 0.0, 0.0
+    norms, dtypes = {}, {}
     for path, node in nodes.items():
         kernel = unbox(kernels[path])
         check_node(path, kernel, node)
-        target = jnp.dtype(kernel.dtype if dtype is None else dtype)
-        norms = [float(norm) for norm in _norms(kernel, node, target.name)]
-        rows.append(MergedRow(path, target.name, norms[1] / norms[0] if norms[0] else 0.0, _kept(norms[2], norms[1])))
-        lost, moved = lost + norms[2] ** 2, moved + norms[1] ** 2
-    return MergeReport(tuple(rows), _kept(lost**0.5, moved**0.5))
+        dtypes[path] = jnp.dtype(kernel.dtype if dtype is None else dtype).name
+        norms[path] = [norms_of(kernel, node, dtypes[path])]
+    return report_of(norms, dtypes)
 
 
-def _norms(kernel: jax.Array, node: LoRA, dtype: str) -> tuple[jax.Array, ...]:
-    """‖W‖, ‖ΔW‖ and the norm of what rounding takes from ΔW. Not jitted: XLA drops a rounding that is undone next."""
+class Norms(NamedTuple):
+    """Frobenius norms of a kernel, or of a part of one: of W, of ΔW, and of what rounding takes from ΔW."""
+
+    kernel: float
+    update: float
+    lost: float
+
+
+def norms_of(kernel: Any, node: LoRA, dtype: Any) -> Norms:
+    """The norms of one merge into `dtype`. Not jitted: XLA drops a rounding that is undone next."""
     wide = jnp.promote_types(jnp.float32, kernel.dtype)
-    kernel = kernel.astype(wide)
+    kernel = jnp.asarray(kernel, wide)
     update = difference(kernel, node)
-    added = changed(kernel, node).astype(dtype).astype(wide) - kernel.astype(dtype).astype(wide)
-    return tuple(jnp.sqrt(jnp.sum(jnp.square(x))) for x in (kernel, update, update - added))
+    lost = update - (changed(kernel, node).astype(dtype).astype(wide) - kernel.astype(dtype).astype(wide))
+    return Norms(*(float(jnp.linalg.norm(x.reshape(-1))) for x in (kernel, update, lost)))
+
+
+def report_of(norms: Mapping[str, Sequence[Norms]], dtypes: Mapping[str, str]) -> MergeReport:
+    """The report of kernels, each given as the norms of its parts."""
+    rows, lost, moved = [], 0.0, 0.0
+    for path, parts in norms.items():
+        whole = Norms(*(math.hypot(*side) for side in zip(*parts, strict=True)))
+        relative = whole.update / whole.kernel if whole.kernel else 0.0
+        rows.append(MergedRow(path, dtypes[path], relative, _kept(whole.lost, whole.update)))
+        lost, moved = math.hypot(lost, whole.lost), math.hypot(moved, whole.update)
+    return MergeReport(tuple(rows), _kept(lost, moved))
 
 
 def _kept(lost: float, moved: float) -> float:

@@ -182,6 +182,19 @@ def update_of(node: LoRA, dtype: Any = jnp.float32) -> jax.Array:
     return product.transpose([order.index(axis) for axis in range(len(order))])
 
 
+def at_index(node: LoRA, index: tuple[int, ...]) -> LoRA:
+    """The node of the kernel that stands at one index of the stack axes.
+
+    >>> layers = LoRA(jnp.ones((4, 3, 2)), jnp.ones((4, 2, 5)), jnp.ones(4), axes=Axes((0,), (1,), (2,)))
+    >>> at_index(layers, (3,)).a.shape, at_index(layers, (3,)).axes
+    ((3, 2), Axes(stack=(), inputs=(0,), outputs=(1,)))
+    """
+    rest = sorted((*node.axes.inputs, *node.axes.outputs))
+    inputs, outputs = (tuple(rest.index(axis) for axis in group) for group in node.axes[1:])
+    parts = jax.tree.map(lambda part: part[index], node)
+    return dataclasses.replace(parts, axes=Axes((), inputs, outputs))
+
+
 def used_ranks(node: LoRA) -> np.ndarray:
     """The rank of each stack index without its padding, i64[*stack].
 

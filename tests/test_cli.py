@@ -313,7 +313,7 @@ def test_disk_full_while_saving(refused, world, tmp_path, monkeypatch, command):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr("lora_jax.peft._write._write", full)
-    monkeypatch.setattr("lora_jax.models._weights.write", full)
+    monkeypatch.setattr("lora_jax.models._shards.write", full)
     flags = ["--data", world["data"], *TRAIN] if command == "train" else ["--adapter", world["out"]]
     argv = [command, "--model", world["model"], *flags, "--output", str(tmp_path / "out"), "--overwrite"]
     assert "No space left on device" in refused(*argv)

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import LlamaConfig
 
 from lora_jax import models
-from lora_jax.models import _weights
+from lora_jax.models import _files, _shards, _weights
 
 NAME = "llama_tied"
 WEIGHTS = "model.safetensors"
@@ -123,8 +123,8 @@ def test_abstract_needs_no_weights(folder, drawn):
 
 def test_one_tensor_is_held_at_a_time(drawn, folder, monkeypatch):
     """Reading and writing hold a leaf, never a file's worth of tensors."""
-    held, read = [], _weights.TensorFiles.read
-    monkeypatch.setattr(_weights.TensorFiles, "read", lambda self, name: held.append(name) or read(self, name))
+    held, read = [], _files.TensorFiles.read
+    monkeypatch.setattr(_files.TensorFiles, "read", lambda self, name: held.append(name) or read(self, name))
     models.load(folder)
     assert sorted(held) == sorted(load_file(folder / WEIGHTS))  # each tensor once, none twice
 
@@ -288,8 +288,8 @@ def test_a_full_disk_leaves_the_old_folder_whole(drawn, folder, tmp_path, monkey
             raise OSError(errno.ENOSPC, "No space left on device")
         return cast(tensor, dtype, name)
 
-    cast = _weights.cast
-    monkeypatch.setattr(_weights, "cast", full)
+    cast = _shards.cast
+    monkeypatch.setattr(_shards, "cast", full)
     target = folder if overwrite else tmp_path / "new"
     before = {path.name for path in tmp_path.iterdir()}
     with pytest.raises(OSError, match="No space left"):

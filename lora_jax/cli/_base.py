@@ -43,14 +43,19 @@ class Base:
         """The model without weights: errors in its configuration are found before anything large is read."""
         return lora_jax.models.load_abstract(self.folder, self.loaded_dtype, remat=remat)
 
-    def load(self, *, remat: bool = False) -> Any:
+    def load(self, dtype: str | None = None, *, remat: bool = False) -> Any:
         with _show.working(f"reading {self.name}"):
-            return lora_jax.models.load(self.folder, self.loaded_dtype, remat=remat)
+            return lora_jax.models.load(self.folder, dtype or self.loaded_dtype, remat=remat)
+
+    def load_streamed(self) -> Any:
+        """The model with its weights left in their files, to be read one tensor at a time."""
+        return lora_jax.models.load_streamed(self.folder, self.loaded_dtype)
 
 
 def kernel_axes(model: Any) -> lora_jax.KernelAxes:
     """How the model uses its kernels, from an abstract call."""
-    return lora_jax.kernel_axes(model.apply, model.params, jax.ShapeDtypeStruct((1, TRACED_TOKENS), jnp.int32))
+    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), model.params)
+    return lora_jax.kernel_axes(model.apply, params, jax.ShapeDtypeStruct((1, TRACED_TOKENS), jnp.int32))
 
 
 def with_adapter(model: Any, adapter: Path | None) -> Any:

@@ -18,10 +18,24 @@ import jax
 import jax.numpy as jnp
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from lora_jax.models import _folder, _weights, bert, gemma, gpt2, llama, mistral, qwen
+from lora_jax.models import _folder, _shards, _weights, bert, gemma, gpt2, llama, mistral, qwen
 from lora_jax.models._family import Family, Weight, flatten, unflatten
+from lora_jax.models._files import TensorFiles
+from lora_jax.models._weights import Streamed
 
-__all__ = ["SUPPORTED", "Model", "Weight", "flatten", "init", "load", "load_abstract", "save", "unflatten"]
+__all__ = [
+    "SUPPORTED",
+    "Model",
+    "Streamed",
+    "Weight",
+    "flatten",
+    "init",
+    "load",
+    "load_abstract",
+    "load_streamed",
+    "save",
+    "unflatten",
+]
 
 FAMILIES = {
     family.architecture: family for module in (llama, mistral, qwen, gemma, gpt2, bert) for family in module.FAMILIES
@@ -83,10 +97,24 @@ def load(
         FileNotFoundError: no such folder, or it has no configuration or no weights.
         ValueError: an architecture that isn't supported, or weights that don't fit the configuration.
     """
+    model = load_streamed(path_or_hub_id, dtype, compute_dtype=compute_dtype, remat=remat)
+    return replace(model, params=jax.tree.map(_weights.hold, model.params))
+
+
+def load_streamed(
+    path_or_hub_id: str | os.PathLike, dtype: Any = None, *, compute_dtype: Any = None, remat: bool = False
+) -> Model:
+    """Like `load`, but every leaf is a `Streamed`, of which one tensor at a time is read when it is asked for.
+
+    So a folder can be written anew, changed or in another dtype, in much less memory than it takes:
+
+        model = models.load_streamed("path/to/folder")
+        models.save("half", model, model.params, dtype="bfloat16")
+    """
     folder = _folder.find(path_or_hub_id, weights=True)
     family, config = _folder.read_config(folder, FAMILIES)
     model = _abstract(family, config, dtype, compute_dtype, remat, folder)
-    leaves = _weights.read(
+    leaves = _weights.stream(
         folder,
         flatten(model.params),
         model.names,
@@ -146,8 +174,11 @@ def save(
     overwrite: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
     shard_bytes: int = 5 * 10**9,
+    check: Callable[[Path], None] | None = None,
 ) -> None:
     """Write `params` as a Hugging Face folder: configuration, tokenizer, safetensors. It appears whole or not at all.
+
+    Where leaves are `Streamed`, tensors are made one at a time, and the shards are those of the model's own folder.
 
     Args:
         folder: made, with its parents.
@@ -157,6 +188,7 @@ def save(
         overwrite: replace a folder that is there; it stays until the new one is whole.
         tokenizer: written instead of the model's own.
         shard_bytes: above this size the weights are split into several files with an index.
+        check: called with the complete new folder before it takes its place; what it raises leaves all as it was.
 
     Raises:
         FileExistsError: the folder holds something, and `overwrite` is False.
@@ -174,7 +206,10 @@ def save(
             tokenizer.save_pretrained(temporary)
         elif model.folder is not None:
             _folder.copy_text_files(model.folder, temporary)
-        _weights.write(temporary, leaves, model.names, dtype=dtype, shard_bytes=shard_bytes)
+        layout = _layout(model, leaves)
+        _shards.write(temporary, leaves, model.names, dtype=dtype, shard_bytes=shard_bytes, layout=layout)
+        if check is not None:
+            check(temporary)
 
 
 def _abstract(family: Family, config, dtype, compute_dtype, remat: bool, folder: Path | None) -> Model:
@@ -196,6 +231,18 @@ def _abstract(family: Family, config, dtype, compute_dtype, remat: bool, folder:
     return Model(
         config=config, params=shapes, names=family.names(config), apply=apply, init_cache=init_cache, folder=folder
     )
+
+
+def _layout(model: Model, leaves: Mapping[str, Any]) -> dict[str, Path] | None:
+    """Which file of the model's folder holds each tensor, in the files' order; None where no leaf is streamed."""
+    if model.folder is None or not any(isinstance(leaf, Streamed) for leaf in leaves.values()):
+        return None
+    files = TensorFiles(model.folder)
+    family = _folder.family_of(model.config.model_type, model.config.architectures, FAMILIES)
+    cut = _weights.missing_prefix(files, family.prefix)
+    names = [name for path, leaf in leaves.items() for _, name, _ in _weights.entries(model.names[path], leaf.shape)]
+    written_as = {name.removeprefix(cut): name for name in names}
+    return {written_as[name]: stored.file for name, stored in files.tensors.items() if name in written_as}
 
 
 def _check_leaves(leaves: Mapping[str, Any], expected: Mapping[str, Any]) -> None:

@@ -1,0 +1,119 @@
+"""A tree's leaves written as safetensors files, one tensor at a time."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lora_jax.models._family import Weight
+from lora_jax.models._files import DTYPES, INDEX, SINGLE
+from lora_jax.models._weights import Streamed, cast, entries
+
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class Entry(NamedTuple):
+    """A tensor to write: its name and shape in the file, and the leaf and the index that it comes from."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    path: str
+    index: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+def write(
+    folder: Path,
+    leaves: Mapping[str, Any],
+    weights: Mapping[str, Weight],
+    *,
+    dtype: Any = None,
+    shard_bytes: int = 5 * 10**9,
+    layout: Mapping[str, Any] | None = None,
+) -> None:
+    """Write every leaf's tensors to `folder`, in one file, or in several with an index.
+
+    Args:
+        folder: is there.
+        leaves: path -> array or `Streamed`.
+        weights: path -> what the leaf is called in the files.
+        dtype: of the tensors; None keeps each leaf's.
+        shard_bytes: above this size the tensors are split into several files.
+        layout: name -> anything that says which tensors stand in one file; instead of `shard_bytes`. Files and tensors
+            are written in its order.
+
+    Raises:
+        ValueError: a dtype that can't be written, or a value that is beyond it.
+    """
+    planned = list(_entries(leaves, weights, dtype))
+    shards = _by_size(planned, shard_bytes) if layout is None else _by_layout(planned, layout)
+    count = len(shards)
+    files = [SINGLE] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    for file, shard in zip(files, shards, strict=True):
+        _write_file(folder / file, shard, leaves, weights)
+    if count > 1:
+        where = {entry.name: file for file, shard in zip(files, shards, strict=True) for entry in shard}
+        index = {"metadata": {"total_size": sum(entry.size for entry in planned)}, "weight_map": where}
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _entries(leaves, weights, dtype) -> Iterable[Entry]:
+    for path, leaf in leaves.items():
+        out = np.dtype(dtype or leaf.dtype)
+        if out not in NAMES:
+            raise ValueError(f"{path}: {out} can't be written; expected one of {', '.join(map(str, NAMES))}")
+        for index, name, shape in entries(weights[path], leaf.shape):
+            yield Entry(name, shape, out, path, index)
+
+
+def _by_size(planned: Sequence[Entry], shard_bytes: int) -> list[list[Entry]]:
+    shards: list[list[Entry]] = [[]]
+    filled = 0
+    for entry in planned:
+        if shards[-1] and filled + entry.size > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(entry)
+        filled += entry.size
+    return shards
+
+
+def _by_layout(planned: Sequence[Entry], layout: Mapping[str, Any]) -> list[list[Entry]]:
+    place = {name: i for i, name in enumerate(layout)}
+    shards: dict[Any, list[Entry]] = {}
+    for entry in sorted(planned, key=lambda entry: place[entry.name]):
+        shards.setdefault(layout[entry.name], []).append(entry)
+    return list(shards.values())
+
+
+def _write_file(path, shard, leaves, weights):
+    """Eight bytes of header length, a JSON header, then the tensors: safetensors' own writer wants them all at once."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for entry in shard:
+        span = [offset, offset + entry.size]
+        header[entry.name] = {"dtype": NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": span}
+        offset += entry.size
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with path.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little"))
+        file.write(encoded)
+        held_path, held = None, np.empty(0)
+        for entry in shard:
+            leaf = leaves[entry.path]
+            if isinstance(leaf, Streamed):
+                tensor = leaf.read(entry.index)
+            else:
+                if entry.path != held_path:
+                    held_path, held = entry.path, np.asarray(leaf)  # from a device: a leaf at a time
+                tensor = held[entry.index]
+            tensor = np.swapaxes(tensor, -1, -2) if weights[entry.path].transpose else tensor
+            tensor = np.ascontiguousarray(cast(tensor, entry.dtype, entry.name))
+            file.write(tensor.reshape(-1).view(np.uint8).data)

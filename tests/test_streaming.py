@@ -1,0 +1,181 @@
+"""Models bigger than memory: tensors pass one at a time, in the files' own shards, and the memory this takes."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from model_cases import CASES
+from safetensors.numpy import load_file, save_file
+from transformers import BertConfig, LlamaConfig
+
+import lora_jax
+from lora_jax import models, peft
+
+MB = 2**20
+
+
+def same(left, right):
+    return jax.tree.all(jax.tree.map(lambda a, b: a.dtype == b.dtype and np.array_equal(a, b), left, right))
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    return models.init(LlamaConfig.from_dict(CASES["llama_tied"]), jax.random.key(0))
+
+
+@pytest.fixture
+def folder(drawn, tmp_path):
+    """Its folder, in several shards."""
+    models.save(tmp_path / "model", drawn, drawn.params, shard_bytes=10_000)
+    return tmp_path / "model"
+
+
+def layout(folder):
+    """The tensors of each file, in the files' order."""
+    return {path.name: list(load_file(path)) for path in sorted(folder.glob("*.safetensors"))}
+
+
+def test_streamed_leaves_are_the_loaded_ones(drawn, folder):
+    streamed = models.load_streamed(folder).params
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), streamed) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), drawn.params
+    )
+    assert same(jax.tree.map(np.asarray, streamed), drawn.params)
+    kernel = drawn.params["layers"]["mlp"]["up_proj"]["kernel"]
+    np.testing.assert_array_equal(streamed["layers"]["mlp"]["up_proj"]["kernel"].read((1,)), kernel[1])
+
+
+def test_a_streamed_tree_is_written_in_the_shards_it_came_from(drawn, folder, tmp_path):
+    model = models.load_streamed(folder)
+    models.save(tmp_path / "half", model, model.params, dtype="bfloat16")
+    assert layout(tmp_path / "half") == layout(folder)
+    assert len(layout(folder)) > 2
+    expected = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), drawn.params)
+    assert same(models.load(tmp_path / "half").params, expected)
+
+
+def test_a_folder_may_be_written_over_itself(drawn, folder):
+    model = models.load_streamed(folder)
+    models.save(folder, model, model.params, overwrite=True)
+    assert same(models.load(folder).params, drawn.params)
+
+
+def test_names_of_another_age_are_written_as_today(tmp_path):
+    """A bare model's file lacks the prefix, and one from TensorFlow calls a norm's weights otherwise."""
+    config = BertConfig.from_dict(CASES["bert_masked_lm"])
+    drawn = models.init(config, jax.random.key(0))
+    models.save(tmp_path / "model", drawn, drawn.params)
+    path = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(path)
+    old = {name.removeprefix("bert.").replace("LayerNorm.weight", "LayerNorm.gamma"): x for name, x in tensors.items()}
+    save_file(old, path)
+    model = models.load_streamed(tmp_path / "model")
+    models.save(tmp_path / "again", model, model.params)
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert again.keys() == tensors.keys()
+    assert all(np.array_equal(again[name], tensor) for name, tensor in tensors.items())
+
+
+def test_what_a_check_raises_leaves_the_old_folder(drawn, folder):
+    def check(new):
+        assert (new / "config.json").exists()
+        assert len(layout(new)) == 1
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        models.save(folder, drawn, jax.tree.map(jnp.zeros_like, drawn.params), overwrite=True, check=check)
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    assert same(models.load(folder).params, drawn.params)
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+SHARD = 24 * MB
+LARGE = {
+    "vocab_size": 1024,
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+}
+MEASURE = """
+import re, sys
+from pathlib import Path
+from lora_jax import models
+from lora_jax.cli import main
+
+def merge(model):
+    words = ["--adapter", f"{model}-adapter", "--output", f"{model}-merged", "--dtype", "bfloat16"]
+    assert main(["merge", "--model", model, *words, "--check", "never"]) == 0
+
+def held(model):
+    return models.load(model)
+
+def resident(name):
+    return 1024 * int(re.search(rf"{name}:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+
+what, small, large = sys.argv[1:]
+globals()[what](small)  # what compilers and libraries take
+before = resident("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")  # the peak is now: what was before doesn't hide what comes
+kept = globals()[what](large)
+print(resident("VmHWM") - before)
+"""
+
+
+def large_model(folder, layers):
+    """A folder written from nothing held, and an adapter for it."""
+    config = LlamaConfig(**LARGE | {"num_hidden_layers": layers})
+    shapes = jax.eval_shape(lambda key: models.init(config, key).params, jax.random.key(0))
+    model = models.Model(
+        config=config,
+        params=shapes,
+        names=models.init(LlamaConfig(**LARGE | {"num_hidden_layers": 1}), jax.random.key(0)).names,
+        apply=None,
+        init_cache=None,
+    )
+
+    def filled(leaf):
+        stack = 1 if leaf.shape[0] == layers and leaf.ndim > 1 else 0
+        part = np.full(leaf.shape[stack:], 0.5, np.float32)
+        return models.Streamed(leaf.shape, np.dtype(np.float32), stack, lambda index: part)
+
+    models.save(folder, model, jax.tree.map(filled, shapes), shard_bytes=SHARD)
+    config = lora_jax.LoRAConfig(rank=2, alpha=4, targets=("q_proj", "down_proj"))
+    axes = {f"layers/{name}/kernel": lora_jax.Axes((0,), (1,), (2,)) for name in ("self_attn/q_proj", "mlp/down_proj")}
+    nodes = jax.eval_shape(lambda tree: lora_jax.init(jax.random.key(0), tree, config, axes=axes), shapes)
+    adapter = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.25, leaf.dtype), lora_jax.split(nodes)[1])
+    peft.save(f"{folder}-adapter", adapter, names=model.names)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def larger(tmp_path_factory):
+    """Paths of a small and of a large model, and the bytes of the large one."""
+    folder = tmp_path_factory.mktemp("large")
+    paths = large_model(folder / "small", 1), large_model(folder / "large", LARGE["num_hidden_layers"])
+    index = json.loads((folder / "large" / "model.safetensors.index.json").read_text())
+    assert max(path.stat().st_size for path in (folder / "large").glob("*.safetensors")) < 1.01 * SHARD
+    return *paths, index["metadata"]["total_size"]
+
+
+def peak(what, larger):
+    """Bytes that the work takes at its peak, beyond what it takes with a small model."""
+    words = [sys.executable, "-c", MEASURE, what, *larger[:2]]
+    plain = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}  # one device, as users have
+    return int(subprocess.run(words, capture_output=True, text=True, check=True, env=plain).stdout.splitlines()[-1])
+
+
+def test_a_merge_takes_less_than_two_shards(larger):
+    assert larger[2] > 8 * SHARD
+    assert peak("merge", larger) < 2 * SHARD
+
+
+def test_loading_holds_the_weights_once(larger):
+    assert peak("held", larger) < larger[2] + SHARD // 2
