@@ -498,6 +498,21 @@ def test_a_full_disk_leaves_the_previous_adapter_whole(folder, monkeypatch, call
     else:
         peft.save(folder, adapted({HEAD: node(HEAD, 2, 1.0)}), names=NAMES, overwrite=True)
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    assert all(path.is_file() for path in folder.iterdir())
+
+
+def test_a_folder_that_is_a_mounted_disk_is_written_within(folder, monkeypatch):
+    move = os.replace
+
+    def within_the_disk(source, target):
+        if folder not in source.parents or folder not in target.parents:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        move(source, target)
+
+    monkeypatch.setattr(os, "replace", within_the_disk)
+    params = adapted({HEAD: node(HEAD, 2, 1.0)})
+    peft.save(folder, params, names=NAMES, overwrite=True)
+    assert same(peft.load(folder, base(), names=NAMES), params)
 
 
 def fail_at(call, nth):

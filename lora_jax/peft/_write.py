@@ -34,7 +34,7 @@ def save(
     `lora_A.weight = aᵀ` (rank, in) and `lora_B.weight = bᵀ` (out, rank); `adapter_config.json` gets ranks and alphas:
     where they differ between modules, patterns with one full name each, so that their order can't matter. Padded
     ranks and layers with scale 0 are left out. A checksum of config and tensors goes along, which `load` verifies.
-    The files are written beside `folder` and moved in when they are complete: on any failure an earlier adapter stays
+    The files are moved into place when both are complete: on any failure an earlier adapter stays
     as it was.
 
     Args:
@@ -84,10 +84,11 @@ def save(
 
 
 def _place(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Writes all of `files` into a temporary folder beside `folder`, and moves them in once they are on the disk."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = folder.parent / f".{folder.name}.{secrets.token_hex(4)}.partial"
-    beside.mkdir()
+    """Writes all of `files` into a temporary folder, and moves them in once they are on the disk."""
+    # In a folder that is there, not beside it: it may be a mounted disk, and files are moved within one disk only.
+    home = folder if folder.exists() else folder.parent
+    beside = home / f".{folder.name}.{secrets.token_hex(4)}.partial"
+    beside.mkdir(parents=True)
     try:
         for name, data in files.items():
             _write(beside / name, data)
