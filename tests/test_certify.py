@@ -1,6 +1,7 @@
 """`certify`: every claim holds for the loop that we recommend, and fails, alone and by name, where it is broken."""
 
 import functools
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -300,6 +301,9 @@ def test_a_sharded_base_holds(kernels):
     args = (placed(adapter, P()), placed(state, P()), base, placed(batch, P("data")))
     report = lora_jax.certify(train_step, *args, plain=loss)
     assert report.kernels == 2
+    listed = re.findall(r"(?:(\d+) × )?all-gather", next(line for line in str(report).splitlines() if "sent" in line))
+    assert sum(int(count or 1) for count in listed) == len(report.collectives)
+    assert len(listed) == len(set(report.collectives))
 
 
 def test_a_reduced_gradient_fails():

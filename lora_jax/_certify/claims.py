@@ -49,13 +49,14 @@ class Certificate:
     def __str__(self) -> str:
         share = f", {self.flops / self.plain_flops:.3f} of the plain gradient's" if self.plain_flops else ""
         mib = lambda size: f"{size / 2**20:.1f} MiB"
+        sent = [f"{count} × {what}" if count > 1 else what for what, count in Counter(self.collectives).items()]
         lines = {
             "trained": f"{self.trained:,} numbers beside {self.kernels} kernels, of a base of {self.base:,}",
             "gradient": "none of a kernel's shape",
             "outputs": f"no copy of the base; {mib(self.output_bytes)} written",
             "base": "an argument, no constant",
             "state": f"{self.state:,} numbers, {self.state / max(self.trained, 1):.1f} for each trained one",
-            "sent": "of a kernel's shape, " + (", ".join(self.collectives) or "nothing"),
+            "sent": "of a kernel's shape, " + (", ".join(sent) or "nothing"),
             "products": f"{self.flops:,} FLOPs{share}" + "".join(f"; not counted: {what}" for what in self.uncounted),
             "memory": f"{mib(self.argument_bytes)} arguments, {mib(self.temporary_bytes)} temporary",
         }
