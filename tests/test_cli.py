@@ -16,8 +16,9 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as tokenizer_models
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from lora_jax import models
-from lora_jax.cli import COMMANDS, main
+from lora_jax import models, text_to_sql
+from lora_jax.cli import COMMANDS, _embedded, main
+from lora_jax.cli._base import Base
 
 LLAMA_2_13B = {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40}
 GPT_3 = {"hidden_size": 12288, "intermediate_size": 49152, "num_hidden_layers": 96, "num_attention_heads": 96}
@@ -287,6 +288,47 @@ def test_output_that_holds_a_run(refused, world, tmp_path):
     message = refused("train", "--model", world["model"], "--data", world["data"], "--output", world["out"], *TRAIN)
     assert "--overwrite" in message
     assert before == {name: (tmp_path.joinpath(world["out"], name)).read_bytes() for name in os.listdir(world["out"])}
+
+
+def test_output_that_cannot_be_written(refused, world, tmp_path, monkeypatch):
+    """Known before the model is read, not when an hour of training is to be saved."""
+    monkeypatch.setattr("lora_jax.cli._base.Base.load", None)
+    (tmp_path / "file").touch()
+    given = ["--model", world["model"], "--data", world["data"], *TRAIN]
+    for output in (tmp_path / "file", tmp_path / "file" / "out"):
+        assert "a file, expected a folder" in refused("train", *given, "--output", output)
+    monkeypatch.setattr("os.access", lambda *_: False)
+    message = refused("train", *given, "--output", tmp_path / "new" / "out")
+    assert message == f"{tmp_path / 'new' / 'out'}: {tmp_path} can't be written to; give another --output"
+    message = refused("merge", "--model", world["model"], "--adapter", world["out"], "--output", tmp_path / "new")
+    assert "can't be written to" in message
+
+
+def test_resume_of_nothing(refused, world, tmp_path, monkeypatch):
+    monkeypatch.setattr("lora_jax.cli._base.Base.load", None)
+    given = ["--model", world["model"], "--data", world["data"], *TRAIN]
+    assert "no checkpoint to resume from" in refused("train", *given, "--output", tmp_path / "out", "--resume")
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"), [([], "with --checkpoint-every N"), (["--checkpoint-every", "1"], "with --resume")]
+)
+def test_a_stopped_run_tells_how_to_go_on(world, tmp_path, monkeypatch, capsys, flags, told):
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lora_jax.cli.train.train", stopped)
+    argv = ["train", "--model", world["model"], "--data", world["data"], "--output", str(tmp_path / "out"), *TRAIN]
+    assert main([*argv, *flags]) == 130
+    assert told in " ".join(capsys.readouterr().err.split())
+
+
+def test_what_was_merged_of_the_embedded_model_has_its_task(tmp_path):
+    base = Base(model=str(tmp_path))
+    with pytest.raises(ValueError, match="pass --data"):
+        _embedded.check_data_given(base, None)
+    shutil.copy(text_to_sql.BASE / "tokenizer.json", tmp_path)
+    _embedded.check_data_given(base, None)
 
 
 def test_overwrite(world, tmp_path):

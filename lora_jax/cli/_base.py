@@ -1,5 +1,6 @@
 """The model that a command works on: its flags, and how it is opened, with or without an adapter."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -67,7 +68,17 @@ def with_adapter(model: Any, adapter: Path | None) -> Any:
 
 def check_free(folder: Path, overwrite: bool) -> None:
     """Refuses a folder that holds something, before anything is read for it."""
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"{folder}: a file, expected a folder to write")
+    check_writable(folder)
     if not overwrite and folder.is_dir() and any(folder.iterdir()):
         raise FileExistsError(f"{folder}: is not empty; pass --overwrite or another --output")
+
+
+def check_writable(folder: Path) -> None:
+    """Refuses a folder that can't be made or written to, before anything is computed for it."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise FileExistsError(
+            f"{folder}: {'' if there == folder else f'{there} is '}a file, expected a folder to write"
+        )
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"{folder}: {there} can't be written to; give another --output")

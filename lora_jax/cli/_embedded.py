@@ -24,9 +24,15 @@ class Answers(NamedTuple):
 
 
 def check_data_given(base: Base, path: Path | None) -> None:
-    """Only the embedded model has a task of its own."""
-    if base.model is not None and path is None:
+    """Only the embedded model, and a merged one that was made from it, has a task of its own."""
+    if base.model is not None and path is None and not _is_of_embedded(Path(base.model)):
         raise ValueError(f"data: none given for {base.model}; pass --data with a jsonl file or a folder of them")
+
+
+def _is_of_embedded(folder: Path) -> bool:
+    """Whether the folder's model reads text as the embedded one does: its tokenizer was made for this task alone."""
+    own, given = (path / "tokenizer.json" for path in (text_to_sql.BASE, folder))
+    return given.is_file() and given.read_bytes() == own.read_bytes()
 
 
 def rows(split: str) -> list[data.Completion]:

@@ -84,18 +84,22 @@ def run(settings: Settings) -> None:
     before = _look(settings, model, params, rows)
     if before.accuracy is not None:
         show.print(f"before training: {_show.percent(before.accuracy)} of {len(before.texts)} held-out questions right")
-    result = train(
-        model.apply,
-        params,
-        rows.train,
-        rows.valid,
-        settings.train,
-        output=settings.output,
-        train=settings.lora.train,
-        console=_show.notes(),
-        resume=settings.resume,
-        overwrite=settings.overwrite,
-    )
+    try:
+        result = train(
+            model.apply,
+            params,
+            rows.train,
+            rows.valid,
+            settings.train,
+            output=settings.output,
+            train=settings.lora.train,
+            console=_show.notes(),
+            resume=settings.resume,
+            overwrite=settings.overwrite,
+        )
+    except KeyboardInterrupt:
+        _show.notes().print(_stopped(settings), markup=False)
+        raise
     lora_jax.peft.save(
         settings.output,
         result.params,
@@ -119,13 +123,23 @@ def run(settings: Settings) -> None:
 def _check(settings: Settings) -> None:
     """What can be refused before anything is read."""
     _embedded.check_data_given(settings.base, settings.data)
-    if settings.output.exists() and not settings.output.is_dir():
-        raise FileExistsError(f"{settings.output}: a file, expected a folder to write the run into")
+    _base.check_writable(settings.output)
     held = [name for name in RUN_FILES if (settings.output / name).exists()]
     if held and not (settings.overwrite or settings.resume):
         raise FileExistsError(
             f"{settings.output}: holds a run already ({held[0]}); pass --overwrite or another --output"
         )
+    if settings.resume and not (settings.output / "checkpoints").is_dir():
+        raise FileNotFoundError(
+            f"{settings.output}: no checkpoint to resume from (--checkpoint-every N writes them); leave --resume out"
+        )
+
+
+def _stopped(settings: Settings) -> str:
+    """What an interrupted run leaves, and how to go on."""
+    if settings.train.checkpoint_every or settings.resume:
+        return f"stopped: the same command with --resume goes on from the newest checkpoint in {settings.output}"
+    return "stopped before the adapter was saved; with --checkpoint-every N a run can be resumed"
 
 
 def _read(settings: Settings, split: str) -> Sequence[data.Row]:
