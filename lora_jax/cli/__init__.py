@@ -22,6 +22,7 @@ COMMANDS = {
     "train": "fine-tune a model with LoRA; without arguments, the embedded model on the embedded task",
     "evaluate": "loss and perplexity on a data file, with or without an adapter",
     "generate": "text from a prompt, with or without an adapter",
+    "sweep": "train a grid of adapters at once (ranks, targets, learning rates, seeds, ...) and compare them",
     "merge": "add an adapter into its model's weights and write an ordinary Hugging Face folder",
 }
 

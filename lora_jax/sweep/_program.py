@@ -10,8 +10,7 @@ import numpy as np
 
 from lora_jax._forward import adapt
 from lora_jax._tree import combine
-from lora_jax.train import TrainConfig, make_optimizer, make_step
-from lora_jax.train._step import Objective, make_loss_sums
+from lora_jax.train import Task, TrainConfig, make_loss_sums, make_optimizer, make_step
 
 
 class Lane(NamedTuple):
@@ -43,7 +42,8 @@ class Program(NamedTuple):
     arguments are donated"""
 
     loss_sums: Callable[..., Any]
-    """`(adapters, base, batch) -> (sums of losses [K], sums of weights [K])`"""
+    """`(adapters, base, batch) -> (sums of losses [K], sums of weights [K])`, and predictions [K, rows] where the task
+    predicts"""
 
 
 def make_program(
@@ -51,7 +51,7 @@ def make_program(
     config: TrainConfig,
     steps: int,
     *,
-    objective: Objective,
+    task: Task,
     dropout: bool,
     own_rows: bool,
 ) -> Program:
@@ -66,7 +66,7 @@ def make_program(
       apply_fn: the model's own function.
       config: of the runs.
       steps: of each.
-      objective: as for `make_step`.
+      task: what is trained for and predicted.
       dropout: whether any adapter has dropout.
       own_rows: whether each adapter has rows of its own: the batch then has a leading axis too.
     """
@@ -78,11 +78,11 @@ def make_program(
             return apply(*args, dropout_key=pair, **keywords)
 
         tx = make_optimizer(config, steps, learning_rate=lane.learning_rate, weight_decay=lane.weight_decay)
-        one = make_step(forward, tx, objective=objective, accumulate=config.accumulate)
+        one = make_step(forward, tx, objective=task.objective, accumulate=config.accumulate)
         key = jax.random.fold_in(lane.key, number) if dropout else None
         return one(adapter, opt_state, base, batch, key)
 
-    sums = make_loss_sums(apply, objective)
+    sums = make_loss_sums(apply, task.objective, task.predict)
     vmapped = jax.vmap(step, in_axes=(0, 0, 0, None, 0 if own_rows else None, None))
     return Program(
         init=jax.jit(jax.vmap(make_optimizer(config, steps).init)),

@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
 from rich.table import Table
 
 from lora_jax.sweep._point import REPEATS, Point
+from lora_jax.train import Evaluation
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Result:
-    """What one adapter came to. Losses are None where it failed."""
+    """What one adapter came to. Losses and metrics are None where it failed."""
 
     point: Point
     """Its settings, none of them None but perhaps `order`."""
@@ -28,8 +30,8 @@ class Result:
     train_loss: float | None
     """Over the last tenth of the steps, each target counted alike."""
 
-    valid_loss: float | None
-    """After the last step; None without validation rows."""
+    valid: Evaluation | None
+    """Loss and metrics on the validation rows after the last step; None without such rows."""
 
     seconds: float
     """Its share of its round's time."""
@@ -43,10 +45,14 @@ class Result:
     adapter: Any
     """The trained adapter, as `lora_jax.split` gives it; None where it failed."""
 
-    def as_dict(self) -> dict[str, Any]:
-        """The figures and the settings, by name."""
-        figures = ("trainable", "train_loss", "valid_loss", "seconds", "failed_at")
-        return {**self.point.as_dict(), **{name: getattr(self, name) for name in figures}}
+    @property
+    def figures(self) -> dict[str, float]:
+        """Losses and metrics by name, those that there are: `train_loss`, `valid_loss`, `valid_accuracy`, ..."""
+        found = {} if self.train_loss is None else {"train_loss": self.train_loss}
+        if self.valid is not None:
+            found |= {"valid_loss": self.valid.loss}
+            found |= {f"valid_{name}": value for name, value in self.valid.metrics.items()}
+        return found
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -60,6 +66,24 @@ class Results:
     seconds: float
     """Of the whole sweep."""
 
+    @property
+    def names(self) -> list[str]:
+        """The figures that any of the results has."""
+        return list(dict.fromkeys(name for result in self.results for name in result.figures))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row for each point: its settings and what it came to, None where there is nothing."""
+        return [
+            {
+                **result.point.as_dict(),
+                "trainable": result.trainable,
+                **{name: result.figures.get(name) for name in self.names},
+                "failed_at": result.failed_at,
+                "seconds": result.seconds,
+            }
+            for result in self.results
+        ]
+
     def summary(self) -> list[dict[str, Any]]:
         """One row for the repeats of each point: its settings without seed and order, and mean and standard deviation.
 
@@ -68,7 +92,12 @@ class Results:
         groups: dict[Point, list[Result]] = {}
         for result in self.results:
             groups.setdefault(result.point.repeated, []).append(result)
-        return [_summary_row(point, group) for point, group in groups.items()]
+        return [_summary_row(point, group, self.names) for point, group in groups.items()]
+
+    def __str__(self) -> str:
+        with (console := Console(width=160, highlight=False)).capture() as text:
+            console.print(self.table())
+        return text.get()
 
     def table(self) -> Table:
         """The summary for a terminal: settings that differ between points, and figures as mean ± deviation."""
@@ -77,25 +106,37 @@ class Results:
         table = Table(title=f"{len(self.results)} adapters, mean ± standard deviation over repeats")
         for name in varied:
             table.add_column(name.replace("_", " "), justify="left" if name == "targets" else "right")
-        for name in ("trainable", "train loss", "validation loss", "repeats"):
-            table.add_column(name, justify="right")
+        for name in ("trainable", *self.names, "repeats"):
+            table.add_column(name.replace("valid_", "validation ").replace("_", " "), justify="right")
         for row in rows:
             settings = [row[name] if name == "targets" else f"{row[name]:g}" for name in varied]
-            figures = [f"{row['trainable']:,}", _spread(row, "train_loss"), _spread(row, "valid_loss")]
+            figures = [f"{row['trainable']:,}", *(_spread(row, name) for name in self.names)]
             failed = f" ({row['failed']} failed)" if row["failed"] else ""
             table.add_row(*settings, *figures, f"{row['repeats']}{failed}")
         return table
 
-    def write(self, folder: str | os.PathLike[str], **more: Any) -> None:
-        """Writes `results.csv`, a line for each point, and `results.json`, which holds the summary and `more` too."""
+    def write(self, folder: str | os.PathLike[str], columns: Sequence[dict[str, Any]] = (), **settings: Any) -> None:
+        """Writes `results.csv`, a line for each point, and `results.json`, which holds the summary too.
+
+        Args:
+          folder: made if it isn't there.
+          columns: more entries for each point's row.
+          settings: more entries of results.json.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        points = [result.as_dict() for result in self.results]
+        points = [row | more for row, more in zip(self.rows(), columns or [{}] * len(self.results), strict=True)]
         text = io.StringIO()
         writer = csv.DictWriter(text, points[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(points)
-        whole = {**more, "rounds": self.rounds, "seconds": self.seconds, "points": points, "summary": self.summary()}
+        whole = {
+            **settings,
+            "rounds": self.rounds,
+            "seconds": self.seconds,
+            "points": points,
+            "summary": self.summary(),
+        }
         _write(folder / "results.csv", text.getvalue())
         _write(folder / "results.json", json.dumps(whole, indent=1, allow_nan=False) + "\n")
 
@@ -104,12 +145,12 @@ def _settings() -> list[str]:
     return [field.name for field in dataclasses.fields(Point) if field.name not in REPEATS]
 
 
-def _summary_row(point: Point, group: Sequence[Result]) -> dict[str, Any]:
+def _summary_row(point: Point, group: Sequence[Result], names: Sequence[str]) -> dict[str, Any]:
     row = {name: value for name, value in point.as_dict().items() if name not in REPEATS}
     row |= {"repeats": len(group), "failed": sum(result.failed_at is not None for result in group)}
     row["trainable"] = group[0].trainable
-    for name in ("train_loss", "valid_loss"):
-        values = [value for result in group if (value := getattr(result, name)) is not None]
+    for name in names:
+        values = [result.figures[name] for result in group if name in result.figures]
         row[name] = float(np.mean(values)) if values else None
         row[f"{name}_std"] = float(np.std(values, ddof=1)) if len(values) > 1 else None
     return row

@@ -20,9 +20,9 @@ from lora_jax.sweep._point import Point
 from lora_jax.sweep._program import Program, at_once, bytes_needed, lanes, make_program, shapes, size_of
 from lora_jax.sweep._results import Result, Results, weighted
 from lora_jax.sweep._start import Starts, taken, trainable
-from lora_jax.train import TrainConfig, next_token_loss
+from lora_jax.train import Evaluation, StepMetrics, Task, TrainConfig, task_of
+from lora_jax.train._evaluate import evaluation_of
 from lora_jax.train._log import Log
-from lora_jax.train._step import Objective, StepMetrics
 
 TRACED_TOKENS = 8  # of the abstract call that tells how each kernel is used
 
@@ -31,13 +31,13 @@ def run(
     apply_fn: Callable[..., Any],
     params: Any,
     points: Sequence[Point],
-    train_data: Sequence[data.Example],
-    valid_data: Sequence[data.Example] | None = None,
+    train_data: Sequence[data.AnyExample],
+    valid_data: Sequence[data.AnyExample] | None = None,
     config: TrainConfig | None = None,
     *,
     lora: LoRAConfig | None = None,
     axes: Mapping[str, Axes] | None = None,
-    objective: Objective = next_token_loss,
+    task: Task | None = None,
     memory: int | None = None,
     console: Console | None = None,
     on_result: Callable[[Result], None] | None = None,
@@ -51,6 +51,7 @@ def run(
     `lora_jax.init(jax.random.fold_in(jax.random.key(seed), 0), params, ...)`, then `lora_jax.train.train`. Adapters
     don't touch one another: one whose loss is no longer finite is reported as failed at its step, the others go on.
 
+    A sweep looks at the validation rows once, at its end, and gives each adapter's last state (`keep="last"`).
     Every adapter is computed at the highest rank and with every point's targets, so a grid of like ranks wastes least.
     Where row orders differ, a step's batches are padded to the longest among them.
 
@@ -58,13 +59,13 @@ def run(
       apply_fn: the model's own function, `apply_fn(params, input_ids, attention_mask)`; it is adapted here.
       params: its tree, without nodes.
       points: as `grid` gives them.
-      train_data: tokenised rows.
-      valid_data: rows for the validation loss.
+      train_data: tokenised rows, of text or with labels.
+      valid_data: rows for the loss and the metrics of each adapter after its last step.
       config: the settings of the runs; a point's own take the place of its learning rate, weight decay, dropout, seed
         and order.
       lora: exclude, scaling, init, dtype and train of the adapters; rank, alpha and targets are the points'.
       axes: how kernels are used; traced where not given.
-      objective: from the model's output and the batch to the sum of the losses and the sum of their weights.
+      task: what the rows ask for, where it isn't `task_of(train_data)`.
       memory: bytes that a round may take, base included, as XLA's memory analysis of the compiled step tells. More
         adapters than fit are trained in several equal rounds. None: half of what the device has free.
       console: where progress is shown; None shows nothing.
@@ -77,6 +78,7 @@ def run(
     began = time.perf_counter()
     config, lora = config or TrainConfig(), lora or LoRAConfig(rank=1, alpha=1)
     _check(points, train_data, config)
+    task = task or task_of(train_data)
     if axes is None:
         ids = jax.ShapeDtypeStruct((1, TRACED_TOKENS), jnp.int32)
         axes = kernel_axes(apply_fn, params, ids, ids)
@@ -88,12 +90,13 @@ def run(
         apply_fn,
         config,
         steps,
-        objective=objective,
+        task=task,
         dropout=any(entry.config.dropout for entry in entries),
         own_rows=rows.differ,
     )
     base = jax.tree.map(jnp.asarray, split(params, lora.train)[0])
-    bench = _Bench(program, starts, base, rows, list(data.batches(valid_data, config.batch_size)) if valid_data else [])
+    valid: list[Any] = list(data.batches(valid_data, config.batch_size)) if valid_data else []
+    bench = _Bench(program, starts, base, rows, valid, task)
     size = bench.at_once(entries, free_memory() if memory is None else memory)
 
     groups = [entries[start : start + size] for start in range(0, len(entries), size)]
@@ -124,15 +127,22 @@ def _check(points: Sequence[Point], train_data: Sequence[Any], config: TrainConf
         raise ValueError("no points to train")
     if not train_data:
         raise ValueError("no training examples")
+    check_config(config)
+
+
+def check_config(config: TrainConfig) -> None:
+    """Refuse settings of long runs, which a sweep has no use for."""
     for name in ("eval_every", "checkpoint_every"):
         if getattr(config, name):
-            raise ValueError(f"{name}: {getattr(config, name)} given, but a sweep evaluates at its end and is short; 0")
+            raise ValueError(
+                f"{name}: {getattr(config, name)} given, but a sweep evaluates and saves at its end only; leave it out"
+            )
 
 
 class _Rows:
     """The batches of every row order."""
 
-    def __init__(self, examples: Sequence[data.Example], configs: Sequence[TrainConfig], steps: int):
+    def __init__(self, examples: Sequence[data.AnyExample], configs: Sequence[TrainConfig], steps: int):
         rows = configs[0].rows_per_step
         epochs = -(-steps // -(-len(examples) // rows))
         self.steps, self._longest = steps, max(len(example.input_ids) for example in examples)
@@ -193,6 +203,7 @@ class _Bench(NamedTuple):
     base: Any
     rows: _Rows
     valid: list[data.Batch]
+    task: Task
 
     def at_once(self, entries: Sequence[_Entry], memory: int) -> int:
         """How many adapters a round has."""
@@ -241,13 +252,11 @@ class _Bench(NamedTuple):
         progress.tell(self.rows.steps, seen[-1], last=True)
         return jax.tree.map(lambda *values: np.stack(values), *seen), adapters
 
-    def _validate(self, adapters: Any) -> np.ndarray | None:
-        """The validation loss of each adapter."""
-        if not self.valid:
-            return None
+    def _validate(self, adapters: Any) -> Callable[[int], Evaluation]:
+        """What each adapter, by its place, makes of the validation rows."""
         sums = jax.device_get([self.program.loss_sums(adapters, self.base, batch) for batch in self.valid])
-        total, weight = np.sum(np.array(sums, np.float64), axis=0)
-        return total / weight
+        labels = [(batch.get("labels"), batch["loss_weights"] > 0) for batch in self.valid]
+        return lambda index: evaluation_of(self.task, [[x[index] for x in found] for found in sums], labels)
 
     def _result(self, entry, begun, index, metrics, valid, adapters, seconds) -> Result:
         losses, weights, norms = (values[:, index] for values in metrics)
@@ -259,7 +268,7 @@ class _Bench(NamedTuple):
             point=entry.point,
             trainable=trainable(begun),
             train_loss=weighted(losses[-tail:], weights[-tail:]) if fine else None,
-            valid_loss=float(valid[index]) if fine and valid is not None else None,
+            valid=valid(index) if fine and self.valid else None,
             seconds=seconds,
             failed_at=failed_at,
             losses=losses,

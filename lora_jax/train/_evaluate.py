@@ -64,14 +64,19 @@ class Evaluator:
         for batch in self._batches:
             sums.append(self._loss_sums(params, batch))
             labels.append((batch.get("labels"), batch["loss_weights"] > 0))
-        # Fetched at the end: the device never waits for the host. Summed in float64, so a long set loses no digits.
-        sums = jax.device_get(sums)
-        total, weight = np.sum(np.array([found[:2] for found in sums], np.float64), axis=0)
-        loss = float(total / weight)
-        if self.task.metrics is None:
-            with np.errstate(over="ignore"):
-                return Evaluation(loss, int(weight), {"perplexity": float(np.exp(loss))})
-        predicted = np.concatenate([found[2][real] for found, (_, real) in zip(sums, labels, strict=True)])
-        return Evaluation(
-            loss, int(weight), self.task.metrics(predicted, np.concatenate([these[real] for these, real in labels]))
-        )
+        # Fetched at the end: the device never waits for the host.
+        return evaluation_of(self.task, jax.device_get(sums), labels)
+
+
+def evaluation_of(task: Task, sums: Sequence[Any], labels: Sequence[tuple[Any, np.ndarray]]) -> Evaluation:
+    """The loss and metrics of a set, from what `make_loss_sums` gives for each batch, and labels with what is real."""
+    # In float64, so a long set loses no digits.
+    total, weight = np.sum(np.array([found[:2] for found in sums], np.float64), axis=0)
+    loss = float(total / weight)
+    if task.metrics is None:
+        with np.errstate(over="ignore"):
+            return Evaluation(loss, int(weight), {"perplexity": float(np.exp(loss))})
+    predicted = np.concatenate([found[2][real] for found, (_, real) in zip(sums, labels, strict=True)])
+    return Evaluation(
+        loss, int(weight), task.metrics(predicted, np.concatenate([these[real] for these, real in labels]))
+    )
