@@ -3,8 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 INPUTS := pyproject.toml constraints.txt
+SUDO := $(shell [ $$(id -u) = 0 ] || echo sudo)
 
-.PHONY: run test oracle check clean
+.PHONY: run test oracle browser check clean
 
 run: .venv/.run  ## fine-tune the embedded model on the embedded task
 	$(BIN)/lora-jax train
@@ -14,6 +15,9 @@ test: .venv/.test  ## everything but the live comparisons
 
 oracle: .venv/.oracle  ## the comparisons with torch and PEFT, live
 	$(BIN)/python -m pytest --oracle
+
+browser: .venv/.browser  ## reports, opened in headless Chromium
+	$(BIN)/python -m pytest --browser tests/test_report_browser.py
 
 check: .venv/.check  ## style, types, layering
 	$(BIN)/ruff check .
@@ -43,4 +47,11 @@ $(BIN)/python:
 .venv/.oracle: constraints-oracle.txt .venv/.test
 	$(PIP) torch==2.13.0
 	$(PIP) -c constraints.txt -c constraints-oracle.txt peft
+	touch $@
+
+# Chromium comes from the system's packages, by their Debian names.
+.venv/.browser: .venv/.test
+	$(PIP) -c constraints.txt -e '.[test,browser]'
+	command -v chromium && command -v chromedriver || \
+		($(SUDO) apt-get update && $(SUDO) apt-get install -y --no-install-recommends chromium chromium-driver)
 	touch $@

@@ -30,7 +30,19 @@ from lora_jax._tree import combine as combine
 from lora_jax._tree import split as split
 
 # Loaded when first used: they bring in flax, transformers, grain and the like.
-_NAMESPACES = ("analysis", "checkpoint", "data", "generate", "loralib", "models", "peft", "plan", "sweep", "train")
+_NAMESPACES = (
+    "analysis",
+    "checkpoint",
+    "data",
+    "generate",
+    "loralib",
+    "models",
+    "peft",
+    "plan",
+    "report",
+    "sweep",
+    "train",
+)
 
 
 def __getattr__(name: str) -> Any:

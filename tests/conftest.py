@@ -22,6 +22,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--oracle", action="store_true", help="only the comparisons with torch and PEFT, live and not with golden files"
     )
+    parser.addoption("--browser", action="store_true", help="only the tests that open reports in headless Chromium")
 
 
 @pytest.fixture(scope="session")
@@ -32,8 +33,11 @@ def live(request):
 
 def pytest_collection_modifyitems(config, items):
     def chosen(item):
-        marked = item.get_closest_marker("oracle") is not None
-        return marked or "live" in getattr(item, "fixturenames", ()) if config.getoption("--oracle") else not marked
+        if config.getoption("--browser"):
+            return item.get_closest_marker("browser") is not None
+        if config.getoption("--oracle"):
+            return item.get_closest_marker("oracle") is not None or "live" in getattr(item, "fixturenames", ())
+        return not any(item.get_closest_marker(name) for name in ("oracle", "browser"))
 
     config.hook.pytest_deselected(items=[item for item in items if not chosen(item)])
     items[:] = [item for item in items if chosen(item)]

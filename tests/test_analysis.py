@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -169,6 +171,12 @@ def test_rank_deficiency_shows():
     a = rng.standard_normal((20, 2)) @ rng.standard_normal((2, 8))
     found = analysis.spectrum(node(np.float32(a), rng.standard_normal((8, 20))))
     assert int(found.energy_rank(0.999999)) == 2
+
+
+def test_dora_is_not_taken_for_lora():
+    dora = dataclasses.replace(node(np.ones((5, 2)), np.ones((2, 5))), magnitude=jnp.ones(5))
+    with pytest.raises(ValueError, match="DoRA"):
+        analysis.spectrum(dora)
 
 
 def test_zero_update_has_rank_zero():

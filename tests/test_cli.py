@@ -8,17 +8,23 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as tokenizer_models
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
+import lora_jax
 from lora_jax import models, text_to_sql
-from lora_jax.cli import COMMANDS, _embedded, main
+from lora_jax.cli import COMMANDS, _base, _embedded, main
 from lora_jax.cli._base import Base
+
+GOLDEN = Path(__file__).parent / "golden"
 
 LLAMA_2_13B = {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40}
 GPT_3 = {"hidden_size": 12288, "intermediate_size": 49152, "num_hidden_layers": 96, "num_attention_heads": 96}
@@ -156,6 +162,46 @@ def test_merged_evaluates_as_adapted(world, tmp_path, capsys):
         assert main(["evaluate", *model, "--data", world["data"], "--json"]) == 0
         losses.append(json.loads(capsys.readouterr().out)["loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_analyze_writes_a_report(world, tmp_path, capsys):
+    output = str(tmp_path / "report")
+    argv = ["analyze", "--adapter", world["out"], "--output", output]
+    assert main([*argv, "--model", world["model"], "--against", world["out"]]) == 0
+    said = capsys.readouterr().out
+    for word in ("self_attn.q_proj", "factor", f"report: {output}/report.html", "next: python -m webbrowser"):
+        assert word in said
+    with open(f"{output}/report.json") as file:
+        kernels = json.load(file)["kernels"]
+    assert {kernel["layer"] for kernel in kernels} == {0, 1}
+    params = _base.with_adapter(models.load(world["model"]), Path(world["out"]))
+    for kernel in kernels:
+        name = kernel["kind"].rpartition(".")[2]
+        module = params["layers"]["self_attn"][name]
+        w, delta = (
+            float(jnp.linalg.norm(leaf[kernel["layer"]]))
+            for leaf in (module["kernel"], lora_jax.delta(params)["layers"]["self_attn"][name]["kernel"])
+        )
+        assert kernel["amplification"]["w_norm"] == pytest.approx(w, rel=1e-5)
+        assert kernel["update"]["norm"] == pytest.approx(delta, rel=1e-4)
+        assert kernel["similarity"]["a"]["phi"][1][1] == pytest.approx(1)
+
+
+def test_analyze_needs_the_adapter_alone(tmp_path, capsys):
+    output = tmp_path / "report"
+    checkpoint = str(GOLDEN / "loralib" / "adapter.bin")
+    flags = ["--enable-lora", "True", "False", "True", "--layers", "1"]
+    assert main(["analyze", "--adapter", checkpoint, "--alpha", "6", "--output", str(output), *flags]) == 0
+    kernels = json.loads((output / "report.json").read_text())["kernels"]
+    assert {kernel["kind"]: kernel["shape"] for kernel in kernels} == {
+        "c_attn": [6, 12],
+        "qkv": [6, 12],
+        "query": [6, 4],
+    }
+    with np.load(GOLDEN / "loralib" / "updates.npz") as merged:
+        for kernel in kernels:
+            expected = np.linalg.norm(merged[kernel["name"]])
+            assert kernel["update"]["norm"] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -362,6 +408,34 @@ def test_disk_full_while_saving(refused, world, tmp_path, monkeypatch, command):
     assert os.listdir(tmp_path) == ["out"]
     for name in names:
         assert (tmp_path / "out" / name).read_bytes() == tmp_path.joinpath(source, name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--adapter", "{tmp}/nowhere"], "no such adapter folder"),
+        (["--adapter", "{model}"], "holds no adapter_config.json"),
+        (["--adapter", "{out}", "--against", "{tmp}/nowhere"], "no such adapter folder"),
+        (["--adapter", "{out}", "--model", "{tmp}/nowhere"], "no such folder"),
+        (["--adapter", "{out}", "--model", "{wider}"], "an adapter for another model than"),
+        (["--adapter", "{loralib}", "--alpha", "6", "--model", "{model}"], "is not in the model"),
+        (["--adapter", "{loralib}"], "pass --alpha"),
+        (["--adapter", "{loralib}", "--alpha", "6", "--against", "{out}"], "the two adapters change different modules"),
+        (["--adapter", "{out}", "--layers", "7"], "the adapter changes nothing in layer 7"),
+    ],
+)
+def test_what_cannot_be_analyzed(refused, world, tmp_path, flags, message):
+    wider = tiny_model(tmp_path / "wider", hidden_size=20) if "{wider}" in flags else ""
+    places = world | {"tmp": tmp_path, "wider": wider, "loralib": GOLDEN / "loralib" / "adapter.bin"}
+    output = tmp_path / "report"
+    assert message in refused("analyze", *(flag.format(**places) for flag in flags), "--output", output)
+    assert not output.exists()
+
+
+def test_analyze_into_a_folder_that_is_not_empty(refused, world):
+    before = os.listdir(world["model"])
+    assert "--overwrite" in refused("analyze", "--adapter", world["out"], "--output", world["model"])
+    assert os.listdir(world["model"]) == before
 
 
 def test_unknown_command(refused):

@@ -25,6 +25,7 @@ GROUPS = {
     "loralib": (CORE | {"peft"}, {"jax", "numpy", "ml_dtypes"}),
     "checkpoint": (CORE, {"jax", "numpy", "orbax"}),
     "analysis": (CORE, {"jax", "numpy"}),
+    "report": (CORE | {"analysis"}, {"jax", "numpy", "matplotlib", "jinja2", "markupsafe"}),
     "data": (set(), {"numpy", "grain"}),
     "text_to_sql": ({"data"}, {"numpy"}),
     "train": (CORE | {"data", "checkpoint"}, {"jax", "numpy", "grain", "optax", "rich", "scipy", "sklearn"}),

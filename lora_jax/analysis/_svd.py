@@ -52,6 +52,8 @@ def matrices(lora: LoRA) -> tuple[Float, Float]:
 
 def thin_svd(lora: LoRA) -> Sides:
     """ΔW's SVD, from QR of both factors. Values that only float64 rounding keeps from zero (padding) are zero."""
+    if lora.magnitude is not None:
+        raise ValueError("the node has a magnitude (DoRA): its update is not scale · a b, and has no thin SVD")
     a, b = matrices(lora)
     scale = host("scale", lora.scale)[..., None, None]
     left, inner_left = np.linalg.qr(a)

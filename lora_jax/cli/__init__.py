@@ -23,6 +23,7 @@ COMMANDS = {
     "evaluate": "loss and perplexity on a data file, with or without an adapter",
     "generate": "text from a prompt, with or without an adapter",
     "sweep": "train a grid of adapters at once (ranks, targets, learning rates, seeds, ...) and compare them",
+    "analyze": "what an adapter has learned (the paper's section 7), as a report in HTML, JSON and PNG",
     "merge": "add an adapter into its model's weights and write an ordinary Hugging Face folder",
 }
 

@@ -7,4 +7,5 @@ whatever the file says; here the pickle is only looked at, and a file that holds
 """
 
 from lora_jax.loralib._load import load as load
+from lora_jax.loralib._modules import updates as updates
 from lora_jax.loralib._zip import read as read

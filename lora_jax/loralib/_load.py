@@ -99,8 +99,8 @@ def _factors(
     rank = b.shape[1]
     if b.shape == (outputs, a.shape[0]):
         return Factors(tensor, a.T, b.T, alpha / rank)
-    blocks = _blocks(a.shape[0], b.shape, outputs, enable_lora)
-    return Factors(tensor, a.T, _block_diagonal(b, blocks), alpha / rank)
+    blocks = blocks_of(a.shape[0], b.shape, outputs, enable_lora)
+    return Factors(tensor, a.T, block_diagonal(b, blocks), alpha / rank)
 
 
 class _Blocks(NamedTuple):
@@ -111,7 +111,7 @@ class _Blocks(NamedTuple):
     adapted: tuple[int, ...]
 
 
-def _blocks(rows_of_a: int, shape_of_b: tuple[int, ...], outputs: int, enable_lora: Sequence[bool] | None) -> _Blocks:
+def blocks_of(rows_of_a: int, shape_of_b: tuple[int, ...], outputs: int, enable_lora: Sequence[bool] | None) -> _Blocks:
     rows, rank = shape_of_b
     groups, rest = divmod(rows_of_a, rank)
     width = rows // max(groups, 1)
@@ -131,7 +131,7 @@ def _blocks(rows_of_a: int, shape_of_b: tuple[int, ...], outputs: int, enable_lo
     return _Blocks(width, outputs, tuple(i for i, on in enumerate(enabled) if on))
 
 
-def _block_diagonal(b: np.ndarray, blocks: _Blocks) -> np.ndarray:
+def block_diagonal(b: np.ndarray, blocks: _Blocks) -> np.ndarray:
     """loralib's B of k groups, (k · width, rank), as b of one kernel, (k · rank, outputs)."""
     rank = b.shape[1]
     whole = np.zeros((len(blocks.adapted) * rank, blocks.outputs), np.float32)

@@ -55,15 +55,7 @@ def load(
     Example: see `save`.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such adapter folder")
-    config = _config.read(folder)
-    path = folder / TENSORS_FILE
-    if not path.is_file():
-        pickled = (
-            " (adapter_model.bin is a pickle, which is never read)" if (folder / "adapter_model.bin").exists() else ""
-        )
-        raise FileNotFoundError(f"{folder}: it holds no {TENSORS_FILE}{pickled}")
+    config, path = find(folder)
     tree = _trees.parts(params)
     if tree.nodes:
         raise ValueError(f"{min(tree.nodes)} already has an adapter; load into the base parameters, or merge it first")
@@ -77,6 +69,20 @@ def load(
         raise ValueError(f"{folder}: {error}") from None
     whole = _trees.filled(((tensor, arrays[name]) for name, tensor in plan.whole.items()), tree.leaves)
     return _trees.put(params, plan.nodes(arrays, tree.leaves), whole)
+
+
+def find(folder: Path) -> tuple[AdapterConfig, Path]:
+    """The folder's config and the file of its tensors, which isn't opened."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such adapter folder")
+    config = _config.read(folder)
+    path = folder / TENSORS_FILE
+    if not path.is_file():
+        pickled = (
+            " (adapter_model.bin is a pickle, which is never read)" if (folder / "adapter_model.bin").exists() else ""
+        )
+        raise FileNotFoundError(f"{folder}: it holds no {TENSORS_FILE}{pickled}")
+    return config, path
 
 
 class _Plan:

@@ -1,0 +1,152 @@
+"""`lora-jax analyze`: what an adapter has learned, as the paper's section 7 asks it."""
+
+import shlex
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.progress import track
+
+import lora_jax
+from lora_jax import LoRA, report, text_to_sql
+from lora_jax.cli import _base, _show
+
+EMBEDDED = "embedded"  # --model's name for the model in the package
+PEFT_CONFIG = "adapter_config.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Measure an adapter after section 7 of the LoRA paper, and write a report as HTML, JSON and PNG.
+
+    Needs the adapter alone; with its model also how ΔW relates to W, with a second adapter also what the two share.
+    """
+
+    adapter: Path
+    """folder of an adapter in PEFT's format, or a checkpoint of loralib (then with --alpha)"""
+    output: Path
+    """folder to write"""
+    model: str | None = None
+    """the adapter's model: Hugging Face folder, the hub's owner/model, or `embedded` for the one in the package"""
+    against: Path | None = None
+    """a second adapter of the same modules: another rank, another seed"""
+    alpha: float | None = None
+    """of loralib's checkpoints, which don't say it"""
+    enable_lora: tuple[bool, ...] | None = None
+    """of loralib's MergedLinear: which of its projections are adapted"""
+    layers: tuple[int, ...] | None = None
+    """layers to look at; all if not given"""
+    seed: int = 0
+    """of the random baselines"""
+    overwrite: bool = False
+    """replace what is in the output folder"""
+
+
+def run(settings: Settings) -> None:
+    _base.check_free(settings.output, settings.overwrite)
+    updates = _chosen(read(settings.adapter, settings), settings)
+    against = None if settings.against is None else _chosen(read(settings.against, settings), settings)
+    if against is not None:
+        report.check_comparable(updates, against)
+    weight = None if settings.model is None else weights_of(settings.model, updates)
+    found = report.measure(updates, weight=weight, against=against, seed=settings.seed)
+    measured = list(
+        track(
+            found,
+            "measuring",
+            total=len(updates),
+            console=_show.notes(),
+            transient=True,
+            disable=not sys.stderr.isatty(),
+        )
+    )
+    sources = {"adapter": settings.adapter, "against": settings.against, "model": settings.model}
+    with _show.working("drawing"):
+        report.write(
+            settings.output,
+            measured,
+            title=f"What {settings.adapter.name} has learned",
+            sources={what: str(source) for what, source in sources.items() if source is not None},
+            overwrite=settings.overwrite,
+        )
+    show = _show.results()
+    show.print(summary(measured))
+    page = settings.output / "report.html"
+    show.print(f"report: {page}", markup=False, soft_wrap=True)
+    show.print(
+        f"next: {shlex.join(['python', '-m', 'webbrowser', str(page.absolute())])}", markup=False, soft_wrap=True
+    )
+
+
+def read(path: Path, settings: Settings) -> dict[str, LoRA]:
+    """The updates of an adapter in one of the two formats."""
+    file = _checkpoint(path)
+    if file is None:
+        return lora_jax.peft.updates(path)
+    if settings.alpha is None:
+        raise ValueError(f"{file}: loralib's checkpoints don't say alpha; pass --alpha with what it was trained with")
+    return lora_jax.loralib.updates(file, alpha=settings.alpha, enable_lora=settings.enable_lora)
+
+
+def _checkpoint(path: Path) -> Path | None:
+    """The loralib checkpoint that `path` is or holds; None where it is a folder of PEFT's, or nothing."""
+    if path.is_file():
+        return path
+    files = sorted(path.glob("*.bin")) if path.is_dir() and not (path / PEFT_CONFIG).exists() else []
+    return files[0] if len(files) == 1 else None
+
+
+def _chosen(updates: dict[str, LoRA], settings: Settings) -> dict[str, LoRA]:
+    if settings.layers is None:
+        return updates
+    layers = {name: place.layer for name, place in report.places_of(updates).items()}
+    chosen = {name: node for name, node in updates.items() if layers[name] in settings.layers}
+    if missing := sorted(set(settings.layers) - set(layers.values())):
+        raise ValueError(f"layers: the adapter changes nothing in layer {missing[0]}")
+    return chosen
+
+
+def weights_of(model: str, updates: Mapping[str, LoRA]) -> Callable[[str], Any]:
+    """Reads W of one module at a time, (inputs, outputs), once the adapter is known to fit the model."""
+    folder = text_to_sql.BASE if model == EMBEDDED and not Path(model).exists() else model
+    opened = lora_jax.models.load_streamed(folder)
+    leaves = lora_jax.models.flatten(opened.params)
+    places: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for path, weight in opened.names.items():
+        for index in np.ndindex(leaves[path].shape[: weight.name.count("{}")]):
+            places[weight.name.format(*index).removesuffix(".weight")] = (path, index)
+    problems = []
+    for name, node in updates.items():
+        if name not in places:
+            problems.append(f"{name} is not in the model")
+            continue
+        path, index = places[name]
+        shape = tuple(leaves[path].shape[len(index) :])
+        expected = (node.a.shape[0], node.b.shape[1])
+        if shape != expected:
+            problems.append(f"{name} has shape {shape} in the model, {expected} in the adapter")
+    if problems:
+        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ValueError(f"an adapter for another model than {model}: {'; '.join(problems[:3])}{more}")
+
+    def weight_of(name: str) -> np.ndarray:
+        path, index = places[name]
+        return leaves[path].read(index)
+
+    return weight_of
+
+
+def summary(measured: list[report.Measured]) -> Any:
+    """Means by kind of kernel."""
+    rows = report.by_kind(measured)
+    columns = ["kernels of", "number>", "rank>", "‖ΔW‖>", "effective rank>", "rank at 90 %>"]
+    fields = ["kind", "kernels", "rank", "delta_norm", "effective_rank", "rank_90"]
+    if rows[0].relative is not None:
+        columns, fields = [*columns, "‖ΔW‖/‖W‖>", "factor>"], [*fields, "relative", "factor"]
+    if rows[0].similarity is not None:
+        columns, fields = [*columns, "φ(1, 1) of A>"], [*fields, "similarity"]
+    cells = [[getattr(row, field) for field in fields] for row in rows]
+    return _show.table(columns, [["-" if cell is None else cell for cell in line] for line in cells])

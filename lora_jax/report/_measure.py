@@ -1,0 +1,177 @@
+"""All measures of each adapted kernel, one kernel at a time."""
+
+import math
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from numpy.typing import ArrayLike
+
+from lora_jax._tree import LoRA
+from lora_jax.analysis import (
+    Amplification,
+    Spectrum,
+    amplification,
+    matrices,
+    random_similarity,
+    spectrum,
+    subspace_similarity,
+)
+
+
+class Overlap(NamedTuple):
+    """φ of two adapters' factors of one kernel, and φ of two random factors of their size."""
+
+    phi: np.ndarray
+    random: np.ndarray
+
+
+class Measured(NamedTuple):
+    """What was found of one kernel; None where there is no W, or no second adapter.
+
+    Attributes:
+        name: of the module.
+        layer: the first number in the name; None where it has none.
+        kind: the name behind that number, such as `self_attn.q_proj`.
+        shape: inputs and outputs.
+        rank: of the adapter.
+        scale: alpha/rank.
+        update: of ΔW.
+        weight: of W.
+        amplification: of W by ΔW (table 7).
+        right: of the two adapters' A, whose directions are ΔW's right singular vectors in the paper (figures 3 and 4).
+        left: of their B.
+    """
+
+    name: str
+    layer: int | None
+    kind: str
+    shape: tuple[int, int]
+    rank: int
+    scale: float
+    update: Spectrum
+    weight: Spectrum | None = None
+    amplification: Amplification | None = None
+    right: Overlap | None = None
+    left: Overlap | None = None
+
+
+def measure(
+    updates: Mapping[str, LoRA],
+    *,
+    weight: Callable[[str], ArrayLike] | None = None,
+    against: Mapping[str, LoRA] | None = None,
+    seed: int = 0,
+) -> Iterator[Measured]:
+    """Measure each kernel's update, in the order of layers; W is asked for and let go kernel by kernel.
+
+    Args:
+        updates: a node by module name, without stack axes; `peft.updates` and `loralib.updates` read such from files.
+        weight: gives a module's W, (inputs, outputs).
+        against: the updates of another adapter of the same modules.
+        seed: of the random baselines.
+
+    Raises:
+        ValueError: the adapters don't change the same modules, or something is not finite or doesn't fit.
+
+    >>> import jax.numpy as jnp
+    >>> node = LoRA(jnp.eye(4)[:, :2], jnp.eye(2, 3), jnp.float32(2))
+    >>> found = list(measure({"layers.0.q_proj": node}, weight=lambda name: jnp.ones((4, 3))))
+    >>> found[0].layer, found[0].kind, found[0].update.singular_values.tolist()
+    (0, 'q_proj', [2.0, 2.0])
+    """
+    if against is not None:
+        check_comparable(updates, against)
+    places = places_of(updates)
+    for name in sorted(updates, key=lambda name: (places[name].kind, places[name].layer or 0, name)):
+        # A kernel's draws are its own, whatever else the adapter changes.
+        key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
+        yield _measured(name, places[name], updates[name], weight, None if against is None else against[name], key)
+
+
+def check_comparable(updates: Mapping[str, LoRA], against: Mapping[str, LoRA]) -> None:
+    """Raise ValueError, one line, unless both adapters change the same modules of the same sizes."""
+    only, other = sorted(updates.keys() - against.keys()), sorted(against.keys() - updates.keys())
+    if only or other:
+        told = [
+            f"{len(names)} only in {where} ({names[0]}{', ...' if len(names) > 1 else ''})"
+            for names, where in ((only, "--adapter"), (other, "--against"))
+            if names
+        ]
+        raise ValueError(f"the two adapters change different modules: {' and '.join(told)}; compare two of one model")
+    for name, node in updates.items():
+        ours, theirs = _shape(node), _shape(against[name])
+        if ours != theirs:
+            raise ValueError(f"{name}: {ours} in --adapter, {theirs} in --against: they belong to different models")
+
+
+class Place(NamedTuple):
+    layer: int | None
+    kind: str
+
+
+def places_of(names: Mapping[str, object]) -> dict[str, Place]:
+    """Where each module stands. What is before the number is told where several stacks have layers.
+
+    >>> places_of({"model.layers.3.self_attn.q_proj": 0, "lm_head": 0})
+    {'model.layers.3.self_attn.q_proj': Place(layer=3, kind='self_attn.q_proj'), 'lm_head': Place(layer=None, ...)}
+    """
+    cut = {name: _cut(name) for name in names}
+    stacks = {before for before, layer, _ in cut.values() if layer is not None}
+    return {
+        name: Place(layer, f"{before}.{behind}" if len(stacks) > 1 and layer is not None else behind)
+        for name, (before, layer, behind) in cut.items()
+    }
+
+
+def _cut(name: str) -> tuple[str, int | None, str]:
+    parts = name.split(".")
+    for i, part in enumerate(parts):
+        if part.isascii() and part.isdecimal() and len(part) < 10 and i + 1 < len(parts):
+            return ".".join(parts[:i]), int(part), ".".join(parts[i + 1 :])
+    return "", None, name
+
+
+def _shape(node: LoRA) -> tuple[int, int]:
+    inputs, outputs = (math.prod(shape) for shape in (node.a.shape[:-1], node.b.shape[1:]))
+    return inputs, outputs
+
+
+def _measured(
+    name: str,
+    place: Place,
+    lora: LoRA,
+    weight: Callable[[str], ArrayLike] | None,
+    other: LoRA | None,
+    key: jax.Array,
+) -> Measured:
+    try:
+        w = None if weight is None else np.asarray(weight(name))
+        w_spectrum = None if w is None else spectrum(w, lora.axes)
+        right, left = (None, None) if other is None else _overlaps(lora, other, key)
+        return Measured(
+            name=name,
+            layer=place.layer,
+            kind=place.kind,
+            shape=_shape(lora),
+            rank=int(lora.a.shape[-1]),
+            scale=float(lora.scale),
+            update=spectrum(lora),
+            weight=w_spectrum,
+            amplification=None if w is None else amplification(w, lora, key, own=w_spectrum),
+            right=right,
+            left=left,
+        )
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def _overlaps(lora: LoRA, other: LoRA, key: jax.Array) -> list[Overlap]:
+    found = []
+    for side, (ours, theirs) in enumerate(zip(matrices(lora), matrices(other), strict=True)):
+        features, rank = ours.shape
+        noise = random_similarity(jax.random.fold_in(key, side), features, rank, theirs.shape[-1])
+        found.append(Overlap(subspace_similarity(ours, theirs), noise))
+    return found
