@@ -9,7 +9,8 @@ import pytest
 
 from lora_jax import cli
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
 COMMANDS = re.findall(r"^ *(lora-jax \w.*)$", README, re.MULTILINE)
 
 
@@ -28,6 +29,13 @@ def test_the_code_runs(tmp_path, monkeypatch, capsys):
     assert float(names["loss"]) < jnp.log(10)
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
     assert (tmp_path / "merged" / "model.safetensors").exists()
+
+
+def test_what_is_linked_is_there():
+    links = re.findall(r"\]\(([^)#]+)\)", README)
+    here = [link for link in links if "://" not in link]
+    assert "docs/train.svg" in here
+    assert [link for link in here if not (ROOT / link).exists()] == []
 
 
 @pytest.mark.parametrize("command", COMMANDS)
