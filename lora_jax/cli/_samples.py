@@ -59,6 +59,7 @@ def complete(model: Any, params: Any, prompts: Sequence[Prompt]) -> list[str]:
 
 def show(console: Console, samples: Sequence[Sample]) -> None:
     """Each sample as a few lines: the prompt's end, what was expected, and the answers."""
+    console.print()
     for sample in samples:
         console.print(Text(_last_line(sample.prompt), "bold"))
         told = {"expected": (sample.expected, None), **sample.answers}
