@@ -101,6 +101,25 @@ CASES = {
             "bias": "lora_only",
         },
     ),
+    "biases": Case(
+        learning_rate=1.05,
+        model={"attention_bias": True},
+        lora={"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "bias": "all"},
+    ),
+    "dora": Case(
+        learning_rate=0.65,
+        lora={
+            "r": 4,
+            "lora_alpha": 8,
+            "target_modules": [name for name in LINEAR if name != "k_proj"],
+            "use_dora": True,
+            "rank_pattern": {"v_proj": 2},
+        },
+    ),
+    "dora_embedding": Case(
+        learning_rate=0.26,
+        lora={"r": 4, "lora_alpha": 8, "target_modules": ["embed_tokens", "lm_head", "q_proj"], "use_dora": True},
+    ),
 }
 
 
@@ -112,7 +131,7 @@ def model_config(case: Case) -> dict[str, Any]:
 def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
     """The values of a weight or a factor: they depend on its name alone, so no order of drawing matters."""
     random = np.random.default_rng(zlib.crc32(name.encode()))
-    if "norm" in name:
+    if "norm" in name or "magnitude" in name:
         return random.uniform(0.5, 1.5, shape).astype(np.float32)
     return random.normal(0, max(0.2, 1 / math.sqrt(shape[-1])), shape).astype(np.float32)
 

@@ -20,7 +20,7 @@ from tokenizers import models as tokenizer_models
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 import lora_jax
-from lora_jax import models, text_to_sql
+from lora_jax import models, peft, text_to_sql
 from lora_jax.cli import COMMANDS, _base, _embedded, main
 from lora_jax.cli._base import Base
 
@@ -151,6 +151,30 @@ def test_evaluate_prints_one_json_object(world, capsys):
     adapted = json.loads(capsys.readouterr().out)
     assert base["rows"] == adapted["rows"] == 12
     assert adapted["loss"] < base["loss"]
+
+
+def test_export_writes_the_same_adapter_without_patterns(world, tmp_path):
+    arguments = ["export", "--model", world["model"], "--adapter", world["out"], "--output"]
+    assert main([*arguments, str(tmp_path / "anew")]) == 0
+    assert main([*arguments, str(tmp_path / "portable"), "--portable"]) == 0
+    model, merged = models.load(world["model"]), []
+    for folder in (world["out"], tmp_path / "anew", tmp_path / "portable"):
+        merged.append(lora_jax.merge(peft.load(folder, model.params, names=model.names)))
+    for other in merged[1:]:
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), other, merged[0])
+    config = json.loads((tmp_path / "portable" / "adapter_config.json").read_text())
+    assert config["lora_alpha"] == config["r"]
+
+
+def test_export_keeps_what_was_trained_whole(world, tmp_path):
+    model = models.load(world["model"])
+    params = peft.load(world["out"], model.params, names=model.names)
+    params["norm"]["scale"] = params["norm"]["scale"] + 1
+    peft.save(tmp_path / "whole", params, names=model.names, train=["/norm/scale/"])
+    arguments = ["export", "--model", world["model"], "--adapter", str(tmp_path / "whole")]
+    assert main([*arguments, "--output", str(tmp_path / "anew")]) == 0
+    again = peft.load(tmp_path / "anew", model.params, names=model.names)
+    np.testing.assert_array_equal(again["norm"]["scale"], params["norm"]["scale"])
 
 
 def test_merged_evaluates_as_adapted(world, tmp_path, capsys):

@@ -333,11 +333,11 @@ def test_copies_of_the_base_are_accepted_if_they_are_its_own(folder):
         ("lora_alpha", "16", "finite number"),
         ("lora_alpha", 10**400, "finite number"),
         ("lora_alpha", None, "finite number"),
-        ("use_dora", True, "not supported"),
         ("use_qalora", True, "not supported"),
-        ("lora_bias", True, "not supported"),
         ("target_parameters", ["experts.w1"], "not supported"),
-        ("trainable_token_indices", [1], "not supported"),
+        ("trainable_token_indices", [1], "names no one embedding"),
+        ("trainable_token_indices", {"embed": [1, 1]}, "each once"),
+        ("trainable_token_indices", {"embed": [99]}, "12 rows only"),
         ("layer_replication", [[0, 2]], "not supported"),
         ("megatron_config", {"a": 1}, "not supported"),
         ("alora_invocation_tokens", [1], "not supported"),
@@ -381,10 +381,10 @@ def test_options_that_are_off_or_only_describe_are_accepted(folder):
 
 
 def test_several_options_are_refused_at_once(folder):
-    edit(folder, use_dora=True, lora_bias=True)
+    edit(folder, use_qalora=True, layer_replication=[[0, 2]])
     message = refusal(folder)
-    assert "use_dora" in message
-    assert "lora_bias" in message
+    assert "use_qalora" in message
+    assert "layer_replication" in message
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,10 @@ pytestmark = [
 CHOSEN = sorted({case["architectures"][0]: name for name, case in CASES.items()}.values())
 
 
+# transformers 5 fuses the experts' kernels, and PEFT then adapts what is fused: refused by name.
+FUSED = ("mixtral", "qwen3_moe")
+
+
 class Setting(NamedTuple):
     """A model on both sides: ours with its adapted function compiled once, and how to make theirs."""
 
@@ -114,5 +118,10 @@ def test_we_read_pefts(setting, tmp_path):
         refs.append(setting.their_outputs(theirs.to(getattr(torch, dtype))))
         if dtype == "float32":
             theirs.save_pretrained(tmp_path / "theirs")
-    params = peft.load(tmp_path / "theirs", setting.model.params, names=setting.model.names, axes=setting.axes)
+    read = lambda: peft.load(tmp_path / "theirs", setting.model.params, names=setting.model.names, axes=setting.axes)
+    if setting.name in FUSED:
+        with pytest.raises(ValueError, match="target_parameters: is not supported"):
+            read()
+        return
+    params = read()
     assert_agrees(setting.outputs(params), *refs)

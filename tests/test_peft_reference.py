@@ -16,12 +16,12 @@ import numpy as np
 import optax
 import pytest
 from agreement import assert_agrees
-from peft_cases import CASES, STEPS, Case, draw, model_config, tokens
+from peft_cases import ATTENTION, CASES, STEPS, Case, draw, model_config, tokens
 from transformers import LlamaConfig
 
 import lora_jax
 from lora_jax import models, peft
-from lora_jax.peft._names import factor_names, tensors
+from lora_jax.peft._names import factor_names, magnitude_name, tensors
 from lora_jax.peft._trees import parts, shapes
 
 # PEFT's own: a deprecated name that it asks transformers for, and that it copies adapted embeddings into the file.
@@ -46,7 +46,10 @@ class Setting(NamedTuple):
     def train(self) -> tuple[str, ...]:
         """The leaves that train whole, as patterns."""
         whole = {"lm_head": "lm_head", "model.norm": "/norm/scale/"}
-        biases = ("q_proj/bias", "v_proj/bias") if self.case.lora.get("bias") == "lora_only" else ()
+        biases = {
+            "lora_only": ("q_proj/bias", "v_proj/bias"),
+            "all": tuple(f"{name}/bias" for name in ATTENTION),
+        }.get(self.case.lora.get("bias"), ())
         return tuple(whole[name] for name in self.case.lora.get("modules_to_save", ())) + biases
 
     def agrees(self, kind: str, ours: Any) -> None:
@@ -92,6 +95,8 @@ def by_name(setting: Setting, adapter: Any) -> dict[str, np.ndarray]:
             assert not np.any(pair[0][rank:])
             assert not np.any(pair[1][:, rank:])
             named |= zip(factor_names(tensor), (pair[0][:rank], pair[1][:, :rank]), strict=True)
+            if found.nodes[tensor.path].magnitude is not None:
+                named[magnitude_name(tensor)] = found.nodes[tensor.path].magnitude[tensor.index]
         elif tensor.path in found.leaves:
             value = found.leaves[tensor.path][tensor.index]
             inner = saved.replace(".bias", ".base_layer.bias")
@@ -160,7 +165,14 @@ def test_peft_loads_what_we_write(setting, tmp_path, portable):
     """No key missing or unexpected, and the same logits; what PEFT then saves is read here as the same adapter."""
     import peft as reference
 
-    peft.save(tmp_path / "ours", setting.params, names=setting.model.names, train=setting.train, portable=portable)
+    save = lambda: peft.save(
+        tmp_path / "ours", setting.params, names=setting.model.names, train=setting.train, portable=portable
+    )
+    if portable and setting.case.lora.get("use_dora"):
+        with pytest.raises(ValueError, match="no portable form"):
+            save()
+        return
+    save()
     make = oracle()
     config = reference.PeftConfig.from_pretrained(tmp_path / "ours")
     theirs = reference.get_peft_model(make.base_model(setting.case), config).eval()

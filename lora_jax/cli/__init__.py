@@ -24,6 +24,7 @@ COMMANDS = {
     "generate": "text from a prompt, with or without an adapter",
     "sweep": "train a grid of adapters at once (ranks, targets, learning rates, seeds, ...) and compare them",
     "analyze": "what an adapter has learned (the paper's section 7), as a report in HTML, JSON and PNG",
+    "export": "write an adapter anew, in a form that tools which ignore PEFT's patterns read right",
     "merge": "add an adapter into its model's weights and write an ordinary Hugging Face folder",
 }
 

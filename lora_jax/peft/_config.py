@@ -41,6 +41,8 @@ DESCRIPTIVE = frozenset(
         "task_type",
     }
 )
+# Fields that came after the first checksums were written: these are of adapters that leave them off.
+_NOT_IN_OLD_CHECKSUMS = frozenset({"use_dora", "lora_bias", "trainable_token_indices"})
 # Initialisations that leave the base as it was; pissa, olora, corda, loftq and lora_ga edit it.
 KEEPS_BASE = (True, False, None, "gaussian", "orthogonal", "eva")
 
@@ -65,6 +67,9 @@ class AdapterConfig:
     use_rslora: bool = False
     fan_in_fan_out: bool = False
     ensure_weight_tying: bool = False
+    use_dora: bool = False
+    lora_bias: bool = False
+    trainable_token_indices: Mapping[str, tuple[int, ...]] | tuple[int, ...] | None = None
 
     def targets(self, module: str, *, linear: bool = False) -> bool:
         """Whether PEFT would adapt `module` (its `check_target_module_exists`).
@@ -214,7 +219,8 @@ def checksum(config: AdapterConfig, tensors: Mapping[str, np.ndarray]) -> str:
 
     An alpha that was altered or a flipped bit in a mantissa gives another adapter that looks as good as the right one.
     """
-    digest = hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode())
+    said = {name: value for name, value in asdict(config).items() if value or name not in _NOT_IN_OLD_CHECKSUMS}
+    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
     for name, array in sorted(tensors.items()):
         digest.update(f"{name}:{array.dtype}:{array.shape}:".encode())
         digest.update(array.tobytes())
@@ -299,6 +305,22 @@ def _layers_pattern(value: Any) -> tuple[str, ...]:
     return names
 
 
+def _tokens(value: Any) -> dict[str, tuple[int, ...]] | tuple[int, ...] | None:
+    """Rows of the input embedding, or of embeddings by name."""
+    if isinstance(value, dict):
+        if not value:
+            return None
+        return {name: _rows(rows) for name, rows in value.items()}
+    return None if value in (None, []) else _rows(value)
+
+
+def _rows(value: Any) -> tuple[int, ...]:
+    rows = _layers(value) if isinstance(value, list) and value else None
+    if rows is None or len(set(rows)) < len(rows):
+        raise ValueError("expected token numbers, each once")
+    return rows
+
+
 def _pattern_values(check: Callable[[Any], Any]) -> Callable[[Any], dict[str, Any]]:
     def checked(value: Any) -> dict[str, Any]:
         if value is not None and not isinstance(value, dict):
@@ -324,4 +346,7 @@ _FIELDS: dict[str, Callable[[Any], Any]] = {
     "use_rslora": _switch,
     "fan_in_fan_out": _switch,
     "ensure_weight_tying": _switch,
+    "use_dora": _switch,
+    "lora_bias": _switch,
+    "trainable_token_indices": _tokens,
 }

@@ -37,6 +37,7 @@ def content(
     factors = [found for path in sorted(nodes) for found in factors_of(path, nodes[path], table)]
     if not factors:
         raise ValueError("every adapter in these parameters has scale 0: nothing to save")
+    _check_magnitudes(factors, portable)
     if portable:
         factors = _one_rank(factors)
     extra = _Extra(table, tree, {found.tensor.module for found in factors}, names)
@@ -44,10 +45,26 @@ def content(
     return tensors | extra.tensors(), _config_of(factors, extra, _names.modules(names, table))
 
 
+def _check_magnitudes(factors: Sequence[Factors], portable: bool) -> None:
+    """PEFT's `use_dora` is for all modules or none, and tools that ignore patterns don't know it."""
+    with_one = [found.tensor.module for found in factors if found.magnitude is not None]
+    without = [found.tensor.module for found in factors if found.magnitude is None]
+    if with_one and without:
+        raise ValueError(
+            f"{with_one[0]} has a magnitude (DoRA) and {without[0]} has none: PEFT's format can't hold both"
+        )
+    if with_one and portable:
+        raise ValueError(
+            f"{with_one[0]} has a magnitude (DoRA), which has no portable form: merge it, or save without portable"
+        )
+
+
 def _factor_tensors(found: Factors) -> list[tuple[str, np.ndarray]]:
     pairs = list(zip(_names.factor_names(found.tensor), (found.a.T, found.b.T), strict=True))
     for head in found.tensor.tied:  # the same ΔW seen from the other side
         pairs += zip(_names.head_factor_names(head), (found.b, found.a), strict=True)
+    if found.magnitude is not None:
+        pairs.append((_names.magnitude_name(found.tensor), found.magnitude))
     return [(name, np.ascontiguousarray(array)) for name, array in pairs]
 
 
@@ -55,7 +72,7 @@ def _one_rank(factors: Sequence[Factors]) -> list[Factors]:
     """The same ΔW with scale 1 and one rank for all: the scale goes into b, rows and columns of zeros are added."""
     rank = max(found.rank for found in factors)
     padded = []
-    for tensor, a, b, scale in factors:
+    for tensor, a, b, scale, _ in factors:
         more = rank - a.shape[1]
         scaled = (b.astype(np.float32) * np.float32(scale)).astype(b.dtype)
         padded.append(Factors(tensor, np.pad(a, ((0, 0), (0, more))), np.pad(scaled, ((0, more), (0, 0))), 1.0))
@@ -134,6 +151,7 @@ def _config_of(factors: Sequence[Factors], extra: _Extra, modules: set[str]) -> 
         bias="lora_only" if extra.biases else "none",
         use_rslora=stabilized,
         fan_in_fan_out=all(not found.tensor.transpose and not found.tensor.is_embedding for found in factors),
+        use_dora=factors[0].magnitude is not None,
         ensure_weight_tying=any(tensor.tied for tensor in [found.tensor for found in factors] + extra.whole),
     )
 

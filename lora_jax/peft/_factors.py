@@ -13,12 +13,16 @@ from lora_jax.peft._names import Tensor
 
 
 class Factors(NamedTuple):
-    """The adapter of one Hugging Face module: ΔW = scale · a b, with a (in, rank) and b (rank, out)."""
+    """The adapter of one Hugging Face module: ΔW = scale · a b, with a (in, rank) and b (rank, out).
+
+    `magnitude` (out) is DoRA's, or None.
+    """
 
     tensor: Tensor
     a: np.ndarray
     b: np.ndarray
     scale: float
+    magnitude: np.ndarray | None = None
 
     @property
     def rank(self) -> int:
@@ -28,6 +32,7 @@ class Factors(NamedTuple):
 def factors_of(path: str, node: LoRA, table: Mapping[str, Tensor]) -> list[Factors]:
     """The node's factors, one entry for each index of its stack that is adapted, without padded ranks."""
     a, b, scale = (np.asarray(x) for x in jax.device_get((node.a, node.b, node.scale)))
+    magnitude = None if node.magnitude is None else np.asarray(jax.device_get(node.magnitude))
     rank = a.shape[-1]
     found = []
     for tensor in table.values():
@@ -36,14 +41,20 @@ def factors_of(path: str, node: LoRA, table: Mapping[str, Tensor]) -> list[Facto
         _names.check_axes(tensor, node.axes)
         a_i = a[tensor.index].reshape(-1, rank)
         b_i = b[tensor.index].reshape(rank, -1)
-        if not (np.isfinite(a_i).all() and np.isfinite(b_i).all() and np.isfinite(scale[tensor.index])):
+        m_i = None if magnitude is None else magnitude[tensor.index].reshape(-1)
+        if not all(np.isfinite(x).all() for x in (a_i, b_i, scale[tensor.index], *([] if m_i is None else [m_i]))):
             raise ValueError(f"{path}: the adapter holds NaN or infinity: it is not saved")
         used = (a_i != 0).any(0) | (b_i != 0).any(1)
         if used.any():  # a column of zeros that meets a row of zeros is padding, up to the stack's largest rank
             a_i, b_i = a_i[:, used], b_i[used]
+        if m_i is not None and (tensor.tied or (tensor.is_embedding and not _names.looks_up(tensor, node.axes))):
+            raise ValueError(
+                f"{path}: has a magnitude for both uses of a tied embedding, or one a token; PEFT's format has one a"
+                " feature, of the look-up alone: merge it, or leave it out of the targets"
+            )
         if tensor.is_embedding and not _names.looks_up(tensor, node.axes):
             a_i, b_i = b_i.T, a_i.T
-        found.append(Factors(tensor, a_i, b_i, float(scale[tensor.index])))
+        found.append(Factors(tensor, a_i, b_i, float(scale[tensor.index]), m_i))
     return found
 
 
@@ -57,6 +68,7 @@ def node_of(factors: Sequence[Factors], shape: tuple[int, ...], axes: Axes) -> L
     a = np.zeros((*stack, int(np.prod(inputs)), rank), np.float32)
     b = np.zeros((*stack, rank, int(np.prod(outputs))), np.float32)
     scale = np.zeros(stack, np.float32)
+    magnitude = np.zeros((*stack, int(np.prod(outputs))), np.float32)  # 0, as the factors', where no entry is for
     for found in factors:
         one_a, one_b = found.a, found.b
         if found.tensor.is_embedding and not _names.looks_up(found.tensor, axes):
@@ -64,9 +76,13 @@ def node_of(factors: Sequence[Factors], shape: tuple[int, ...], axes: Axes) -> L
         a[found.tensor.index][:, : found.rank] = one_a
         b[found.tensor.index][: found.rank] = one_b
         scale[found.tensor.index] = found.scale
+        if found.magnitude is not None:
+            magnitude[found.tensor.index] = found.magnitude
+    dora = factors[0].magnitude is not None
     return LoRA(
         a=jnp.asarray(a.reshape(*stack, *inputs, rank)),
         b=jnp.asarray(b.reshape(*stack, rank, *outputs)),
         scale=jnp.asarray(scale),
+        magnitude=jnp.asarray(magnitude.reshape(*stack, *outputs)) if dora else None,
         axes=axes,
     )

@@ -116,6 +116,11 @@ def factor_names(tensor: Tensor) -> tuple[str, str]:
     return f"{start}.lora_A.weight", f"{start}.lora_B.weight"
 
 
+def magnitude_name(tensor: Tensor) -> str:
+    """The name of DoRA's magnitude in the file."""
+    return f"{PREFIX}{tensor.module}.lora_magnitude_vector"
+
+
 def head_factor_names(head: str) -> tuple[str, str]:
     """The names of A and B of a head that shares the embedding's weight: its A is the embedding's Bᵀ, its B the Aᵀ."""
     return f"{PREFIX}{head}.lora_A.weight", f"{PREFIX}{head}.lora_B.weight"

@@ -18,6 +18,10 @@ from lora_jax.peft._write import TENSORS_FILE
 DTYPES = frozenset({"F16", "BF16", "F32"})
 
 
+# The modules that PEFT means by rows without a name: what transformers' get_input_embeddings returns.
+_INPUT_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings")
+
+
 class Expected(NamedTuple):
     """What a tensor of the file must look like, and what it is a part of."""
 
@@ -36,7 +40,9 @@ def load(
 
     Every adapted module becomes a part of the node beside its kernel: `a = lora_Aᵀ`, `b = lora_Bᵀ`, scale = alpha/r.
     Layers of a stacked leaf may differ in rank (padded with zeros) and alpha; those that the adapter leaves alone get
-    scale 0. Leaves that were trained whole (`modules_to_save`, biases) are replaced by their trained values.
+    scale 0. Leaves that were trained whole (`modules_to_save`, biases) are replaced by their trained values; so are
+    rows of an embedding (`trainable_token_indices`), and the biases that take up B's (`lora_bias`). With `use_dora` the
+    nodes have magnitudes.
 
     Args:
         folder: a local folder with `adapter_config.json` and `adapter_model.safetensors`.
@@ -63,12 +69,12 @@ def load(
         plan = _Plan(config, _names.tensors(names, tree.leaves), axes)
         with safetensors.safe_open(path, framework="np") as file:
             arrays = _checked(file, plan, tree.leaves)
+            values = plan.values(arrays, tree.leaves)
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path}: not a complete safetensors file: {' '.join(str(error).split())}") from None
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
-    whole = _trees.filled(((tensor, arrays[name]) for name, tensor in plan.whole.items()), tree.leaves)
-    return _trees.put(params, plan.nodes(arrays, tree.leaves), whole)
+    return _trees.put(params, plan.nodes(arrays, tree.leaves), _trees.filled(values, tree.leaves))
 
 
 def find(folder: Path) -> tuple[AdapterConfig, Path]:
@@ -98,9 +104,15 @@ class _Plan:
         ]
         self.axes = {tensor.path: _names.axes_of(tensor, axes) for tensor in self.adapted}
         self.whole = self._saved_whole(table)
+        self.tokens = self._token_rows(table)
+        self.biases = self._biases(table) if config.lora_bias else {}
+        if config.use_dora:
+            self._check_dora()
         self.expected = {name: Expected(tensor.saved_shape, tensor) for name, tensor in self.whole.items()}
         for tensor in self.adapted:
             self.expected |= self._factors(tensor)
+        for name, (tensor, rows) in self.tokens.items():
+            self.expected[name] = Expected((len(rows), tensor.shape[1]), tensor)
         # PEFT adds copies of base weights (embeddings, where they are adapted): harmless when they are this base's.
         self.copies = {
             f"{PREFIX}{module}{inner}.{tensor.parameter}": Expected(tensor.saved_shape, tensor)
@@ -123,11 +135,61 @@ class _Plan:
         rank = self.config.rank(tensor.module)
         inputs, outputs = _names.widths(tensor, self.axes[tensor.path])
         names = [*_names.factor_names(tensor)]
-        shapes = [(rank, inputs), (outputs, rank)]
+        shapes: list[tuple[int, ...]] = [(rank, inputs), (outputs, rank)]
         for head in tensor.tied:
             names += _names.head_factor_names(head)
             shapes += [(rank, outputs), (inputs, rank)]
+        if self.config.use_dora:
+            names.append(_names.magnitude_name(tensor))
+            shapes.append((outputs,))
+        if self.config.lora_bias:
+            names.append(_bias_name(tensor))
+            shapes.append((outputs,))
         return {name: Expected(shape, tensor) for name, shape in zip(names, shapes, strict=True)}
+
+    def _check_dora(self) -> None:
+        for tensor in self.adapted:
+            if tensor.tied:
+                raise ValueError(
+                    f"use_dora: {tensor.module} shares its weight with {', '.join(tensor.tied)}, and PEFT gives each a "
+                    "magnitude of its own: load it into a model with tie_word_embeddings=false"
+                )
+            if tensor.is_embedding and not _names.looks_up(tensor, self.axes[tensor.path]):
+                raise ValueError(f"use_dora: {tensor.path}: its axes must have the vocabulary as inputs")
+
+    def _biases(self, table: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The bias that takes up each B's: y + scale · bias_B is a change of the module's own."""
+        own = {tensor.module: tensor for tensor in table.values() if tensor.parameter == "bias"}
+        lacking = [tensor.module for tensor in self.adapted if tensor.module not in own]
+        if lacking:
+            raise ValueError(
+                f"lora_bias: {lacking[0]} has no bias of its own to take up that of B ({len(lacking)} such modules); "
+                "PEFT can't merge it either"
+            )
+        return {tensor.module: own[tensor.module] for tensor in self.adapted}
+
+    def _token_rows(self, table: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, tuple[int, ...]]]:
+        """Which rows of which embedding were trained, by the name of the tensor that holds them."""
+        given = self.config.trainable_token_indices
+        if given is None:
+            return {}
+        adapted = {tensor.module for tensor in self.adapted}
+        embeddings = {tensor.module: tensor for tensor in table.values() if tensor.is_embedding}
+        found = {}
+        for name, rows in given.items() if isinstance(given, Mapping) else [(_INPUT_EMBEDDINGS, given)]:
+            endings = (name,) if isinstance(name, str) else name
+            named = [m for m in embeddings if any(m == end or m.endswith(f".{end}") for end in endings)]
+            if len(named) != 1:
+                raise ValueError(
+                    f"trainable_token_indices: {' or '.join(endings)} names no one embedding of this model"
+                )
+            tensor = embeddings[named[0]]
+            if tensor.module in adapted or max(rows) >= tensor.shape[0]:
+                why = "is adapted as well" if tensor.module in adapted else f"has {tensor.shape[0]} rows only"
+                raise ValueError(f"trainable_token_indices: {tensor.module} {why}")
+            # The head of a tied model follows: PEFT saves the rows once.
+            found[f"{PREFIX}{tensor.module}.token_adapter.trainable_tokens_delta"] = tensor, rows
+        return found
 
     def _saved_whole(self, table: Mapping[str, Tensor]) -> dict[str, Tensor]:
         adapted = {tensor.module for tensor in self.adapted}
@@ -160,13 +222,34 @@ class _Plan:
             problems.insert(0, "not one tensor of this model is in it: it is an adapter for another model")
         return problems
 
+    def values(self, arrays: Mapping[str, np.ndarray], leaves: Mapping[str, Any]) -> list[tuple[Tensor, np.ndarray]]:
+        """The tensors that take the place of the base's."""
+        values = [(tensor, arrays[name]) for name, tensor in self.whole.items()]
+        trained = {(tensor.path, tensor.index): value for tensor, value in values}
+        for tensor in self.adapted if self.config.lora_bias else ():
+            bias = self.biases[tensor.module]
+            before = trained.get((bias.path, bias.index), np.asarray(leaves[bias.path])[bias.index])
+            more = np.asarray(arrays[_bias_name(tensor)], np.float32) * np.float32(self.config.scale(tensor.module))
+            values.append((bias, np.asarray(before, np.float32) + more))
+        for name, (tensor, rows) in self.tokens.items():
+            embedding = np.array(leaves[tensor.path], np.float32)
+            embedding[list(rows)] = arrays[name]
+            values.append((tensor, embedding))
+        return values
+
     def nodes(self, arrays: Mapping[str, np.ndarray], leaves: Mapping[str, Any]) -> dict[str, LoRA]:
         """The factors by kernel."""
         by_path: dict[str, list[Factors]] = {}
         for tensor in self.adapted:
             a, b = (arrays[name].T for name in _names.factor_names(tensor))
-            by_path.setdefault(tensor.path, []).append(Factors(tensor, a, b, self.config.scale(tensor.module)))
+            magnitude = arrays[_names.magnitude_name(tensor)] if self.config.use_dora else None
+            found = Factors(tensor, a, b, self.config.scale(tensor.module), magnitude)
+            by_path.setdefault(tensor.path, []).append(found)
         return {path: node_of(group, leaves[path].shape, self.axes[path]) for path, group in by_path.items()}
+
+
+def _bias_name(tensor: Tensor) -> str:
+    return f"{_names.factor_names(tensor)[1].removesuffix('.weight')}.bias"
 
 
 def _checked(file: Any, plan: _Plan, leaves: Mapping[str, Any]) -> dict[str, np.ndarray]:

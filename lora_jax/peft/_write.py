@@ -32,7 +32,8 @@ def save(
 
     `adapter_model.safetensors` gets, for each adapted module (each layer of a stacked leaf is one),
     `lora_A.weight = aᵀ` (rank, in) and `lora_B.weight = bᵀ` (out, rank); `adapter_config.json` gets ranks and alphas:
-    where they differ between modules, patterns with one full name each, so that their order can't matter. Padded
+    where they differ between modules, patterns with one full name each, so that their order can't matter. Nodes with
+    magnitudes are saved under `use_dora`, each with its `lora_magnitude_vector`. Padded
     ranks and layers with scale 0 are left out. A checksum of config and tensors goes along, which `load` verifies.
     The files are moved into place when both are complete: on any failure an earlier adapter stays
     as it was.
@@ -45,7 +46,8 @@ def save(
             (biases of adapted modules as `bias="lora_only"`). An adapter tree knows its own.
         base_model: the name or path of the base model, which PEFT's `AutoPeftModel` loads.
         task_type: PEFT's task, such as `"CAUSAL_LM"`.
-        portable: fold the scale into B and pad to one rank, for tools that ignore patterns: alpha = r everywhere.
+        portable: fold the scale into B and pad to one rank, for tools that ignore patterns: alpha = r everywhere. DoRA
+            has no such form.
         overwrite: replace an adapter that is there.
 
     Raises:

@@ -1,6 +1,6 @@
 """What transformers and PEFT say to the cases of `tests/peft_cases.py`: writes tests/golden/peft/CASE.
 
-    python tests/golden/make_peft.py        # torch 2.13.0 (CPU), peft 0.21.2, transformers 5.23; a minute on two cores
+    python tests/golden/make_peft.py [CASE ...]   # torch 2.13.0 (CPU), peft 0.21.2, transformers 5.23; a minute
 
 Each folder holds the adapter as PEFT saved it, and `expected.npz`: logits of the base and of the adapted model, the
 gradient of every trained tensor, and its move over three steps of plain SGD, each computed in float32 and in float64.
@@ -47,7 +47,8 @@ def trained(model: peft.PeftModel) -> dict[str, torch.nn.Parameter]:
     found = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not (model.config.tie_word_embeddings and "lm_head" in name):
-            found[name.replace(".modules_to_save.default", "").replace(".default", "")] = parameter
+            saved = name.replace(".modules_to_save.default", "").replace(".default", "")
+            found[saved.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")] = parameter
     return found
 
 
@@ -135,6 +136,6 @@ def make(folder: Path, case: Case) -> None:
 
 
 if __name__ == "__main__":
-    for name, case in CASES.items():
-        make(HERE / name, case)
+    for name in sys.argv[1:] or CASES:
+        make(HERE / name, CASES[name])
         print(HERE / name)

@@ -1,0 +1,55 @@
+"""`lora-jax export`: an adapter written anew, for tools that read less of PEFT's format than PEFT does."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+import lora_jax
+from lora_jax import _tree
+from lora_jax.cli import _base, _show
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Write an adapter anew in PEFT's format: each rank and alpha under one module's full name.
+
+    With `--portable`, for tools that ignore such patterns (vLLM, llama.cpp): the scale goes into B, ranks are padded to
+    one, and alpha is r.
+    """
+
+    adapter: Path
+    """folder of an adapter, ours or PEFT's"""
+    output: Path
+    """folder to write"""
+    portable: bool = False
+    """one rank, alpha = r, no patterns"""
+    overwrite: bool = False
+    """replace what is in the output folder"""
+    base: tyro.conf.OmitArgPrefixes[_base.Base] = _base.Base()
+
+
+def run(settings: Settings) -> None:
+    _base.check_free(settings.output, settings.overwrite)
+    model = settings.base.load()
+    params = _base.with_adapter(model, settings.adapter)
+    lora_jax.peft.save(
+        settings.output,
+        params,
+        names=model.names,
+        train=trained_whole(model.params, params),
+        base_model=settings.base.model,
+        portable=settings.portable,
+        overwrite=settings.overwrite,
+    )
+    show = _show.results()
+    show.print(f"adapter: {settings.output}", markup=False)
+
+
+def trained_whole(base: Any, params: Any) -> tuple[str, ...]:
+    """Patterns of the leaves that an adapter brought with it: those that aren't the base's own arrays any more."""
+    before = dict(_tree.leaves_with_paths(base))
+    after = _tree.leaves_with_paths(params)
+    return tuple(f"/{re.escape(path)}/" for path, leaf in after if path in before and leaf is not before[path])
