@@ -39,6 +39,7 @@ _NAMESPACES = (
     "models",
     "peft",
     "plan",
+    "prefix",
     "report",
     "sweep",
     "train",

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from lora_jax._dora import changed, difference
 from lora_jax._node import LoRA, check_node, update_of
-from lora_jax._tree import combine, detach, edit, leaves_with_paths, nodes_of, rebox, unbox
+from lora_jax._tree import combine, detach, edit, leaves_with_paths, nodes_of, rebox, refuse_prefix, unbox
 
 
 def merge(params: Any, *, dtype: Any = None) -> Any:
@@ -26,15 +26,21 @@ def merge(params: Any, *, dtype: Any = None) -> Any:
       The tree as it was before `init`, with W' in place of W and the extra trained leaves as they are now.
 
     Raises:
-      ValueError: A node that doesn't fit its kernel, or holds several stacked adapters.
+      ValueError: A node that doesn't fit its kernel, or holds several stacked adapters; prefix embeddings.
 
     >>> node = LoRA(jnp.ones((2, 1)), jnp.ones((1, 3)), jnp.float32(0.5))
     >>> merge({"kernel": jnp.ones((2, 3)), "kernel_lora": node})
     {'kernel': Array([[1.5, 1.5, 1.5],
            [1.5, 1.5, 1.5]], dtype=float32)}
     """
+    check_mergeable(params)
     plain, nodes = detach(params)
     return _moved(plain, nodes, changed, dtype)
+
+
+def check_mergeable(params: Any) -> None:
+    """Raise ValueError where a tree trains what no weights can hold."""
+    refuse_prefix(params, "are input, no weights to merge into; merge lora_jax.prefix.take(params)[0], and keep them")
 
 
 def unmerge(params: Any, adapter: Any) -> Any:

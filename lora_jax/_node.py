@@ -12,6 +12,7 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 SUFFIX = "_lora"
+PREFIX = "prefix"  # where a tree of parameters has its prefix embeddings
 
 
 class Axes(NamedTuple):
@@ -133,6 +134,20 @@ class Trained:
     def cast(self) -> Any:
         """The leaf as the function sees it."""
         return cast(self.value, self.dtype)
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("value",), meta_fields=("dtype", "after"))
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prefix(Trained):
+    """Embeddings of tokens that stand before a row's own, which train beside A and B (`lora_jax.prefix`).
+
+    Attributes:
+      value: f32[length, width].
+      dtype: Name of the dtype that the function sees.
+      after: Tokens of the row that stand before the prefix: 1 where the first is pooled, else 0.
+    """
+
+    after: int = 0
 
 
 def cast(leaf: Any, dtype: Any) -> Any:

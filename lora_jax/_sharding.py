@@ -1,5 +1,6 @@
 """Where the factors live: beside their kernels."""
 
+import dataclasses
 from typing import Any
 
 from lora_jax._node import LoRA, Trained, place
@@ -44,6 +45,6 @@ def shardings(params: Any, base_shardings: Any) -> Any:
             return None
         if isinstance(leaf, LoRA):
             return place(unbox(of(kernel_path(path))), leaf.axes, magnitude=leaf.magnitude is not None)
-        return Trained(of(path), leaf.dtype) if isinstance(leaf, Trained) else of(path)
+        return dataclasses.replace(leaf, value=of(path)) if isinstance(leaf, Trained) else of(path)
 
     return edit(params, leaf=put)

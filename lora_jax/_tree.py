@@ -5,10 +5,12 @@ from typing import Any
 
 import jax
 
+from lora_jax._node import PREFIX as PREFIX
 from lora_jax._node import SUFFIX
 from lora_jax._node import Axes as Axes
 from lora_jax._node import KernelAxes as KernelAxes
 from lora_jax._node import LoRA as LoRA
+from lora_jax._node import Prefix as Prefix
 from lora_jax._node import Trained as Trained
 from lora_jax._paths import component, match, path_of
 
@@ -171,6 +173,13 @@ def detach(tree: Any) -> tuple[Any, dict[str, LoRA]]:
         return leaf.cast() if isinstance(leaf, Trained) else leaf
 
     return edit(tree, leaf=cast, level=drop_nodes), nodes
+
+
+def refuse_prefix(tree: Any, why: str) -> None:
+    """Raise ValueError where a tree holds prefix embeddings, which would be lost without a word."""
+    for path, leaf in leaves_with_paths(tree):
+        if isinstance(leaf, Prefix):
+            raise ValueError(f"{path}: {len(leaf.value)} prefix embeddings {why}")
 
 
 def attach(tree: Any, nodes: Mapping[str, LoRA], leaves: Mapping[str, Any] | None = None) -> Any:

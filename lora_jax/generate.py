@@ -2,7 +2,7 @@
 
     texts = generate_text(model, params, ["Once upon a time"], GenerateConfig(max_tokens=32))
 
-`params` may be a plain tree or one that holds an adapter.
+`params` may be a plain tree or one that holds an adapter, and a prefix.
 """
 
 import functools
@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax import prefix
 from lora_jax._forward import adapt
 from lora_jax.data import bucket
 
@@ -102,7 +103,10 @@ def generate(
 def _generate(
     params, input_ids, mask, eos_ids, temperature, top_p, key, *, model_apply, init_cache, max_tokens, draw, nucleus
 ):
-    apply = adapt(model_apply, allow_none=True)
+    apply = prefix.adapt(adapt(model_apply, allow_none=True))
+    empty = ~mask.any(axis=1)
+    if (node := prefix.take(params)[1]) is not None:
+        input_ids, mask = prefix.insert(node, input_ids), prefix.insert(node, mask, fill=1)
     batch, length = input_ids.shape
 
     def choose(logits, step):
@@ -128,7 +132,7 @@ def _generate(
     # The logits of the prompt are never looked at, so XLA leaves the head out of this call.
     _, cache = apply(params, input_ids[:, :-1], mask[:, :-1], cache=init_cache(batch, length + max_tokens))
     tokens = jnp.full((batch, max_tokens), eos_ids[0], jnp.int32)
-    start = (jnp.int32(0), tokens, input_ids[:, -1], cache, ~mask.any(axis=1))
+    start = (jnp.int32(0), tokens, input_ids[:, -1], cache, empty)
     return jax.lax.while_loop(unfinished, advance, start)[1]
 
 
@@ -168,12 +172,14 @@ def generate_text(
     tokenizer = model.tokenizer
     eos_ids = _eos_ids(model)
     encoded = [_prompt_ids(prompt, tokenizer) for prompt in prompts]
-    longest = model.config.max_position_embeddings - config.max_tokens
+    positions, before = model.config.max_position_embeddings, prefix.length(params)
+    longest = positions - before - config.max_tokens
     for number, ids in enumerate(encoded, 1):
         if len(ids) > longest:
             raise ValueError(
                 f"prompt {number}: {len(ids)} tokens and max_tokens {config.max_tokens} are more than the model's "
-                f"{model.config.max_position_embeddings} positions; shorten the prompt or lower max_tokens"
+                f"{positions} positions{f' after a prefix of {before}' if before else ''}; shorten the prompt or lower "
+                "max_tokens"
             )
     texts = [""] * len(encoded)
     for number, rows in enumerate(_batches(encoded, config.batch_size)):

@@ -19,7 +19,7 @@ from lora_jax._forward.interpret import Frame, Session, evaluate
 from lora_jax._forward.layout import drop
 from lora_jax._forward.lowrank import RANK, Factor, LowRank
 from lora_jax._node import check_node
-from lora_jax._tree import LoRA, detach, leaf_paths
+from lora_jax._tree import LoRA, detach, leaf_paths, refuse_prefix
 
 RULES = {
     **layout.RULES,
@@ -133,6 +133,7 @@ def _detached(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any],
     leaves: list[Any] = []
     places: dict[int, tuple[str, LoRA]] = {}
     for value in (*args, *keywords.values()):
+        refuse_prefix(value, "don't reach the function by themselves; call lora_jax.prefix.adapt(lora_jax.adapt(fn))")
         tree, nodes = detach(value)
         if nodes:
             start = len(leaves)

@@ -9,6 +9,7 @@ import numpy as np
 
 import lora_jax
 from lora_jax._describe import MergeReport, Norms, norms_of, report_of
+from lora_jax._merge import check_mergeable
 from lora_jax._node import LoRA, at_index
 from lora_jax.peft import _trees
 
@@ -43,7 +44,11 @@ def merged(model: Any, params: Any, dtype: Any = None) -> Merged:
         model: the base.
         params: its parameters with the adapter's nodes.
         dtype: of the result; None is each leaf's own.
+
+    Raises:
+        ValueError: prefix embeddings in `params`.
     """
+    check_mergeable(params)
     tree, norms = _trees.parts(params), {}
     leaves = {}
     for path, base in lora_jax.models.flatten(model.params).items():

@@ -38,6 +38,8 @@ class Settings:
     """go on from the newest checkpoint in the output folder"""
     remat: bool = False
     """compute activations anew in the backward pass: much less memory, about a third more time"""
+    prefix_length: int = 0
+    """tokens before each row whose embeddings train beside A and B; such an adapter can't be merged"""
     base: tyro.conf.OmitArgPrefixes[_base.Base] = _base.Base()
     lora: tyro.conf.OmitArgPrefixes[lora_jax.LoRAConfig] = _base.LORA
     train: tyro.conf.OmitArgPrefixes[TrainConfig] = TrainConfig()
@@ -73,7 +75,9 @@ def run(settings: Settings) -> None:
     began = time.perf_counter()
     _check(settings)
     read = {split: _read(settings, split) for split in ("train", "valid")}
-    matched = inspect.match(settings.base.abstract(), settings.lora)
+    abstract = settings.base.abstract()
+    matched = inspect.match(abstract, settings.lora)
+    _check_prefix(settings.prefix_length, abstract.config.max_position_embeddings)
     show = _show.results()
     show.print(str(matched), markup=False, soft_wrap=True)
 
@@ -81,6 +85,12 @@ def run(settings: Settings) -> None:
     rows = Rows(**{split: _encode(split, found, model, settings) for split, found in read.items()})
     key = jax.random.fold_in(jax.random.key(settings.train.seed), 0)  # training folds in the steps, from 1
     params = lora_jax.init(key, model.params, settings.lora, axes=_base.kernel_axes(model))
+    if settings.prefix_length:
+        # The run's key itself: training folds steps into it, and init takes fold 0.
+        params = lora_jax.prefix.init(jax.random.key(settings.train.seed), params, settings.prefix_length)
+        show.print(
+            f"prefix: {settings.prefix_length} tokens, {lora_jax.prefix.take(params)[1].value.size:,} parameters"
+        )
     before = _look(settings, model, params, rows)
     if before.accuracy is not None:
         show.print(f"before training: {_show.percent(before.accuracy)} of {len(before.texts)} held-out questions right")
@@ -142,6 +152,11 @@ def _stopped(settings: Settings) -> str:
     return "stopped before the adapter was saved; with --checkpoint-every N a run can be resumed"
 
 
+def _check_prefix(length: int, positions: int) -> None:
+    if not 0 <= length <= positions - 2:
+        raise ValueError(f"prefix_length: {length} given, expected 0 to {positions - 2} for {positions} positions")
+
+
 def _read(settings: Settings, split: str) -> Sequence[data.Row]:
     return _embedded.rows(split) if settings.data is None else data.load(settings.data, split)
 
@@ -149,7 +164,7 @@ def _read(settings: Settings, split: str) -> Sequence[data.Row]:
 def _encode(split: str, rows: Sequence[data.Row], model: Any, settings: Settings) -> list[Example]:
     if not rows:
         return []
-    length = min(settings.train.max_length, model.config.max_position_embeddings)
+    length = min(settings.train.max_length, model.config.max_position_embeddings - settings.prefix_length)
     encoded = data.encode(rows, model.tokenizer, length)
     told = f"{split}: {len(encoded.examples):,} rows"
     if encoded.truncated:

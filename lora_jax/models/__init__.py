@@ -52,10 +52,12 @@ class Model:
         params: nested dict of arrays (`jax.ShapeDtypeStruct` from `load_abstract`); leaves under `layers` are stacked,
             the layer's axis first.
         names: leaf path -> `Weight`, its name in Hugging Face files.
-        apply: `(params, input_ids, attention_mask=None, *, positions=None, cache=None)` with `input_ids` int32[B, T]
-            and `attention_mask` [B, T], 1 at real tokens (padding may be on either side) -> logits [B, T, V], or
-            `(logits, cache)` when a cache is given. `positions` int32[B, T] default to those among the real tokens.
-            Encoders take `token_type_ids` int32[B, T] instead of a cache, and give what their head does.
+        apply: `(params, input_ids, attention_mask=None, *, positions=None, cache=None, more_embeddings=None)` with
+            `input_ids` int32[B, T] and `attention_mask` [B, T], 1 at real tokens (padding may be on either side)
+            -> logits [B, T, V], or `(logits, cache)` when a cache is given. `positions` int32[B, T] default to those
+            among the real tokens. Ids below 0 are looked up in `more_embeddings`, f[E, D], as further rows of the
+            table of embeddings: -1 is the first. Encoders take `token_type_ids` int32[B, T] instead of a cache, and
+            give what their head does.
         init_cache: `(batch, length, dtype=None)` -> an empty cache for `length` tokens a row, padding included.
         folder: where it was loaded from; None for `init`.
     """

@@ -181,11 +181,11 @@ class Decoder(nn.Module):
     remat: bool = False
 
     @nn.compact
-    def __call__(self, input_ids, attention_mask=None, *, positions=None, cache=None):
+    def __call__(self, input_ids, attention_mask=None, *, positions=None, cache=None, more_embeddings=None):
         spec = self.spec
         positions, cache, past = _attention.begin(input_ids, attention_mask, positions, cache)
         embed = Embed(spec.vocab_size, spec.hidden_size, spec.init_std, self.param_dtype, name="embed_tokens")
-        x = embed(input_ids, self.dtype)
+        x = embed(input_ids, self.dtype, more_embeddings)
         if spec.embedding_scale is not None:
             x = x * jnp.asarray(spec.embedding_scale, x.dtype)
         own = {"past": past, "sliding": jnp.asarray(spec.sliding) if len(spec.kinds) > 1 else None}

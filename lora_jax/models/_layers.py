@@ -41,7 +41,10 @@ def layer_norm(parent: Any, name: str, x: Any) -> Any:
 
 
 class Embed(nn.Module):
-    """A table of `count` vectors; `attend` is a head tied to it."""
+    """A table of `count` vectors; `attend` is a head tied to it.
+
+    Called with `more`, f[E, features], ids below zero are looked up there, as further rows: -1 is the first of them.
+    """
 
     count: int
     features: int
@@ -52,9 +55,13 @@ class Embed(nn.Module):
         init = nn.initializers.normal(self.init_std)
         self.embedding = self.param("embedding", init, (self.count, self.features), self.param_dtype)
 
-    def __call__(self, ids, dtype=None):
+    def __call__(self, ids, dtype=None, more=None):
         # Ids out of range give NaN (jnp.take's default), so they can't pass unseen.
-        return jnp.take(self.embedding, ids, axis=0).astype(dtype or self.embedding.dtype)
+        x = jnp.take(self.embedding, ids if more is None else jnp.maximum(ids, 0), axis=0)
+        x = x.astype(dtype or self.embedding.dtype)
+        if more is not None:
+            x = jnp.where(ids[..., None] < 0, jnp.take(more, jnp.maximum(-1 - ids, 0), axis=0).astype(x.dtype), x)
+        return x
 
     def attend(self, x):
         return x @ self.embedding.T.astype(x.dtype)

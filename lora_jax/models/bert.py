@@ -71,7 +71,7 @@ class Embeddings(nn.Module):
     param_dtype: Any
 
     @nn.compact
-    def __call__(self, input_ids, attention_mask, token_type_ids, positions, dtype):
+    def __call__(self, input_ids, attention_mask, token_type_ids, positions, dtype, more):
         spec = self.spec
 
         def table(name, count):
@@ -84,7 +84,7 @@ class Embeddings(nn.Module):
         if token_type_ids is None:
             token_type_ids = jnp.zeros((1, 1), jnp.int32)
         words = table("word_embeddings", spec.vocab_size)
-        x = words(input_ids, dtype) + table("position_embeddings", spec.max_positions)(positions, dtype)
+        x = words(input_ids, dtype, more) + table("position_embeddings", spec.max_positions)(positions, dtype)
         x = x + table("token_type_embeddings", spec.token_types)(token_type_ids, dtype)
         return layer_norm(self, "LayerNorm", x), words
 
@@ -207,10 +207,10 @@ class Encoder(nn.Module):
     remat: bool = False
 
     @nn.compact
-    def __call__(self, input_ids, attention_mask=None, *, token_type_ids=None, positions=None):
+    def __call__(self, input_ids, attention_mask=None, *, token_type_ids=None, positions=None, more_embeddings=None):
         spec, roberta = self.spec, self.spec.first_position is not None
         embeddings = Embeddings(spec, self.param_dtype, name="embeddings")
-        x, words = embeddings(input_ids, attention_mask, token_type_ids, positions, self.dtype)
+        x, words = embeddings(input_ids, attention_mask, token_type_ids, positions, self.dtype, more_embeddings)
         mask = None if attention_mask is None else attention_mask.astype(bool)[:, None, None, :]
         x, _ = _attention.stacked(Layer, spec.num_layers, self.remat)(spec, self.param_dtype, name="layer")(
             x, None, mask

@@ -113,12 +113,12 @@ class GPT2(nn.Module):
     remat: bool = False
 
     @nn.compact
-    def __call__(self, input_ids, attention_mask=None, *, positions=None, cache=None):
+    def __call__(self, input_ids, attention_mask=None, *, positions=None, cache=None, more_embeddings=None):
         spec = self.spec
         positions, cache, past = _attention.begin(input_ids, attention_mask, positions, cache)
         tokens = Embed(spec.vocab_size, spec.hidden_size, spec.init_std, self.param_dtype, name="wte")
         places = Embed(spec.max_positions, spec.hidden_size, spec.init_std, self.param_dtype, name="wpe")
-        x = tokens(input_ids, self.dtype) + places(positions, self.dtype)
+        x = tokens(input_ids, self.dtype, more_embeddings) + places(positions, self.dtype)
         context = {"index": None, "mask": None}
         if cache is not None:
             context = {"index": cache["index"], "mask": _attention.cached_mask(cache, positions, None)}

@@ -42,7 +42,7 @@ DESCRIPTIVE = frozenset(
     }
 )
 # Fields that came after the first checksums were written: these are of adapters that leave them off.
-_NOT_IN_OLD_CHECKSUMS = frozenset({"use_dora", "lora_bias", "trainable_token_indices"})
+_NOT_IN_OLD_CHECKSUMS = frozenset({"use_dora", "lora_bias", "trainable_token_indices", "lora_jax_prefix"})
 # Initialisations that leave the base as it was; pissa, olora, corda, loftq and lora_ga edit it.
 KEEPS_BASE = (True, False, None, "gaussian", "orthogonal", "eva")
 
@@ -70,6 +70,7 @@ class AdapterConfig:
     use_dora: bool = False
     lora_bias: bool = False
     trainable_token_indices: Mapping[str, tuple[int, ...]] | tuple[int, ...] | None = None
+    lora_jax_prefix: Mapping[str, int] | None = None  # ours: the adapter goes with prefix embeddings (`_prefix`)
 
     def targets(self, module: str, *, linear: bool = False) -> bool:
         """Whether PEFT would adapt `module` (its `check_target_module_exists`).
@@ -206,6 +207,8 @@ def to_json(config: AdapterConfig, **descriptive: Any) -> str:
     fields["alpha_pattern"] = {pattern: _whole(alpha) for pattern, alpha in config.alpha_pattern.items()}
     for name in ("layers_pattern", "modules_to_save"):
         fields[name] = fields[name] or None
+    if config.lora_jax_prefix is None:  # PEFT warns of a field that it doesn't know, as it should where there is one
+        del fields["lora_jax_prefix"]
     return json.dumps(fields, indent=2, sort_keys=True) + "\n"
 
 
@@ -321,6 +324,13 @@ def _rows(value: Any) -> tuple[int, ...]:
     return rows
 
 
+def _prefix(value: Any) -> dict[str, int]:
+    counts = value if isinstance(value, dict) and value.keys() == {"length", "after"} else {}
+    if not counts or any(type(count) is not int or count < 0 for count in counts.values()):
+        raise ValueError("expected an object of length and after, whole numbers")
+    return counts
+
+
 def _pattern_values(check: Callable[[Any], Any]) -> Callable[[Any], dict[str, Any]]:
     def checked(value: Any) -> dict[str, Any]:
         if value is not None and not isinstance(value, dict):
@@ -349,4 +359,5 @@ _FIELDS: dict[str, Callable[[Any], Any]] = {
     "use_dora": _switch,
     "lora_bias": _switch,
     "trainable_token_indices": _tokens,
+    "lora_jax_prefix": _prefix,
 }

@@ -9,7 +9,7 @@ import numpy as np
 import safetensors
 
 from lora_jax._tree import Axes, LoRA
-from lora_jax.peft import _config, _names, _trees
+from lora_jax.peft import _config, _names, _prefix, _trees
 from lora_jax.peft._config import PREFIX, AdapterConfig
 from lora_jax.peft._factors import Factors, node_of
 from lora_jax.peft._names import Tensor, Weight
@@ -42,7 +42,7 @@ def load(
     Layers of a stacked leaf may differ in rank (padded with zeros) and alpha; those that the adapter leaves alone get
     scale 0. Leaves that were trained whole (`modules_to_save`, biases) are replaced by their trained values; so are
     rows of an embedding (`trainable_token_indices`), and the biases that take up B's (`lora_bias`). With `use_dora` the
-    nodes have magnitudes.
+    nodes have magnitudes. Prefix embeddings that go with the adapter are put in (`lora_jax.prefix`).
 
     Args:
         folder: a local folder with `adapter_config.json` and `adapter_model.safetensors`.
@@ -74,7 +74,8 @@ def load(
         raise ValueError(f"{path}: not a complete safetensors file: {' '.join(str(error).split())}") from None
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
-    return _trees.put(params, plan.nodes(arrays, tree.leaves), _trees.filled(values, tree.leaves))
+    new = _trees.put(params, plan.nodes(arrays, tree.leaves), _trees.filled(values, tree.leaves))
+    return _prefix.load(folder, new, config)
 
 
 def find(folder: Path) -> tuple[AdapterConfig, Path]:

@@ -1,6 +1,7 @@
 """An adapter written in PEFT's format: both files complete before either is seen."""
 
 import contextlib
+import dataclasses
 import os
 import secrets
 import shutil
@@ -10,7 +11,8 @@ from typing import Any
 
 import safetensors.numpy
 
-from lora_jax.peft import _config, _content, _trees
+from lora_jax import prefix
+from lora_jax.peft import _config, _content, _prefix, _trees
 from lora_jax.peft._config import CONFIG_FILE
 from lora_jax.peft._names import Weight
 
@@ -35,7 +37,9 @@ def save(
     where they differ between modules, patterns with one full name each, so that their order can't matter. Nodes with
     magnitudes are saved under `use_dora`, each with its `lora_magnitude_vector`. Padded
     ranks and layers with scale 0 are left out. A checksum of config and tensors goes along, which `load` verifies.
-    The files are moved into place when both are complete: on any failure an earlier adapter stays
+    Prefix embeddings go into a folder `prefix`, to PEFT an adapter of its kind PROMPT_TUNING. The config says so, and
+    PEFT, which can't have both at once, warns of what it doesn't know there.
+    The files are moved into place when all are complete: on any failure an earlier adapter stays
     as it was.
 
     Args:
@@ -78,22 +82,32 @@ def save(
         raise FileExistsError(f"{folder} is a file; an adapter is saved as a folder")
     if (folder / CONFIG_FILE).exists() and not overwrite:
         raise FileExistsError(f"{folder} already holds an adapter; pass overwrite=True to replace it")
+    params, node = prefix.take(params)
     tensors, config = _content.content(_trees.parts(params, train), names, portable)
-    text = _config.to_json(config, base_model_name_or_path=base_model, task_type=task_type)
+    if node is not None:
+        config = dataclasses.replace(config, lora_jax_prefix=_prefix.declared(node))
+    descriptive = {"base_model_name_or_path": base_model, "task_type": task_type}
+    text = _config.to_json(config, **descriptive)
     # transformers asks for the format: "pt" says that tensors are named and laid out as PyTorch's are.
     metadata = {"format": "pt", _config.CHECKSUM: _config.checksum(config, tensors)}
-    _place(folder, {TENSORS_FILE: safetensors.numpy.save(tensors, metadata), CONFIG_FILE: text.encode()})
+    files = {TENSORS_FILE: safetensors.numpy.save(tensors, metadata), **_prefix.files(node, config, **descriptive)}
+    _place(folder, {**files, CONFIG_FILE: text.encode()})
 
 
-def _place(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Writes all of `files` into a temporary folder, and moves them in once they are on the disk."""
+def _place(folder: Path, files: Mapping[str, bytes | None]) -> None:
+    """Writes all of `files` into a temporary folder, and moves them in once they are on the disk.
+
+    Those that are None are removed.
+    """
     # In a folder that is there, not beside it: it may be a mounted disk, and files are moved within one disk only.
     home = folder if folder.exists() else folder.parent
     beside = home / f".{folder.name}.{secrets.token_hex(4)}.partial"
     beside.mkdir(parents=True)
     try:
         for name, data in files.items():
-            _write(beside / name, data)
+            if data is not None:
+                (beside / name).parent.mkdir(exist_ok=True)
+                _write(beside / name, data)
         if not folder.exists():
             beside.rename(folder)
         else:
@@ -117,9 +131,15 @@ def _replace_all(beside: Path, folder: Path, names: list[str]) -> None:
         for name in names:
             if (folder / name).exists():
                 kept = beside / f"{name}.before"
+                kept.parent.mkdir(exist_ok=True)
                 os.replace(folder / name, kept)
                 undo.callback(os.replace, kept, folder / name)
             else:
                 undo.callback((folder / name).unlink, missing_ok=True)
-            os.replace(beside / name, folder / name)
+            if (beside / name).exists():
+                (folder / name).parent.mkdir(exist_ok=True)
+                os.replace(beside / name, folder / name)
         undo.pop_all()
+    for emptied in {(folder / name).parent for name in names} - {folder}:
+        with contextlib.suppress(OSError):  # it isn't empty, or was never there
+            emptied.rmdir()

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax import prefix
 from lora_jax._forward import adapt
 from lora_jax._tree import combine
 from lora_jax.train import Task, TrainConfig, make_loss_sums, make_optimizer, make_step
@@ -70,7 +71,7 @@ def make_program(
       dropout: whether any adapter has dropout.
       own_rows: whether each adapter has rows of its own: the batch then has a leading axis too.
     """
-    apply = adapt(apply_fn, allow_none=True)
+    apply = prefix.adapt(adapt(apply_fn, allow_none=True))
 
     def step(adapter, opt_state, lane, base, batch, number):
         def forward(*args, dropout_key=None, **keywords):

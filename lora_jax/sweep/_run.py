@@ -57,7 +57,7 @@ def run(
 
     Args:
       apply_fn: the model's own function, `apply_fn(params, input_ids, attention_mask)`; it is adapted here.
-      params: its tree, without nodes.
+      params: its tree, without nodes; with prefix embeddings (`lora_jax.prefix`) all points start from these.
       points: as `grid` gives them.
       train_data: tokenised rows, of text or with labels.
       valid_data: rows for the loss and the metrics of each adapter after its last step.

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from lora_jax import data
+from lora_jax import data, prefix
 from lora_jax._forward import adapt
 from lora_jax._tree import combine, split
 from lora_jax.checkpoint import Checkpoints, Kept, TrainState, fingerprint
@@ -111,7 +111,7 @@ def train(
     task = task or task_of(train_data)
     steps, every = config.total_steps(len(train_data)), config.look_every(len(train_data), task.metrics is not None)
     rate, tx = schedule(config, steps), make_optimizer(config, steps, train=train)
-    apply = adapt(apply_fn, dropout=config.dropout, allow_none=True)
+    apply = prefix.adapt(adapt(apply_fn, dropout=config.dropout, allow_none=True))
     step_fn = jax.jit(
         make_step(apply, tx, objective=task.objective, accumulate=config.accumulate), donate_argnums=(0, 1)
     )

@@ -1,0 +1,86 @@
+"""Prefix embeddings beside an adapter: a folder in it, which is by itself an adapter of PEFT's kind PROMPT_TUNING.
+
+PEFT has no adapter that is both. `adapter_config.json` says that a prefix goes with it, so that neither is read without
+the other here, and PEFT warns when it reads the adapter alone.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from lora_jax import prefix
+from lora_jax._tree import Prefix
+from lora_jax.peft import _config
+from lora_jax.peft._config import CONFIG_FILE, AdapterConfig
+
+FOLDER = prefix.PREFIX
+TENSORS_FILE = f"{FOLDER}/adapter_model.safetensors"
+FILES = (TENSORS_FILE, f"{FOLDER}/{CONFIG_FILE}")
+TENSOR = "prompt_embeddings"
+
+
+def declared(node: Prefix) -> dict[str, int]:
+    """What the adapter's config says of its prefix."""
+    return {"length": len(node.value), "after": node.after}
+
+
+def files(node: Prefix | None, config: AdapterConfig, **descriptive: Any) -> dict[str, bytes | None]:
+    """The files of the prefix by name; None stands for one that must not be there."""
+    if node is None:
+        return dict.fromkeys(FILES)
+    value = np.asarray(node.value)
+    if not np.isfinite(value).all():
+        raise ValueError(f"{FOLDER}: the embeddings hold NaN or infinity: they are not saved")
+    fields = {
+        "peft_type": "PROMPT_TUNING",
+        "inference_mode": True,
+        "num_virtual_tokens": value.shape[0],
+        "token_dim": value.shape[1],
+        "num_transformer_submodules": 1,
+        "prompt_tuning_init": "RANDOM",
+        **descriptive,
+    }
+    metadata = {"format": "pt", _config.CHECKSUM: _config.checksum(config, {TENSOR: value})}
+    tensors = safetensors.numpy.save({TENSOR: value}, metadata)
+    return dict(zip(FILES, (tensors, (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode()), strict=True))
+
+
+def load(folder: Path, params: Any, config: AdapterConfig) -> Any:
+    """`params` with the prefix that belongs to the adapter in `folder`, if one does.
+
+    Raises:
+        ValueError: the prefix is missing, damaged, of other shapes, or the adapter says nothing of it.
+    """
+    path = folder / TENSORS_FILE
+    expected = config.lora_jax_prefix
+    if expected is None:
+        if path.exists():
+            raise ValueError(f"{path}: a prefix that the adapter's {CONFIG_FILE} says nothing of; restore or remove it")
+        return params
+    if not path.is_file():
+        raise ValueError(f"{folder}: the adapter goes with a prefix, and {TENSORS_FILE} is missing")
+    value = _checked(path, expected, config)
+    return prefix.put(params, value, after=expected["after"])
+
+
+def _checked(path: Path, expected: Mapping[str, int], config: AdapterConfig) -> np.ndarray:
+    try:
+        with safetensors.safe_open(path, framework="np") as file:
+            if list(file.keys()) != [TENSOR]:
+                raise ValueError(f"{path}: holds {list(file.keys())[:3]}, expected {TENSOR}")
+            value, metadata = file.get_tensor(TENSOR), file.metadata() or {}
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path}: not a complete safetensors file: {' '.join(str(error).split())}") from None
+    if value.ndim != 2 or value.shape[0] != expected["length"]:
+        raise ValueError(f"{path}: {TENSOR} has shape {value.shape}, expected {expected['length']} rows")
+    if not np.isfinite(value.astype(np.float32)).all():
+        raise ValueError(f"{path}: {TENSOR} holds NaN or infinity")
+    recorded = metadata.get(_config.CHECKSUM)
+    if recorded is not None and recorded != _config.checksum(config, {TENSOR: value}):
+        raise ValueError(f"{path}: not what was saved with this adapter (the checksum differs)")
+    return value

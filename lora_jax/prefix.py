@@ -1,0 +1,201 @@
+"""Prefix embeddings beside LoRA: tokens outside the vocabulary whose embeddings train (Hu et al. 2021, section 5.1).
+
+The paper's PrefixEmbed puts special tokens before a row's own, and trains what they are embedded as; its section 8
+asks what that gives together with LoRA. Here they are one more leaf of the tree, which trains beside A and B:
+
+    params = lora_jax.prefix.init(key, params, length=8)              # a leaf `prefix`, f32[8, width]
+    apply = lora_jax.prefix.adapt(lora_jax.adapt(model.apply))        # the same signature and the same outputs
+
+`split`, `combine`, `mask`, `masked` and `stack` know it without being told, `lora_jax.train`, `lora_jax.generate` and
+`lora_jax.peft` too. A prefix is input, not weights: it can't be merged.
+"""
+
+import functools
+import numbers
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax._paths import match
+from lora_jax._tree import PREFIX as PREFIX
+from lora_jax._tree import Prefix, is_node, leaves_with_paths, unbox
+
+EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings")
+"""Where the models of `lora_jax.models` look tokens up."""
+
+
+def init(key: jax.Array, params: Any, length: int, *, after: int = 0, embedding: str | None = None) -> Any:
+    """Adds prefix embeddings, which start as those of tokens drawn from the vocabulary (Lester et al. 2021, 3.2).
+
+    Args:
+      key: draws the tokens.
+      params: a mapping of parameters, before or after `lora_jax.init`.
+      length: of the prefix; 0 adds nothing.
+      after: tokens of each row that stay before the prefix: 1 for an encoder that pools the first one.
+      embedding: pattern of the table that tokens are looked up in, f[vocabulary, width]; found by its name in the
+        models of `lora_jax.models`.
+
+    Returns:
+      The tree with a leaf `prefix`: float32, cast to the table's dtype at use.
+
+    Raises:
+      ValueError: a length or an `after` below 0; a tree that has a prefix or no such table.
+
+    >>> params = init(jax.random.key(0), {"wte": {"embedding": jnp.ones((9, 4))}}, length=2)
+    >>> params["prefix"].value.shape
+    (2, 4)
+    """
+    _check_count("length", length)
+    if length == 0:
+        return params
+    _, table = _table(params, embedding)
+    rows = jax.random.choice(key, table.shape[0], (length,), replace=length > table.shape[0])
+    return put(params, jnp.asarray(table)[rows], after=after, embedding=embedding)
+
+
+def put(params: Any, value: Any, *, after: int = 0, embedding: str | None = None) -> Any:
+    """The tree with these prefix embeddings, f[length, width]; the other arguments are those of `init`.
+
+    Raises:
+      ValueError: embeddings that don't fit the table, or a tree that has some.
+
+    >>> put({"wte": {"embedding": jnp.ones((9, 4))}}, jnp.ones((2, 3)))
+    Traceback (most recent call last):
+    ValueError: prefix: embeddings of shape (2, 3) given, expected (length, 4) for wte/embedding
+    """
+    _check_count("after", after)
+    path, table = _table(params, embedding)
+    shape = tuple(np.shape(value))
+    if len(shape) != 2 or not shape[0] or shape[1] != table.shape[1]:
+        raise ValueError(f"{PREFIX}: embeddings of shape {shape} given, expected (length, {table.shape[1]}) for {path}")
+    node = Prefix(jnp.asarray(value, jnp.float32), jnp.dtype(table.dtype).name, after)
+    return _like(params, {**params, PREFIX: node})
+
+
+def take(params: Any) -> tuple[Any, Prefix | None]:
+    """The tree without its prefix, and the prefix; None where there is none.
+
+    >>> params = init(jax.random.key(0), {"wte": {"embedding": jnp.ones((9, 4))}}, length=2)
+    >>> plain, node = take(params)
+    >>> list(plain), node.value.shape
+    (['wte'], (2, 4))
+    """
+    if not isinstance(params, Mapping) or not isinstance(params.get(PREFIX), Prefix):
+        return params, None
+    return _like(params, {name: child for name, child in params.items() if name != PREFIX}), params[PREFIX]
+
+
+def length(params: Any) -> int:
+    """Tokens of the prefix in `params`; 0 without one."""
+    node = take(params)[1]
+    return 0 if node is None else len(node.value)
+
+
+def insert(node: Prefix, rows: Any, fill: int | None = None) -> jax.Array:
+    """Rows with the prefix in them, after the `node.after` first places.
+
+    Args:
+      node: what `take` gave.
+      rows: [B, T].
+      fill: what the prefix has in rows that aren't ids: 1 in an attention mask, 0 among types of tokens. None for ids,
+        where -1 - i stands for the prefix's row i.
+
+    Returns:
+      [B, T + length].
+
+    >>> node = take(init(jax.random.key(0), {"wte": {"embedding": jnp.ones((9, 4))}}, length=2, after=1))[1]
+    >>> insert(node, jnp.array([[5, 6]])).tolist(), insert(node, jnp.array([[1, 0]]), fill=1).tolist()
+    ([[5, -1, -2, 6]], [[1, 1, 1, 0]])
+    """
+    rows = jnp.asarray(rows)
+    new = -1 - jnp.arange(len(node.value)) if fill is None else fill
+    middle = jnp.broadcast_to(jnp.asarray(new, rows.dtype), (rows.shape[0], len(node.value)))
+    return jnp.concatenate([rows[:, : node.after], middle, rows[:, node.after :]], axis=1)
+
+
+def adapt(apply_fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`apply_fn` for trees with a prefix: rows get it, and outputs are those of the rows' own tokens.
+
+    Outputs of three axes, [B, T, ...], are taken to be by token; others are left as they are. Where a `cache` is given
+    nothing is inserted: the caller does so once (`insert`), while the cache is empty, and from then on it is in there.
+    Without a prefix in the tree `apply_fn` is called as it is.
+
+    Args:
+      apply_fn: `(params, input_ids, attention_mask=None, **keywords)`, after `lora_jax.adapt` where there are nodes. It
+        takes the keyword `more_embeddings`, f[E, width], and looks ids below 0 up there, -1 in its first row.
+
+    Returns:
+      A function of the same signature.
+
+    Raises:
+      ValueError: at the call, `positions` given for rows that the prefix makes longer.
+
+    >>> def apply_fn(params, ids, mask=None, *, more_embeddings=None):
+    ...     table = params["wte"]["embedding"] if more_embeddings is None else jnp.concatenate(
+    ...         [params["wte"]["embedding"], more_embeddings[::-1]])  # -1 is the last row of these
+    ...     return jnp.cumsum(table[ids], axis=1)
+    >>> params = {"wte": {"embedding": jnp.arange(3.0)[:, None]}}
+    >>> adapt(apply_fn)(put(params, jnp.array([[10.0]])), jnp.array([[1, 2]])).tolist()
+    [[[11.0], [13.0]]]
+    """
+
+    @functools.wraps(apply_fn)
+    def with_prefix(params: Any, *args: Any, **keywords: Any) -> Any:
+        plain, node = take(params)
+        if node is None:
+            return apply_fn(plain, *args, **keywords)
+        if keywords.get("cache") is not None:
+            return apply_fn(plain, *args, more_embeddings=node.cast(), **keywords)
+        return _inserted(apply_fn, plain, node, *args, **keywords)
+
+    return with_prefix
+
+
+def _inserted(apply_fn, plain, node, input_ids, attention_mask=None, *, token_type_ids=None, **keywords):
+    """`apply_fn` on rows with the prefix in them."""
+    if keywords.get("positions") is not None:
+        raise ValueError("positions: given for rows that a prefix makes longer; leave them to the model")
+    if token_type_ids is not None:
+        keywords["token_type_ids"] = insert(node, token_type_ids, fill=0)
+    mask = None if attention_mask is None else insert(node, attention_mask, fill=1)
+    outputs = apply_fn(plain, insert(node, input_ids), mask, more_embeddings=node.cast(), **keywords)
+    stop = node.after + len(node.value)
+
+    def own(output: jax.Array) -> jax.Array:
+        if output.ndim < 3:
+            return output
+        return jnp.concatenate([output[:, : node.after], output[:, stop:]], axis=1) if node.after else output[:, stop:]
+
+    return jax.tree.map(own, outputs)
+
+
+def _like(params: Mapping, entries: dict[str, Any]) -> Any:
+    """A mapping of the type of `params`."""
+    kind: Any = type(params)
+    return kind(entries)
+
+
+def _table(params: Any, embedding: str | None) -> tuple[str, Any]:
+    """Path and array of the one table that tokens are looked up in."""
+    if not isinstance(params, Mapping):
+        raise ValueError(f"{PREFIX}: the parameters are a {type(params).__name__}, expected a mapping to put it in")
+    if params.get(PREFIX) is not None:
+        raise ValueError(f"{PREFIX}: the parameters have one already; take it out with lora_jax.prefix.take")
+    leaves = {path: unbox(leaf) for path, leaf in leaves_with_paths(params) if not is_node(leaf)}
+    if embedding is None:
+        found = [path for path in leaves if path.split("/")[-2:] in [[name, "embedding"] for name in EMBEDDINGS]]
+    else:
+        found = list(match([embedding], leaves, what="embedding"))
+    if len(found) != 1:
+        raise ValueError(
+            f"embedding: {found or 'nothing'} matches, expected the one table that looks tokens up; name it"
+        )
+    return found[0], leaves[found[0]]
+
+
+def _check_count(what: str, count: Any) -> None:
+    if isinstance(count, bool) or not isinstance(count, numbers.Integral) or count < 0:
+        raise ValueError(f"{what}: {count!r} given, expected a whole number of 0 or more")
