@@ -97,10 +97,10 @@ def test_what_a_check_raises_leaves_the_old_folder(drawn, folder):
 
 SHARD = 24 * MB
 LARGE = {
-    "vocab_size": 1024,
+    "vocab_size": 8_000,  # embedding and head take a third of a shard each
     "hidden_size": 256,
     "intermediate_size": 768,
-    "num_hidden_layers": 64,
+    "num_hidden_layers": 60,
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
 }
