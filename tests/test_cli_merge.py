@@ -25,12 +25,12 @@ EVERYTHING = ("attention", "embed_tokens", "lm_head")
 class World:
     """A model's folder, an adapter's, and the adapted logits."""
 
-    def __init__(self, folder, targets, *, train=(), dtype="float32", **changes):
+    def __init__(self, folder, targets, *, train=(), dora=False, dtype="float32", **changes):
         config = LlamaConfig.from_dict(CASES["llama_tied"] | {"initializer_range": 0.2, "vocab_size": 258} | changes)
         drawn = models.init(config, jax.random.key(0), dtype)
         self.model, self.adapter, self.output = folder / "model", folder / "adapter", folder / "merged"
         models.save(self.model, drawn, drawn.params, tokenizer=tiny_tokenizer(), shard_bytes=50_000)
-        lora = lora_jax.LoRAConfig(rank=2, alpha=3, targets=targets, train=train)
+        lora = lora_jax.LoRAConfig(rank=2, alpha=3, targets=targets, train=train, dora=dora)
         axes = lora_jax.kernel_axes(drawn.apply, drawn.params, IDS)
         base, adapter = lora_jax.split(lora_jax.init(jax.random.key(1), drawn.params, lora, axes=axes), lora)
         moved = jax.tree.map(lambda leaf: leaf + 0.05 * jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape), adapter)
@@ -73,12 +73,15 @@ def tied(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("targets", "changes"),
-    [(TIED, {}), (EVERYTHING, {"tie_word_embeddings": False}), (("k_proj",), {"train": ("norm", "lm_head")})],
-    ids=["tied", "untied", "whole"],
+    [
+        (TIED, {}),
+        (EVERYTHING, {"tie_word_embeddings": False}),
+        (("k_proj",), {"train": ("norm", "lm_head"), "tie_word_embeddings": False}),
+        (("q_proj",), {"dora": True}),
+    ],
+    ids=["tied", "untied", "whole", "dora"],
 )
 def test_merged_is_adapted(tmp_path, targets, changes):
-    if "train" in changes:
-        changes = changes | {"tie_word_embeddings": False}
     world = World(tmp_path, targets, **changes)
     assert world.merge() == 0
     spread = np.max(np.abs(world.adapted))
