@@ -4,6 +4,7 @@ import re
 import shlex
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -27,6 +28,11 @@ def test_the_code_runs(tmp_path, monkeypatch, capsys):
     adapted = names["apply"](names["lora_jax"].combine(names["base"], names["adapter"]), names["x"])
     assert jnp.allclose(names["apply_fn"](names["merged"], names["x"]), adapted, atol=1e-5)
     assert float(names["loss"]) < jnp.log(10)
+    for framework in ("linen", "nnx", "haiku", "equinox", "dict"):
+        _, adapter = names["lora_jax"].split(names[f"{framework}_params"])
+        assert jax.tree.leaves(adapter), framework
+        inputs = (None, names["x"]) if framework == "haiku" else (names["x"],)
+        assert jnp.isfinite(names[f"{framework}_apply"](names[f"{framework}_params"], *inputs)).all()
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
     assert (tmp_path / "merged" / "model.safetensors").exists()
 
