@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import lora_jax
 from lora_jax import Axes, LoRA
+from lora_jax._node import Trained
 
 DENSE = Axes()
 
@@ -95,6 +96,21 @@ def test_no_node_is_an_error_unless_allowed():
     with pytest.raises(ValueError, match=r"no adapted kernel in the arguments: .*lora_jax\.init"):
         lora_jax.adapt(mlp)(PLAIN, X)
     np.testing.assert_array_equal(lora_jax.adapt(mlp, allow_none=True)(PLAIN, X), mlp(PLAIN, X))
+
+
+def test_without_nodes_the_function_still_gets_its_own_dtypes():
+    """A leaf of a bfloat16 base that trains whole is a float32 master in the tree and bfloat16 in the function."""
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), PLAIN)
+    seen = []
+
+    def fn(params, x):
+        seen.append({name: leaf.dtype for name, leaf in params.items()})
+        return mlp(params, x)
+
+    params = half | {"v": Trained(PLAIN["v"], "bfloat16")}
+    y = lora_jax.adapt(fn, allow_none=True)(params, X.astype(jnp.bfloat16))
+    assert seen == [{"w": jnp.bfloat16, "v": jnp.bfloat16}]
+    np.testing.assert_array_equal(y, mlp(half, X.astype(jnp.bfloat16)))
 
 
 def test_a_magnitude_of_another_shape_is_refused():
