@@ -4,8 +4,10 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 INPUTS := pyproject.toml constraints.txt
 SUDO := $(shell [ $$(id -u) = 0 ] || echo sudo)
+CORE := paths tree init merge optim stack describe sharding kernel_axes dropout certify transforms frameworks \
+	forward others_get_wrong battery
 
-.PHONY: run test oracle browser check clean
+.PHONY: run test oracle oldest browser check clean
 
 run: .venv/.run  ## fine-tune the embedded model on the embedded task
 	$(BIN)/lora-jax train
@@ -19,6 +21,10 @@ oracle: .venv/.oracle  ## the comparisons with torch and PEFT, live
 browser: .venv/.browser  ## reports, opened in headless Chromium
 	$(BIN)/python -m pytest --browser tests/test_report_browser.py
 
+oldest: .venv-oldest/.ready  ## the core's tests with the oldest JAX and flax that it supports
+	.venv-oldest/bin/python -m pytest -q $(CORE:%=tests/test_%.py) \
+		-k "not test_battery or axes or output or dtype or settings or materializes"
+
 check: .venv/.check  ## style, types, layering
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -26,7 +32,7 @@ check: .venv/.check  ## style, types, layering
 	$(BIN)/python -m pytest -q tests/test_layering.py
 
 clean:
-	rm -rf .venv
+	rm -rf .venv .venv-oldest
 
 $(BIN)/python:
 	$(PYTHON) -m venv .venv
@@ -54,4 +60,12 @@ $(BIN)/python:
 	$(PIP) -c constraints.txt -e '.[test,browser]'
 	command -v chromium && command -v chromedriver || \
 		($(SUDO) apt-get update && $(SUDO) apt-get install -y --no-install-recommends chromium chromium-driver)
+	touch $@
+
+# What the core and its tests need, and no more: models and command line are tested with the newest versions only.
+.venv-oldest/.ready: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt \
+		jax flax optax pytest hypothesis dm-haiku equinox
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	touch $@

@@ -49,6 +49,8 @@ ROUNDED_AT_THE_START = {
     "negated_and_divided": "the kernel's arithmetic is fused into the product",
     "weight_normalised": "the kernel's arithmetic is fused into the product",
     "columns_taken": "the transpose after the look-up becomes the product's layout",
+    "quadratic_form": "JAX 0.7: the sum after the product is fused into it",
+    "hessian_inside": "JAX 0.7: the transposes between products become their layouts",
     "vmapped_activations": "the transpose after the product becomes the order of its operands",
 }
 

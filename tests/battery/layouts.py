@@ -94,7 +94,7 @@ def sliced_inputs(p, x):
 
 @case(X, plus=lambda n, x: low(n["w"], x)[:, ::2])
 def strided_slice(p, x):
-    return x @ p["w"][:, ::2]
+    return x @ lax.slice(p["w"], (0, 0), (24, 20), (1, 2))  # before JAX 0.8, w[:, ::2] is a look-up
 
 
 @case(X, np.int32(5), plus=lambda n, x, i: lax.dynamic_slice_in_dim(low(n["w"], x), i, 8, 1))
