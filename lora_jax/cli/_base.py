@@ -1,6 +1,7 @@
 """The model that a command works on: its flags, and how it is opened, with or without an adapter."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -40,17 +41,24 @@ class Base:
         # The embedded weights are stored in half precision to be small, not to be computed with.
         return self.model_dtype or ("float32" if self.model is None else None)
 
-    def abstract(self, *, remat: bool = False) -> Any:
+    def abstract(self, *, remat: bool = False, labels: Sequence[str] | None = None) -> Any:
         """The model without weights: errors in its configuration are found before anything large is read."""
-        return lora_jax.models.load_abstract(self.folder, self.loaded_dtype, remat=remat)
+        return lora_jax.models.load_abstract(self.folder, self.loaded_dtype, remat=remat, labels=labels)
 
-    def load(self, dtype: str | None = None, *, remat: bool = False) -> Any:
+    def load(
+        self,
+        dtype: str | None = None,
+        *,
+        remat: bool = False,
+        labels: Sequence[str] | None = None,
+        key: jax.Array | None = None,
+    ) -> Any:
         with _show.working(f"reading {self.name}"):
-            return lora_jax.models.load(self.folder, dtype or self.loaded_dtype, remat=remat)
+            return lora_jax.models.load(self.folder, dtype or self.loaded_dtype, remat=remat, labels=labels, key=key)
 
-    def load_streamed(self) -> Any:
+    def load_streamed(self, labels: Sequence[str] | None = None) -> Any:
         """The model with its weights left in their files, to be read one tensor at a time."""
-        return lora_jax.models.load_streamed(self.folder, self.loaded_dtype)
+        return lora_jax.models.load_streamed(self.folder, self.loaded_dtype, labels=labels)
 
 
 def kernel_axes(model: Any) -> lora_jax.KernelAxes:
@@ -63,7 +71,18 @@ def with_adapter(model: Any, adapter: Path | None) -> Any:
     """The model's parameters, with the adapter's nodes where one is given."""
     if adapter is None:
         return model.params
-    return lora_jax.peft.load(adapter, model.params, names=model.names, axes=kernel_axes(model))
+    params = lora_jax.peft.load(adapter, model.params, names=model.names, axes=kernel_axes(model))
+    drawn, loaded = lora_jax.models.flatten(model.params), lora_jax.models.flatten(params)
+    if lacking := [path for path in model.fresh if loaded.get(path) is drawn[path]]:
+        raise ValueError(f"{adapter}: {lacking[0]} is neither in it nor in the model: it was trained with another base")
+    return params
+
+
+def check_generates(model: Any) -> None:
+    """Refuses rows of text for a model that predicts no next token."""
+    if not model.generates:
+        what = model.config.architectures[0] if model.config.architectures else model.config.model_type
+        raise ValueError(f'{what} is an encoder, which predicts no next token: give rows of {{"text", "label"}}')
 
 
 def check_free(folder: Path, overwrite: bool) -> None:

@@ -1,6 +1,7 @@
 """The embedded task: its rows as any data file's, and its answers run in SQLite."""
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,9 +24,9 @@ class Answers(NamedTuple):
         return sum(self.right) / len(self.right)
 
 
-def check_data_given(base: Base, path: Path | None) -> None:
+def check_data_given(base: Base, given: Sequence[str] | Path | None) -> None:
     """Only the embedded model, and a merged one that was made from it, has a task of its own."""
-    if base.model is not None and path is None and not _is_of_embedded(Path(base.model)):
+    if base.model is not None and not given and not _is_of_embedded(Path(base.model)):
         raise ValueError(f"data: none given for {base.model}; pass --data with a jsonl file or a folder of them")
 
 

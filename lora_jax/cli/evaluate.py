@@ -1,4 +1,4 @@
-"""`lora-jax evaluate`: how well a model with or without an adapter predicts held-out rows."""
+"""`lora-jax evaluate`: how well a model with or without an adapter predicts held-out rows, or their labels."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,18 +8,25 @@ from typing import Any, Literal
 import tyro
 
 from lora_jax import data
-from lora_jax.cli import _base, _embedded, _show
+from lora_jax.cli import _base, _data, _embedded, _labels, _show
+from lora_jax.cli._data import Source
+from lora_jax.data import Labelled, Row
 from lora_jax.train import TrainConfig, evaluate
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Loss and perplexity over the target tokens of a data file; of the embedded task also execution accuracy."""
+    """Loss and metrics over the rows of a data file.
 
-    data: Path | None = None
-    """jsonl file, or folder with one file a split; the embedded task's held-out rows if not given"""
-    split: Literal["train", "valid", "test"] = "test"
-    """which of a folder's files, or of the embedded task's parts"""
+    Perplexity of tokens; accuracy, F1 and Matthews' correlation of labels; Pearson's and Spearman's correlation of
+    scores; of the embedded task also execution accuracy.
+    """
+
+    data: tuple[str, ...] = ()
+    """jsonl file, or folder with one file a split; or glue:TASK and a folder of GLUE's own files; the embedded task's
+    held-out rows if not given"""
+    split: Literal["train", "valid", "test"] | None = None
+    """which of a folder's files, or of the embedded task's parts; test if not given, and valid of GLUE's"""
     adapter: Path | None = None
     """folder of an adapter, as `lora-jax train` writes it"""
     batch_size: int = TrainConfig.batch_size
@@ -33,10 +40,22 @@ class Settings:
 
 def run(settings: Settings) -> None:
     _embedded.check_data_given(settings.base, settings.data)
-    rows = _rows(settings)
+    source = _data.source_of(settings.data) if settings.data else None
+    rows = _rows(source, settings.split)
+    labelled = _data.labelled(rows)
+    labels = source is not None and labelled
+    figures = _of_labels(settings, source, labelled) if labels else _of_text(settings, rows)
+    if settings.json:
+        _show.print_json(figures)
+    else:
+        _show.figures(figures)
+
+
+def _of_text(settings: Settings, rows: Sequence[Row]) -> dict[str, Any]:
+    _base.check_generates(settings.base.abstract())
     model = settings.base.load()
     params = _base.with_adapter(model, settings.adapter)
-    encoded = data.encode(rows, model.tokenizer, settings.max_length)
+    encoded = data.encode(rows, model.tokenizer, min(settings.max_length, model.max_length))
     with _show.working("evaluating"):
         found = evaluate(model.apply, params, encoded.examples, batch_size=settings.batch_size)
     figures: dict[str, Any] = {
@@ -47,15 +66,31 @@ def run(settings: Settings) -> None:
         "rows_left_out": encoded.left_out,
         "rows_truncated": encoded.truncated,
     }
-    if settings.data is None:
-        figures["execution_accuracy"] = _embedded.answer(model, params, settings.split).accuracy
-    if settings.json:
-        _show.print_json(figures)
-    else:
-        _show.figures(figures)
+    if not settings.data:
+        figures["execution_accuracy"] = _embedded.answer(model, params, settings.split or "test").accuracy
+    return figures
 
 
-def _rows(settings: Settings) -> Sequence[data.Row]:
-    if settings.data is None:
-        return _embedded.rows(settings.split)
-    return data.load(settings.data, settings.split if settings.data.is_dir() else None)
+def _of_labels(settings: Settings, source: Source, rows: list[Labelled]) -> dict[str, Any]:
+    labels = _labels.to_evaluate(source, settings.base.abstract(), settings.adapter, rows)
+    model = settings.base.load(labels=labels.names)
+    params = _base.with_adapter(model, settings.adapter)
+    length = min(settings.max_length, model.max_length)
+    encoded = data.encode_labelled(rows, model.tokenizer, length, labels)
+    task = _labels.task(source, encoded.examples, labels)
+    with _show.working("evaluating"):
+        found = evaluate(model.apply, params, encoded.examples, batch_size=settings.batch_size, task=task)
+    return {
+        "loss": found.loss,
+        **found.metrics,
+        "rows": len(encoded.examples),
+        "rows_truncated": encoded.truncated,
+    }
+
+
+def _rows(source: Source | None, split: str | None) -> Sequence[Row]:
+    if source is None:
+        return _embedded.rows(split or "test")
+    if source.path.is_dir():
+        return source.rows(split or source.held_out)
+    return data.load(source.path, glue=source.glue)

@@ -9,8 +9,9 @@ import numpy as np
 import tyro
 
 import lora_jax
-from lora_jax.cli import _base, _compare, _show
+from lora_jax.cli import _base, _compare, _labels, _show
 from lora_jax.cli._merged import Merged, check_tensors, merged
+from lora_jax.data import Labels
 
 MOST_PARAMETERS = 10**9  # of a model whose logits are compared unasked: float32 takes 4 GB
 
@@ -41,7 +42,8 @@ class Settings:
 
 def run(settings: Settings) -> None:
     _base.check_free(settings.output, settings.overwrite)
-    model = settings.base.load_streamed()
+    labels = _labels.load(settings.adapter)
+    model = settings.base.load_streamed(labels and labels.names)
     rows = _compare.rows_of(model, settings.text) if _compares(settings, model) else None
     new = merged(model, _base.with_adapter(model, settings.adapter), settings.dtype)
     lines: list[str] = []
@@ -49,7 +51,7 @@ def run(settings: Settings) -> None:
     def check(folder: Path) -> None:
         lines.append(f"{check_tensors(folder, new)} tensors read back: each is W + ΔW, rounded once")
         if rows is not None:
-            lines.extend(_logits(settings, new, folder, rows))
+            lines.extend(_logits(settings, labels, new, folder, rows))
         else:
             lines.append("logits weren't compared: `--check always` holds the whole model in float32 for it")
 
@@ -65,7 +67,8 @@ def run(settings: Settings) -> None:
     for line in lines:
         show.print(line, markup=False, soft_wrap=True)
     show.print(f"merged model: {settings.output}", markup=False)
-    show.print(f"next: lora-jax generate --model {settings.output} --prompt ...", markup=False)
+    next_words = "generate --model {} --prompt ..." if labels is None else "evaluate --model {} --data ..."
+    show.print(f"next: lora-jax {next_words.format(settings.output)}", markup=False)
 
 
 def _compares(settings: Settings, model: Any) -> bool:
@@ -74,13 +77,13 @@ def _compares(settings: Settings, model: Any) -> bool:
     return sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(model.params)) <= MOST_PARAMETERS
 
 
-def _logits(settings: Settings, new: Merged, folder: Path, rows: _compare.Rows) -> list[str]:
+def _logits(settings: Settings, labels: Labels | None, new: Merged, folder: Path, rows: _compare.Rows) -> list[str]:
     """Merged against adapted, everything in float32, so that only the weights' rounding can tell them apart.
 
     Raises:
         ValueError: they disagree with the weights unrounded: beyond rounding, that is.
     """
-    model = settings.base.load("float32")
+    model = settings.base.load("float32", labels=labels and labels.names)
     plain = jax.jit(model.apply)
     params = _base.with_adapter(model, settings.adapter)
     adapted = _compare.outputs(jax.jit(lora_jax.adapt(model.apply)), params, rows)

@@ -8,7 +8,7 @@ A `Model` holds what the rest of the library needs of one: `apply`, `params` and
 
 import copy
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,11 +16,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from lora_jax.models import _folder, _shards, _weights, bert, gemma, gpt2, llama, mistral, qwen
+from lora_jax.models import _folder, _heads, _shards, _weights, bert, gemma, gpt2, llama, mistral, qwen
 from lora_jax.models._family import Family, Weight, flatten, unflatten
 from lora_jax.models._files import TensorFiles
+from lora_jax.models._heads import label_names
 from lora_jax.models._weights import Streamed
 
 __all__ = [
@@ -30,6 +32,7 @@ __all__ = [
     "Weight",
     "flatten",
     "init",
+    "label_names",
     "load",
     "load_abstract",
     "load_streamed",
@@ -60,6 +63,10 @@ class Model:
             give what their head does.
         init_cache: `(batch, length, dtype=None)` -> an empty cache for `length` tokens a row, padding included.
         folder: where it was loaded from; None for `init`.
+        generates: whether it predicts next tokens: encoders don't.
+        head: the part of `params` that tells labels; empty where none does. `label_names(config)` are these.
+        fresh: paths of the leaves that weren't in the folder and were drawn anew: a new head's.
+        max_length: the most tokens of a row.
     """
 
     config: PretrainedConfig
@@ -68,6 +75,10 @@ class Model:
     apply: Callable[..., Any]
     init_cache: Callable[..., Any]
     folder: Path | None = None
+    generates: bool = True
+    head: str = ""
+    fresh: tuple[str, ...] = ()
+    max_length: int = 0
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -85,7 +96,13 @@ class Model:
 
 
 def load(
-    path_or_hub_id: str | os.PathLike, dtype: Any = None, *, compute_dtype: Any = None, remat: bool = False
+    path_or_hub_id: str | os.PathLike,
+    dtype: Any = None,
+    *,
+    compute_dtype: Any = None,
+    remat: bool = False,
+    labels: Sequence[str] | None = None,
+    key: jax.Array | None = None,
 ) -> Model:
     """Read a model from a Hugging Face folder, or from the hub by name.
 
@@ -94,17 +111,26 @@ def load(
         dtype: of the weights; None keeps each one's dtype in the file.
         compute_dtype: of the activations; None is the embedding's, and float32 for float16 weights.
         remat: recompute each layer's activations in the backward pass instead of keeping them.
+        labels: names of the labels that the model is to tell; one name is a score. The folder's own head is kept where
+            it tells these (or as many without names); else a new one is drawn, whose leaves are `fresh`.
+        key: of a new head; `jax.random.key(0)` where not given.
 
     Raises:
         FileNotFoundError: no such folder, or it has no configuration or no weights.
         ValueError: an architecture that isn't supported, or weights that don't fit the configuration.
     """
-    model = load_streamed(path_or_hub_id, dtype, compute_dtype=compute_dtype, remat=remat)
+    model = load_streamed(path_or_hub_id, dtype, compute_dtype=compute_dtype, remat=remat, labels=labels, key=key)
     return replace(model, params=jax.tree.map(_weights.hold, model.params))
 
 
 def load_streamed(
-    path_or_hub_id: str | os.PathLike, dtype: Any = None, *, compute_dtype: Any = None, remat: bool = False
+    path_or_hub_id: str | os.PathLike,
+    dtype: Any = None,
+    *,
+    compute_dtype: Any = None,
+    remat: bool = False,
+    labels: Sequence[str] | None = None,
+    key: jax.Array | None = None,
 ) -> Model:
     """Like `load`, but every leaf is a `Streamed`, of which one tensor at a time is read when it is asked for.
 
@@ -115,23 +141,49 @@ def load_streamed(
     """
     folder = _folder.find(path_or_hub_id, weights=True)
     family, config = _folder.read_config(folder, FAMILIES)
+    fresh, ignored = (), family.ignored
+    if labels is not None:
+        family, config, kept = _heads.labelled(family, config, labels, FAMILIES)
+        fresh, ignored = _heads.absent(folder, family.names(config), family, kept), family.ignored + family.other_heads
     model = _abstract(family, config, dtype, compute_dtype, remat, folder)
     leaves = _weights.stream(
         folder,
-        flatten(model.params),
+        {path: leaf for path, leaf in flatten(model.params).items() if path not in fresh},
         model.names,
         dtype=dtype,
-        ignored=family.ignored,
+        ignored=ignored,
         copies=family.copies(config),
         prefix=family.prefix,
     )
     if dtype is None:  # the configuration's dtype need not be the file's
         model = _abstract(family, config, next(iter(leaves.values())).dtype, compute_dtype, remat, folder)
-    return replace(model, params=unflatten(leaves))
+    if fresh:
+        drawn = family.module(config, compute_dtype, next(iter(leaves.values())).dtype, remat)
+        leaves |= _drawn(drawn, jax.random.key(0) if key is None else key, fresh)
+    return replace(model, params=unflatten(leaves), fresh=fresh)
+
+
+def _drawn(module: Any, key: jax.Array, paths: Sequence[str]) -> dict[str, Streamed]:
+    """Some leaves of a new model: no other is computed."""
+
+    @jax.jit
+    def draw(key):
+        leaves = flatten(module.init(key, jnp.zeros((1, 1), jnp.int32))["params"])
+        return {path: leaves[path] for path in paths}
+
+    return {
+        path: Streamed(leaf.shape, np.dtype(leaf.dtype), 0, np.asarray(leaf).__getitem__)
+        for path, leaf in draw(key).items()
+    }
 
 
 def load_abstract(
-    path_or_hub_id: str | os.PathLike, dtype: Any = None, *, compute_dtype: Any = None, remat: bool = False
+    path_or_hub_id: str | os.PathLike,
+    dtype: Any = None,
+    *,
+    compute_dtype: Any = None,
+    remat: bool = False,
+    labels: Sequence[str] | None = None,
 ) -> Model:
     """Like `load`, from `config.json` alone: every leaf is a `jax.ShapeDtypeStruct`, and no weights are made or read.
 
@@ -139,6 +191,8 @@ def load_abstract(
     """
     folder = _folder.find(path_or_hub_id, weights=False)
     family, config = _folder.read_config(folder, FAMILIES)
+    if labels is not None:
+        family, config, _ = _heads.labelled(family, config, labels, FAMILIES)
     return _abstract(family, config, dtype, compute_dtype, remat, folder)
 
 
@@ -231,7 +285,15 @@ def _abstract(family: Family, config, dtype, compute_dtype, remat: bool, folder:
         return family.init_cache(config, batch, length, dtype or compute_dtype or param_dtype)
 
     return Model(
-        config=config, params=shapes, names=family.names(config), apply=apply, init_cache=init_cache, folder=folder
+        config=config,
+        params=shapes,
+        names=family.names(config),
+        apply=apply,
+        init_cache=init_cache,
+        folder=folder,
+        generates=family.init_cache is not None,
+        head=family.head,
+        max_length=family.positions(config),
     )
 
 
@@ -244,7 +306,9 @@ def _layout(model: Model, leaves: Mapping[str, Any]) -> dict[str, Path] | None:
     cut = _weights.missing_prefix(files, family.prefix)
     names = [name for path, leaf in leaves.items() for _, name, _ in _weights.entries(model.names[path], leaf.shape)]
     written_as = {name.removeprefix(cut): name for name in names}
-    return {written_as[name]: stored.file for name, stored in files.tensors.items() if name in written_as}
+    layout = {written_as[name]: stored.file for name, stored in files.tensors.items() if name in written_as}
+    last = next(reversed(layout.values()))
+    return layout | {name: last for name in names if name not in layout}  # a new head's
 
 
 def _check_leaves(leaves: Mapping[str, Any], expected: Mapping[str, Any]) -> None:

@@ -37,6 +37,10 @@ class Family(NamedTuple):
         ignored: regular expressions of names that files may hold besides the weights (buffers of old checkpoints).
         copies: `config -> {name: name}`, tensors that files may hold as copies of another (a tied head).
         prefix: of the names; files of the bare model (its base class in transformers) lack it.
+        head: the part of the tree that tells labels; empty where none does.
+        before_head: parts just before it, which files of other heads may lack.
+        other_heads: regular expressions of names of the heads that a new one takes the place of.
+        positions: `config -> int`, the most tokens of a row.
     """
 
     config_class: type[PretrainedConfig]
@@ -47,6 +51,10 @@ class Family(NamedTuple):
     ignored: tuple[str, ...] = ()
     copies: Callable[[Any], dict[str, str]] = lambda config: {}
     prefix: str = ""
+    head: str = ""
+    before_head: tuple[str, ...] = ()
+    other_heads: tuple[str, ...] = ()
+    positions: Callable[[Any], int] = lambda config: config.max_position_embeddings
 
     def names(self, config: Any) -> dict[str, Weight]:
         """The weights, each with the names of its copies."""

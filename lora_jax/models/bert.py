@@ -271,6 +271,11 @@ def _copies(config: Any) -> dict[str, str]:
     }
 
 
+def _positions(config: Any) -> int:
+    """RoBERTa counts from the padding's id on."""
+    return config.max_position_embeddings - (config.pad_token_id + 1 if config.model_type == "roberta" else 0)
+
+
 def _family(config_class: Any, architecture: str, head: str) -> Family:
     # Buffers of old files; and what files hold of a model that was trained with more heads than this one has.
     unused = [r"(.*\.)?embeddings\.position_ids"]
@@ -283,6 +288,10 @@ def _family(config_class: Any, architecture: str, head: str) -> Family:
         ignored=tuple(unused),
         copies=_copies if head == "masked_lm" else lambda config: {},
         prefix="" if head == "none" else f"{config_class.model_type}.",
+        head="classifier" if head == "classification" else "",
+        before_head=("pooler",) if head == "classification" and config_class is BertConfig else (),
+        other_heads=(r"cls\..*", r"lm_head\..*", r"(.*\.)?pooler\..*", r"classifier\..*"),
+        positions=_positions,
     )
 
 

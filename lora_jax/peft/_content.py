@@ -87,7 +87,8 @@ class _Extra:
 
     def __init__(self, table: Mapping[str, Tensor], tree: Parts, adapted: set[str], names: Mapping[str, Weight]):
         self.leaves, trained = tree.leaves, tree.trained
-        self.modules = sorted({t.module for t in table.values() if t.path in trained and t.module not in adapted})
+        alone = {t.module for t in table.values() if t.path in trained and t.module not in adapted}
+        self.modules = sorted(_with_heads_whole(alone, {t.module for t in table.values() if t.path not in trained}))
         inside = tuple(f"{module}." for module in self.modules)
         if nested := sorted(module for module in adapted if module.startswith(inside)):
             raise ValueError(f"{nested[0]} has an adapter inside a module trained whole: PEFT's format can't hold both")
@@ -130,6 +131,19 @@ class _Extra:
         if tensor.transpose and value.ndim != 2:
             raise ValueError(f"{tensor.path}: a leaf of shape {value.shape} can't be saved whole, only matrices")
         return np.ascontiguousarray(value.T if tensor.transpose else value)
+
+
+def _with_heads_whole(modules: set[str], others: set[str]) -> set[str]:
+    """The modules, those that make up a whole head as one: PEFT saves heads of these names by itself for `SEQ_CLS`.
+
+    >>> sorted(_with_heads_whole({"classifier.dense", "classifier.out_proj", "pooler"}, {"embeddings"}))
+    ['classifier', 'pooler']
+    """
+    for head in ("classifier", "score"):
+        inside = {module for module in modules if module.startswith(f"{head}.")}
+        if inside and not any(module.startswith(f"{head}.") for module in others):
+            modules = modules - inside | {head}
+    return modules
 
 
 def _module(weight: Weight) -> str:
@@ -198,4 +212,4 @@ def _pattern(module: str, modules: Iterable[str]) -> str:
 
 def _saved_name(module: str, modules: set[str]) -> str:
     """PEFT looks for names that end in this, dot or no dot before it."""
-    return module if sum(other.endswith(module) for other in modules) == 1 else PREFIX + module
+    return module if sum(other.endswith(module) for other in modules) <= 1 else PREFIX + module

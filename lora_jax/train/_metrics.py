@@ -25,11 +25,12 @@ def classification_metrics(predictions: np.ndarray, labels: np.ndarray, classes:
     import sklearn.metrics
 
     average = "binary" if classes == 2 else "macro"
+    constant = _constant(predictions) or _constant(labels)
     f1_score: Any = sklearn.metrics.f1_score  # its stub knows no number for zero_division
     return {
         "accuracy": float(np.mean(predictions == labels)),
         "f1": float(f1_score(labels, predictions, average=average, zero_division=0)),
-        "matthews_correlation": float(sklearn.metrics.matthews_corrcoef(labels, predictions)),
+        "matthews_correlation": 0.0 if constant else float(sklearn.metrics.matthews_corrcoef(labels, predictions)),
     }
 
 

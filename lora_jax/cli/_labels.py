@@ -1,0 +1,115 @@
+"""Telling labels: which ones, in which order, kept in a file beside the adapter."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import lora_jax
+from lora_jax import data
+from lora_jax.cli._data import Source
+from lora_jax.data import Labelled, LabelledExample, Labels
+from lora_jax.train import Task, apply_to_batch, task_of
+
+FILE = "labels.json"
+
+
+def to_train(source: Source, base: Any, train: Sequence[Labelled], valid: Sequence[Labelled]) -> Labels:
+    """The labels of the rows, in the order in which the model's own head has them, if it has these.
+
+    Raises:
+        ValueError: a row that doesn't fit, by file and line.
+    """
+    labels, own = source.labels(train), own_labels(base)
+    if own is not None and set(own.names) == set(labels.names):
+        labels = own
+    for row in (*train, *valid):
+        labels.value(row)
+    return labels
+
+
+def to_evaluate(source: Source, base: Any, adapter: Path | None, rows: Sequence[Labelled]) -> Labels:
+    """The labels that the adapter or the model was trained on; those of the rows where neither says."""
+    saved, own = load(adapter), own_labels(base)
+    if saved is not None:
+        return saved
+    if own is None and adapter is None:
+        raise ValueError(f"{base.folder}: no head that tells labels; give the adapter that was trained with one")
+    given = source.labels(rows)
+    unnamed = own is None or own.names == tuple(map(str, range(len(own.names))))
+    return given if unnamed and (own is None or len(own.names) == len(given.names)) else own
+
+
+def own_labels(base: Any) -> Labels | None:
+    """Those of the model's own head; None where it has none."""
+    return Labels(lora_jax.models.label_names(base.config)) if base.head else None
+
+
+def load(adapter: Path | None) -> Labels | None:
+    """The labels beside an adapter; None where it was trained on text.
+
+    Raises:
+        ValueError: the file isn't one that `save` writes.
+    """
+    if adapter is None or not (adapter / FILE).exists():
+        return None
+    try:
+        names = json.loads((adapter / FILE).read_text())["labels"]
+    except (ValueError, KeyError, TypeError):
+        names = None
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(f'{adapter / FILE}: damaged, expected {{"labels": [names]}}')
+    return Labels(tuple(names))
+
+
+def save(folder: Path, labels: Labels) -> None:
+    """Writes the names beside an adapter, whole or not at all."""
+    partial = folder / f".{FILE}.partial"
+    partial.write_text(json.dumps({"labels": labels.names}, indent=2) + "\n")
+    os.replace(partial, folder / FILE)
+
+
+def new_parts(model: Any) -> str:
+    """Which parts of the model are drawn anew, in words; nothing where none is."""
+    parts = sorted({path.split("/")[0] for path in model.fresh})
+    return f"new and trained whole: {', '.join(parts)}" if parts else ""
+
+
+def with_head(config: lora_jax.LoRAConfig, model: Any) -> lora_jax.LoRAConfig:
+    """The settings under which the head, and what else of the model is new, trains whole and gets no factors."""
+    head = f"/{model.head}/.*/"
+    fresh = tuple(path for path in model.fresh if not path.startswith(f"{model.head}/"))
+    return dataclasses.replace(config, train=(*config.train, head, *fresh))
+
+
+def task(source: Source, examples: Sequence[LabelledExample], labels: Labels) -> Task:
+    """What the rows ask for, judged as GLUE judges it."""
+    found = task_of(examples) if labels.regression else lora_jax.train.classification(len(labels.names))
+    return dataclasses.replace(found, best=source.figure or found.best)
+
+
+def asked(rows: Sequence[Labelled], examples: Sequence[LabelledExample], labels: Labels) -> list[tuple[str, str]]:
+    """Each row as text, and what is to be told of it."""
+    return [
+        (row.text if row.text_pair is None else f"{row.text} / {row.text_pair}", _told(example.label, labels))
+        for row, example in zip(rows, examples, strict=True)
+    ]
+
+
+def tell(model: Any, params: Any, examples: Sequence[LabelledExample], labels: Labels, of: Task) -> list[str]:
+    """What the model tells of a few rows."""
+    if not examples or of.predict is None:
+        return []
+    batch = data.pad(examples, len(examples), max(len(example.input_ids) for example in examples))
+    apply = lora_jax.prefix.adapt(lora_jax.adapt(model.apply, allow_none=True))
+    outputs = jax.jit(lambda params, batch: apply_to_batch(apply, params, batch))(params, batch)
+    return [_told(value, labels) for value in np.asarray(of.predict(outputs))]
+
+
+def _told(value: Any, labels: Labels) -> str:
+    return f"{float(value):.2f}" if labels.regression else labels.names[int(value)]

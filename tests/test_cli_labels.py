@@ -1,0 +1,203 @@
+"""Labels on the command line: a bare encoder gets a head that is trained, saved, evaluated, merged, read by PEFT."""
+
+import contextlib
+import importlib
+import io
+import json
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_cli import tiny_tokenizer
+from transformers import BertConfig, RobertaConfig
+
+import lora_jax
+from lora_jax import models
+from lora_jax.cli import main
+
+SIZES = {
+    "vocab_size": 258,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+}
+TRAIN = ("--rank", "2", "--alpha", "4", "--targets", "query", "value", "--steps", "2", "--batch-size", "4")
+
+
+def encoder(folder, config_class=BertConfig, architecture="BertModel", **changes):
+    model = models.init(config_class(**SIZES, architectures=[architecture], **changes), jax.random.key(0))
+    models.save(folder, model, model.params, tokenizer=tiny_tokenizer())
+    return str(folder)
+
+
+def call(*argv):
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        assert main([str(word) for word in argv]) == 0
+    return said.getvalue()
+
+
+def write_rows(path, labels, count=12):
+    rows = [{"text": f"row {i}", "label": labels[i % len(labels)]} for i in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def kernel(model):
+    return model.params["classifier"]["kernel"]
+
+
+# --- heads -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_bare_encoder_gets_a_head_from_the_key(tmp_path):
+    folder = encoder(tmp_path / "bare")
+    one, same, other = (models.load(folder, labels=("a", "b", "c"), key=jax.random.key(k)) for k in (1, 1, 2))
+    assert sorted(one.fresh) == ["classifier/bias", "classifier/kernel"]
+    assert kernel(one).shape == (16, 3)
+    assert one.config.id2label == {0: "a", 1: "b", 2: "c"}
+    assert one.config.problem_type == "single_label_classification"
+    np.testing.assert_array_equal(kernel(one), kernel(same))
+    assert not np.array_equal(kernel(one), kernel(other))
+    assert 0.1 < float(jnp.std(kernel(one))) < 0.3  # the configuration's initializer_range
+    pooler = models.load(folder).params["pooler"]["dense"]["kernel"]
+    np.testing.assert_array_equal(one.params["pooler"]["dense"]["kernel"], pooler)
+
+
+def test_a_masked_language_model_gets_pooler_and_head(tmp_path):
+    bert = models.load(encoder(tmp_path / "bert", architecture="BertForMaskedLM"), labels=("score",))
+    assert {path.split("/")[0] for path in bert.fresh} == {"classifier", "pooler"}
+    assert bert.config.problem_type == "regression"
+    folder = encoder(tmp_path / "roberta", RobertaConfig, "RobertaForMaskedLM")
+    roberta = models.load(folder, labels=("a", "b"))
+    assert {path.split("/")[0] for path in roberta.fresh} == {"classifier"}
+    assert (bert.max_length, roberta.max_length) == (64, 63)  # RoBERTa's positions begin behind the padding's id
+
+
+@pytest.mark.parametrize(
+    ("names", "asked", "kept"),
+    [(None, ("x", "y"), True), (("x", "y"), ("x", "y"), True), (("x", "y"), ("y", "x"), False), (None, "xyz", False)],
+)
+def test_a_head_is_kept_where_it_tells_the_labels(tmp_path, names, asked, kept):
+    named = {} if names is None else {"id2label": dict(enumerate(names))}
+    folder = encoder(tmp_path / "with", architecture="BertForSequenceClassification", **named)
+    model = models.load(folder, labels=tuple(asked), key=jax.random.key(7))
+    assert (model.fresh == ()) == kept
+    assert np.array_equal(kernel(model), kernel(models.load(folder))) == kept
+
+
+# --- the commands ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    paths = {
+        "model": encoder(folder / "model"),
+        "data": write_rows(folder / "data.jsonl", ["no", "yes", "so"]),
+        "out": str(folder / "out"),
+    }
+    return paths | {
+        "said": call("train", "--model", paths["model"], "--data", paths["data"], "--output", paths["out"], *TRAIN)
+    }
+
+
+def test_train_tells_labels_and_samples_and_what_to_type_next(world):
+    for told in ("labels: no, so, yes. new and trained whole: classifier", "expected   ", "accuracy", "\nrow "):
+        assert told in world["said"]
+    assert f"next: lora-jax evaluate --model {world['model']} --adapter {world['out']} --data" in world["said"]
+
+
+def test_evaluate_and_merge_tell_the_same(world, tmp_path):
+    adapted = ["--model", world["model"], "--adapter", world["out"]]
+    found = json.loads(call("evaluate", *adapted, "--data", world["data"], "--json"))
+    assert set(found) == {"loss", "accuracy", "f1", "matthews_correlation", "rows", "rows_truncated"}
+    call("merge", *adapted, "--output", tmp_path / "merged")
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config["architectures"] == ["BertForSequenceClassification"]
+    assert config["id2label"] == {"0": "no", "1": "so", "2": "yes"}
+    merged = json.loads(call("evaluate", "--model", tmp_path / "merged", "--data", world["data"], "--json"))
+    assert merged == pytest.approx(found, rel=1e-5)
+
+
+def test_scores(world, tmp_path):
+    rows, out = write_rows(tmp_path / "scores.jsonl", [0.5, 1, 2.25]), tmp_path / "out"
+    call("train", "--model", world["model"], "--data", rows, "--output", out, *TRAIN)
+    found = json.loads(call("evaluate", "--model", world["model"], "--adapter", out, "--data", rows, "--json"))
+    assert set(found) == {"loss", "pearson", "spearman", "rows", "rows_truncated"}
+
+
+def test_glue_files_are_judged_by_its_figure_on_dev(world, tmp_path):
+    for name in ("train", "dev"):
+        (tmp_path / f"{name}.tsv").write_text("".join(f"x\t{i % 2}\t\tsentence {i}\n" for i in range(8)))
+    out, source = tmp_path / "out", ["--data", "glue:cola", tmp_path]
+    assert "labels: unacceptable, acceptable" in call(
+        "train", "--model", world["model"], *source, "--output", out, *TRAIN
+    )
+    found = json.loads(call("evaluate", "--model", world["model"], "--adapter", out, *source, "--json"))
+    assert found["rows"] == 8
+
+
+@pytest.fixture
+def refused(capsys):
+    def run(*argv):
+        assert main([str(word) for word in argv]) == 2
+        return capsys.readouterr().err.splitlines()[-1]
+
+    return run
+
+
+def test_mistakes(world, tmp_path, refused):
+    model, adapter = ["--model", world["model"]], ["--adapter", world["out"]]
+    other = write_rows(tmp_path / "other.jsonl", ["no", "maybe"])
+    assert f"{other}:2: label 'maybe', expected one of no, so, yes" in refused(
+        "evaluate", *model, *adapter, "--data", other
+    )
+    assert "no head that tells labels" in refused("evaluate", *model, "--data", world["data"])
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": "a"}\n' * 3)
+    out = tmp_path / "out"
+    assert "BertModel is an encoder" in refused("train", *model, "--data", text, "--output", out, *TRAIN)
+    assert "glue:TASK and a folder" in refused("train", *model, "--data", "glue:cola", "--output", out, *TRAIN)
+    assert "glue:x: no such task" in refused("train", *model, "--data", "glue:x", tmp_path, "--output", out, *TRAIN)
+    assert not out.exists()
+    assert "LlamaForCausalLM tells no labels" in refused("train", "--data", world["data"], "--output", out, *TRAIN)
+
+
+def test_a_label_of_valid_that_train_lacks(world, tmp_path, refused):
+    write_rows(tmp_path / "train.jsonl", ["no", "yes"])
+    valid = write_rows(tmp_path / "valid.jsonl", ["no", "other"])
+    message = refused("train", "--model", world["model"], "--data", tmp_path, "--output", tmp_path / "out", *TRAIN)
+    assert f"{valid}:2: label 'other', expected one of no, yes" in message
+    assert not (tmp_path / "out").exists()
+
+
+# --- PEFT ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize(
+    ("config_class", "architecture"), [(BertConfig, "BertModel"), (RobertaConfig, "RobertaForMaskedLM")]
+)
+def test_peft_gives_the_same_logits(tmp_path, config_class, architecture):
+    base, out = encoder(tmp_path / "base", config_class, architecture), tmp_path / "out"
+    rows = write_rows(tmp_path / "rows.jsonl", ["a", "b", "c"])
+    call("train", "--model", base, "--data", rows, "--output", out, *TRAIN, "--learning-rate", "0.1")
+    model = models.load(base, labels=("a", "b", "c"))
+    axes = lora_jax.kernel_axes(model.apply, model.params, jnp.ones((1, 4), jnp.int32))
+    params = lora_jax.peft.load(out, model.params, names=model.names, axes=axes)
+    ids = np.array([[5, 6, 7, 8], [9, 10, 11, 12]])
+    ours = lora_jax.adapt(model.apply)(params, jnp.asarray(ids))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch's and transformers' own imports
+        torch, peft, transformers = map(importlib.import_module, ("torch", "peft", "transformers"))
+        theirs = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
+        theirs = peft.PeftModel.from_pretrained(theirs, str(out)).eval()
+        with torch.no_grad():
+            logits = theirs(torch.from_numpy(ids)).logits.numpy()
+    np.testing.assert_allclose(ours, logits, atol=1e-5)
