@@ -41,8 +41,10 @@ def to_evaluate(source: Source, base: Any, adapter: Path | None, rows: Sequence[
     if own is None and adapter is None:
         raise ValueError(f"{base.folder}: no head that tells labels; give the adapter that was trained with one")
     given = source.labels(rows)
-    unnamed = own is None or own.names == tuple(map(str, range(len(own.names))))
-    return given if unnamed and (own is None or len(own.names) == len(given.names)) else own
+    if own is None:
+        return given
+    unnamed = own.names == tuple(map(str, range(len(own.names))))
+    return given if unnamed and len(own.names) == len(given.names) else own
 
 
 def own_labels(base: Any) -> Labels | None:

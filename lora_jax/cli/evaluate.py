@@ -43,8 +43,7 @@ def run(settings: Settings) -> None:
     source = _data.source_of(settings.data) if settings.data else None
     rows = _rows(source, settings.split)
     labelled = _data.labelled(rows)
-    labels = source is not None and labelled
-    figures = _of_labels(settings, source, labelled) if labels else _of_text(settings, rows)
+    figures = _of_text(settings, rows) if source is None or not labelled else _of_labels(settings, source, labelled)
     if settings.json:
         _show.print_json(figures)
     else:

@@ -3,7 +3,7 @@
 import dataclasses
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -185,7 +185,7 @@ def _labels_of(source: Source | None, model: Any, read: Mapping[str, Sequence[Ro
 
 
 def _work(
-    settings: Settings, source: Source | None, model: Any, read: dict[str, Sequence[Row]], labels: Labels | None
+    settings: Settings, source: Source | None, model: Any, read: Mapping[str, Sequence[Row]], labels: Labels | None
 ) -> Work:
     length = min(settings.train.max_length, model.max_length - settings.prefix_length)
     if source is not None and labels is not None:
