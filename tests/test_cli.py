@@ -248,6 +248,13 @@ def test_inspect_shows_a_table(world, capsys):
     assert "layers/self_attn/q_proj/kernel" in capsys.readouterr().out
 
 
+def test_inspect_of_the_embedded_model_counts_what_its_task_trains(capsys):
+    assert main(["inspect", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["trainable"], found["rank"]) == (62_720, text_to_sql.DEFAULTS.rank)
+    assert found["share"] < 0.02
+
+
 def test_every_command_has_help(capsys):
     assert main([]) == main(["--help"]) == 0
     usage = capsys.readouterr().out

@@ -16,6 +16,7 @@ from lora_jax.cli import _show
 # `lora_jax.models` is reached through the package, which loads it at first use: `--help` needn't wait for transformers.
 
 LORA = lora_jax.LoRAConfig(rank=8, alpha=16)
+LORA_EMBEDDED = lora_jax.LoRAConfig(rank=text_to_sql.DEFAULTS.rank, alpha=text_to_sql.DEFAULTS.alpha)
 TRACED_TOKENS = 8  # of the abstract call that tells how each kernel is used
 
 

@@ -1,5 +1,6 @@
 """`lora-jax inspect`: what would be adapted, from the model's configuration alone."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,12 @@ class Settings:
     """print one JSON object, and nothing else, on standard output"""
     base: tyro.conf.OmitArgPrefixes[_base.Base] = _base.Base()
     lora: tyro.conf.OmitArgPrefixes[lora_jax.LoRAConfig] = _base.LORA
+
+
+def defaults(words: Sequence[str]) -> Settings:
+    """Of the embedded model what `lora-jax train` adapts of it."""
+    given = any(word.split("=")[0] == "--model" for word in words)
+    return Settings(lora=_base.LORA if given else _base.LORA_EMBEDDED)
 
 
 def run(settings: Settings) -> None:

@@ -1,6 +1,5 @@
 """`lora-jax train`: an adapter from a model and a data file; without arguments, the embedded task."""
 
-import dataclasses
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -53,7 +52,7 @@ def defaults(words: Sequence[str]) -> Settings:
         return Settings()
     task = text_to_sql.DEFAULTS
     return Settings(
-        lora=dataclasses.replace(_base.LORA, rank=task.rank, alpha=task.alpha),
+        lora=_base.LORA_EMBEDDED,
         train=TrainConfig(learning_rate=task.learning_rate, batch_size=task.batch_size, steps=task.steps),
     )
 
