@@ -61,9 +61,9 @@ CASES = {
         lora={"r": 4, "lora_alpha": 4, "target_modules": [*ATTENTION]},
     ),
     "llama3_rope": Case(
-        learning_rate=0.08,
+        learning_rate=0.05,
         model={"rope_parameters": LLAMA3, "num_key_value_heads": 1},
-        lora={"r": 2, "lora_alpha": 3, "target_modules": ["q_proj", "k_proj"]},
+        lora={"r": 4, "lora_alpha": 12, "target_modules": ["q_proj", "k_proj"]},
     ),
     "rank_stabilized": Case(
         lora={"r": 4, "lora_alpha": 6, "target_modules": ["o_proj", "down_proj"], "use_rslora": True},

@@ -9,6 +9,7 @@ gradient of every trained tensor, and its move over three steps of plain SGD, ea
 import sys
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import peft
@@ -72,7 +73,10 @@ def tie(model: peft.PeftModel) -> None:
 
 
 def in_double(model: torch.nn.Module) -> torch.nn.Module:
-    """The model in float64 throughout: by itself, transformers computes norms and rotary angles in float32."""
+    """The model in float64 throughout: by itself, transformers computes norms and all that is rotary in float32.
+
+    Rotary frequencies too, because rounding that the references share would be taken for ours.
+    """
 
     def norm(self, x):
         return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
@@ -87,6 +91,10 @@ def in_double(model: torch.nn.Module) -> torch.nn.Module:
         for kind, forward in (("LlamaRMSNorm", norm), ("LlamaRotaryEmbedding", rotary)):
             if type(module).__name__ == kind:
                 module.forward = forward.__get__(module)
+        if type(module).__name__ == "LlamaRotaryEmbedding":
+            with mock.patch.object(torch, "float", torch.float64):  # what transformers computes frequencies in
+                module.inv_freq = type(module)(module.config).inv_freq
+            assert module.inv_freq.dtype == torch.float64
     return model
 
 
