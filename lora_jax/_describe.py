@@ -193,7 +193,7 @@ def norms_of(kernel: Any, node: LoRA, dtype: Any) -> Norms:
     kernel = jnp.asarray(kernel, wide)
     update = difference(kernel, node)
     lost = update - (changed(kernel, node).astype(dtype).astype(wide) - kernel.astype(dtype).astype(wide))
-    return Norms(*(float(jnp.linalg.norm(x.reshape(-1))) for x in (kernel, update, lost)))
+    return Norms(*(float(jnp.sqrt(jnp.sum(jnp.square(x)))) for x in (kernel, update, lost)))
 
 
 def report_of(norms: Mapping[str, Sequence[Norms]], dtypes: Mapping[str, str]) -> MergeReport:
