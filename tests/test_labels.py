@@ -182,6 +182,8 @@ def test_glue_without_dev_rows_holds_some_out(tmp_path):
     ("content", "message"),
     [
         ("sentence\tlabel\na\n", r"dev.tsv:2: 1 columns, expected 2: sentence, label"),
+        ("sentence\tlabel\nb\t1\n\na\tb\t1\n", r"dev.tsv:4: 3 columns, expected 2: sentence, label"),
+        ("sentence\tlabel\na\t\n", r"dev.tsv:2: label '', expected 0 to 1 or negative, positive"),
         ("sentence\tlabel\na\t2\n", r"dev.tsv:2: label '2', expected 0 to 1 or negative, positive"),
         ("text\tlabel\na\t1\n", r"dev.tsv:1: no column 'sentence' in the header, which has text, label"),
         ("sentence\tlabel\n", r"dev.tsv: the file holds no rows"),

@@ -25,7 +25,7 @@ class GlueTask:
     labels: tuple[str, ...] = ("score",)
     figure: str = "accuracy"
     header: tuple[str, ...] | None = None  # of files that have no header line
-    broken_rows: bool = False  # the published file has lines with too few columns, which everyone leaves out
+    broken_rows: bool = False  # the published file has lines cut into other columns, which everyone leaves out
     files: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: _FILES)
 
 
@@ -114,8 +114,8 @@ def _tsv_records(path: Path, task: GlueTask) -> Iterator[tuple[str, dict[str, st
             columns = tuple(cells)
             if missing := [name for name in _needed(task) if name not in columns]:
                 raise ValueError(f"{where}: no column {missing[0]!r} in the header, which has {', '.join(columns)}")
-        elif len(cells) >= len(columns):
-            yield where, dict(zip(columns, cells, strict=False))
+        elif len(cells) == len(columns):
+            yield where, dict(zip(columns, cells, strict=True))
         elif not task.broken_rows:
             raise ValueError(f"{where}: {len(cells)} columns, expected {len(columns)}: {', '.join(columns)}")
 
