@@ -177,6 +177,21 @@ def test_export_keeps_what_was_trained_whole(world, tmp_path):
     np.testing.assert_array_equal(again["norm"]["scale"], params["norm"]["scale"])
 
 
+def test_export_keeps_rows_of_an_embedding(world, tmp_path):
+    model = models.load(world["model"])
+    params, tokens = peft.load(world["out"], model.params, names=model.names), {"embed_tokens/embedding": [5, 2]}
+    table = params["embed_tokens"]
+    table["embedding"] = table["embedding"].at[np.array([5, 2])].add(1)
+    peft.save(tmp_path / "rows", params, names=model.names, tokens=tokens)
+    arguments = ["export", "--model", world["model"], "--adapter", str(tmp_path / "rows")]
+    assert main([*arguments, "--output", str(tmp_path / "anew")]) == 0
+    config = json.loads((tmp_path / "anew" / "adapter_config.json").read_text())
+    assert config["trainable_token_indices"] == {"model.embed_tokens": [5, 2]}
+    assert config["modules_to_save"] is None
+    again = peft.load(tmp_path / "anew", model.params, names=model.names)
+    np.testing.assert_array_equal(again["embed_tokens"]["embedding"], table["embedding"])
+
+
 def test_merged_evaluates_as_adapted(world, tmp_path, capsys):
     merged = str(tmp_path / "merged")
     assert main(["merge", "--model", world["model"], "--adapter", world["out"], "--output", merged]) == 0

@@ -4,7 +4,9 @@ import contextlib
 import importlib
 import io
 import json
+import shutil
 import warnings
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,8 @@ from transformers import BertConfig, RobertaConfig
 
 import lora_jax
 from lora_jax import models
-from lora_jax.cli import main
+from lora_jax.cli import _labels, main
+from lora_jax.data import Labels
 
 SIZES = {
     "vocab_size": 258,
@@ -91,6 +94,15 @@ def test_a_head_is_kept_where_it_tells_the_labels(tmp_path, names, asked, kept):
     assert np.array_equal(kernel(model), kernel(models.load(folder))) == kept
 
 
+@pytest.fixture
+def refused(capsys):
+    def run(*argv):
+        assert main([str(word) for word in argv]) == 2
+        return capsys.readouterr().err.splitlines()[-1]
+
+    return run
+
+
 # --- the commands ----------------------------------------------------------------------------------------------------
 
 
@@ -125,6 +137,50 @@ def test_evaluate_and_merge_tell_the_same(world, tmp_path):
     assert merged == pytest.approx(found, rel=1e-5)
 
 
+def test_export_keeps_head_and_labels(world, tmp_path):
+    adapted, out = ["--model", world["model"], "--adapter", world["out"]], tmp_path / "anew"
+    call("export", *adapted, "--output", out)
+    assert (out / "labels.json").read_text() == (Path(world["out"]) / "labels.json").read_text()
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert (config["modules_to_save"], config["task_type"]) == (["classifier"], "SEQ_CLS")
+    found = [
+        call("evaluate", "--model", world["model"], "--adapter", adapter, "--data", world["data"], "--json")
+        for adapter in (world["out"], out)
+    ]
+    assert found[0] == found[1]
+
+
+def test_labels_of_an_earlier_adapter_go(tmp_path):
+    _labels.save(tmp_path, Labels(("a", "b")))
+    assert _labels.load(tmp_path) == Labels(("a", "b"))
+    _labels.save(tmp_path, None)
+    assert _labels.load(tmp_path) is None
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[" * 10_000, "[]", '{"labels": []}', '{"labels": ["a", 1]}', '{"labels": ["a", "a"]}', "\xff"]
+)
+def test_a_broken_file_of_labels(world, tmp_path, refused, content):
+    adapter = tmp_path / "adapter"
+    shutil.copytree(world["out"], adapter)
+    (adapter / "labels.json").write_bytes(content.encode("latin-1"))
+    adapted = ["--model", world["model"], "--adapter", adapter]
+    for command in (["evaluate", "--data", world["data"]], ["merge", "--output", tmp_path / "out"]):
+        message = refused(command[0], *adapted, *command[1:])
+        assert f'{adapter / "labels.json"}: damaged, expected {{"labels": [names]}}, each name once' in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_labels_that_are_not_the_heads(world, tmp_path, refused):
+    adapter = tmp_path / "adapter"
+    shutil.copytree(world["out"], adapter)
+    (adapter / "labels.json").write_text('{"labels": ["no", "yes"]}')
+    message = refused("export", "--model", world["model"], "--adapter", adapter, "--output", tmp_path / "out")
+    assert "classifier.weight has shape (3, 16) in the file, (2, 16) expected" in message
+    assert not (tmp_path / "out").exists()
+
+
 def test_scores(world, tmp_path):
     rows, out = write_rows(tmp_path / "scores.jsonl", [0.5, 1, 2.25]), tmp_path / "out"
     call("train", "--model", world["model"], "--data", rows, "--output", out, *TRAIN)
@@ -141,15 +197,6 @@ def test_glue_files_are_judged_by_its_figure_on_dev(world, tmp_path):
     )
     found = json.loads(call("evaluate", "--model", world["model"], "--adapter", out, *source, "--json"))
     assert found["rows"] == 8
-
-
-@pytest.fixture
-def refused(capsys):
-    def run(*argv):
-        assert main([str(word) for word in argv]) == 2
-        return capsys.readouterr().err.splitlines()[-1]
-
-    return run
 
 
 def test_mistakes(world, tmp_path, refused):

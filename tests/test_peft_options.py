@@ -33,8 +33,9 @@ from test_peft_reference import llama, oracle
 import lora_jax
 from lora_jax import peft
 from lora_jax._tree import nodes_of
-from lora_jax.peft import _config
+from lora_jax.peft import _config, _tokens
 
+ROWS = "base_model.model.model.embed.token_adapter.trainable_tokens_delta"
 PAGE = Path(__file__).parent.parent / "docs" / "peft.md"
 
 
@@ -97,18 +98,41 @@ def test_the_bias_of_b_goes_into_the_modules_own(tmp_path):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_rows_of_an_embedding_take_their_places(tmp_path, tied):
-    names = TIED if tied else NAMES
-    peft.save(tmp_path / "a", adapted(tied=tied), names=names)
-    rows = {"base_model.model.model.embed.token_adapter.trainable_tokens_delta": np.ones((2, WIDTH), np.float32)}
-    edit(tmp_path / "a", lambda tensors: tensors | rows, trainable_token_indices={"embed": [7, 3]})
-    again = peft.load(tmp_path / "a", base(tied=tied), names=names)
-    expected = np.array(base(tied=tied)["embed"]["embedding"])
-    expected[[7, 3]] = 1
-    np.testing.assert_array_equal(again["embed"]["embedding"], expected)
-    edit(tmp_path / "a", lambda tensors: {n: x for n, x in tensors.items() if "token_adapter" not in n})
+@pytest.mark.parametrize("whole_tree", [True, False])
+def test_rows_of_an_embedding_are_saved_and_loaded(tmp_path, tied, whole_tree):
+    names, params = TIED if tied else NAMES, adapted(tied=tied)
+    params["embed"]["embedding"] = params["embed"]["embedding"].at[jnp.array([7, 3])].set(1)
+    given = params if whole_tree else lora_jax.split(params, (f"/{EMBEDDING}/",))[1]
+    peft.save(tmp_path / "a", given, names=names, tokens={EMBEDDING: [7, 3]})
+    config, tensors = config_in(tmp_path / "a"), tensors_in(tmp_path / "a")
+    assert (config["trainable_token_indices"], config["modules_to_save"]) == ({"model.embed": [7, 3]}, None)
+    np.testing.assert_array_equal(tensors[ROWS], np.ones((2, WIDTH), np.float32))
+    assert all("lora" in name for name in tensors.keys() - {ROWS})
+    assert same(peft.load(tmp_path / "a", base(tied=tied), names=names), params)
+    edit(tmp_path / "a", lambda tensors: {n: x for n, x in tensors.items() if n != ROWS})
     with pytest.raises(ValueError, match="trainable_tokens_delta is missing"):
         peft.load(tmp_path / "a", base(tied=tied), names=names)
+
+
+def test_rows_that_cannot_be_saved_are_said(tmp_path):
+    for rows, message in (
+        ({QUERY: [1]}, f"tokens: {QUERY} is no embedding in these parameters; there are {EMBEDDING}"),
+        ({EMBEDDING: []}, f"tokens: {EMBEDDING}: rows \\[\\], expected some of 0 to 11, each once"),
+        ({EMBEDDING: [1, 1]}, "expected some of 0 to 11"),
+        ({EMBEDDING: [-1]}, "expected some of 0 to 11"),
+        ({EMBEDDING: [12]}, "expected some of 0 to 11"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            peft.save(tmp_path / "a", adapted(), names=NAMES, tokens=rows)
+    with pytest.raises(ValueError, match=f"tokens: {EMBEDDING} is adapted as well"):
+        peft.save(tmp_path / "a", adapted({EMBEDDING: node(EMBEDDING, 2, 1.0)}), names=NAMES, tokens={EMBEDDING: [1]})
+    with pytest.raises(ValueError, match=r"is no embedding in these parameters; there is none"):
+        peft.save(tmp_path / "a", lora_jax.split(adapted())[1], names=NAMES, tokens={EMBEDDING: [1]})
+    params = adapted()
+    params["embed"]["embedding"] = params["embed"]["embedding"].at[3].set(jnp.nan)
+    with pytest.raises(ValueError, match=f"{EMBEDDING}: the leaf holds NaN"):
+        peft.save(tmp_path / "a", params, names=NAMES, tokens={EMBEDDING: [3]})
+    assert not (tmp_path / "a").exists()
 
 
 # Every field ----------------------------------------------------------------------------------------------------------
@@ -157,13 +181,24 @@ MADE = {
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.filterwarnings("ignore:.*have invalid shape")  # PEFT takes the bias of B for a factor that was cut
 @pytest.mark.parametrize("name", MADE)
-def test_what_peft_made_reads_as_the_same_function(name, tmp_path):
+def test_what_peft_made_reads_and_writes_as_the_same_function(name, tmp_path):
     make, model = oracle(), llama(MADE[name])
     adapter = make.adapted_model(MADE[name])
     adapter.save_pretrained(tmp_path / "theirs")
     params = peft.load(tmp_path / "theirs", model.params, names=model.names)
     ours = lora_jax.adapt(model.apply, on_materialize="error")(params, jnp.asarray(tokens()))
-    assert_agrees(np.asarray(ours), make.logits(adapter), make.logits(make.in_double(adapter)))
+    refs = make.logits(adapter), make.logits(make.in_double(adapter))
+    assert_agrees(np.asarray(ours), *refs)
+
+    biases = ("q_proj/bias", "v_proj/bias") if MADE[name].lora.get("lora_bias") else ()
+    rows = _tokens.in_folder(tmp_path / "theirs", model.params, model.names)
+    peft.save(tmp_path / "ours", params, names=model.names, train=biases, tokens=rows)
+    reference = importlib.import_module("peft")
+    again = reference.PeftModel.from_pretrained(make.base_model(MADE[name]), tmp_path / "ours").eval()
+    assert_agrees(make.logits(again), *refs)
+    if rows:
+        assert tensors_in(tmp_path / "ours").keys() == tensors_in(tmp_path / "theirs").keys()
+    assert same(peft.load(tmp_path / "ours", model.params, names=model.names), params)
 
 
 @pytest.mark.oracle

@@ -62,15 +62,19 @@ def load(adapter: Path | None) -> Labels | None:
         return None
     try:
         names = json.loads((adapter / FILE).read_text())["labels"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         names = None
-    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-        raise ValueError(f'{adapter / FILE}: damaged, expected {{"labels": [names]}}')
+    sound = isinstance(names, list) and names and all(isinstance(name, str) for name in names)
+    if not sound or len(set(names)) < len(names):
+        raise ValueError(f'{adapter / FILE}: damaged, expected {{"labels": [names]}}, each name once')
     return Labels(tuple(names))
 
 
-def save(folder: Path, labels: Labels) -> None:
-    """Writes the names beside an adapter, whole or not at all."""
+def save(folder: Path, labels: Labels | None) -> None:
+    """Writes the names beside an adapter, whole or not at all; where it has none, those of an earlier one go."""
+    if labels is None:
+        (folder / FILE).unlink(missing_ok=True)
+        return
     partial = folder / f".{FILE}.partial"
     partial.write_text(json.dumps({"labels": labels.names}, indent=2) + "\n")
     os.replace(partial, folder / FILE)

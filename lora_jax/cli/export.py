@@ -9,7 +9,8 @@ import tyro
 
 import lora_jax
 from lora_jax import _tree
-from lora_jax.cli import _base, _show
+from lora_jax.cli import _base, _labels, _show
+from lora_jax.peft import _tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,8 @@ class Settings:
 
 def run(settings: Settings) -> None:
     _base.check_free(settings.output, settings.overwrite)
-    model = settings.base.load()
+    labels = _labels.load(settings.adapter)
+    model = settings.base.load(labels=labels and labels.names)
     params = _base.with_adapter(model, settings.adapter)
     lora_jax.peft.save(
         settings.output,
@@ -41,9 +43,12 @@ def run(settings: Settings) -> None:
         names=model.names,
         train=trained_whole(model.params, params),
         base_model=settings.base.model,
+        task_type="SEQ_CLS" if model.head else "CAUSAL_LM" if model.generates else None,
         portable=settings.portable,
+        tokens=_tokens.in_folder(settings.adapter, model.params, model.names),
         overwrite=settings.overwrite,
     )
+    _labels.save(settings.output, labels)
     show = _show.results()
     show.print(f"adapter: {settings.output}", markup=False)
 

@@ -170,7 +170,7 @@ def parse(fields: Any, where: str) -> AdapterConfig:
     if not isinstance(fields, dict):
         raise ValueError(f"{where}: expected a JSON object, found {type(fields).__name__}")
     if fields.get("peft_type") != "LORA":
-        raise ValueError(f"{where}: peft_type is {_show(fields.get('peft_type'))}; only 'LORA' adapters can be read")
+        raise ValueError(f"{where}: peft_type is {show(fields.get('peft_type'))}; only 'LORA' adapters can be read")
     problems, known = [], {}
     for name, value in fields.items():
         try:
@@ -182,7 +182,7 @@ def parse(fields: Any, where: str) -> AdapterConfig:
             elif name not in DESCRIPTIVE and value not in (None, False, {}, [], ""):
                 raise ValueError("is not supported")
         except ValueError as error:
-            problems.append(f"{name}: {error} (it is {_show(value)})")
+            problems.append(f"{name}: {error} (it is {show(value)})")
     problems += [f"{name} is missing" for name in ("r", "lora_alpha") if name not in fields]
     if isinstance(known.get("target_modules"), str) and (
         known.get("layers_to_transform") or known.get("layers_pattern")
@@ -237,7 +237,8 @@ def one_line(problems: Iterable[str], limit: int = 8) -> str:
     return "; ".join(" ".join(problem.split()) for problem in shown[:limit]) + more
 
 
-def _show(value: Any) -> str:
+def show(value: Any) -> str:
+    """`value` as Python writes it, cut where it is long."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 

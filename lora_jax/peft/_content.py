@@ -4,11 +4,12 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from lora_jax._node import check_node
-from lora_jax.peft import _config, _names, _trees
+from lora_jax.peft import _config, _names, _tokens, _trees
 from lora_jax.peft._config import PREFIX, AdapterConfig
 from lora_jax.peft._factors import Factors, factors_of
 from lora_jax.peft._names import Tensor, Weight
@@ -16,7 +17,10 @@ from lora_jax.peft._trees import Parts
 
 
 def content(
-    tree: Parts, names: Mapping[str, Weight], portable: bool = False
+    tree: Parts,
+    names: Mapping[str, Weight],
+    portable: bool = False,
+    tokens: Mapping[str, Sequence[int]] | None = None,
 ) -> tuple[dict[str, np.ndarray], AdapterConfig]:
     """The tensors by name, and the config under which PEFT reads them as the same function.
 
@@ -24,8 +28,9 @@ def content(
         tree: factors, leaves, and which of the leaves were trained whole.
         names: each leaf's Hugging Face name.
         portable: one rank, scale 1.
+        tokens: rows of embeddings, the only ones to be saved of these leaves.
     """
-    nodes = tree.nodes
+    nodes, tokens = tree.nodes, tokens or {}
     if not nodes:
         raise ValueError("there is no adapter in these parameters: nothing to save (lora_jax.init makes one)")
     if unnamed := sorted((nodes.keys() | tree.trained) - names.keys()):
@@ -40,9 +45,13 @@ def content(
     _check_magnitudes(factors, portable)
     if portable:
         factors = _one_rank(factors)
-    extra = _Extra(table, tree, {found.tensor.module for found in factors}, names)
+    rows = _tokens.saved(tokens, tree, table)
+    others = tree._replace(trained=tree.trained - tokens.keys())
+    extra = _Extra(table, others, {found.tensor.module for found in factors}, names)
+    config = _config_of(factors, extra, _names.modules(names, table))
+    config = replace(config, trainable_token_indices=_tokens.named(tokens, table))
     tensors = {name: array for found in factors for name, array in _factor_tensors(found)}
-    return tensors | extra.tensors(), _config_of(factors, extra, _names.modules(names, table))
+    return tensors | rows | extra.tensors(), config
 
 
 def _check_magnitudes(factors: Sequence[Factors], portable: bool) -> None:

@@ -9,17 +9,13 @@ import numpy as np
 import safetensors
 
 from lora_jax._tree import Axes, LoRA
-from lora_jax.peft import _config, _names, _prefix, _trees
+from lora_jax.peft import _config, _names, _prefix, _tokens, _trees
 from lora_jax.peft._config import PREFIX, AdapterConfig
 from lora_jax.peft._factors import Factors, node_of
 from lora_jax.peft._names import Tensor, Weight
 from lora_jax.peft._write import TENSORS_FILE
 
 DTYPES = frozenset({"F16", "BF16", "F32"})
-
-
-# The modules that PEFT means by rows without a name: what transformers' get_input_embeddings returns.
-_INPUT_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings")
 
 
 class Expected(NamedTuple):
@@ -169,28 +165,13 @@ class _Plan:
             )
         return {tensor.module: own[tensor.module] for tensor in self.adapted}
 
-    def _token_rows(self, table: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, tuple[int, ...]]]:
+    def _token_rows(self, table: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, _tokens.Rows]]:
         """Which rows of which embedding were trained, by the name of the tensor that holds them."""
-        given = self.config.trainable_token_indices
-        if given is None:
-            return {}
         adapted = {tensor.module for tensor in self.adapted}
-        embeddings = {tensor.module: tensor for tensor in table.values() if tensor.is_embedding}
-        found = {}
-        for name, rows in given.items() if isinstance(given, Mapping) else [(_INPUT_EMBEDDINGS, given)]:
-            endings = (name,) if isinstance(name, str) else name
-            named = [m for m in embeddings if any(m == end or m.endswith(f".{end}") for end in endings)]
-            if len(named) != 1:
-                raise ValueError(
-                    f"trainable_token_indices: {' or '.join(endings)} names no one embedding of this model"
-                )
-            tensor = embeddings[named[0]]
-            if tensor.module in adapted or max(rows) >= tensor.shape[0]:
-                why = "is adapted as well" if tensor.module in adapted else f"has {tensor.shape[0]} rows only"
-                raise ValueError(f"trainable_token_indices: {tensor.module} {why}")
-            # The head of a tied model follows: PEFT saves the rows once.
-            found[f"{PREFIX}{tensor.module}.token_adapter.trainable_tokens_delta"] = tensor, rows
-        return found
+        found = _tokens.of(self.config, table)
+        if clash := [tensor.module for tensor, _ in found if tensor.module in adapted]:
+            raise ValueError(f"trainable_token_indices: {clash[0]} is adapted as well")
+        return {_tokens.tensor_name(tensor): (tensor, rows) for tensor, rows in found}
 
     def _saved_whole(self, table: Mapping[str, Tensor]) -> dict[str, Tensor]:
         adapted = {tensor.module for tensor in self.adapted}

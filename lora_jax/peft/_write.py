@@ -5,7 +5,7 @@ import dataclasses
 import os
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ def save(
     base_model: str | None = None,
     task_type: str | None = None,
     portable: bool = False,
+    tokens: Mapping[str, Sequence[int]] | None = None,
     overwrite: bool = False,
 ) -> None:
     """Writes the adapter in `params` as a folder that PEFT, transformers and vLLM load.
@@ -52,6 +53,8 @@ def save(
         task_type: PEFT's task, such as `"CAUSAL_LM"`.
         portable: fold the scale into B and pad to one rank, for tools that ignore patterns: alpha = r everywhere. DoRA
             has no such form.
+        tokens: rows of embeddings that were trained, by the path of the leaf (`embed_tokens/embedding`). They alone are
+            saved of it, as `trainable_token_indices`, whether `train` names it or not.
         overwrite: replace an adapter that is there.
 
     Raises:
@@ -83,7 +86,7 @@ def save(
     if (folder / CONFIG_FILE).exists() and not overwrite:
         raise FileExistsError(f"{folder} already holds an adapter; pass overwrite=True to replace it")
     params, node = prefix.take(params)
-    tensors, config = _content.content(_trees.parts(params, train), names, portable)
+    tensors, config = _content.content(_trees.parts(params, train), names, portable, tokens)
     if node is not None:
         config = dataclasses.replace(config, lora_jax_prefix=_prefix.declared(node))
     descriptive = {"base_model_name_or_path": base_model, "task_type": task_type}
