@@ -229,12 +229,19 @@ def test_a_label_of_valid_that_train_lacks(world, tmp_path, refused):
 
 @pytest.mark.oracle
 @pytest.mark.parametrize(
-    ("config_class", "architecture"), [(BertConfig, "BertModel"), (RobertaConfig, "RobertaForMaskedLM")]
+    ("config_class", "architecture", "targets"),
+    [
+        (BertConfig, "BertModel", ("query", "value")),
+        (BertConfig, "BertForMaskedLM", ("all-linear",)),
+        (RobertaConfig, "RobertaForMaskedLM", ("query", "value")),
+        (RobertaConfig, "RobertaForMaskedLM", ("all-linear",)),
+    ],
 )
-def test_peft_gives_the_same_logits(tmp_path, config_class, architecture):
+def test_peft_gives_the_same_logits(tmp_path, config_class, architecture, targets):
     base, out = encoder(tmp_path / "base", config_class, architecture), tmp_path / "out"
     rows = write_rows(tmp_path / "rows.jsonl", ["a", "b", "c"])
-    call("train", "--model", base, "--data", rows, "--output", out, *TRAIN, "--learning-rate", "0.1")
+    settings = (*TRAIN, "--targets", *targets, "--learning-rate", "0.1")
+    call("train", "--model", base, "--data", rows, "--output", out, *settings)
     model = models.load(base, labels=("a", "b", "c"))
     axes = lora_jax.kernel_axes(model.apply, model.params, jnp.ones((1, 4), jnp.int32))
     params = lora_jax.peft.load(out, model.params, names=model.names, axes=axes)

@@ -334,7 +334,8 @@ def test_copies_of_the_base_are_accepted_if_they_are_its_own(folder):
         ("lora_alpha", 10**400, "finite number"),
         ("lora_alpha", None, "finite number"),
         ("use_qalora", True, "not supported"),
-        ("target_parameters", ["experts.w1"], "not supported"),
+        ("target_parameters", ["experts.w1"], "names no matrix of this model"),
+        ("target_parameters", "experts.w1", "names no matrix of this model"),
         ("trainable_token_indices", [1], "names no one embedding"),
         ("trainable_token_indices", {"embed": [1, 1]}, "each once"),
         ("trainable_token_indices", {"embed": [99]}, "12 rows only"),
@@ -344,6 +345,9 @@ def test_copies_of_the_base_are_accepted_if_they_are_its_own(folder):
         ("a_field_of_the_future", {"x": 1}, "not supported"),
         ("init_lora_weights", "pissa", "edits the base weights"),
         ("init_lora_weights", "loftq", "edits the base weights"),
+        ("init_lora_weights", "pissa_niter_4", "edits the base weights"),
+        ("init_lora_weights", "of_the_future", "is not one that is known to leave the base weights as they are"),
+        ("init_lora_weights", 1, "is not one that is known"),
         ("bias", "some", "expected 'none'"),
         ("target_modules", "(", "pattern"),
         ("target_modules", 3, "list of names"),
@@ -363,11 +367,12 @@ def test_options_are_honoured_or_refused_by_name(folder, field, value, problem):
     assert problem in message
 
 
-def test_options_that_are_off_or_only_describe_are_accepted(folder):
+@pytest.mark.parametrize("initial", [True, False, None, "gaussian", "eva", "orthogonal", "mica"])
+def test_options_that_are_off_or_only_describe_are_accepted(folder, initial):
     edit(
         folder,
         lora_dropout=0.3,
-        init_lora_weights="gaussian",
+        init_lora_weights=initial,
         task_type="CAUSAL_LM",
         revision="main",
         auto_mapping={"base_model_class": "X"},

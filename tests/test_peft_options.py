@@ -163,6 +163,7 @@ def test_the_page_knows_every_field_of_pefts():
 # Live ---------------------------------------------------------------------------------------------------------------
 
 MADE = {
+    "mica": Case(lora={"r": 2, "lora_alpha": 3, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": "mica"}),
     "lora_bias": Case(
         model={"attention_bias": True},
         lora={"r": 2, "lora_alpha": 3, "target_modules": ["q_proj", "v_proj"], "lora_bias": True},

@@ -64,10 +64,10 @@ def load(adapter: Path | None) -> Labels | None:
         names = json.loads((adapter / FILE).read_text())["labels"]
     except (ValueError, KeyError, TypeError, RecursionError):
         names = None
-    sound = isinstance(names, list) and names and all(isinstance(name, str) for name in names)
-    if not sound or len(set(names)) < len(names):
+    listed = names if isinstance(names, list) else []
+    if not listed or not all(isinstance(name, str) for name in listed) or len(set(listed)) < len(listed):
         raise ValueError(f'{adapter / FILE}: damaged, expected {{"labels": [names]}}, each name once')
-    return Labels(tuple(names))
+    return Labels(tuple(listed))
 
 
 def save(folder: Path, labels: Labels | None) -> None:
@@ -89,8 +89,9 @@ def new_parts(model: Any) -> str:
 def with_head(config: lora_jax.LoRAConfig, model: Any) -> lora_jax.LoRAConfig:
     """The settings under which the head, and what else of the model is new, trains whole and gets no factors."""
     head = f"/{model.head}/.*/"
-    fresh = tuple(path for path in model.fresh if not path.startswith(f"{model.head}/"))
-    return dataclasses.replace(config, train=(*config.train, head, *fresh))
+    new = (head, *(path for path in model.fresh if not path.startswith(f"{model.head}/")))
+    exclude = (*config.exclude, *new) if config.targets else ()  # RoBERTa's head holds a kernel that is all-linear too
+    return dataclasses.replace(config, train=(*config.train, *new), exclude=exclude)
 
 
 def task(source: Source, examples: Sequence[LabelledExample], labels: Labels) -> Task:

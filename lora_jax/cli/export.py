@@ -27,6 +27,8 @@ class Settings:
     """folder to write"""
     portable: bool = False
     """one rank, alpha = r, no patterns"""
+    fused: bool = False
+    """a layer's experts as one entry, as transformers 5 holds them"""
     overwrite: bool = False
     """replace what is in the output folder"""
     base: tyro.conf.OmitArgPrefixes[_base.Base] = _base.Base()
@@ -45,6 +47,7 @@ def run(settings: Settings) -> None:
         base_model=settings.base.model,
         task_type="SEQ_CLS" if model.head else "CAUSAL_LM" if model.generates else None,
         portable=settings.portable,
+        fused=settings.fused,
         tokens=_tokens.in_folder(settings.adapter, model.params, model.names),
         overwrite=settings.overwrite,
     )

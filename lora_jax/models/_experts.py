@@ -4,6 +4,7 @@ Each token goes to its `top_k` experts; the tokens are sorted by expert, so that
 `ragged_dot` multiplies each run by its own kernel.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from lora_jax.models._family import Weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,3 +87,19 @@ class SparseMLP(nn.Module):
         out = experts(tokens[order // spec.top_k], sizes)[jnp.argsort(order)]
         out = out.reshape(-1, spec.top_k, x.shape[-1]) * shares[:, :, None].astype(x.dtype)
         return jnp.sum(out, axis=1).reshape(x.shape)
+
+
+def expert_weights(block: str, names: Mapping[str, str]) -> dict[str, Weight]:
+    """The router's and the experts' leaves and their names in a Hugging Face file.
+
+    Args:
+        block: what the layer's mixture is called there.
+        names: what an expert's `gate_proj`, `up_proj` and `down_proj` are called.
+    """
+    own = "model.layers.{}.mlp"  # in transformers' model, which holds a layer's experts fused
+    fused = {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "down_proj": "down_proj"}
+    table = {"layers/mlp/gate/kernel": Weight(f"{block}.gate.weight", True, parameter=f"{own}.gate.weight")}
+    for path, parameter in fused.items():
+        name = f"{block}.experts.{{}}.{names[path]}.weight"
+        table[f"layers/mlp/experts/{path}/kernel"] = Weight(name, True, parameter=f"{own}.experts.{parameter}")
+    return table

@@ -18,11 +18,15 @@ class Weight(NamedTuple):
         name: the tensor's name; each `{}` stands for a stack index (a layer, an expert), filled in order.
         transpose: the file holds the last two axes the other way round; `nn.Linear` stores (out, in), Flax (in, out).
         tied: names of further tensors that are this same leaf, such as the output head of a model with tied embeddings.
+        parameter: what transformers' model calls the parameter that holds the leaf, where that isn't its name in files:
+            the experts of a layer are one parameter there, and their gate and up kernels too. Leaves of one parameter
+            stand in its order in a family's table.
     """
 
     name: str
     transpose: bool = False
     tied: tuple[str, ...] = ()
+    parameter: str = ""
 
 
 class Family(NamedTuple):

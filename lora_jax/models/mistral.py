@@ -5,7 +5,7 @@ from typing import Any
 from transformers import MistralConfig, MixtralConfig
 
 from lora_jax.models._decoder import DecoderSpec, common, family
-from lora_jax.models._experts import ExpertsSpec
+from lora_jax.models._experts import ExpertsSpec, expert_weights
 from lora_jax.models._family import Weight
 
 
@@ -26,12 +26,8 @@ def mixtral(config: Any) -> DecoderSpec:
 
 
 def _expert_weights(spec: DecoderSpec) -> dict[str, Weight]:
-    block = "model.layers.{}.block_sparse_moe"
-    names = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
-    return {"layers/mlp/gate/kernel": Weight(f"{block}.gate.weight", transpose=True)} | {
-        f"layers/mlp/experts/{path}/kernel": Weight(f"{block}.experts.{{}}.{name}.weight", transpose=True)
-        for path, name in names.items()
-    }
+    names = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+    return expert_weights("model.layers.{}.block_sparse_moe", names)
 
 
 FAMILIES = (

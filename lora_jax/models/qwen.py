@@ -5,7 +5,7 @@ from typing import Any
 from transformers import Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
 from lora_jax.models._decoder import DecoderSpec, common, family, sliding_layers
-from lora_jax.models._experts import ExpertsSpec
+from lora_jax.models._experts import ExpertsSpec, expert_weights
 from lora_jax.models._family import Weight
 
 
@@ -49,11 +49,7 @@ def qwen3_moe(config: Any) -> DecoderSpec:
 
 
 def _expert_weights(spec: DecoderSpec) -> dict[str, Weight]:
-    block = "model.layers.{}.mlp"
-    return {"layers/mlp/gate/kernel": Weight(f"{block}.gate.weight", transpose=True)} | {
-        f"layers/mlp/experts/{name}/kernel": Weight(f"{block}.experts.{{}}.{name}.weight", transpose=True)
-        for name in ("gate_proj", "up_proj", "down_proj")
-    }
+    return expert_weights("model.layers.{}.mlp", {name: name for name in ("gate_proj", "up_proj", "down_proj")})
 
 
 FAMILIES = (

@@ -42,9 +42,12 @@ DESCRIPTIVE = frozenset(
     }
 )
 # Fields that came after the first checksums were written: these are of adapters that leave them off.
-_NOT_IN_OLD_CHECKSUMS = frozenset({"use_dora", "lora_bias", "trainable_token_indices", "lora_jax_prefix"})
-# Initialisations that leave the base as it was; pissa, olora, corda, loftq and lora_ga edit it.
-KEEPS_BASE = (True, False, None, "gaussian", "orthogonal", "eva")
+_NOT_IN_OLD_CHECKSUMS = frozenset(
+    {"use_dora", "lora_bias", "trainable_token_indices", "lora_jax_prefix", "target_parameters"}
+)
+# Initialisations that leave the base as it was, and those that edit it (pissa_niter_N too).
+KEEPS_BASE = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
+EDITS_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +60,7 @@ class AdapterConfig:
     r: int
     lora_alpha: float
     target_modules: tuple[str, ...] | str | None = None
+    target_parameters: tuple[str, ...] = ()
     exclude_modules: tuple[str, ...] | str | None = None
     layers_to_transform: tuple[int, ...] | None = None
     layers_pattern: tuple[str, ...] = ()
@@ -77,7 +81,7 @@ class AdapterConfig:
 
         Args:
             module: dotted name, without PEFT's `base_model.model.` prefix.
-            linear: the module is a linear layer other than the output head: what `"all-linear"` selects.
+            linear: the module is a linear layer other than `lm_head`: what `"all-linear"` selects.
         """
         if _named(self.exclude_modules, module):
             return False
@@ -177,8 +181,7 @@ def parse(fields: Any, where: str) -> AdapterConfig:
             if name in _FIELDS:
                 known[name] = _FIELDS[name](value)
             elif name == "init_lora_weights":
-                if not any(value is allowed or (value == allowed and value != 1) for allowed in KEEPS_BASE):
-                    raise ValueError("edits the base weights, which aren't here")
+                _initial(value)
             elif name not in DESCRIPTIVE and value not in (None, False, {}, [], ""):
                 raise ValueError("is not supported")
         except ValueError as error:
@@ -205,7 +208,7 @@ def to_json(config: AdapterConfig, **descriptive: Any) -> str:
     }
     fields["lora_alpha"] = _whole(config.lora_alpha)
     fields["alpha_pattern"] = {pattern: _whole(alpha) for pattern, alpha in config.alpha_pattern.items()}
-    for name in ("layers_pattern", "modules_to_save"):
+    for name in ("layers_pattern", "modules_to_save", "target_parameters"):
         fields[name] = fields[name] or None
     if config.lora_jax_prefix is None:  # PEFT warns of a field that it doesn't know, as it should where there is one
         del fields["lora_jax_prefix"]
@@ -241,6 +244,16 @@ def show(value: Any) -> str:
     """`value` as Python writes it, cut where it is long."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _initial(value: Any) -> None:
+    name = value.lower() if isinstance(value, str) else value  # as PEFT reads some of them
+    if isinstance(name, str) and name.startswith(EDITS_BASE):
+        raise ValueError("edits the base weights, which aren't here")
+    if isinstance(name, str | bool | None) and name in KEEPS_BASE:
+        return
+    known = ", ".join(str(one) for one in KEEPS_BASE)
+    raise ValueError(f"is not one that is known to leave the base weights as they are ({known})")
 
 
 def _rank(value: Any) -> int:
@@ -347,6 +360,7 @@ _FIELDS: dict[str, Callable[[Any], Any]] = {
     "r": _rank,
     "lora_alpha": _alpha,
     "target_modules": _patterned,
+    "target_parameters": _names,
     "exclude_modules": _patterned,
     "layers_to_transform": _layers,
     "layers_pattern": _layers_pattern,

@@ -5,14 +5,16 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from lora_jax._node import check_node
-from lora_jax.peft import _config, _names, _tokens, _trees
+from lora_jax.peft import _config, _names, _parameters, _tokens, _trees
 from lora_jax.peft._config import PREFIX, AdapterConfig
 from lora_jax.peft._factors import Factors, factors_of
 from lora_jax.peft._names import Tensor, Weight
+from lora_jax.peft._parameters import Fused
 from lora_jax.peft._trees import Parts
 
 
@@ -21,6 +23,7 @@ def content(
     names: Mapping[str, Weight],
     portable: bool = False,
     tokens: Mapping[str, Sequence[int]] | None = None,
+    fused: bool = False,
 ) -> tuple[dict[str, np.ndarray], AdapterConfig]:
     """The tensors by name, and the config under which PEFT reads them as the same function.
 
@@ -29,6 +32,7 @@ def content(
         names: each leaf's Hugging Face name.
         portable: one rank, scale 1.
         tokens: rows of embeddings, the only ones to be saved of these leaves.
+        fused: experts as parameters, even where PEFT reads one entry an expert.
     """
     nodes, tokens = tree.nodes, tokens or {}
     if not nodes:
@@ -42,19 +46,28 @@ def content(
     factors = [found for path in sorted(nodes) for found in factors_of(path, nodes[path], table)]
     if not factors:
         raise ValueError("every adapter in these parameters has scale 0: nothing to save")
-    _check_magnitudes(factors, portable)
+    if portable and fused:
+        raise ValueError("portable and fused exclude one another: tools that ignore patterns don't know parameters")
+    _check_magnitudes(factors, "portable" if portable else "fused" if fused else "")
     if portable:
         factors = _one_rank(factors)
     rows = _tokens.saved(tokens, tree, table)
     others = tree._replace(trained=tree.trained - tokens.keys())
     extra = _Extra(table, others, {found.tensor.module for found in factors}, names)
-    config = _config_of(factors, extra, _names.modules(names, table))
-    config = replace(config, trainable_token_indices=_tokens.named(tokens, table))
+    always = fused or _alphas(_by_module(factors, "rank"), _by_module(factors, "scale"))[0]  # over √rank: see there
+    parameters = [] if portable else _parameters.fused(factors, names, table, always=always)
+    inside = {tensor.module for it in parameters for tensor in it.parameter.tensors}
+    factors = [found for found in factors if found.tensor.module not in inside]
+    config = replace(
+        _config_of(factors, parameters, extra, names, _names.modules(names, table)),
+        target_parameters=_targets({it.parameter.name for it in parameters}, {*_parameters.parameters(names, table)}),
+        trainable_token_indices=_tokens.named(tokens, table),
+    )
     tensors = {name: array for found in factors for name, array in _factor_tensors(found)}
-    return tensors | rows | extra.tensors(), config
+    return tensors | _parameters.tensors(parameters) | rows | extra.tensors(), config
 
 
-def _check_magnitudes(factors: Sequence[Factors], portable: bool) -> None:
+def _check_magnitudes(factors: Sequence[Factors], form: str) -> None:
     """PEFT's `use_dora` is for all modules or none, and tools that ignore patterns don't know it."""
     with_one = [found.tensor.module for found in factors if found.magnitude is not None]
     without = [found.tensor.module for found in factors if found.magnitude is None]
@@ -62,9 +75,9 @@ def _check_magnitudes(factors: Sequence[Factors], portable: bool) -> None:
         raise ValueError(
             f"{with_one[0]} has a magnitude (DoRA) and {without[0]} has none: PEFT's format can't hold both"
         )
-    if with_one and portable:
+    if with_one and form:
         raise ValueError(
-            f"{with_one[0]} has a magnitude (DoRA), which has no portable form: merge it, or save without portable"
+            f"{with_one[0]} has a magnitude (DoRA), which has no {form} form: merge it, or save without {form}"
         )
 
 
@@ -159,22 +172,36 @@ def _module(weight: Weight) -> str:
     return weight.name.rpartition(".")[0]
 
 
-def _config_of(factors: Sequence[Factors], extra: _Extra, modules: set[str]) -> AdapterConfig:
-    """The config under which PEFT gives each of `factors` its rank and scale, and adapts nothing else."""
-    ranks = {found.tensor.module: found.rank for found in factors}
-    stabilized, alphas = _alphas(ranks, {found.tensor.module: found.scale for found in factors})
-    r, alpha = Counter(ranks.values()).most_common(1)[0][0], Counter(alphas.values()).most_common(1)[0][0]
+def _by_module(factors: Sequence[Factors], attribute: str) -> dict[str, Any]:
+    return {found.tensor.module: getattr(found, attribute) for found in factors}
+
+
+def _config_of(
+    factors: Sequence[Factors],
+    parameters: Sequence[Fused],
+    extra: _Extra,
+    names: Mapping[str, Weight],
+    modules: set[str],
+) -> AdapterConfig:
+    """The config under which PEFT gives each of `factors` and `parameters` its rank and scale."""
+    ranks = _by_module(factors, "rank") | {it.parameter.name: it.rank for it in parameters}
+    scales = _by_module(factors, "scale") | {it.parameter.name: it.scale for it in parameters}
+    stabilized, alphas = _alphas(ranks, scales)
+    # Of experts' entries PEFT makes parameters, by `r` and `lora_alpha` whatever patterns say: theirs, where there are.
+    experts = [found.tensor.module for found in factors if _parameters.held_in(names[found.tensor.path])]
+    r = Counter(ranks[module] for module in experts or ranks).most_common(1)[0][0]
+    alpha = Counter(alphas[module] for module in experts or alphas).most_common(1)[0][0]
     return AdapterConfig(
         r=r,
         lora_alpha=alpha,
-        target_modules=_targets(set(ranks), modules),
+        target_modules=_targets({found.tensor.module for found in factors}, modules),
         rank_pattern={_pattern(module, ranks): value for module, value in ranks.items() if value != r},
         alpha_pattern={_pattern(module, ranks): value for module, value in alphas.items() if value != alpha},
         modules_to_save=tuple(_saved_name(module, modules) for module in extra.modules),
         bias="lora_only" if extra.biases else "none",
         use_rslora=stabilized,
-        fan_in_fan_out=all(not found.tensor.transpose and not found.tensor.is_embedding for found in factors),
-        use_dora=factors[0].magnitude is not None,
+        fan_in_fan_out=all(not f.tensor.transpose and not f.tensor.is_embedding for f in factors) and not parameters,
+        use_dora=any(found.magnitude is not None for found in factors),
         ensure_weight_tying=any(tensor.tied for tensor in [found.tensor for found in factors] + extra.whole),
     )
 

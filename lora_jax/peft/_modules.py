@@ -36,6 +36,8 @@ def updates(folder: str | os.PathLike[str]) -> dict[str, LoRA]:
         ValueError: the files are damaged, an option isn't supported, or factors don't belong together.
     """
     config, path = find(Path(folder))
+    if config.target_parameters:
+        raise ValueError(f"{folder}: target_parameters: what is in them only the model tells; load it into one")
     try:
         with safetensors.safe_open(path, framework="np") as file:
             parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping

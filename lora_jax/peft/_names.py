@@ -12,7 +12,8 @@ from typing import Any, NamedTuple, Protocol
 from lora_jax._tree import Axes
 from lora_jax.peft._config import PREFIX
 
-HEADS = frozenset({"lm_head", "score", "classifier"})  # linear layers that PEFT's "all-linear" leaves out
+# The linear layer that PEFT's "all-linear" leaves out. Heads that tell labels it leaves out where they are saved whole.
+HEAD = "lm_head"
 
 
 class Weight(Protocol):
@@ -52,7 +53,7 @@ class Tensor(NamedTuple):
     @property
     def is_linear(self) -> bool:
         """One of those that `"all-linear"` selects."""
-        return self.takes_lora and not self.is_embedding and self.module.rpartition(".")[2] not in HEADS
+        return self.takes_lora and not self.is_embedding and self.module != HEAD
 
     @property
     def takes_lora(self) -> bool:

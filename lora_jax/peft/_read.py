@@ -9,7 +9,7 @@ import numpy as np
 import safetensors
 
 from lora_jax._tree import Axes, LoRA
-from lora_jax.peft import _config, _names, _prefix, _tokens, _trees
+from lora_jax.peft import _config, _names, _parameters, _prefix, _tokens, _trees
 from lora_jax.peft._config import PREFIX, AdapterConfig
 from lora_jax.peft._factors import Factors, node_of
 from lora_jax.peft._names import Tensor, Weight
@@ -62,7 +62,7 @@ def load(
     if tree.nodes:
         raise ValueError(f"{min(tree.nodes)} already has an adapter; load into the base parameters, or merge it first")
     try:
-        plan = _Plan(config, _names.tensors(names, tree.leaves), axes)
+        plan = _Plan(config, names, _names.tensors(names, tree.leaves), axes)
         with safetensors.safe_open(path, framework="np") as file:
             arrays = _checked(file, plan, tree.leaves)
             values = plan.values(arrays, tree.leaves)
@@ -91,7 +91,13 @@ def find(folder: Path) -> tuple[AdapterConfig, Path]:
 class _Plan:
     """Which tensors the config and the model together call for."""
 
-    def __init__(self, config: AdapterConfig, table: Mapping[str, Tensor], axes: Mapping[str, Axes] | None):
+    def __init__(
+        self,
+        config: AdapterConfig,
+        names: Mapping[str, Weight],
+        table: Mapping[str, Tensor],
+        axes: Mapping[str, Axes] | None,
+    ):
         self.config = config
         self.adapted = [
             tensor
@@ -99,7 +105,11 @@ class _Plan:
             if tensor.takes_lora
             and self._selected(tensor, lambda module, t=tensor: config.targets(module, linear=t.is_linear))
         ]
-        self.axes = {tensor.path: _names.axes_of(tensor, axes) for tensor in self.adapted}
+        self.parameters = _parameters.targeted(config, names, table)
+        within = [tensor for parameter in self.parameters for tensor in parameter.tensors]
+        if twice := {tensor.module for tensor in self.adapted} & {tensor.module for tensor in within}:
+            raise ValueError(f"{min(twice)} is named by target_modules and by target_parameters")
+        self.axes = {tensor.path: _names.axes_of(tensor, axes) for tensor in (*self.adapted, *within)}
         self.whole = self._saved_whole(table)
         self.tokens = self._token_rows(table)
         self.biases = self._biases(table) if config.lora_bias else {}
@@ -108,6 +118,11 @@ class _Plan:
         self.expected = {name: Expected(tensor.saved_shape, tensor) for name, tensor in self.whole.items()}
         for tensor in self.adapted:
             self.expected |= self._factors(tensor)
+        self.factor_names = _parameters.factor_names(self.parameters)
+        for parameter in self.parameters:
+            shapes = _parameters.shapes(parameter, config.rank(parameter.name))
+            for name, shape in zip(self.factor_names[parameter.name], shapes, strict=True):
+                self.expected[name] = Expected(shape, parameter.parts[0][0])
         for name, (tensor, rows) in self.tokens.items():
             self.expected[name] = Expected((len(rows), tensor.shape[1]), tensor)
         # PEFT adds copies of base weights (embeddings, where they are adapted): harmless when they are this base's.
@@ -196,10 +211,11 @@ class _Plan:
                 problems.append(f"{name} has shape {shape} in the file, {expected.shape} expected")
             elif dtype not in DTYPES:
                 problems.append(f"{name} is {dtype}; expected one of {', '.join(sorted(DTYPES))}")
-        for tensor in self.adapted:
-            rank, most = self.config.rank(tensor.module), max(_names.widths(tensor, self.axes[tensor.path]))
-            if rank > most:
-                problems.append(f"{tensor.module}: rank {rank} is above {most}, its larger dimension")
+        largest = {tensor.module: max(_names.widths(tensor, self.axes[tensor.path])) for tensor in self.adapted}
+        largest |= {it.name: len(it.parts) * max(it.inputs, *it.widths) for it in self.parameters}
+        for module, most in largest.items():
+            if (rank := self.config.rank(module)) > most:
+                problems.append(f"{module}: rank {rank} is above {most}, its larger dimension")
         if not self.expected.keys() & found.keys():
             problems.insert(0, "not one tensor of this model is in it: it is an adapter for another model")
         return problems
@@ -227,6 +243,10 @@ class _Plan:
             magnitude = arrays[_names.magnitude_name(tensor)] if self.config.use_dora else None
             found = Factors(tensor, a, b, self.config.scale(tensor.module), magnitude)
             by_path.setdefault(tensor.path, []).append(found)
+        for parameter in self.parameters:
+            a, b = (arrays[name] for name in self.factor_names[parameter.name])
+            for found in _parameters.split(parameter, a, b, self.config.scale(parameter.name)):
+                by_path.setdefault(found.tensor.path, []).append(found)
         return {path: node_of(group, leaves[path].shape, self.axes[path]) for path, group in by_path.items()}
 
 

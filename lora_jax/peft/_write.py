@@ -29,6 +29,7 @@ def save(
     task_type: str | None = None,
     portable: bool = False,
     tokens: Mapping[str, Sequence[int]] | None = None,
+    fused: bool = False,
     overwrite: bool = False,
 ) -> None:
     """Writes the adapter in `params` as a folder that PEFT, transformers and vLLM load.
@@ -55,6 +56,9 @@ def save(
             has no such form.
         tokens: rows of embeddings that were trained, by the path of the leaf (`embed_tokens/embedding`). They alone are
             saved of it, as `trainable_token_indices`, whether `train` names it or not.
+        fused: write experts as transformers 5 holds them (`target_parameters`), which other tools may not read. Without
+            it they have one entry each, unless PEFT would read those wrong: where ranks or alphas differ, some experts
+            are left out, or gate is adapted without up.
         overwrite: replace an adapter that is there.
 
     Raises:
@@ -86,7 +90,7 @@ def save(
     if (folder / CONFIG_FILE).exists() and not overwrite:
         raise FileExistsError(f"{folder} already holds an adapter; pass overwrite=True to replace it")
     params, node = prefix.take(params)
-    tensors, config = _content.content(_trees.parts(params, train), names, portable, tokens)
+    tensors, config = _content.content(_trees.parts(params, train), names, portable, tokens, fused)
     if node is not None:
         config = dataclasses.replace(config, lora_jax_prefix=_prefix.declared(node))
     descriptive = {"base_model_name_or_path": base_model, "task_type": task_type}

@@ -1,0 +1,212 @@
+"""Parameters that PEFT adapts by name, `target_parameters`: kernels of experts that transformers 5 has fused.
+
+There one parameter holds the experts of a layer, (E, out, in), and gate's and up's are one behind the other in its
+outputs. PEFT's factors of it are A (E·r, in), expert by expert, and B (out, r·E), in which the experts of each
+component stand together. So gate and up share an A there; here every kernel has factors of its own.
+"""
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from lora_jax.peft._config import PREFIX, AdapterConfig
+from lora_jax.peft._factors import Factors
+from lora_jax.peft._names import Tensor, Weight
+
+
+class Parameter(NamedTuple):
+    """One parameter of transformers' model.
+
+    Attributes:
+        name: dotted, such as `model.layers.3.mlp.experts.gate_up_proj`.
+        parts: the kernels that follow one another in its outputs, each as the tensors of its experts. A plain matrix is
+            one part of one tensor.
+    """
+
+    name: str
+    parts: tuple[tuple[Tensor, ...], ...]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [tensor for part in self.parts for tensor in part]
+
+    @property
+    def inputs(self) -> int:
+        return self.parts[0][0].shape[0]
+
+    @property
+    def widths(self) -> list[int]:
+        """The outputs of each part."""
+        return [part[0].shape[1] for part in self.parts]
+
+
+class Fused(NamedTuple):
+    """The adapter of one parameter: ΔW of expert e = scale · a[e] b[e], with a (E, in, rank) and b (E, rank, out)."""
+
+    parameter: Parameter
+    a: np.ndarray
+    b: np.ndarray
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[2]
+
+
+def parameters(names: Mapping[str, Weight], table: Mapping[str, Tensor]) -> dict[str, Parameter]:
+    """The parameters that hold the model's matrices, by name; those of one module in the order in which it has them."""
+    by_path: dict[str, list[Tensor]] = {}
+    for tensor in sorted(table.values(), key=lambda tensor: tensor.index):
+        if tensor.takes_lora and not tensor.is_embedding and len(tensor.shape) == 2 and tensor.transpose:
+            by_path.setdefault(tensor.path, []).append(tensor)
+    found: dict[str, dict[str, list[Tensor]]] = {}
+    for path, weight in names.items():  # in the table's order, gate before up
+        name = held_in(weight) or weight.name
+        for tensor in by_path.get(path, ()):
+            holds = found.setdefault(name.format(*tensor.index), {})
+            holds.setdefault(path, []).append(tensor)
+    return {name: Parameter(name, tuple(map(tuple, holds.values()))) for name, holds in found.items()}
+
+
+def held_in(weight: Weight) -> str:
+    """The name of the parameter that holds this leaf, where that isn't the leaf's own in files."""
+    return getattr(weight, "parameter", "")
+
+
+def targeted(config: AdapterConfig, names: Mapping[str, Weight], table: Mapping[str, Tensor]) -> list[Parameter]:
+    """What `target_parameters` names: whole names, or endings of them.
+
+    Raises:
+        ValueError: nothing of this model; or with an option that PEFT has not for parameters.
+    """
+    endings = config.target_parameters
+    if not endings:
+        return []
+    for option in ("use_dora", "lora_bias", "fan_in_fan_out"):
+        if getattr(config, option):
+            raise ValueError(f"target_parameters: not together with {option}")
+    known = parameters(names, table).values()
+    found = [it for it in known if any(it.name == end or it.name.endswith(f".{end}") for end in endings)]
+    if not found:
+        raise ValueError(f"target_parameters: {' or '.join(endings)} names no matrix of this model")
+    return found
+
+
+def factor_names(adapted: Iterable[Parameter]) -> dict[str, tuple[str, str]]:
+    """The names of A and B in the file, by the parameter's.
+
+    PEFT wraps a module once for each of its parameters: the last is outermost, and each before it one layer deeper.
+    """
+    found = {}
+    modules: dict[str, list[str]] = {}
+    for parameter in adapted:
+        modules.setdefault(parameter.name.rpartition(".")[0], []).append(parameter.name)
+    for module, of_module in modules.items():
+        for depth, name in enumerate(reversed(of_module)):
+            stem = PREFIX + module + depth * ".base_layer"
+            found[name] = f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"
+    return found
+
+
+def shapes(parameter: Parameter, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The shapes of A and B in the file."""
+    rows = rank * len(parameter.parts[0])
+    return (rows, parameter.inputs), (sum(parameter.widths), rows)
+
+
+def split(parameter: Parameter, a: np.ndarray, b: np.ndarray, scale: float) -> list[Factors]:
+    """The factors of the kernels in a parameter, from A and B as files have them.
+
+    A component whose B is zero in one part and not in another is the other's alone: gate and up may have their own.
+    """
+    count = len(parameter.parts[0])
+    a = a.reshape(count, -1, a.shape[1])  # E, rank, in
+    b = b.reshape(b.shape[0], -1, count).transpose(2, 1, 0)  # E, rank, out
+    of_parts = np.split(b, np.cumsum(parameter.widths)[:-1], axis=2)
+    used = np.array([np.any(part != 0, axis=(0, 2)) for part in of_parts])
+    found = []
+    for tensors, part, own in zip(parameter.parts, of_parts, used | ~used.any(0), strict=True):
+        for e, tensor in enumerate(tensors):
+            if a[e, own].any() or part[e, own].any():  # else an expert without an adapter
+                found.append(Factors(tensor, a[e, own].T, part[e, own], scale))
+    return found
+
+
+def fused(
+    factors: Sequence[Factors], names: Mapping[str, Weight], table: Mapping[str, Tensor], *, always: bool
+) -> list[Fused]:
+    """The experts' factors as those of parameters: where PEFT would read one entry an expert wrong, or `always`.
+
+    PEFT makes parameters of such entries itself, with `r` and `lora_alpha` for all of them: all must be there, of one
+    rank and one alpha/r. With alpha over √r it would give gate and up √2 times their scale: that calls for `always`.
+    For parameters it has no DoRA, so that the entries are all that can be written.
+    """
+    held = {path: held_in(weight) for path, weight in names.items() if held_in(weight)}
+    own = {found.tensor.module: found for found in factors if found.tensor.path in held}
+    if not own or any(found.magnitude is not None for found in own.values()):
+        return []
+    touched = {held[found.tensor.path] for found in own.values()}
+    paths = {path for path, parameter in held.items() if parameter in touched}
+    there = {tensor.module for tensor in table.values() if tensor.path in paths}
+    absent = sorted(paths - {tensor.path for tensor in table.values()})
+    alike = len({(found.rank, found.scale) for found in own.values()}) == 1
+    if alike and own.keys() == there and not absent and not always:
+        return []
+    if absent:
+        raise ValueError(f"{absent[0]} is in one parameter with what is adapted: pass the whole tree, base included")
+    return [it for it in (fuse(parameter, own) for parameter in parameters(names, table).values()) if it is not None]
+
+
+def fuse(parameter: Parameter, factors: Mapping[str, Factors]) -> Fused | None:
+    """The inverse of `split`, from factors by module; None where none is of this parameter.
+
+    Kernels of different A have their components one behind the other, and B is block-diagonal in them. Experts of lower
+    rank, or without an adapter, are padded.
+
+    Raises:
+        ValueError: the kernels have different scales.
+    """
+    own = [[factors.get(tensor.module) for tensor in part] for part in parameter.parts]
+    scales = sorted({found.scale for found in itertools.chain(*own) if found is not None})
+    if not scales:
+        return None
+    if len(scales) > 1:
+        raise ValueError(
+            f"{parameter.name}: scales from {scales[0]:g} to {scales[-1]:g} in one layer's experts, of which PEFT has "
+            "one: give them one rank and alpha, or save with portable=True, which folds scales into B"
+        )
+    blocks = [_padded(part, width, parameter.inputs) for part, width in zip(own, parameter.widths, strict=True)]
+    first = blocks[0][0]
+    if all(np.array_equal(a, first) for a, _ in blocks):
+        return Fused(parameter, first, np.concatenate([b for _, b in blocks], axis=2), scales[0])
+    a = np.concatenate([a for a, _ in blocks], axis=2)
+    b = np.zeros((len(a), a.shape[2], sum(parameter.widths)), a.dtype)
+    row, column = 0, 0
+    for _, block in blocks:
+        b[:, row : row + block.shape[1], column : column + block.shape[2]] = block
+        row, column = row + block.shape[1], column + block.shape[2]
+    return Fused(parameter, a, b, scales[0])
+
+
+def _padded(part: Sequence[Factors | None], outputs: int, inputs: int) -> tuple[np.ndarray, np.ndarray]:
+    """The experts' factors of one kernel, (E, in, rank) and (E, rank, out)."""
+    there = [found for found in part if found is not None]
+    rank = max((found.rank for found in there), default=0)
+    dtype = there[0].a.dtype if there else np.dtype(np.float32)
+    a, b = np.zeros((len(part), inputs, rank), dtype), np.zeros((len(part), rank, outputs), dtype)
+    for e, found in enumerate(part):
+        if found is not None:
+            a[e, :, : found.rank], b[e, : found.rank] = found.a, found.b
+    return a, b
+
+
+def tensors(fused: Sequence[Fused]) -> dict[str, np.ndarray]:
+    """A and B of each parameter as files have them, by name."""
+    names, found = factor_names(it.parameter for it in fused), {}
+    for it in fused:
+        name_a, name_b = names[it.parameter.name]
+        found[name_a] = np.ascontiguousarray(it.a.transpose(0, 2, 1).reshape(-1, it.a.shape[1]))
+        found[name_b] = np.ascontiguousarray(it.b.transpose(2, 1, 0).reshape(it.b.shape[2], -1))
+    return found
