@@ -1,9 +1,12 @@
 """Models bigger than memory: tensors pass one at a time, in the files' own shards, and the memory this takes."""
 
+import contextlib
+import errno
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +18,7 @@ from transformers import BertConfig, LlamaConfig
 
 import lora_jax
 from lora_jax import models, peft
+from lora_jax.models import _folder
 
 MB = 2**20
 
@@ -91,6 +95,37 @@ def test_what_a_check_raises_leaves_the_old_folder(drawn, folder):
         models.save(folder, drawn, jax.tree.map(jnp.zeros_like, drawn.params), overwrite=True, check=check)
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
     assert same(models.load(folder).params, drawn.params)
+
+
+@pytest.mark.parametrize("moves", [None, 0, 3, 7])
+def test_a_mounted_disk_is_written_within(drawn, folder, monkeypatch, moves):
+    """It can't be renamed, nor can anything be moved out of it; a move that fails brings back what was there."""
+    (folder / "lost+found").mkdir()
+    rename, made = Path.rename, []
+
+    def within(source, target):
+        if folder not in source.parents or folder not in Path(target).parents:
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+        made.append(target)
+        if len(made) - 1 == moves:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return rename(source, target)
+
+    monkeypatch.setattr(Path, "rename", within)
+    monkeypatch.setattr(_folder, "_is_mounted", lambda path: path == folder)
+    before, new = layout(folder), jax.tree.map(jnp.zeros_like, drawn.params)
+    with contextlib.nullcontext() if moves is None else pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        models.save(folder, drawn, new, overwrite=True)
+    assert same(models.load(folder).params, new if moves is None else drawn.params)
+    assert moves is None or layout(folder) == before
+    assert {path.name for path in folder.iterdir()} - {"lost+found", "config.json", "model.safetensors"} == (
+        set() if moves is None else {*before, "model.safetensors.index.json"}
+    )
+
+
+def test_a_mount_is_known():
+    assert _folder._is_mounted(Path("/"))
+    assert not _folder._is_mounted(Path(__file__).parent)
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------

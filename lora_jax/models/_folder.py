@@ -6,7 +6,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from lora_jax.models._family import Family
 CONFIG = "config.json"
 TEXT_FILES = ("*.json", "*.txt", "*.model", "*.jinja")  # configuration and tokenizer
 WEIGHT_FILES = ("*.safetensors",)
+DISKS_OWN = "lost+found"  # which an ext4 disk has at its top
 NOT_COPIED = re.compile(
     r"config\.json|.*\.safetensors\.index\.json|pytorch_model\.bin\.index\.json|adapter_config\.json"
 )
@@ -95,8 +96,9 @@ def family_of(model_type: Any, architectures: Any, families: Mapping[str, Family
 
 @contextmanager
 def replacing(folder: Path, *, overwrite: bool) -> Iterator[Path]:
-    """A temporary sibling to write into, which takes `folder`'s place when the block ends without an error.
+    """A temporary folder to write into, which takes `folder`'s place when the block ends without an error.
 
+    It is a sibling, or inside where `folder` is a mounted disk: that can't be renamed, but what it holds can.
     Whatever goes wrong (no space left, an interrupt), nothing half-written stays behind and what was there is whole.
 
     Raises:
@@ -106,22 +108,53 @@ def replacing(folder: Path, *, overwrite: bool) -> Iterator[Path]:
         raise FileExistsError(f"{folder}: a file, expected a folder to write")
     if not overwrite and folder.is_dir() and any(folder.iterdir()):
         raise FileExistsError(f"{folder}: already there; choose another folder or ask to overwrite it")
+    folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    mounted = _is_mounted(folder)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder if mounted else folder.parent))
     old = temporary.with_name(temporary.name + "-old")
     try:
         yield temporary
         temporary.chmod(0o777 & ~_umask())  # mkdtemp's folders are private
+        if mounted:
+            _replace_contents(folder, temporary, old)
+        else:
+            _replace_folder(folder, temporary, old)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _is_mounted(folder: Path) -> bool:
+    """Whether a disk begins here. One bound from elsewhere on the same disk looks like any folder: Linux lists it."""
+    listed = Path("/proc/self/mountinfo")
+    mounts = [line.split()[4] for line in listed.read_text().splitlines()] if listed.exists() else []
+    return folder.is_mount() or str(folder).replace(" ", r"\040") in mounts
+
+
+def _replace_folder(folder: Path, new: Path, old: Path) -> None:
+    try:
         if folder.exists():
             folder.rename(old)
-        temporary.rename(folder)
+        new.rename(folder)
     except BaseException:
         if old.exists() and not folder.exists():
             old.rename(folder)
         raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+
+
+def _replace_contents(folder: Path, new: Path, old: Path) -> None:
+    """Moves what `folder` holds to `old` and what `new` holds to `folder`, all of it within that folder; or nothing."""
+    old.mkdir()
+    before = [path for path in folder.iterdir() if path not in (new, old) and path.name != DISKS_OWN]
+    with ExitStack() as undo:
+        for path in before:
+            path.rename(old / path.name)
+            undo.callback((old / path.name).rename, path)
+        for path in list(new.iterdir()):
+            path.rename(folder / path.name)
+            undo.callback((folder / path.name).rename, path)
+        undo.pop_all()
 
 
 def _umask() -> int:
