@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from lora_jax.models import _folder, _heads, _shards, _weights, bert, gemma, gpt2, llama, mistral, qwen
+from lora_jax.models import _folder, _heads, _shards, _weights, bert, gemma, gpt2, granite, llama, mistral, qwen
 from lora_jax.models._family import Family, Weight, flatten, unflatten
 from lora_jax.models._files import TensorFiles
 from lora_jax.models._heads import label_names
@@ -41,7 +41,9 @@ __all__ = [
 ]
 
 FAMILIES = {
-    family.architecture: family for module in (llama, mistral, qwen, gemma, gpt2, bert) for family in module.FAMILIES
+    family.architecture: family
+    for module in (llama, mistral, qwen, gemma, granite, gpt2, bert)
+    for family in module.FAMILIES
 }
 SUPPORTED = tuple(sorted(FAMILIES))
 

@@ -44,8 +44,10 @@ class DecoderSpec:
     sandwich: bool = False  # attention and MLP are normed after, too
     embedding_scale: float | None = None
     attention_scale: float | None = None  # of q kᵀ; None is 1/√head_dim
+    residual_scale: float | None = None  # of what attention and MLP add
     attention_softcap: float | None = None
     logit_softcap: float | None = None
+    logit_divisor: float | None = None
     window: int | None = None  # how far the sliding layers look back
     sliding: tuple[bool, ...] = ()  # which layers those are; () for all where there is a window
     sliding_frequencies: tuple[float, ...] | None = None  # of the sliding layers, where they differ
@@ -159,17 +161,20 @@ class Layer(nn.Module):
         def norm(name, x):
             return RMSNorm(spec, self.param_dtype, name=name)(x)
 
+        def add(x, y):
+            return x + (y if spec.residual_scale is None else y * spec.residual_scale)
+
         seen = _of_kind(own["sliding"], context["kinds"])
         attended, new = Attention(spec, self.param_dtype, name="self_attn")(
             norm("input_layernorm", x), own["past"], seen | {"index": context["index"]}
         )
-        x = x + (norm("post_attention_layernorm", attended) if spec.sandwich else attended)
+        x = add(x, norm("post_attention_layernorm", attended) if spec.sandwich else attended)
         if spec.experts is None:
             mlp = MLP(spec, self.param_dtype, name="mlp")
         else:
             mlp = SparseMLP(spec.experts, ACTIVATIONS[spec.activation], spec.init_std, self.param_dtype, name="mlp")
         y = mlp(norm("pre_feedforward_layernorm" if spec.sandwich else "post_attention_layernorm", x))
-        return x + (norm("post_feedforward_layernorm", y) if spec.sandwich else y), new
+        return add(x, norm("post_feedforward_layernorm", y) if spec.sandwich else y), new
 
 
 class Decoder(nn.Module):
@@ -197,6 +202,8 @@ class Decoder(nn.Module):
         x, new = layers(spec, self.param_dtype, name="layers")(x, own, context)
         x = RMSNorm(spec, self.param_dtype, name="norm")(x)
         logits = embed.attend(x) if spec.tied else dense(self, "lm_head", spec.vocab_size, x, bias=False)
+        if spec.logit_divisor is not None:
+            logits = logits / spec.logit_divisor
         if spec.logit_softcap is not None:
             logits = spec.logit_softcap * jnp.tanh(logits / spec.logit_softcap)
         return logits if cache is None else (logits, _attention.write(cache, new, input_ids.shape[1]))
