@@ -35,8 +35,7 @@ pytestmark = [
 CHOSEN = sorted({case["architectures"][0]: name for name, case in CASES.items()}.values())
 
 
-# transformers 5 fuses the experts' kernels, and PEFT then adapts what is fused: refused by name.
-FUSED = ("mixtral", "qwen3_moe")
+MIXTURES = [name for name in CHOSEN if "num_experts_per_tok" in CASES[name]]
 
 
 class Setting(NamedTuple):
@@ -88,24 +87,27 @@ def drawn(params):
     return jax.tree_util.tree_map_with_path(leaf, params)
 
 
-def test_peft_reads_ours(setting, tmp_path):
-    reference = importlib.import_module("peft")
-    config = lora_jax.LoRAConfig(rank=2, alpha=3, targets=("all-linear",))
-    params = drawn(lora_jax.init(jax.random.key(0), setting.model.params, config, axes=setting.axes))
-    peft.save(tmp_path / "ours", params, names=setting.model.names)
-    refs = []
+def read_by_peft(setting, folder):
+    """The outputs of PEFT's model with the adapter in `folder`, in float32 and in float64. Nothing is left over."""
+    reference, refs = importlib.import_module("peft"), []
     for dtype in ("float32", "float64"):
-        config = reference.PeftConfig.from_pretrained(tmp_path / "ours")
+        config = reference.PeftConfig.from_pretrained(folder)
         theirs = reference.get_peft_model(setting.theirs(dtype), config, autocast_adapter_dtype=False)
-        weights = reference.load_peft_weights(tmp_path / "ours", device="cpu")
-        result = reference.set_peft_model_state_dict(theirs, weights)
+        result = reference.set_peft_model_state_dict(theirs, reference.load_peft_weights(folder, device="cpu"))
         assert result.unexpected_keys == []
         assert [name for name in result.missing_keys if ".default" in name] == []
         refs.append(setting.their_outputs(theirs.to(getattr(importlib.import_module("torch"), dtype))))
-    assert_agrees(setting.outputs(params), *refs)
+    return refs
 
 
-def test_we_read_pefts(setting, tmp_path):
+def test_peft_reads_ours(setting, tmp_path):
+    config = lora_jax.LoRAConfig(rank=2, alpha=3, targets=("all-linear",))
+    params = drawn(lora_jax.init(jax.random.key(0), setting.model.params, config, axes=setting.axes))
+    peft.save(tmp_path / "ours", params, names=setting.model.names)
+    assert_agrees(setting.outputs(params), *read_by_peft(setting, tmp_path / "ours"))
+
+
+def test_we_read_pefts_and_it_reads_ours_of_them(setting, tmp_path):
     reference, torch = importlib.import_module("peft"), importlib.import_module("torch")
     config = reference.LoraConfig(r=3, lora_alpha=4, target_modules="all-linear")
     refs = []
@@ -118,10 +120,31 @@ def test_we_read_pefts(setting, tmp_path):
         refs.append(setting.their_outputs(theirs.to(getattr(torch, dtype))))
         if dtype == "float32":
             theirs.save_pretrained(tmp_path / "theirs")
-    read = lambda: peft.load(tmp_path / "theirs", setting.model.params, names=setting.model.names, axes=setting.axes)
-    if setting.name in FUSED:
-        with pytest.raises(ValueError, match="target_parameters: is not supported"):
-            read()
-        return
-    params = read()
+    read = lambda name: peft.load(tmp_path / name, setting.model.params, names=setting.model.names, axes=setting.axes)
+    params = read("theirs")
     assert_agrees(setting.outputs(params), *refs)
+    peft.save(tmp_path / "ours", params, names=setting.model.names)
+    jax.tree.map(np.testing.assert_array_equal, read("ours"), params)
+    assert_agrees(read_by_peft(setting, tmp_path / "ours")[0], *refs)
+
+
+@pytest.mark.parametrize("setting", MIXTURES, indirect=True)
+@pytest.mark.parametrize(
+    ("targets", "ranks", "scaling"),
+    [
+        (("all-linear",), {}, "standard"),
+        (("all-linear",), {}, "rank_stabilized"),
+        (("all-linear",), {"down_proj": 4}, "standard"),
+        (("gate_proj", "q_proj"), {}, "standard"),
+        (("up_proj", "down_proj"), {"down_proj": (0,) * 5 + (1,) * 5 + (3,) * 5}, "standard"),
+        (("mlp/gate", "q_proj"), {"mlp/gate": 3}, "standard"),
+    ],
+)
+def test_peft_reads_our_experts(setting, tmp_path, targets, ranks, scaling):
+    """Also where it would read one entry an expert wrong: ranks that differ, gate without up, alpha over √r."""
+    overrides = [lora_jax.Override(target=target, rank=rank) for target, rank in ranks.items()]
+    config = lora_jax.LoRAConfig(rank=2, alpha=2, targets=targets, overrides=overrides, scaling=scaling)
+    params = drawn(lora_jax.init(jax.random.key(0), setting.model.params, config, axes=setting.axes))
+    for fused in (False, True):
+        peft.save(tmp_path / "ours", params, names=setting.model.names, fused=fused, overwrite=True)
+        assert_agrees(setting.outputs(params), *read_by_peft(setting, tmp_path / "ours"))
