@@ -116,7 +116,7 @@ def insert(node: Prefix, rows: Any, fill: int | None = None) -> jax.Array:
     return jnp.concatenate([rows[:, : node.after], middle, rows[:, node.after :]], axis=1)
 
 
-def adapt(apply_fn: Callable[..., Any]) -> Callable[..., Any]:
+def adapt(apply_fn: Callable[..., Any], *, used: Any = None) -> Callable[..., Any]:
     """`apply_fn` for trees with a prefix: rows get it, and outputs are those of the rows' own tokens.
 
     Outputs of three axes, [B, T, ...], are taken to be by token; others are left as they are. Where a `cache` is given
@@ -126,6 +126,9 @@ def adapt(apply_fn: Callable[..., Any]) -> Callable[..., Any]:
     Args:
       apply_fn: `(params, input_ids, attention_mask=None, **keywords)`, after `lora_jax.adapt` where there are nodes. It
         takes the keyword `more_embeddings`, f[E, width], and looks ids below 0 up there, -1 in its first row.
+      used: tokens of the prefix that rows get, i32[], and which may be traced: adapters with prefixes of other lengths
+        then stack for `vmap`. In place of the others there is padding behind each row, so that with 0 the outputs are
+        those without a prefix.
 
     Returns:
       A function of the same signature.
@@ -149,27 +152,44 @@ def adapt(apply_fn: Callable[..., Any]) -> Callable[..., Any]:
             return apply_fn(plain, *args, **keywords)
         if keywords.get("cache") is not None:
             return apply_fn(plain, *args, more_embeddings=node.cast(), **keywords)
-        return _inserted(apply_fn, plain, node, *args, **keywords)
+        return _inserted(apply_fn, used, plain, node, *args, **keywords)
 
     return with_prefix
 
 
-def _inserted(apply_fn, plain, node, input_ids, attention_mask=None, *, token_type_ids=None, **keywords):
+def _inserted(apply_fn, used, plain, node, input_ids, attention_mask=None, *, token_type_ids=None, **keywords):
     """`apply_fn` on rows with the prefix in them."""
     if keywords.get("positions") is not None:
         raise ValueError("positions: given for rows that a prefix makes longer; leave them to the model")
-    if token_type_ids is not None:
-        keywords["token_type_ids"] = insert(node, token_type_ids, fill=0)
-    mask = None if attention_mask is None else insert(node, attention_mask, fill=1)
-    outputs = apply_fn(plain, insert(node, input_ids), mask, more_embeddings=node.cast(), **keywords)
+    if used is not None and attention_mask is None:
+        attention_mask = jnp.ones_like(input_ids)  # what isn't used must not be seen
+    rows, mask, types = (
+        None if given is None else _shifted(node, used, insert(node, given, fill))
+        for given, fill in ((input_ids, None), (attention_mask, 1), (token_type_ids, 0))
+    )
+    if types is not None:
+        keywords["token_type_ids"] = types
+    outputs = apply_fn(plain, rows, mask, more_embeddings=node.cast(), **keywords)
+    return jax.tree.map(lambda output: output if output.ndim < 3 else _own(node, used, output), outputs)
+
+
+def _shifted(node: Prefix, used: Any, rows: jax.Array) -> jax.Array:
+    """Rows [B, T + length] with the part of the prefix that isn't used taken out, and as much padding behind them."""
+    if used is None:
+        return rows
+    places = jnp.arange(rows.shape[1])
+    unused = len(node.value) - used
+    kept = jnp.take(rows, jnp.where(places < node.after + used, places, places + unused), axis=1, mode="clip")
+    return jnp.where(places < rows.shape[1] - unused, kept, 0)
+
+
+def _own(node: Prefix, used: Any, output: jax.Array) -> jax.Array:
+    """What an output [B, T + length, ...] has at the rows' own tokens."""
+    if used is not None:
+        places = jnp.arange(output.shape[1] - len(node.value))
+        return jnp.take(output, jnp.where(places < node.after, places, places + used), axis=1, mode="clip")
     stop = node.after + len(node.value)
-
-    def own(output: jax.Array) -> jax.Array:
-        if output.ndim < 3:
-            return output
-        return jnp.concatenate([output[:, : node.after], output[:, stop:]], axis=1) if node.after else output[:, stop:]
-
-    return jax.tree.map(own, outputs)
+    return jnp.concatenate([output[:, : node.after], output[:, stop:]], axis=1) if node.after else output[:, stop:]
 
 
 def _like(params: Mapping, entries: dict[str, Any]) -> Any:

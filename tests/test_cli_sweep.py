@@ -5,10 +5,14 @@ import json
 
 import pytest
 from test_cli import tiny_model, write_rows
+from test_cli_labels import encoder
+from test_cli_labels import write_rows as write_labelled
 
 import lora_jax
 from lora_jax import models
 from lora_jax.cli import main
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 QUICK = ("--steps", "2", "--batch-size", "4", "--learning-rate", "0.01", "--memory", "4GB")
 
@@ -45,6 +49,42 @@ def test_a_grid_under_a_budget(paths, tmp_path, capsys):
     assert f"{out}: holds results already (results.csv)" in capsys.readouterr().err
 
 
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    """An encoder without a head, and rows with labels."""
+    folder = tmp_path_factory.mktemp("labelled")
+    return {"model": encoder(folder / "model"), "data": write_labelled(folder / "data.jsonl", ["no", "yes"], 24)}
+
+
+def test_labels_and_a_prefix_are_swept_as_they_are_trained(labelled, tmp_path, capsys):
+    """Each seed has a head of its own, and each adapter tells what `lora-jax train` with its settings does."""
+    out, alone = tmp_path / "out", tmp_path / "alone"
+    common = ("--targets", "q", "v", "--rank", 2, "--alpha", 4, "--max-length", 32)
+    assert (
+        sweep(labelled, *common, "--grid", "prefix-length=0,3", "--seeds", 2, "--output", out, "--save-adapters") == 0
+    )
+    said = capsys.readouterr().out
+    for word in ("labels: no, yes. new and trained whole: classifier", "accuracy", "prefix"):
+        assert word in said
+    rows = list(csv.DictReader((out / "results.csv").read_text().splitlines()))
+    assert [(row["prefix_length"], row["seed"]) for row in rows] == [("0", "0"), ("0", "1"), ("3", "0"), ("3", "1")]
+    folder = out / rows[3]["adapter"]
+    assert json.loads((folder / "labels.json").read_text()) == {"labels": ["no", "yes"]}
+    flags = ["--model", labelled["model"], "--data", labelled["data"]]
+    for row, length in ((rows[1], 0), (rows[3], 3)):
+        words = [*common, *QUICK[:-2], "--prefix-length", length, "--seed", 1, "--keep", "last", "--overwrite"]
+        words[words.index("q") : words.index("v") + 1] = ["query", "value"]
+        assert main([str(word) for word in ("train", *flags, *words, "--output", alone)]) == 0
+        found = []
+        for adapter in (out / row["adapter"], alone):
+            capsys.readouterr()
+            # The rows held out are not told apart by `evaluate`: the two must agree on all.
+            assert main(["evaluate", *flags, "--adapter", str(adapter), "--json"]) == 0
+            found.append(json.loads(capsys.readouterr().out))
+        assert found[0] == pytest.approx(found[1], rel=1e-5)
+    assert {"valid_accuracy", "valid_matthews_correlation", "valid_f1"} <= set(rows[0])
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -54,6 +94,8 @@ def test_a_grid_under_a_budget(paths, tmp_path, capsys):
         (["--memory", "much"], "memory: 'much' given, expected a size such as 4GB"),
         (["--eval-every", 3], "eval_every: 3 given"),
         (["--grid", "rank=auto"], "rank: 'auto' given, which is the highest rank within a budget; give a budget"),
+        (["--grid", "prefix-length=0,127"], "prefix_length: 127 given, expected 0 to 126 for 128 positions"),
+        (["--prefix-length", -1], "prefix_length: -1 given, expected a whole number of 0 or more"),
     ],
 )
 def test_a_mistake_is_one_line_before_anything_trains(paths, tmp_path, capsys, monkeypatch, words, message):

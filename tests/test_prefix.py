@@ -1,5 +1,6 @@
 """Prefix embeddings: laws on small models of every kind, beside LoRA, in training, generation and files."""
 
+import functools
 import importlib
 import json
 import shutil
@@ -195,6 +196,66 @@ def test_a_sweep_trains_one_for_each_point(llama):
     for each in found:
         assert np.abs(each.adapter["prefix"].value - params["prefix"].value).max() > 1e-3
     np.testing.assert_allclose(found[0].adapter["prefix"].value, result.params["prefix"].value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "after"), [("llama", 0), ("bert", 1)])
+def test_what_isnt_used_is_not_seen(kind, after, request):
+    """The outputs, and the gradients of the embeddings, are those with a prefix of that length; 0 is none at all."""
+    model = request.getfixturevalue(kind)
+    params, mask = adapted(model, after), jnp.ones_like(IDS).at[1, 5:].set(0)
+    plain, node = prefix.take(params)
+
+    def outputs(params, **settings):
+        found = prefix.adapt(lora_jax.adapt(model.apply), **settings)(params, IDS, mask)
+        return found * mask[..., None] if found.ndim == 3 else found  # what a model makes of padding doesn't matter
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def cut(value, used):
+        found = outputs({**plain, "prefix": Prefix(value, node.dtype, after)}, used=used)
+        return jnp.sum(jnp.square(found)), found
+
+    for used in (0, 2, LENGTH):
+        (_, ours), grads = cut(node.value, used)
+        expected = jax.jit(outputs)(prefix.put(plain, node.value[:used], after=after) if used else plain)
+        np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
+        assert not grads[used:].any()
+        assert np.all(np.abs(grads[:used]).max(axis=1) > 1e-6)
+
+
+def test_a_sweep_compares_lengths(llama):
+    """Each as alone with a prefix of that length, or with none: in one program, beside another rank."""
+    rows = [data.Example(np.arange(2, 9 + i, dtype=np.int32), np.arange(7 + i) > 2) for i in range(4)]
+    points = [
+        sweep.Point(rank=rank, alpha=4, targets=("q", "v"), prefix_length=length, seed=length)
+        for rank, length in ((1, 0), (2, 2))
+    ]
+    config = train.TrainConfig(steps=2, batch_size=4, learning_rate=1e-2, order=0)
+    results = sweep.run(llama.apply, llama.params, points, rows, rows, config)
+    ids = jnp.ones((1, 4), jnp.int32)
+    for point, found in zip(points, results.results, strict=True):
+        lora, alone = point.settings(None, config, leaf_paths(llama.params))
+        key = jax.random.key(point.seed)
+        axes = lora_jax.kernel_axes(llama.apply, llama.params, ids)
+        started = lora_jax.init(jax.random.fold_in(key, 0), llama.params, lora, axes=axes)
+        result = train.train(llama.apply, prefix.init(key, started, point.prefix_length), rows, rows, config=alone)
+        assert found.valid.loss == pytest.approx(result.after.loss, rel=1e-5)
+        expected = lora_jax.split(result.params)[1]
+        assert jax.tree.structure(found.adapter) == jax.tree.structure(expected)
+        for mine, other in zip(jax.tree.leaves(found.adapter), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(mine, other, rtol=0, atol=1e-4 * np.abs(other).max())
+        assert found.trainable == lora_jax.describe(result.params).trainable
+    assert [row["prefix_length"] for row in results.summary()] == [0, 2]
+
+
+def test_a_sweep_of_lengths_needs_a_tree_without(llama):
+    params = prefix.init(jax.random.key(2), llama.params, LENGTH)
+    point = sweep.Point(rank=1, alpha=1, targets=("q",), prefix_length=2)
+    rows = [data.Example(np.arange(2, 9, dtype=np.int32), np.arange(7) > 2)]
+    with pytest.raises(ValueError, match=r"^prefix_length: 2 given, but the tree has 3 prefix embeddings"):
+        sweep.run(llama.apply, params, [point], rows)
+    with pytest.raises(ValueError, match=r"^prefix_length: -1 given, expected a whole number of 0 or more"):
+        sweep.Point(rank=1, alpha=1, prefix_length=-1)
 
 
 def test_generation_is_the_argmax_of_the_whole_forward(llama):

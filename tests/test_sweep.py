@@ -10,7 +10,6 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from jax.experimental.compilation_cache import compilation_cache
 
 import lora_jax
 from lora_jax import LoRAConfig, sweep
@@ -20,6 +19,8 @@ from lora_jax.data import LabelledExample
 from lora_jax.sweep import Point, _program, _run
 from lora_jax.sweep._start import Starts
 from lora_jax.train import LANGUAGE_MODELLING, TrainConfig, make_optimizer, make_step, train
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 PARAMS = tiny.small_init(jax.random.key(0))
 IDS = jax.ShapeDtypeStruct((1, 8), "int32")
@@ -44,17 +45,6 @@ def solo(point, config=CONFIG, lora=None):
     key = jax.random.fold_in(jax.random.key(config.seed), 0)
     params = lora_jax.init(key, PARAMS, lora, axes=AXES)
     return train(tiny.small_apply, params, ROWS, VALID, dataclasses.replace(config, log_every=1), train=lora.train)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """The tests compile the same programs again and again: from the second time on they are read from a file."""
-    compilation_cache.reset_cache()
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +79,19 @@ def test_leaves_that_train_whole_train_beside_each():
             result.adapter["embed"]["kernel"], alone.params["embed"]["kernel"], rtol=0, atol=1e-5
         )
         assert result.trainable == PARAMS["embed"]["kernel"].size + point.rank * (tiny.VOCABULARY + tiny.WIDTH)
+
+
+def test_magnitudes_train_beside_each():
+    """DoRA, of several ranks and targets: where a point has no target, its gain stays 1."""
+    lora = LoRAConfig(rank=1, alpha=1, dora=True)
+    for result, point in zip(swept(POINTS[:3], lora=lora).results, POINTS[:3], strict=True):
+        alone = solo(point, lora=lora)
+        np.testing.assert_allclose(result.valid.loss, alone.after.loss, rtol=1e-5)
+        expected = lora_jax.split(alone.params)[1]
+        assert jax.tree.structure(result.adapter) == jax.tree.structure(expected)
+        for mine, other in zip(jax.tree.leaves(result.adapter), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(mine, other, rtol=0, atol=1e-4 * np.abs(other).max())
+        assert result.trainable == lora_jax.describe(alone.params).trainable
 
 
 def test_rounds_change_nothing(together, monkeypatch):
@@ -306,11 +309,15 @@ def test_labels_are_swept_with_their_metrics_and_heads():
     lora = LoRAConfig(rank=1, alpha=1, train=("classifier",))
     point = Point(rank=2, alpha=4, targets=("dense",), seed=1)
     config = dataclasses.replace(CONFIG, keep="last")
-    results = sweep.run(
-        classify, params, [dataclasses.replace(point, seed=0), point], rows, rows, config, lora=lora, memory=10**9
-    )
+
+    def fresh(seed):
+        return {"classifier/kernel": jax.random.normal(jax.random.key(seed), (tiny.WIDTH, 2))}
+
+    points = [dataclasses.replace(point, seed=0), point]
+    results = sweep.run(classify, params, points, rows, rows, config, lora=lora, memory=10**9, fresh=fresh)
     mine = results.results[1]
     lora, config = point.settings(lora, config, leaf_paths(params))
+    params["classifier"]["kernel"] = fresh(1)["classifier/kernel"]
     adapted = lora_jax.init(jax.random.fold_in(jax.random.key(1), 0), params, lora)
     alone = train(classify, adapted, rows, rows, config, train=lora.train)
     assert mine.valid.loss == pytest.approx(alone.after.loss, rel=1e-5)

@@ -57,9 +57,9 @@ class Base:
         with _show.working(f"reading {self.name}"):
             return lora_jax.models.load(self.folder, dtype or self.loaded_dtype, remat=remat, labels=labels, key=key)
 
-    def load_streamed(self, labels: Sequence[str] | None = None) -> Any:
+    def load_streamed(self, labels: Sequence[str] | None = None, key: jax.Array | None = None) -> Any:
         """The model with its weights left in their files, to be read one tensor at a time."""
-        return lora_jax.models.load_streamed(self.folder, self.loaded_dtype, labels=labels)
+        return lora_jax.models.load_streamed(self.folder, self.loaded_dtype, labels=labels, key=key)
 
 
 def kernel_axes(model: Any) -> lora_jax.KernelAxes:
@@ -84,6 +84,19 @@ def check_generates(model: Any) -> None:
     if not model.generates:
         what = model.config.architectures[0] if model.config.architectures else model.config.model_type
         raise ValueError(f'{what} is an encoder, which predicts no next token: give rows of {{"text", "label"}}')
+
+
+def check_prefix(length: int, model: Any) -> None:
+    """Refuses a prefix that leaves a row no two positions."""
+    if not 0 <= length <= model.max_length - 2:
+        raise ValueError(
+            f"prefix_length: {length} given, expected 0 to {model.max_length - 2} for {model.max_length} positions"
+        )
+
+
+def prefix_place(model: Any) -> int:
+    """How many of a row's tokens stand before a prefix: an encoder pools the first one for its head."""
+    return 0 if model.generates else 1
 
 
 def check_free(folder: Path, overwrite: bool) -> None:

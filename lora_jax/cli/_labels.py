@@ -87,7 +87,12 @@ def new_parts(model: Any) -> str:
 
 
 def with_head(config: lora_jax.LoRAConfig, model: Any) -> lora_jax.LoRAConfig:
-    """The settings under which the head, and what else of the model is new, trains whole and gets no factors."""
+    """The settings under which the head, and what else of the model is new, trains whole and gets no factors.
+
+    Those given, of a model without a head.
+    """
+    if not model.head:
+        return config
     head = f"/{model.head}/.*/"
     new = (head, *(path for path in model.fresh if not path.startswith(f"{model.head}/")))
     exclude = (*config.exclude, *new) if config.targets else ()  # RoBERTa's head holds a kernel that is all-linear too

@@ -1,19 +1,22 @@
 """`lora-jax sweep`: a grid of adapters trained at once over one copy of the model; without arguments, the embedded."""
 
 import dataclasses
+import functools
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
+import jax
 import tyro
 
 import lora_jax
-from lora_jax import data, sweep, text_to_sql
-from lora_jax.cli import _base, _embedded, _show
-from lora_jax.sweep import Point, Result, Results
+from lora_jax import sweep, text_to_sql
+from lora_jax.cli import _base, _embedded, _labels, _rows, _show
+from lora_jax.cli._rows import Rows
+from lora_jax.sweep import Point, Results
 from lora_jax.train import TrainConfig
 
 RUN_FILES = ("results.csv", "results.json", "adapters")
@@ -32,17 +35,18 @@ class Settings:
     Without arguments: the embedded model and task, one budget of parameters spent on several sets of targets.
     """
 
-    data: Path | None = None
-    """jsonl file, or folder with train.jsonl and perhaps valid.jsonl; the embedded task if not given"""
+    data: tuple[str, ...] = ()
+    """jsonl file, or folder with train.jsonl and perhaps valid.jsonl; or glue:TASK and a folder of GLUE's own files;
+    the embedded task if not given"""
     output: Path = Path("sweep")
     """folder for results.csv and results.json"""
     overwrite: bool = False
     """replace results that are in the output folder"""
     grid: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """NAME=VALUES, once for each setting that varies: rank, alpha, targets, learning_rate, weight_decay, dropout, seed,
-    order. Values stand between commas, or semicolons; of targets always semicolons, with commas inside one set:
-    "targets=q;v;q,v". q, k, v and o are the attention projections of any model; rank may be "auto" (the highest within
-    the budget), alpha a multiple of the rank ("2r")"""
+    order, prefix_length. Values stand between commas, or semicolons; of targets always semicolons, with commas inside
+    one set: "targets=q;v;q,v". q, k, v and o are the attention projections of any model; rank may be "auto" (the
+    highest within the budget), alpha a multiple of the rank ("2r")"""
     budget: int | None = None
     """parameters in A and B: only points with at most as many, and at least 90 percent of them, are trained"""
     seeds: int | None = None
@@ -52,6 +56,8 @@ class Settings:
     if not given"""
     save_adapters: bool = False
     """write each adapter as a PEFT folder under adapters/ in the output"""
+    prefix_length: int = 0
+    """tokens before each row whose embeddings train beside A and B, of points for which the grid doesn't say it"""
     remat: bool = False
     """compute activations anew in the backward pass: much less memory, about a third more time"""
     base: tyro.conf.OmitArgPrefixes[_base.Base] = _base.Base()
@@ -76,37 +82,35 @@ def defaults(words: Sequence[str]) -> Settings:
 def run(settings: Settings) -> None:
     _check(settings)
     memory = None if settings.memory is None else read_size(settings.memory)
-    read = {split: _read(settings, split) for split in ("train", "valid")}
-    abstract = settings.base.abstract()
-    points = sweep.grid(
-        sweep.parse(settings.grid),
-        abstract.params,
-        lora=settings.lora,
-        axes=_base.kernel_axes(abstract),
-        budget=settings.budget,
-        seeds=settings.seeds,
-    )
+    rows = _rows.read(settings.data, settings.base)
+    model = settings.base.abstract(labels=rows.names)
+    points, longest = _points(settings, model)
     show = _show.results()
     show.print(
         f"{len(points)} adapters: " + "; ".join(dict.fromkeys(point.repeated.label for point in points)), soft_wrap=True
     )
 
-    model = settings.base.load(remat=settings.remat)
-    length = min(settings.train.max_length, model.config.max_position_embeddings)
-    rows = {split: _encode(found, model, length) for split, found in read.items()}
+    model = settings.base.load(remat=settings.remat, labels=rows.names)
+    lora = _labels.with_head(settings.lora, model)
+    if rows.names is not None:
+        show.print(f"labels: {', '.join(rows.names)}. {_labels.new_parts(model)}", markup=False)
+    found = _rows.encode(rows, model, min(settings.train.max_length, model.max_length - longest))
     results = sweep.run(
         model.apply,
         model.params,
         points,
-        rows["train"],
-        rows["valid"],
+        found.train,
+        found.valid,
         settings.train,
-        lora=settings.lora,
+        lora=lora,
         axes=_base.kernel_axes(model),
+        task=found.task,
+        fresh=_fresh(settings, model, rows) if model.fresh else None,
+        prefix_after=_base.prefix_place(model),
         memory=memory,
         console=_show.notes(),
     )
-    _write(settings, model, results)
+    _write(settings, _Swept(points, model, rows, lora, results))
     show.print(results.table())
     for result in results.results:
         if result.failed_at is not None:
@@ -144,42 +148,76 @@ def _check(settings: Settings) -> None:
         )
 
 
-def _read(settings: Settings, split: str) -> Sequence[data.Row]:
-    return _embedded.rows(split) if settings.data is None else data.load(settings.data, split)
+def _points(settings: Settings, model: Any) -> tuple[list[Point], int]:
+    """The grid's points, known to fit the model, and their longest prefix."""
+    whole = {"prefix_length": [settings.prefix_length]} if settings.prefix_length else {}
+    points = sweep.grid(
+        whole | sweep.parse(settings.grid),
+        model.params,
+        lora=_labels.with_head(settings.lora, model),
+        axes=_base.kernel_axes(model),
+        budget=settings.budget,
+        seeds=settings.seeds,
+    )
+    longest = max(point.prefix_length or 0 for point in points)
+    _base.check_prefix(longest, model)
+    return points, longest
 
 
-def _encode(rows: Sequence[data.Row], model: Any, length: int) -> list[data.Example]:
-    return data.encode(rows, model.tokenizer, length).examples if rows else []
+def _fresh(settings: Settings, model: Any, rows: Rows) -> Callable[[int], dict[str, Any]]:
+    """The parts of the model that are new, as `lora-jax train` with a seed draws them."""
+
+    @functools.cache
+    def drawn(seed: int) -> dict[str, Any]:
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 0), 1)
+        leaves = lora_jax.models.flatten(settings.base.load_streamed(rows.names, key).params)
+        return {path: jax.numpy.asarray(leaves[path].read(())) for path in model.fresh}
+
+    return drawn
 
 
-def _write(settings: Settings, model: Any, results: Results) -> None:
+class _Swept(NamedTuple):
+    """What was trained, and of what."""
+
+    points: list[Point]  # as the grid gives them: with what was asked for, and no more
+    model: Any
+    rows: Rows
+    lora: lora_jax.LoRAConfig
+    results: Results
+
+
+def _write(settings: Settings, swept: _Swept) -> None:
     more = []
     shutil.rmtree(settings.output / "adapters", ignore_errors=True)  # of results that are replaced
     if settings.save_adapters:
-        more = [{"adapter": _save(settings, model, number, result)} for number, result in enumerate(results.results)]
-    results.write(
+        more = [{"adapter": _save(settings, swept, number)} for number in range(len(swept.results.results))]
+    swept.results.write(
         settings.output,
         more,
         model=settings.base.name,
-        data="embedded" if settings.data is None else str(settings.data),
+        data=" ".join(settings.data) or "embedded",
         budget=settings.budget,
         train=dataclasses.asdict(settings.train),
     )
 
 
-def _save(settings: Settings, model: Any, number: int, result: Result) -> str | None:
-    """Writes the adapter and returns its folder; None where it failed."""
+def _save(settings: Settings, swept: _Swept, number: int) -> str | None:
+    """Writes an adapter and returns its folder; None where it failed."""
+    result = swept.results.results[number]
     if result.adapter is None:
         return None
-    folder = f"adapters/{folder_of(number, result.point)}"
+    folder = f"adapters/{folder_of(number, swept.points[number])}"
     lora_jax.peft.save(
         settings.output / folder,
         result.adapter,
-        names=model.names,
+        names=swept.model.names,
+        train=swept.lora.train,
         base_model=settings.base.model,
-        task_type="CAUSAL_LM",
+        task_type=swept.rows.task_type,
         overwrite=True,  # whether it may be was asked before all else
     )
+    if swept.rows.labels is not None:
+        _labels.save(settings.output / folder, swept.rows.labels)
     return folder
 
 

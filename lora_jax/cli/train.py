@@ -2,7 +2,7 @@
 
 import shlex
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,10 +12,10 @@ import tyro
 from rich.table import Table
 
 import lora_jax
-from lora_jax import data, text_to_sql
-from lora_jax.cli import _base, _data, _embedded, _labels, _samples, _show, inspect
-from lora_jax.cli._data import Source
-from lora_jax.data import Example, LabelledExample, Labels, Row
+from lora_jax import text_to_sql
+from lora_jax.cli import _base, _data, _embedded, _labels, _rows, _samples, _show, inspect
+from lora_jax.cli._rows import Encoded, Rows
+from lora_jax.data import Labels
 from lora_jax.train import Task, TrainConfig, TrainResult, train
 
 RUN_FILES = (_labels.FILE, "adapter_config.json", "adapter_model.safetensors", "metrics.jsonl", "checkpoints")
@@ -60,12 +60,9 @@ def defaults(words: Sequence[str]) -> Settings:
 class Work(NamedTuple):
     """What is learned, from what."""
 
-    train: Sequence[Example] | Sequence[LabelledExample]
-    valid: Sequence[Example] | Sequence[LabelledExample]  # may be empty
+    rows: Encoded
     asked: list[tuple[str, str]]  # held-out rows to show, each with what is expected
     look: Callable[[Any], "Look"]  # parameters -> what a model makes of them
-    labels: Labels | None = None
-    task: Task | None = None
 
 
 class Look(NamedTuple):
@@ -79,27 +76,25 @@ class Look(NamedTuple):
 def run(settings: Settings) -> None:
     began = time.perf_counter()
     _check(settings)
-    source = _data.source_of(settings.data) if settings.data else None
-    read = {split: _embedded.rows(split) if source is None else source.rows(split) for split in ("train", "valid")}
-    abstract = settings.base.abstract()
-    labels = _labels_of(source, abstract, read)
-    _check_prefix(settings.prefix_length, abstract.max_length)
+    rows = _rows.read(settings.data, settings.base)
     key = jax.random.fold_in(jax.random.key(settings.train.seed), 0)  # training folds in the steps, from 1
 
-    names = None if labels is None else labels.names
-    model = settings.base.abstract(labels=names)
-    lora = settings.lora if labels is None else _labels.with_head(settings.lora, model)
+    model = settings.base.abstract(labels=rows.names)
+    _base.check_prefix(settings.prefix_length, model)
+    lora = _labels.with_head(settings.lora, model)
     show = _show.results()
     show.print(str(inspect.match(model, lora)), markup=False, soft_wrap=True)
-    model = settings.base.load(remat=settings.remat, labels=names, key=jax.random.fold_in(key, 1))
-    if labels is not None:
-        lora = _labels.with_head(settings.lora, model)
-        show.print(f"labels: {', '.join(labels.names)}. {_labels.new_parts(model)}", markup=False)
-    work = _work(settings, source, model, read, labels)
+    model = settings.base.load(remat=settings.remat, labels=rows.names, key=jax.random.fold_in(key, 1))
+    lora = _labels.with_head(settings.lora, model)
+    if rows.names is not None:
+        show.print(f"labels: {', '.join(rows.names)}. {_labels.new_parts(model)}", markup=False)
+    work = _work(settings, model, rows)
     params = lora_jax.init(key, model.params, lora, axes=_base.kernel_axes(model))
     if settings.prefix_length:
         # The run's key itself: training folds steps into it, and init takes fold 0.
-        params = lora_jax.prefix.init(jax.random.key(settings.train.seed), params, settings.prefix_length)
+        params = lora_jax.prefix.init(
+            jax.random.key(settings.train.seed), params, settings.prefix_length, after=_base.prefix_place(model)
+        )
         show.print(
             f"prefix: {settings.prefix_length} tokens, {lora_jax.prefix.take(params)[1].value.size:,} parameters"
         )
@@ -110,10 +105,10 @@ def run(settings: Settings) -> None:
         result = train(
             model.apply,
             params,
-            work.train,
-            work.valid,
+            work.rows.train,
+            work.rows.valid,
             settings.train,
-            task=work.task,
+            task=work.rows.task,
             output=settings.output,
             train=lora.train,
             console=_show.notes(),
@@ -123,15 +118,15 @@ def run(settings: Settings) -> None:
     except KeyboardInterrupt:
         _show.notes().print(_stopped(settings), markup=False)
         raise
-    if labels is not None:
-        _labels.save(settings.output, labels)
+    if rows.labels is not None:
+        _labels.save(settings.output, rows.labels)
     lora_jax.peft.save(
         settings.output,
         result.params,
         names=model.names,
         train=lora.train,
         base_model=settings.base.model,
-        task_type="CAUSAL_LM" if labels is None else "SEQ_CLS",
+        task_type=rows.task_type,
         overwrite=True,  # whether it may be was asked before all else
     )
     after = work.look(result.params)
@@ -169,74 +164,35 @@ def _stopped(settings: Settings) -> str:
     return "stopped before the adapter was saved; with --checkpoint-every N a run can be resumed"
 
 
-def _check_prefix(length: int, positions: int) -> None:
-    if not 0 <= length <= positions - 2:
-        raise ValueError(f"prefix_length: {length} given, expected 0 to {positions - 2} for {positions} positions")
-
-
-def _labels_of(source: Source | None, model: Any, read: Mapping[str, Sequence[Row]]) -> Labels | None:
-    """The labels of the rows; None where they are text, which the model must then be able to continue."""
-    train_rows, valid_rows = _data.labelled(read["train"]), _data.labelled(read["valid"])
-    if source is None or not train_rows:
-        _base.check_generates(model)
-        return None
-    return _labels.to_train(source, model, train_rows, valid_rows)
-
-
-def _work(
-    settings: Settings, source: Source | None, model: Any, read: Mapping[str, Sequence[Row]], labels: Labels | None
-) -> Work:
-    length = min(settings.train.max_length, model.max_length - settings.prefix_length)
-    if source is not None and labels is not None:
-        rows = {split: _data.labelled(found) for split, found in read.items()}
-        encoded = {
-            split: data.encode_labelled(found, model.tokenizer, length, labels)
-            for split, found in rows.items()
-            if found
-        }
-        for split, found in encoded.items():
-            _tell_rows(split, len(found.examples), found.truncated, 0, length)
-        train_rows, valid = encoded["train"].examples, encoded["valid"].examples if "valid" in encoded else []
-        task = _labels.task(source, train_rows, labels)
-        shown = valid[: _samples.SHOWN]
-        asked = _labels.asked(rows["valid"][: _samples.SHOWN], shown, labels)
-
-        def look(params: Any) -> Look:
-            told = _labels.tell(model, params, shown, labels, task)
-            right = [
-                None if labels.regression else text == expected for text, (_, expected) in zip(told, asked, strict=True)
-            ]
-            return Look(told, right, None)
-
-        return Work(train_rows, valid, asked, look, labels, task)
-    train_rows, valid = (_encode(split, read[split], model, length) for split in ("train", "valid"))
-    if source is None:
+def _work(settings: Settings, model: Any, rows: Rows) -> Work:
+    found = _rows.encode(rows, model, min(settings.train.max_length, model.max_length - settings.prefix_length))
+    if rows.source is None:
         asked = [(row.prompt, row.completion) for row in _embedded.rows("test")[: _samples.SHOWN]]
-        return Work(train_rows, valid, asked, lambda params: _answers(model, params))
+        return Work(found, asked, lambda params: _answers(model, params))
+    if rows.labels is not None and found.task is not None:
+        return _work_of_labels(model, rows, found, rows.labels, found.task)
+    valid: Any = found.valid  # of text, where there are no labels
     prompts = _samples.prompts_of(model, valid)
 
     def complete(params: Any) -> Look:
         texts = _samples.complete(model, params, prompts)
         return Look(texts, [None] * len(texts), None)
 
-    return Work(train_rows, valid, [(cut.text, cut.expected) for cut in prompts], complete)
+    return Work(found, [(cut.text, cut.expected) for cut in prompts], complete)
 
 
-def _encode(split: str, rows: Sequence[Row], model: Any, length: int) -> list[Example]:
-    if not rows:
-        return []
-    encoded = data.encode(rows, model.tokenizer, length)
-    _tell_rows(split, len(encoded.examples), encoded.truncated, encoded.left_out, length)
-    return encoded.examples
+def _work_of_labels(model: Any, rows: Rows, found: Encoded, labels: Labels, task: Task) -> Work:
+    shown: Any = found.valid[: _samples.SHOWN]
+    asked = _labels.asked(_data.labelled(rows.read["valid"])[: _samples.SHOWN], shown, labels)
 
+    def look(params: Any) -> Look:
+        told = _labels.tell(model, params, shown, labels, task)
+        right = [
+            None if labels.regression else text == expected for text, (_, expected) in zip(told, asked, strict=True)
+        ]
+        return Look(told, right, None)
 
-def _tell_rows(split: str, count: int, truncated: int, left_out: int, length: int) -> None:
-    told = f"{split}: {count:,} rows"
-    if truncated:
-        told += f", {truncated:,} cut to {length} tokens"
-    if left_out:
-        told += f", {left_out:,} left out because no target remained"
-    _show.results().print(told)
+    return Work(found, asked, look)
 
 
 def _answers(model: Any, params: Any) -> Look:
@@ -268,7 +224,7 @@ def _comparison(result: TrainResult, before: Look, after: Look) -> Table:
 def _next_command(settings: Settings, work: Work) -> str:
     model = [] if settings.base.model is None else ["--model", settings.base.model]
     adapter = ["--adapter", str(settings.output)]
-    if work.labels is not None:
+    if work.rows.task is not None:
         return shlex.join(["lora-jax", "evaluate", *model, *adapter, "--data", *settings.data])
     prompt = work.asked[0][0] if work.asked else "..."
     return shlex.join(["lora-jax", "generate", *model, *adapter, "--prompt", prompt])

@@ -31,7 +31,7 @@ def grid(
 
     With a `budget`, a point's A and B together must have at most that many numbers, and at least 90 % of them: the
     paper's table 5 compares sets of targets at one budget. Rank `"auto"` is the highest that the budget allows. Leaves
-    that train whole (`lora.train`) aren't counted: all points have them alike.
+    that train whole (`lora.train`) and prefixes aren't counted.
 
     Args:
       specs: a list of values for each setting of `Point` that is to vary. Besides numbers, rank may be `"auto"`, and
@@ -181,4 +181,5 @@ _READERS: dict[str, Callable[[str], Any]] = {
     "dropout": _reader("dropout", float),
     "seed": _reader("seed", int),
     "order": _reader("order", int),
+    "prefix_length": _reader("prefix_length", int),
 }

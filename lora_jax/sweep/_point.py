@@ -1,6 +1,7 @@
 """One point of a grid: the settings of one adapter."""
 
 import dataclasses
+import numbers
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -27,6 +28,8 @@ class Point:
       dropout: on what goes into the low-rank path.
       seed: of A's first values, of dropout and, unless `order` is given, of the row order.
       order: seed of the row order.
+      prefix_length: tokens of a prefix (`lora_jax.prefix`) that trains beside A and B, as a run with that seed would
+        begin it; 0 for none. None: as the tree has it.
 
     >>> Point(rank=4, alpha=8, targets=("q", "v"), seed=1).label
     'q,v rank 4 alpha 8 seed 1'
@@ -40,11 +43,15 @@ class Point:
     dropout: float | None = None
     seed: int | None = None
     order: int | None = None
+    prefix_length: int | None = None
 
     def __post_init__(self) -> None:
         targets = (self.targets,) if isinstance(self.targets, str) else tuple(self.targets)
         object.__setattr__(self, "targets", targets)
         self.settings()  # their checks are the point's
+        length = self.prefix_length
+        if length is not None and (isinstance(length, bool) or not isinstance(length, numbers.Integral) or length < 0):
+            raise ValueError(f"prefix_length: {length!r} given, expected a whole number of 0 or more")
 
     @property
     def label(self) -> str:

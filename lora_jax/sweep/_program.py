@@ -21,15 +21,20 @@ class Lane(NamedTuple):
     weight_decay: Any  # f32[]
     dropout: Any  # f32[]
     key: Any  # of dropout
+    prefix: Any  # i32[], tokens of its prefix
 
 
-def lanes(configs: Sequence[TrainConfig]) -> Lane:
+def lanes(configs: Sequence[TrainConfig], prefixes: Sequence[int] = ()) -> Lane:
     """The adapters' data, with a leading axis."""
     rates = {
         name: jnp.asarray([getattr(config, name) for config in configs], jnp.float32)
         for name in ("learning_rate", "weight_decay", "dropout")
     }
-    return Lane(**rates, key=jnp.stack([jax.random.key(config.seed) for config in configs]))
+    return Lane(
+        **rates,
+        key=jnp.stack([jax.random.key(config.seed) for config in configs]),
+        prefix=jnp.asarray(prefixes or [0] * len(configs), jnp.int32),
+    )
 
 
 class Program(NamedTuple):
@@ -43,8 +48,8 @@ class Program(NamedTuple):
     arguments are donated"""
 
     loss_sums: Callable[..., Any]
-    """`(adapters, base, batch) -> (sums of losses [K], sums of weights [K])`, and predictions [K, rows] where the task
-    predicts"""
+    """`(adapters, lanes, base, batch) -> (sums of losses [K], sums of weights [K])`, and predictions [K, rows] where
+    the task predicts"""
 
 
 def make_program(
@@ -55,6 +60,7 @@ def make_program(
     task: Task,
     dropout: bool,
     own_rows: bool,
+    own_prefix: bool = False,
 ) -> Program:
     """The program for adapters that share `config` in all but what a `Lane` holds.
 
@@ -70,27 +76,31 @@ def make_program(
       task: what is trained for and predicted.
       dropout: whether any adapter has dropout.
       own_rows: whether each adapter has rows of its own: the batch then has a leading axis too.
+      own_prefix: whether prefixes are of several lengths: what an adapter doesn't use is then padding.
     """
-    apply = prefix.adapt(adapt(apply_fn, allow_none=True))
+    adapted = adapt(apply_fn, allow_none=True)
+
+    def applied(lane):
+        return prefix.adapt(adapted, used=lane.prefix if own_prefix else None)
 
     def step(adapter, opt_state, lane, base, batch, number):
         def forward(*args, dropout_key=None, **keywords):
             pair = None if dropout_key is None else (dropout_key, lane.dropout)
-            return apply(*args, dropout_key=pair, **keywords)
+            return applied(lane)(*args, dropout_key=pair, **keywords)
 
         tx = make_optimizer(config, steps, learning_rate=lane.learning_rate, weight_decay=lane.weight_decay)
         one = make_step(forward, tx, objective=task.objective, accumulate=config.accumulate)
         key = jax.random.fold_in(lane.key, number) if dropout else None
         return one(adapter, opt_state, base, batch, key)
 
-    sums = make_loss_sums(apply, task.objective, task.predict)
+    def loss_sums(adapter, lane, base, batch):
+        return make_loss_sums(applied(lane), task.objective, task.predict)(combine(base, adapter), batch)
+
     vmapped = jax.vmap(step, in_axes=(0, 0, 0, None, 0 if own_rows else None, None))
     return Program(
         init=jax.jit(jax.vmap(make_optimizer(config, steps).init)),
         step=jax.jit(vmapped, donate_argnums=(0, 1)),
-        loss_sums=jax.jit(
-            jax.vmap(lambda adapter, base, batch: sums(combine(base, adapter), batch), in_axes=(0, None, None))
-        ),
+        loss_sums=jax.jit(jax.vmap(loss_sums, in_axes=(0, 0, None, None))),
     )
 
 

@@ -103,11 +103,12 @@ class Results:
         """The summary for a terminal: settings that differ between points, and figures as mean ± deviation."""
         rows = self.summary()
         varied = [name for name in _settings() if name == "targets" or len({row[name] for row in rows}) > 1]
-        table = Table(title=f"{len(self.results)} adapters, mean ± standard deviation over repeats")
+        where = " on the validation rows" if "valid_loss" in self.names else ""
+        table = Table(title=f"{len(self.results)} adapters{where}, mean ± standard deviation over repeats")
         for name in varied:
             table.add_column(name.replace("_", " "), justify="left" if name == "targets" else "right")
         for name in ("trainable", *self.names, "repeats"):
-            table.add_column(name.replace("valid_", "validation ").replace("_", " "), justify="right")
+            table.add_column(_heading(name), justify="right")
         for row in rows:
             settings = [row[name] if name == "targets" else f"{row[name]:g}" for name in varied]
             figures = [f"{row['trainable']:,}", *(_spread(row, name) for name in self.names)]
@@ -154,6 +155,14 @@ def _summary_row(point: Point, group: Sequence[Result], names: Sequence[str]) ->
         row[name] = float(np.mean(values)) if values else None
         row[f"{name}_std"] = float(np.std(values, ddof=1)) if len(values) > 1 else None
     return row
+
+
+def _heading(name: str) -> str:
+    """
+    >>> _heading("valid_loss"), _heading("valid_matthews_correlation")
+    ('validation loss', 'matthews correlation')
+    """
+    return {"valid_loss": "validation loss"}.get(name, name.removeprefix("valid_").replace("_", " "))
 
 
 def _spread(row: dict[str, Any], name: str) -> str:

@@ -12,14 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from lora_jax import data
+from lora_jax import data, prefix
 from lora_jax._config import LoRAConfig
 from lora_jax._forward import kernel_axes
-from lora_jax._tree import Axes, split
+from lora_jax._tree import Axes
 from lora_jax.sweep._point import Point
-from lora_jax.sweep._program import Program, at_once, bytes_needed, lanes, make_program, shapes, size_of
+from lora_jax.sweep._program import Lane, Program, at_once, bytes_needed, lanes, make_program, shapes, size_of
 from lora_jax.sweep._results import Result, Results, weighted
-from lora_jax.sweep._start import Starts, taken, trainable
+from lora_jax.sweep._start import Fresh, Starts, taken, trainable
 from lora_jax.train import Evaluation, StepMetrics, Task, TrainConfig, task_of
 from lora_jax.train._evaluate import evaluation_of
 from lora_jax.train._log import Log
@@ -38,6 +38,8 @@ def run(
     lora: LoRAConfig | None = None,
     axes: Mapping[str, Axes] | None = None,
     task: Task | None = None,
+    fresh: Fresh | None = None,
+    prefix_after: int = 0,
     memory: int | None = None,
     console: Console | None = None,
     on_result: Callable[[Result], None] | None = None,
@@ -57,7 +59,8 @@ def run(
 
     Args:
       apply_fn: the model's own function, `apply_fn(params, input_ids, attention_mask)`; it is adapted here.
-      params: its tree, without nodes; with prefix embeddings (`lora_jax.prefix`) all points start from these.
+      params: its tree, without nodes; with prefix embeddings (`lora_jax.prefix`) all points start from these, and may
+        have no `prefix_length` of their own.
       points: as `grid` gives them.
       train_data: tokenised rows, of text or with labels.
       valid_data: rows for the loss and the metrics of each adapter after its last step.
@@ -66,6 +69,9 @@ def run(
       lora: exclude, scaling, init, dtype and train of the adapters; rank, alpha and targets are the points'.
       axes: how kernels are used; traced where not given.
       task: what the rows ask for, where it isn't `task_of(train_data)`.
+      fresh: from a seed to values of leaves that train whole, by path, in place of those in `params`: what each seed
+        draws anew, such as a head. Without it all start from the same.
+      prefix_after: tokens of each row that stand before a prefix: 1 for an encoder that pools the first one.
       memory: bytes that a round may take, base included, as XLA's memory analysis of the compiled step tells. More
         adapters than fit are trained in several equal rounds. None: half of what the device has free.
       console: where progress is shown; None shows nothing.
@@ -82,8 +88,8 @@ def run(
     if axes is None:
         ids = jax.ShapeDtypeStruct((1, TRACED_TOKENS), jnp.int32)
         axes = kernel_axes(apply_fn, params, ids, ids)
-    entries = [_entry(point, config) for point in points]
-    starts = Starts(params, [entry.point for entry in entries], lora, axes)
+    entries = [_entry(point, config, params) for point in points]
+    starts = Starts(params, [entry.point for entry in entries], lora, axes, fresh, prefix_after)
     steps = config.total_steps(len(train_data))
     rows = _Rows(train_data, [entry.config for entry in entries], steps)
     program = make_program(
@@ -93,10 +99,10 @@ def run(
         task=task,
         dropout=any(entry.config.dropout for entry in entries),
         own_rows=rows.differ,
+        own_prefix=len({entry.point.prefix_length for entry in entries}) > 1,
     )
-    base = jax.tree.map(jnp.asarray, split(params, lora.train)[0])
     valid: list[Any] = list(data.batches(valid_data, config.batch_size)) if valid_data else []
-    bench = _Bench(program, starts, base, rows, valid, task)
+    bench = _Bench(program, starts, starts.base(), rows, valid, task)
     size = bench.at_once(entries, free_memory() if memory is None else memory)
 
     groups = [entries[start : start + size] for start in range(0, len(entries), size)]
@@ -115,11 +121,21 @@ class _Entry(NamedTuple):
     config: TrainConfig  # of its run alone
 
 
-def _entry(point: Point, config: TrainConfig) -> _Entry:
-    """The point with what it leaves to the config filled in."""
+def _entry(point: Point, config: TrainConfig, params: Any) -> _Entry:
+    """The point with what it leaves to the config and to the tree filled in."""
     own = point.settings(None, config)[1]
     given = {field.name: getattr(own, field.name) for field in dataclasses.fields(Point) if hasattr(own, field.name)}
-    return _Entry(dataclasses.replace(point, **given), own)
+    there = prefix.length(params)
+    if there and point.prefix_length is not None:
+        raise ValueError(
+            f"prefix_length: {point.prefix_length} given, but the tree has {there} prefix embeddings that all points"
+            " start from; take them out with lora_jax.prefix.take"
+        )
+    return _Entry(dataclasses.replace(point, **given, prefix_length=point.prefix_length or there), own)
+
+
+def _lanes(entries: Sequence[_Entry]) -> Lane:
+    return lanes([entry.config for entry in entries], [entry.point.prefix_length or 0 for entry in entries])
 
 
 def _check(points: Sequence[Point], train_data: Sequence[Any], config: TrainConfig) -> None:
@@ -207,12 +223,10 @@ class _Bench(NamedTuple):
 
     def at_once(self, entries: Sequence[_Entry], memory: int) -> int:
         """How many adapters a round has."""
-        one = jax.eval_shape(lambda: self.starts.stacked([self.starts.alone(entries[0].point, 0)]))
-        one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), one)
-        lane = jax.eval_shape(lambda: lanes([entries[0].config]))
+        lane = jax.eval_shape(lambda: _lanes(entries[:1]))
 
         def needed(count: int) -> int:
-            adapters = shapes(one, (count,))
+            adapters = shapes(self.starts.shapes, (count,))
             states = jax.eval_shape(self.program.init, adapters)
             lane_shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype), lane)
             batch = self.rows.longest_batch(count)
@@ -225,20 +239,19 @@ class _Bench(NamedTuple):
         """Trains up to `size` adapters at once; a last round is filled up, so that it is the same program."""
         began = time.perf_counter()
         filled = [*group, *[group[-1]] * (size - len(group))]
-        configs = [entry.config for entry in filled]
         begun = {entry: self.starts.alone(entry.point, entry.config.seed) for entry in group}
         adapters = self.starts.stacked([begun[entry] for entry in filled])
-        metrics, adapters = self._train(adapters, configs, progress)
-        valid = self._validate(adapters)
+        metrics, adapters = self._train(adapters, filled, progress)
+        valid = self._validate(adapters, filled)
         adapters = jax.device_get(adapters)
         seconds = (time.perf_counter() - began) / len(group)
         return [
             self._result(entry, begun[entry], i, metrics, valid, adapters, seconds) for i, entry in enumerate(group)
         ]
 
-    def _train(self, adapters: Any, configs: Sequence[TrainConfig], progress: _Progress) -> tuple[StepMetrics, Any]:
+    def _train(self, adapters: Any, entries: Sequence[_Entry], progress: _Progress) -> tuple[StepMetrics, Any]:
         """Every step's metrics, each [steps, adapters], and the trained adapters."""
-        states, lane = self.program.init(adapters), lanes(configs)
+        states, lane, configs = self.program.init(adapters), _lanes(entries), [entry.config for entry in entries]
         in_flight, seen = None, []
         for step in range(1, self.rows.steps + 1):
             batch = self.rows.batch(step - 1, configs)
@@ -252,9 +265,10 @@ class _Bench(NamedTuple):
         progress.tell(self.rows.steps, seen[-1], last=True)
         return jax.tree.map(lambda *values: np.stack(values), *seen), adapters
 
-    def _validate(self, adapters: Any) -> Callable[[int], Evaluation]:
+    def _validate(self, adapters: Any, entries: Sequence[_Entry]) -> Callable[[int], Evaluation]:
         """What each adapter, by its place, makes of the validation rows."""
-        sums = jax.device_get([self.program.loss_sums(adapters, self.base, batch) for batch in self.valid])
+        lane = _lanes(entries)
+        sums = jax.device_get([self.program.loss_sums(adapters, lane, self.base, batch) for batch in self.valid])
         labels = [(batch.get("labels"), batch["loss_weights"] > 0) for batch in self.valid]
         return lambda index: evaluation_of(self.task, [[x[index] for x in found] for found in sums], labels)
 

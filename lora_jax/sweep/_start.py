@@ -2,53 +2,105 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax import prefix
 from lora_jax._config import LoRAConfig
 from lora_jax._init import init
 from lora_jax._node import pad_rank
 from lora_jax._stack import stack
-from lora_jax._tree import Axes, LoRA, edit, kernel_path, leaf_paths, leaves_with_paths, nodes_of, split
+from lora_jax._tree import Axes, LoRA, Prefix, edit, kernel_path, leaf_paths, leaves_with_paths, nodes_of, split
 from lora_jax.sweep._point import Point
+
+Fresh = Callable[[int], Mapping[str, Any]]
+"""From a seed to new values of leaves that train whole, by path."""
 
 
 class Starts:
     """Makes the points' adapters, alone and stacked: always of the same shapes, whichever points are asked for.
 
     A kernel that a point doesn't target has zero factors and scale 0 there. Their gradients are zero, and weight decay
-    of zero is zero: they stay so.
+    of zero is zero: they stay so. A prefix shorter than the longest has zeros behind it, which nothing looks up.
+
+    Args:
+      params: the base's tree.
+      points: all that there will be.
+      lora: what points don't say.
+      axes: how kernels are used.
+      fresh: as for `run`.
+      after: tokens of a row that stand before a prefix.
 
     Raises:
       ValueError: a point's targets match nothing in `params`.
     """
 
-    def __init__(self, params: Any, points: Sequence[Point], lora: LoRAConfig, axes: Mapping[str, Axes] | None):
+    def __init__(
+        self,
+        params: Any,
+        points: Sequence[Point],
+        lora: LoRAConfig,
+        axes: Mapping[str, Axes] | None,
+        fresh: Fresh | None = None,
+        after: int = 0,
+    ):
         paths = leaf_paths(params)
-        self._params = params
+        self._params, self._fresh, self._lora, self._after = params, fresh, lora, after
         self._configs = {point: point.settings(lora, None, paths)[0] for point in points}
         self._rank = max(point.rank for point in points)
         everything = tuple(dict.fromkeys(target for config in self._configs.values() for target in config.targets))
         union = dataclasses.replace(lora, rank=1, alpha=1, targets=everything)
 
         @functools.cache
-        def maker(config: LoRAConfig) -> Any:
+        def maker(config: LoRAConfig, length: int) -> Any:
             """One compilation for all seeds."""
-            return jax.jit(lambda key, params: split(init(key, params, config, axes=axes), config)[1])
+
+            def make(key: jax.Array, params: Any) -> Any:
+                # As the command line's: the prefix has the seed's key, A a fold of it. Training folds in steps, from 1.
+                adapted = init(jax.random.fold_in(key, 0), params, config, axes=axes)
+                return split(prefix.init(key, adapted, length, after=after), config)[1]
+
+            return jax.jit(make)
 
         self._maker = maker
-        self._all = jax.eval_shape(maker(union), jax.random.key(0), params)
-        for config in dict.fromkeys(self._configs.values()):  # every point is seen to match before any trains
-            jax.eval_shape(maker(config), jax.random.key(0), params)
+        self._longest = max(map(self._length_of, points))
+        self._all = jax.eval_shape(maker(union, self._longest), jax.random.key(0), params)
+        # Every point is seen to match before any trains.
+        for config, length in dict.fromkeys((self._configs[point], self._length_of(point)) for point in points):
+            jax.eval_shape(maker(config, length), jax.random.key(0), params)
+
+    def base(self) -> Any:
+        """What all share, with a place for whatever trains."""
+        params = prefix.init(jax.random.key(0), self._params, self._longest, after=self._after)
+        return jax.tree.map(jnp.asarray, split(params, self._lora.train)[0])
+
+    @property
+    def shapes(self) -> Any:
+        """What each adapter has in the stack."""
+
+        def leaf_of(path: str, leaf: Any) -> Any:
+            return pad_rank(leaf, self._rank) if isinstance(leaf, LoRA) else leaf
+
+        return jax.eval_shape(lambda tree: edit(tree, leaf=leaf_of), self._all)
 
     def alone(self, point: Point, seed: int) -> Any:
         """The adapter of one point, as a run of its own would start with it."""
-        # As the command line's: training folds in the steps, from 1.
-        return self._maker(self._configs[point])(jax.random.fold_in(jax.random.key(seed), 0), self._params)
+        make = self._maker(self._configs[point], self._length_of(point))
+        return make(jax.random.key(seed), self._params_of(seed))
+
+    def _length_of(self, point: Point) -> int:
+        """Of the prefix to begin with, where the tree has none that all points begin with."""
+        return 0 if prefix.length(self._params) else point.prefix_length or 0
+
+    def _params_of(self, seed: int) -> Any:
+        if self._fresh is None:
+            return self._params
+        new = self._fresh(seed)
+        return edit(self._params, leaf=lambda path, leaf: new.get(path, leaf))
 
     def stacked(self, adapters: Sequence[Any]) -> Any:
         """Adapters of several points as one tree, a node for every kernel that any point targets."""
@@ -58,12 +110,20 @@ class Starts:
         own, nodes = dict(leaves_with_paths(adapter)), nodes_of(adapter)
 
         def leaf_of(path: str, leaf: Any) -> Any:
+            if isinstance(leaf, Prefix):
+                return _lengthened(own.get(path), leaf)
             if not isinstance(leaf, LoRA):
                 return own[path]
             node = nodes.get(kernel_path(path))
             return pad_rank(jax.tree.map(_zeros, leaf) if node is None else node, self._rank)
 
         return edit(self._all, leaf=leaf_of)
+
+
+def _lengthened(own: Prefix | None, like: Prefix) -> Prefix:
+    """The prefix with zeros behind it."""
+    value = jnp.zeros((0, *like.value.shape[1:])) if own is None else own.value
+    return dataclasses.replace(like, value=jnp.pad(value, ((0, len(like.value) - len(value)), (0, 0))))
 
 
 def _zeros(like: jax.ShapeDtypeStruct) -> jax.Array:
