@@ -30,9 +30,15 @@ def sweep(paths, *words):
 def test_a_grid_under_a_budget(paths, tmp_path, capsys):
     out = tmp_path / "out"
     grid = ("--grid", "targets=q;q,v", "--grid", "rank=auto", "--grid", "alpha=2r", "--budget", 256, "--seeds", 2)
-    assert sweep(paths, *grid, "--output", out, "--save-adapters") == 0
+    assert sweep(paths, *grid, "--output", out, "--save-adapters", "--score-batches", 1) == 0
     said = capsys.readouterr()
-    for word in ("4 adapters: q rank 4 alpha 8; q,v rank 2 alpha 4", "validation loss", "±", str(out / "results.csv")):
+    for word in (
+        "4 adapters: q rank 4 alpha 8; q,v rank 2 alpha 4",
+        "score",
+        "validation loss",
+        "±",
+        str(out / "results.csv"),
+    ):
         assert word in said.out
     assert "step 2/2" in said.err
     lines = list(csv.DictReader((out / "results.csv").read_text().splitlines()))
@@ -40,7 +46,10 @@ def test_a_grid_under_a_budget(paths, tmp_path, capsys):
         ("q", "4", "0"), ("q", "4", "1"), ("q,v", "2", "0"), ("q,v", "2", "1"),
     ]  # fmt: skip
     assert {line["trainable"] for line in lines} <= {"256", "224"}
-    assert len(json.loads((out / "results.json").read_text())["summary"]) == 2
+    whole = json.loads((out / "results.json").read_text())
+    assert len(whole["summary"]) == 2
+    assert {path.split("/")[-2] for path in whole["scores"]} == {"q_proj", "v_proj"}
+    assert lines[0]["adapter"] == "adapters/000-q-rank-4-alpha-8-seed-0"
     assert [line["adapter"] for line in lines] == [f"adapters/{p.name}" for p in sorted((out / "adapters").iterdir())]
     model = models.load(paths["model"])
     params = lora_jax.peft.load(out / lines[2]["adapter"], model.params, names=model.names)

@@ -9,6 +9,7 @@ import re
 import jax
 import numpy as np
 import pytest
+import scipy.stats
 import tiny
 
 import lora_jax
@@ -328,6 +329,40 @@ def test_labels_are_swept_with_their_metrics_and_heads():
     assert {"valid_loss", "valid_accuracy", "valid_accuracy_std"} <= set(results.summary()[0])
 
 
+def test_scores_say_what_gradients_promise_and_are_judged():
+    """Of rank 12 the sketch holds the whole gradient, which is taken here by hand."""
+    points = [
+        Point(rank=r, alpha=4, targets=t, seed=s) for r in (1, 12) for t in (("embed",), ("head",)) for s in (0, 1)
+    ]
+    results = swept(points, dataclasses.replace(CONFIG, order=0), score_batches=2)
+    batches = _run._Rows(ROWS, [dataclasses.replace(CONFIG, order=0)], 2).first(2)
+
+    def loss(params, batch):
+        total, weight = LANGUAGE_MODELLING.objective(
+            tiny.small_apply(params, batch["input_ids"], batch["attention_mask"]), batch
+        )
+        return total / weight
+
+    grads = [jax.grad(loss)(PARAMS, batch) for batch in batches]
+    for result in results.results:
+        (name,) = result.point.targets
+        mean = np.mean([grad[name]["kernel"] for grad in grads], axis=0)
+        expected = np.linalg.norm(np.linalg.svd(mean, compute_uv=False)[: result.point.rank])
+        assert result.score == pytest.approx(expected, rel=1e-4)
+    assert set(results.scores) == {"embed/kernel", "head/kernel"}
+    rows = results.summary()
+    expected = scipy.stats.spearmanr([row["score"] for row in rows], [row["valid_loss"] for row in rows]).statistic
+    assert results.rank_correlation() == pytest.approx(expected)
+    assert "score" in [column.header for column in results.table().columns]
+    first = max(rows, key=lambda row: row["score"])
+    few = swept(points, dataclasses.replace(CONFIG, order=0), score_batches=2, best=1)
+    assert [(row["targets"], row["rank"], row["repeats"]) for row in few.summary()] == [
+        (first["targets"], first["rank"], 2)
+    ]
+    assert few.summary()[0]["valid_loss"] == pytest.approx(first["valid_loss"], rel=1e-5)
+    assert few.rank_correlation() is None
+
+
 def test_nothing_to_train_is_refused():
     with pytest.raises(ValueError, match=r"^no points"):
         swept([])
@@ -335,5 +370,9 @@ def test_nothing_to_train_is_refused():
         sweep.run(tiny.small_apply, PARAMS, POINTS, [])
     with pytest.raises(ValueError, match=r"^eval_every: 3 given"):
         swept(POINTS, dataclasses.replace(CONFIG, eval_every=3))
+    with pytest.raises(ValueError, match=r"^best: 1 given, expected 1 or more, with score_batches"):
+        swept(POINTS, best=1)
+    with pytest.raises(ValueError, match=r"^score_batches: -1 given"):
+        swept(POINTS, score_batches=-1)
     with pytest.raises(ValueError, match=r"^targets: 'nope' matches no leaf"):
         swept([*POINTS, Point(rank=1, alpha=1, targets=("nope",))])

@@ -25,6 +25,12 @@ class GradientScore(NamedTuple):
     norm: Float
     """‖G‖_F: what an update of full rank and norm 1 takes off. Under SGD, the first step takes off its square times r,
     in units of learning rate · (alpha/rank · standard deviation of A)²."""
+    values: Float
+    """σ_1(G), ..., σ_r(G), (*stack, r), from which `best` of any lower rank follows."""
+
+    def at_rank(self, rank: int) -> Float:
+        """`best` of another rank, up to the one that was asked for."""
+        return np.sqrt((self.values[..., :rank] ** 2).sum(-1))
 
 
 def gradient_scores(
@@ -52,7 +58,8 @@ def gradient_scores(
       key: draws the sketches.
 
     Returns:
-      A score by kernel path.
+      A score by kernel path. What several kernels promise together, under one norm of all their updates, is the root of
+      the sum of their squares.
 
     Raises:
       ValueError: no node, no batch, a rank below 1, or a gradient that is not finite.
@@ -130,4 +137,5 @@ def _score(path: str, probe: LoRA, grad_a: jax.Array, grad_b: jax.Array, count: 
         best=np.sqrt((top**2).sum(-1)),
         first_step=rank * np.abs(rows).sum((-2, -1)) / many,
         norm=np.sqrt((rows**2).sum((-2, -1)) / many),
+        values=top,
     )

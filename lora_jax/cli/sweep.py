@@ -51,6 +51,10 @@ class Settings:
     """parameters in A and B: only points with at most as many, and at least 90 percent of them, are trained"""
     seeds: int | None = None
     """train each point with the seeds 0, 1, ...: as many as this. --order N gives them all one order of the rows"""
+    score_batches: int = 0
+    """score every point before training by the gradients of as many batches: how much the loss can fall at first"""
+    best: int | None = None
+    """train only as many of the grid's settings as this, those with the highest scores; needs --score-batches"""
     memory: str | None = None
     """most memory that adapters trained at once may take, such as 4GB; more are trained in rounds. Half of what is free
     if not given"""
@@ -107,11 +111,17 @@ def run(settings: Settings) -> None:
         task=found.task,
         fresh=_fresh(settings, model, rows) if model.fresh else None,
         prefix_after=_base.prefix_place(model),
+        score_batches=settings.score_batches,
+        best=settings.best,
         memory=memory,
         console=_show.notes(),
     )
-    _write(settings, _Swept(points, model, rows, lora, results))
+    _write(settings, _Swept(model, rows, lora, results))
     show.print(results.table())
+    if (correlation := results.rank_correlation()) is not None:
+        show.print(
+            f"rank correlation of score and validation loss: {correlation:.2f} (-1: the best score, the lowest loss)"
+        )
     for result in results.results:
         if result.failed_at is not None:
             show.print(f"failed at step {result.failed_at}: {result.point.label}", markup=False)
@@ -179,7 +189,6 @@ def _fresh(settings: Settings, model: Any, rows: Rows) -> Callable[[int], dict[s
 class _Swept(NamedTuple):
     """What was trained, and of what."""
 
-    points: list[Point]  # as the grid gives them: with what was asked for, and no more
     model: Any
     rows: Rows
     lora: lora_jax.LoRAConfig
@@ -206,7 +215,7 @@ def _save(settings: Settings, swept: _Swept, number: int) -> str | None:
     result = swept.results.results[number]
     if result.adapter is None:
         return None
-    folder = f"adapters/{folder_of(number, swept.points[number])}"
+    folder = f"adapters/{folder_of(number, result.point, swept.results.varied)}"
     lora_jax.peft.save(
         settings.output / folder,
         result.adapter,
@@ -221,10 +230,12 @@ def _save(settings: Settings, swept: _Swept, number: int) -> str | None:
     return folder
 
 
-def folder_of(number: int, point: Point) -> str:
-    """The place in results.csv, and the settings.
+def folder_of(number: int, point: Point, varied: Sequence[str]) -> str:
+    """The place in results.csv, and the settings that tell this point from others.
 
-    >>> folder_of(3, Point(rank=4, alpha=8, targets=("q", "v"), seed=1))
-    '003-q-v-rank-4-alpha-8-seed-1'
+    >>> folder_of(3, Point(rank=4, alpha=8, targets=("q", "v"), dropout=0.1, seed=1), ["targets", "rank"])
+    '003-q-v-rank-4-seed-1'
     """
-    return f"{number:03d}-" + re.sub(r"[^A-Za-z0-9_.]+", "-", point.label).strip("-")
+    settings = {name: value for name, value in point.as_dict().items() if name in (*varied, "seed")}
+    words = [",".join(point.targets), *(f"{name} {settings[name]:g}" for name in settings if name != "targets")]
+    return f"{number:03d}-" + re.sub(r"[^A-Za-z0-9.]+", "-", " ".join(words)).strip("-")

@@ -5,7 +5,7 @@ import dataclasses
 import io
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from lora_jax.analysis import GradientScore
 from lora_jax.sweep._point import REPEATS, Point
 from lora_jax.train import Evaluation
+from lora_jax.train._metrics import regression_metrics
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -45,6 +47,9 @@ class Result:
     adapter: Any
     """The trained adapter, as `lora_jax.split` gives it; None where it failed."""
 
+    score: float | None = None
+    """What its kernels' gradients promised before training, where that was asked for."""
+
     @property
     def figures(self) -> dict[str, float]:
         """Losses and metrics by name, those that there are: `train_loss`, `valid_loss`, `valid_accuracy`, ..."""
@@ -66,10 +71,19 @@ class Results:
     seconds: float
     """Of the whole sweep."""
 
+    scores: Mapping[str, GradientScore] = dataclasses.field(default_factory=dict)
+    """Of each kernel by path, at the highest rank of the points; empty where none were asked for."""
+
     @property
     def names(self) -> list[str]:
         """The figures that any of the results has."""
         return list(dict.fromkeys(name for result in self.results for name in result.figures))
+
+    @property
+    def varied(self) -> list[str]:
+        """The settings, seeds and orders apart, that tell the points from one another; targets in any case."""
+        points = [result.point.as_dict() for result in self.results]
+        return [name for name in _settings() if name == "targets" or len({point[name] for point in points}) > 1]
 
     def rows(self) -> list[dict[str, Any]]:
         """One row for each point: its settings and what it came to, None where there is nothing."""
@@ -77,6 +91,7 @@ class Results:
             {
                 **result.point.as_dict(),
                 "trainable": result.trainable,
+                **({} if result.score is None else {"score": result.score}),
                 **{name: result.figures.get(name) for name in self.names},
                 "failed_at": result.failed_at,
                 "seconds": result.seconds,
@@ -94,6 +109,16 @@ class Results:
             groups.setdefault(result.point.repeated, []).append(result)
         return [_summary_row(point, group, self.names) for point, group in groups.items()]
 
+    def rank_correlation(self, figure: str = "valid_loss") -> float | None:
+        """Spearman's correlation of the scores with a figure, over the settings; repeats are averaged first.
+
+        Scores say how much the loss may fall, so with a loss -1 is a perfect order, and with accuracy 1 is. None where
+        fewer than three settings have both.
+        """
+        pairs = [(row["score"], row.get(figure)) for row in self.summary() if row.get("score") is not None]
+        pairs = np.array([pair for pair in pairs if None not in pair], np.float64)
+        return regression_metrics(pairs[:, 0], pairs[:, 1])["spearman"] if len(pairs) > 2 else None
+
     def __str__(self) -> str:
         with (console := Console(width=160, highlight=False)).capture() as text:
             console.print(self.table())
@@ -101,17 +126,21 @@ class Results:
 
     def table(self) -> Table:
         """The summary for a terminal: settings that differ between points, and figures as mean ± deviation."""
-        rows = self.summary()
-        varied = [name for name in _settings() if name == "targets" or len({row[name] for row in rows}) > 1]
+        rows, varied = self.summary(), self.varied
         where = " on the validation rows" if "valid_loss" in self.names else ""
         table = Table(title=f"{len(self.results)} adapters{where}, mean ± standard deviation over repeats")
         for name in varied:
             table.add_column(name.replace("_", " "), justify="left" if name == "targets" else "right")
-        for name in ("trainable", *self.names, "repeats"):
+        scored = ["score"] if self.scores else []
+        for name in ("trainable", *scored, *self.names, "repeats"):
             table.add_column(_heading(name), justify="right")
         for row in rows:
             settings = [row[name] if name == "targets" else f"{row[name]:g}" for name in varied]
-            figures = [f"{row['trainable']:,}", *(_spread(row, name) for name in self.names)]
+            figures = [
+                f"{row['trainable']:,}",
+                *(f"{row[name]:.3g}" for name in scored),
+                *(_spread(row, name) for name in self.names),
+            ]
             failed = f" ({row['failed']} failed)" if row["failed"] else ""
             table.add_row(*settings, *figures, f"{row['repeats']}{failed}")
         return table
@@ -135,11 +164,22 @@ class Results:
             **settings,
             "rounds": self.rounds,
             "seconds": self.seconds,
+            **self._scores(),
             "points": points,
             "summary": self.summary(),
         }
         _write(folder / "results.csv", text.getvalue())
         _write(folder / "results.json", json.dumps(whole, indent=1, allow_nan=False) + "\n")
+
+    def _scores(self) -> dict[str, Any]:
+        """Of results.json: the kernels' scores, and how well those of the settings ordered what came of them."""
+        if not self.scores:
+            return {}
+        kernels = {
+            path: {name: np.asarray(value).tolist() for name, value in score._asdict().items() if name != "values"}
+            for path, score in self.scores.items()
+        }
+        return {"scores": kernels, "rank_correlation": {name: self.rank_correlation(name) for name in self.names}}
 
 
 def _settings() -> list[str]:
@@ -150,6 +190,8 @@ def _summary_row(point: Point, group: Sequence[Result], names: Sequence[str]) ->
     row = {name: value for name, value in point.as_dict().items() if name not in REPEATS}
     row |= {"repeats": len(group), "failed": sum(result.failed_at is not None for result in group)}
     row["trainable"] = group[0].trainable
+    if group[0].score is not None:
+        row["score"] = group[0].score
     for name in names:
         values = [result.figures[name] for result in group if name in result.figures]
         row[name] = float(np.mean(values)) if values else None

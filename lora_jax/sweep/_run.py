@@ -16,9 +16,11 @@ from lora_jax import data, prefix
 from lora_jax._config import LoRAConfig
 from lora_jax._forward import kernel_axes
 from lora_jax._tree import Axes
+from lora_jax.analysis import GradientScore
 from lora_jax.sweep._point import Point
 from lora_jax.sweep._program import Lane, Program, at_once, bytes_needed, lanes, make_program, shapes, size_of
 from lora_jax.sweep._results import Result, Results, weighted
+from lora_jax.sweep._score import kernel_scores, score_of
 from lora_jax.sweep._start import Fresh, Starts, taken, trainable
 from lora_jax.train import Evaluation, StepMetrics, Task, TrainConfig, task_of
 from lora_jax.train._evaluate import evaluation_of
@@ -40,6 +42,8 @@ def run(
     task: Task | None = None,
     fresh: Fresh | None = None,
     prefix_after: int = 0,
+    score_batches: int = 0,
+    best: int | None = None,
     memory: int | None = None,
     console: Console | None = None,
     on_result: Callable[[Result], None] | None = None,
@@ -72,6 +76,9 @@ def run(
       fresh: from a seed to values of leaves that train whole, by path, in place of those in `params`: what each seed
         draws anew, such as a head. Without it all start from the same.
       prefix_after: tokens of each row that stand before a prefix: 1 for an encoder that pools the first one.
+      score_batches: training batches whose mean gradient scores every point before training
+        (`lora_jax.analysis.gradient_scores`): `Result.score`, and what `Results.rank_correlation` judges. 0 for none.
+      best: train only as many settings (with all their seeds) as this, those with the highest scores.
       memory: bytes that a round may take, base included, as XLA's memory analysis of the compiled step tells. More
         adapters than fit are trained in several equal rounds. None: half of what the device has free.
       console: where progress is shown; None shows nothing.
@@ -83,7 +90,7 @@ def run(
     """
     began = time.perf_counter()
     config, lora = config or TrainConfig(), lora or LoRAConfig(rank=1, alpha=1)
-    _check(points, train_data, config)
+    _check(points, train_data, config, score_batches, best)
     task = task or task_of(train_data)
     if axes is None:
         ids = jax.ShapeDtypeStruct((1, TRACED_TOKENS), jnp.int32)
@@ -92,6 +99,9 @@ def run(
     starts = Starts(params, [entry.point for entry in entries], lora, axes, fresh, prefix_after)
     steps = config.total_steps(len(train_data))
     rows = _Rows(train_data, [entry.config for entry in entries], steps)
+    scores: dict[str, GradientScore] = {}
+    if score_batches:
+        scores, entries = _scored(apply_fn, starts, entries, rows.first(score_batches), task, best)
     program = make_program(
         apply_fn,
         config,
@@ -113,12 +123,13 @@ def run(
                 results.append(result)
                 if on_result is not None:
                     on_result(result)
-    return Results(tuple(results), len(groups), time.perf_counter() - began)
+    return Results(tuple(results), len(groups), time.perf_counter() - began, scores)
 
 
 class _Entry(NamedTuple):
     point: Point  # complete
     config: TrainConfig  # of its run alone
+    score: float | None = None
 
 
 def _entry(point: Point, config: TrainConfig, params: Any) -> _Entry:
@@ -138,12 +149,34 @@ def _lanes(entries: Sequence[_Entry]) -> Lane:
     return lanes([entry.config for entry in entries], [entry.point.prefix_length or 0 for entry in entries])
 
 
-def _check(points: Sequence[Point], train_data: Sequence[Any], config: TrainConfig) -> None:
+def _scored(
+    apply_fn: Callable[..., Any],
+    starts: Starts,
+    entries: Sequence[_Entry],
+    batches: Sequence[data.Batch],
+    task: Task,
+    best: int | None,
+) -> tuple[dict[str, GradientScore], list[_Entry]]:
+    """Every kernel's score, and the entries with theirs; of the `best` settings alone where that is given."""
+    kernels = kernel_scores(apply_fn, starts, batches, task, jax.random.key(0))
+    scored = [entry._replace(score=score_of(entry.point, starts.shape(entry.point), kernels)) for entry in entries]
+    settings = dict.fromkeys(entry.point.repeated for entry in sorted(scored, key=lambda entry: -(entry.score or 0)))
+    kept = set(list(settings)[:best])
+    return kernels, [entry for entry in scored if entry.point.repeated in kept]
+
+
+def _check(
+    points: Sequence[Point], train_data: Sequence[Any], config: TrainConfig, score_batches: int, best: int | None
+) -> None:
     if not points:
         raise ValueError("no points to train")
     if not train_data:
         raise ValueError("no training examples")
     check_config(config)
+    if score_batches < 0:
+        raise ValueError(f"score_batches: {score_batches} given, expected 0 or more")
+    if best is not None and (best < 1 or not score_batches):
+        raise ValueError(f"best: {best} given, expected 1 or more, with score_batches to tell which they are")
 
 
 def check_config(config: TrainConfig) -> None:
@@ -180,6 +213,11 @@ class _Rows:
         padded = {order: _to_length(batch, length) for order, batch in found.items()}
         each = [padded[config.row_order] for config in configs]
         return {name: np.stack([batch[name] for batch in each]) for name in each[0]}
+
+    def first(self, count: int) -> list[data.Batch]:
+        """The first batches of the first order, padded to one length."""
+        order = next(iter(self._orders.values()))
+        return [_to_length(order[step], self._longest) for step in range(min(count, len(order)))]
 
     def longest_batch(self, count: int) -> Any:
         """The shapes of a batch of the longest rows, for `count` adapters."""
@@ -280,6 +318,7 @@ class _Bench(NamedTuple):
         fine = failed_at is None
         return Result(
             point=entry.point,
+            score=entry.score,
             trainable=trainable(begun),
             train_loss=weighted(losses[-tail:], weights[-tail:]) if fine else None,
             valid=valid(index) if fine and self.valid else None,

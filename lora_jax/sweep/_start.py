@@ -51,9 +51,10 @@ class Starts:
         paths = leaf_paths(params)
         self._params, self._fresh, self._lora, self._after = params, fresh, lora, after
         self._configs = {point: point.settings(lora, None, paths)[0] for point in points}
-        self._rank = max(point.rank for point in points)
+        self.rank = max(point.rank for point in points)
         everything = tuple(dict.fromkeys(target for config in self._configs.values() for target in config.targets))
-        union = dataclasses.replace(lora, rank=1, alpha=1, targets=everything)
+        self._union = dataclasses.replace(lora, rank=1, alpha=1, targets=everything)
+        self._axes = axes
 
         @functools.cache
         def maker(config: LoRAConfig, length: int) -> Any:
@@ -68,7 +69,7 @@ class Starts:
 
         self._maker = maker
         self._longest = max(map(self._length_of, points))
-        self._all = jax.eval_shape(maker(union, self._longest), jax.random.key(0), params)
+        self._all = jax.eval_shape(maker(self._union, self._longest), jax.random.key(0), params)
         # Every point is seen to match before any trains.
         for config, length in dict.fromkeys((self._configs[point], self._length_of(point)) for point in points):
             jax.eval_shape(maker(config, length), jax.random.key(0), params)
@@ -83,9 +84,18 @@ class Starts:
         """What each adapter has in the stack."""
 
         def leaf_of(path: str, leaf: Any) -> Any:
-            return pad_rank(leaf, self._rank) if isinstance(leaf, LoRA) else leaf
+            return pad_rank(leaf, self.rank) if isinstance(leaf, LoRA) else leaf
 
         return jax.eval_shape(lambda tree: edit(tree, leaf=leaf_of), self._all)
+
+    def shape(self, point: Point) -> Any:
+        """The adapter of one point as shapes."""
+        make = self._maker(self._configs[point], self._length_of(point))
+        return jax.eval_shape(make, jax.random.key(0), self._params)
+
+    def everywhere(self) -> Any:
+        """The whole tree, with nodes of rank 1 for every kernel that any point targets."""
+        return init(jax.random.key(0), self._params, self._union, axes=self._axes)
 
     def alone(self, point: Point, seed: int) -> Any:
         """The adapter of one point, as a run of its own would start with it."""
@@ -115,7 +125,7 @@ class Starts:
             if not isinstance(leaf, LoRA):
                 return own[path]
             node = nodes.get(kernel_path(path))
-            return pad_rank(jax.tree.map(_zeros, leaf) if node is None else node, self._rank)
+            return pad_rank(jax.tree.map(_zeros, leaf) if node is None else node, self.rank)
 
         return edit(self._all, leaf=leaf_of)
 
