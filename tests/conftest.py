@@ -9,9 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # grain forks; tokenizers warns when it has already made threads
 
 import hypothesis
-import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 collect_ignore_glob = ["golden/*"]  # scripts that run the references, which aren't installed for the tests
 
@@ -25,17 +23,6 @@ def pytest_addoption(parser):
         "--oracle", action="store_true", help="only the comparisons with torch and PEFT, live and not with golden files"
     )
     parser.addoption("--browser", action="store_true", help="only the tests that open reports in headless Chromium")
-
-
-@pytest.fixture(scope="module")
-def compiled_once(tmp_path_factory):
-    """For files that compile the same programs again and again: from the second time on they are read from a file."""
-    compilation_cache.reset_cache()
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as tokenizer_models
 from transformers import LlamaConfig, PreTrainedTokenizerFast
@@ -69,6 +70,17 @@ def write_rows(path, count=12):
 
 
 TRAIN = ("--rank", "2", "--alpha", "4", "--steps", "2", "--batch-size", "4", "--learning-rate", "0.01")
+
+
+@pytest.fixture(scope="module")
+def compiled_once(tmp_path_factory):
+    """For files that compile the same programs again and again: from the second time on they are read from a file."""
+    compilation_cache.reset_cache()
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")

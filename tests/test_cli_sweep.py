@@ -4,7 +4,7 @@ import csv
 import json
 
 import pytest
-from test_cli import tiny_model, write_rows
+from test_cli import compiled_once, tiny_model, write_rows
 from test_cli_labels import encoder
 from test_cli_labels import write_rows as write_labelled
 
@@ -12,7 +12,7 @@ import lora_jax
 from lora_jax import models
 from lora_jax.cli import main
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
+pytestmark = pytest.mark.usefixtures(compiled_once.__name__)
 
 QUICK = ("--steps", "2", "--batch-size", "4", "--learning-rate", "0.01", "--memory", "4GB")
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import tiny
+from test_cli import compiled_once
 
 import lora_jax
 from lora_jax import LoRAConfig, sweep
@@ -21,7 +22,7 @@ from lora_jax.sweep import Point, _program, _run
 from lora_jax.sweep._start import Starts
 from lora_jax.train import LANGUAGE_MODELLING, TrainConfig, make_optimizer, make_step, train
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
+pytestmark = pytest.mark.usefixtures(compiled_once.__name__)
 
 PARAMS = tiny.small_init(jax.random.key(0))
 IDS = jax.ShapeDtypeStruct((1, 8), "int32")
