@@ -18,12 +18,13 @@ from lora_jax._jaxprs import inner_jaxprs, opened
 MATERIALIZES = {
     "flattened_and_restored": ("reshape", "the inputs and the outputs end up in one axis"),
     "product_of_kernel_entries": ("mul", "quadratic in the kernel"),
+    "less_its_mean": ("sub", "the two have factors along other axes"),
     "weight_normalised": ("mul", "quadratic in the kernel"),
     "fake_quantised": ("round", "not linear in the kernel"),
     "masked": ("select_n", "a masked product has no low rank"),
     "sorted_kernel": ("sort", "not linear in the kernel"),
     "orthogonalised": ("qr", "not linear in the kernel"),
-    "spectrum": ("fft", "a complex kernel"),
+    "spectrum": ("fft", "linear, but of no use before a product: no rule"),
     "kernel_times_its_transpose": ("dot_general", "a product of two adapted kernels"),
     "kernel_is_an_output": ("output", "the caller asks for the kernel itself"),
     "penalised": ("integer_pow", "quadratic in the kernel"),
@@ -49,8 +50,6 @@ ROUNDED_AT_THE_START = {
     "negated_and_divided": "the kernel's arithmetic is fused into the product",
     "weight_normalised": "the kernel's arithmetic is fused into the product",
     "columns_taken": "the transpose after the look-up becomes the product's layout",
-    "quadratic_form": "JAX 0.7: the sum after the product is fused into it",
-    "hessian_inside": "JAX 0.7: the transposes between products become their layouts",
     "vmapped_activations": "the transpose after the product becomes the order of its operands",
 }
 

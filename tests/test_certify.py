@@ -157,6 +157,48 @@ def test_a_random_key_is_data():
     assert lora_jax.certify(step, *parts(), jax.random.key(0)).flops > 0
 
 
+def certify_alone(loss, params, axes, config, *data, **settings):
+    """Of a step that trains the adapter of one loss by plain descent; nothing is allocated."""
+    base, adapter = lora_jax.split(lora_jax.init(jax.random.key(1), params, config, axes=axes))
+
+    def step(adapter, base, *data):
+        grads = jax.grad(lambda a: lora_jax.adapt(loss)(lora_jax.combine(base, a), *data))(adapter)
+        return jax.tree.map(lambda leaf, grad: leaf - 0.1 * grad, adapter, grads)
+
+    return lora_jax.certify(step, *abstract((adapter, base, *data)), **settings)
+
+
+def test_a_table_of_positions_that_is_read_whole_holds():
+    """Its rows are activations: A's rows times B is what LoRA costs, though it has the table's shape."""
+    params = {"table": jnp.ones((ROWS, 8)), "out": jnp.ones((8, 5))}
+    f = lambda p, x: jnp.mean(((x + p["table"][jnp.arange(ROWS)]) @ p["out"]) ** 2)
+    config = lora_jax.LoRAConfig(rank=RANK, alpha=1.0, targets=("table", "out"))
+    assert certify_alone(f, params, None, config, np.ones((3, ROWS, 8), np.float32)).kernels == 2
+
+
+def test_a_kernel_of_a_factors_shape_holds():
+    """A router of as many experts as ranks: the gradient of a factor has the router's shape."""
+    params = {"up": jnp.ones((16, 24)), "router": jnp.ones((16, RANK))}
+    f = lambda p, x: jnp.mean((x @ p["up"]) ** 2) + jnp.mean(jax.nn.softmax(x @ p["router"]) ** 3)
+    config = lora_jax.LoRAConfig(rank=RANK, alpha=1.0, targets=("up", "router"))
+    assert certify_alone(f, params, None, config, np.ones((ROWS, 16), np.float32)).kernels == 2
+
+
+def test_a_factor_as_large_as_another_kernel_holds():
+    """A's 2 · 2 · 32 · 2 numbers are as many as 16 · 16, and A isn't that kernel under another shape."""
+    params = {"time": jnp.ones((16, 16)), "conv": jnp.ones((2, 2, 32, 16))}
+    layout = ("NHWC", "HWIO", "NHWC")
+
+    def f(p, t, x):
+        y = lax.conv_general_dilated(x, p["conv"], (2, 2), "VALID", dimension_numbers=layout)
+        return jnp.mean((y + (t @ p["time"])[:, None, None]) ** 2)
+
+    config = lora_jax.LoRAConfig(rank=RANK, alpha=1.0, targets=("time", "conv"))
+    axes = {"time": Axes(), "conv": Axes((), (0, 1, 2), (3,))}
+    data = np.ones((3, 16), np.float32), np.ones((3, 4, 4, 32), np.float32)
+    assert certify_alone(f, params, axes, config, *data).kernels == 2
+
+
 # What breaks a claim -----------------------------------------------------------------------------------------------
 
 
@@ -173,6 +215,17 @@ def test_materialising_fails():
         start = f"layers/down or layers/up: {name} is computed whole"
         assert sum(line.startswith(start) for line in found) >= 1
     assert "in plain forward and backward" in found[-1]
+
+
+def test_a_rank_that_costs_more_than_full_fine_tuning_fails():
+    """Nothing else is wrong with it: the claim about FLOPs stands alone."""
+    params = {"w": jnp.ones((WIDTH, HIDDEN))}
+    config = lora_jax.LoRAConfig(rank=30, alpha=1.0, targets=("w",))
+    f = lambda p, x: jnp.mean((x @ p["w"]) ** 2)
+    with pytest.raises(
+        ValueError, match=r"^[\d,]+ FLOPs in matrix products, [\d,]+ in plain forward and backward; .*$"
+    ):
+        certify_alone(f, params, None, config, np.ones((ROWS, WIDTH), np.float32), plain=f)
 
 
 def test_the_line_of_the_source_is_named():

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.ode import odeint
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -170,10 +171,6 @@ def of_nodes(fn):
         lambda nodes: jnp.sum(jnp.sin(lora_jax.adapt(fn)({**PLAIN, **nodes}, X))),
         lambda nodes: jnp.sum(jnp.sin(fn(lora_jax.merge({**PLAIN, **nodes}), X))),
     )
-
-
-def freeze_scale(tree):
-    return jax.tree.map(lambda n: n.replace(scale=jnp.zeros_like(n.scale)), tree, is_leaf=lambda n: isinstance(n, LoRA))
 
 
 def factors(tree):
@@ -355,6 +352,15 @@ def test_materialising_can_be_an_error_with_the_line_of_the_user():
     line = squashed.__code__.co_firstlineno + 1
     with pytest.raises(ValueError, match=rf"^w: exp has no factored form .*test_forward\.py:{line}"):
         lora_jax.adapt(squashed, on_materialize="error")(SQUASHED, X)
+
+
+def test_inside_a_library_the_line_is_that_of_the_call():
+    """`odeint` differentiates by a rule of its own, in functions that JAX has traced without the user's lines."""
+    fn = lambda params, x: odeint(lambda y, t, w: jnp.tanh(y @ w), x, jnp.array([0.0, 1.0]), params["v"][:5])[-1]
+    params, x = {"v": PLAIN["v"], "v_lora": NODES["v_lora"]}, jnp.ones(5)
+    line = fn.__code__.co_firstlineno
+    with pytest.raises(ValueError, match=rf"^v: custom_vjp_call has no factored form .*test_forward\.py:{line}"):
+        jax.eval_shape(lora_jax.adapt(fn, on_materialize="error"), params, x)
 
 
 def test_materialising_can_be_allowed():

@@ -181,21 +181,20 @@ def _constants(jaxpr: Any) -> Iterator[Any]:
 
 
 def _gradients(cost: Cost, step: Step) -> Iterator[str]:
-    """Products of a kernel's shape without the kernel: from data alone (its gradient), from factors alone (ΔW)."""
+    """Products of a kernel's shape without the kernel: of data and data (its gradient), of factor and factor (ΔW)."""
     forms = dict(step.forms)
     sizes = {math.prod(form): names for form, names in forms.items()}
     for product in cost.products:
         # The shapes that kernels have where they are used, after reshapes, are kernels' shapes too.
-        for shape, data, other in zip(product.operands, product.data, reversed(product.data), strict=True):
-            if other and not data and math.prod(shape) in sizes:
-                forms.setdefault(dims(shape), sizes[math.prod(shape)])
+        for shape, origin in zip(product.operands, product.origins, strict=True):
+            if origin in step.owners and math.prod(shape) in sizes:
+                forms.setdefault(dims(shape), [step.owners[origin]])
+    forms = {form: names for form, names in forms.items() if form not in step.trained_whole | step.factors}
     told = set()
     for product in cost.products:
         names = forms.get(dims(product.shape))
-        if names is None or dims(product.shape) in step.trained_whole or product.data[0] != product.data[1]:
-            continue
-        what = "its gradient" if product.data[0] else "W + ΔW"
-        if (*names, what) not in told:
+        what = "its gradient" if all(product.data) else "W + ΔW" if step.parts.issuperset(product.origins) else None
+        if names and what and (*names, what) not in told:
             told.add((*names, what))
             yield (
                 f"{_either(names)}: {what} is computed whole, as {product.shape} at {product.source}; "
@@ -211,7 +210,7 @@ def _either(names: Sequence[str]) -> str:
 def _copies(traced: Any, lowered: Any, step: Step) -> Iterator[str]:
     """Outputs of a base leaf's shape that reuse no donated argument and aren't an argument handed through."""
     donated = [info for info in jax.tree.leaves(lowered.args_info) if info.donated]
-    allowed = Counter((leaf.shape, leaf.dtype) for leaf in (*donated, *step.kept_whole))
+    allowed = Counter((leaf.shape, leaf.dtype) for leaf in (*donated, *step.kept))
     inputs = set(traced.jaxpr.jaxpr.invars)
     shapes = {leaf.shape for leaf in step.base if len(dims(leaf.shape)) > 1}
     for var in traced.jaxpr.jaxpr.outvars:

@@ -22,6 +22,7 @@ class Product(NamedTuple):
       shape: Of the result (on one device, inside a `shard_map`).
       operands: Shapes of the two operands.
       data: Which of the two operands depend on data, not on parameters and constants alone.
+      origins: The argument that each operand is, moved, cut or scaled perhaps; None if it is none.
       flops: All runs together, a loop's body times its trip count.
       source: File and line of the code that asked for it.
     """
@@ -29,8 +30,20 @@ class Product(NamedTuple):
     shape: tuple[int, ...]
     operands: tuple[tuple[int, ...], tuple[int, ...]]
     data: tuple[bool, bool]
+    origins: tuple[int | None, int | None]
     flops: int
     source: str
+
+
+class Value(NamedTuple):
+    """What is known of an array: whether it depends on data, and which argument it is."""
+
+    data: bool
+    origin: int | None = None
+
+    def joined(self, other: "Value") -> "Value":
+        """What is known of an array that is either."""
+        return Value(self.data or other.data, self.origin if self.origin == other.origin else None)
 
 
 class Cost(NamedTuple):
@@ -53,44 +66,52 @@ def cost_of(jaxpr: Any, data: Sequence[bool]) -> Cost:
     """
     live, used = partial_eval.dce_jaxpr(jaxpr.jaxpr, [True] * len(jaxpr.out_avals), instantiate=False)
     cost = Cost([], [])
-    _walk(live, [flag for flag, use in zip(data, used, strict=True) if use], 1, cost)
+    _walk(live, [Value(flag, i) for i, flag in enumerate(data) if used[i]], 1, cost)
     return Cost(cost.products, sorted(set(cost.uncounted)))
 
 
-def _walk(jaxpr: Any, data: Sequence[bool], times: int, cost: Cost) -> list[bool]:
-    """Add the products of `jaxpr` run `times` times; whether each output depends on data."""
-    known: dict[Any, bool] = dict(zip(jaxpr.invars, data, strict=True))
+def _walk(jaxpr: Any, values: Sequence[Value], times: int, cost: Cost) -> list[Value]:
+    """Add the products of `jaxpr` run `times` times; what is known of its outputs."""
+    known: dict[Any, Value] = dict(zip(jaxpr.invars, values, strict=True))
     # A large constant is as likely a batch that was closed over as a parameter; a number is neither.
-    known.update({var: math.prod(var.aval.shape) > 1 for var in jaxpr.constvars})
+    known.update({var: Value(math.prod(var.aval.shape) > 1) for var in jaxpr.constvars})
+
+    def read(var: Any) -> Value:
+        return Value(False) if isinstance(var, jex.Literal) else known[var]
+
     for eqn in jaxpr.eqns:
-        flags = [not isinstance(var, jex.Literal) and known[var] for var in eqn.invars]
-        known.update(zip(eqn.outvars, _equation(eqn, flags, times, cost), strict=True))
-    return [not isinstance(var, jex.Literal) and known[var] for var in jaxpr.outvars]
+        known.update(zip(eqn.outvars, _equation(eqn, [read(var) for var in eqn.invars], times, cost), strict=True))
+    return [read(var) for var in jaxpr.outvars]
 
 
-def _equation(eqn: Any, flags: list[bool], times: int, cost: Cost) -> list[bool]:
+def _equation(eqn: Any, values: list[Value], times: int, cost: Cost) -> list[Value]:
     name = eqn.primitive.name
+    data = any(value.data for value in values)
     if name in FLOPS:
-        _add_product(eqn, flags, times * FLOPS[name](eqn), cost)
-    elif name == "scan":
-        return _scan(eqn, flags, times * eqn.params["length"], cost)
-    elif name == "while":
-        return _while(eqn, flags, times, cost)
-    elif name == "cond":
-        return _cond(eqn, flags, times, cost)
-    elif name in ("pallas_call", "ffi_call", "custom_call", "tpu_custom_call"):
+        _add_product(eqn, values, times * FLOPS[name](eqn), cost)
+        return [Value(data)]
+    if name == "scan":
+        return _scan(eqn, values, times * eqn.params["length"], cost)
+    if name == "while":
+        return _while(eqn, values, times, cost)
+    if name == "cond":
+        return _cond(eqn, values, times, cost)
+    if name == "gather" and math.prod(eqn.invars[1].aval.shape[:-1]) > 1:
+        return [Value(data)]  # rows that are looked up are activations
+    if name in ("pallas_call", "ffi_call", "custom_call", "tpu_custom_call"):
         cost.uncounted.append(name)
-    else:
-        # A call: its jaxpr's inputs are the equation's. Of anything else (a solver, a reduction) the parts count once.
-        times = times * math.prod(_manual_sizes(eqn)) if name == "shard_map" else times
-        for inner, _ in map(opened, inner_jaxprs(eqn)):
-            if len(inner.invars) == len(flags):
-                outputs = _walk(inner, flags, times, cost)
-                if len(outputs) == len(eqn.outvars):
-                    return outputs
-            else:
-                _walk(inner, [any(flags)] * len(inner.invars), times, cost)
-    return [any(flags)] * len(eqn.outvars)
+        return [Value(data)] * len(eqn.outvars)
+    # A call: its jaxpr's inputs are the equation's. Of anything else (a solver, a reduction) the parts count once.
+    times = times * math.prod(_manual_sizes(eqn)) if name == "shard_map" else times
+    for inner, _ in map(opened, inner_jaxprs(eqn)):
+        if len(inner.invars) == len(values):
+            outputs = _walk(inner, values, times, cost)
+            if len(outputs) == len(eqn.outvars):
+                return outputs
+        else:
+            _walk(inner, [Value(data)] * len(inner.invars), times, cost)
+    largest = max(zip(eqn.invars, values, strict=True), key=lambda pair: math.prod(pair[0].aval.shape), default=None)
+    return [Value(data, None if data or largest is None else largest[1].origin)] * len(eqn.outvars)
 
 
 def _manual_sizes(eqn: Any) -> list[int]:
@@ -99,60 +120,59 @@ def _manual_sizes(eqn: Any) -> list[int]:
     return [mesh.shape[axis] for axis in eqn.params.get("manual_axes", mesh.axis_names)]
 
 
-def _scan(eqn: Any, flags: list[bool], times: int, cost: Cost) -> list[bool]:
+def _scan(eqn: Any, values: list[Value], times: int, cost: Cost) -> list[Value]:
     consts, carries = scan_counts(eqn)
     body = eqn.params["jaxpr"].jaxpr
-    flags = _settled(body, flags, consts, carries)
-    return _walk(body, flags, times, cost)
+    return _walk(body, _settled(body, values, consts, carries), times, cost)
 
 
-def _settled(body: Any, flags: list[bool], first: int, count: int) -> list[bool]:
-    """The flags once what a step does to its carry has gone round."""
+def _settled(body: Any, values: list[Value], first: int, count: int) -> list[Value]:
+    """What is known once what a step does to its carry has gone round."""
     while True:
-        outputs = _walk(body, flags, 0, Cost([], []))
-        carry = [old or new for old, new in zip(flags[first : first + count], outputs, strict=False)]
-        settled = flags[:first] + carry + flags[first + count :]
-        if settled == flags:
-            return flags
-        flags = settled
+        outputs = _walk(body, values, 0, Cost([], []))
+        carry = [old.joined(new) for old, new in zip(values[first : first + count], outputs, strict=False)]
+        settled = values[:first] + carry + values[first + count :]
+        if settled == values:
+            return values
+        values = settled
 
 
-def _while(eqn: Any, flags: list[bool], times: int, cost: Cost) -> list[bool]:
+def _while(eqn: Any, values: list[Value], times: int, cost: Cost) -> list[Value]:
     cond, body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-    carry = flags[cond + body :]
+    carry = values[cond + body :]
     inner = eqn.params["body_jaxpr"].jaxpr
-    settled = _settled(inner, flags[cond : cond + body] + carry, body, len(carry))
+    settled = _settled(inner, values[cond : cond + body] + carry, body, len(carry))
     before = len(cost.products)
-    _walk(eqn.params["cond_jaxpr"].jaxpr, flags[:cond] + settled[body:], times, cost)
+    _walk(eqn.params["cond_jaxpr"].jaxpr, values[:cond] + settled[body:], times, cost)
     _walk(inner, settled, times, cost)
     if len(cost.products) > before:
         cost.uncounted.append(f"while loop counted once ({source_info_util.summarize(eqn.source_info)})")
     return settled[body:]
 
 
-def _cond(eqn: Any, flags: list[bool], times: int, cost: Cost) -> list[bool]:
+def _cond(eqn: Any, values: list[Value], times: int, cost: Cost) -> list[Value]:
     """The dearest branch."""
     branches = [Cost([], []) for _ in eqn.params["branches"]]
     outputs = [
-        _walk(jaxpr.jaxpr, flags[1:], times, branch)
+        _walk(jaxpr.jaxpr, values[1:], times, branch)
         for jaxpr, branch in zip(eqn.params["branches"], branches, strict=True)
     ]
     dearest = max(branches, key=lambda branch: branch.flops)
     cost.products.extend(dearest.products)
     cost.uncounted.extend(dearest.uncounted)
-    return [flags[0] or any(column) for column in zip(*outputs, strict=True)]
+    return [Value(any(value.data for value in (values[0], *column))) for column in zip(*outputs, strict=True)]
 
 
-def _add_product(eqn: Any, flags: list[bool], flops: int, cost: Cost) -> None:
+def _add_product(eqn: Any, values: list[Value], flops: int, cost: Cost) -> None:
     # A scatter adds its third operand into its first: rows of an embedding's gradient.
-    left, right = (0, 2) if eqn.primitive.name == "scatter-add" else (0, 1)
-    shapes = eqn.invars[left].aval.shape, eqn.invars[right].aval.shape
-    data = (flags[left], flags[right])
-    if eqn.primitive.name == "scatter-add":
-        # Into zeros, it is a gradient; into an array that depends on data (a cache), it is not.
-        data = (not flags[left] and flags[right], flags[right])
+    scatter = eqn.primitive.name == "scatter-add"
+    places = (0, 2) if scatter else (0, 1)
+    left, right = (values[i] for i in places)
+    shapes = tuple(eqn.invars[i].aval.shape for i in places)
+    # Into zeros, it is a gradient; into an array that depends on data (a cache), it is not.
+    data = (not left.data and right.data, right.data) if scatter else (left.data, right.data)
     source = source_info_util.summarize(eqn.source_info)
-    cost.products.append(Product(eqn.outvars[0].aval.shape, shapes, data, flops, source))
+    cost.products.append(Product(eqn.outvars[0].aval.shape, shapes, data, (left.origin, right.origin), flops, source))
 
 
 def _dot_general(eqn: Any) -> int:

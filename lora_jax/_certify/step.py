@@ -23,9 +23,12 @@ class Step(NamedTuple):
     Attributes:
       kernels: Shapes of the adapted kernels by path.
       forms: Shapes, as `dims` gives them, of a kernel whole or of one index of its stack, and whose they are.
-      shards: The same, and those of one device's part of the base's leaves.
+      factors: Shapes, as `dims` gives them, of the factors and of one index of theirs.
+      owners: Which kernel a flat argument is, of those that are kernels.
+      parts: Which flat arguments are factors.
+      shards: The kernels' forms, and those of one device's part of the base's leaves.
       base, state: Leaves of the base and of the optimizer's state.
-      kept_whole: Leaves of adapter and state that aren't factors or moments of factors.
+      kept: Leaves of adapter and state: what a step may return anew.
       trained_whole: Shapes of leaves that train whole, as `dims` gives them.
       trained: How many numbers train.
       data: For each flat argument, whether it is neither adapter, base nor state.
@@ -35,10 +38,13 @@ class Step(NamedTuple):
 
     kernels: dict[str, tuple[int, ...]]
     forms: dict[tuple[int, ...], list[str]]
+    factors: set[tuple[int, ...]]
+    owners: dict[int, str]
+    parts: set[int]
     shards: set[tuple[int, ...]]
     base: list[Any]
     state: list[Any]
-    kept_whole: list[Any]
+    kept: list[Any]
     trained_whole: set[tuple[int, ...]]
     trained: int
     data: list[bool]
@@ -68,12 +74,18 @@ def read_step(args: tuple[Any, ...], outputs: Any) -> Step:
     carried = _carried(args, outputs)
 
     base, state, trained_leaves, data = [], [], [], []
+    owners: dict[int, str] = {}
+    parts: set[int] = set()
     for path, leaf in pairs:
         leaves = jax.tree.leaves(leaf)
         if path[: len(at)] == at and (isinstance(leaf, LoRA) or at != base_at):
             trained_leaves += [leaf]
+            if isinstance(leaf, LoRA):
+                parts |= {len(data), len(data) + 1}  # a and b come first
         elif base_at is not None and path[: len(base_at)] == base_at:
             base += leaves
+            if (name := path_of(path[len(base_at) :])) in kernels:
+                owners[len(data)] = name
         elif path[0].idx in carried:
             state += leaves
         else:
@@ -90,10 +102,13 @@ def read_step(args: tuple[Any, ...], outputs: Any) -> Step:
     return Step(
         kernels=kernels,
         forms=forms,
+        factors={dims(shape) for node in nodes.values() for shape in _factor_shapes(node)},
+        owners=owners,
+        parts=parts,
         shards=set(forms) | {shard for shard in shards if len(shard) > 1},
         base=base,
         state=state,
-        kept_whole=[*whole, *state],
+        kept=[*whole, *factors, *state],
         trained_whole={dims(leaf.shape) for leaf in whole},
         trained=sum(math.prod(leaf.shape) for leaf in [*whole, *factors]),
         data=data,
@@ -130,6 +145,13 @@ def _forms(nodes: dict[str, LoRA], kernels: dict[str, tuple[int, ...]]) -> dict[
                 form = dims([size for axis, size in enumerate(kernels[path]) if axis not in gone])
                 forms.setdefault(form, []).append(path)
     return forms
+
+
+def _factor_shapes(node: LoRA) -> Iterator[tuple[int, ...]]:
+    """Of each factor, whole and at one index of the stack."""
+    for factor in (node.a, node.b):
+        yield factor.shape
+        yield factor.shape[len(node.axes.stack) :]
 
 
 def _find_base(pairs: Sequence[tuple[Any, Any]], kernels: dict[str, tuple[int, ...]]) -> tuple[Any, ...] | None:

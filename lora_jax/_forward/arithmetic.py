@@ -46,7 +46,7 @@ def _scaled(
 ) -> list[Any] | None:
     """A multiplier that varies along the axes of one factor alone scales it; others have no low-rank form."""
     kernel, multiplier = values[side], values[1 - side]
-    if isinstance(multiplier, LowRank) or not jnp.issubdtype(jnp.result_type(multiplier), jnp.floating):
+    if isinstance(multiplier, LowRank) or not jnp.issubdtype(jnp.result_type(multiplier), jnp.inexact):
         return None
     shape = eqn.outvars[0].aval.shape
     varying = varying_axes(eqn.invars[1 - side], frame.producers)
@@ -58,6 +58,8 @@ def _scaled(
     new = [k for k in sorted(varying) if k not in target.axes]
     axes = (*new, *target.axes)
     value = lax.expand_dims(target.value, range(len(new)))
+    if jnp.iscomplexobj(multiplier):
+        value = value.astype(jnp.result_type(value, multiplier))
     cut = jnp.asarray(multiplier, value.dtype)
     if cut.ndim:
         for k in range(cut.ndim):
@@ -88,25 +90,42 @@ def _stretched_axes(kernel: LowRank, shape: Sequence[int]) -> list[int]:
 def _add(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
     """Adding an array changes W alone; adding two kernels joins their factors. Under a gain neither does.
 
-    A kernel that is broadcast against something bigger is used elementwise, as position embeddings are: W + ΔW costs
-    less than the sum itself.
+    A kernel that is broadcast against an array is used elementwise, as position embeddings are: W + ΔW costs less than
+    the sum itself.
     """
-    shape = eqn.outvars[0].aval.shape
-    if any(isinstance(v, LowRank) and v.shape != shape for v in values):
+    shape, kernels = eqn.outvars[0].aval.shape, [value for value in values if isinstance(value, LowRank)]
+    if any(kernel.shape != shape for kernel in kernels):
+        if len(kernels) > 1:
+            return None
         return bind(eqn, [dense(v) if isinstance(v, LowRank) else v for v in values])
-    if any(isinstance(v, LowRank) and v.gain is not None for v in values):
-        return None
     left, right = values
-    w = plain(eqn, values)[0]
     if isinstance(right, LowRank) and eqn.primitive.name == "sub":
         right = right.with_factors(right.w, _negated(right.a), right.b)
-    if not isinstance(right, LowRank):
-        return [left.with_factors(w, left.a, left.b)]
-    if not isinstance(left, LowRank):
-        return [right.with_factors(w, right.a, right.b)]
-    if set(left.a.axes) != set(right.a.axes) or set(left.b.axes) != set(right.b.axes):
+    return _summed(eqn, values, [left, right])
+
+
+@RULES("complex")
+def _complex(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
+    """The sum of a real part and i times another."""
+    real, imaginary = values
+    if isinstance(imaginary, LowRank):
+        b = Factor(lax.complex(jnp.zeros_like(imaginary.b.value), imaginary.b.value), imaginary.b.axes)
+        imaginary = imaginary.with_factors(imaginary.w, imaginary.a, b)
+    return _summed(eqn, values, [real, imaginary])
+
+
+def _summed(eqn: Any, values: Sequence[Any], terms: Sequence[Any]) -> list[Any] | None:
+    """The equation on the plain kernels, with the sum of the terms' updates: all the factors, side by side."""
+    kernels = [term for term in terms if isinstance(term, LowRank)]
+    if any(kernel.gain is not None for kernel in kernels):
         return None
-    return [_joined([left, right], w, _by_rank([left.a, right.a]), _by_rank([left.b, right.b]))]
+    first, *more = kernels
+    if any({*k.a.axes} != {*first.a.axes} or {*k.b.axes} != {*first.b.axes} for k in more):
+        return None
+    w = plain(eqn, values)[0]
+    if not more:
+        return [first.with_factors(w, first.a, first.b)]
+    return [_joined(kernels, w, _by_rank([k.a for k in kernels]), _by_rank([k.b for k in kernels]))]
 
 
 def _joined(kernels: Sequence[LowRank], w: Any, a: Factor, b: Factor, gain: Factor | None = None) -> LowRank:

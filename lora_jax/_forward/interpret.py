@@ -47,11 +47,16 @@ class Event:
 
 @dataclass(eq=False)
 class Session:
-    """What one call of an adapted function shares among its jaxprs."""
+    """What one call of an adapted function shares among its jaxprs; `within` are the equations that a rule is at."""
 
     rules: dict[str, Callable]
     on_materialize: str = "warn"
     cache: dict[Any, Any] = field(default_factory=dict)
+    within: list[Any] = field(default_factory=list)
+
+    def line(self) -> str:
+        """The user's line: where the innermost equation is a library's own, that of the call around it."""
+        return next(filter(None, map(source_of, reversed(self.within))), "in a library's code")
 
 
 @dataclass(eq=False)
@@ -77,7 +82,7 @@ class Frame:
     def materialize(self, kernel: LowRank, primitive: str, source: str) -> Any:
         """W + ΔW as an array; the user hears of it unless the kernel is a looked-up row, where it costs nothing."""
         if not is_vector(kernel):
-            self.note(Event(kernel.origin, primitive, source))
+            self.note(Event(kernel.origin, primitive, source or self.session.line()))
         return dense(kernel)
 
     def note(self, event: Event) -> None:
@@ -189,15 +194,14 @@ def _run(eqns: Sequence[Any], stop: int, env: dict[Any, Any], last: dict[Any, in
 
 def apply_rule(eqn: Any, values: Sequence[Any], frame: Frame) -> list[Any]:
     """The rule of the equation's primitive; materialise the kernels where there is none."""
-    name = eqn.primitive.name
-    found = frame.session.rules.get(name)
-    if found is not None:
+    found = frame.session.rules.get(eqn.primitive.name)
+    frame.session.within.append(eqn)
+    try:
         with _context(eqn):
-            outputs = found(frame, eqn, values)
-        if outputs is not None:
-            return outputs
-    with _context(eqn):
-        return materialized(frame, eqn, values)
+            outputs = None if found is None else found(frame, eqn, values)
+            return materialized(frame, eqn, values) if outputs is None else outputs
+    finally:
+        frame.session.within.pop()
 
 
 @contextlib.contextmanager

@@ -219,7 +219,7 @@ LAYOUT: dict[str, Callable[[Any, Sequence[Info]], list[Track]]] = {
     "reduce_sum": _reduce_sum,
     "unstack": _unstack,
     "stack": _stack,
-    **dict.fromkeys(("mul", "div", "add", "sub", "add_any", "concatenate", "select_n"), _combine),
+    **dict.fromkeys(("mul", "div", "add", "sub", "add_any", "complex", "concatenate", "select_n"), _combine),
     **dict.fromkeys(
         (
             *(

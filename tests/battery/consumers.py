@@ -168,6 +168,18 @@ def penalised(p, x):
     return x @ p["w"], jnp.sum(p["w"] ** 2)
 
 
+FOURIER = {f"{part}_{i}": (8, 8, 5) for i in range(2) for part in ("real", "imaginary")}
+
+
+@case(normal(2, 12, 8), params=FOURIER, axes=dict.fromkeys(FOURIER, Axes((2,), (0,), (1,))), bf16=False)
+def fourier_layers(p, x):
+    """Complex kernels, each kept as two real ones and put together in either way."""
+    modes = jnp.fft.rfft(x, axis=1)[:, :5]
+    modes = jnp.einsum("bmi,iom->bmo", modes, p["real_0"] + 1j * p["imaginary_0"])
+    modes = jnp.einsum("bmi,iom->bmo", modes, lax.complex(p["real_1"], p["imaginary_1"]))
+    return jnp.fft.irfft(modes, n=12, axis=1)
+
+
 # --- mixtures of experts -------------------------------------------------------------------------------------------
 
 

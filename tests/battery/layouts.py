@@ -326,6 +326,11 @@ def masked(p, x):
 
 
 @case(X)
+def less_its_mean(p, x):
+    return x @ (p["w"] - p["w"].mean(0, keepdims=True))
+
+
+@case(X)
 def product_of_kernel_entries(p, x):
     return x @ (p["w"] * p["w"])
 
