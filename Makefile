@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 INPUTS := pyproject.toml constraints.txt
+JOBS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 SUDO := $(shell [ $$(id -u) = 0 ] || echo sudo)
 CORE := paths tree init merge optim stack describe sharding kernel_axes dropout certify transforms frameworks \
 	forward others_get_wrong battery
@@ -13,10 +15,10 @@ run: .venv/.run  ## fine-tune the embedded model on the embedded task
 	$(BIN)/lora-jax train
 
 test: .venv/.test  ## everything but the live comparisons
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 oracle: .venv/.oracle  ## the comparisons with torch and PEFT, live
-	$(BIN)/python -m pytest --oracle
+	$(PYTEST) --oracle
 
 browser: .venv/.browser  ## reports, opened in headless Chromium
 	$(BIN)/python -m pytest --browser tests/test_report_browser.py

@@ -3,7 +3,15 @@
 import os
 
 # Before jax is imported: it reads these once.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Programs are compiled for one call or two: optimizing their machine code takes longer than all that they compute.
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+    ]
+)
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # grain forks; tokenizers warns when it has already made threads
@@ -44,7 +52,8 @@ def pytest_collection_modifyitems(config, items):
 
 
 def _skipped(config):
-    return config.pluginmanager.get_plugin("terminalreporter").stats.get("skipped", [])
+    reporter = config.pluginmanager.get_plugin("terminalreporter")  # absent in a worker: the controller hears of all
+    return reporter.stats.get("skipped", []) if reporter else []
 
 
 @pytest.hookimpl(trylast=True)
