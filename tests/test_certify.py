@@ -149,6 +149,17 @@ def test_the_whole_tree_holds_if_donated():
     assert all("as large as a base leaf" in line for line in lines(step, *args))
 
 
+def test_a_batch_of_a_factors_shape_is_data():
+    """B is f32[2, 16], and so are two rows."""
+    params = {"w": jnp.ones((16, 16))}
+    f = lambda p, x: jnp.mean((x @ p["w"]) ** 2)
+    config = lora_jax.LoRAConfig(rank=RANK, alpha=1.0, targets=("w",))
+    x = np.ones((RANK, 16), np.float32)
+    report = certify_alone(f, params, None, config, x, plain=f)
+    assert report.state == 0
+    assert report.plain_flops == 2 * 2 * x.size * 16
+
+
 def test_a_random_key_is_data():
     def step(adapter, state, base, batch, key):
         noisy = batch + jax.random.normal(key, batch.shape)

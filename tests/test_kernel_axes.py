@@ -76,6 +76,7 @@ CASES = {
     "embedding, one row": (lambda p, i: jnp.tanh(p[i]), F(9, 4), (I(),), DENSE),
     "embedding as one-hot": (lambda p, ids: jax.nn.one_hot(ids, 9) @ p, F(9, 4), (IDS,), DENSE),
     "embedding and head": (lambda p, ids: jnp.tanh(p[ids]) @ p.T, F(9, 4), (IDS,), DENSE),
+    "embedding with a row for padding": (lambda p, ids: p.at[0].set(0)[ids], F(9, 4), (IDS,), DENSE),
     "embedding of heads, returned": (lambda p, ids: p[ids], F(9, 2, 4), (IDS,), Axes((), (0,), (1, 2))),
     "embedding of heads, through a loop": (
         lambda p, ids: lax.fori_loop(0, 3, lambda i, c: c * 2, p[ids]), F(9, 2, 4), (IDS,), Axes((), (0,), (1, 2))

@@ -165,17 +165,26 @@ def _find_base(pairs: Sequence[tuple[Any, Any]], kernels: dict[str, tuple[int, .
 
 
 def _carried(args: tuple[Any, ...], outputs: Any) -> set[int]:
-    """The arguments that the step returns anew, somewhere among its outputs."""
-    returned = set(map(_signature, _subtrees(outputs)))
-    return {i for i, arg in enumerate(args) if jax.tree.leaves(arg) and _signature(arg) in returned}
+    """The arguments that the step returns anew, somewhere among its outputs.
 
+    From the outermost output inwards, each for one argument: a batch that happens to be shaped as a factor isn't state.
+    """
+    waiting: dict[Any, list[int]] = {}
+    for i, arg in enumerate(args):
+        if jax.tree.leaves(arg):
+            waiting.setdefault(_signature(arg), []).append(i)
+    found: set[int] = set()
 
-def _subtrees(tree: Any) -> Iterator[Any]:
-    yield tree
-    children = jax.tree.leaves(tree, is_leaf=lambda x: x is not tree)
-    if not (len(children) == 1 and children[0] is tree):
-        for child in children:
-            yield from _subtrees(child)
+    def claim(tree: Any) -> None:
+        if places := waiting.get(_signature(tree)):
+            found.add(places.pop(0))
+            return
+        for child in jax.tree.leaves(tree, is_leaf=lambda x: x is not tree):
+            if child is not tree:
+                claim(child)
+
+    claim(outputs)
+    return found
 
 
 def _signature(tree: Any) -> tuple[Any, ...]:

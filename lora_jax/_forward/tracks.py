@@ -220,6 +220,7 @@ LAYOUT: dict[str, Callable[[Any, Sequence[Info]], list[Track]]] = {
     "unstack": _unstack,
     "stack": _stack,
     **dict.fromkeys(("mul", "div", "add", "sub", "add_any", "complex", "concatenate", "select_n"), _combine),
+    **dict.fromkeys(("scatter", "dynamic_update_slice"), _combine),
     **dict.fromkeys(
         (
             *(

@@ -255,6 +255,11 @@ def embedding_filled_with_zeros(p, ids):
     return p["w"].at[ids].get(mode="fill", fill_value=0)
 
 
+@case(IDS)
+def embedding_with_a_row_for_padding(p, ids):
+    return p["w"].at[0].set(0)[ids]
+
+
 @case(IDS, plus=lambda n, ids: looked_up(n, ids, mode="promise_in_bounds"))
 def embedding_in_bounds(p, ids):
     return p["w"].at[ids].get(mode="promise_in_bounds")
