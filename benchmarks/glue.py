@@ -1,0 +1,215 @@
+"""LoRA beside full fine-tuning, a head alone and PEFT's LoRA, on GLUE with all-MiniLM-L6-v2.
+
+    python benchmarks/glue.py run --minilm DIR --glue DIR --output FILE [--tasks cola] [--methods full "lora q,v"]
+    python benchmarks/glue.py table FILE [FILE ...]
+
+`run` adds a line of JSON for each run to the file, and leaves out those that are in it. All runs of a task see the same
+rows, and those of one seed see them in the same order and the same batches, PEFT's too, which needs torch and peft.
+AdamW, warm-up, cosine, clipping and the best of all epochs by the dev set: `lora_jax.train`'s, repeated for PEFT.
+`table` takes for each method the learning rate with the best mean over the seeds.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+import lora_jax
+from lora_jax import data, models, train
+
+RANK, ALPHA = 8, 16
+QV, QKVO = ("query", "value"), ("query", "key", "value", "attention/output/dense")
+LINEAR = (*QKVO, "intermediate/dense", "output/dense")  # of the layers; not the pooler
+LORA = {"lora q,v": QV, "lora q,k,v,o": QKVO, "lora all linear": LINEAR}
+PEFT = {name.replace("lora", "peft"): targets for name, targets in LORA.items()}
+RATES = {
+    "full": (1e-4, 5e-5, 2e-4),
+    "head": (3e-3, 1e-3, 1e-2),
+    **dict.fromkeys((*LORA, *PEFT), (2e-3, 1e-3, 4e-3)),
+}
+
+
+class Size(NamedTuple):
+    """How much of a task: its folder, GLUE's figure for it, rows and passes over them."""
+
+    folder: str
+    figure: str
+    rows: int
+    epochs: int
+
+
+SIZES = {
+    "cola": Size("CoLA", "matthews_correlation", 100_000, 8),
+    "sst2": Size("SST-2", "accuracy", 10_000, 5),
+    "mrpc": Size("MRPC", "accuracy", 100_000, 8),
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Job:
+    """What all runs of a task share."""
+
+    minilm: Path
+    labels: data.Labels
+    rows: Sequence[data.LabelledExample]
+    dev: Sequence[data.LabelledExample]
+    task: train.Task
+    epochs: int
+
+    def config(self, seed: int, rate: float) -> train.TrainConfig:
+        return train.TrainConfig(batch_size=32, epochs=self.epochs, max_length=128, learning_rate=rate, seed=seed)
+
+
+def job(name: str, minilm: Path, folder: Path, epochs: int | None) -> Job:
+    size, told = SIZES[name], data.glue_task(name)
+    labels, model = data.Labels(told.labels), models.load_abstract(minilm)
+    model = dataclasses.replace(model, folder=minilm)
+
+    def rows(split: str, most: int) -> Sequence[data.LabelledExample]:
+        read = data.load(folder / size.folder, split, glue=name)[:most]
+        return data.encode_labelled(read, model.tokenizer, 128, labels).examples
+
+    task = dataclasses.replace(train.classification(len(labels.names)), best=size.figure)
+    return Job(minilm, labels, rows("train", size.rows), rows("valid", 100_000), task, epochs or size.epochs)
+
+
+def ours(job: Job, method: str, seed: int, rate: float) -> dict[str, Any]:
+    """One run of this library's."""
+    key = jax.random.key(seed)
+    model = models.load(job.minilm, "float32", labels=job.labels.names, key=jax.random.fold_in(key, 1))
+    params, trained = model.params, (f"/{model.head}/.*/",)
+    if method == "full":
+        trained = ("/.*/",)
+    if method in LORA:
+        # A as PEFT starts it.
+        settings = lora_jax.LoRAConfig(
+            rank=RANK, alpha=ALPHA, targets=LORA[method], init="kaiming_uniform", train=trained
+        )
+        ids = jax.ShapeDtypeStruct((1, 8), "int32")
+        axes = lora_jax.kernel_axes(model.apply, params, ids, ids)
+        params = lora_jax.init(jax.random.fold_in(key, 0), params, settings, axes=axes)
+    found = train.train(model.apply, params, job.rows, job.dev, job.config(seed, rate), task=job.task, train=trained)
+    _, adapter = lora_jax.split(found.params, trained)
+    assert found.after is not None
+    return {
+        **found.after.metrics,
+        "loss": found.after.loss,
+        "kept_step": found.kept_step,
+        "steps": found.steps,
+        "trainable": sum(leaf.size for leaf in jax.tree.leaves(adapter)),
+    }
+
+
+def theirs(job: Job, method: str, seed: int, rate: float) -> dict[str, Any]:
+    """One run of PEFT's, on the same batches."""
+    import glue_peft  # torch and peft are only needed for these
+
+    config = job.config(seed, rate)
+    steps = config.total_steps(len(job.rows))
+    batches = data.batches(job.rows, config.batch_size, seed=config.row_order, epochs=job.epochs)
+    rates = train.schedule(config, steps)
+    return glue_peft.run(
+        job.minilm,
+        [name.replace("/", ".") for name in PEFT[method]],
+        ((batches[step], float(rates(step))) for step in range(steps)),
+        list(data.batches(job.dev, config.batch_size)),
+        job.task,
+        every=steps // job.epochs,
+        seed=seed,
+        rank=RANK,
+        alpha=ALPHA,
+        weight_decay=config.weight_decay,
+        clip=config.clip,
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    jax.config.update("jax_compilation_cache_dir", str(args.cache.resolve()))
+    held = {(row["task"], row["method"], row["seed"], row["rate"]) for row in read([args.output])}
+    for name in args.tasks:
+        job_ = job(name, args.minilm, args.glue, args.epochs)
+        for method in args.methods:
+            for rate in args.rates or RATES[method]:
+                for seed in args.seeds:
+                    if (name, method, seed, rate) in held:
+                        continue
+                    began = time.perf_counter()
+                    found = (theirs if method in PEFT else ours)(job_, method, seed, rate)
+                    row = {"task": name, "method": method, "seed": seed, "rate": rate}
+                    row |= {"device": jax.devices()[0].device_kind, **found}
+                    row["seconds"] = round(time.perf_counter() - began, 1)
+                    with args.output.open("a") as file:
+                        file.write(json.dumps(row) + "\n")
+                    print(name, method, seed, rate, round(row[SIZES[name].figure], 4), row["seconds"], "s", flush=True)
+
+
+def read(files: Iterable[Path]) -> list[dict[str, Any]]:
+    """The runs in the files that exist."""
+    return [json.loads(line) for file in files if file.exists() for line in file.read_text().splitlines()]
+
+
+COLUMNS = {  # of the table: task, figure and what it is called
+    "CoLA, Matthews": ("cola", "matthews_correlation"),
+    "CoLA, accuracy": ("cola", "accuracy"),
+    "SST-2, accuracy": ("sst2", "accuracy"),
+    "MRPC, accuracy": ("mrpc", "accuracy"),
+}
+
+
+def table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Lines of Markdown: mean ± standard deviation over seeds, at the rate with the best mean of GLUE's figure."""
+    yield "| trains | parameters | " + " | ".join(COLUMNS) + " |"
+    yield "| --- " * (2 + len(COLUMNS)) + "|"
+    for method in RATES:
+        mine = [row for row in rows if row["method"] == method]
+        if mine:
+            cells = [_cell([row for row in mine if row["task"] == task], task, name) for task, name in COLUMNS.values()]
+            yield f"| {method} | {mine[0]['trainable']:,} | " + " | ".join(cells) + " |"
+
+
+def _cell(rows: Sequence[dict[str, Any]], task: str, figure: str) -> str:
+    by_rate: dict[float, list[dict[str, Any]]] = {}
+    for row in rows:
+        by_rate.setdefault(row["rate"], []).append(row)
+    if not by_rate:
+        return "–"
+    most = max(map(len, by_rate.values()))  # a rate that was only tried with fewer seeds isn't chosen
+
+    def mean(found: Sequence[dict[str, Any]], name: str) -> float:
+        return statistics.mean(row[name] for row in found)
+
+    full = [found for found in by_rate.values() if len(found) == most]
+    best = max(full, key=lambda found: mean(found, SIZES[task].figure))
+    spread = f" ± {statistics.stdev(row[figure] for row in best):.3f}" if most > 1 else ""
+    return f"{mean(best, figure):.3f}{spread}" + (f" ({most})" if most != 3 else "")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    one = commands.add_parser("run")
+    one.set_defaults(do=run)
+    one.add_argument("--minilm", type=Path, required=True, help="the model's folder")
+    one.add_argument("--glue", type=Path, required=True, help="GLUE's own files, a folder for each task")
+    one.add_argument("--output", type=Path, required=True, help="lines of JSON, one a run")
+    one.add_argument("--tasks", nargs="+", choices=SIZES, default=list(SIZES))
+    one.add_argument("--methods", nargs="+", choices=RATES, default=list(RATES))
+    one.add_argument("--rates", nargs="+", type=float, help="learning rates; each method's own three if not given")
+    one.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    one.add_argument("--epochs", type=int, help="passes over the rows; the task's own if not given")
+    one.add_argument("--cache", type=Path, default=Path("out/compiled"), help="compiled programs, for the next run")
+    other = commands.add_parser("table")
+    other.set_defaults(do=lambda args: print("\n".join(table(read(args.files)))))
+    other.add_argument("files", type=Path, nargs="+")
+    args = parser.parse_args()
+    args.do(args)
+
+
+if __name__ == "__main__":
+    main()

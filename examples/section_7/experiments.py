@@ -1,0 +1,334 @@
+# ruff: noqa: E501
+"""The experiments. Each is a function of the `Bench`, writes into a store of its own, and can be left out."""
+
+import dataclasses
+import functools
+import io
+import json
+import tempfile
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import measures
+import numpy as np
+from settings import ALPHA, LEARNER, NOTHING, Scale
+from store import Store
+from tasks import Task
+from variants import Lane, started, tail, train_lanes
+
+import lora_jax
+from lora_jax import sweep, train
+from lora_jax.cli import main as lora_jax_command
+
+LLAMA_2_13B = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 32_000,
+    "hidden_size": 5120,
+    "intermediate_size": 13_824,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 40,
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Bench:
+    """What all experiments share: the scale, where results go, and the tasks, made when first asked for."""
+
+    scale: Scale
+    results: Path
+    adapters: Path
+    makers: dict[str, Callable[[], Task]]
+
+    def store(self, name: str) -> Store:
+        return Store(self.results, name)
+
+    def task(self, name: str) -> Task:
+        return _made(self, name)
+
+    def adapter_file(self, task: str, label: str, seed: int) -> Path:
+        return self.adapters / f"{task}-{label}-{seed}.npz"
+
+
+@functools.cache
+def _made(bench: Bench, name: str) -> Task:
+    return bench.makers[name]()
+
+
+def label(targets: tuple[str, ...], rank: int) -> str:
+    return f"{''.join(targets)}{rank}"
+
+
+# --- tables 5 and 6 --------------------------------------------------------------------------------------------------
+
+
+def grid(bench: Bench, name: str, seed: int) -> None:
+    """Tables 5 and 6: all points of one task and seed in one program, on the same rows."""
+    size = bench.scale.tasks[name]
+    wanted = list(dict.fromkeys(size.points))
+    points = [sweep.Point(rank=rank, alpha=ALPHA, targets=targets, seed=seed) for targets, rank in wanted]
+    if name != "wikisql":  # there a head must train for anything to be learned; the decoder has its own
+        points.append(sweep.Point(targets=NOTHING[0], rank=NOTHING[1], alpha=NOTHING[2], seed=seed))
+
+    def make() -> dict[str, Any]:
+        task = bench.task(name)
+        found = swept(task, points)
+        rows = []
+        for result in found.results:
+            point = result.point
+            rows.append(_row(task, result))
+            if result.adapter is not None and point.alpha == ALPHA:
+                measures.keep(bench.adapter_file(name, label(point.targets, point.rank), seed), result.adapter)
+        if not task.head:
+            rows.append({"targets": "", "rank": 0, "alpha": 0.0, "trainable": 0, **task.judge(task.params)})
+        return {"steps": size.steps, "batch_size": size.batch_size, "rounds": found.rounds, "rows": rows}
+
+    bench.store("grid").run(f"{name}/{seed}", make)
+
+
+def swept(task: Task, points: list[sweep.Point], **config: Any) -> sweep.Results:
+    return sweep.run(
+        task.apply,
+        task.params,
+        points,
+        task.rows,
+        config=task.config(**config),
+        lora=task.lora(rank=1, alpha=1),
+        axes=task.axes,
+        task=train.task_of(task.rows),
+    )
+
+
+def _row(task: Task, result: sweep.Result) -> dict[str, Any]:
+    point = result.point
+    row = {
+        "targets": ",".join(point.targets),
+        "rank": point.rank,
+        "alpha": point.alpha,
+        "learning_rate": point.learning_rate,
+        "dropout": point.dropout,
+        "trainable": result.trainable - task.head_size,
+        "train_loss": result.train_loss,
+        "failed_at": result.failed_at,
+    }
+    return row | ({} if result.adapter is None else task.judge(merged(task, result.adapter)))
+
+
+def merged(task: Task, adapter: Any) -> Any:
+    """The task's parameters with the adapter in its kernels: one shape of tree, so one compilation, for all adapters."""
+    base = task.params | {name: jax.tree.map(lambda _: None, task.params[name]) for name in task.head}
+    return lora_jax.merge(lora_jax.combine(base, adapter))
+
+
+# --- α, its place, dropout, a prefix ---------------------------------------------------------------------------------
+
+
+def alpha(bench: Bench, seed: int) -> None:
+    """α × learning rate under Adam, without clipping."""
+    task = bench.task("cola")
+    points = [
+        sweep.Point(rank=8, alpha=a, targets=LEARNER, learning_rate=rate, seed=seed)
+        for a in bench.scale.alphas
+        for rate in bench.scale.rates
+    ]
+
+    def make() -> dict[str, Any]:
+        found = swept(task, points, clip=0.0, steps=bench.scale.variant_steps)
+        return {"steps": bench.scale.variant_steps, "rows": [_row(task, result) for result in found.results]}
+
+    bench.store("alpha").run(f"cola/{seed}", make)
+
+
+SCALED = 4.0  # the α/r that is put in one place or another
+
+
+def place(bench: Bench, seed: int) -> None:
+    """The scale at every forward, as loralib's code has it, or elsewhere. All with the same A at the start."""
+    task = bench.task("cola")
+    base, adapter = started(task, seed, rank=8, alpha=8 * SCALED, targets=roles(task, LEARNER))
+    rate = task.size.learning_rate
+
+    def with_scale(scale: float, a: float = 1.0) -> Any:
+        return measures.edit_nodes(
+            adapter, lambda path, node: measures.scale_of(dataclasses.replace(node, a=node.a * a), scale)
+        )
+
+    lanes = {
+        "at every forward": Lane(with_scale(SCALED), rate, rate, rate),
+        "as a learning rate of B": Lane(with_scale(1.0), rate, rate, rate * SCALED),
+        "as a learning rate of A and B": Lane(with_scale(1.0), rate, rate * SCALED, rate * SCALED),
+        "once, in the start of A": Lane(with_scale(1.0, SCALED), rate, rate, rate),
+        "nowhere": Lane(with_scale(1.0), rate, rate, rate),
+    }
+
+    def make() -> dict[str, Any]:
+        losses, _ = train_lanes(task, base, list(lanes.values()), steps=bench.scale.variant_steps, seed=seed)
+        apart = np.abs(losses / losses[0] - 1)
+        return {
+            "steps": bench.scale.variant_steps,
+            "rows": [
+                {"place": name, "train_loss": loss, "apart": float(most), "apart_first_ten": float(early)}
+                for name, loss, most, early in zip(
+                    lanes, tail(losses), apart.max(axis=1), apart[:, :10].max(axis=1), strict=True
+                )
+            ],
+        }
+
+    bench.store("place").run(f"cola/{seed}", make)
+
+
+def dropout(bench: Bench, seed: int) -> None:
+    """Dropout on the LoRA path; a rate of 0 is the grid's point with the same seed."""
+    task = bench.task("cola")
+    points = [sweep.Point(rank=8, alpha=ALPHA, targets=LEARNER, dropout=p, seed=seed)
+              for p in (0.0, *bench.scale.dropouts)]  # fmt: skip
+
+    def make() -> dict[str, Any]:
+        found = swept(task, points)
+        rows = [_row(task, result) for result in found.results]
+        plain = found.results[0].losses
+        for row, result in zip(rows, found.results, strict=True):
+            row["apart"] = [float(x) for x in np.abs(result.losses - plain)[[0, 1, 9 % len(plain), -1]]]
+        return {"steps": task.size.steps, "rows": rows}
+
+    bench.store("dropout").run(f"cola/{seed}", make)
+
+
+def prefix(bench: Bench, seed: int) -> None:
+    """LoRA, prefix embeddings, and both."""
+    task = bench.task("cola")
+    rate, length = task.size.learning_rate, bench.scale.prefix_length
+    settings = {"rank": 8, "alpha": ALPHA, "targets": roles(task, LEARNER)}
+
+    def trained_as(name: str) -> dict[str, Any]:
+        params = task.params
+        if name != "prefix":
+            params = lora_jax.init(
+                jax.random.fold_in(jax.random.key(seed), 0), params, task.lora(**settings), axes=task.axes
+            )
+        if name != "LoRA":
+            params = lora_jax.prefix.init(jax.random.key(seed), params, length, after=1)
+        base, adapter = lora_jax.split(params, task.head)
+        # A prefix has embeddings' size, about 0.05, and learns as slowly as A and B do at this rate.
+        losses, (trained,) = train_lanes(
+            task, base, [Lane(adapter, rate, rate, rate)], steps=task.size.steps, seed=seed
+        )
+        whole, node = lora_jax.prefix.take(lora_jax.combine(base, trained))
+        whole = lora_jax.merge(whole)
+        if node is not None:
+            whole = lora_jax.prefix.put(whole, node.value, after=node.after)
+        count = sum(int(np.size(x)) for x in jax.tree.leaves(adapter)) - sum(
+            int(np.size(node.scale)) for node in measures.nodes(adapter).values()
+        )
+        return {"name": name, "trainable": count, "train_loss": tail(losses)[0], **task.judge(whole)}
+
+    def make() -> dict[str, Any]:
+        return {"length": length, "steps": task.size.steps, "rows": [trained_as(n) for n in ("LoRA", "prefix", "both")]}
+
+    bench.store("prefix").run(f"cola/{seed}", make)
+
+
+def roles(task: Task, targets: tuple[str, ...]) -> tuple[str, ...]:
+    """The patterns that q, k, v and o stand for in this model."""
+    point = sweep.Point(rank=1, alpha=1, targets=targets)
+    return point.settings(None, None, sorted(task.axes))[0].targets
+
+
+# --- which kernels: the score before training against what training gives ---------------------------------------------
+
+
+def kernels(bench: Bench, seed: int) -> None:
+    """Each of the attention kernels of each layer alone, and its gradient score before that."""
+    task = bench.task("cola")
+    everything = roles(task, ("q", "k", "v", "o"))
+    rate, steps = task.size.learning_rate, bench.scale.variant_steps
+
+    def make() -> dict[str, Any]:
+        base, adapter = started(task, seed, rank=8, alpha=ALPHA, targets=everything)
+        # With a head of zeros no gradient reaches a kernel: the head trains alone first.
+        alone = measures.edit_nodes(adapter, lambda path, node: measures.scale_of(node, 0.0))
+        _, (warm,) = train_lanes(task, base, [Lane(alone, rate, 0.0, 0.0)], steps=steps, seed=100 + seed)
+        params = lora_jax.combine(base, warm)
+        scores = measures.scores(task, params, seed=seed, count=8)
+        adapter = measures.with_leaves(adapter, warm)
+        names, lanes = ["none"], [Lane(measures.with_leaves(alone, warm), rate, rate, rate)]
+        for path, node in measures.nodes(adapter).items():
+            for layer in range(node.scale.shape[0]):
+                one = measures.edit_nodes(adapter, lambda p, n, path=path, layer=layer: dataclasses.replace(
+                    n, scale=jnp.where((jnp.arange(len(n.scale)) == layer) & (p == path), n.scale, 0.0)))  # fmt: skip
+                names.append(f"{path} {layer}")
+                lanes.append(Lane(one, rate, rate, rate))
+        losses, _ = train_lanes(task, base, lanes, steps=steps, seed=seed)
+        found = dict(zip(names, tail(losses), strict=True))
+        rows = [
+            {
+                "kernel": path,
+                "layer": layer,
+                "gain": found["none"] - found[f"{path} {layer}"],
+                "w_norm": float(np.linalg.norm(np.asarray(measures.leaf_at(task.params, path))[layer])),
+                **{name: float(value[layer]) for name, value in score._asdict().items()},
+            }
+            for path, score in scores.items()
+            for layer in range(len(score.best))
+        ]
+        return {"steps": steps, "rows": rows}
+
+    bench.store("kernels").run(f"cola/{seed}", make)
+
+
+# --- what ΔW is to W -------------------------------------------------------------------------------------------------
+
+
+def subspaces(bench: Bench, name: str) -> None:
+    """Figures 3 and 4, table 7 and the spectra, from the grid's adapters."""
+    files = {
+        (rank, seed): bench.adapter_file(name, label(LEARNER, rank), seed) for rank in (4, 8, 64) for seed in (0, 1)
+    }
+
+    def make() -> dict[str, Any]:
+        task = bench.task(name)
+        adapters = {key: measures.kept(path, task) for key, path in files.items()}
+        return measures.everything(task, adapters, pictured=name == "cola")
+
+    if all(path.exists() for path in files.values()):
+        bench.store("subspaces").run(name, make)
+
+
+def counts(bench: Bench) -> None:
+    """What a budget buys on Llama 2 13B, by `lora-jax inspect`: from the configuration, without weights."""
+
+    def make() -> dict[str, Any]:
+        rows = []
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "config.json").write_text(json.dumps(LLAMA_2_13B))
+            for targets in (("q",), ("q", "v"), ("q", "k", "v", "o")):
+                for rank in (1, 2, 4, 8, 64):
+                    text = io.StringIO()
+                    words = [*(f"{name}_proj" for name in targets)]
+                    with redirect_stdout(text):
+                        code = lora_jax_command(["inspect", "--model", folder, "--rank", str(rank), "--json",
+                                                 "--targets", *words])  # fmt: skip
+                    assert code == 0
+                    rows.append({"targets": ",".join(targets), "rank": rank, **json.loads(text.getvalue())})
+        kept = ("targets", "rank", "trainable", "total", "share")
+        return {"rows": [{name: row[name] for name in kept if name in row} for row in rows]}
+
+    bench.store("counts").run("Llama 2 13B", make)
+
+
+def plan(bench: Bench) -> list[tuple[str, Callable[[], None]]]:
+    """All experiments in the order in which they are worth having, breadth first: seed by seed."""
+    runs: list[tuple[str, Callable[[], None]]] = [("counts", lambda: counts(bench))]
+    for seed in bench.scale.seeds:
+        for name in bench.makers:
+            runs.append(("grid", functools.partial(grid, bench, name, seed)))
+        if "cola" in bench.makers:
+            for experiment in (place, alpha, dropout, prefix, kernels):
+                runs.append((experiment.__name__, functools.partial(experiment, bench, seed)))
+    runs += [("subspaces", functools.partial(subspaces, bench, name)) for name in bench.makers]
+    return runs

@@ -1,0 +1,201 @@
+# ruff: noqa: E501
+"""docs/section-7.md and its pictures, from the results alone."""
+
+from pathlib import Path
+
+import numpy as np
+import pictures
+import questions
+from claims import claims
+from questions import NOT_RUN, table
+from results import TITLES, Results
+from statistics_of import LEVEL, spread
+
+COMMAND = "python examples/section_7 --minilm DIR --llama DIR --glue DIR --wikisql DIR --scale full"
+
+
+def write(results: Path, output: Path) -> None:
+    """Writes the page, and the pictures into the folder of the results."""
+    found = Results(results)
+    drawn = pictures.draw(found, results)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(text(found, {name: f"{results.name}/{name}" for name in drawn}))
+
+
+def text(found: Results, images: dict[str, str]) -> str:
+    """The page.
+
+    Args:
+      found: the results.
+      images: of the pictures that there are, where they lie as seen from the page.
+    """
+
+    def picture(name: str, said: str) -> str:
+        return f"![{said}]({images[name]})\n\n" if name in images else ""
+
+    parts = [
+        _opening(found),
+        "## The paper's claims\n\n" + _claims(found),
+        "## Which kernels, under one budget? (table 5)\n\n" + questions.table_5(found),
+        "### Is one rank-8 matrix as good as two of rank 4, or four of rank 2?\n\n" + questions.one_two_or_four(found),
+        "### Is W_o good because it is large?\n\n" + questions.is_o_good_because_it_is_large(found),
+        "### Can a score tell before training?\n\n"
+        + picture("kernels.png", "gain of each kernel alone against its gradient score")
+        + questions.does_the_score_choose(found),
+        "## What rank? (table 6)\n\n" + picture("ranks.png", "dev loss by rank") + questions.table_6(found),
+        "### Does rank 1 suffice?\n\n" + questions.does_rank_1_suffice(found),
+        "### Is rank 2 enough for a budget like Llama 2 13B's?\n\n" + questions.is_rank_2_enough_for_13b(found),
+        "## What is α?\n\n### Is it only a learning rate?\n\n" + questions.is_alpha_a_rate(found),
+        "### Does it matter where the scale is?\n\n" + questions.where_the_scale_is(found),
+        "## Does dropout on the LoRA path matter, when B starts at zero?\n\n" + questions.does_dropout_matter(found),
+        "## Do prefix embeddings add to LoRA?\n\n" + questions.does_a_prefix_add(found),
+        "## What is ΔW to W?\n\n"
+        + picture("similarity.png", "subspace similarity of ranks, of seeds and of random matrices")
+        + _similarities(found),
+        "### Does ΔW amplify what W has but doesn't stress? (table 7)\n\n" + _amplifications(found),
+        "### Is ΔW rank-deficient below its rank?\n\n"
+        + picture("spectra.png", "singular values of ΔW and W")
+        + _spectra(found),
+        _limits(),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _opening(found: Results) -> str:
+    sizes = []
+    for task in found.tasks:
+        runs = [run for key, run in found.runs("grid").items() if key.startswith(f"{task}/")]
+        sizes.append(
+            [TITLES[task], str(runs[0]["steps"]), str(runs[0]["batch_size"]),
+             f"{runs[0]['steps'] * runs[0]['batch_size']:,}", str(len(found.points(task))), str(len(runs))]
+        )  # fmt: skip
+    told = [
+        "# Section 7 of the LoRA paper, on models of your own",
+        "Which weights to adapt, at what rank, and what ΔW is to W: the questions of section 7 of "
+        "[Hu et al. 2021](https://arxiv.org/abs/2106.09685), and some that a reader is left with, asked of small pretrained "
+        "models on real data. This page is made from `docs/section-7/*.json` by",
+        f"    {COMMAND}",
+        "which measures what isn't there yet and writes the page anew (`--page` does the latter alone; `--scale small` is "
+        "for two cores). The encoder is all-MiniLM-L6-v2 (22.7M parameters, 6 layers of width 384) "
+        "with a linear head on the mean of its last states; the decoder a Llama of 10M parameters, pretrained on about "
+        "10M tokens of English. MiniLM's makers list MNLI among its training data, so MNLI is no clean result.",
+        table(["task", "steps", "batch", "rows seen", "adapters a seed", "seeds"], sizes) if sizes else NOT_RUN,
+        _time(found),
+        "These are short runs of small models. They train on far fewer rows than the paper's, with A as loralib starts it "
+        "(uniform, U(±1/√inputs)), α = 16 at every rank, Adam without decay, and one learning rate that was set once and not "
+        "searched. A point whose best rate lies elsewhere is at a disadvantage.",
+        f"*How to read it.* `a ± b` is a mean and the standard deviation of a sample, over seeds. A seed decides A's start and "
+        f"the order of the rows; all points of one seed see the same rows, so differences are taken seed by seed, and "
+        f"`± c` after a difference is half of Student's {LEVEL:.0%} interval. With three seeds that is 2.5 standard "
+        "deviations of the differences: an interval that holds zero is no evidence of equality. Verdicts by the "
+        "dev loss and their bounds were written before the figures were seen; those by the score were added afterwards, "
+        "because on MRPC and CoLA the loss rises where the score does too: the model grows too sure of what it gets wrong. "
+        "Nothing is corrected for the number of comparisons, so one in twenty is wrong by chance alone.",
+    ]
+    return "\n\n".join(told)
+
+
+def _time(found: Results) -> str:
+    total, cpu = (sum(run[key] for runs in found.experiments.values() for run in runs.values() if key in run)
+                  for key in ("seconds", "cpu_seconds"))  # fmt: skip
+    devices = sorted({run["device"] for runs in found.experiments.values() for run in runs.values()} - {"cpu"})
+    told = (
+        f"Time: {total / 60:.0f} minutes, were one run made after the other, on {', '.join(devices) or 'two cores'}, with "
+        f"{cpu / 60:.0f} minutes of processor time (products in TF32, as XLA computes float32 there)."
+    )
+    if found.two_cores:
+        minutes = {name: run["cpu_seconds"] / 60 for name, run in found.two_cores.items()}
+        told += (
+            f" On two cores `--scale small --seeds 0`, the same experiments in shorter runs, took {sum(minutes.values()):.0f} minutes of "
+            f"processor time: {', '.join(f'{name} {each:.0f}' for name, each in minutes.items())}."
+            " Three seeds take three times as long; two cores halve it at best."
+        )
+    return told
+
+
+def _claims(found: Results) -> str:
+    rows = [list(claim) for claim in claims(found)]
+    return table(["the paper's claim", "its figure", "here", "held"], rows) if rows else NOT_RUN
+
+
+def _similarities(found: Results) -> str:
+    rows = []
+    for task, run in found.runs("subspaces").items():
+        for path, kernel in run["kernels"].items():
+            for name, said in (
+                ("ranks_top", "rank 8 and rank 64, one seed"),
+                ("seeds8_top", "two seeds, rank 8"),
+                ("seeds_top", "two seeds, rank 64"),
+                ("left_top", "two seeds, rank 64, B's side"),
+                ("start_top", "A of rank 64 before and after training"),
+            ):
+                rows.append([f"{TITLES[task]}, {pictures.short(path)}", said,
+                             *(spread(kernel[name][i], 2) for i in ("1", "4", "8"))])  # fmt: skip
+            floor = (f"{kernel['random_top'][i]:.3f}" for i in ("1", "4", "8"))
+            rows.append([f"{TITLES[task]}, {pictures.short(path)}", "two random matrices", *floor])
+    if not rows:
+        return NOT_RUN
+    return (
+        "φ(A, A', i, j) = ‖U_iᵀ U'_j‖² / min(i, j) is 1 where one subspace lies in the other and about max(i, j) / width "
+        "for two random ones (the paper's equation 4). The picture has the middle layer; the table φ(i, i), mean ± standard "
+        "deviation over layers, of q,v adapters.\n\n"
+        + table(["", "between", "i = 1", "i = 4", "i = 8"], rows)
+        + "\n\nOne seed draws the factors of rank 8 and of rank 64 apart, so what they share was learned. "
+        "`before and after training` says how far A left what was drawn: near 1, and A is still its random start, whose "
+        "directions two seeds can't share."
+    )
+
+
+def _amplifications(found: Results) -> str:
+    rows = []
+    for task, run in found.runs("subspaces").items():
+        for path, kernel in run["kernels"].items():
+            for rank, values in kernel["amplification"].items():
+                names = ("projected", "projected_own", "projected_random", "w_norm", "delta_norm", "factor")
+                rows.append([f"{TITLES[task]}, {pictures.short(path)}", rank,
+                             *(spread(values[name], 3) for name in names)])  # fmt: skip
+    if not rows:
+        return NOT_RUN
+    head = ["", "rank", "‖UᵀWVᵀ‖, ΔW's", "W's own", "random", "‖W‖", "‖ΔW‖", "factor"]
+    return (
+        table(head, rows)
+        + "\n\nMean ± standard deviation over layers, seed 0. W's part in ΔW's subspace lies between that in a random "
+        "one and that in W's own top directions: above the first, ΔW's directions are ones that W has; below the second, "
+        "ones that it doesn't stress. The factor ‖ΔW‖ / ‖UᵀWVᵀ‖ grows with how long and how fast one trains, so it compares "
+        "ranks and kernels, not papers."
+    )
+
+
+def _spectra(found: Results) -> str:
+    rows, told = [], []
+    for task, run in found.runs("subspaces").items():
+        for path, kernel in run["kernels"].items():
+            for name, said in (("8", "ΔW, rank 8"), ("64", "ΔW, rank 64"), ("W", "W")):
+                values = kernel["spectrum"][name]
+                rows.append([f"{TITLES[task]}, {pictures.short(path)}", said,
+                             *(spread(values[key], 1) for key in ("effective_rank", "stable_rank", "energy_rank_0.9",
+                                                                  "energy_rank_0.99"))])  # fmt: skip
+            most = np.mean(kernel["spectrum"]["64"]["energy_rank_0.9"])
+            told.append(
+                f"{TITLES[task]}, {pictures.short(path)}: {most:.0f} of 64 directions hold 90 % of ΔW's energy."
+            )
+    if not rows:
+        return NOT_RUN
+    head = ["", "of", "effective rank", "stable rank", "rank at 90 %", "rank at 99 %"]
+    return (
+        table(head, rows)
+        + "\n\nMean ± standard deviation over layers. The effective rank is exp of the entropy of σ / Σσ, the stable rank "
+        "‖·‖²_F / σ₁².\n\n" + "\n".join(f"- {line}" for line in told)
+    )
+
+
+def _limits() -> str:
+    return (
+        "## What this can't tell\n\n"
+        "The paper's models are up to four orders of magnitude larger and were trained to the end with a searched learning "
+        "rate. That a claim isn't borne out here says that it doesn't hold of any model whatever the size of the run, not "
+        "that the paper is wrong; that one is undecided says that these runs can't tell. Table 7 and the figures are of "
+        "trained adapters of one or two seeds. Per-kernel gains are of training loss over few steps. On WikiSQL hardly any "
+        "query is right to the letter: a model of 10M parameters doesn't learn in 1,000 steps to copy names and values, so "
+        "logical form says nothing there and the loss must do."
+    )

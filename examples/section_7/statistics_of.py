@@ -1,0 +1,54 @@
+"""Means, spreads and paired differences over seeds."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import scipy.stats
+
+LEVEL = 0.95
+
+
+class Difference(NamedTuple):
+    """A mean difference between runs with the same seeds, and the half-width of its interval; NaN for one seed."""
+
+    mean: float
+    half: float
+    seeds: int
+
+    @property
+    def sign(self) -> int:
+        """1 or -1 where the interval leaves zero out, else 0."""
+        return int(np.sign(self.mean)) if abs(self.mean) > self.half else 0
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.4f} ± {self.half:.4f}"
+
+
+def difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Difference:
+    """`ours - theirs` over the seeds that both have, with Student's interval.
+
+    >>> found = difference({0: 1.0, 1: 1.1, 2: 1.2}, {0: 0.5, 1: 0.7, 2: 0.6})
+    >>> str(found), found.sign
+    ('+0.5000 ± 0.2484', 1)
+    """
+    seeds = sorted(ours.keys() & theirs.keys())
+    values = np.array([ours[seed] - theirs[seed] for seed in seeds])
+    if len(values) < 2:
+        return Difference(float(values.mean()) if len(values) else math.nan, math.nan, len(values))
+    t = float(scipy.stats.t.ppf((1 + LEVEL) / 2, len(values) - 1))
+    return Difference(float(values.mean()), t * float(values.std(ddof=1)) / math.sqrt(len(values)), len(values))
+
+
+def spread(values: Sequence[float | None], digits: int = 3) -> str:
+    """Mean ± standard deviation of a sample; the mean alone for one value.
+
+    >>> spread([1.0, 2.0, 3.0]), spread([1.0]), spread([])
+    ('2.000 ± 1.000', '1.000', '–')
+    """
+    found = [value for value in values if value is not None and math.isfinite(value)]
+    if not found:
+        return "–"
+    told = f"{np.mean(found):.{digits}f}"
+    return told if len(found) < 2 else f"{told} ± {np.std(found, ddof=1):.{digits}f}"

@@ -1,0 +1,45 @@
+"""Results on disk, one JSON file an experiment: each run is written as it ends, and not repeated."""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+
+class Store:
+    """The runs of one experiment by key, in `folder/NAME.json`."""
+
+    def __init__(self, folder: Path, name: str):
+        self._path = folder / f"{name}.json"
+        self.runs: dict[str, Any] = json.loads(self._path.read_text()) if self._path.exists() else {}
+
+    def run(self, key: str, make: Callable[[], Any]) -> Any:
+        """What `make` gives for this key, from the file if it is there."""
+        if key not in self.runs:
+            print(f"{self._path.stem} {key} ...", flush=True)
+            began, cpu = time.perf_counter(), time.process_time()
+            found = make()
+            seconds, cpu = round(time.perf_counter() - began, 1), round(time.process_time() - cpu, 1)
+            self.runs[key] = {"seconds": seconds, "cpu_seconds": cpu, "device": jax.devices()[0].device_kind, **found}
+            self._write()
+            print(f"{self._path.stem} {key}: {seconds} s", flush=True)
+        return self.runs[key]
+
+    def _write(self) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self._path.with_suffix(".partial")
+        partial.write_text(json.dumps(rounded(self.runs), indent=1) + "\n")
+        os.replace(partial, self._path)
+
+
+def rounded(tree: Any) -> Any:
+    """Numbers to six significant digits: files that people can read."""
+    if isinstance(tree, dict):
+        return {key: rounded(child) for key, child in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [rounded(child) for child in tree]
+    return float(f"{tree:.6g}") if isinstance(tree, float) else tree

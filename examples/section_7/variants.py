@@ -1,0 +1,79 @@
+"""Adapters side by side that differ in what a sweep has no setting for: the start of A, and learning rates of A and B.
+
+The loop of the README under `vmap`: one tree of stacked adapters, and for each its own rates.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tasks import Task, batches
+
+import lora_jax
+from lora_jax import train
+
+
+class Lane(NamedTuple):
+    """One adapter and its learning rates; whatever is neither A nor B has `rate`."""
+
+    adapter: Any
+    rate: float
+    rate_a: float
+    rate_b: float
+
+
+def train_lanes(task: Task, base: Any, lanes: Sequence[Lane], *, steps: int, seed: int) -> tuple[np.ndarray, list[Any]]:
+    """Trains all on the same rows with Adam at constant rates; its ε is so small that no gradient's size matters.
+
+    Args:
+      task: whose rows and loss.
+      base: the first part of `lora_jax.split`.
+      lanes: adapters of one structure.
+      steps: of each.
+      seed: of the row order.
+
+    Returns:
+      The losses before each step, [lanes, steps], and the trained adapters.
+    """
+    tx = lora_jax.masked(optax.scale_by_adam(eps=1e-30), task.head)
+    apply = lora_jax.prefix.adapt(lora_jax.adapt(task.apply, allow_none=True))
+
+    def loss_fn(adapter, base, batch):
+        total, weight = task.objective(train.apply_to_batch(apply, lora_jax.combine(base, adapter), batch), batch)
+        return total / weight
+
+    def one(adapter, state, rates, base, batch):
+        loss, grads = jax.value_and_grad(loss_fn)(adapter, base, batch)
+        updates, state = tx.update(grads, state, adapter)
+        updates = jax.tree_util.tree_map_with_path(lambda path, u: -_rate(path, rates) * u, updates)
+        return optax.apply_updates(adapter, updates), state, loss
+
+    step = jax.jit(jax.vmap(one, in_axes=(0, 0, 0, None, None)), donate_argnums=(0, 1))
+    adapters = lora_jax.stack([lane.adapter for lane in lanes])
+    rates = {name: jnp.array([getattr(lane, name) for lane in lanes]) for name in ("rate", "rate_a", "rate_b")}
+    states, losses = jax.jit(jax.vmap(tx.init))(adapters), []
+    for batch in batches(task, seed, steps):
+        adapters, states, loss = step(adapters, states, rates, base, batch)
+        losses.append(loss)
+    return np.stack(jax.device_get(losses), axis=1), lora_jax.unstack(adapters)
+
+
+def _rate(path: Any, rates: dict[str, Any]) -> Any:
+    last = getattr(path[-1], "name", "")
+    return rates[{"a": "rate_a", "b": "rate_b"}.get(last, "rate")]
+
+
+def started(task: Task, seed: int, **settings: Any) -> tuple[Any, Any]:
+    """Base and adapter as a sweep's point with this seed starts."""
+    params = lora_jax.init(
+        jax.random.fold_in(jax.random.key(seed), 0), task.params, task.lora(**settings), axes=task.axes
+    )
+    return lora_jax.split(params, task.lora(**settings))
+
+
+def tail(losses: np.ndarray) -> list[float]:
+    """The mean loss over the last fifth of the steps."""
+    return [float(x) for x in losses[:, -max(1, losses.shape[1] // 5) :].mean(axis=1)]

@@ -1,0 +1,39 @@
+"""The study of docs/section-7.md: its page is what its results say, and its scripts' examples run."""
+
+import doctest
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = ROOT / "examples" / "section_7"
+
+
+@pytest.fixture(scope="module")
+def scripts():
+    """The study's modules by name: scripts beside one another, not a package."""
+    names = [path.stem for path in SCRIPTS.glob("*.py") if path.stem != "__main__"]
+    sys.path.insert(0, str(SCRIPTS))
+    try:
+        yield {name: importlib.import_module(name) for name in names}
+    finally:
+        sys.path.remove(str(SCRIPTS))
+        for name in names:
+            sys.modules.pop(name, None)
+
+
+def test_the_page_is_what_the_results_say(scripts):
+    results, images = ROOT / "docs" / "section-7", ("kernels", "ranks", "similarity", "spectra")
+    text = scripts["page"].text(
+        scripts["results"].Results(results), {f"{name}.png": f"section-7/{name}.png" for name in images}
+    )
+    assert text == (ROOT / "docs" / "section-7.md").read_text()
+    assert all((results / f"{name}.png").exists() for name in images)
+
+
+def test_examples(scripts):
+    tried = [doctest.testmod(module, optionflags=doctest.ELLIPSIS) for module in scripts.values()]
+    assert sum(found.attempted for found in tried) >= 8
+    assert not sum(found.failed for found in tried)
