@@ -9,18 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from peft_cases import draw
+from peft_cases import LLAMA3, draw
 from safetensors.numpy import save_file
 
 VOCABULARY, BATCH, LENGTH, PADDED = 48, 2, 12, 5
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 10_000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
 DECODER = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,

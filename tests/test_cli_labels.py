@@ -17,7 +17,7 @@ from transformers import BertConfig, RobertaConfig
 
 import lora_jax
 from lora_jax import models
-from lora_jax.cli import _labels, main
+from lora_jax.cli import _labels, inspect, main
 from lora_jax.data import Labels
 
 SIZES = {
@@ -92,6 +92,18 @@ def test_a_head_is_kept_where_it_tells_the_labels(tmp_path, names, asked, kept):
     model = models.load(folder, labels=tuple(asked), key=jax.random.key(7))
     assert (model.fresh == ()) == kept
     assert np.array_equal(kernel(model), kernel(models.load(folder))) == kept
+
+
+def test_the_head_trains_whole_and_gets_no_factors(tmp_path):
+    """RoBERTa's holds a kernel that "all-linear" selects."""
+    model = models.load_abstract(encoder(tmp_path / "roberta", RobertaConfig, "RobertaForMaskedLM"), labels=("a", "b"))
+    config = lora_jax.LoRAConfig(rank=2, alpha=4, targets=("all-linear",))
+    rows = inspect.match(model, _labels.with_head(config, model)).rows
+    whole = {row.path for row in rows if not row.rank}
+    assert whole == {
+        f"classifier/{name}" for name in ("dense/kernel", "dense/bias", "out_proj/kernel", "out_proj/bias")
+    }
+    assert len(rows) == 4 + 6  # of the one layer
 
 
 @pytest.fixture
@@ -179,6 +191,21 @@ def test_labels_that_are_not_the_heads(world, tmp_path, refused):
     message = refused("export", "--model", world["model"], "--adapter", adapter, "--output", tmp_path / "out")
     assert "classifier.weight has shape (3, 16) in the file, (2, 16) expected" in message
     assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_of_pefts_has_no_names(world, tmp_path):
+    """The head that it brings says how many labels there are."""
+    adapter = tmp_path / "adapter"
+    shutil.copytree(world["out"], adapter)
+    (adapter / "labels.json").unlink()
+    adapted = ["--model", world["model"], "--adapter", adapter]
+    call("merge", *adapted, "--output", tmp_path / "merged")
+    call("export", *adapted, "--output", tmp_path / "anew")
+    assert not (tmp_path / "anew" / "labels.json").exists()
+    merged, anew = ["--model", tmp_path / "merged"], ["--model", world["model"], "--adapter", tmp_path / "anew"]
+    found = [json.loads(call("evaluate", *one, "--data", world["data"], "--json")) for one in (adapted, merged, anew)]
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+    assert found[2] == found[0]
 
 
 def test_scores(world, tmp_path):

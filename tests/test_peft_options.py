@@ -101,12 +101,13 @@ def test_the_bias_of_b_goes_into_the_modules_own(tmp_path):
 @pytest.mark.parametrize("whole_tree", [True, False])
 def test_rows_of_an_embedding_are_saved_and_loaded(tmp_path, tied, whole_tree):
     names, params = TIED if tied else NAMES, adapted(tied=tied)
-    params["embed"]["embedding"] = params["embed"]["embedding"].at[jnp.array([7, 3])].set(1)
+    values = np.arange(2 * WIDTH, dtype=np.float32).reshape(2, WIDTH)
+    params["embed"]["embedding"] = params["embed"]["embedding"].at[jnp.array([7, 3])].set(values)
     given = params if whole_tree else lora_jax.split(params, (f"/{EMBEDDING}/",))[1]
     peft.save(tmp_path / "a", given, names=names, tokens={EMBEDDING: [7, 3]})
     config, tensors = config_in(tmp_path / "a"), tensors_in(tmp_path / "a")
     assert (config["trainable_token_indices"], config["modules_to_save"]) == ({"model.embed": [7, 3]}, None)
-    np.testing.assert_array_equal(tensors[ROWS], np.ones((2, WIDTH), np.float32))
+    np.testing.assert_array_equal(tensors[ROWS], values)
     assert all("lora" in name for name in tensors.keys() - {ROWS})
     assert same(peft.load(tmp_path / "a", base(tied=tied), names=names), params)
     edit(tmp_path / "a", lambda tensors: {n: x for n, x in tensors.items() if n != ROWS})

@@ -12,8 +12,10 @@ import numpy as np
 
 import lora_jax
 from lora_jax import data
+from lora_jax.cli._base import Base
 from lora_jax.cli._data import Source
 from lora_jax.data import Labelled, LabelledExample, Labels
+from lora_jax.peft import _read
 from lora_jax.train import Task, apply_to_batch, task_of
 
 FILE = "labels.json"
@@ -68,6 +70,18 @@ def load(adapter: Path | None) -> Labels | None:
     if not listed or not all(isinstance(name, str) for name in listed) or len(set(listed)) < len(listed):
         raise ValueError(f'{adapter / FILE}: damaged, expected {{"labels": [names]}}, each name once')
     return Labels(tuple(listed))
+
+
+def of_adapter(adapter: Path, base: Base) -> Labels | None:
+    """The labels to load a base with for an adapter; None where its own head, or none, is the adapter's.
+
+    PEFT keeps no names: the head that such an adapter brings to a base without one tells numbers.
+    """
+    saved = load(adapter)
+    if saved is not None or not adapter.is_dir() or base.abstract().head:
+        return saved
+    count = _read.labels_told(adapter)
+    return None if count is None else Labels(tuple(map(str, range(count))))
 
 
 def save(folder: Path, labels: Labels | None) -> None:

@@ -36,7 +36,7 @@ class Settings:
 
 def run(settings: Settings) -> None:
     _base.check_free(settings.output, settings.overwrite)
-    labels = _labels.load(settings.adapter)
+    labels = _labels.of_adapter(settings.adapter, settings.base)
     model = settings.base.load(labels=labels and labels.names)
     params = _base.with_adapter(model, settings.adapter)
     lora_jax.peft.save(
@@ -51,7 +51,7 @@ def run(settings: Settings) -> None:
         tokens=_tokens.in_folder(settings.adapter, model.params, model.names),
         overwrite=settings.overwrite,
     )
-    _labels.save(settings.output, labels)
+    _labels.save(settings.output, _labels.load(settings.adapter))
     show = _show.results()
     show.print(f"adapter: {settings.output}", markup=False)
 

@@ -42,7 +42,7 @@ class Settings:
 
 def run(settings: Settings) -> None:
     _base.check_free(settings.output, settings.overwrite)
-    labels = _labels.load(settings.adapter)
+    labels = _labels.of_adapter(settings.adapter, settings.base)
     model = settings.base.load_streamed(labels and labels.names)
     rows = _compare.rows_of(model, settings.text) if _compares(settings, model) else None
     new = merged(model, _base.with_adapter(model, settings.adapter), settings.dtype)

@@ -88,6 +88,21 @@ def find(folder: Path) -> tuple[AdapterConfig, Path]:
     return config, path
 
 
+def labels_told(folder: Path) -> int | None:
+    """How many labels the head tells that the adapter in `folder` brings; None where it brings none.
+
+    A file that can't be read brings none: `load` says what is wrong with it.
+    """
+    _, path = find(folder)
+    heads = [f"{PREFIX}{head}.weight" for head in ("classifier", "classifier.out_proj", "score")]
+    try:
+        with safetensors.safe_open(path, framework="np") as file:
+            shapes = [tuple(file.get_slice(name).get_shape()) for name in file.keys() if name in heads]  # noqa: SIM118
+    except safetensors.SafetensorError:
+        return None
+    return next((shape[0] for shape in shapes if len(shape) == 2 and shape[0]), None)
+
+
 class _Plan:
     """Which tensors the config and the model together call for."""
 
