@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from agreement import assert_agrees
 from model_cases import CASES, tokens_of, write_folder
-from peft_cases import draw
+from peft_cases import STEPS, draw
+from safetensors.numpy import load_file
 
 import lora_jax
 from lora_jax import models, peft
@@ -35,6 +36,8 @@ pytestmark = [
 CHOSEN = sorted({case["architectures"][0]: name for name, case in CASES.items()}.values())
 
 
+# Of these the gradients of queries and keys are so small that a step doesn't move them; `bert` and `roberta` stay.
+FLAT = ("bert_classification", "bert_masked_lm", "roberta_masked_lm")
 MIXTURES = [name for name in CHOSEN if "num_experts_per_tok" in CASES[name]]
 
 
@@ -126,6 +129,92 @@ def test_we_read_pefts_and_it_reads_ours_of_them(setting, tmp_path):
     peft.save(tmp_path / "ours", params, names=setting.model.names)
     jax.tree.map(np.testing.assert_array_equal, read("ours"), params)
     assert_agrees(read_by_peft(setting, tmp_path / "ours")[0], *refs)
+
+
+class Trained(NamedTuple):
+    """PEFT's model in one dtype: its outputs, the first gradients, and the moves of three steps of SGD, by name."""
+
+    outputs: np.ndarray
+    gradients: dict[str, np.ndarray]
+    moves: dict[str, np.ndarray]
+
+
+def pull(name, shape):
+    """What the outputs are pulled towards: the loss is the sum of outputs times this, so that nothing saturates."""
+    return draw(f"{name} pull", shape) / shape[-1]
+
+
+def train_by_peft(setting, dtype, rate, folder):
+    """`rate` maps the first gradients to the learning rate; the adapter is saved before it trains."""
+    reference, torch = importlib.import_module("peft"), importlib.import_module("torch")
+    targets: dict[str, Any] = {"target_modules": "all-linear"}
+    if setting.name in MIXTURES:  # gate's and up's common A trains otherwise than one for each
+        parameters = ["mlp.gate.weight", "experts.down_proj"]
+        targets = {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"], "target_parameters": parameters}
+    config = reference.LoraConfig(r=3, lora_alpha=1, **targets)  # small, so that no softmax saturates
+    theirs = reference.get_peft_model(setting.theirs(dtype), config, autocast_adapter_dtype=False)
+    trained = {name.replace(".default", ""): p for name, p in theirs.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(torch.from_numpy(draw(name, tuple(parameter.shape))))
+    theirs.save_pretrained(folder)
+    theirs = theirs.to(getattr(torch, dtype)).eval()
+    before = {name: parameter.detach().clone() for name, parameter in trained.items()}
+    inputs = {name: torch.from_numpy(array) for name, array in setting.inputs.items()}
+    outputs, first = None, None
+    for _ in range(STEPS):
+        theirs.zero_grad()
+        out = theirs(**inputs)[0]
+        torch.sum(out * torch.from_numpy(pull(setting.name, out.shape))).backward()
+        gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in trained.items()}
+        outputs, first = (out.detach().numpy(), gradients) if first is None else (outputs, first)
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                parameter -= rate(first) * gradients[name]
+    moves = {name: (parameter.detach() - before[name]).numpy() for name, parameter in trained.items()}
+    return Trained(outputs, {name: gradient.numpy() for name, gradient in first.items()}, moves)
+
+
+def by_name(tree, adapter, setting, folder):
+    """Factors of a tree of the adapter's shape, as a file names and lays them out."""
+
+    def leaf(path, value, own):
+        return own if jax.tree_util.keystr(path).endswith(".scale") else value
+
+    tree = jax.tree_util.tree_map_with_path(leaf, tree, adapter)
+    peft.save(folder, tree, names=setting.model.names, fused=setting.name in MIXTURES, overwrite=True)
+    return load_file(folder / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("setting", [name for name in CHOSEN if name not in FLAT], indirect=True)
+def test_gradients_steps_and_the_merged_model(setting, tmp_path):
+    rate = lambda gradients: 0.3 / max(float(abs(gradient).max()) for gradient in gradients.values())
+    refs = [train_by_peft(setting, dtype, rate, tmp_path / dtype) for dtype in ("float32", "float64")]
+    params = peft.load(tmp_path / "float32", setting.model.params, names=setting.model.names, axes=setting.axes)
+    models.save(tmp_path / "merged", setting.model, lora_jax.merge(params))
+    single = importlib.import_module("torch").float32
+    merged = setting.their_outputs(make().read(setting.name, tmp_path / "merged", single))
+    assert_agrees(merged, refs[0].outputs, refs[1].outputs)
+
+    base, adapter = lora_jax.split(params)
+
+    @jax.jit
+    def gradient(adapter):
+        def loss(adapter):
+            out = setting.outputs(lora_jax.combine(base, adapter))
+            return jnp.sum(out * pull(setting.name, out.shape))
+
+        return jax.grad(loss)(adapter)
+
+    first, now = gradient(adapter), adapter
+    gradients = by_name(first, adapter, setting, tmp_path / "ours")
+    assert_agrees(gradients, refs[0].gradients, refs[1].gradients)
+    for _ in range(STEPS):
+        found = gradient(now)
+        now = jax.tree.map(lambda p, g: p - rate(gradients) * g, now, found)
+    moves = by_name(jax.tree.map(jnp.subtract, now, adapter), adapter, setting, tmp_path / "ours")
+    assert np.median([np.max(np.abs(move)) for move in refs[1].moves.values()]) >= 1e-2
+    assert_agrees(moves, refs[0].moves, refs[1].moves)
 
 
 @pytest.mark.parametrize("setting", MIXTURES, indirect=True)
