@@ -10,9 +10,14 @@ CPU seconds):
     16 tokens a row   batch 1  2.10, 2.09    batch 4   0.63, 1.08
     64 tokens a row   batch 1  1.07, 1.06    batch 4   0.85, 0.88    batch 16  0.99 (wall clock alone)
 
+and again with a dozen other programs on the two cores, where CPU seconds alone say something:
+
+    16 tokens a row   batch 1  2.31          batch 4   1.09          batch 16  0.81
+    64 tokens a row   batch 1  1.07          batch 4   0.79
+
 One program saves what a step costs besides arithmetic. On two cores that gain ends at about 64 tokens a step and
-adapter; beyond, the arithmetic decides, which is the same, and the larger arrays leave the cache: up to 15 % is lost.
-The final losses differ by 3e-7 at most.
+adapter; beyond, the arithmetic decides, which is the same, and the larger arrays leave the cache: up to a fifth is
+lost. The final losses differ by 3e-7 at most.
 """
 
 import argparse

@@ -11,7 +11,7 @@ import pytest
 
 import lora_jax
 from lora_jax import Axes, LoRA, LoRAConfig, analysis
-from lora_jax.analysis._svd import top_singular_values
+from lora_jax.analysis import _svd
 
 PLAIN = Axes()
 
@@ -130,13 +130,40 @@ def test_amplification_of_stacked_kernels_with_unequal_ranks():
     np.testing.assert_allclose([found.projected[1], found.factor[1]], [alone.projected, alone.factor], rtol=1e-6)
 
 
-@pytest.mark.parametrize(("decay", "error"), [(0.0, 1e-9), (0.5, 1e-8)])
-def test_large_kernels_take_a_krylov_space_and_agree_with_known_values(decay, error):
-    """Values that hardly differ are the hardest to tell apart: there LAPACK is asked after all."""
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+def test_large_kernels_take_a_krylov_space_and_agree_with_known_values(decay, monkeypatch):
+    """Values that hardly differ are the hardest to tell apart. LAPACK is never asked."""
     rng = np.random.default_rng(9)
-    values = np.linspace(2, 1, 1030) * np.arange(1, 1031) ** -decay
-    w = (orthonormal(rng, 1040, 1030) * values) @ orthonormal(rng, 1030, 1030).T
-    np.testing.assert_allclose(top_singular_values(w, 4), values[:4], rtol=error)
+    values = np.linspace(2, 1, 300) * np.arange(1, 301) ** -decay
+    w = (orthonormal(rng, 310, 300) * values) @ orthonormal(rng, 300, 300).T
+    monkeypatch.setattr(_svd, "FULL_SVD_LIMIT", 256)
+    monkeypatch.setattr(_svd, "singular_values", None)
+    np.testing.assert_allclose(_svd.top_singular_values(w, 4), values[:4], rtol=1e-5)
+
+
+def test_values_that_never_settle_are_asked_of_lapack(monkeypatch):
+    w = np.random.default_rng(13).standard_normal((310, 300))
+    monkeypatch.setattr(_svd, "FULL_SVD_LIMIT", 256)
+    monkeypatch.setattr(_svd, "MOST_BLOCKS", 2)
+    np.testing.assert_allclose(_svd.top_singular_values(w, 2), np.linalg.svd(w, compute_uv=False)[:2], rtol=1e-9)
+
+
+def test_no_decomposition_is_of_an_updates_size(monkeypatch):
+    """Of an update of 310 × 300 at rank 3, every SVD and QR is of a factor, or of 3 × 3."""
+    rng, sizes = np.random.default_rng(14), []
+    for name in ("svd", "qr"):
+        real = getattr(np.linalg, name)
+        monkeypatch.setattr(
+            np.linalg, name, lambda x, *a, real=real, **k: (sizes.append(np.shape(x)), real(x, *a, **k))[1]
+        )
+    monkeypatch.setattr(_svd, "FULL_SVD_LIMIT", 256)
+    lora = node(np.float32(rng.standard_normal((310, 3))), np.float32(rng.standard_normal((3, 300))))
+    analysis.spectrum(lora)
+    analysis.subspace_similarity(*(analysis.matrices(lora)[0],) * 2)
+    assert sizes
+    w = rng.standard_normal((310, 300))
+    analysis.amplification(w, lora, jax.random.key(0))
+    assert max(min(size) for size in sizes) <= 3 + _svd.OVERSAMPLED
 
 
 def test_amplification_refuses_another_kernels_node():

@@ -102,9 +102,9 @@ def _sections(measured: Sequence[Measured]) -> Any:
         yield Section(
             "overlap",
             "What the two adapters share",
-            "φ(i, j) (figures 3 and 4) is the share of one adapter's first i directions that lies within the other's "
-            "first j: bright in the upper left corner alone means that only the top directions agree; compare "
-            "with the panel of random factors.",
+            "φ(i, j) (figures 3 and 4) is how much of one adapter's first i directions and the other's first j, "
+            "whichever are fewer, lies within the others: bright in the upper left corner alone means that only the "
+            "top directions agree; compare with the panel of random factors.",
             _summary.of_overlap(measured),
             [_figures.overlaps(measured, "right"), _figures.overlaps(measured, "left")],
             folded,

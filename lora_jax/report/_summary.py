@@ -105,5 +105,7 @@ def of_overlap(measured: Sequence[Measured]) -> str:
         first = np.mean([found.phi[0, 0] for found in overlaps if found is not None])
         last = np.mean([found.phi[-1, -1] for found in overlaps if found is not None])
         noise = np.mean([found.random[-1, -1] for found in overlaps if found is not None])
-        told.append(f"of {name}, φ(1, 1) is {first:.2f} and φ of all directions {last:.2f}, of random ones {noise:.2f}")
-    return f"On average, {'; '.join(told)}."
+        told.append(
+            f"Of {name}, the first directions share {first:.2f}, all of them {last:.2f}, random ones {noise:.2f}."
+        )
+    return " ".join(told)
