@@ -239,6 +239,18 @@ def test_a_rank_that_costs_more_than_full_fine_tuning_fails():
         certify_alone(f, params, None, config, np.ones((ROWS, WIDTH), np.float32), plain=f)
 
 
+def test_materialising_behind_a_barrier_fails():
+    """Each of what a barrier holds back stays what it is."""
+
+    def step(adapter, base, batch):
+        held = lambda a: lax.optimization_barrier((lora_jax.combine(base, a), batch))
+        grads = jax.grad(lambda a: (lambda params, x: loss(lora_jax.merge(params), x))(*held(a)))(adapter)
+        return jax.tree.map(jnp.subtract, adapter, grads)
+
+    adapter, _, base, batch = parts()
+    assert any("W + ΔW is computed whole" in line for line in lines(step, adapter, base, batch))
+
+
 def test_the_line_of_the_source_is_named():
     assert any("test_certify.py" in line and "its gradient" in line for line in lines(merged_step, *parts()))
 

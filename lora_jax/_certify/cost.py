@@ -96,6 +96,8 @@ def _equation(eqn: Any, values: list[Value], times: int, cost: Cost) -> list[Val
         return _while(eqn, values, times, cost)
     if name == "cond":
         return _cond(eqn, values, times, cost)
+    if name == "optimization_barrier":
+        return values
     if name == "gather" and math.prod(eqn.invars[1].aval.shape[:-1]) > 1:
         return [Value(data)]  # rows that are looked up are activations
     if name in ("pallas_call", "ffi_call", "custom_call", "tpu_custom_call"):
