@@ -79,6 +79,8 @@ def test_labels_and_a_prefix_are_swept_as_they_are_trained(labelled, tmp_path, c
     assert [(row["prefix_length"], row["seed"]) for row in rows] == [("0", "0"), ("0", "1"), ("3", "0"), ("3", "1")]
     folder = out / rows[3]["adapter"]
     assert json.loads((folder / "labels.json").read_text()) == {"labels": ["no", "yes"]}
+    declared = json.loads((folder / "adapter_config.json").read_text())["lora_jax_prefix"]
+    assert declared == {"length": 3, "after": 1}  # behind the token that the head sees
     flags = ["--model", labelled["model"], "--data", labelled["data"]]
     for row, length in ((rows[1], 0), (rows[3], 3)):
         words = [*common, *QUICK[:-2], "--prefix-length", length, "--seed", 1, "--keep", "last", "--overwrite"]
