@@ -131,7 +131,8 @@ def model_config(case: Case) -> dict[str, Any]:
 def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
     """The values of a weight or a factor: they depend on its name alone, so no order of drawing matters."""
     random = np.random.default_rng(zlib.crc32(name.encode()))
-    if "norm" in name or "magnitude" in name:
+    is_norm = ("norm" in name.lower() or "ln_" in name) and not name.endswith("bias")
+    if is_norm or "magnitude" in name:
         return random.uniform(0.5, 1.5, shape).astype(np.float32)
     return random.normal(0, max(0.2, 1 / math.sqrt(shape[-1])), shape).astype(np.float32)
 

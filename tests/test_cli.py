@@ -428,7 +428,9 @@ def test_what_was_merged_of_the_embedded_model_has_its_task(tmp_path):
 def test_overwrite(world, tmp_path):
     shutil.copytree(world["out"], tmp_path / "out")
     argv = ["train", "--model", world["model"], "--data", world["data"], "--output", str(tmp_path / "out"), *TRAIN]
+    (tmp_path / "out" / "labels.json").write_text('{"labels": ["yes", "no"]}')  # of an earlier run, on labels
     assert main([*argv, "--seed", "1", "--overwrite"]) == 0
+    assert not (tmp_path / "out" / "labels.json").exists()
     changed = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
     assert changed != tmp_path.joinpath(world["out"], "adapter_model.safetensors").read_bytes()
 

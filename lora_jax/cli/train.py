@@ -118,8 +118,7 @@ def run(settings: Settings) -> None:
     except KeyboardInterrupt:
         _show.notes().print(_stopped(settings), markup=False)
         raise
-    if rows.labels is not None:
-        _labels.save(settings.output, rows.labels)
+    _labels.save(settings.output, rows.labels)
     lora_jax.peft.save(
         settings.output,
         result.params,
