@@ -193,7 +193,7 @@ def _limits() -> str:
     return (
         "## What this can't tell\n\n"
         "The paper's models are up to four orders of magnitude larger and were trained to the end with a searched learning "
-        "rate. That a claim isn't borne out here says that it doesn't hold of any model whatever the size of the run, not "
+        "rate. That a claim isn't borne out here says that it doesn't hold of every model and run, not "
         "that the paper is wrong; that one is undecided says that these runs can't tell. Table 7 and the figures are of "
         "trained adapters of one or two seeds. Per-kernel gains are of training loss over few steps. On WikiSQL hardly any "
         "query is right to the letter: a model of 10M parameters doesn't learn in 1,000 steps to copy names and values, so "
