@@ -1,19 +1,12 @@
 """Hostile settings for every test: several devices, no network, warnings as errors, no silent skips."""
 
 import os
-import sys
 
 import hypothesis
 import pytest
 
-FLAGS = ["--xla_force_host_platform_device_count=8"]
-if "--oracle" not in sys.argv:
-    # Programs run once or twice: optimizing their machine code takes longer than what they compute.
-    # (Without any, sums are so much less exact that references disagree.)
-    FLAGS += ["--xla_backend_optimization_level=1"]
-# Before jax is imported: it reads these once. A worker's are those of the run that started it.
-if FLAGS[0] not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
+# Before jax is imported: it reads these once.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.pop("COLUMNS", None)  # workers are told a terminal's width, by which tables would fold
 os.environ["HF_HUB_OFFLINE"] = "1"
