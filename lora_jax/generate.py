@@ -194,7 +194,8 @@ def generate_text(
             top_p=config.top_p,
             key=None if key is None else jax.random.fold_in(key, number),
         )
-        for row, ids in zip(rows, np.asarray(tokens).tolist(), strict=False):  # the rows that fill the batch are last
+        drawn = np.asarray(tokens)[: len(rows)].tolist()  # the rows that fill the batch are last
+        for row, ids in zip(rows, drawn, strict=True):
             end = next((i for i, token in enumerate(ids) if token in eos_ids), len(ids))
             texts[row] = tokenizer.decode(ids[:end], skip_special_tokens=True)
     return texts

@@ -132,7 +132,7 @@ def _settled(body: Any, values: list[Value], first: int, count: int) -> list[Val
     """What is known once what a step does to its carry has gone round."""
     while True:
         outputs = _walk(body, values, 0, Cost([], []))
-        carry = [old.joined(new) for old, new in zip(values[first : first + count], outputs, strict=False)]
+        carry = [old.joined(new) for old, new in zip(values[first : first + count], outputs[:count], strict=True)]
         settled = values[:first] + carry + values[first + count :]
         if settled == values:
             return values

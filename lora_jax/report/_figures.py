@@ -102,7 +102,7 @@ def projections(measured: Sequence[Measured]) -> Drawn:
     def draw(figure: Figure) -> None:
         axes = _panels(figure, len(groups))
         for axis, (kind, kernels) in zip(axes, groups.items(), strict=True):
-            for (name, part), colour in zip(parts, LINES, strict=False):
+            for (name, part), colour in zip(parts, LINES[: len(parts)], strict=True):
                 shares = [_share(one.amplification, part) for one in kernels]
                 axis.plot(_layers(kernels), shares, marker="o", markersize=4, color=colour, label=name)
             axis.set(title=label(kind), xlabel="layer", ylabel="share of ‖W‖ (%)", ylim=(0, None))
