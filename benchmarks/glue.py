@@ -6,12 +6,14 @@
 `run` adds a line of JSON for each run to the file, and leaves out those that are in it. All runs of a task see the same
 rows, and those of one seed see them in the same order and the same batches, PEFT's too, which needs torch and peft.
 AdamW, warm-up, cosine, clipping and the best of all epochs by the dev set: `lora_jax.train`'s, repeated for PEFT.
-`table` takes for each method the learning rate with the best mean over the seeds.
+`table` takes for each method the learning rate with the best mean, of those that were run with the most seeds, and sets
+LoRA's runs against those of the others seed by seed.
 """
 
 import argparse
 import dataclasses
 import json
+import math
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,11 +21,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import scipy.stats
 
 import lora_jax
 from lora_jax import data, models, train
 
 RANK, ALPHA = 8, 16
+SEEDS = tuple(range(8))
 QV, QKVO = ("query", "value"), ("query", "key", "value", "attention/output/dense")
 LINEAR = (*QKVO, "intermediate/dense", "output/dense")  # of the layers; not the pooler
 LORA = {"lora q,v": QV, "lora q,k,v,o": QKVO, "lora all linear": LINEAR}
@@ -95,14 +99,13 @@ def ours(job: Job, method: str, seed: int, rate: float) -> dict[str, Any]:
         axes = lora_jax.kernel_axes(model.apply, params, ids, ids)
         params = lora_jax.init(jax.random.fold_in(key, 0), params, settings, axes=axes)
     found = train.train(model.apply, params, job.rows, job.dev, job.config(seed, rate), task=job.task, train=trained)
-    _, adapter = lora_jax.split(found.params, trained)
     assert found.after is not None
     return {
         **found.after.metrics,
         "loss": found.after.loss,
         "kept_step": found.kept_step,
         "steps": found.steps,
-        "trainable": sum(leaf.size for leaf in jax.tree.leaves(adapter)),
+        "trainable": lora_jax.describe(found.params, trained).trainable,
     }
 
 
@@ -162,32 +165,52 @@ COLUMNS = {  # of the table: task, figure and what it is called
 }
 
 
-def table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """Lines of Markdown: mean ± standard deviation over seeds, at the rate with the best mean of GLUE's figure."""
+def tables(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Lines of Markdown: each method's figures, mean ± standard deviation over seeds, then differences of methods."""
     yield "| trains | parameters | " + " | ".join(COLUMNS) + " |"
     yield "| --- " * (2 + len(COLUMNS)) + "|"
     for method in RATES:
         mine = [row for row in rows if row["method"] == method]
         if mine:
-            cells = [_cell([row for row in mine if row["task"] == task], task, name) for task, name in COLUMNS.values()]
+            cells = [_figure(chosen(rows, task, method), name) for task, name in COLUMNS.values()]
             yield f"| {method} | {mine[0]['trainable']:,} | " + " | ".join(cells) + " |"
+    yield ""
+    yield "| difference | " + " | ".join(COLUMNS) + " |"
+    yield "| --- " * (1 + len(COLUMNS)) + "|"
+    for one, other in (*zip(LORA, PEFT, strict=True), *((name, "full") for name in LORA)):
+        cells = [
+            _difference(chosen(rows, task, one), chosen(rows, task, other), name) for task, name in COLUMNS.values()
+        ]
+        yield f"| {one} - {other} | " + " | ".join(cells) + " |"
 
 
-def _cell(rows: Sequence[dict[str, Any]], task: str, figure: str) -> str:
-    by_rate: dict[float, list[dict[str, Any]]] = {}
+def chosen(rows: Iterable[dict[str, Any]], task: str, method: str) -> dict[int, dict[str, Any]]:
+    """The method's runs by seed, at the rate with the best mean of GLUE's figure among those with the most seeds."""
+    by_rate: dict[float, dict[int, dict[str, Any]]] = {}
     for row in rows:
-        by_rate.setdefault(row["rate"], []).append(row)
-    if not by_rate:
-        return "–"
-    most = max(map(len, by_rate.values()))  # a rate that was only tried with fewer seeds isn't chosen
-
-    def mean(found: Sequence[dict[str, Any]], name: str) -> float:
-        return statistics.mean(row[name] for row in found)
-
+        if (row["task"], row["method"]) == (task, method):
+            by_rate.setdefault(row["rate"], {})[row["seed"]] = row
+    most = max(map(len, by_rate.values()), default=0)
+    figure = SIZES[task].figure
     full = [found for found in by_rate.values() if len(found) == most]
-    best = max(full, key=lambda found: mean(found, SIZES[task].figure))
-    spread = f" ± {statistics.stdev(row[figure] for row in best):.3f}" if most > 1 else ""
-    return f"{mean(best, figure):.3f}{spread}" + (f" ({most})" if most != 3 else "")
+    return max(full, key=lambda found: statistics.mean(row[figure] for row in found.values()), default={})
+
+
+def _figure(runs: dict[int, dict[str, Any]], name: str) -> str:
+    values = [row[name] for row in runs.values()]
+    if not values:
+        return "–"
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{spread}" + (f" ({len(values)})" if len(values) != len(SEEDS) else "")
+
+
+def _difference(ours: dict[int, dict[str, Any]], theirs: dict[int, dict[str, Any]], name: str) -> str:
+    """The mean over common seeds, and half of Student's 95% interval."""
+    values = [ours[seed][name] - theirs[seed][name] for seed in ours.keys() & theirs.keys()]
+    if len(values) < 2:
+        return "–"
+    half = scipy.stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    return f"{statistics.mean(values):+.3f} ± {half:.3f}"
 
 
 def main() -> None:
@@ -201,11 +224,11 @@ def main() -> None:
     one.add_argument("--tasks", nargs="+", choices=SIZES, default=list(SIZES))
     one.add_argument("--methods", nargs="+", choices=RATES, default=list(RATES))
     one.add_argument("--rates", nargs="+", type=float, help="learning rates; each method's own three if not given")
-    one.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    one.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     one.add_argument("--epochs", type=int, help="passes over the rows; the task's own if not given")
     one.add_argument("--cache", type=Path, default=Path("out/compiled"), help="compiled programs, for the next run")
     other = commands.add_parser("table")
-    other.set_defaults(do=lambda args: print("\n".join(table(read(args.files)))))
+    other.set_defaults(do=lambda args: print("\n".join(tables(read(args.files)))))
     other.add_argument("files", type=Path, nargs="+")
     args = parser.parse_args()
     args.do(args)
