@@ -271,7 +271,7 @@ def kernels(bench: Bench, seed: int) -> None:
                 "layer": layer,
                 "gain": found["none"] - found[f"{path} {layer}"],
                 "w_norm": float(np.linalg.norm(np.asarray(measures.leaf_at(task.params, path))[layer])),
-                **{name: float(value[layer]) for name, value in score._asdict().items()},
+                **{name: float(getattr(score, name)[layer]) for name in ("best", "first_step", "norm")},
             }
             for path, score in scores.items()
             for layer in range(len(score.best))
