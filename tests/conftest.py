@@ -1,16 +1,21 @@
 """Hostile settings for every test: several devices, no network, warnings as errors, no silent skips."""
 
+import gc
 import os
 
 import hypothesis
 import pytest
 
-# Before jax is imported: it reads these once.
+# Before jax is imported: it reads these once. No flag that compiles faster is among them: a lower optimization level or
+# loops that stay rolled let sums round otherwise, and start == base bit for bit is a promise to those who set none.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.pop("COLUMNS", None)  # workers are told a terminal's width, by which tables would fold
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # grain forks; tokenizers warns when it has already made threads
+
+# Tracing makes millions of small objects, few of them garbage: look less often.
+gc.set_threshold(200_000, 50, 100)
 
 collect_ignore_glob = ["golden/*"]  # scripts that run the references, which aren't installed for the tests
 

@@ -12,6 +12,7 @@ convention, or a condition of the question, gives another result than the refere
 them apart would credit luck (test suites by distillation: Zhong, Yu & Klein 2020, arXiv 2010.02840).
 """
 
+import functools
 import random
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -110,11 +111,12 @@ def _asked(split: str) -> Iterator[tuple[Query, str]]:
             yield query, prompt
 
 
-def _telling_records(query: Query, seed: str) -> list[Record]:
+@functools.cache  # most draws tell too little, so it takes long, and the same records serve under any conventions
+def _telling_records(query: Query, seed: str) -> tuple[Record, ...]:
     """Records from which every slip of `_slips` gives another answer than the reference does."""
     rng, queries = random.Random(seed), (_query.sql(query, HOUSE), *_slips(query))
     while True:
-        records = [_record(rng, query) for _ in range(_RECORDS)]
+        records = tuple(_record(rng, query) for _ in range(_RECORDS))
         reference, *slips = _score.execute_all(queries, _stored(query.table, records, HOUSE))
         known = any(value is not None for row in reference for value in row)
         if known and not any(_score.same_answer(slip, reference) for slip in slips):
@@ -153,7 +155,7 @@ def _meeting(rng: random.Random, condition: Condition) -> str | int:
     return value + rng.randint(1, value) if operator == ">" else rng.randrange(value)
 
 
-def _stored(table: Table, records: list[Record], conventions: Conventions) -> Database:
+def _stored(table: Table, records: Sequence[Record], conventions: Conventions) -> Database:
     """The records as a database under `conventions` keeps them."""
     names = tuple(column.name for column in table.columns)
     if not conventions.live:
