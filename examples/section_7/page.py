@@ -105,10 +105,11 @@ def _time(found: Results) -> str:
     )
     if found.two_cores:
         minutes = {name: run["cpu_seconds"] / 60 for name, run in found.two_cores.items()}
+        untimed = sorted(found.experiments.keys() - minutes.keys() - {"counts"})
         told += (
-            f" On two cores `--scale small --seeds 0`, the same experiments in shorter runs, took {sum(minutes.values()):.0f} minutes of "
-            f"processor time: {', '.join(f'{name} {each:.0f}' for name, each in minutes.items())}."
-            " Three seeds take three times as long; two cores halve it at best."
+            f" With `--scale small --seeds 0` the experiments are shorter and need two CPU cores: {sum(minutes.values()):.0f} minutes of "
+            f"processor time ({', '.join(f'{name} {each:.0f}' for name, each in minutes.items())}), so half of that at best, and three "
+            f"times as much for three seeds{'; not timed: ' + ', '.join(untimed) if untimed else ''}."
         )
     return told
 
