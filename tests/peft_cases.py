@@ -53,7 +53,7 @@ MODEL = {
 CASES = {
     "untied": Case(lora={"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}),
     "grouped_query": Case(
-        learning_rate=0.3, model={"num_key_value_heads": 2}, lora={"r": 3, "lora_alpha": 4, "target_modules": [*LINEAR]}
+        learning_rate=0.6, model={"num_key_value_heads": 2}, lora={"r": 3, "lora_alpha": 2, "target_modules": [*LINEAR]}
     ),
     "tied": Case(
         learning_rate=0.1,
@@ -110,7 +110,7 @@ CASES = {
         learning_rate=0.65,
         lora={
             "r": 4,
-            "lora_alpha": 8,
+            "lora_alpha": 4,
             "target_modules": [name for name in LINEAR if name != "k_proj"],
             "use_dora": True,
             "rank_pattern": {"v_proj": 2},
