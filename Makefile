@@ -9,16 +9,22 @@ SUDO := $(shell [ $$(id -u) = 0 ] || echo sudo)
 CORE := paths tree init merge optim stack describe sharding kernel_axes dropout certify transforms frameworks \
 	forward others_get_wrong battery forward_properties
 
-.PHONY: run test oracle oldest browser check clean
+.PHONY: run test slow oracle real oldest browser check clean
 
 run: .venv/.run  ## fine-tune the embedded model on the embedded task
 	$(BIN)/lora-jax train
 
-test: .venv/.test  ## everything but the live comparisons
+test: .venv/.test  ## everything but the live comparisons and the long tail
 	$(PYTEST)
+
+slow: .venv/.test  ## the long tail: more of the same, on more cases
+	$(PYTEST) --slow
 
 oracle: .venv/.oracle  ## the comparisons with torch and PEFT, live
 	$(PYTEST) --oracle
+
+real: .venv/.oracle  ## published weights against their references: make real DATA=DIR, see tests/test_real_weights.py
+	$(BIN)/python -m pytest --real $(DATA) tests/test_real_weights.py
 
 browser: .venv/.browser  ## reports, opened in headless Chromium
 	$(BIN)/python -m pytest --browser tests/test_report_browser.py

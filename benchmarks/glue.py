@@ -13,7 +13,6 @@ LoRA's runs against those of the others seed by seed.
 import argparse
 import dataclasses
 import json
-import math
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -206,11 +205,12 @@ def _figure(runs: dict[int, dict[str, Any]], name: str) -> str:
 
 def _difference(ours: dict[int, dict[str, Any]], theirs: dict[int, dict[str, Any]], name: str) -> str:
     """The mean over common seeds, and half of Student's 95% interval."""
-    values = [ours[seed][name] - theirs[seed][name] for seed in ours.keys() & theirs.keys()]
-    if len(values) < 2:
+    seeds = sorted(ours.keys() & theirs.keys())
+    if len(seeds) < 2:
         return "–"
-    half = scipy.stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{statistics.mean(values):+.3f} ± {half:.3f}"
+    found = scipy.stats.ttest_rel(*([runs[seed][name] for seed in seeds] for runs in (ours, theirs)))
+    low, high = found.confidence_interval(0.95)
+    return f"{(low + high) / 2:+.3f} ± {(high - low) / 2:.3f}"
 
 
 def main() -> None:

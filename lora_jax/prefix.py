@@ -35,8 +35,8 @@ def init(key: jax.Array, params: Any, length: int, *, after: int = 0, embedding:
       params: a mapping of parameters, before or after `lora_jax.init`.
       length: of the prefix; 0 adds nothing.
       after: tokens of each row that stay before the prefix: 1 for an encoder that pools the first one.
-      embedding: pattern of the table that tokens are looked up in, f[vocabulary, width]; found by its name in the
-        models of `lora_jax.models`.
+      embedding: pattern of the table that tokens are looked up in, f[vocabulary, width]; not needed for the models of
+        `lora_jax.models`, nor where one leaf alone is called embedding.
 
     Returns:
       The tree with a leaf `prefix`: float32, cast to the table's dtype at use.
@@ -206,7 +206,9 @@ def _table(params: Any, embedding: str | None) -> tuple[str, Any]:
         raise ValueError(f"{PREFIX}: the parameters have one already; take it out with lora_jax.prefix.take")
     leaves = {path: unbox(leaf) for path, leaf in leaves_with_paths(params) if not is_node(leaf)}
     if embedding is None:
-        found = [path for path in leaves if path.split("/")[-2:] in [[name, "embedding"] for name in EMBEDDINGS]]
+        tables = [path.split("/") for path in leaves if path.split("/")[-1] == "embedding"]
+        known = [table for table in tables if len(table) > 1 and table[-2] in EMBEDDINGS]
+        found = ["/".join(table) for table in known or tables]
     else:
         found = list(match([embedding], leaves, what="embedding"))
     if len(found) != 1:

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import pathlib
 
 import hypothesis
 import pytest
@@ -29,6 +30,14 @@ def pytest_addoption(parser):
         "--oracle", action="store_true", help="only the comparisons with torch and PEFT, live and not with golden files"
     )
     parser.addoption("--browser", action="store_true", help="only the tests that open reports in headless Chromium")
+    parser.addoption("--slow", action="store_true", help="only the tests that are left out of a run without options")
+    parser.addoption("--real", metavar="DIR", help="only the tests on published weights and data, which DIR holds")
+
+
+@pytest.fixture(scope="session")
+def real(request):
+    """The folder of published weights and data."""
+    return pathlib.Path(request.config.getoption("--real"))
 
 
 @pytest.fixture(scope="session")
@@ -38,12 +47,12 @@ def live(request):
 
 
 def pytest_collection_modifyitems(config, items):
+    asked = [name for name in ("real", "browser", "oracle", "slow") if config.getoption(f"--{name}")]
+
     def chosen(item):
-        if config.getoption("--browser"):
-            return item.get_closest_marker("browser") is not None
-        if config.getoption("--oracle"):
-            return item.get_closest_marker("oracle") is not None or "live" in getattr(item, "fixturenames", ())
-        return not any(item.get_closest_marker(name) for name in ("oracle", "browser"))
+        kind = next((name for name in ("real", "browser", "oracle", "slow") if item.get_closest_marker(name)), None)
+        lives = "oracle" in asked and "live" in getattr(item, "fixturenames", ())
+        return lives or (kind in asked if asked else kind is None)
 
     config.hook.pytest_deselected(items=[item for item in items if not chosen(item)])
     items[:] = [item for item in items if chosen(item)]

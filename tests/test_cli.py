@@ -488,6 +488,13 @@ def test_analyze_into_a_folder_that_is_not_empty(refused, world):
     assert os.listdir(world["model"]) == before
 
 
+def test_analyze_never_overwrites_an_adapter(refused, world):
+    before = sorted(os.listdir(world["out"]))
+    message = refused("analyze", "--adapter", world["out"], "--output", world["out"], "--overwrite")
+    assert "would be lost; choose another folder" in message
+    assert sorted(os.listdir(world["out"])) == before
+
+
 def test_unknown_command(refused):
     assert "the commands are inspect, train" in refused("trian")
 

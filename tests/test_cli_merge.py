@@ -115,6 +115,21 @@ def test_a_low_precision_base_in_any_dtype(tmp_path, dtype, capsys):
         np.testing.assert_allclose(np.float32(leaf), np.float32(world.unrounded[path]), **near)
 
 
+def test_a_model_rounded_as_it_is_read(tmp_path, capsys):
+    """The base in bfloat16 as --model-dtype asks: what is merged, and what it is compared with."""
+    world = World(tmp_path, ("attention",), train=("norm",))
+    assert world.merge("--model-dtype", "bfloat16", "--dtype", "float32") == 0
+    assert "merged and adapted logits differ by" in capsys.readouterr().out
+    rounded = models.load(world.model, "bfloat16")
+    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), rounded.params)
+    axes = lora_jax.kernel_axes(rounded.apply, wide, IDS)
+    expected = lora_jax.merge(peft.load(world.adapter, wide, names=rounded.names, axes=axes))
+    for path, leaf in models.flatten(models.load(world.output).params).items():
+        np.testing.assert_allclose(leaf, models.flatten(expected)[path], atol=1e-6)
+    assert world.merge("--model-dtype", "bfloat16", "--overwrite") == 0
+    assert "merged and adapted logits differ by" in capsys.readouterr().out
+
+
 def test_it_tells_what_was_compared(tied, tmp_path, capsys):
     assert tied.merge("--overwrite") == 0
     said = capsys.readouterr().out

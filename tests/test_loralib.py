@@ -14,6 +14,7 @@ import pytest
 import lora_jax
 from lora_jax import loralib, peft
 from lora_jax._tree import nodes_of
+from lora_jax.loralib._load import blocks_of
 
 GOLDEN = Path(__file__).parent / "golden" / "loralib"
 ALPHA, ENABLED = 6, (True, False, True)
@@ -95,6 +96,23 @@ def test_what_does_not_fit_is_said(options, problem):
         load(**options)
     assert "\n" not in str(caught.value)
     assert "adapter.bin" in str(caught.value)
+
+
+@pytest.mark.parametrize("alpha", [float("nan"), float("inf"), "16", None, True])
+def test_alpha_is_a_number(alpha):
+    with pytest.raises(ValueError, match=r"^alpha: .* given, expected a number"):
+        load(alpha=alpha)
+    with pytest.raises(ValueError, match=r"^alpha: .* given, expected a number"):
+        loralib.updates(GOLDEN / "adapter.bin", alpha=alpha, enable_lora=ENABLED)
+
+
+def test_where_all_projections_are_adapted_others_may_not_be():
+    """Factors of three groups, each of four outputs, and a kernel of three times four: of one layer among others."""
+    for enable_lora in (None, ENABLED, (True, True, True)):
+        assert blocks_of(6, (12, 2), 12, enable_lora).adapted == (0, 1, 2)
+    for enable_lora in ((True, True), (True, False, True, True)):
+        with pytest.raises(ValueError, match="but the file adapts 3 of 3 projections"):
+            blocks_of(6, (12, 2), 12, enable_lora)
 
 
 def test_another_width_is_another_model():

@@ -19,6 +19,7 @@ from safetensors.numpy import load_file
 
 import lora_jax
 from lora_jax import models, peft
+from lora_jax.peft import _tokens
 
 pytestmark = [
     pytest.mark.oracle,
@@ -213,6 +214,60 @@ def test_gradients_steps_and_the_merged_model(setting, tmp_path):
     moves = by_name(jax.tree.map(jnp.subtract, now, adapter), adapter, setting, tmp_path / "ours")
     assert np.median([np.max(np.abs(move)) for move in refs[1].moves.values()]) >= 1e-2
     assert_agrees(moves, refs[0].moves, refs[1].moves)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "dora": {"use_dora": True},
+    "rank_stabilized": {"use_rslora": True},
+    "patterns": {
+        "rank_pattern": {r"1\..*query|h\.1\.attn\.c_attn": 4},
+        "alpha_pattern": {"value": 5, "attn.c_proj": 1},
+    },
+    "bias": {"bias": "all"},
+    "bias of what is adapted": {"bias": "lora_only"},
+    "whole": {"modules_to_save": ["classifier", "ln_f", "transform", "norm"]},
+    "rows": {"trainable_token_indices": [1, 7, 30]},
+    "embedding": {"target_modules": ["word_embeddings", "wte", "embed_tokens"], "ensure_weight_tying": True},
+    "layers": {"target_modules": ["query", "c_attn", "q_proj"], "layers_to_transform": [0, 2]},
+    "excluded": {"exclude_modules": r".*\.1\..*"},
+}
+MOST = ["gpt2", "bert_masked_lm", "roberta_classification"]
+COMBINATIONS = [
+    *((name, option) for name in MOST for option in OPTIONS),
+    ("roberta_masked_lm", "bias"),
+    *((name, option) for name in ("gemma2", "qwen3") for option in ("dora", "whole", "rows", "embedding")),
+    ("mixtral", "layers"),
+]
+
+
+@pytest.mark.parametrize(("setting", "option"), COMBINATIONS, indirect=["setting"])
+def test_options_beyond_llama(setting, option, tmp_path):
+    """What PEFT writes with an option reads as its function; what we write of it reads back as that, in PEFT too."""
+    reference, torch = importlib.import_module("peft"), importlib.import_module("torch")
+    config = reference.LoraConfig(**{"r": 3, "lora_alpha": 2, "target_modules": "all-linear"} | OPTIONS[option])
+    refs = []
+    for dtype in ("float32", "float64"):
+        theirs = reference.get_peft_model(setting.theirs(dtype), config, autocast_adapter_dtype=False)
+        with torch.no_grad():
+            for name, parameter in theirs.named_parameters():
+                if parameter.requires_grad:
+                    drawn = torch.from_numpy(draw(name, tuple(parameter.shape)))
+                    parameter.copy_(drawn if "lora_A" in name or "lora_B" in name else parameter + 0.3 * drawn.abs())
+        refs.append(setting.their_outputs(theirs.to(getattr(torch, dtype))))
+        if dtype == "float32":
+            plain = setting.their_outputs(setting.theirs(dtype))
+            theirs.save_pretrained(tmp_path / "theirs")
+    assert np.max(np.abs(refs[0] - plain)) > 1e-2 * np.max(np.abs(plain))
+    model = setting.model
+    read = lambda name: peft.load(tmp_path / name, model.params, names=model.names, axes=setting.axes)
+    params = read("theirs")
+    assert_agrees(setting.outputs(params), *refs)
+    leaves, loaded = models.flatten(model.params), models.flatten(lora_jax.split(params)[0])
+    changed = [f"/{path}/" for path in leaves if loaded[path] is not leaves[path]]
+    rows = _tokens.in_folder(tmp_path / "theirs", model.params, model.names)
+    peft.save(tmp_path / "ours", params, names=model.names, train=() if rows else changed, tokens=rows)
+    jax.tree.map(np.testing.assert_array_equal, read("ours"), params)
+    assert_agrees(read_by_peft(setting, tmp_path / "ours")[0], *refs)
 
 
 @pytest.mark.parametrize("setting", MIXTURES, indirect=True)

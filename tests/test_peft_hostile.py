@@ -9,14 +9,18 @@ import struct
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from peft_trees import HEAD, NAMES, QUERY, adapted, base, config_in, node, same, tensors_in
+import test_peft_parameters as experts
+from peft_trees import EMBEDDING, HEAD, NAMES, QUERY, adapted, base, config_in, node, same, tensors_in
 from safetensors.numpy import save_file
+from test_peft_options import with_magnitudes
 
-from lora_jax import peft
+from lora_jax import peft, prefix
 
 NODES = {QUERY: node(QUERY, [2, 1, 2], [2.0, 0.5, 2.0]), HEAD: node(HEAD, 3, 1.0)}
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -56,10 +60,10 @@ def reshape(tensors, name, random):
     shape = list(tensors[name].shape)
     choices = [
         shape[::-1] + [1],
-        [shape[0] + 1, shape[1]],
-        [shape[0], shape[1] + 1],
-        [0, shape[1]],
-        shape[:1],
+        [shape[0] + 1, *shape[1:]],
+        [*shape[:-1], shape[-1] + 1],
+        [0, *shape[1:]],
+        shape[:-1],
         [],
         [1] * 9,
     ]
@@ -175,12 +179,22 @@ HOSTILE_FIELDS = [
     {"use_rslora": True},
     {"fan_in_fan_out": "yes"},
     {"ensure_weight_tying": 1},
+    {"trainable_token_indices": {"model.embed": [10**9]}},
+    {"trainable_token_indices": {"../model.embed": [1]}},
+    {"trainable_token_indices": [-1]},
+    {"trainable_token_indices": list(range(12)) * 1000},
+    {"target_parameters": ["../../lm_head.weight"]},
+    {"target_parameters": ["(.*)*"]},
+    {"lora_jax_prefix": {"length": 10**12, "after": 0}},
+    {"lora_jax_prefix": {"length": 3, "after": -1}},
+    {"lora_jax_prefix": "../../prefix"},
 ]
 
 
 def hostile_field(folder: Path, random: np.random.Generator) -> None:
-    fields = config_in(folder) | HOSTILE_FIELDS[random.integers(len(HOSTILE_FIELDS))]
-    (folder / CONFIG).write_text(json.dumps(fields))
+    honest = config_in(folder)
+    changes = [fields for fields in HOSTILE_FIELDS if honest | fields != honest]
+    (folder / CONFIG).write_text(json.dumps(honest | changes[random.integers(len(changes))]))
 
 
 def hostile_json(folder: Path, random: np.random.Generator) -> None:
@@ -235,23 +249,68 @@ KINDS: dict[str, tuple[Callable, int]] = {
 }
 
 
+class World(NamedTuple):
+    """An honest adapter, to be damaged."""
+
+    params: Any
+    base: Any
+    names: Any
+    options: dict[str, Any]  # of how it is saved
+
+
+def with_every_option() -> World:
+    """DoRA, a module that was trained whole, rows of an embedding, and a prefix."""
+    params = adapted(with_magnitudes(QUERY, HEAD))
+    params["norm"] = {name: leaf + 1 for name, leaf in params["norm"].items()}
+    params["embed"]["embedding"] = params["embed"]["embedding"].at[jnp.array([3, 7])].set(0.5)
+    params = prefix.put(params, np.ones((3, 8), np.float32), after=1)
+    return World(params, base(), NAMES, {"train": ("/norm",), "tokens": {EMBEDDING: [3, 7]}})
+
+
+WORLDS = {
+    "factors": lambda: World(adapted(NODES), base(), NAMES, {}),
+    "every option": with_every_option,
+    "parameters": lambda: World(experts.adapted(**experts.EVERYTHING), experts.base(), experts.NAMES, {"fused": True}),
+}
+PREFIX_KINDS: dict[str, tuple[Callable, int]] = {
+    "a bit in the prefix": (flip_a_bit(f"prefix/{TENSORS}"), 60),
+    "a bit in the prefix's config": (flip_a_bit(f"prefix/{CONFIG}"), 40),
+    "a prefix cut short": (truncate(f"prefix/{TENSORS}"), 20),
+    "a prefix's config cut short": (truncate(f"prefix/{CONFIG}"), 20),
+}
+
+
+# What a damage may leave as it was: a name or a description in a config, the order of what a file holds.
+LEAST = {
+    "a bit in the config": 0.7,
+    "field": 0.9,
+    "a bit in the tensors' file": 0.98,
+    "a bit in the prefix": 0.8,
+    "a bit in the prefix's config": 0.3,
+}
+
+
 def test_there_are_five_hundred():
     assert sum(count for _, count in KINDS.values()) == 500
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_each_is_refused_or_still_says_the_same(kind, tmp_path):
+@pytest.mark.parametrize(
+    ("world", "kind"),
+    [(world, kind) for world in WORLDS for kind in KINDS] + [("every option", kind) for kind in PREFIX_KINDS],
+)
+def test_each_is_refused_or_still_says_the_same(world, kind, tmp_path):
     whole, hostile = tmp_path / "whole", tmp_path / "hostile"
-    params, plain = adapted(NODES), base()
-    peft.save(whole, params, names=NAMES)
-    damage, count = KINDS[kind]
+    params, plain, names, options = WORLDS[world]()
+    peft.save(whole, params, names=names, **options)
+    damage, count = (KINDS | PREFIX_KINDS)[kind]
+    count = count if world == "factors" or kind in PREFIX_KINDS else -(-count // 4)
     refused = 0
     for seed in range(count):
         shutil.copytree(whole, hostile)
         damage(hostile, np.random.default_rng(seed))
         started = time.monotonic()
         try:
-            loaded = peft.load(hostile, plain, names=NAMES)
+            loaded = peft.load(hostile, plain, names=names)
         except (ValueError, FileNotFoundError) as error:
             message = str(error)
             assert str(hostile) in message
@@ -264,6 +323,4 @@ def test_each_is_refused_or_still_says_the_same(kind, tmp_path):
         assert time.monotonic() - started < SECONDS
         assert sorted(path.name for path in tmp_path.iterdir()) == ["hostile", "whole"]
         shutil.rmtree(hostile)
-    assert (
-        refused >= {"a bit in the config": 0.7, "field": 0.9, "a bit in the tensors' file": 0.98}.get(kind, 1) * count
-    )
+    assert refused >= LEAST.get(kind, 1) * count

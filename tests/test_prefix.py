@@ -13,6 +13,7 @@ import optax
 import pytest
 from agreement import assert_agrees
 from model_cases import CASES, encodes, write_folder
+from safetensors.numpy import load_file, save_file
 from test_cli import tiny_model, write_rows
 from transformers import BertConfig, GPT2Config, LlamaConfig, PretrainedConfig
 
@@ -232,20 +233,39 @@ def test_a_sweep_compares_lengths(llama):
     ]
     config = train.TrainConfig(steps=2, batch_size=4, learning_rate=1e-2, order=0)
     results = sweep.run(llama.apply, llama.params, points, rows, rows, config)
-    ids = jnp.ones((1, 4), jnp.int32)
     for point, found in zip(points, results.results, strict=True):
-        lora, alone = point.settings(None, config, leaf_paths(llama.params))
-        key = jax.random.key(point.seed)
-        axes = lora_jax.kernel_axes(llama.apply, llama.params, ids)
-        started = lora_jax.init(jax.random.fold_in(key, 0), llama.params, lora, axes=axes)
-        result = train.train(llama.apply, prefix.init(key, started, point.prefix_length), rows, rows, config=alone)
-        assert found.valid.loss == pytest.approx(result.after.loss, rel=1e-5)
-        expected = lora_jax.split(result.params)[1]
-        assert jax.tree.structure(found.adapter) == jax.tree.structure(expected)
-        for mine, other in zip(jax.tree.leaves(found.adapter), jax.tree.leaves(expected), strict=True):
-            np.testing.assert_allclose(mine, other, rtol=0, atol=1e-4 * np.abs(other).max())
-        assert found.trainable == lora_jax.describe(result.params).trainable
+        assert_as_alone(llama, point, found, rows, config)
     assert [row["prefix_length"] for row in results.summary()] == [0, 2]
+
+
+def assert_as_alone(model, point, found, rows, config):
+    lora, alone = point.settings(None, config, leaf_paths(model.params))
+    key = jax.random.key(alone.seed)
+    axes = lora_jax.kernel_axes(model.apply, model.params, jnp.ones((1, 4), jnp.int32))
+    started = lora_jax.init(jax.random.fold_in(key, 0), model.params, lora, axes=axes)
+    if point.prefix_length:
+        started = prefix.init(key, started, point.prefix_length)
+    result = train.train(model.apply, started, rows, rows, config=alone)
+    assert found.valid.loss == pytest.approx(result.after.loss, rel=1e-5)
+    expected = lora_jax.split(result.params)[1]
+    assert jax.tree.structure(found.adapter) == jax.tree.structure(expected)
+    for mine, other in zip(jax.tree.leaves(found.adapter), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(mine, other, rtol=0, atol=1e-4 * np.abs(other).max())
+    assert found.trainable == lora_jax.describe(result.params).trainable
+
+
+@pytest.mark.parametrize("length", [0, 2])
+def test_the_longest_prefix_may_be_of_a_point_that_is_not_trained(llama, length):
+    """What is left is padded to its own longest, not to that of the points which scored less."""
+    rows = [data.Example(np.arange(2, 9 + i, dtype=np.int32), np.arange(7 + i) > 2) for i in range(4)]
+    points = [
+        sweep.Point(rank=1, alpha=1, targets=("q",), prefix_length=4),
+        sweep.Point(rank=2, alpha=4, targets=("q", "v"), prefix_length=length),
+    ]
+    config = train.TrainConfig(steps=2, batch_size=4, learning_rate=1e-2, order=0)
+    (found,) = sweep.run(llama.apply, llama.params, points, rows, rows, config, score_batches=1, best=1).results
+    assert found.point.rank == 2
+    assert_as_alone(llama, found.point, found, rows, config)
 
 
 def test_a_sweep_of_lengths_needs_a_tree_without(llama):
@@ -312,6 +332,37 @@ def test_neither_part_is_read_without_the_other(llama, tmp_path):
     peft.load(tmp_path / "c", llama.params, names=llama.names)
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"peft_type": "LORA"}, "peft_type: 'LORA' given, expected 'PROMPT_TUNING'"),
+        ({"num_virtual_tokens": 4}, "num_virtual_tokens: 4 given, expected 3"),
+        ({"token_dim": "16"}, "token_dim: '16' given, expected 16"),
+        (None, "missing; restore it"),
+        ([], "peft_type: None given"),
+    ],
+)
+def test_its_own_config_tells_the_same(llama, tmp_path, fields, message):
+    peft.save(tmp_path / "a", adapted(llama), names=llama.names)
+    path = tmp_path / "a" / "prefix" / "adapter_config.json"
+    if fields is None:
+        path.unlink()
+    else:
+        path.write_text(json.dumps(json.loads(path.read_text()) | fields if isinstance(fields, dict) else fields))
+    with pytest.raises(ValueError, match=message) as caught:
+        peft.load(tmp_path / "a", llama.params, names=llama.names)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.int32, np.int8, np.complex64])
+def test_its_dtype_is_one_of_an_adapters(llama, tmp_path, dtype):
+    peft.save(tmp_path / "a", adapted(llama), names=llama.names)
+    path = tmp_path / "a" / "prefix" / "adapter_model.safetensors"
+    save_file({"prompt_embeddings": load_file(path)["prompt_embeddings"].astype(dtype)}, path)
+    with pytest.raises(ValueError, match=r"prompt_embeddings is .*; expected one of BF16, F16, F32"):
+        peft.load(tmp_path / "a", llama.params, names=llama.names)
+
+
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 
@@ -330,6 +381,10 @@ def test_what_would_lose_it_is_refused(llama):
         (lambda p: prefix.init(jax.random.key(0), p, -1), "length: -1 given"),
         (lambda p: prefix.init(jax.random.key(0), p, 2, after=-1), "after: -1 given"),
         (lambda p: prefix.init(jax.random.key(0), {"w": jnp.ones((2, 2))}, 2), "embedding: nothing matches"),
+        (
+            lambda p: prefix.put({name: {"embedding": jnp.ones((2, 2))} for name in "xy"}, jnp.ones((1, 2))),
+            r"embedding: \['x/embedding', 'y/embedding'\] matches, expected the one",
+        ),
         (lambda p: prefix.init(jax.random.key(0), prefix.init(jax.random.key(0), p, 2), 2), "have one already"),
         (lambda p: prefix.put(p, jnp.ones((2, 5))), r"shape \(2, 5\) given, expected \(length, 16\)"),
     ],

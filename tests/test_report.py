@@ -129,7 +129,7 @@ def test_adapters_that_cannot_be_compared(planted, change, message):
 
 def test_what_is_there_stays_whole(measured, tmp_path, monkeypatch):
     (tmp_path / "r").mkdir()
-    (tmp_path / "r" / "mine").write_text("kept")
+    (tmp_path / "r" / "report.json").write_text("kept")
     with pytest.raises(FileExistsError, match="not empty"):
         report.write(tmp_path / "r", measured[:1], title="x")
 
@@ -140,7 +140,18 @@ def test_what_is_there_stays_whole(measured, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         report.write(tmp_path / "r", measured[:1], title="x", overwrite=True)
     assert os.listdir(tmp_path) == ["r"]
-    assert os.listdir(tmp_path / "r") == ["mine"]
+    assert os.listdir(tmp_path / "r") == ["report.json"]
+    assert (tmp_path / "r" / "report.json").read_text() == "kept"
     monkeypatch.undo()
     report.write(tmp_path / "r", measured[:1], title="x", overwrite=True)
     assert "report.html" in os.listdir(tmp_path / "r")
+
+
+@pytest.mark.parametrize("held", [["adapter_model.safetensors"], ["report.json", "notes.txt"], ["photo.png"]])
+def test_nothing_but_a_report_is_overwritten(measured, tmp_path, held):
+    for name in held:
+        (tmp_path / name).write_text("kept")
+    with pytest.raises(FileExistsError, match=f"holds {held[-1]}, which is not of a report and would be lost"):
+        report.write(tmp_path, measured[:1], title="x", overwrite=True)
+    assert sorted(os.listdir(tmp_path)) == sorted(held)
+    assert all((tmp_path / name).read_text() == "kept" for name in held)

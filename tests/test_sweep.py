@@ -14,7 +14,7 @@ import tiny
 from test_cli import compiled_once
 
 import lora_jax
-from lora_jax import LoRAConfig, sweep
+from lora_jax import LoRAConfig, Override, sweep
 from lora_jax._paths import attention_roles
 from lora_jax._tree import leaf_paths
 from lora_jax.data import LabelledExample
@@ -127,6 +127,16 @@ def test_a_nan_stays_where_it_arises():
         if mine is not broken[3]:
             np.testing.assert_array_equal(mine.losses, other.losses)
             jax.tree.map(np.testing.assert_array_equal, mine.adapter, other.adapter)
+
+
+def test_what_only_the_last_update_broke_has_failed(tmp_path):
+    """Of one step: its loss and gradient are finite, the validation loss is not."""
+    points = [Point(rank=2, alpha=4, targets=("head",), learning_rate=rate) for rate in (1e-2, 1e38)]
+    results = swept(points, dataclasses.replace(CONFIG, steps=1))
+    assert [result.failed_at for result in results.results] == [None, 1]
+    assert (results.results[1].valid, results.results[1].adapter) == (None, None)
+    results.write(tmp_path)
+    assert len(json.loads((tmp_path / "results.json").read_text())["points"]) == 2
 
 
 def test_padding_and_what_isnt_targeted_stay_zero(monkeypatch):
@@ -371,6 +381,8 @@ def test_nothing_to_train_is_refused():
         sweep.run(tiny.small_apply, PARAMS, POINTS, [])
     with pytest.raises(ValueError, match=r"^eval_every: 3 given"):
         swept(POINTS, dataclasses.replace(CONFIG, eval_every=3))
+    with pytest.raises(ValueError, match=r"^overrides: 'head' given, but a point of a sweep has one rank"):
+        swept(POINTS, lora=LoRAConfig(rank=1, alpha=1, targets=("head",), overrides=(Override(target="head", rank=2),)))
     with pytest.raises(ValueError, match=r"^best: 1 given, expected 1 or more, with score_batches"):
         swept(POINTS, best=1)
     with pytest.raises(ValueError, match=r"^score_batches: -1 given"):

@@ -74,6 +74,20 @@ def test_dtypes(drawn, folder, tmp_path, dtype):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == dtype
 
 
+def test_layers_of_several_dtypes_make_a_stack_of_the_widest(drawn, folder):
+    """Wherever the wider ones stand: no layer is rounded."""
+    tensors = load_file(folder / "model.safetensors")
+    names = [f"model.layers.{layer}.mlp.up_proj.weight" for layer in range(3)]
+    tensors[names[0]] = tensors[names[0]].astype("bfloat16")
+    tensors[names[2]] = tensors[names[2]].astype("float16")
+    save_file(tensors, folder / "model.safetensors")
+    expected = np.stack([np.float32(tensors[name]).T for name in names])
+    kernel = models.load(folder).params["layers"]["mlp"]["up_proj"]["kernel"]
+    assert kernel.dtype == np.float32
+    np.testing.assert_array_equal(kernel, expected)
+    assert models.load_abstract(folder).params["layers"]["mlp"]["up_proj"]["kernel"].dtype == np.float32
+
+
 def test_a_value_beyond_the_dtype_is_refused(drawn, folder, tmp_path):
     params = models.unflatten(models.flatten(drawn.params) | {"norm/scale": jnp.full(32, 1e5)})
     with pytest.raises(ValueError, match=r"model.norm.weight.*beyond float16"):
@@ -247,6 +261,20 @@ def test_no_tokenizer(folder, drawn):
         _ = drawn.tokenizer
 
 
+def test_a_folders_own_code_is_not_run(folder, monkeypatch):
+    """Nor does anyone get asked whether it may be."""
+    ran = folder / "ran"
+    (folder / "tok.py").write_text(f"open({str(ran)!r}, 'w')\nclass Tok:\n    from_pretrained = dict\n")
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "Tok", "auto_map": {"AutoTokenizer": [None, "tok.Tok"]}})
+    )
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(ValueError, match="no usable tokenizer") as caught:
+        _ = models.load(folder).tokenizer
+    assert "\n" not in str(caught.value)
+    assert not ran.exists()
+
+
 # --- saving ----------------------------------------------------------------------------------------------------------
 
 
@@ -312,6 +340,22 @@ def test_a_failed_rename_puts_the_old_folder_back(drawn, folder, monkeypatch):
         models.save(folder, drawn, drawn.params, overwrite=True)
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
     assert same(models.load(folder).params, drawn.params)
+
+
+def test_an_old_folder_that_cannot_be_put_back_is_kept_beside(drawn, folder, monkeypatch):
+    rename = Path.rename
+
+    def fail(self, target):
+        if Path(target) == folder:
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OSError, match="Input/output"):
+        models.save(folder, drawn, jax.tree.map(jnp.zeros_like, drawn.params), overwrite=True)
+    (kept,) = folder.parent.iterdir()
+    assert kept.name.endswith("-old")
+    assert same(models.load(kept).params, drawn.params)
 
 
 def test_params_of_another_shape_are_refused(drawn, tmp_path):

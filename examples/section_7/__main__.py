@@ -1,13 +1,12 @@
-# ruff: noqa: E501
 """Section 7 of the LoRA paper (Hu et al. 2021, arXiv 2106.09685) on models and data of your own.
 
     python examples/section_7 --minilm DIR --llama DIR --glue DIR --wikisql DIR     # measures, then writes the page
-    python examples/section_7 --page                                               # the page alone, from the results
+    python examples/section_7 --page --results DIR --output FILE                    # the page alone, from results
 
 `--minilm` is all-MiniLM-L6-v2's folder, `--llama` a small Llama's; `--glue` holds GLUE's own files in the folders CoLA,
 MRPC, SST-2 and MNLI, `--wikisql` WikiSQL's questions and the tables' headers. What isn't given isn't run. Results are
-written run by run into docs/section-7, and a run that is there is not repeated: stop it and start it as you like.
-`--scale small` (docs/section-7.md) is for two cores, `full` for an accelerator, `check` shows in minutes that all works.
+written run by run into out/section-7/SCALE, and a run that is there is not repeated: stop it and start it as you like.
+`--scale full` is for an accelerator, `small` shows all of it on two cores, `check` in minutes that it works.
 """
 
 import argparse
@@ -21,16 +20,17 @@ import page
 import tasks
 from settings import SCALES, SEEDS
 
-DOCS = Path(__file__).resolve().parent.parent.parent / "docs"
-CACHE = Path("out/section-7")
+OUT = Path("out/section-7")
 TASKS = (*tasks.FOLDERS, "wikisql")
 
 
 def main() -> None:
     args = _arguments()
     if not args.page:
-        jax.config.update("jax_compilation_cache_dir", str((CACHE / "compiled").resolve()))
+        jax.config.update("jax_compilation_cache_dir", str((OUT / "compiled").resolve()))
         _measure(args)
+    if args.two_cores:
+        page.keep_times(args.two_cores, args.results)
     page.write(args.results, args.output)
     print(f"page: {args.output}")
 
@@ -40,13 +40,19 @@ def _arguments() -> argparse.Namespace:
     for name, what in (("minilm", "model"), ("llama", "model"), ("glue", "data"), ("wikisql", "data")):
         parser.add_argument(f"--{name}", type=Path, help=f"{what} folder")
     parser.add_argument("--scale", choices=SCALES, default="small")
-    parser.add_argument("--results", type=Path, default=DOCS / "section-7", help="folder of the results")
-    parser.add_argument("--output", type=Path, default=DOCS / "section-7.md", help="the page")
+    parser.add_argument("--results", type=Path, help="folder of the results (default: out/section-7/SCALE)")
+    parser.add_argument("--output", type=Path, help="the page (default: beside the results, SCALE.md)")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS, help="of the tasks, the ones to run")
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     parser.add_argument("--only", nargs="+", metavar="EXPERIMENT", help="of the experiments, the ones to run")
     parser.add_argument("--page", action="store_true", help="measure nothing")
-    return parser.parse_args()
+    parser.add_argument(
+        "--two-cores", type=Path, help="results at scale small on two cores, whose times the page tells"
+    )
+    args = parser.parse_args()
+    args.results = args.results or OUT / args.scale
+    args.output = args.output or args.results.with_suffix(".md")
+    return args
 
 
 def _measure(args: argparse.Namespace) -> None:
@@ -57,7 +63,7 @@ def _measure(args: argparse.Namespace) -> None:
                 makers[name] = lambda name=name: tasks.glue(name, scale.tasks[name], args.minilm, args.glue)
     if args.llama and args.wikisql and "wikisql" in args.tasks:
         makers["wikisql"] = lambda: tasks.wikisql(scale.tasks["wikisql"], args.llama, args.wikisql, scale.questions)
-    bench = experiments.Bench(scale, args.results, CACHE / f"adapters-{args.scale}", makers)
+    bench = experiments.Bench(scale, args.results, OUT / f"adapters-{args.scale}", makers)
     began = time.perf_counter()
     for name, run in experiments.plan(bench):
         if args.only is None or name in args.only:

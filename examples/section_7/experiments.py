@@ -46,7 +46,7 @@ class Bench:
     makers: dict[str, Callable[[], Task]]
 
     def store(self, name: str) -> Store:
-        return Store(self.results, name)
+        return Store(self.results, name, self.scale.name)
 
     def task(self, name: str) -> Task:
         return _made(self, name)

@@ -1,7 +1,9 @@
 # ruff: noqa: E501
 """docs/section-7.md and its pictures, from the results alone."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pictures
@@ -12,6 +14,7 @@ from results import TITLES, Results
 from statistics_of import LEVEL, spread
 
 COMMAND = "python examples/section_7 --minilm DIR --llama DIR --glue DIR --wikisql DIR --scale full"
+TIMES = "two_cores"
 
 
 def write(results: Path, output: Path) -> None:
@@ -20,6 +23,16 @@ def write(results: Path, output: Path) -> None:
     drawn = pictures.draw(found, results)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(text(found, {name: f"{results.name}/{name}" for name in drawn}))
+
+
+def keep_times(small: Path, results: Path) -> None:
+    """What each run of another folder of results took, kept beside these results."""
+    named = ("seconds", "cpu_seconds", "device", "cores")
+    times = {
+        name: {key: {field: run[field] for field in named} for key, run in runs.items()}
+        for name, runs in Results(small).experiments.items()
+    }
+    (results / f"{TIMES}.json").write_text(json.dumps(times, indent=1) + "\n")
 
 
 def text(found: Results, images: dict[str, str]) -> str:
@@ -73,10 +86,10 @@ def _opening(found: Results) -> str:
         "# Section 7 of the LoRA paper, on models of your own",
         "Which weights to adapt, at what rank, and what ΔW is to W: the questions of section 7 of "
         "[Hu et al. 2021](https://arxiv.org/abs/2106.09685), and some that a reader is left with, asked of small pretrained "
-        "models on real data. This page is made from `docs/section-7/*.json` by",
+        "models on real data. The numbers come from",
         f"    {COMMAND}",
-        "which measures what isn't there yet and writes the page anew (`--page` does the latter alone; `--scale small` is "
-        "for two cores). The encoder is all-MiniLM-L6-v2 (22.7M parameters, 6 layers of width 384) "
+        "which writes them and this page into out/section-7; `--page --results docs/section-7 --output docs/section-7.md` "
+        "writes the page anew from the numbers that are here. The encoder is all-MiniLM-L6-v2 (22.7M parameters, 6 layers of width 384) "
         "with a linear head on the mean of its last states; the decoder a Llama of 10M parameters, pretrained on about "
         "10M tokens of English. MiniLM's makers list MNLI among its training data, so MNLI is no clean result.",
         table(["task", "steps", "batch", "rows seen", "adapters a seed", "seeds"], sizes) if sizes else NOT_RUN,
@@ -100,18 +113,24 @@ def _time(found: Results) -> str:
                   for key in ("seconds", "cpu_seconds"))  # fmt: skip
     devices = sorted({run["device"] for runs in found.experiments.values() for run in runs.values()} - {"cpu"})
     told = (
-        f"Time: {total / 60:.0f} minutes, were one run made after the other, on {', '.join(devices) or 'two cores'}, with "
-        f"{cpu / 60:.0f} minutes of processor time (products in TF32, as XLA computes float32 there)."
+        f"Time: {total / 60:.0f} minutes, were one run made after the other, on {', '.join(devices) or 'CPU cores'}, with "
+        f"{cpu / 60:.0f} minutes of processor time{' (products in TF32, as XLA computes float32 there)' * bool(devices)}."
     )
     if found.two_cores:
-        minutes = {name: run["cpu_seconds"] / 60 for name, run in found.two_cores.items()}
-        untimed = sorted(found.experiments.keys() - minutes.keys() - {"counts"})
-        told += (
-            f" With `--scale small --seeds 0` the experiments are shorter and need two CPU cores: {sum(minutes.values()):.0f} minutes of "
-            f"processor time ({', '.join(f'{name} {each:.0f}' for name, each in minutes.items())}), so half of that at best, and three "
-            f"times as much for three seeds{'; not timed: ' + ', '.join(untimed) if untimed else ''}."
-        )
+        told += " " + _time_on_two_cores(found.two_cores)
     return told
+
+
+def _time_on_two_cores(times: dict[str, Any]) -> str:
+    minutes = {name: sum(run["seconds"] for run in runs.values()) / 60 for name, runs in times.items()}
+    runs = [run for runs in times.values() for run in runs.values()]
+    cores = ", ".join(str(n) for n in sorted({run["cores"] for run in runs}))
+    return (
+        f"`--scale small` runs all of it with fewer steps and points, enough to see that it works and too few to tell anything: "
+        f"{sum(minutes.values()):.0f} minutes on {cores} CPU cores ({', '.join(f'{name} {each:.1f}' for name, each in minutes.items())}; "
+        f"the grid of {', '.join(times['grid'])}, that is of task/seed), with {sum(run['cpu_seconds'] for run in runs) / 60:.0f} "
+        "minutes of processor time."
+    )
 
 
 def _claims(found: Results) -> str:

@@ -16,7 +16,7 @@ class Results:
 
     def __init__(self, folder: Path):
         read = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
-        self.two_cores: dict[str, Any] = read.pop("two_cores", {})  # seconds by experiment, of the small scale
+        self.two_cores: dict[str, Any] = read.pop("two_cores", {})  # what each run of the small scale took
         self.experiments: dict[str, dict[str, Any]] = read
 
     def runs(self, experiment: str) -> dict[str, Any]:

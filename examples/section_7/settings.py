@@ -1,4 +1,4 @@
-"""How large each experiment is. `full` is what docs/section-7.md reports; `small` is for two cores."""
+"""How large each experiment is. `full` is what docs/section-7.md reports; `small` shows all of it on two cores."""
 
 from dataclasses import dataclass, replace
 
@@ -37,6 +37,7 @@ class Size:
 class Scale:
     """All sizes: of tasks by name, and of the experiments that stand alone."""
 
+    name: str
     tasks: dict[str, Size]
     seeds: tuple[int, ...] = SEEDS
     variant_steps: int = 50  # of the runs on α, its place and each kernel alone
@@ -48,16 +49,20 @@ class Scale:
 
 
 SMALL = Scale(
+    name="small",
     tasks={
-        "cola": Size(steps=150, max_length=32, learning_rate=2e-3, points=BUDGET + RANKS),
-        "sst2": Size(steps=100, max_length=48, learning_rate=2e-3),
-        "mrpc": Size(steps=100, batch_size=8, learning_rate=2e-3),
-        "mnli": Size(steps=100, batch_size=8, learning_rate=2e-3, dev_rows=600),
-        "wikisql": Size(steps=60, batch_size=8, max_length=128, learning_rate=3e-3, dev_rows=64),
+        "cola": Size(steps=50, max_length=32, learning_rate=2e-3, dev_rows=300, points=BUDGET + RANKS),
+        "sst2": Size(steps=40, max_length=48, learning_rate=2e-3, dev_rows=300),
+        "mrpc": Size(steps=40, batch_size=8, learning_rate=2e-3, dev_rows=300),
+        "mnli": Size(steps=40, batch_size=8, learning_rate=2e-3, dev_rows=300),
+        "wikisql": Size(steps=30, batch_size=8, max_length=128, learning_rate=3e-3, dev_rows=64),
     },
+    variant_steps=30,
     rates=(5e-4, 2e-3, 8e-3),
+    questions=100,
 )
 FULL = Scale(
+    name="full",
     tasks={
         "cola": Size(steps=800, batch_size=32, learning_rate=2e-3, points=BUDGET + RANKS),
         "sst2": Size(steps=800, batch_size=32, learning_rate=2e-3, train_rows=20_000, points=BUDGET + RANKS),
@@ -74,10 +79,11 @@ FULL = Scale(
 _TINY = {"steps": 4, "batch_size": 4, "train_rows": 200, "dev_rows": 24, "points": (*FEW, *SIMILAR)}
 CHECK = replace(
     SMALL,
+    name="check",
     tasks={name: replace(SMALL.tasks[name], **_TINY) for name in ("cola", "wikisql")},
     variant_steps=5,
     alphas=(4.0, 16.0),
     rates=(1e-3,),
     questions=4,
 )
-SCALES = {"check": CHECK, "small": SMALL, "full": FULL}
+SCALES = {scale.name: scale for scale in (CHECK, SMALL, FULL)}

@@ -38,7 +38,7 @@ def difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Differ
     if len(values) < 2:
         return Difference(float(values.mean()) if len(values) else math.nan, math.nan, len(values))
     t = float(scipy.stats.t.ppf((1 + LEVEL) / 2, len(values) - 1))
-    return Difference(float(values.mean()), t * float(values.std(ddof=1)) / math.sqrt(len(values)), len(values))
+    return Difference(float(values.mean()), t * float(scipy.stats.sem(values)), len(values))
 
 
 def spread(values: Sequence[float | None], digits: int = 3) -> str:

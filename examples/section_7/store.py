@@ -11,11 +11,19 @@ import jax
 
 
 class Store:
-    """The runs of one experiment by key, in `folder/NAME.json`."""
+    """The runs of one experiment at one scale by key, in `folder/NAME.json`.
 
-    def __init__(self, folder: Path, name: str):
-        self._path = folder / f"{name}.json"
+    Raises:
+      ValueError: the file holds runs of another scale, which would be taken for this one's.
+    """
+
+    def __init__(self, folder: Path, name: str, scale: str):
+        self._path, self._scale = folder / f"{name}.json", scale
         self.runs: dict[str, Any] = json.loads(self._path.read_text()) if self._path.exists() else {}
+        if others := {run["scale"] for run in self.runs.values()} - {scale}:
+            raise ValueError(
+                f"{self._path} holds runs at scale {', '.join(others)}, not {scale}: give another --results"
+            )
 
     def run(self, key: str, make: Callable[[], Any]) -> Any:
         """What `make` gives for this key, from the file if it is there."""
@@ -24,7 +32,14 @@ class Store:
             began, cpu = time.perf_counter(), time.process_time()
             found = make()
             seconds, cpu = round(time.perf_counter() - began, 1), round(time.process_time() - cpu, 1)
-            self.runs[key] = {"seconds": seconds, "cpu_seconds": cpu, "device": jax.devices()[0].device_kind, **found}
+            self.runs[key] = {
+                "scale": self._scale,
+                "seconds": seconds,
+                "cpu_seconds": cpu,
+                "device": jax.devices()[0].device_kind,
+                "cores": len(os.sched_getaffinity(0)),
+                **found,
+            }
             self._write()
             print(f"{self._path.stem} {key}: {seconds} s", flush=True)
         return self.runs[key]

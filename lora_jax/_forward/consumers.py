@@ -85,7 +85,8 @@ def _placement(sharding: Any, output: Sequence[int]) -> Callable[[Sequence[int]]
     """On an explicit mesh: the equation's own output sharding, by the names of its dimensions; the rank is whole."""
     if sharding is None:
         return lambda axes: None
-    spec = dict(zip(output, sharding.spec, strict=False))
+    unnamed = [None] * (len(output) - len(sharding.spec))  # a spec may end before the dimensions do
+    spec = dict(zip(output, (*sharding.spec, *unnamed), strict=True))
     return lambda axes: jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*map(spec.get, axes)))
 
 

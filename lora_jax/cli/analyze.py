@@ -42,11 +42,12 @@ class Settings:
     seed: int = 0
     """of the random baselines"""
     overwrite: bool = False
-    """replace what is in the output folder"""
+    """replace the report that is in the output folder"""
 
 
 def run(settings: Settings) -> None:
     _base.check_free(settings.output, settings.overwrite)
+    report.check_free(settings.output, overwrite=settings.overwrite)
     updates = _chosen(read(settings.adapter, settings), settings)
     against = None if settings.against is None else _chosen(read(settings.against, settings), settings)
     if against is not None:

@@ -1,6 +1,6 @@
 """`lora-jax merge`: the adapter added into the weights."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -84,6 +84,9 @@ def _logits(settings: Settings, labels: Labels | None, new: Merged, folder: Path
         ValueError: they disagree with the weights unrounded: beyond rounding, that is.
     """
     model = settings.base.load("float32", labels=labels and labels.names)
+    if settings.base.loaded_dtype is not None:  # what the adapter is merged into, and not what the files hold
+        loaded = jax.tree.map(lambda leaf: leaf.astype(settings.base.loaded_dtype).astype(leaf.dtype), model.params)
+        model = replace(model, params=loaded)
     plain = jax.jit(model.apply)
     params = _base.with_adapter(model, settings.adapter)
     adapted = _compare.outputs(jax.jit(lora_jax.adapt(model.apply)), params, rows)

@@ -48,7 +48,8 @@ class Settings:
     one set: "targets=q;v;q,v". q, k, v and o are the attention projections of any model; rank may be "auto" (the
     highest within the budget), alpha a multiple of the rank ("2r")"""
     budget: int | None = None
-    """parameters in A and B: only points with at most as many, and at least 90 percent of them, are trained"""
+    """parameters in A and B: only points with at most as many are trained, and of those whose rank is a number only the
+    ones with at least 90 percent of them"""
     seeds: int | None = None
     """train each point with the seeds 0, 1, ...: as many as this. --order N gives them all one order of the rows"""
     score_batches: int = 0

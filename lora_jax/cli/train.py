@@ -200,10 +200,10 @@ def _answers(model: Any, params: Any) -> Look:
 
 
 def _samples_of(asked: list[tuple[str, str]], before: Look, after: Look) -> list[_samples.Sample]:
-    answers = zip(before.texts, before.right, after.texts, after.right, strict=True)
+    answers = list(zip(before.texts, before.right, after.texts, after.right, strict=True))
     return [
         _samples.Sample(prompt, expected, {"before": (text, right), "after": (new_text, new_right)})
-        for (prompt, expected), (text, right, new_text, new_right) in zip(asked, answers, strict=False)
+        for (prompt, expected), (text, right, new_text, new_right) in zip(asked, answers[: len(asked)], strict=True)
     ]
 
 

@@ -1,5 +1,7 @@
 """loralib's tensors as nodes: Linear, Embedding and MergedLinear."""
 
+import math
+import numbers
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -36,7 +38,7 @@ def load(
         names: the Hugging Face name of each leaf, which loralib's models share: `model.names`.
         alpha: `lora_alpha`, which isn't in the file.
         enable_lora: which of the projections of a MergedLinear are adapted, as given to loralib; needed when the file
-            has one, unless all are.
+            has one of which some aren't, and of no effect on one of which all are.
         axes: how kernels that aren't plain matrices are used, from `lora_jax.kernel_axes`.
 
     Returns:
@@ -44,10 +46,12 @@ def load(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it isn't such a file, or its tensors don't fit these parameters; all faults are reported together.
+        ValueError: alpha isn't a number; it isn't such a file, or its tensors don't fit these parameters; all faults
+            are reported together.
 
     The reference: https://github.com/microsoft/LoRA (loralib 0.1.2, layers.py)
     """
+    check_alpha(alpha)
     arrays = read(path)
     tree = _trees.parts(params)
     if tree.nodes:
@@ -75,6 +79,12 @@ def load(
     }
     replaced = _trees.filled(((table[name], array) for name, array in whole.items()), tree.leaves)
     return _trees.put(params, nodes, replaced)
+
+
+def check_alpha(alpha: float) -> None:
+    """Refuses what would make every scale no number."""
+    if isinstance(alpha, bool) or not isinstance(alpha, numbers.Real) or not math.isfinite(alpha):
+        raise ValueError(f"alpha: {alpha!r} given, expected a number: the lora_alpha that the adapter was trained with")
 
 
 def _kernel(module: str, table: Mapping[str, Tensor]) -> Tensor:
@@ -118,8 +128,8 @@ def blocks_of(rows_of_a: int, shape_of_b: tuple[int, ...], outputs: int, enable_
     if rest or not groups or rows % groups or outputs % width:
         raise ValueError(f"lora_A of {rows_of_a} rows and lora_B {shape_of_b} fit no kernel of {outputs} outputs")
     projections = outputs // width
-    if groups == projections:
-        enable_lora = (True,) * projections
+    if groups == projections and len(enable_lora or ()) in (0, projections):
+        enable_lora = (True,) * projections  # whatever is said of the others
     elif enable_lora is None:
         raise ValueError(
             f"a MergedLinear that adapts {groups} of {projections} projections: say which, as in enable_lora="

@@ -92,7 +92,7 @@ class Model:
         if self.folder is None:
             raise ValueError("this model was made by models.init and has no tokenizer")
         try:
-            return AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+            return AutoTokenizer.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # transformers raises whatever the tokenizer's kind raises
             raise ValueError(f"{self.folder}: no usable tokenizer: {' '.join(str(error).split())}") from error
 

@@ -6,7 +6,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,8 @@ def replacing(folder: Path, *, overwrite: bool) -> Iterator[Path]:
     """A temporary folder to write into, which takes `folder`'s place when the block ends without an error.
 
     It is a sibling, or inside where `folder` is a mounted disk: that can't be renamed, but what it holds can.
-    Whatever goes wrong (no space left, an interrupt), nothing half-written stays behind and what was there is whole.
+    Whatever goes wrong (no space left, an interrupt), nothing half-written stays behind and what was there is whole: in
+    its place, or where even putting it back fails, beside it under a name that ends in `-old`.
 
     Raises:
         FileExistsError: `folder` exists and isn't empty, and `overwrite` is False.
@@ -120,9 +121,11 @@ def replacing(folder: Path, *, overwrite: bool) -> Iterator[Path]:
             _replace_contents(folder, temporary, old)
         else:
             _replace_folder(folder, temporary, old)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        with suppress(OSError):  # empty if all was put back
+            old.rmdir()
 
 
 def _is_mounted(folder: Path) -> bool:

@@ -1,5 +1,6 @@
 """Weights of Hugging Face's safetensors files as a tree of stacked leaves, one tensor at a time."""
 
+import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -139,8 +140,8 @@ def _mismatches(files, expected, ignored, copies) -> list[str]:
 
 def _streamed(files: TensorFiles, weight: Weight, shape: Sequence[int], dtype: Any) -> Streamed:
     names = {index: name for index, name, _ in entries(weight, shape)}
-    first = files.tensors[next(iter(names.values()))]
-    dtype = np.dtype(dtype or DTYPES[first.dtype])
+    stored = {np.dtype(DTYPES[files.tensors[name].dtype]) for name in names.values()}
+    dtype = np.dtype(dtype or functools.reduce(np.promote_types, stored))  # a stack's layers may differ
 
     def read(index: tuple[int, ...]) -> np.ndarray:
         tensor = cast(files.read(names[index]), dtype, names[index])

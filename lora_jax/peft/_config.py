@@ -21,6 +21,7 @@ from lora_jax.peft import _patterns
 PREFIX = "base_model.model."  # of every name in an adapter: PEFT's wrapper, then the model
 CONFIG_FILE = "adapter_config.json"
 CHECKSUM = "lora_jax.sha256"  # the key of the checksum in the metadata of the tensors' file
+DTYPES = frozenset({"F16", "BF16", "F32"})  # that an adapter's tensors may have, as safetensors calls them
 MAX_BYTES = 16 * 2**20
 MAX_RANK = 65_536  # what an embedding of a large vocabulary could hold; the tensors bound it much tighter
 
@@ -148,13 +149,21 @@ def read(folder: Path) -> AdapterConfig:
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{folder}: not a PEFT adapter: it holds no {CONFIG_FILE}")
+    return parse(read_json(path), str(path))
+
+
+def read_json(path: Path) -> Any:
+    """What a config's file holds, whatever it says.
+
+    Raises:
+        ValueError: it is too large, isn't JSON, has a key twice or a number that isn't one.
+    """
     if (size := path.stat().st_size) > MAX_BYTES:
         raise ValueError(f"{path}: {size} bytes is no adapter config; at most {MAX_BYTES} are read")
     try:
-        fields = json.loads(path.read_bytes(), object_pairs_hook=_without_repeats, parse_constant=_no_constant)
+        return json.loads(path.read_bytes(), object_pairs_hook=_without_repeats, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from None
-    return parse(fields, str(path))
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

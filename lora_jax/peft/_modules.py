@@ -10,8 +10,8 @@ import numpy as np
 import safetensors
 
 from lora_jax._tree import LoRA
-from lora_jax.peft._config import PREFIX, AdapterConfig, one_line
-from lora_jax.peft._read import DTYPES, find
+from lora_jax.peft._config import DTYPES, PREFIX, AdapterConfig, one_line
+from lora_jax.peft._read import find
 
 ENDINGS = {  # of A's name, and then of B's
     ".lora_A.weight": ".lora_B.weight",

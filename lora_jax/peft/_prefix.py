@@ -16,12 +16,13 @@ import safetensors.numpy
 from lora_jax import prefix
 from lora_jax._tree import Prefix
 from lora_jax.peft import _config
-from lora_jax.peft._config import CONFIG_FILE, AdapterConfig
+from lora_jax.peft._config import CONFIG_FILE, DTYPES, AdapterConfig
 
 FOLDER = prefix.PREFIX
 TENSORS_FILE = f"{FOLDER}/adapter_model.safetensors"
 FILES = (TENSORS_FILE, f"{FOLDER}/{CONFIG_FILE}")
 TENSOR = "prompt_embeddings"
+KIND = "PROMPT_TUNING"
 
 
 def declared(node: Prefix) -> dict[str, int]:
@@ -37,7 +38,7 @@ def files(node: Prefix | None, config: AdapterConfig, **descriptive: Any) -> dic
     if not np.isfinite(value).all():
         raise ValueError(f"{FOLDER}: the embeddings hold NaN or infinity: they are not saved")
     fields = {
-        "peft_type": "PROMPT_TUNING",
+        "peft_type": KIND,
         "inference_mode": True,
         "num_virtual_tokens": value.shape[0],
         "token_dim": value.shape[1],
@@ -54,7 +55,7 @@ def load(folder: Path, params: Any, config: AdapterConfig) -> Any:
     """`params` with the prefix that belongs to the adapter in `folder`, if one does.
 
     Raises:
-        ValueError: the prefix is missing, damaged, of other shapes, or the adapter says nothing of it.
+        ValueError: the prefix is missing, damaged, of other shapes or types, or the adapter says nothing of it.
     """
     path = folder / TENSORS_FILE
     expected = config.lora_jax_prefix
@@ -65,6 +66,7 @@ def load(folder: Path, params: Any, config: AdapterConfig) -> Any:
     if not path.is_file():
         raise ValueError(f"{folder}: the adapter goes with a prefix, and {TENSORS_FILE} is missing")
     value = _checked(path, expected, config)
+    _check_told(folder / FOLDER, value.shape)
     return prefix.put(params, value, after=expected["after"])
 
 
@@ -73,6 +75,8 @@ def _checked(path: Path, expected: Mapping[str, int], config: AdapterConfig) -> 
         with safetensors.safe_open(path, framework="np") as file:
             if list(file.keys()) != [TENSOR]:
                 raise ValueError(f"{path}: holds {list(file.keys())[:3]}, expected {TENSOR}")
+            if (dtype := file.get_slice(TENSOR).get_dtype()) not in DTYPES:
+                raise ValueError(f"{path}: {TENSOR} is {dtype}; expected one of {', '.join(sorted(DTYPES))}")
             value, metadata = file.get_tensor(TENSOR), file.metadata() or {}
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path}: not a complete safetensors file: {' '.join(str(error).split())}") from None
@@ -84,3 +88,15 @@ def _checked(path: Path, expected: Mapping[str, int], config: AdapterConfig) -> 
     if recorded is not None and recorded != _config.checksum(config, {TENSOR: value}):
         raise ValueError(f"{path}: not what was saved with this adapter (the checksum differs)")
     return value
+
+
+def _check_told(folder: Path, shape: tuple[int, ...]) -> None:
+    """Refuses a prefix whose own config, by which PEFT reads it, tells of another."""
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise ValueError(f"{path}: missing; restore it, or save the adapter anew")
+    fields = _config.read_json(path)
+    for name, expected in zip(("peft_type", "num_virtual_tokens", "token_dim"), (KIND, *shape), strict=True):
+        told = fields.get(name) if isinstance(fields, dict) else None
+        if told != expected or isinstance(told, bool):
+            raise ValueError(f"{path}: {name}: {_config.show(told)} given, expected {expected!r} as {TENSOR} has it")

@@ -10,12 +10,10 @@ import safetensors
 
 from lora_jax._tree import Axes, LoRA
 from lora_jax.peft import _config, _names, _parameters, _prefix, _tokens, _trees
-from lora_jax.peft._config import PREFIX, AdapterConfig
+from lora_jax.peft._config import DTYPES, PREFIX, AdapterConfig
 from lora_jax.peft._factors import Factors, node_of
 from lora_jax.peft._names import Tensor, Weight
 from lora_jax.peft._write import TENSORS_FILE
-
-DTYPES = frozenset({"F16", "BF16", "F32"})
 
 
 class Expected(NamedTuple):
@@ -212,7 +210,7 @@ class _Plan:
             elif tensor.parameter == "bias" and tensor.module in adapted and self.config.bias != "none":
                 whole[f"{PREFIX}{tensor.module}.base_layer.bias"] = tensor
             elif tensor.parameter == "bias" and self.config.bias == "all":
-                whole[f"{PREFIX}{tensor.module}.bias"] = tensor
+                whole |= {f"{PREFIX}{module}.bias": tensor for module in (tensor.module, *tensor.tied)}
         return whole
 
     def problems(self, found: Mapping[str, tuple[str, tuple[int, ...]]]) -> list[str]:
@@ -281,6 +279,11 @@ def _checked(file: Any, plan: _Plan, leaves: Mapping[str, Any]) -> dict[str, np.
     recorded = (file.metadata() or {}).get(_config.CHECKSUM)
     if recorded is not None and recorded != _config.checksum(plan.config, arrays):
         problems.append("config or tensors are not what was saved (their checksum differs): damaged, or edited by hand")
+    first: dict[Any, str] = {}
+    for name, tensor in plan.whole.items():
+        other = first.setdefault((tensor.path, tensor.index), name)
+        if not np.array_equal(arrays[name], arrays[other]):
+            problems.append(f"{name} and {other} are one parameter of this model, and differ")
     for tensor in plan.adapted:
         a, b = _names.factor_names(tensor)
         for head in tensor.tied:

@@ -12,4 +12,5 @@ from lora_jax.report._measure import measure as measure
 from lora_jax.report._measure import places_of as places_of
 from lora_jax.report._summary import Kind as Kind
 from lora_jax.report._summary import by_kind as by_kind
+from lora_jax.report._write import check_free as check_free
 from lora_jax.report._write import write as write

@@ -83,7 +83,8 @@ def factors(measured: Sequence[Measured]) -> Drawn:
 
     def draw(figure: Figure) -> None:
         axis = figure.subplots()
-        for (kind, kernels), colour in zip(grouped(measured).items(), _cycled(), strict=False):
+        for number, (kind, kernels) in enumerate(grouped(measured).items()):
+            colour = LINES[number % len(LINES)]
             values = [float(one.amplification.factor) for one in kernels if one.amplification is not None]
             axis.plot(_layers(kernels), values, marker="o", markersize=4, color=colour, label=label(kind))
         axis.set(xlabel="layer", ylabel="amplification factor", ylim=(0, None))
@@ -187,11 +188,6 @@ def _layers(kernels: Sequence[Measured]) -> list[int]:
 
 def _layer_colours(kernels: Sequence[Measured]) -> list[Any]:
     return [BY_LAYER(place / max(len(kernels) - 1, 1)) for place in range(len(kernels))]
-
-
-def _cycled() -> Iterator[str]:
-    while True:
-        yield from LINES
 
 
 def _panels(figure: Figure, count: int, columns: int = COLUMNS) -> Sequence[Any]:

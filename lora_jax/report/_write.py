@@ -36,10 +36,10 @@ def write(
         measured: what `measure` found, at least one kernel.
         title: of the page.
         sources: what was analysed, shown and kept as it is: `{"adapter": "out", "model": "DIR"}`.
-        overwrite: replace a folder that is there.
+        overwrite: replace the report that the folder holds.
 
     Raises:
-        FileExistsError: the folder holds something, and `overwrite` is False.
+        FileExistsError: the folder holds a report, and `overwrite` is False; or it holds anything else.
         ValueError: nothing was measured.
 
     >>> import tempfile, jax.numpy as jnp
@@ -53,10 +53,7 @@ def write(
     folder = Path(folder)
     if not measured:
         raise ValueError("no kernel was measured: there is nothing to report")
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"{folder}: a file, expected a folder to write")
-    if not overwrite and folder.is_dir() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder}: is not empty; ask to overwrite it or choose another folder")
+    check_free(folder, overwrite=overwrite)
     sources = dict(sources or {})
     page = _page.render(measured, title=title, sources=sources)
     values = {"format": FORMAT, "title": title, "sources": sources, "kernels": [as_json(one) for one in measured]}
@@ -65,6 +62,24 @@ def write(
         (temporary / "report.html").write_text(page.html, encoding="utf-8")
         for figure in page.figures:
             (temporary / f"{figure.name}.png").write_bytes(figure.png)
+
+
+def check_free(folder: Path, *, overwrite: bool) -> None:
+    """Refuse a folder that a report can't be written to, before anything is measured for it.
+
+    Raises:
+        FileExistsError: as `write`.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder}: a file, expected a folder to write")
+    held = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if held and not overwrite:
+        raise FileExistsError(f"{folder}: is not empty; ask to overwrite it or choose another folder")
+    other = [name for name in held if name not in ("report.html", "report.json") and not name.endswith(".png")]
+    if held and (other or "report.json" not in held):
+        raise FileExistsError(
+            f"{folder}: holds {[*other, *held][0]}, which is not of a report and would be lost; choose another folder"
+        )
 
 
 @contextlib.contextmanager

@@ -30,14 +30,14 @@ def grid(
     """Every combination of the given settings, as points for `run`.
 
     With a `budget`, a point's A and B together must have at most that many numbers, and at least 90 % of them: the
-    paper's table 5 compares sets of targets at one budget. Rank `"auto"` is the highest that the budget allows. Leaves
-    that train whole (`lora.train`) and prefixes aren't counted.
+    paper's table 5 compares sets of targets at one budget. Rank `"auto"` is the highest that the budget allows, also
+    where that is less than 90 % of it. Leaves that train whole (`lora.train`) and prefixes aren't counted.
 
     Args:
       specs: a list of values for each setting of `Point` that is to vary. Besides numbers, rank may be `"auto"`, and
         alpha a multiple of the rank: `"2r"`.
       params: the model's tree, of arrays or `ShapeDtypeStruct`s.
-      lora: rank, alpha and targets where `specs` don't give them; its other settings as for `run`.
+      lora: rank, alpha and targets where `specs` don't give them; its other settings as for `run`: no overrides.
       axes: how kernels are used, as for `lora_jax.init`.
       budget: numbers in A and B.
       seeds: repeats each point with the seeds 0, ..., seeds - 1.

@@ -74,14 +74,20 @@ class Point:
         """The settings of this adapter's run alone, for `lora_jax.init` and `train`.
 
         Args:
-          lora: says what a point doesn't: exclude, scaling, init, dtype, train.
+          lora: says what a point doesn't: exclude, scaling, init, dtype, train. A point has one rank and one alpha
+            for all its targets, so overrides are refused.
           config: the settings of the runs.
           paths: the leaves of the tree, with which q, k, v and o are found.
 
         Raises:
-          ValueError: a setting out of its range; q, k or v of a model that holds them in one kernel.
+          ValueError: a setting out of its range; overrides; q, k or v of a model that holds them in one kernel.
         """
         lora, config = lora or LoRAConfig(rank=1, alpha=1), config or TrainConfig()
+        if lora.overrides:
+            raise ValueError(
+                f"overrides: {lora.overrides[0].target!r} given, but a point of a sweep has one rank and one alpha for"
+                " all its targets; leave it out, or train such an adapter by itself"
+            )
         targets = self.targets if paths is None else resolve(self.targets, paths)
         names = ("learning_rate", "weight_decay", "dropout", *REPEATS)
         own = {name: getattr(self, name) for name in names if getattr(self, name) is not None}

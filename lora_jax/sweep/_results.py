@@ -168,8 +168,9 @@ class Results:
             "points": points,
             "summary": self.summary(),
         }
+        told = json.dumps(whole, indent=1, allow_nan=False) + "\n"  # may raise: before either is written
         _write(folder / "results.csv", text.getvalue())
-        _write(folder / "results.json", json.dumps(whole, indent=1, allow_nan=False) + "\n")
+        _write(folder / "results.json", told)
 
     def _scores(self) -> dict[str, Any]:
         """Of results.json: the kernels' scores, and how well those of the settings ordered what came of them."""

@@ -102,6 +102,8 @@ def run(
     scores: dict[str, GradientScore] = {}
     if score_batches:
         scores, entries = _scored(apply_fn, starts, entries, rows.first(score_batches), task, best)
+        # Anew: padded to the ranks and prefixes of those that are left.
+        starts = Starts(params, [entry.point for entry in entries], lora, axes, fresh, prefix_after)
     program = make_program(
         apply_fn,
         config,
@@ -314,6 +316,11 @@ class _Bench(NamedTuple):
         losses, weights, norms = (values[:, index] for values in metrics)
         broken = ~np.isfinite(losses) | ~np.isfinite(norms)
         failed_at = int(np.argmax(broken)) + 1 if broken.any() else None
+        adapter, found = taken(adapters, index, begun), valid(index) if self.valid else None
+        # What the last update made is in no training loss.
+        ends = [*jax.tree.leaves(adapter), *([found.loss] if found else ())]
+        if failed_at is None and not all(np.isfinite(value).all() for value in ends):
+            failed_at = len(losses)
         tail = max(1, round(len(losses) / 10))
         fine = failed_at is None
         return Result(
@@ -321,11 +328,11 @@ class _Bench(NamedTuple):
             score=entry.score,
             trainable=trainable(begun),
             train_loss=weighted(losses[-tail:], weights[-tail:]) if fine else None,
-            valid=valid(index) if fine and self.valid else None,
+            valid=found if fine else None,
             seconds=seconds,
             failed_at=failed_at,
             losses=losses,
-            adapter=taken(adapters, index, begun) if fine else None,
+            adapter=adapter if fine else None,
         )
 
 
