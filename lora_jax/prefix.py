@@ -35,8 +35,8 @@ def init(key: jax.Array, params: Any, length: int, *, after: int = 0, embedding:
       params: a mapping of parameters, before or after `lora_jax.init`.
       length: of the prefix; 0 adds nothing.
       after: tokens of each row that stay before the prefix: 1 for an encoder that pools the first one.
-      embedding: pattern of the table that tokens are looked up in, f[vocabulary, width]; not needed for the models of
-        `lora_jax.models`, nor where one leaf alone is called embedding.
+      embedding: pattern of the table that tokens are looked up in, f[vocabulary, width]; found by its name in the
+        models of `lora_jax.models`.
 
     Returns:
       The tree with a leaf `prefix`: float32, cast to the table's dtype at use.
@@ -59,6 +59,8 @@ def init(key: jax.Array, params: Any, length: int, *, after: int = 0, embedding:
 def put(params: Any, value: Any, *, after: int = 0, embedding: str | None = None) -> Any:
     """The tree with these prefix embeddings, f[length, width]; the other arguments are those of `init`.
 
+    Where no table has a known name, a leaf that alone is called embedding does: it gives no values here, but the width.
+
     Raises:
       ValueError: embeddings that don't fit the table, or a tree that has some.
 
@@ -67,7 +69,7 @@ def put(params: Any, value: Any, *, after: int = 0, embedding: str | None = None
     ValueError: prefix: embeddings of shape (2, 3) given, expected (length, 4) for wte/embedding
     """
     _check_count("after", after)
-    path, table = _table(params, embedding)
+    path, table = _table(params, embedding, sole=True)
     shape = tuple(np.shape(value))
     if len(shape) != 2 or not shape[0] or shape[1] != table.shape[1]:
         raise ValueError(f"{PREFIX}: embeddings of shape {shape} given, expected (length, {table.shape[1]}) for {path}")
@@ -198,17 +200,17 @@ def _like(params: Mapping, entries: dict[str, Any]) -> Any:
     return kind(entries)
 
 
-def _table(params: Any, embedding: str | None) -> tuple[str, Any]:
-    """Path and array of the one table that tokens are looked up in."""
+def _table(params: Any, embedding: str | None, *, sole: bool = False) -> tuple[str, Any]:
+    """Path and array of the one table that tokens are looked up in, or with `sole` of the one table that there is."""
     if not isinstance(params, Mapping):
         raise ValueError(f"{PREFIX}: the parameters are a {type(params).__name__}, expected a mapping to put it in")
     if params.get(PREFIX) is not None:
         raise ValueError(f"{PREFIX}: the parameters have one already; take it out with lora_jax.prefix.take")
     leaves = {path: unbox(leaf) for path, leaf in leaves_with_paths(params) if not is_node(leaf)}
     if embedding is None:
-        tables = [path.split("/") for path in leaves if path.split("/")[-1] == "embedding"]
-        known = [table for table in tables if len(table) > 1 and table[-2] in EMBEDDINGS]
-        found = ["/".join(table) for table in known or tables]
+        tables = [path for path, leaf in leaves.items() if path.split("/")[-1] == "embedding" and leaf.ndim == 2]
+        known = [path for path in tables if path.split("/")[-2:-1] in [[name] for name in EMBEDDINGS]]
+        found = known or (tables if sole else [])
     else:
         found = list(match([embedding], leaves, what="embedding"))
     if len(found) != 1:

@@ -472,6 +472,8 @@ def test_disk_full_while_saving(refused, world, tmp_path, monkeypatch, command):
         (["--adapter", "{loralib}"], "pass --alpha"),
         (["--adapter", "{loralib}", "--alpha", "6", "--against", "{out}"], "the two adapters change different modules"),
         (["--adapter", "{out}", "--layers", "7"], "the adapter changes nothing in layer 7"),
+        (["--adapter", "{out}", "--alpha", "6"], "is no checkpoint of loralib's"),
+        (["--adapter", "{out}", "--enable-lora", "True"], "is no checkpoint of loralib's"),
     ],
 )
 def test_what_cannot_be_analyzed(refused, world, tmp_path, flags, message):

@@ -107,11 +107,41 @@ def test_labels_and_a_prefix_are_swept_as_they_are_trained(labelled, tmp_path, c
         (["--grid", "rank=auto"], "rank: 'auto' given, which is the highest rank within a budget; give a budget"),
         (["--grid", "prefix-length=0,127"], "prefix_length: 127 given, expected 0 to 126 for 128 positions"),
         (["--prefix-length", -1], "prefix_length: -1 given, expected a whole number of 0 or more"),
+        (["--best", 1], "best: 1 given, expected 1 or more, with score_batches"),
+        (["--seed", 5, "--seeds", 2], "seed: 5 given together with seeds 2; give one of them"),
+        (["--output", "{data}/out"], "{data}/out: {data} is a file, expected a folder to write"),
     ],
 )
 def test_a_mistake_is_one_line_before_anything_trains(paths, tmp_path, capsys, monkeypatch, words, message):
     monkeypatch.delenv("LORA_JAX_TRACEBACK", raising=False)
+    words = [str(word).format(**paths) for word in words]
     assert sweep(paths, "--output", tmp_path / "out", *words) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"lora-jax: {message}")
+    assert line.startswith(f"lora-jax: {message.format(**paths)}")
     assert not (tmp_path / "out").exists()
+
+
+def test_only_adapters_of_the_results_are_replaced(paths, tmp_path, monkeypatch):
+    """What someone else put beside them stays; and the results are there though the adapters can't be saved."""
+    out = tmp_path / "out"
+    grid = ("--grid", "targets=/[a-z_]*q_proj.kernel/", "--rank", 1, "--output", out, "--save-adapters")
+    assert sweep(paths, *grid) == 0
+    (saved,) = (out / "adapters").iterdir()
+    (out / "adapters" / "mine").mkdir()
+    (out / "adapters" / "mine" / "precious").write_text("kept")
+    (saved / "stale").write_text("of the last run")
+    told = json.loads((out / "results.json").read_text())
+    assert told["lora"].keys() == {"dora", "dtype", "exclude", "init", "scaling", "train"}
+    assert told["train"]["keep"] == "last"
+    assert not told["train"].keys() & {"seed", "learning_rate", "order"}
+    assert sweep(paths, *grid, "--overwrite") == 0
+    assert not (saved / "stale").exists()
+    assert (out / "adapters" / "mine" / "precious").read_text() == "kept"
+
+    def full(*_, **__):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(lora_jax.peft, "save", full)
+    (out / "results.csv").unlink()
+    assert sweep(paths, *grid, "--overwrite") == 2
+    assert len(list(csv.DictReader((out / "results.csv").read_text().splitlines()))) == 1

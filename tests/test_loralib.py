@@ -2,11 +2,13 @@
 
 import os
 import pickle
+import struct
 import time
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -98,7 +100,7 @@ def test_what_does_not_fit_is_said(options, problem):
     assert "adapter.bin" in str(caught.value)
 
 
-@pytest.mark.parametrize("alpha", [float("nan"), float("inf"), "16", None, True])
+@pytest.mark.parametrize("alpha", [float("nan"), float("inf"), "16", None, True, 10**400])
 def test_alpha_is_a_number(alpha):
     with pytest.raises(ValueError, match=r"^alpha: .* given, expected a number"):
         load(alpha=alpha)
@@ -108,11 +110,32 @@ def test_alpha_is_a_number(alpha):
 
 def test_where_all_projections_are_adapted_others_may_not_be():
     """Factors of three groups, each of four outputs, and a kernel of three times four: of one layer among others."""
-    for enable_lora in (None, ENABLED, (True, True, True)):
+    for enable_lora in (None, ENABLED, (True, True, True), (True, False)):
         assert blocks_of(6, (12, 2), 12, enable_lora).adapted == (0, 1, 2)
-    for enable_lora in ((True, True), (True, False, True, True)):
-        with pytest.raises(ValueError, match="but the file adapts 3 of 3 projections"):
-            blocks_of(6, (12, 2), 12, enable_lora)
+
+
+def test_flags_of_any_kind():
+    as_array = load(enable_lora=np.array(ENABLED))
+    jax.tree.map(np.testing.assert_array_equal, as_array, load())
+    for given in (True, (), (False, False), "yes"):
+        with pytest.raises(ValueError, match=r"^enable_lora: .* given, expected a flag for each projection"):
+            load(enable_lora=given)
+
+
+def test_tensors_that_share_a_storage_may_not_fill_the_memory(tmp_path):
+    """Three hundred views of one storage: a file of a megabyte would take three hundred."""
+    path, side = tmp_path / "adapter.bin", 512
+    number, text = (lambda n: b"J" + struct.pack("<i", n)), (lambda word: b"X" + struct.pack("<i", len(word)) + word)
+    storage = b"(" + text(b"storage") + b"ctorch\nFloatStorage\n" + text(b"0") + text(b"cpu") + number(side**2) + b"tQ"
+    view = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + number(0) + number(side) * 2 + b"\x86"
+    view += number(side) + number(1) + b"\x86\x89ccollections\nOrderedDict\n)RtR"
+    program = b"\x80\x02}(" + b"".join(text(b"module%d.lora_A" % i) + view for i in range(300)) + b"u."
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("adapter/data.pkl", program)
+        archive.writestr("adapter/data/0", bytes(4 * side**2))
+    assert path.stat().st_size < 2_000_000
+    with pytest.raises(ValueError, match="its tensors take 314,572,800 bytes, in a file of"):
+        loralib.read(path)
 
 
 def test_another_width_is_another_model():

@@ -4,6 +4,7 @@ A folder may be accepted only if it still says the same, as when a bit flips in 
 """
 
 import json
+import re
 import shutil
 import struct
 import time
@@ -188,6 +189,12 @@ HOSTILE_FIELDS = [
     {"lora_jax_prefix": {"length": 10**12, "after": 0}},
     {"lora_jax_prefix": {"length": 3, "after": -1}},
     {"lora_jax_prefix": "../../prefix"},
+    {"target_modules": ".*" * 9999 + "x"},
+    {"exclude_modules": "(" + "|".join(f".*{i}.*" for i in range(1500)) + ")"},
+    {"rank_pattern": {f"x{i}": 2 for i in range(100_000)}},
+    {"rank_pattern": {f".*x{i}.*": 2 for i in range(2000)}},
+    {"alpha_pattern": {".*" * 500 + str(i): 2 for i in range(300)}},
+    {"modules_to_save": [".*" * 500 + str(i) for i in range(300)]},
 ]
 
 
@@ -288,6 +295,18 @@ LEAST = {
     "a bit in the prefix": 0.8,
     "a bit in the prefix's config": 0.3,
 }
+
+
+@pytest.mark.parametrize("number", range(len(HOSTILE_FIELDS)))
+def test_every_hostile_field_is_refused_soon(number, tmp_path):
+    params, fields = adapted(NODES), HOSTILE_FIELDS[number]
+    peft.save(tmp_path / "a", params, names=NAMES)
+    (tmp_path / "a" / CONFIG).write_text(json.dumps(config_in(tmp_path / "a") | fields))
+    started = time.monotonic()
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path / "a"))) as caught:
+        peft.load(tmp_path / "a", base(), names=NAMES)
+    assert str(caught.value).isprintable()
+    assert time.monotonic() - started < SECONDS
 
 
 def test_there_are_five_hundred():

@@ -10,6 +10,8 @@ import pytest
 from report_cases import FEATURES, LAYERS, NAMES, OUTPUTS, Planted, node
 
 from lora_jax import report
+from lora_jax.analysis import Amplification, spectrum
+from lora_jax.report._summary import of_amplification
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +149,33 @@ def test_what_is_there_stays_whole(measured, tmp_path, monkeypatch):
     assert "report.html" in os.listdir(tmp_path / "r")
 
 
-@pytest.mark.parametrize("held", [["adapter_model.safetensors"], ["report.json", "notes.txt"], ["photo.png"]])
+def test_the_current_folder_is_not_replaced(measured, tmp_path, monkeypatch):
+    (tmp_path / "within").mkdir()
+    monkeypatch.chdir(tmp_path / "within")
+    for folder in (".", tmp_path / "within"):
+        with pytest.raises(FileExistsError, match="the current folder can't be replaced"):
+            report.write(folder, measured[:1], title="x")
+    assert os.listdir(tmp_path) == ["within"]
+
+
+def test_a_kernel_of_zeros_has_no_share():
+    found = Amplification(*(np.float32(x) for x in (0.0, 0.0, 0.0, 0.0, 2.0)))
+    real = Amplification(*(np.float32(x) for x in (1.0, 2.0, 0.5, 4.0, 2.0)))
+    update = spectrum(np.eye(3))
+    both = [
+        report.Measured(
+            name=str(i), layer=i, kind="q", shape=(3, 3), rank=3, scale=1.0, update=update, amplification=one
+        )
+        for i, one in enumerate((found, real))
+    ]
+    (row,) = report.by_kind(both)
+    assert row.relative == pytest.approx(0.5)
+    assert "hold 25 % of ‖W‖ on average, W's own top directions 50 %, random ones 12 %" in of_amplification(both)
+
+
+@pytest.mark.parametrize(
+    "held", [["adapter_model.safetensors"], ["report.json", "notes.txt"], ["report.json", "photo.png"], ["report.html"]]
+)
 def test_nothing_but_a_report_is_overwritten(measured, tmp_path, held):
     for name in held:
         (tmp_path / name).write_text("kept")

@@ -4,6 +4,7 @@ import collections
 import csv
 import dataclasses
 import json
+import math
 import re
 
 import jax
@@ -109,7 +110,7 @@ def test_rounds_change_nothing(together, monkeypatch):
     assert split_up.rounds == 2
     for mine, other in zip(split_up.results, together.results, strict=True):
         np.testing.assert_allclose(mine.losses, other.losses, rtol=1e-5)
-    with pytest.raises(ValueError, match=r"^memory: 1e-06 GB given, and one adapter alone needs"):
+    with pytest.raises(ValueError, match=r"^memory: 1e-06 GB may be taken, and one adapter alone needs"):
         swept(POINTS, memory=1000)
 
 
@@ -137,6 +138,37 @@ def test_what_only_the_last_update_broke_has_failed(tmp_path):
     assert (results.results[1].valid, results.results[1].adapter) == (None, None)
     results.write(tmp_path)
     assert len(json.loads((tmp_path / "results.json").read_text())["points"]) == 2
+
+
+def test_a_large_loss_is_written_without_its_perplexity(together, tmp_path):
+    """exp(loss) isn't finite from about 709 on; the loss is."""
+    large = dataclasses.replace(together.results[0].valid, loss=800.0, metrics={"perplexity": math.inf})
+    changed = dataclasses.replace(together.results[0], valid=large)
+    results = dataclasses.replace(together, results=(changed, *together.results[1:]))
+    results.write(tmp_path)
+    point = json.loads((tmp_path / "results.json").read_text())["points"][0]
+    assert (point["valid_loss"], point["valid_perplexity"], point["failed_at"]) == (800, None, None)
+    (line, *_) = csv.DictReader((tmp_path / "results.csv").read_text().splitlines())
+    assert (line["valid_loss"], line["valid_perplexity"]) == ("800.0", "")
+    assert results.summary()[0]["valid_perplexity"] is None
+
+
+def test_patterns_are_shown_as_they_are():
+    points = [Point(rank=1, alpha=1, targets=(target,)) for target in ("/[a-z]*head/kernel/", "/.*[/]head.kernel/")]
+    shown = str(swept(points, dataclasses.replace(CONFIG, steps=1)))
+    for point in points:
+        assert point.targets[0] in shown
+
+
+def test_memory_is_known_on_every_system(monkeypatch):
+    assert 2**28 < _run.free_memory() < 2**45
+
+    def unknown(name):
+        raise ValueError("unrecognized configuration name")
+
+    monkeypatch.setattr(_run.pathlib.Path, "exists", lambda self: False)
+    monkeypatch.setattr(_run.os, "sysconf", unknown)
+    assert _run._available() == _run.SMALL_MACHINE
 
 
 def test_padding_and_what_isnt_targeted_stay_zero(monkeypatch):

@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS has no affinity
+
 
 class Store:
     """The runs of one experiment at one scale by key, in `folder/NAME.json`.
@@ -37,7 +39,7 @@ class Store:
                 "seconds": seconds,
                 "cpu_seconds": cpu,
                 "device": jax.devices()[0].device_kind,
-                "cores": len(os.sched_getaffinity(0)),
+                "cores": CORES,
                 **found,
             }
             self._write()

@@ -78,9 +78,9 @@ def of_adapter(adapter: Path, base: Base) -> Labels | None:
     PEFT keeps no names: the head that such an adapter brings to a base without one tells numbers.
     """
     saved = load(adapter)
-    if saved is not None or not adapter.is_dir() or base.abstract().head:
+    if saved is not None or not adapter.is_dir() or (model := base.abstract()).head:
         return saved
-    count = _read.labels_told(adapter)
+    count = _read.labels_told(adapter, model.config.hidden_size)
     return None if count is None else Labels(tuple(map(str, range(count))))
 
 

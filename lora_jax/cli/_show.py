@@ -9,6 +9,7 @@ from typing import Any, TextIO
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 LOG_WIDTH = 120  # of files and pipes; a terminal tells its own
 
@@ -33,12 +34,12 @@ def print_json(values: dict[str, Any]) -> None:
 
 
 def table(columns: Iterable[str], rows: Iterable[Iterable[Any]], *, title: str | None = None) -> Table:
-    """A table; a column whose name ends with `>` holds figures and is aligned on the right."""
+    """A table; a column whose name ends with `>` holds figures and is aligned on the right. Brackets are no markup."""
     shown = Table(title=title, title_justify="left", title_style="bold")
     for name in columns:
         shown.add_column(name.removesuffix(">"), justify="right" if name.endswith(">") else "left", overflow="fold")
     for row in rows:
-        shown.add_row(*(cell if isinstance(cell, str) else number(cell) for cell in row))
+        shown.add_row(*(Text(cell) if isinstance(cell, str) else number(cell) for cell in row))
     return shown
 
 

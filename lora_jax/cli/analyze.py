@@ -48,6 +48,7 @@ class Settings:
 def run(settings: Settings) -> None:
     _base.check_free(settings.output, settings.overwrite)
     report.check_free(settings.output, overwrite=settings.overwrite)
+    _check_alpha(settings)
     updates = _chosen(read(settings.adapter, settings), settings)
     against = None if settings.against is None else _chosen(read(settings.against, settings), settings)
     if against is not None:
@@ -80,6 +81,17 @@ def run(settings: Settings) -> None:
     show.print(
         f"next: {shlex.join(['python', '-m', 'webbrowser', str(page.absolute())])}", markup=False, soft_wrap=True
     )
+
+
+def _check_alpha(settings: Settings) -> None:
+    """Refuses what only loralib's checkpoints need, where there is none."""
+    adapters = [path for path in (settings.adapter, settings.against) if path is not None and path.exists()]
+    for name in ("alpha", "enable_lora"):
+        value = getattr(settings, name)
+        if value is not None and adapters and not any(map(_checkpoint, adapters)):
+            raise ValueError(
+                f"{name}: {value} given, but {adapters[0]} is no checkpoint of loralib's: it says so itself"
+            )
 
 
 def read(path: Path, settings: Settings) -> dict[str, LoRA]:

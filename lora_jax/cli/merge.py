@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tyro
 
@@ -83,10 +84,9 @@ def _logits(settings: Settings, labels: Labels | None, new: Merged, folder: Path
     Raises:
         ValueError: they disagree with the weights unrounded: beyond rounding, that is.
     """
-    model = settings.base.load("float32", labels=labels and labels.names)
-    if settings.base.loaded_dtype is not None:  # what the adapter is merged into, and not what the files hold
-        loaded = jax.tree.map(lambda leaf: leaf.astype(settings.base.loaded_dtype).astype(leaf.dtype), model.params)
-        model = replace(model, params=loaded)
+    # Rounded as it was loaded to be merged, and then held in float32.
+    model = settings.base.load_streamed(labels and labels.names)
+    model = replace(model, params=jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf, np.float32)), model.params))
     plain = jax.jit(model.apply)
     params = _base.with_adapter(model, settings.adapter)
     adapted = _compare.outputs(jax.jit(lora_jax.adapt(model.apply)), params, rows)

@@ -2,9 +2,10 @@
 
 import dataclasses
 import functools
+import json
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -91,9 +92,8 @@ def run(settings: Settings) -> None:
     model = settings.base.abstract(labels=rows.names)
     points, longest = _points(settings, model)
     show = _show.results()
-    show.print(
-        f"{len(points)} adapters: " + "; ".join(dict.fromkeys(point.repeated.label for point in points)), soft_wrap=True
-    )
+    labels = dict.fromkeys(point.repeated.label for point in points)
+    show.print(f"{len(points)} adapters: {'; '.join(labels)}", markup=False, soft_wrap=True)
 
     model = settings.base.load(remat=settings.remat, labels=rows.names)
     lora = _labels.with_head(settings.lora, model)
@@ -149,9 +149,11 @@ def read_size(text: str) -> int:
 def _check(settings: Settings) -> None:
     """What can be refused before anything is read."""
     sweep.check_config(settings.train)
+    sweep.check_selection(settings.score_batches, settings.best)
+    if settings.seeds is not None and settings.train.seed != TrainConfig().seed:
+        raise ValueError(f"seed: {settings.train.seed} given together with seeds {settings.seeds}; give one of them")
     _embedded.check_data_given(settings.base, settings.data)
-    if settings.output.exists() and not settings.output.is_dir():
-        raise FileExistsError(f"{settings.output}: a file, expected a folder to write the results into")
+    _base.check_writable(settings.output)
     held = [name for name in RUN_FILES if (settings.output / name).exists()]
     if held and not settings.overwrite:
         raise FileExistsError(
@@ -197,18 +199,36 @@ class _Swept(NamedTuple):
 
 
 def _write(settings: Settings, swept: _Swept) -> None:
-    more = []
-    shutil.rmtree(settings.output / "adapters", ignore_errors=True)  # of results that are replaced
+    """The results first: whatever is wrong with an adapter or the disk, they are there."""
+    own = {field.name for field in dataclasses.fields(Point)} | {"overrides"}  # said of each point
+    told = {
+        "model": settings.base.name,
+        "data": " ".join(settings.data) or "embedded",
+        "budget": settings.budget,
+        "lora": _without(own, dataclasses.asdict(swept.lora)),
+        "train": _without(own, dataclasses.asdict(settings.train)) | {"keep": "last"},
+    }
+    replaced = _saved_before(settings.output)
+    swept.results.write(settings.output, **told)
+    for folder in replaced:
+        shutil.rmtree(folder, ignore_errors=True)
     if settings.save_adapters:
         more = [{"adapter": _save(settings, swept, number)} for number in range(len(swept.results.results))]
-    swept.results.write(
-        settings.output,
-        more,
-        model=settings.base.name,
-        data=" ".join(settings.data) or "embedded",
-        budget=settings.budget,
-        train=dataclasses.asdict(settings.train),
-    )
+        swept.results.write(settings.output, more, **told)
+
+
+def _without(names: Collection[str], settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name not in names}
+
+
+def _saved_before(output: Path) -> list[Path]:
+    """The folders of adapters that the results in `output` tell of, which new results replace."""
+    try:
+        points = json.loads((output / "results.json").read_text())["points"]
+        named = [str(point.get("adapter")) for point in points]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or not ours
+        return []
+    return [output / name for name in named if re.fullmatch(r"adapters/[0-9]{3,}-[A-Za-z0-9.-]+", name)]
 
 
 def _save(settings: Settings, swept: _Swept, number: int) -> str | None:

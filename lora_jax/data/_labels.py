@@ -35,9 +35,12 @@ class Labels(NamedTuple):
         if self.regression:
             if isinstance(label, str):
                 raise ValueError(f"{where}: label {label!r}, expected a number, as the other rows have")
-            value = np.float32(label)
+            try:
+                value = np.float32(label)
+            except OverflowError:  # an integer of hundreds of digits
+                value = np.float32(math.inf)
             if not math.isfinite(value):
-                raise ValueError(f"{where}: label {label}, expected a finite number")
+                raise ValueError(f"{where}: label {str(label)[:40]}, expected a finite number")
             return value
         if isinstance(label, float) or str(label) not in self.names:
             raise ValueError(f"{where}: label {label!r}, expected one of {', '.join(self.names)}")

@@ -1,9 +1,8 @@
 """loralib's tensors as nodes: Linear, Embedding and MergedLinear."""
 
 import math
-import numbers
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +13,8 @@ from lora_jax.peft import _names, _trees
 from lora_jax.peft._config import one_line
 from lora_jax.peft._factors import Factors, node_of
 from lora_jax.peft._names import Tensor, Weight
+
+MAX_ALPHA = 1e9
 
 
 def load(
@@ -52,6 +53,7 @@ def load(
     The reference: https://github.com/microsoft/LoRA (loralib 0.1.2, layers.py)
     """
     check_alpha(alpha)
+    enable_lora = check_enabled(enable_lora)
     arrays = read(path)
     tree = _trees.parts(params)
     if tree.nodes:
@@ -83,8 +85,26 @@ def load(
 
 def check_alpha(alpha: float) -> None:
     """Refuses what would make every scale no number."""
-    if isinstance(alpha, bool) or not isinstance(alpha, numbers.Real) or not math.isfinite(alpha):
-        raise ValueError(f"alpha: {alpha!r} given, expected a number: the lora_alpha that the adapter was trained with")
+    try:
+        number = math.nan if isinstance(alpha, bool | str) else float(alpha)
+    except (TypeError, OverflowError):
+        number = math.nan
+    if not abs(number) <= MAX_ALPHA:
+        raise ValueError(
+            f"alpha: {str(alpha)[:40]} given, expected a number: the lora_alpha that the adapter was trained with"
+        )
+
+
+def check_enabled(enable_lora: Any) -> tuple[bool, ...] | None:
+    """What loralib takes: a flag for each projection, of which one at least is set."""
+    if enable_lora is None:
+        return None
+    flags = tuple(enable_lora) if isinstance(enable_lora, Iterable) and not isinstance(enable_lora, str) else ()
+    if not any(flags):
+        raise ValueError(
+            f"enable_lora: {enable_lora!r} given, expected a flag for each projection, such as (True, False)"
+        )
+    return tuple(bool(on) for on in flags)
 
 
 def _kernel(module: str, table: Mapping[str, Tensor]) -> Tensor:
@@ -128,17 +148,16 @@ def blocks_of(rows_of_a: int, shape_of_b: tuple[int, ...], outputs: int, enable_
     if rest or not groups or rows % groups or outputs % width:
         raise ValueError(f"lora_A of {rows_of_a} rows and lora_B {shape_of_b} fit no kernel of {outputs} outputs")
     projections = outputs // width
-    if groups == projections and len(enable_lora or ()) in (0, projections):
+    if groups == projections:
         enable_lora = (True,) * projections  # whatever is said of the others
     elif enable_lora is None:
         raise ValueError(
             f"a MergedLinear that adapts {groups} of {projections} projections: say which, as in enable_lora="
             f"{(True,) * groups + (False,) * (projections - groups)}"
         )
-    enabled = tuple(bool(on) for on in enable_lora)
-    if len(enabled) != projections or sum(enabled) != groups:
-        raise ValueError(f"enable_lora={enabled}, but the file adapts {groups} of {projections} projections")
-    return _Blocks(width, outputs, tuple(i for i, on in enumerate(enabled) if on))
+    if len(enable_lora) != projections or sum(enable_lora) != groups:
+        raise ValueError(f"enable_lora={tuple(enable_lora)}, but the file adapts {groups} of {projections} projections")
+    return _Blocks(width, outputs, tuple(i for i, on in enumerate(enable_lora) if on))
 
 
 def block_diagonal(b: np.ndarray, blocks: _Blocks) -> np.ndarray:

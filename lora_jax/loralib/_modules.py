@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lora_jax._tree import LoRA
-from lora_jax.loralib._load import block_diagonal, blocks_of, check_alpha
+from lora_jax.loralib._load import block_diagonal, blocks_of, check_alpha, check_enabled
 from lora_jax.loralib._zip import read
 from lora_jax.peft._config import one_line
 from lora_jax.peft._modules import node
@@ -27,6 +27,7 @@ def updates(
         ValueError: alpha isn't a number; it isn't such a file, or factors don't belong together.
     """
     check_alpha(alpha)
+    enable_lora = check_enabled(enable_lora)
     arrays = read(path)
     problems, found = [], {}
     for name in sorted(name for name in arrays if name.endswith(".lora_A")):

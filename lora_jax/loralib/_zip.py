@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+MOST_SHARED = 4  # times the file's size, that tensors may take which are views of one storage
 MAX_PICKLE = 64 * 2**20  # bytes: a few hundred for each tensor
 
 STORAGES = {
@@ -80,7 +81,8 @@ class _Archive:
     """An open zip, with its members checked: stored as they are, and no larger than the file."""
 
     def __init__(self, archive: zipfile.ZipFile, size: int):
-        self.archive = archive
+        self.archive, self.size = archive, size
+        self.storages: dict[tuple[str, str], np.ndarray] = {}
         self.members = {member.filename: member for member in archive.infolist()}
         for member in self.members.values():
             if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1 or member.file_size > size:
@@ -105,7 +107,12 @@ class _Archive:
         for name, value in found.items():
             if not isinstance(name, str) or not isinstance(value, np.ndarray):
                 raise ValueError(f"{str(name)[:80]!r} is no tensor; only a state dict can be read")
-        return found
+        taken = sum(value.size * value.itemsize for value in found.values())
+        if taken > max(MOST_SHARED * self.size, MAX_PICKLE):
+            raise ValueError(
+                f"its tensors take {taken:,} bytes, in a file of {self.size:,}: they are views of one another"
+            )
+        return {name: value.copy() for name, value in found.items()}
 
     def storage(self, reference: Any) -> np.ndarray:
         """The numbers that a persistent id names: ("storage", type, key, device, count)."""
@@ -115,12 +122,14 @@ class _Archive:
         dtype = STORAGES.get(kind.name) if isinstance(kind, _Global) else None
         if dtype is None or not isinstance(key, str) or not key.isdecimal() or type(count) is not int:
             raise ValueError(f"it holds a storage of an unknown kind: {_show(kind)}")
+        if (kind.name, key) in self.storages:
+            return self.storages[kind.name, key]
         data = self._optional(f"data/{key}")
         if data is None or len(data) != count * dtype.itemsize:
             raise ValueError(
                 f"storage {key[:20]} is missing or not of {count} numbers: the file is cut short or damaged"
             )
-        return np.frombuffer(data, dtype)
+        return self.storages.setdefault((kind.name, key), np.frombuffer(data, dtype))
 
 
 def interpret(program: bytes, storage: Callable[[Any], np.ndarray]) -> Any:
@@ -241,7 +250,7 @@ def _call(function: Any, arguments: Any) -> Any:
 
 
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any) -> np.ndarray:
-    """The view of a storage that a tensor is, copied; one that reaches beyond the storage is refused."""
+    """The view of a storage that a tensor is; one that reaches beyond the storage is refused."""
     numbers = [offset, *size, *stride] if isinstance(size, tuple) and isinstance(stride, tuple) else [-1]
     if (
         not isinstance(storage, np.ndarray)
@@ -255,7 +264,7 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any) -> np.ndarray:
     if not math.prod(size):
         return np.zeros(size, storage.dtype)
     strides = [step * storage.itemsize for step in stride]
-    return np.lib.stride_tricks.as_strided(storage[offset:], size, strides).copy()
+    return np.lib.stride_tricks.as_strided(storage[offset:], size, strides, writeable=False)
 
 
 def _show(value: Any) -> str:

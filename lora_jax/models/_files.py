@@ -1,6 +1,7 @@
 """A folder's safetensors files: which tensors they hold, and one tensor read at a time."""
 
 import json
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +16,9 @@ DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+
+
+_SHARD = re.compile(r"[^/\\\0]+\.safetensors")
 
 
 class Stored(NamedTuple):
@@ -110,9 +114,9 @@ def _files(folder: Path) -> list[Path]:
         raise FileNotFoundError(f"{folder}: neither {SINGLE} nor {INDEX} is there{advice}")
     try:
         shards = set(json.loads(index.read_text())["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{index}: not a safetensors index (a JSON object with a weight_map)") from None
-    outside = sorted(str(name) for name in shards if not isinstance(name, str) or Path(name).name != name)
+    outside = sorted(str(name) for name in shards if not isinstance(name, str) or not _SHARD.fullmatch(name))
     if outside:
-        raise ValueError(f"{index}: names a file outside its folder: {outside[0]}")
+        raise ValueError(f"{index}: {outside[0][:80]!r} is no safetensors file of this folder")
     return [folder / name for name in sorted(shards)]

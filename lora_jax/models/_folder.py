@@ -62,7 +62,7 @@ def read_config(folder: Path, families: Mapping[str, Family]) -> tuple[Family, A
         raise FileNotFoundError(f"{folder}: no {CONFIG} in it, so it isn't a Hugging Face model's folder")
     try:
         values = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a JSON object, found {type(values).__name__}")
@@ -86,6 +86,8 @@ def family_of(model_type: Any, architectures: Any, families: Mapping[str, Family
     Raises:
         ValueError: it isn't supported.
     """
+    if not isinstance(architectures or [], list) or not all(isinstance(name, str) for name in architectures or ()):
+        raise ValueError(f"architectures: {str(architectures)[:80]!r} given, expected a list of names")
     of_type = {name: family for name, family in families.items() if family.config_class.model_type == model_type}
     for name in architectures or of_type:
         if name in of_type:
@@ -121,11 +123,20 @@ def replacing(folder: Path, *, overwrite: bool) -> Iterator[Path]:
             _replace_contents(folder, temporary, old)
         else:
             _replace_folder(folder, temporary, old)
-        shutil.rmtree(old, ignore_errors=True)
+    except BaseException as error:
+        with suppress(OSError):  # it is empty if all was put back
+            old.rmdir()
+        if old.exists():
+            raise OSError(
+                f"{folder}: couldn't be replaced, nor put back ({error}): what it held is in {old}"
+            ) from error
+        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        with suppress(OSError):  # empty if all was put back
-            old.rmdir()
+    gone = old.with_name(old.name.removesuffix("-old") + "-gone")
+    with suppress(OSError):
+        old.rename(gone)  # one that is called old is whole
+    shutil.rmtree(gone if gone.exists() else old, ignore_errors=True)
 
 
 def _is_mounted(folder: Path) -> bool:

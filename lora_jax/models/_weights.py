@@ -1,8 +1,7 @@
 """Weights of Hugging Face's safetensors files as a tree of stacked leaves, one tensor at a time."""
 
-import functools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,14 +139,24 @@ def _mismatches(files, expected, ignored, copies) -> list[str]:
 
 def _streamed(files: TensorFiles, weight: Weight, shape: Sequence[int], dtype: Any) -> Streamed:
     names = {index: name for index, name, _ in entries(weight, shape)}
-    stored = {np.dtype(DTYPES[files.tensors[name].dtype]) for name in names.values()}
-    dtype = np.dtype(dtype or functools.reduce(np.promote_types, stored))  # a stack's layers may differ
+    dtype = np.dtype(dtype or _common({files.tensors[name].dtype for name in names.values()}))
 
     def read(index: tuple[int, ...]) -> np.ndarray:
         tensor = cast(files.read(names[index]), dtype, names[index])
         return np.swapaxes(tensor, -1, -2) if weight.transpose else tensor
 
     return Streamed(tuple(shape), dtype, weight.name.count("{}"), read)
+
+
+def _common(stored: Collection[str]) -> np.dtype:
+    """The dtype that holds a stack's layers as they are, which may differ: float16 and bfloat16 need float32.
+
+    >>> _common({"BF16"}).name, _common({"BF16", "F16"}).name, _common({"F16", "F64"}).name
+    ('bfloat16', 'float32', 'float64')
+    """
+    if len(stored) == 1:
+        return DTYPES[next(iter(stored))]
+    return DTYPES["F64" if "F64" in stored else "F32"]
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -6,6 +6,7 @@ rest, fields that a newer PEFT adds included, is refused unless it is off (null,
 don't know may change what the adapter computes.
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -77,6 +78,15 @@ class AdapterConfig:
     trainable_token_indices: Mapping[str, tuple[int, ...]] | tuple[int, ...] | None = None
     lora_jax_prefix: Mapping[str, int] | None = None  # ours: the adapter goes with prefix embeddings (`_prefix`)
 
+    @functools.cached_property
+    def budget(self) -> _patterns.Budget:
+        """What may still be spent on matching its patterns."""
+        return _patterns.Budget()
+
+    @functools.cached_property
+    def _ranks(self) -> dict[str, int]:
+        return {}
+
     def targets(self, module: str, *, linear: bool = False) -> bool:
         """Whether PEFT would adapt `module` (its `check_target_module_exists`).
 
@@ -84,15 +94,21 @@ class AdapterConfig:
             module: dotted name, without PEFT's `base_model.model.` prefix.
             linear: the module is a linear layer other than `lm_head`: what `"all-linear"` selects.
         """
-        if _named(self.exclude_modules, module):
+        if self._named(self.exclude_modules, module):
             return False
-        if any(_patterns.fullmatch(rf"(^|.*\.){saved}($|\..*)", module) for saved in self.modules_to_save):
+        if any(_patterns.names_part(saved, module, self.budget) for saved in self.modules_to_save):
             return False
         if isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear":
             return linear
         if isinstance(self.target_modules, str) or self.target_modules is None or module in self.target_modules:
-            return _named(self.target_modules, module)
-        return _named(self.target_modules, module) and self._in_layers(module)
+            return self._named(self.target_modules, module)
+        return self._named(self.target_modules, module) and self._in_layers(module)
+
+    def _named(self, patterns: tuple[str, ...] | str | None, module: str) -> bool:
+        """A string is a regular expression of the whole name; a list holds names and endings of names."""
+        if isinstance(patterns, str):
+            return _patterns.fullmatch(patterns, module, self.budget)
+        return any(module == name or module.endswith(f".{name}") for name in patterns or ())
 
     def _in_layers(self, module: str) -> bool:
         if not self.layers_to_transform:
@@ -110,33 +126,27 @@ class AdapterConfig:
 
     def rank(self, module: str) -> int:
         """The rank of `module`: that of the first pattern that names it, or `r`."""
-        return _by_pattern(self.rank_pattern, module, self.r)
+        if module not in self._ranks:
+            self._ranks[module] = self._by_pattern(self.rank_pattern, module, self.r)
+        return self._ranks[module]
 
     def scale(self, module: str) -> float:
         """alpha/rank, or alpha/√rank with `use_rslora` (Kalajdzievski 2023, arXiv 2312.03732)."""
         rank = self.rank(module)
-        alpha = _by_pattern(self.alpha_pattern, module, self.lora_alpha)
+        alpha = self._by_pattern(self.alpha_pattern, module, self.lora_alpha)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+    def _by_pattern(self, patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+        for pattern, value in patterns.items():
+            if _patterns.names_end(pattern, module, self.budget):
+                return value
+        return default
 
     def saves(self, module: str) -> bool:
         """Whether `modules_to_save` holds `module` or one around it: PEFT goes by the name's ending, dot or no dot."""
         parts = module.split(".")
         around = [".".join(parts[: n + 1]) for n in range(len(parts))]
         return any(f"{PREFIX}{name}".endswith(saved) for name in around for saved in self.modules_to_save)
-
-
-def _named(patterns: tuple[str, ...] | str | None, module: str) -> bool:
-    """A string is a regular expression of the whole name; a list holds names and endings of names."""
-    if isinstance(patterns, str):
-        return _patterns.fullmatch(patterns, module)
-    return any(module == name or module.endswith(f".{name}") for name in patterns or ())
-
-
-def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    for pattern, value in patterns.items():
-        if _patterns.names_end(pattern, module):
-            return value
-    return default
 
 
 def read(folder: Path) -> AdapterConfig:
@@ -311,7 +321,7 @@ def _patterned(value: Any) -> tuple[str, ...] | str | None:
 def _saved(value: Any) -> tuple[str, ...]:
     names = _names(value)
     for name in names:
-        _patterns.fullmatch(rf"(^|.*\.){name}($|\..*)", "")
+        _patterns.names_part(name, "")
     return names
 
 
@@ -358,6 +368,7 @@ def _pattern_values(check: Callable[[Any], Any]) -> Callable[[Any], dict[str, An
     def checked(value: Any) -> dict[str, Any]:
         if value is not None and not isinstance(value, dict):
             raise ValueError("expected an object of patterns and numbers")
+        _patterns.check_number(value or {})
         for pattern in value or {}:
             _patterns.names_end(pattern, "")
         return {pattern: check(number) for pattern, number in (value or {}).items()}

@@ -13,14 +13,35 @@ Written for what adapters hold: literals, `.`, classes, `\\d \\w \\s \\b` and th
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 MAX_LENGTH = 20_000  # of one pattern; 400 full module names joined by | fit
 MAX_DEPTH = 50  # groups inside groups
+MAX_NUMBER = 1000  # of patterns that are more than a name, in one field; all are kept parsed
+MAX_NAMES = 20_000  # of names in one field
+MAX_STEPS = 200_000  # of one pattern and one name: a second
+STEPS_OF_ALL, STEPS_A_NAME = 400_000, 500  # of all matching for one config: seconds, and more for a large model
 _LITERAL = re.compile(r"\^?(?:[\w.-]|\\\.)*\$?")
 
 Char = Callable[[str], bool]
+
+
+class Budget:
+    """How much may still be matched: patterns are cheap one by one, and a hostile config has many."""
+
+    def __init__(self) -> None:
+        self.steps, self.of_one = STEPS_OF_ALL, MAX_STEPS
+
+    def allow(self, names: int) -> None:
+        """More, for a model of so many modules."""
+        self.steps += STEPS_A_NAME * names
+
+    def spend(self, steps: int) -> None:
+        self.steps -= steps
+        self.of_one -= steps
+        if self.steps < 0 or self.of_one < 0:
+            raise ValueError("its patterns take too long to match with this model's names: name the modules instead")
 
 
 class _Name(NamedTuple):
@@ -28,6 +49,7 @@ class _Name(NamedTuple):
 
     text: str
     ends: dict[tuple[object, int], frozenset[int]]
+    budget: Budget
 
 
 Matcher = Callable[[_Name, int], frozenset[int]]  # (name, start) -> every position where a match can end
@@ -38,7 +60,16 @@ class _Parsed(NamedTuple):
     next: int  # position in the pattern behind what was parsed
 
 
-def fullmatch(pattern: str, name: str) -> bool:
+def check_number(patterns: Collection[str]) -> None:
+    """Refuses more patterns in one field than are kept parsed."""
+    others = sum(_LITERAL.fullmatch(pattern) is None for pattern in patterns)
+    if len(patterns) > MAX_NAMES or others > MAX_NUMBER:
+        raise ValueError(
+            f"{len(patterns)} patterns, {others} of them more than names; at most {MAX_NAMES} and {MAX_NUMBER} are read"
+        )
+
+
+def fullmatch(pattern: str, name: str, budget: Budget | None = None) -> bool:
     """Whether `pattern` matches the whole of `name`, as `re.fullmatch` would say.
 
     >>> fullmatch(r"model\\.layers\\.[0-3]\\..*(q|v)_proj", "model.layers.2.self_attn.v_proj")
@@ -47,23 +78,46 @@ def fullmatch(pattern: str, name: str) -> bool:
     False
 
     Raises:
-        ValueError: `pattern` isn't a regular expression, or uses what isn't supported here.
+        ValueError: `pattern` isn't a regular expression, or uses what isn't supported here; the budget is used up.
     """
-    return len(name) in _compiled(pattern)(_Name(name, {}), 0)
+    budget = budget or Budget()
+    budget.of_one = MAX_STEPS
+    return len(name) in _compiled(pattern)(_Name(name, {}, budget), 0)
 
 
-def names_end(pattern: str, name: str) -> bool:
+def names_end(pattern: str, name: str, budget: Budget | None = None) -> bool:
     """Whether `pattern` matches `name` or an ending of it that follows a dot: PEFT's rule for ranks and alphas.
 
     >>> names_end("q_proj", "model.layers.2.self_attn.q_proj"), names_end("proj", "model.layers.2.self_attn.q_proj")
     (True, False)
     """
     if _LITERAL.fullmatch(pattern):  # nothing to repeat, so nothing to backtrack into: `re` is safe, and much faster
-        return re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name) is not None
-    return fullmatch(rf"(.*\.)?({pattern})", name)
+        return _literal(pattern).fullmatch(name) is not None
+    return fullmatch(rf"(.*\.)?({pattern})", name, budget)
 
 
-@functools.lru_cache(maxsize=1024)
+def names_part(pattern: str, name: str, budget: Budget | None = None) -> bool:
+    """Whether `pattern` matches whole parts of `name`, in a row: PEFT's rule for modules that are saved whole.
+
+    >>> names_part("classifier", "model.classifier.dense"), names_part("class", "model.classifier.dense")
+    (True, False)
+    """
+    if _LITERAL.fullmatch(pattern):
+        return _literal_part(pattern).fullmatch(name) is not None
+    return fullmatch(rf"(^|.*\.){pattern}($|\..*)", name, budget)
+
+
+@functools.lru_cache(maxsize=MAX_NAMES)
+def _literal(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(?:.*\.)?(?:{pattern})")
+
+
+@functools.lru_cache(maxsize=MAX_NAMES)
+def _literal_part(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(?:^|.*\.){pattern}(?:$|\..*)")
+
+
+@functools.lru_cache(maxsize=2 * MAX_NUMBER)
 def _compiled(pattern: str) -> Matcher:
     if len(pattern) > MAX_LENGTH:
         raise ValueError(
@@ -260,7 +314,11 @@ def _ahead(inner: Matcher, wanted: bool) -> Matcher:
 
 
 def _any_of(branches: list[Matcher]) -> Matcher:
-    return _once(lambda s, at: frozenset().union(*(branch(s, at) for branch in branches)))
+    def match(s: _Name, at: int) -> frozenset[int]:
+        s.budget.spend(len(branches))
+        return frozenset().union(*(branch(s, at) for branch in branches))
+
+    return _once(match)
 
 
 def _in_order(items: list[Matcher]) -> Matcher:
@@ -294,6 +352,7 @@ def _repeated(item: Matcher, low: int, high: int | None) -> Matcher:
 
 
 def _step(item: Matcher, s: _Name, starts: frozenset[int]) -> frozenset[int]:
+    s.budget.spend(len(starts))
     return frozenset().union(*(item(s, at) for at in starts))
 
 

@@ -86,10 +86,10 @@ def find(folder: Path) -> tuple[AdapterConfig, Path]:
     return config, path
 
 
-def labels_told(folder: Path) -> int | None:
-    """How many labels the head tells that the adapter in `folder` brings; None where it brings none.
+def labels_told(folder: Path, width: int) -> int | None:
+    """How many labels the head tells that the adapter in `folder` brings to a model of this width; None for no head.
 
-    A file that can't be read brings none: `load` says what is wrong with it.
+    A file that can't be read, or a head of another width, brings none: `load` says what is wrong with it.
     """
     _, path = find(folder)
     heads = [f"{PREFIX}{head}.weight" for head in ("classifier", "classifier.out_proj", "score")]
@@ -98,7 +98,7 @@ def labels_told(folder: Path) -> int | None:
             shapes = [tuple(file.get_slice(name).get_shape()) for name in file.keys() if name in heads]  # noqa: SIM118
     except safetensors.SafetensorError:
         return None
-    return next((shape[0] for shape in shapes if len(shape) == 2 and shape[0]), None)
+    return next((shape[0] for shape in shapes if len(shape) == 2 and shape[0] and shape[1] == width), None)
 
 
 class _Plan:
@@ -112,6 +112,7 @@ class _Plan:
         axes: Mapping[str, Axes] | None,
     ):
         self.config = config
+        config.budget.allow(len(table))
         self.adapted = [
             tensor
             for tensor in table.values()

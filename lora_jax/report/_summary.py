@@ -1,7 +1,8 @@
 """What is told of many kernels at once: means by kind, and the sentences that say what the figures show."""
 
+import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -50,16 +51,25 @@ def _kind(kind: str, kernels: list[Measured]) -> Kind:
         delta_norm=float(np.mean([norm(one.update.singular_values) for one in kernels])),
         effective_rank=float(np.mean([one.update.effective_rank for one in kernels])),
         rank_90=float(np.mean([one.update.energy_rank(0.9) for one in kernels])),
-        relative=float(np.mean([one.delta_norm / one.w_norm for one in found])) if found else None,
+        relative=_mean_of_numbers([ratio(one.delta_norm, one.w_norm) for one in found]),
         factor=_mean_of_numbers([float(one.factor) for one in found]),
         similarity=float(np.mean([one.phi[0, 0] for one in overlaps])) if overlaps else None,
     )
 
 
 def _mean_of_numbers(values: Sequence[float]) -> float | None:
-    """Kernels that the adapter hasn't moved have no factor."""
+    """Kernels that the adapter hasn't moved have no factor, and those of zeros no ratio."""
     numbers = [value for value in values if np.isfinite(value)]
     return float(np.mean(numbers)) if numbers else None
+
+
+def ratio(part: Any, whole: Any) -> float:
+    """NaN where there is no whole.
+
+    >>> ratio(1, 2), ratio(1, 0)
+    (0.5, nan)
+    """
+    return float(part / whole) if whole else math.nan
 
 
 def of_updates(measured: Sequence[Measured]) -> str:
@@ -85,7 +95,7 @@ def of_amplification(measured: Sequence[Measured]) -> str:
     if not factors:
         return "The adapter changes nothing yet: every update is zero."
     shares = [
-        100 * np.mean([part / one.w_norm for one, part in zip(found, parts, strict=True)])
+        100 * np.mean([ratio(part, one.w_norm) for one, part in zip(found, parts, strict=True) if one.w_norm])
         for parts in (
             [one.projected for one in found],
             [one.projected_own for one in found],

@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +20,9 @@ from lora_jax.report._summary import norm
 
 FORMAT = 1  # of report.json
 DIGITS = 6
+OURS = re.compile(
+    r"report\.(json|html)|(spectra_(update|weight)|amplification|projections|overlap_[AB](_by_layer_\d+)?)\.png"
+)
 
 
 def write(
@@ -75,11 +79,13 @@ def check_free(folder: Path, *, overwrite: bool) -> None:
     held = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     if held and not overwrite:
         raise FileExistsError(f"{folder}: is not empty; ask to overwrite it or choose another folder")
-    other = [name for name in held if name not in ("report.html", "report.json") and not name.endswith(".png")]
-    if held and (other or "report.json" not in held):
+    other = [name for name in held if not OURS.fullmatch(name)]
+    if other or (held and "report.json" not in held):
         raise FileExistsError(
             f"{folder}: holds {[*other, *held][0]}, which is not of a report and would be lost; choose another folder"
         )
+    if folder.resolve() in (here := Path.cwd(), *here.parents):
+        raise FileExistsError(f"{folder}: the current folder can't be replaced; choose another, also within it")
 
 
 @contextlib.contextmanager

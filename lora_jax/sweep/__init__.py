@@ -13,4 +13,5 @@ from lora_jax.sweep._point import Point as Point
 from lora_jax.sweep._results import Result as Result
 from lora_jax.sweep._results import Results as Results
 from lora_jax.sweep._run import check_config as check_config
+from lora_jax.sweep._run import check_selection as check_selection
 from lora_jax.sweep._run import run as run

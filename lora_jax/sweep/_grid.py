@@ -30,8 +30,9 @@ def grid(
     """Every combination of the given settings, as points for `run`.
 
     With a `budget`, a point's A and B together must have at most that many numbers, and at least 90 % of them: the
-    paper's table 5 compares sets of targets at one budget. Rank `"auto"` is the highest that the budget allows, also
-    where that is less than 90 % of it. Leaves that train whole (`lora.train`) and prefixes aren't counted.
+    paper's table 5 compares sets of targets at one budget. Rank `"auto"` is the highest that the budget and the
+    smallest of the kernels allow, also where that is less than 90 % of it. Leaves that train whole (`lora.train`) and
+    prefixes aren't counted.
 
     Args:
       specs: a list of values for each setting of `Point` that is to vary. Besides numbers, rank may be `"auto"`, and
@@ -66,7 +67,7 @@ def grid(
         if chosen["rank"] == AUTO:
             if budget is None:
                 raise ValueError("rank: 'auto' given, which is the highest rank within a budget; give a budget")
-            chosen["rank"] = budget // each
+            chosen["rank"] = min(budget // each, costs.highest_rank(chosen["targets"]))
             fits = chosen["rank"] > 0
         else:
             fits = budget is None or LEAST_SHARE * budget <= chosen["rank"] * each <= budget
@@ -87,6 +88,7 @@ class _Costs:
 
     def __init__(self, params: Any, lora: LoRAConfig, axes: Mapping[str, Axes] | None):
         self.known: dict[tuple[str, ...], int] = {}
+        self._smallest: dict[tuple[str, ...], int] = {}
         self._params, self._lora, self._axes, self._paths = params, lora, axes, leaf_paths(params)
 
     def of_rank_one(self, point: Point) -> int:
@@ -95,12 +97,26 @@ class _Costs:
             adapted = jax.eval_shape(
                 lambda params: init(jax.random.key(0), params, config, axes=self._axes), self._params
             )
-            self.known[point.targets] = sum(node.a.size + node.b.size for node in nodes_of(adapted).values())
+            nodes = nodes_of(adapted).values()
+            self.known[point.targets] = sum(node.a.size + node.b.size for node in nodes)
+            sides = [factor.size // node.scale.size for node in nodes for factor in (node.a, node.b)]
+            self._smallest[point.targets] = min(sides)
         return self.known[point.targets]
+
+    def highest_rank(self, targets: tuple[str, ...]) -> int:
+        """Above the smaller side of a kernel, a rank adds nothing: of targets whose cost is known."""
+        return self._smallest[targets]
 
 
 def _checked(specs: Specs, seeds: int | None) -> dict[str, list[Any]]:
     names = [field.name for field in dataclasses.fields(Point)]
+    for name, values in specs.items():
+        if name not in names:
+            raise ValueError(f"grid: no setting {name!r}; the settings are {', '.join(names)}")
+        if isinstance(values, str) or not isinstance(values, Sequence):
+            raise ValueError(f"grid: {name}: {values!r} given, expected a list of values")
+        if not values:
+            raise ValueError(f"grid: {name} has no values")
     lists = {name: list(values) for name, values in specs.items()}
     if seeds is not None:
         if seeds < 1:
@@ -108,11 +124,6 @@ def _checked(specs: Specs, seeds: int | None) -> dict[str, list[Any]]:
         if "seed" in lists:
             raise ValueError("seeds: given together with seed in the grid; give one of them")
         lists["seed"] = list(range(seeds))
-    for name, values in lists.items():
-        if name not in names:
-            raise ValueError(f"grid: no setting {name!r}; the settings are {', '.join(names)}")
-        if not values:
-            raise ValueError(f"grid: {name} has no values")
     if "targets" in lists:
         lists["targets"] = [(one,) if isinstance(one, str) else tuple(one) for one in lists["targets"]]
     return lists
@@ -122,6 +133,8 @@ def _alpha(value: Any, rank: int) -> float:
     """A number, or a multiple of the rank, such as "2r"."""
     if not isinstance(value, str):
         return value
+    if not value.endswith("r"):
+        raise ValueError(f"grid: alpha: {value!r} given, expected a number, or a multiple of the rank such as '2r'")
     return rank * _number(float, value.removesuffix("r") or "1", "alpha", value)
 
 

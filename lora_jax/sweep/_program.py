@@ -137,7 +137,7 @@ def at_once(count: int, fixed: int, needed: Callable[[int], int], memory: int) -
     while (bytes_here := needed(size)) > memory:
         if size == 1:
             raise ValueError(
-                f"memory: {memory / 1e9:.3g} GB given, and one adapter alone needs {bytes_here / 1e9:.3g} GB;"
+                f"memory: {memory / 1e9:.3g} GB may be taken, and one adapter alone needs {bytes_here / 1e9:.3g} GB;"
                 " give more, or lower batch_size or max_length"
             )
         each = max(1.0, (bytes_here - fixed) / size)

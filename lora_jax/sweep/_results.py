@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from lora_jax.analysis import GradientScore
 from lora_jax.sweep._point import REPEATS, Point
@@ -39,7 +41,8 @@ class Result:
     """Its share of its round's time."""
 
     failed_at: int | None
-    """The first step at which the loss or its gradient wasn't finite; None where all were."""
+    """The first step at which the loss or its gradient wasn't finite, or the last one where only what its update made
+    isn't; None where all is."""
 
     losses: np.ndarray
     """f32[steps], each before the step's update."""
@@ -102,7 +105,8 @@ class Results:
     def summary(self) -> list[dict[str, Any]]:
         """One row for the repeats of each point: its settings without seed and order, and mean and standard deviation.
 
-        Failed adapters count in `failed` only. The deviation is that of a sample, None for fewer than two.
+        Failed adapters count in `failed` only, and figures that aren't finite (the perplexity of a large loss) not at
+        all. The deviation is that of a sample, None for fewer than two.
         """
         groups: dict[Point, list[Result]] = {}
         for result in self.results:
@@ -135,7 +139,8 @@ class Results:
         for name in ("trainable", *scored, *self.names, "repeats"):
             table.add_column(_heading(name), justify="right")
         for row in rows:
-            settings = [row[name] if name == "targets" else f"{row[name]:g}" for name in varied]
+            # Text, for targets may be patterns with brackets.
+            settings = [Text(row[name]) if name == "targets" else f"{row[name]:g}" for name in varied]
             figures = [
                 f"{row['trainable']:,}",
                 *(f"{row[name]:.3g}" for name in scored),
@@ -148,6 +153,8 @@ class Results:
     def write(self, folder: str | os.PathLike[str], columns: Sequence[dict[str, Any]] = (), **settings: Any) -> None:
         """Writes `results.csv`, a line for each point, and `results.json`, which holds the summary too.
 
+        Figures that aren't finite are empty in the one and null in the other.
+
         Args:
           folder: made if it isn't there.
           columns: more entries for each point's row.
@@ -155,7 +162,9 @@ class Results:
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        points = [row | more for row, more in zip(self.rows(), columns or [{}] * len(self.results), strict=True)]
+        points = [
+            _finite(row | more) for row, more in zip(self.rows(), columns or [{}] * len(self.results), strict=True)
+        ]
         text = io.StringIO()
         writer = csv.DictWriter(text, points[0], lineterminator="\n")
         writer.writeheader()
@@ -164,13 +173,12 @@ class Results:
             **settings,
             "rounds": self.rounds,
             "seconds": self.seconds,
-            **self._scores(),
+            **_finite(self._scores()),
             "points": points,
             "summary": self.summary(),
         }
-        told = json.dumps(whole, indent=1, allow_nan=False) + "\n"  # may raise: before either is written
         _write(folder / "results.csv", text.getvalue())
-        _write(folder / "results.json", told)
+        _write(folder / "results.json", json.dumps(whole, indent=1, allow_nan=False) + "\n")
 
     def _scores(self) -> dict[str, Any]:
         """Of results.json: the kernels' scores, and how well those of the settings ordered what came of them."""
@@ -194,10 +202,23 @@ def _summary_row(point: Point, group: Sequence[Result], names: Sequence[str]) ->
     if group[0].score is not None:
         row["score"] = group[0].score
     for name in names:
-        values = [result.figures[name] for result in group if name in result.figures]
+        values = [found for result in group if math.isfinite(found := result.figures.get(name, math.nan))]
         row[name] = float(np.mean(values)) if values else None
         row[f"{name}_std"] = float(np.std(values, ddof=1)) if len(values) > 1 else None
     return row
+
+
+def _finite(tree: Any) -> Any:
+    """The tree with None for every number that isn't finite.
+
+    >>> _finite({"loss": [1.0, float("inf")], "targets": "q"})
+    {'loss': [1.0, None], 'targets': 'q'}
+    """
+    if isinstance(tree, dict):
+        return {name: _finite(child) for name, child in tree.items()}
+    if isinstance(tree, list):
+        return [_finite(child) for child in tree]
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
 
 
 def _heading(name: str) -> str:

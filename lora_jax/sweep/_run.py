@@ -3,6 +3,8 @@
 import dataclasses
 import math
 import os
+import pathlib
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -26,6 +28,7 @@ from lora_jax.train import Evaluation, StepMetrics, Task, TrainConfig, task_of
 from lora_jax.train._evaluate import evaluation_of
 from lora_jax.train._log import Log
 
+SMALL_MACHINE = 8 * 2**30  # bytes
 TRACED_TOKENS = 8  # of the abstract call that tells how each kernel is used
 
 
@@ -175,6 +178,11 @@ def _check(
     if not train_data:
         raise ValueError("no training examples")
     check_config(config)
+    check_selection(score_batches, best)
+
+
+def check_selection(score_batches: int, best: int | None) -> None:
+    """Refuse to choose by scores that aren't there."""
     if score_batches < 0:
         raise ValueError(f"score_batches: {score_batches} given, expected 0 or more")
     if best is not None and (best < 1 or not score_batches):
@@ -341,4 +349,16 @@ def free_memory() -> int:
     stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return (stats["bytes_limit"] - stats.get("bytes_in_use", 0)) // 2
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return _available() // 2
+
+
+def _available() -> int:
+    """Bytes that the host can give: as Linux counts them, else all it has, else those of a small machine."""
+    listed = pathlib.Path("/proc/meminfo")
+    found = re.search(r"^MemAvailable: +(\d+) kB$", listed.read_text() if listed.exists() else "", re.MULTILINE)
+    if found:
+        return int(found[1]) * 1024
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # no such call, or no such name
+        return SMALL_MACHINE
