@@ -208,7 +208,7 @@ def _table(params: Any, embedding: str | None, *, sole: bool = False) -> tuple[s
         raise ValueError(f"{PREFIX}: the parameters have one already; take it out with lora_jax.prefix.take")
     leaves = {path: unbox(leaf) for path, leaf in leaves_with_paths(params) if not is_node(leaf)}
     if embedding is None:
-        tables = [path for path, leaf in leaves.items() if path.split("/")[-1] == "embedding" and leaf.ndim == 2]
+        tables = [path for path, leaf in leaves.items() if path.split("/")[-1] == "embedding" and len(leaf.shape) == 2]
         known = [path for path in tables if path.split("/")[-2:-1] in [[name] for name in EMBEDDINGS]]
         found = known or (tables if sole else [])
     else:

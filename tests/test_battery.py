@@ -266,8 +266,24 @@ CHECKS = {
 }
 BATTERY = [(name, check) for name, case in CASES.items() for check, (_, applies) in CHECKS.items() if applies(case)]
 
+# A run without options has these functions whole, and of the others what is traced, and the outputs.
+WHOLE = (
+    *("dense", "transposed", "reshape_merges_heads", "traced_index_of_a_stack", "scaled_by_output", "to_several_heads"),
+    *("fused_qkv", "attention", "ragged", "embedding", "tied_embedding", "convolution", "scan_over_remat_layers"),
+    *("while_loop", "cond", "remat", "custom_vjp_on_activations", "hessian_inside"),
+    *("shard_map_by_inputs", "shard_map_by_outputs", "shard_map_by_experts"),
+)
+COMPILED = ("start", "gradients", "vmap", "yardstick", "flops")
 
-@pytest.mark.parametrize(("name", "check"), BATTERY)
+
+def is_slow(name, check):
+    return name not in WHOLE and check in COMPILED
+
+
+@pytest.mark.parametrize(
+    ("name", "check"),
+    [pytest.param(*pair, marks=[pytest.mark.slow] if is_slow(*pair) else []) for pair in BATTERY],
+)
 def test_battery(name, check):
     CHECKS[check][0](CASES[name])
 
@@ -275,4 +291,4 @@ def test_battery(name, check):
 def test_battery_is_whole():
     """At least sixty functions, and no entry of the table without its function."""
     assert len(CASES) >= 60
-    assert MATERIALIZES.keys() | ROUNDED_AT_THE_START.keys() <= CASES.keys()
+    assert MATERIALIZES.keys() | ROUNDED_AT_THE_START.keys() | set(WHOLE) <= CASES.keys()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from battery import CASES, layouts
 from battery.case import make_nodes, merge_by_hand, with_nodes
-from test_battery import MATERIALIZES, arrays_only, assert_close, floats
+from test_battery import MATERIALIZES, WHOLE, arrays_only, assert_close, floats
 
 import lora_jax
 
@@ -45,7 +45,9 @@ def dora_nodes(case):
     return nodes
 
 
-@pytest.mark.parametrize("name", CHOSEN)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in WHOLE else [pytest.mark.slow]) for name in CHOSEN]
+)
 def test_adapted_is_merged(name):
     case = CASES[name]
     nodes = dora_nodes(case)

@@ -368,7 +368,12 @@ def sharded_parts(kernels):
 
 
 @pytest.mark.parametrize(
-    "kernels", [P(), P(None, None, "model"), P(None, "data")], ids=["replicated", "tensor", "fsdp"]
+    "kernels",
+    [
+        pytest.param(P(), id="replicated", marks=pytest.mark.slow),
+        pytest.param(P(None, None, "model"), id="tensor", marks=pytest.mark.slow),
+        pytest.param(P(None, "data"), id="fsdp"),
+    ],
 )
 def test_a_sharded_base_holds(kernels):
     """Abstract and sharded: data parallel, tensor parallel, and gathered as they are used."""

@@ -72,6 +72,7 @@ def test_a_bare_encoder_gets_a_head_from_the_key(tmp_path):
     np.testing.assert_array_equal(one.params["pooler"]["dense"]["kernel"], pooler)
 
 
+@pytest.mark.slow
 def test_a_masked_language_model_gets_pooler_and_head(tmp_path):
     bert = models.load(encoder(tmp_path / "bert", architecture="BertForMaskedLM"), labels=("score",))
     assert {path.split("/")[0] for path in bert.fresh} == {"classifier", "pooler"}
@@ -193,6 +194,7 @@ def test_labels_that_are_not_the_heads(world, tmp_path, refused):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_an_adapter_of_pefts_has_no_names(world, tmp_path):
     """The head that it brings says how many labels there are."""
     adapter = tmp_path / "adapter"
@@ -208,6 +210,7 @@ def test_an_adapter_of_pefts_has_no_names(world, tmp_path):
     assert found[2] == found[0]
 
 
+@pytest.mark.slow
 def test_scores(world, tmp_path):
     rows, out = write_rows(tmp_path / "scores.jsonl", [0.5, 1, 2.25]), tmp_path / "out"
     call("train", "--model", world["model"], "--data", rows, "--output", out, *TRAIN)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from marks import few
 from model_cases import CASES
 from safetensors.numpy import load_file
 from test_cli import tiny_tokenizer
@@ -74,12 +75,11 @@ def tied(tmp_path_factory):
 @pytest.mark.parametrize(
     ("targets", "changes"),
     [
-        (TIED, {}),
-        (EVERYTHING, {"tie_word_embeddings": False}),
-        (("k_proj",), {"train": ("norm", "lm_head"), "tie_word_embeddings": False}),
-        (("q_proj",), {"dora": True}),
+        pytest.param(TIED, {}, id="tied"),
+        pytest.param(EVERYTHING, {"tie_word_embeddings": False}, id="untied", marks=pytest.mark.slow),
+        pytest.param(("k_proj",), {"train": ("norm", "lm_head"), "tie_word_embeddings": False}, id="whole"),
+        pytest.param(("q_proj",), {"dora": True}, id="dora", marks=pytest.mark.slow),
     ],
-    ids=["tied", "untied", "whole", "dora"],
 )
 def test_merged_is_adapted(tmp_path, targets, changes):
     world = World(tmp_path, targets, **changes)
@@ -99,7 +99,7 @@ def test_a_tied_embedding_is_written_once(tied):
     assert json.loads((tied.output / "config.json").read_text())["tie_word_embeddings"]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", few(["float32", "bfloat16"], ["bfloat16"]))
 def test_a_low_precision_base_in_any_dtype(tmp_path, dtype, capsys):
     """Merged in float32 and rounded once, as are leaves that trained whole; what the rounding costs is printed."""
     world = World(tmp_path, ("attention",), train=("norm",), dtype="bfloat16")
@@ -150,6 +150,7 @@ def test_large_models_are_compared_on_request(tied, monkeypatch, capsys):
     assert "merged and adapted logits differ by" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_model_without_tokenizer(tmp_path, capsys, refused):
     world = World(tmp_path, ("q_proj",))
     for name in ("tokenizer.json", "tokenizer_config.json"):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from marks import few
 from model_cases import CASES, tokens_of, write_folder
 from test_models import GOLDEN
 from transformers import BertConfig, RobertaConfig
@@ -18,7 +19,10 @@ ENCODERS = (BertConfig, RobertaConfig)
 CHOSEN = sorted({case["architectures"][0]: name for name, case in CASES.items()}.values())
 
 
-@pytest.fixture(params=CHOSEN, scope="module")
+OFTEN = [name for name in CHOSEN if CASES[name]["model_type"] in ("llama", "qwen3_moe", "gemma3_text", "gpt2")]
+
+
+@pytest.fixture(params=few(CHOSEN, OFTEN), scope="module")
 def case(request, tmp_path_factory):
     """The case's model and inputs, and how it uses its kernels."""
     name = request.param

@@ -93,6 +93,7 @@ def test_linen_frozen_dict():
     adapt_and_check(module.apply, variables, X, expected={"params/kernel": DENSE})
 
 
+@pytest.mark.slow
 def test_linen_partitioned_kernels():
     """Boxed by `nn.with_partitioning`: the box counts as the leaf."""
     module = nn.Dense(4, kernel_init=nn.with_partitioning(nn.initializers.lecun_normal(), (None, None)))
@@ -110,6 +111,7 @@ def test_linen_attention():
     linen(module, X, targets=("attention",), expected=expected, mask=nn.make_causal_mask(X[..., 0]))
 
 
+@pytest.mark.slow
 def test_linen_attention_with_dropout_and_keyword_settings():
     module = nn.MultiHeadDotProductAttention(num_heads=2, dropout_rate=0.3)
     variables = module.init(KEY, X, deterministic=True)
@@ -124,6 +126,7 @@ def test_linen_conv():
     linen(nn.Conv(6, (3, 3), kernel_dilation=2), image, expected={"kernel": Axes((), (0, 1, 2), (3,))})
 
 
+@pytest.mark.slow
 def test_linen_conv_transpose():
     linen(nn.ConvTranspose(6, (3,), strides=(2,)), X, expected={"kernel": Axes((), (0, 1), (2,))})
 
@@ -164,6 +167,7 @@ def test_linen_scan(block):
     linen(stacked_blocks(block), X, expected=STACKED_BLOCK)
 
 
+@pytest.mark.slow
 def test_linen_scan_over_another_axis():
     module = nn.scan(Block, variable_axes={"params": 1}, split_rngs={"params": True}, length=3)()
     linen(module, X, expected={"Dense_0/kernel": Axes((1,), (0,), (2,))})
@@ -192,6 +196,7 @@ def test_linen_mutable_collections():
     adapt_and_check(apply, variables, X, targets=("Dense_0",), train=True)
 
 
+@pytest.mark.slow
 def test_linen_recurrent():
     linen(nn.RNN(nn.LSTMCell(6)), X, targets=("hi", "hf"), expected={"cell/hi/kernel": DENSE, "cell/hf/kernel": DENSE})
 
@@ -274,6 +279,7 @@ def test_haiku_mlp():
     haiku(lambda x: hk.nets.MLP([6, 5])(x), X, expected={"mlp/~/linear_0/w": DENSE, "mlp/~/linear_1/w": DENSE})
 
 
+@pytest.mark.slow
 def test_haiku_attention():
     attention = lambda x: hk.MultiHeadAttention(2, 4, w_init=hk.initializers.VarianceScaling())(x, x, x)
     haiku(attention, X, expected={"multi_head_attention/query/w": DENSE, "multi_head_attention/linear/w": DENSE})
@@ -284,6 +290,7 @@ def test_haiku_conv_and_embed():
     haiku(lambda ids: hk.Embed(11, 8)(ids), IDS, expected={"embed/embeddings": DENSE})
 
 
+@pytest.mark.slow
 def test_haiku_layer_stack():
     stack = lambda x: hk.experimental.layer_stack(3)(lambda x: jnp.tanh(hk.Linear(8)(x)))(x)
     haiku(stack, X, expected={"__layer_stack_no_per_layer/linear/w": STACKED})
@@ -310,6 +317,7 @@ def test_equinox_mlp():
     equinox(eqx.nn.MLP(8, 5, 6, 1, key=KEY), X[:, 0], expected={"layers/0/weight": TORCH, "layers/1/weight": TORCH})
 
 
+@pytest.mark.slow
 def test_equinox_attention():
     model = eqx.nn.MultiheadAttention(2, 8, key=KEY)
     equinox(model, X, X, X, expected={"query_proj/weight": TORCH, "output_proj/weight": TORCH})

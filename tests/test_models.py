@@ -16,13 +16,18 @@ import numpy as np
 import pytest
 from agreement import assert_agrees, tolerance
 from jax.extend.core import jaxprs_in_params
+from marks import few
 from model_cases import CASES, LENGTH, PADDED, encodes, padded_tokens_of, tokens, tokens_of, write_folder
 from safetensors.numpy import load_file
 
 from lora_jax import models
 
-DECODERS = [name for name in CASES if not encodes(name)]
-ENCODERS = [name for name in CASES if encodes(name)]
+OFTEN = [
+    *("llama_grouped_query", "llama_tied", "mistral", "qwen3_moe", "gemma3", "gpt2"),
+    *("bert", "bert_classification", "roberta_masked_lm"),
+]
+DECODERS = few((name for name in CASES if not encodes(name)), [name for name in OFTEN if not encodes(name)])
+ENCODERS = few((name for name in CASES if encodes(name)), [name for name in OFTEN if encodes(name)])
 GOLDEN = Path(__file__).parent / "golden" / "models.npz"
 
 
@@ -57,7 +62,7 @@ def oracle():
         return importlib.import_module("golden.make_models")
 
 
-@pytest.fixture(params=CASES, scope="module")
+@pytest.fixture(params=few(CASES, OFTEN), scope="module")
 def setting(request, live, tmp_path_factory):
     name = request.param
     if live:

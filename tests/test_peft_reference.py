@@ -16,6 +16,7 @@ import numpy as np
 import optax
 import pytest
 from agreement import assert_agrees
+from marks import few
 from peft_cases import ATTENTION, CASES, STEPS, Case, draw, model_config, tokens
 from transformers import LlamaConfig
 
@@ -104,7 +105,10 @@ def by_name(setting: Setting, adapter: Any) -> dict[str, np.ndarray]:
     return {name: np.asarray(array) for name, array in named.items()}
 
 
-@pytest.fixture(scope="module", params=CASES)
+OFTEN = ("grouped_query", "patterns", "tied_embedding", "whole_modules", "dora")
+
+
+@pytest.fixture(scope="module", params=few(CASES, OFTEN))
 def setting(request, live, tmp_path_factory):
     case, folder = CASES[request.param], GOLDEN / request.param
     if live:

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 from agreement import assert_agrees
+from marks import few
 from model_cases import CASES, encodes, write_folder
 from safetensors.numpy import load_file, save_file
 from test_cli import tiny_model, write_rows
@@ -181,6 +182,7 @@ def test_training_moves_it_and_the_loss(llama, tmp_path):
     np.testing.assert_array_equal(resumed.params["prefix"].value, result.params["prefix"].value)
 
 
+@pytest.mark.slow
 def test_a_sweep_trains_one_for_each_point(llama):
     """As alone, beside adapters of other ranks."""
     rows = [data.Example(np.arange(2, 10, dtype=np.int32), np.arange(8) > 2) for _ in range(4)]
@@ -199,7 +201,7 @@ def test_a_sweep_trains_one_for_each_point(llama):
     np.testing.assert_allclose(found[0].adapter["prefix"].value, result.params["prefix"].value, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("kind", "after"), [("llama", 0), ("bert", 1)])
+@pytest.mark.parametrize(("kind", "after"), [("llama", 0), pytest.param("bert", 1, marks=pytest.mark.slow)])
 def test_what_isnt_used_is_not_seen(kind, after, request):
     """The outputs, and the gradients of the embeddings, are those with a prefix of that length; 0 is none at all."""
     model = request.getfixturevalue(kind)
@@ -224,6 +226,7 @@ def test_what_isnt_used_is_not_seen(kind, after, request):
         assert np.all(np.abs(grads[:used]).max(axis=1) > 1e-6)
 
 
+@pytest.mark.slow
 def test_a_sweep_compares_lengths(llama):
     """Each as alone with a prefix of that length, or with none: in one program, beside another rank."""
     rows = [data.Example(np.arange(2, 9 + i, dtype=np.int32), np.arange(7 + i) > 2) for i in range(4)]
@@ -254,7 +257,7 @@ def assert_as_alone(model, point, found, rows, config):
     assert found.trainable == lora_jax.describe(result.params).trainable
 
 
-@pytest.mark.parametrize("length", [0, 2])
+@pytest.mark.parametrize("length", few([0, 2], [0]))
 def test_the_longest_prefix_may_be_of_a_point_that_is_not_trained(llama, length):
     """What is left is padded to its own longest, not to that of the points which scored less."""
     rows = [data.Example(np.arange(2, 9 + i, dtype=np.int32), np.arange(7 + i) > 2) for i in range(4)]

@@ -72,6 +72,7 @@ def test_each_is_its_run_alone(together, index):
     assert result.trainable == whole.trainable
 
 
+@pytest.mark.slow
 def test_leaves_that_train_whole_train_beside_each():
     lora = LoRAConfig(rank=1, alpha=1, train=("embed",))
     points = [Point(rank=r, alpha=r, targets=("head",), seed=r) for r in (1, 2)]
@@ -84,6 +85,7 @@ def test_leaves_that_train_whole_train_beside_each():
         assert result.trainable == PARAMS["embed"]["kernel"].size + point.rank * (tiny.VOCABULARY + tiny.WIDTH)
 
 
+@pytest.mark.slow
 def test_magnitudes_train_beside_each():
     """DoRA, of several ranks and targets: where a point has no target, its gain stays 1."""
     lora = LoRAConfig(rank=1, alpha=1, dora=True)
@@ -142,7 +144,7 @@ def test_what_only_the_last_update_broke_has_failed(tmp_path):
 
 def test_a_large_loss_is_written_without_its_perplexity(together, tmp_path):
     """exp(loss) isn't finite from about 709 on; the loss is."""
-    large = dataclasses.replace(together.results[0].valid, loss=800.0, metrics={"perplexity": math.inf})
+    large = together.results[0].valid._replace(loss=800.0, metrics={"perplexity": math.inf})
     changed = dataclasses.replace(together.results[0], valid=large)
     results = dataclasses.replace(together, results=(changed, *together.results[1:]))
     results.write(tmp_path)
@@ -154,7 +156,7 @@ def test_a_large_loss_is_written_without_its_perplexity(together, tmp_path):
 
 
 def test_patterns_are_shown_as_they_are():
-    points = [Point(rank=1, alpha=1, targets=(target,)) for target in ("/[a-z]*head/kernel/", "/.*[/]head.kernel/")]
+    points = [Point(rank=1, alpha=1, targets=(target,)) for target in ("/[a-z]*d.kernel/", "/h[a-z]+.kernel/")]
     shown = str(swept(points, dataclasses.replace(CONFIG, steps=1)))
     for point in points:
         assert point.targets[0] in shown

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 import tiny
+from marks import few
 from rich.console import Console
 from transformers import LlamaConfig
 
@@ -123,7 +124,7 @@ def test_what_padding_holds_is_not_seen():
     np.testing.assert_array_equal(next_token_loss(spoilt, batch), next_token_loss(logits, batch))
 
 
-@pytest.mark.parametrize(("length", "batch_size"), [(24, 8), (17, 11)])
+@pytest.mark.parametrize(("length", "batch_size"), [(24, 8), pytest.param(17, 11, marks=pytest.mark.slow)])
 def test_padding_never_changes_the_step(length, batch_size):
     rows = tiny.examples(8)
     tx = lora_jax.masked(optax.sgd(1.0))
@@ -163,7 +164,7 @@ def test_a_batch_without_targets_moves_nothing():
 # --- accumulation ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("accumulate", [2, 8])
+@pytest.mark.parametrize("accumulate", few([2, 8], [2]))
 def test_parts_of_a_batch_add_up_to_the_batch(accumulate):
     """Rows of very different numbers of targets: a mean of the parts' means would be off by far."""
     rows = tiny.examples(4, longest=4) + tiny.examples(4, seed=1, shortest=28, longest=30)
@@ -514,7 +515,7 @@ def test_the_schedule_never_wastes_a_step(warmup, steps):
 # --- a real architecture ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", few(["float32", "bfloat16", "float16"], ["bfloat16"]))
 def test_a_llama_from_a_folder(tmp_path, dtype):
     config = LlamaConfig(
         vocab_size=tiny.VOCABULARY,

@@ -313,15 +313,14 @@ def _names(value: Any) -> tuple[str, ...]:
 def _patterned(value: Any) -> tuple[str, ...] | str | None:
     """A regular expression, or a list of names; a pattern is tried once, so that its faults are found here."""
     if isinstance(value, str):
-        _patterns.fullmatch(value, "")
+        _patterns.check([value])
         return value
     return None if value is None else _names(value)
 
 
 def _saved(value: Any) -> tuple[str, ...]:
     names = _names(value)
-    for name in names:
-        _patterns.names_part(name, "")
+    _patterns.check(names)
     return names
 
 
@@ -368,9 +367,7 @@ def _pattern_values(check: Callable[[Any], Any]) -> Callable[[Any], dict[str, An
     def checked(value: Any) -> dict[str, Any]:
         if value is not None and not isinstance(value, dict):
             raise ValueError("expected an object of patterns and numbers")
-        _patterns.check_number(value or {})
-        for pattern in value or {}:
-            _patterns.names_end(pattern, "")
+        _patterns.check(value or {})
         return {pattern: check(number) for pattern, number in (value or {}).items()}
 
     return checked

@@ -19,6 +19,7 @@ from typing import NamedTuple
 MAX_LENGTH = 20_000  # of one pattern; 400 full module names joined by | fit
 MAX_DEPTH = 50  # groups inside groups
 MAX_NUMBER = 1000  # of patterns that are more than a name, in one field; all are kept parsed
+MAX_TOTAL = 100_000  # of their lengths
 MAX_NAMES = 20_000  # of names in one field
 MAX_STEPS = 200_000  # of one pattern and one name: a second
 STEPS_OF_ALL, STEPS_A_NAME = 400_000, 500  # of all matching for one config: seconds, and more for a large model
@@ -60,13 +61,16 @@ class _Parsed(NamedTuple):
     next: int  # position in the pattern behind what was parsed
 
 
-def check_number(patterns: Collection[str]) -> None:
-    """Refuses more patterns in one field than are kept parsed."""
-    others = sum(_LITERAL.fullmatch(pattern) is None for pattern in patterns)
-    if len(patterns) > MAX_NAMES or others > MAX_NUMBER:
+def check(patterns: Collection[str]) -> None:
+    """Refuses patterns of one field that can't be read, and more of them than are kept parsed."""
+    others = [pattern for pattern in patterns if not _LITERAL.fullmatch(pattern)]
+    if len(patterns) > MAX_NAMES or len(others) > MAX_NUMBER or sum(map(len, others)) > MAX_TOTAL:
         raise ValueError(
-            f"{len(patterns)} patterns, {others} of them more than names; at most {MAX_NAMES} and {MAX_NUMBER} are read"
+            f"{len(patterns)} patterns, {len(others)} of them more than names; at most {MAX_NAMES} are read, of the "
+            f"others {MAX_NUMBER} with {MAX_TOTAL} characters"
         )
+    for pattern in others:
+        _compiled(pattern)
 
 
 def fullmatch(pattern: str, name: str, budget: Budget | None = None) -> bool:
