@@ -559,3 +559,20 @@ def test_what_only_describes_may_be_edited(folder):
         path.read_text().replace('"base_model_name_or_path": null', '"base_model_name_or_path": "me/model"')
     )
     assert same(peft.load(folder, base(), names=NAMES), adapted())
+
+
+def test_every_bias_is_saved_as_such(tmp_path):
+    """Also those of modules that aren't adapted, and that hold more than a bias; no whole tree is needed."""
+    params = adapted()
+    params["layers"]["attn"]["query"]["bias"] += 1
+    params["norm"]["bias"] += 2
+    biases = ("/.*[/]bias/",)
+    for tree in (params, lora_jax.split(params, biases)[1]):
+        peft.save(tmp_path / "a", tree, names=NAMES, train=biases, overwrite=True)
+        config, tensors = config_in(tmp_path / "a"), tensors_in(tmp_path / "a")
+        assert (config["bias"], config["modules_to_save"]) == ("all", None)
+        assert {name for name in tensors if name.endswith("bias")} == {
+            "base_model.model.model.norm.bias",
+            *(f"base_model.model.model.layers.{layer}.attn.query.base_layer.bias" for layer in range(LAYERS)),
+        }
+        assert same(peft.load(tmp_path / "a", base(), names=NAMES), params)

@@ -29,6 +29,8 @@ pytestmark = [
     pytest.mark.filterwarnings(
         "ignore:The following (rank|alpha)_pattern keys did not match any targeted module:RuntimeWarning"
     ),
+    # PEFT saves embeddings whole where they are adapted, and says so.
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning"),
     # GPT-2's layers are Conv1D: PEFT sets the field right and says so.
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False but the target module is:UserWarning"),
 ]
@@ -97,7 +99,10 @@ def read_by_peft(setting, folder):
         theirs = reference.get_peft_model(setting.theirs(dtype), config, autocast_adapter_dtype=False)
         result = reference.set_peft_model_state_dict(theirs, reference.load_peft_weights(folder, device="cpu"))
         assert result.unexpected_keys == []
-        assert [name for name in result.missing_keys if ".default" in name] == []
+        missing = [name for name in result.missing_keys if ".default" in name]
+        # A head that shares its table shares the rows' parameter too, which the file has once.
+        shared = tuple(f"{head}.token_adapter.trainable_tokens_delta.default" for head in ("decoder", "lm_head"))
+        assert [name for name in missing if not name.endswith(shared)] == []
         refs.append(setting.their_outputs(theirs.to(getattr(importlib.import_module("torch"), dtype))))
     return refs
 
@@ -227,15 +232,16 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "bias of what is adapted": {"bias": "lora_only"},
     "whole": {"modules_to_save": ["classifier", "ln_f", "transform", "norm"]},
     "rows": {"trainable_token_indices": [1, 7, 30]},
-    "embedding": {"target_modules": ["word_embeddings", "wte", "embed_tokens"], "ensure_weight_tying": True},
+    "embedding": {"target_modules": ["word_embeddings", "query"]},
     "layers": {"target_modules": ["query", "c_attn", "q_proj"], "layers_to_transform": [0, 2]},
     "excluded": {"exclude_modules": r".*\.1\..*"},
 }
 MOST = ["gpt2", "bert_masked_lm", "roberta_classification"]
 COMBINATIONS = [
-    *((name, option) for name in MOST for option in OPTIONS),
+    *((name, option) for name in MOST for option in OPTIONS if option != "embedding"),
+    ("roberta_classification", "embedding"),  # untied; `test_peft_reference` has one that is tied
     ("roberta_masked_lm", "bias"),
-    *((name, option) for name in ("gemma2", "qwen3") for option in ("dora", "whole", "rows", "embedding")),
+    *((name, option) for name in ("gemma2", "qwen3") for option in ("dora", "whole", "rows")),
     ("mixtral", "layers"),
 ]
 
@@ -245,6 +251,9 @@ def test_options_beyond_llama(setting, option, tmp_path):
     """What PEFT writes with an option reads as its function; what we write of it reads back as that, in PEFT too."""
     reference, torch = importlib.import_module("peft"), importlib.import_module("torch")
     config = reference.LoraConfig(**{"r": 3, "lora_alpha": 2, "target_modules": "all-linear"} | OPTIONS[option])
+    # Where rows of an embedding train whose table a head shares, PEFT's forward leaves out the head's bias.
+    head = setting.model.params.get("lm_head", {}).get("bias") if option == "rows" else None
+    forgotten = 0 if head is None else np.asarray(head)
     refs = []
     for dtype in ("float32", "float64"):
         theirs = reference.get_peft_model(setting.theirs(dtype), config, autocast_adapter_dtype=False)
@@ -253,7 +262,7 @@ def test_options_beyond_llama(setting, option, tmp_path):
                 if parameter.requires_grad:
                     drawn = torch.from_numpy(draw(name, tuple(parameter.shape)))
                     parameter.copy_(drawn if "lora_A" in name or "lora_B" in name else parameter + 0.3 * drawn.abs())
-        refs.append(setting.their_outputs(theirs.to(getattr(torch, dtype))))
+        refs.append(setting.their_outputs(theirs.to(getattr(torch, dtype))) + forgotten)
         if dtype == "float32":
             plain = setting.their_outputs(setting.theirs(dtype))
             theirs.save_pretrained(tmp_path / "theirs")
@@ -267,7 +276,7 @@ def test_options_beyond_llama(setting, option, tmp_path):
     rows = _tokens.in_folder(tmp_path / "theirs", model.params, model.names)
     peft.save(tmp_path / "ours", params, names=model.names, train=() if rows else changed, tokens=rows)
     jax.tree.map(np.testing.assert_array_equal, read("ours"), params)
-    assert_agrees(read_by_peft(setting, tmp_path / "ours")[0], *refs)
+    assert_agrees(read_by_peft(setting, tmp_path / "ours")[0] + forgotten, *refs)
 
 
 @pytest.mark.parametrize("setting", MIXTURES, indirect=True)

@@ -102,13 +102,18 @@ def _one_rank(factors: Sequence[Factors]) -> list[Factors]:
 
 
 class _Extra:
-    """What was trained besides the factors, in the two ways PEFT has: whole modules, and biases of adapted modules.
+    """What was trained besides the factors, in PEFT's ways: every bias, or whole modules and the adapted ones' biases.
 
     A module is saved with everything it holds: PEFT wraps modules, not tensors, and misses what isn't in the file.
     """
 
     def __init__(self, table: Mapping[str, Tensor], tree: Parts, adapted: set[str], names: Mapping[str, Weight]):
-        self.leaves, trained = tree.leaves, tree.trained
+        self.leaves, trained, self.adapted = tree.leaves, tree.trained, adapted
+        every = [t for t in table.values() if t.parameter == "bias"]
+        biases = {path for path, weight in names.items() if weight.name.endswith(".bias")}
+        if trained == biases and any(t.module not in adapted for t in every):
+            self.bias, self.biases, self.modules, self.whole = "all", every, [], []
+            return
         alone = {t.module for t in table.values() if t.path in trained and t.module not in adapted}
         self.modules = sorted(_with_heads_whole(alone, {t.module for t in table.values() if t.path not in trained}))
         inside = tuple(f"{module}." for module in self.modules)
@@ -120,6 +125,7 @@ class _Extra:
             raise ValueError(f"{clash[0]} is adapted and trained whole: PEFT's format can't hold both")
         # PEFT's reader takes biases one by one, its "lora_only" has them all: both are served by saving all.
         self.biases = [t for t in table.values() if t.module in adapted and t.parameter == "bias"] if beside else []
+        self.bias = "lora_only" if self.biases else "none"
         self._check_complete(names, {t.path for t in table.values() if t.module in adapted} if beside else set())
 
     def _check_complete(self, names: Mapping[str, Weight], adapted: set[str]) -> None:
@@ -138,7 +144,9 @@ class _Extra:
             for module in (tensor.module, *tensor.tied):
                 saved[f"{PREFIX}{module}.{tensor.parameter}"] = self._value(tensor)
         for tensor in self.biases:
-            saved[f"{PREFIX}{tensor.module}.base_layer.bias"] = self._value(tensor)
+            inner = ".base_layer" if tensor.module in self.adapted else ""
+            for module in (tensor.module, *tensor.tied):
+                saved[f"{PREFIX}{module}{inner}.bias"] = self._value(tensor)
         return saved
 
     def _value(self, tensor: Tensor) -> np.ndarray:
@@ -198,7 +206,7 @@ def _config_of(
         rank_pattern={_pattern(module, ranks): value for module, value in ranks.items() if value != r},
         alpha_pattern={_pattern(module, ranks): value for module, value in alphas.items() if value != alpha},
         modules_to_save=tuple(_saved_name(module, modules) for module in extra.modules),
-        bias="lora_only" if extra.biases else "none",
+        bias=extra.bias,
         use_rslora=stabilized,
         fan_in_fan_out=all(not f.tensor.transpose and not f.tensor.is_embedding for f in factors) and not parameters,
         use_dora=any(found.magnitude is not None for found in factors),
