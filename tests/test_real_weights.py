@@ -50,7 +50,7 @@ def test_minilm_gives_the_references_embeddings(real):
         states = theirs(torch.from_numpy(np.int64(ids)), torch.from_numpy(np.int64(mask)))[0].numpy()
     expected = pooled(states, np.asarray(mask))
     assert ours.shape == (SENTENCES, 384)
-    assert np.std(expected, axis=0).min() > 1e-3  # of different sentences
+    assert np.median(np.std(expected, axis=0)) > 1e-3  # of different sentences
     np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-6)
 
 
@@ -71,7 +71,7 @@ def test_microsofts_adapter_becomes_pefts(real, tmp_path):
     again = peft.load(tmp_path / "a", model.params, names=model.names, axes=axes)
     assert jax.tree.structure(again) == jax.tree.structure(params)
     jax.tree.map(np.testing.assert_array_equal, again, params)
-    published = torch.load(file, weights_only=True)
+    published = torch.load(file, map_location="cpu", weights_only=True)
     saved = {
         name.removeprefix("base_model.model.").removesuffix(".weight"): tensor
         for name, tensor in reference.load_peft_weights(tmp_path / "a", device="cpu").items()
