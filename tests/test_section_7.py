@@ -37,3 +37,13 @@ def test_examples(scripts):
     tried = [doctest.testmod(module, optionflags=doctest.ELLIPSIS) for module in scripts.values()]
     assert sum(found.attempted for found in tried) >= 8
     assert not sum(found.failed for found in tried)
+
+
+def test_results_of_two_scales_are_not_mixed(scripts, tmp_path):
+    """A run that is there is not repeated; one of another scale would be taken for it."""
+    made = []
+    for _ in range(2):
+        scripts["store"].Store(tmp_path, "grid", "small").run("cola/0", lambda: made.append(1) or {"rows": []})
+    assert made == [1]
+    with pytest.raises(ValueError, match="holds runs at scale small, not full: give another --results"):
+        scripts["store"].Store(tmp_path, "grid", "full")

@@ -11,6 +11,7 @@ import questions
 from claims import claims
 from questions import NOT_RUN, table
 from results import TITLES, Results
+from settings import FULL, SMALL, tokens
 from statistics_of import LEVEL, spread
 
 COMMAND = "python examples/section_7 --minilm DIR --llama DIR --glue DIR --wikisql DIR --scale full"
@@ -125,11 +126,15 @@ def _time_on_two_cores(times: dict[str, Any]) -> str:
     minutes = {name: sum(run["seconds"] for run in runs.values()) / 60 for name, runs in times.items()}
     runs = [run for runs in times.values() for run in runs.values()]
     cores = ", ".join(str(n) for n in sorted({run["cores"] for run in runs}))
+    ratio = tokens(FULL) / tokens(SMALL)
+    one_seed = sum(run["seconds"] for key, run in times["grid"].items() if key.endswith("/0"))
+    days = ratio * one_seed * len(FULL.seeds) / 86_400
     return (
         f"`--scale small` runs all of it with fewer steps and points, enough to see that it works and too few to tell anything: "
         f"{sum(minutes.values()):.0f} minutes on {cores} CPU cores ({', '.join(f'{name} {each:.1f}' for name, each in minutes.items())}; "
         f"the grid of {', '.join(times['grid'])}, that is of task/seed), with {sum(run['cpu_seconds'] for run in runs) / 60:.0f} "
-        "minutes of processor time."
+        f"minutes of processor time. The grid of one seed at `--scale full` has {ratio:.0f} times as many tokens at most: by that, two "
+        f"cores would be at it for {days:.0f} days, for {len(FULL.seeds)} seeds."
     )
 
 

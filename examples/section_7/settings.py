@@ -48,6 +48,11 @@ class Scale:
     questions: int = 300
 
 
+def tokens(scale: Scale) -> int:
+    """Of one seed's grid: every adapter's rows, were all of them as long as they may be."""
+    return sum(size.steps * size.batch_size * size.max_length * len(set(size.points)) for size in scale.tasks.values())
+
+
 SMALL = Scale(
     name="small",
     tasks={
