@@ -23,6 +23,7 @@ import lora_jax
 from lora_jax import models, peft, text_to_sql
 from lora_jax.cli import COMMANDS, _base, _embedded, main
 from lora_jax.cli._base import Base
+from lora_jax.peft._read import labels_told
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -495,6 +496,25 @@ def test_analyze_never_overwrites_an_adapter(refused, world):
     message = refused("analyze", "--adapter", world["out"], "--output", world["out"], "--overwrite")
     assert "would be lost; choose another folder" in message
     assert sorted(os.listdir(world["out"])) == before
+
+
+@pytest.mark.parametrize(
+    "config",
+    ["[" * 100_000, '{"model_type": "llama", "architectures": 5}', '{"model_type": "llama", "architectures": [[]]}'],
+)
+def test_a_damaged_configuration_is_one_line(refused, tmp_path, config):
+    (tmp_path / "config.json").write_text(config)
+    assert str(tmp_path / "config.json") in refused("inspect", "--model", tmp_path)
+
+
+def test_a_head_that_holds_nothing_tells_no_labels(tmp_path):
+    """Its shape alone would have a trillion labels named."""
+    header = {"base_model.model.classifier.weight": {"dtype": "F32", "shape": [10**12, 0], "data_offsets": [0, 0]}}
+    text = json.dumps(header).encode()
+    fields = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["query"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(fields))
+    (tmp_path / "adapter_model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+    assert labels_told(tmp_path, 16) is None
 
 
 def test_unknown_command(refused):
