@@ -155,25 +155,25 @@ def _subspaces(results: Results) -> Iterator[Claim]:
     kinds = dict.fromkeys(name.split()[0] for name in found)
 
     def claim(
-        said: str, theirs: str, figures: Mapping[str, Callable[[dict], float]], holds: Callable[..., bool]
+        said: str, theirs: str, figures: Mapping[str, Callable[[dict], list[float]]], holds: Callable[..., bool]
     ) -> Claim:
-        """`figures` are of one kernel; `holds` takes them in their order."""
+        """`figures` are of one kernel, by seed or by pair of seeds; `holds` takes those of one, in their order."""
         told = []
         for kind in kinds:
             of_kind = [kernel for name, kernel in found.items() if name.split()[0] == kind]
-            ranges = (_range([figure(kernel) for kernel in of_kind]) for figure in figures.values())
+            ranges = (_range([x for kernel in of_kind for x in figure(kernel)]) for figure in figures.values())
             told.append(f"{kind}: " + ", ".join(f"{what} {each}" for what, each in zip(figures, ranges, strict=True)))
         held = {
-            name: "yes" if holds(*(figure(kernel) for figure in figures.values())) else "no"
+            name: _of_all([holds(*each) for each in zip(*(figure(kernel) for figure in figures.values()), strict=True)])
             for name, kernel in found.items()
         }
         return Claim(said, theirs, "; ".join(told), _grouped(held))
 
-    def phi(name: str, i: int) -> Callable[[dict], float]:
-        return lambda kernel: float(np.mean(kernel[name][str(i)]))
+    def phi(name: str, i: int) -> Callable[[dict], list[float]]:
+        return lambda kernel: [float(np.mean(layers)) for layers in kernel[name][str(i)]]
 
-    def amplification(name: str, rank: int = 4) -> Callable[[dict], float]:
-        return lambda kernel: float(np.mean(kernel["amplification"][str(rank)][name]))
+    def amplification(name: str, rank: int = 4) -> Callable[[dict], list[float]]:
+        return lambda kernel: [float(np.mean(layers)) for layers in kernel["amplification"][str(rank)][name]]
 
     yield claim(
         "The top direction of rank 8 lies in rank 64's, the others don't (7.2, figure 3)",
@@ -200,6 +200,14 @@ def _subspaces(results: Results) -> Iterator[Claim]:
         {"at rank 4 it is": amplification("factor"), "at rank 64": amplification("factor", 64)},
         lambda low, high: low > max(1, high),
     )
+
+
+def _of_all(held: Sequence[bool]) -> str:
+    """
+    >>> _of_all([True, True]), _of_all([False, False]), _of_all([True, False, True])
+    ('yes', 'no', 'in 2 of 3')
+    """
+    return "yes" if all(held) else f"in {sum(held)} of {len(held)}" if any(held) else "no"
 
 
 def _range(values: Sequence[float]) -> str:

@@ -285,17 +285,18 @@ def kernels(bench: Bench, seed: int) -> None:
 
 
 def subspaces(bench: Bench, name: str) -> None:
-    """Figures 3 and 4, table 7 and the spectra, from the grid's adapters."""
+    """Figures 3 and 4, table 7 and the spectra, from the grid's adapters of two seeds or more."""
+    seeds = bench.scale.seeds
     files = {
-        (rank, seed): bench.adapter_file(name, label(LEARNER, rank), seed) for rank in (4, 8, 64) for seed in (0, 1)
+        (rank, seed): bench.adapter_file(name, label(LEARNER, rank), seed) for rank in (4, 8, 64) for seed in seeds
     }
 
     def make() -> dict[str, Any]:
         task = bench.task(name)
         adapters = {key: measures.kept(path, task) for key, path in files.items()}
-        return measures.everything(task, adapters, pictured=name == "cola")
+        return measures.everything(task, adapters, seeds, pictured=name == "cola")
 
-    if all(path.exists() for path in files.values()):
+    if len(seeds) > 1 and all(path.exists() for path in files.values()):
         bench.store("subspaces").run(name, make)
 
 

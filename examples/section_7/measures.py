@@ -1,7 +1,8 @@
 """What ΔW is to W: the figures' numbers from trained adapters, and adapters on disk as plain arrays."""
 
 import dataclasses
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,36 +78,41 @@ def kept(path: Path, task: Task) -> dict[str, lora_jax.LoRA]:
 
 
 def everything(
-    task: Task, adapters: dict[tuple[int, int], dict[str, lora_jax.LoRA]], *, pictured: bool
+    task: Task, adapters: dict[tuple[int, int], dict[str, lora_jax.LoRA]], seeds: Sequence[int], *, pictured: bool
 ) -> dict[str, Any]:
-    """All measures of adapters by rank and seed: figures of all layers, and for pictures matrices of the middle one."""
-    found: dict[str, Any] = {"kernels": {}}
-    for number, path in enumerate(adapters[64, 0]):
+    """All measures of adapters by rank and seed: figures of all seeds and layers, and for pictures matrices of one.
+
+    Every figure is a list over seeds, or over pairs of them, of lists over layers. The first seed, the first pair and
+    the middle layer have their matrices kept.
+    """
+    found: dict[str, Any] = {"seeds": list(seeds), "kernels": {}}
+    pairs = list(itertools.combinations(seeds, 2))
+    phi = analysis.subspace_similarity
+    for number, path in enumerate(adapters[64, seeds[0]]):
         w = np.asarray(leaf_at(task.params, path))
-        middle = w.shape[0] // 2
+        middle, key = w.shape[0] // 2, jax.random.key(number)
         ours = {key: adapter[path] for key, adapter in adapters.items()}
-        across = analysis.subspace_similarity(ours[8, 0].a, ours[64, 0].a)
-        seeds = analysis.subspace_similarity(ours[64, 0].a, ours[64, 1].a)
-        seeds8 = analysis.subspace_similarity(ours[8, 0].a, ours[8, 1].a)
-        left = analysis.subspace_similarity(_outputs(ours[64, 0]), _outputs(ours[64, 1]))
-        random = analysis.random_similarity(jax.random.key(number), w.shape[-2], 64, 64)
-        start = _start_similarity(task, path, ours[64, 0])
+        similar = {
+            "ranks": [phi(ours[8, seed].a, ours[64, seed].a) for seed in seeds],
+            "seeds": [phi(ours[64, one].a, ours[64, other].a) for one, other in pairs],
+            "seeds8": [phi(ours[8, one].a, ours[8, other].a) for one, other in pairs],
+            "left": [phi(_outputs(ours[64, one]), _outputs(ours[64, other])) for one, other in pairs],
+            "start": [_start_similarity(task, path, ours[64, seed], seed) for seed in seeds],
+            "random": [
+                analysis.random_similarity(jax.random.fold_in(key, draw), w.shape[-2], 64, 64)[None]
+                for draw in range(len(pairs))
+            ],
+        }
         found["kernels"][path] = {
             "middle": middle,
-            **(
-                {"ranks": _matrix(across[middle]), "seeds": _matrix(seeds[middle]), "random": _matrix(random)}
-                if pictured
-                else {}
-            ),
-            # φ(i, i) over layers, for the directions that matter: the first one, four, and all eight of rank 8
-            "ranks_top": {str(i): across[:, i - 1, i - 1].tolist() for i in (1, 4, 8)},
-            "seeds_top": {str(i): seeds[:, i - 1, i - 1].tolist() for i in (1, 4, 8, 64)},
-            "seeds8_top": {str(i): seeds8[:, i - 1, i - 1].tolist() for i in (1, 4, 8)},
-            "left_top": {str(i): left[:, i - 1, i - 1].tolist() for i in (1, 4, 8, 64)},
-            "random_top": {str(i): float(random[i - 1, i - 1]) for i in (1, 4, 8, 64)},
-            "start_top": {str(i): start[:, i - 1, i - 1].tolist() for i in (1, 4, 8)},
-            "amplification": {str(rank): _amplification(w, ours[rank, 0], jax.random.key(number)) for rank in (4, 64)},
-            "spectrum": {str(rank): _spectrum(ours[rank, 0], middle) for rank in (8, 64)} | {"W": _spectrum(w, middle)},
+            **({name: _matrix(similar[name][0], middle) for name in ("ranks", "seeds", "random")} if pictured else {}),
+            **{f"{name}_top": _diagonal(phis) for name, phis in similar.items()},
+            "amplification": {
+                str(rank): _lists(_amplification(w, ours[rank, seed], jax.random.fold_in(key, seed)) for seed in seeds)
+                for rank in (4, 64)
+            },
+            "spectrum": {str(rank): _lists(_spectrum(ours[rank, seed], middle) for seed in seeds) for rank in (8, 64)}
+            | {"W": _lists([_spectrum(w, middle)])},
         }
     return found
 
@@ -115,16 +121,31 @@ def _outputs(node: lora_jax.LoRA) -> np.ndarray:
     return np.swapaxes(np.asarray(node.b), -1, -2)
 
 
-def _start_similarity(task: Task, path: str, trained: lora_jax.LoRA) -> np.ndarray:
-    """φ of A as trained and as it began, seed 0: Adam may leave A where it was drawn."""
+def _start_similarity(task: Task, path: str, trained: lora_jax.LoRA, seed: int) -> np.ndarray:
+    """φ of A as trained and as it began: Adam may leave A where it was drawn."""
     config = task.lora(rank=trained.a.shape[-1], alpha=1, targets=(path,))
-    key = jax.random.fold_in(jax.random.key(0), 0)
+    key = jax.random.fold_in(jax.random.key(seed), 0)
     begun = nodes(lora_jax.init(key, task.params, config, axes=task.axes))[path]
     return analysis.subspace_similarity(begun.a, trained.a)
 
 
-def _matrix(phi: np.ndarray) -> list[list[float]]:
-    return [[round(float(x), 3) for x in row] for row in phi]
+def _matrix(phi: np.ndarray, layer: int) -> list[list[float]]:
+    return [[round(float(x), 3) for x in row] for row in phi[min(layer, len(phi) - 1)]]
+
+
+def _diagonal(phis: Sequence[np.ndarray]) -> dict[str, list[list[float]]]:
+    """φ(i, i) by i, for the directions that matter: the first one, four, all eight of rank 8, and all of rank 64."""
+    most = min(phis[0].shape[-2:])
+    return {str(i): [phi[:, i - 1, i - 1].tolist() for phi in phis] for i in (1, 4, 8, 64) if i <= most}
+
+
+def _lists(each: Iterable[dict[str, Any]]) -> dict[str, list[Any]]:
+    """
+    >>> _lists([{"a": 1, "b": 2}, {"a": 3, "b": 4}])
+    {'a': [1, 3], 'b': [2, 4]}
+    """
+    rows = list(each)
+    return {name: [row[name] for row in rows] for name in rows[0]}
 
 
 def _amplification(w: np.ndarray, node: lora_jax.LoRA, key: jax.Array) -> dict[str, list[float]]:

@@ -12,10 +12,14 @@ from claims import claims
 from questions import NOT_RUN, table
 from results import TITLES, Results
 from settings import FULL, SMALL, tokens
-from statistics_of import LEVEL, spread
+from statistics_of import LEVEL, layered
 
 COMMAND = "python examples/section_7 --minilm DIR --llama DIR --glue DIR --wikisql DIR --scale full"
 TIMES = "two_cores"
+LAYERED = (
+    "the mean over layers ± its standard deviation over seeds, and in brackets the standard deviation over layers, the mean "
+    "over seeds"
+)
 
 
 def write(results: Path, output: Path) -> None:
@@ -104,6 +108,7 @@ def _opening(found: Results) -> str:
         "deviations of the differences: an interval that holds zero is no evidence of equality. Verdicts by the "
         "dev loss and their bounds were written before the figures were seen; those by the score were added afterwards, "
         "because on MRPC and CoLA the loss rises where the score does too: the model grows too sure of what it gets wrong. "
+        "Verdicts on subspaces are of the mean over layers, seed by seed, or pair by pair where two are compared. "
         "Nothing is corrected for the number of comparisons, so one in twenty is wrong by chance alone.",
     ]
     return "\n\n".join(told)
@@ -153,17 +158,16 @@ def _similarities(found: Results) -> str:
                 ("seeds_top", "two seeds, rank 64"),
                 ("left_top", "two seeds, rank 64, B's side"),
                 ("start_top", "A of rank 64 before and after training"),
+                ("random_top", "two random matrices"),
             ):
                 rows.append([f"{TITLES[task]}, {pictures.short(path)}", said,
-                             *(spread(kernel[name][i], 2) for i in ("1", "4", "8"))])  # fmt: skip
-            floor = (f"{kernel['random_top'][i]:.3f}" for i in ("1", "4", "8"))
-            rows.append([f"{TITLES[task]}, {pictures.short(path)}", "two random matrices", *floor])
+                             *(layered(kernel[name][i], 2) for i in ("1", "4", "8"))])  # fmt: skip
     if not rows:
         return NOT_RUN
     return (
         "φ(A, A', i, j) = ‖U_iᵀ U'_j‖² / min(i, j) is 1 where one subspace lies in the other and about max(i, j) / width "
-        "for two random ones (the paper's equation 4). The picture has the middle layer; the table φ(i, i), mean ± standard "
-        "deviation over layers, of q,v adapters.\n\n"
+        "for two random ones (the paper's equation 4). The picture has the middle layer of the first seed or the first two; "
+        f"the table φ(i, i) of q,v adapters: {LAYERED}, over pairs of seeds where two are compared.\n\n"
         + table(["", "between", "i = 1", "i = 4", "i = 8"], rows)
         + "\n\nOne seed draws the factors of rank 8 and of rank 64 apart, so what they share was learned. "
         "`before and after training` says how far A left what was drawn: near 1, and A is still its random start, whose "
@@ -178,13 +182,12 @@ def _amplifications(found: Results) -> str:
             for rank, values in kernel["amplification"].items():
                 names = ("projected", "projected_own", "projected_random", "w_norm", "delta_norm", "factor")
                 rows.append([f"{TITLES[task]}, {pictures.short(path)}", rank,
-                             *(spread(values[name], 3) for name in names)])  # fmt: skip
+                             *(layered(values[name], 3) for name in names)])  # fmt: skip
     if not rows:
         return NOT_RUN
     head = ["", "rank", "‖UᵀWVᵀ‖, ΔW's", "W's own", "random", "‖W‖", "‖ΔW‖", "factor"]
     return (
-        table(head, rows)
-        + "\n\nMean ± standard deviation over layers, seed 0. W's part in ΔW's subspace lies between that in a random "
+        table(head, rows) + f"\n\nThe table has {LAYERED}. W's part in ΔW's subspace lies between that in a random "
         "one and that in W's own top directions: above the first, ΔW's directions are ones that W has; below the second, "
         "ones that it doesn't stress. The factor ‖ΔW‖ / ‖UᵀWVᵀ‖ grows with how long and how fast one trains, so it compares "
         "ranks and kernels, not papers."
@@ -198,7 +201,7 @@ def _spectra(found: Results) -> str:
             for name, said in (("8", "ΔW, rank 8"), ("64", "ΔW, rank 64"), ("W", "W")):
                 values = kernel["spectrum"][name]
                 rows.append([f"{TITLES[task]}, {pictures.short(path)}", said,
-                             *(spread(values[key], 1) for key in ("effective_rank", "stable_rank", "energy_rank_0.9",
+                             *(layered(values[key], 1) for key in ("effective_rank", "stable_rank", "energy_rank_0.9",
                                                                   "energy_rank_0.99"))])  # fmt: skip
             most = np.mean(kernel["spectrum"]["64"]["energy_rank_0.9"])
             told.append(
@@ -209,7 +212,7 @@ def _spectra(found: Results) -> str:
     head = ["", "of", "effective rank", "stable rank", "rank at 90 %", "rank at 99 %"]
     return (
         table(head, rows)
-        + "\n\nMean ± standard deviation over layers. The effective rank is exp of the entropy of σ / Σσ, the stable rank "
+        + f"\n\nThe table has {LAYERED}; W has no seed. The effective rank is exp of the entropy of σ / Σσ, the stable rank "
         "‖·‖²_F / σ₁².\n\n" + "\n".join(f"- {line}" for line in told)
     )
 
@@ -219,8 +222,7 @@ def _limits() -> str:
         "## What this can't tell\n\n"
         "The paper's models are up to four orders of magnitude larger and were trained to the end with a searched learning "
         "rate. That a claim isn't borne out here says that it doesn't hold of every model and run, not "
-        "that the paper is wrong; that one is undecided says that these runs can't tell. Table 7 and the figures are of "
-        "trained adapters of one or two seeds. Per-kernel gains are of training loss over few steps. On WikiSQL hardly any "
+        "that the paper is wrong; that one is undecided says that these runs can't tell. Per-kernel gains are of training loss over few steps. On WikiSQL hardly any "
         "query is right to the letter: a model of 10M parameters doesn't learn in 1,000 steps to copy names and values, so "
         "logical form says nothing there and the loss must do."
     )

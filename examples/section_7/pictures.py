@@ -50,7 +50,7 @@ def _ranks(results: Results) -> Any:
 
 
 def _similarity(results: Results) -> Any:
-    """Figures 3 and 4 of the middle layer."""
+    """Figures 3 and 4 of the middle layer, of the first seed and the first pair of seeds."""
     runs = results.runs("subspaces")
     if not runs:
         return None
@@ -78,7 +78,7 @@ def _spectra(results: Results) -> Any:
     figure, axes = plt.subplots(1, len(kernels), figsize=(4.8 * len(kernels), 3.4), squeeze=False, layout="constrained")
     for axis, (path, found) in zip(axes[0], kernels.items(), strict=True):
         for name, title in (("8", "ΔW, rank 8"), ("64", "ΔW, rank 64"), ("W", "W")):
-            values = np.array(found["spectrum"][name]["values"])
+            values = np.array(found["spectrum"][name]["values"][0])
             axis.plot(np.arange(1, len(values) + 1), values / values[0], label=title)
         axis.set(xscale="log", xlabel="number", ylabel="singular value / largest", title=short(path))
         axis.legend()

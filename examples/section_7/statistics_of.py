@@ -41,6 +41,20 @@ def difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Differ
     return Difference(float(values.mean()), t * float(scipy.stats.sem(values)), len(values))
 
 
+def layered(values: Sequence[Sequence[float]], digits: int = 3) -> str:
+    """The mean over layers with its spread over seeds, and in brackets the spread over layers, the mean over seeds.
+
+    Args:
+      values: by seed, of all layers.
+
+    >>> layered([[1.0, 3.0], [2.0, 4.0], [3.0, 5.0]]), layered([[1.0, 3.0]]), layered([[0.5], [0.25]], 2)
+    ('3.000 ± 1.000 (1.414)', '2.000 (1.414)', '0.38 ± 0.18')
+    """
+    told = spread([float(np.mean(layers)) for layers in values], digits)
+    apart = [np.std(layers, ddof=1) for layers in values if len(layers) > 1]
+    return f"{told} ({np.mean(apart):.{digits}f})" if apart else told
+
+
 def spread(values: Sequence[float | None], digits: int = 3) -> str:
     """Mean ± standard deviation of a sample; the mean alone for one value.
 
