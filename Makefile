@@ -14,7 +14,7 @@ CORE := paths tree init merge optim stack describe sharding kernel_axes dropout 
 run: .venv/.run  ## fine-tune the embedded model on the embedded task
 	$(BIN)/lora-jax train
 
-test: .venv/.test  ## everything but the live comparisons and the long tail
+test: .venv/.test  ## everything but the live comparisons and the long tail, compiled quickly
 	$(PYTEST)
 
 slow: .venv/.test  ## the long tail: more of the same, on more cases
@@ -31,8 +31,10 @@ browser: .venv/.browser  ## reports, opened in headless Chromium
 
 # Of the battery's checks, those that a version of JAX can break; gradients, vmap and loops meet in the properties.
 oldest: .venv-oldest/.ready  ## the core's tests with the oldest JAX and flax that it supports
-	.venv-oldest/bin/python -m pytest -q -n $(JOBS) --dist worksteal $(CORE:%=tests/test_%.py) \
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 .venv-oldest/bin/python -m pytest -q -n $(JOBS) --dist worksteal $(CORE:%=tests/test_%.py) \
 		-k "not test_battery[ or -axes] or -output] or -dtype] or -settings] or -materializes]"
+	.venv-oldest/bin/python -m pytest -q --slow -n $(JOBS) --dist worksteal \
+		$(patsubst %,tests/test_%.py,$(filter-out battery,$(CORE)))
 
 check: .venv/.check  ## style, types, layering
 	$(BIN)/ruff check .

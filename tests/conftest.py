@@ -7,8 +7,7 @@ import pathlib
 import hypothesis
 import pytest
 
-# Before jax is imported: it reads these once. No flag that compiles faster is among them: a lower optimization level or
-# loops that stay rolled let sums round otherwise, and start == base bit for bit is a promise to those who set none.
+# Before jax is imported: it reads these once.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.pop("COLUMNS", None)  # workers are told a terminal's width, by which tables would fold
@@ -23,6 +22,21 @@ collect_ignore_glob = ["golden/*"]  # scripts that run the references, which are
 # Compilation makes the first example of a property slow: a deadline would only measure that.
 hypothesis.settings.register_profile("lora_jax", deadline=None, derandomize=True, max_examples=30)
 hypothesis.settings.load_profile("lora_jax")
+
+
+KINDS = ("real", "browser", "oracle", "slow")  # options and marks; a test is of the first kind that marks it
+
+
+def pytest_configure(config):
+    """A run without options compiles with few of XLA's optimizations, in about half the time.
+
+    Sums may round otherwise then. Runs with an option compile as users do, and what is marked `bits` runs both ways:
+    that start == base bit for bit is a promise to those who set nothing.
+    """
+    if any(config.getoption(f"--{kind}") for kind in KINDS):
+        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "0"
+    else:
+        os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 
 def pytest_addoption(parser):
@@ -47,12 +61,13 @@ def live(request):
 
 
 def pytest_collection_modifyitems(config, items):
-    asked = [name for name in ("real", "browser", "oracle", "slow") if config.getoption(f"--{name}")]
+    asked = [kind for kind in KINDS if config.getoption(f"--{kind}")]
 
     def chosen(item):
-        kind = next((name for name in ("real", "browser", "oracle", "slow") if item.get_closest_marker(name)), None)
+        kind = next((kind for kind in KINDS if item.get_closest_marker(kind)), None)
         lives = "oracle" in asked and "live" in getattr(item, "fixturenames", ())
-        return lives or (kind in asked if asked else kind is None)
+        optimized = "slow" in asked and kind is None and item.get_closest_marker("bits") is not None
+        return lives or optimized or (kind in asked if asked else kind is None)
 
     config.hook.pytest_deselected(items=[item for item in items if not chosen(item)])
     items[:] = [item for item in items if chosen(item)]

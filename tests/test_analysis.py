@@ -275,6 +275,7 @@ def test_no_update_of_that_rank_and_norm_does_better():
         assert np.sum(x.T @ y * other) / np.linalg.norm(other) < best
 
 
+@pytest.mark.slow
 def test_first_step_and_norm_are_means_over_draws_of_a():
     """Of three kernels with one gradient, so of three draws."""
     (x, y), *_ = batches = linear_batches(tokens=40, count=1)

@@ -276,13 +276,15 @@ WHOLE = (
 COMPILED = ("start", "gradients", "vmap", "yardstick", "flops")
 
 
-def is_slow(name, check):
-    return name not in WHOLE and check in COMPILED
+def marks_of(name, check):
+    if name not in WHOLE and check in COMPILED:
+        return [pytest.mark.slow]
+    return [pytest.mark.bits] if check == "start" else []
 
 
 @pytest.mark.parametrize(
     ("name", "check"),
-    [pytest.param(*pair, marks=[pytest.mark.slow] if is_slow(*pair) else []) for pair in BATTERY],
+    [pytest.param(*pair, marks=marks_of(*pair)) for pair in BATTERY],
 )
 def test_battery(name, check):
     CHECKS[check][0](CASES[name])

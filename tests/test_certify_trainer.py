@@ -23,6 +23,7 @@ def model(tmp_path_factory):
     return models.load_abstract(folder, "bfloat16", remat=True)
 
 
+@pytest.mark.slow
 def test_the_trainers_step_holds(model):
     """On a batch of six rows in two parts, with dropout and AdamW."""
     ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)

@@ -58,6 +58,7 @@ def kernel(model):
 # --- heads -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_bare_encoder_gets_a_head_from_the_key(tmp_path):
     folder = encoder(tmp_path / "bare")
     one, same, other = (models.load(folder, labels=("a", "b", "c"), key=jax.random.key(k)) for k in (1, 1, 2))
@@ -85,7 +86,12 @@ def test_a_masked_language_model_gets_pooler_and_head(tmp_path):
 
 @pytest.mark.parametrize(
     ("names", "asked", "kept"),
-    [(None, ("x", "y"), True), (("x", "y"), ("x", "y"), True), (("x", "y"), ("y", "x"), False), (None, "xyz", False)],
+    [
+        pytest.param(None, ("x", "y"), True, marks=pytest.mark.slow),
+        pytest.param(("x", "y"), ("x", "y"), True, marks=pytest.mark.slow),
+        (("x", "y"), ("y", "x"), False),
+        pytest.param(None, "xyz", False, marks=pytest.mark.slow),
+    ],
 )
 def test_a_head_is_kept_where_it_tells_the_labels(tmp_path, names, asked, kept):
     named = {} if names is None else {"id2label": dict(enumerate(names))}
@@ -138,6 +144,7 @@ def test_train_tells_labels_and_samples_and_what_to_type_next(world):
     assert f"next: lora-jax evaluate --model {world['model']} --adapter {world['out']} --data" in world["said"]
 
 
+@pytest.mark.slow
 def test_evaluate_and_merge_tell_the_same(world, tmp_path):
     adapted = ["--model", world["model"], "--adapter", world["out"]]
     found = json.loads(call("evaluate", *adapted, "--data", world["data"], "--json"))
@@ -150,6 +157,7 @@ def test_evaluate_and_merge_tell_the_same(world, tmp_path):
     assert merged == pytest.approx(found, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_export_keeps_head_and_labels(world, tmp_path):
     adapted, out = ["--model", world["model"], "--adapter", world["out"]], tmp_path / "anew"
     call("export", *adapted, "--output", out)
@@ -218,6 +226,7 @@ def test_scores(world, tmp_path):
     assert set(found) == {"loss", "pearson", "spearman", "rows", "rows_truncated"}
 
 
+@pytest.mark.slow
 def test_glue_files_are_judged_by_its_figure_on_dev(world, tmp_path):
     for name in ("train", "dev"):
         (tmp_path / f"{name}.tsv").write_text("".join(f"x\t{i % 2}\t\tsentence {i}\n" for i in range(8)))

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from marks import few
 from model_cases import CASES
 from safetensors.numpy import load_file
 from test_cli import tiny_tokenizer
@@ -75,7 +74,7 @@ def tied(tmp_path_factory):
 @pytest.mark.parametrize(
     ("targets", "changes"),
     [
-        pytest.param(TIED, {}, id="tied"),
+        pytest.param(TIED, {}, id="tied", marks=pytest.mark.slow),
         pytest.param(EVERYTHING, {"tie_word_embeddings": False}, id="untied", marks=pytest.mark.slow),
         pytest.param(("k_proj",), {"train": ("norm", "lm_head"), "tie_word_embeddings": False}, id="whole"),
         pytest.param(("q_proj",), {"dora": True}, id="dora", marks=pytest.mark.slow),
@@ -99,7 +98,8 @@ def test_a_tied_embedding_is_written_once(tied):
     assert json.loads((tied.output / "config.json").read_text())["tie_word_embeddings"]
 
 
-@pytest.mark.parametrize("dtype", few(["float32", "bfloat16"], ["bfloat16"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_low_precision_base_in_any_dtype(tmp_path, dtype, capsys):
     """Merged in float32 and rounded once, as are leaves that trained whole; what the rounding costs is printed."""
     world = World(tmp_path, ("attention",), train=("norm",), dtype="bfloat16")
@@ -115,6 +115,7 @@ def test_a_low_precision_base_in_any_dtype(tmp_path, dtype, capsys):
         np.testing.assert_allclose(np.float32(leaf), np.float32(world.unrounded[path]), **near)
 
 
+@pytest.mark.slow
 def test_a_model_rounded_as_it_is_read(tmp_path, capsys):
     """The base in bfloat16 as --model-dtype asks: what is merged, and what it is compared with."""
     world = World(tmp_path, ("attention",), train=("norm",))
@@ -130,6 +131,7 @@ def test_a_model_rounded_as_it_is_read(tmp_path, capsys):
     assert "merged and adapted logits differ by" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_it_tells_what_was_compared(tied, tmp_path, capsys):
     assert tied.merge("--overwrite") == 0
     said = capsys.readouterr().out
@@ -142,6 +144,7 @@ def test_it_tells_what_was_compared(tied, tmp_path, capsys):
     assert "logits weren't compared" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_large_models_are_compared_on_request(tied, monkeypatch, capsys):
     monkeypatch.setattr("lora_jax.cli.merge.MOST_PARAMETERS", 1000)
     assert tied.merge("--overwrite") == 0

@@ -122,6 +122,7 @@ def test_a_mistake_is_one_line_before_anything_trains(paths, tmp_path, capsys, m
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_only_adapters_of_the_results_are_replaced(paths, tmp_path, monkeypatch):
     """What someone else put beside them stays; and the results are there though the adapters can't be saved."""
     out = tmp_path / "out"

@@ -51,6 +51,7 @@ def test_the_start_is_the_base():
     assert [x.shape for x in jax.tree.leaves(abstract)] == [x.shape for x in jax.tree.leaves(params)]
 
 
+@pytest.mark.slow
 @hypothesis.settings(max_examples=8)
 @hypothesis.given(kernel_axes=kernels(dtypes=(jnp.float32,)))
 def test_norms_from_thin_products_are_the_merged_kernels(kernel_axes):
@@ -101,6 +102,7 @@ def test_magnitudes_are_part_of_the_adapter():
         lora_jax.merge({"layers": {"up": base["layers"]["up"], "up_lora": broken}})
 
 
+@pytest.mark.slow
 def test_stack_indices_that_are_not_adapted_stay_as_they_are():
     """Rank 0 is padding throughout: no gain, no gradient, and the kernel bit for bit."""
     config = dataclasses.replace(DORA, overrides=(lora_jax.Override(target="up", rank=(2, 0, 1)),))
@@ -131,6 +133,7 @@ def test_an_output_without_a_kernel_makes_no_nan():
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
 
 
+@pytest.mark.slow
 def test_a_step_costs_what_lora_costs():
     adapter, state, base, batch = parts(DORA)
     found = lora_jax.certify(train_step, adapter, state, base, batch, plain=loss)
@@ -157,6 +160,7 @@ def test_bfloat16_does_not_round_the_gain_itself():
     assert 0.0095 < share < 0.0105
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 def test_magnitudes_on_a_mesh(kind):
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(kind, kind))

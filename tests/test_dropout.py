@@ -104,6 +104,7 @@ def test_another_mask_for_each_step_of_a_loop(form):
     assert_masks(*masks(fn, tree("w", stack=(3,) if form == "scanned" else ())))
 
 
+@pytest.mark.slow
 def test_another_mask_for_each_shard_of_the_activations():
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec

@@ -19,7 +19,7 @@ ENCODERS = (BertConfig, RobertaConfig)
 CHOSEN = sorted({case["architectures"][0]: name for name, case in CASES.items()}.values())
 
 
-OFTEN = [name for name in CHOSEN if CASES[name]["model_type"] in ("llama", "qwen3_moe", "gemma3_text", "gpt2")]
+OFTEN = [name for name in CHOSEN if CASES[name]["model_type"] in ("llama", "qwen3_moe", "gpt2")]
 
 
 @pytest.fixture(params=few(CHOSEN, OFTEN), scope="module")
@@ -44,6 +44,7 @@ def test_stacks_are_seen(case):
     assert heads <= axes.heads
 
 
+@pytest.mark.bits
 def test_adapted_is_merged(case):
     model, inputs, axes = case
     config = lora_jax.LoRAConfig(rank=2, alpha=2, targets=("all-linear",))

@@ -11,6 +11,7 @@ import pytest
 from jax.experimental.ode import odeint
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from marks import few
 
 import lora_jax
 from lora_jax import Axes, LoRA
@@ -221,6 +222,7 @@ def at_init(params):
     }
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_at_init_the_outputs_are_the_base_bit_for_bit(dtype):
     plain = {name: w.astype(dtype) for name, w in PLAIN.items()}
@@ -380,7 +382,7 @@ def test_each_caller_of_a_shared_function_is_told():
 # Meshes -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("kind", few([AxisType.Auto, AxisType.Explicit], [AxisType.Explicit]))
 @pytest.mark.parametrize("specs", [(P(None, "y"), P("y", None)), (P("y", None), P(None, "y")), (P(), P())])
 def test_meshes(kind, specs):
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind,) * 2)

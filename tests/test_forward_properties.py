@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from battery.case import make_nodes, merge_by_hand, normal, with_nodes
 from hypothesis import given
 from hypothesis import strategies as st
@@ -70,6 +71,7 @@ def test_any_contraction(kernel, rows, kernel_first, random):
         assert {k for k in ours if k in wide} == {k for k in wanted if k in wide}
 
 
+@pytest.mark.slow
 @given(kernels(), st.integers(0, 2), st.randoms(use_true_random=False))
 def test_any_einsum(kernel, rows, random):
     roles, sizes = kernel
@@ -202,6 +204,7 @@ def chains(draw):
     return sizes, tuple(roles), steps, at
 
 
+@pytest.mark.slow
 @given(chains())
 def test_any_chain_of_layouts(chain):
     """Whatever happens to a kernel on its way to the product, if no axis mixes its roles."""
@@ -236,6 +239,7 @@ WRAPPERS = {
 }
 
 
+@pytest.mark.slow
 @given(st.lists(st.sampled_from(sorted(WRAPPERS)), min_size=1, max_size=4))
 def test_any_nesting_of_control_flow(names):
     """Loops, branches, jits, remat and transforms in each other, in any order.

@@ -100,11 +100,13 @@ def test_linen_partitioned_kernels():
     linen(module, X, expected={"kernel": DENSE})
 
 
+@pytest.mark.slow
 def test_linen_dense_general():
     linen(nn.DenseGeneral((3, 4)), X, expected={"kernel": HEADS})
     linen(nn.DenseGeneral(7, axis=(-2, -1)), X, expected={"kernel": FROM_HEADS})
 
 
+@pytest.mark.slow
 def test_linen_attention():
     module = nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=8, out_features=8)
     expected = {"query/kernel": HEADS, "key/kernel": HEADS, "value/kernel": HEADS, "out/kernel": FROM_HEADS}
@@ -119,6 +121,7 @@ def test_linen_attention_with_dropout_and_keyword_settings():
     adapt_and_check(module.apply, variables, X, targets=("attention",), deterministic=False, rngs=rngs)
 
 
+@pytest.mark.slow
 def test_linen_conv():
     linen(nn.Conv(6, (3,), strides=2), X, expected={"kernel": Axes((), (0, 1), (2,))})
     linen(nn.Conv(6, (3,), feature_group_count=2, padding="CAUSAL"), X, expected={"kernel": Axes((), (0, 1), (2,))})
@@ -162,6 +165,7 @@ STACKED_BLOCK = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", [Block, nn.remat(Block)], ids=["plain", "remat"])
 def test_linen_scan(block):
     linen(stacked_blocks(block), X, expected=STACKED_BLOCK)
@@ -177,6 +181,7 @@ def test_linen_remat():
     linen(nn.remat(nn.Dense)(5), X, expected={"kernel": DENSE})
 
 
+@pytest.mark.slow
 def test_linen_vmapped_experts():
     """Each expert has factors of its own."""
     experts = nn.vmap(nn.Dense, in_axes=0, out_axes=0, variable_axes={"params": 0}, split_rngs={"params": True})(5)
@@ -235,6 +240,7 @@ def test_nnx_attention(through):
     through(model, X, expected={"query/kernel": HEADS, "out/kernel": FROM_HEADS})
 
 
+@pytest.mark.slow
 def test_nnx_conv(through):
     through(nnx.Conv(8, 5, (3,), rngs=nnx.Rngs(0)), X, expected={"kernel": Axes((), (0, 1), (2,))})
 
@@ -285,6 +291,7 @@ def test_haiku_attention():
     haiku(attention, X, expected={"multi_head_attention/query/w": DENSE, "multi_head_attention/linear/w": DENSE})
 
 
+@pytest.mark.slow
 def test_haiku_conv_and_embed():
     haiku(lambda x: hk.Conv1D(5, 3)(x), X, expected={"conv1_d/w": Axes((), (0, 1), (2,))})
     haiku(lambda ids: hk.Embed(11, 8)(ids), IDS, expected={"embed/embeddings": DENSE})

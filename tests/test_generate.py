@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from marks import few
 from transformers import LlamaConfig
 
 import lora_jax
@@ -97,7 +98,7 @@ def slowly(apply, params, row, max_tokens, eos=(EOS,)):
     return new + [eos[0]] * (max_tokens - len(new))
 
 
-@pytest.mark.parametrize("with_adapter", [False, True])
+@pytest.mark.parametrize("with_adapter", few([False, True], [True]))
 def test_greedy_is_the_whole_forward_token_by_token(model, adapted, with_adapter):
     params = adapted if with_adapter else model.params
     apply = lora_jax.adapt(model.apply) if with_adapter else model.apply
@@ -133,6 +134,7 @@ def test_a_row_ends_at_any_end_token_and_stays_ended(model):
         assert (row[end + 1 :] == ends[0]).all()
 
 
+@pytest.mark.slow
 def test_the_loop_stops_when_all_rows_have_ended(model):
     """Of a call for many tokens in which every row ends at once, the model runs twice: the prompt and one step."""
     ids, mask = prompts(3, 3)
@@ -162,6 +164,7 @@ def test_an_empty_row_is_passed_over(model):
 # --- drawing ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_draws_follow_the_softmax(model):
     """Of 4,000 draws of one token, the shares of tokens are near their probabilities, at any temperature and top_p."""
     ids = np.repeat(prompts(5)[0], 4000, axis=0)
@@ -205,6 +208,7 @@ def test_settings_that_are_not_in_the_program_compile_nothing(model):
 TEXTS = ["the cat", "a", "some longer prompt of letters", "dog", "it is.", "x, y"]
 
 
+@pytest.mark.slow
 def test_texts_come_back_in_order_whatever_the_batches(model, adapted):
     config = GenerateConfig(max_tokens=6, batch_size=len(TEXTS))
     together = generate_text(model, adapted, TEXTS, config)

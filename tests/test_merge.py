@@ -35,6 +35,7 @@ def one(dtype=jnp.float32, size=1.0, shape=(32, 48)):
     return {"kernel": jnp.asarray(rng.normal(size=shape), dtype), "kernel_lora": node}
 
 
+@pytest.mark.slow
 @settings(max_examples=12)  # every new shape compiles
 @given(trees())
 def test_merge_adds_the_update_in_the_kernels_order_and_rounds_once(case):

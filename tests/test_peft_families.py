@@ -114,19 +114,27 @@ def test_peft_reads_ours(setting, tmp_path):
     assert_agrees(setting.outputs(params), *read_by_peft(setting, tmp_path / "ours"))
 
 
-def test_we_read_pefts_and_it_reads_ours_of_them(setting, tmp_path):
-    reference, torch = importlib.import_module("peft"), importlib.import_module("torch")
-    config = reference.LoraConfig(r=3, lora_alpha=4, target_modules="all-linear")
-    refs = []
+def written_by_peft(setting, config, folder, value=lambda name, parameter, drawn: drawn):
+    """The outputs of PEFT's model in float32 and in float64.
+
+    Every parameter that trains is set to `value(name, parameter, drawn)`; the float32 model is saved in `folder`.
+    """
+    reference, torch, refs = importlib.import_module("peft"), importlib.import_module("torch"), []
     for dtype in ("float32", "float64"):
         theirs = reference.get_peft_model(setting.theirs(dtype), config, autocast_adapter_dtype=False)
         with torch.no_grad():
             for name, parameter in theirs.named_parameters():
                 if parameter.requires_grad:
-                    parameter.copy_(torch.from_numpy(draw(name, tuple(parameter.shape))))
+                    parameter.copy_(value(name, parameter, torch.from_numpy(draw(name, tuple(parameter.shape)))))
         refs.append(setting.their_outputs(theirs.to(getattr(torch, dtype))))
         if dtype == "float32":
-            theirs.save_pretrained(tmp_path / "theirs")
+            theirs.save_pretrained(folder)
+    return refs
+
+
+def test_we_read_pefts_and_it_reads_ours_of_them(setting, tmp_path):
+    config = importlib.import_module("peft").LoraConfig(r=3, lora_alpha=4, target_modules="all-linear")
+    refs = written_by_peft(setting, config, tmp_path / "theirs")
     read = lambda name: peft.load(tmp_path / name, setting.model.params, names=setting.model.names, axes=setting.axes)
     params = read("theirs")
     assert_agrees(setting.outputs(params), *refs)
@@ -249,23 +257,17 @@ COMBINATIONS = [
 @pytest.mark.parametrize(("setting", "option"), COMBINATIONS, indirect=["setting"])
 def test_options_beyond_llama(setting, option, tmp_path):
     """What PEFT writes with an option reads as its function; what we write of it reads back as that, in PEFT too."""
-    reference, torch = importlib.import_module("peft"), importlib.import_module("torch")
-    config = reference.LoraConfig(**{"r": 3, "lora_alpha": 2, "target_modules": "all-linear"} | OPTIONS[option])
+    settings = {"r": 3, "lora_alpha": 2, "target_modules": "all-linear"} | OPTIONS[option]
     # Where rows of an embedding train whose table a head shares, PEFT's forward leaves out the head's bias.
     head = setting.model.params.get("lm_head", {}).get("bias") if option == "rows" else None
     forgotten = 0 if head is None else np.asarray(head)
-    refs = []
-    for dtype in ("float32", "float64"):
-        theirs = reference.get_peft_model(setting.theirs(dtype), config, autocast_adapter_dtype=False)
-        with torch.no_grad():
-            for name, parameter in theirs.named_parameters():
-                if parameter.requires_grad:
-                    drawn = torch.from_numpy(draw(name, tuple(parameter.shape)))
-                    parameter.copy_(drawn if "lora_A" in name or "lora_B" in name else parameter + 0.3 * drawn.abs())
-        refs.append(setting.their_outputs(theirs.to(getattr(torch, dtype))) + forgotten)
-        if dtype == "float32":
-            plain = setting.their_outputs(setting.theirs(dtype))
-            theirs.save_pretrained(tmp_path / "theirs")
+
+    def value(name, parameter, drawn):
+        return drawn if "lora_A" in name or "lora_B" in name else parameter + 0.3 * drawn.abs()
+
+    config = importlib.import_module("peft").LoraConfig(**settings)
+    refs = [outputs + forgotten for outputs in written_by_peft(setting, config, tmp_path / "theirs", value)]
+    plain = setting.their_outputs(setting.theirs("float32"))
     assert np.max(np.abs(refs[0] - plain)) > 1e-2 * np.max(np.abs(plain))
     model = setting.model
     read = lambda name: peft.load(tmp_path / name, model.params, names=model.names, axes=setting.axes)

@@ -105,7 +105,7 @@ def by_name(setting: Setting, adapter: Any) -> dict[str, np.ndarray]:
     return {name: np.asarray(array) for name, array in named.items()}
 
 
-OFTEN = ("grouped_query", "patterns", "tied_embedding", "whole_modules", "dora")
+OFTEN = ("grouped_query", "patterns", "whole_modules")
 
 
 @pytest.fixture(scope="module", params=few(CASES, OFTEN))

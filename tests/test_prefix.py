@@ -83,9 +83,9 @@ def test_length_zero_is_the_base(llama):
     "config",
     [
         LLAMA,
-        GPT2Config(**SIZES, n_embd=16, n_layer=2, n_head=2, n_positions=32),
+        pytest.param(GPT2Config(**SIZES, n_embd=16, n_layer=2, n_head=2, n_positions=32), marks=pytest.mark.slow),
         BERT,
-        PretrainedConfig.from_dict({"model_type": "gemma"}),
+        pytest.param(PretrainedConfig.from_dict({"model_type": "gemma"}), marks=pytest.mark.slow),
     ],
     ids=lambda config: config.model_type,
 )
@@ -105,7 +105,7 @@ def test_a_prefix_of_known_tokens_is_those_tokens(config):
     np.testing.assert_allclose(jax.jit(prefix.adapt(model.apply))(params, IDS), expected, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("side", few(["left", "right"], ["left"]))
 def test_padding_on_either_side_is_not_seen(llama, side):
     params, apply = adapted(llama), adapt(llama)
     alone = apply(params, IDS)
@@ -117,6 +117,7 @@ def test_padding_on_either_side_is_not_seen(llama, side):
     np.testing.assert_allclose(apply(params, ids, mask)[:, real], alone, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_pooled_position_stays_the_first(bert):
     """With the prefix after [CLS], padding on the right and types of tokens."""
     params, apply = adapted(bert, after=1), adapt(bert)
@@ -201,7 +202,8 @@ def test_a_sweep_trains_one_for_each_point(llama):
     np.testing.assert_allclose(found[0].adapter["prefix"].value, result.params["prefix"].value, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("kind", "after"), [("llama", 0), pytest.param("bert", 1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "after"), [("llama", 0), ("bert", 1)])
 def test_what_isnt_used_is_not_seen(kind, after, request):
     """The outputs, and the gradients of the embeddings, are those with a prefix of that length; 0 is none at all."""
     model = request.getfixturevalue(kind)
@@ -257,7 +259,8 @@ def assert_as_alone(model, point, found, rows, config):
     assert found.trainable == lora_jax.describe(result.params).trainable
 
 
-@pytest.mark.parametrize("length", few([0, 2], [0]))
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [0, 2])
 def test_the_longest_prefix_may_be_of_a_point_that_is_not_trained(llama, length):
     """What is left is padded to its own longest, not to that of the points which scored less."""
     rows = [data.Example(np.arange(2, 9 + i, dtype=np.int32), np.arange(7 + i) > 2) for i in range(4)]
@@ -269,6 +272,27 @@ def test_the_longest_prefix_may_be_of_a_point_that_is_not_trained(llama, length)
     (found,) = sweep.run(llama.apply, llama.params, points, rows, rows, config, score_batches=1, best=1).results
     assert found.point.rank == 2
     assert_as_alone(llama, found.point, found, rows, config)
+
+
+@pytest.mark.slow
+def test_a_sweep_is_told_the_table(llama):
+    """A model that calls its table otherwise trains as the one that it is."""
+    rows = [data.Example(np.arange(2, 9, dtype=np.int32), np.arange(7) > 2)]
+    point = sweep.Point(rank=1, alpha=4, targets=("q",), prefix_length=2)
+    config = train.TrainConfig(steps=2, batch_size=1, learning_rate=1e-2)
+    named = {**llama.params, "lookup": {"rows": llama.params["embed_tokens"]["embedding"]}}
+    del named["embed_tokens"]
+
+    def apply(params, *args, **options):
+        table = {"embed_tokens": {"embedding": params["lookup"]["rows"]}}
+        return llama.apply({**params, **table}, *args, **options)
+
+    with pytest.raises(ValueError, match=r"^embedding: nothing matches"):
+        sweep.run(apply, named, [point], rows, config=config)
+    (ours,) = sweep.run(apply, named, [point], rows, config=config, prefix_embedding="lookup/rows").results
+    (expected,) = sweep.run(llama.apply, llama.params, [point], rows, config=config).results
+    np.testing.assert_allclose(ours.losses, expected.losses, rtol=1e-6)
+    np.testing.assert_allclose(ours.adapter["prefix"].value, expected.adapter["prefix"].value, rtol=1e-5)
 
 
 def test_a_sweep_of_lengths_needs_a_tree_without(llama):
@@ -402,6 +426,7 @@ def test_positions_are_refused(llama):
         adapt(llama)(adapted(llama), IDS, positions=jnp.arange(7)[None])
 
 
+@pytest.mark.slow
 def test_from_the_command_line(tmp_path, capsys):
     model, rows, out = tiny_model(tmp_path / "m"), write_rows(tmp_path / "rows.jsonl"), str(tmp_path / "out")
     flags = ["train", "--model", model, "--data", rows, "--output", out, "--steps", "2", "--prefix-length"]

@@ -53,6 +53,7 @@ def test_baselines_depend_on_the_kernel_and_the_seed_alone(planted, measured):
     assert other.amplification.projected_random != alone.amplification.projected_random
 
 
+@pytest.mark.slow
 def test_files(measured, tmp_path):
     report.write(tmp_path / "r", measured, title="planted", sources={"adapter": "a"})
     assert sorted(os.listdir(tmp_path / "r")) == [
@@ -129,6 +130,7 @@ def test_adapters_that_cannot_be_compared(planted, change, message):
         next(report.measure(planted.updates, against=change(planted.updates)))
 
 
+@pytest.mark.slow
 def test_what_is_there_stays_whole(measured, tmp_path, monkeypatch):
     (tmp_path / "r").mkdir()
     (tmp_path / "r" / "report.json").write_text("kept")

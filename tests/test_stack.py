@@ -48,6 +48,7 @@ def test_unstack_gives_each_adapter_back():
         jax.tree.map(np.testing.assert_array_equal, before, after)
 
 
+@pytest.mark.slow
 def test_vmap_over_a_stack_is_each_alone():
     def alone(tree):
         return jax.value_and_grad(lambda tree: loss(lora_jax.combine(frozen(), tree), X))(tree)
@@ -64,6 +65,7 @@ def test_vmap_over_a_stack_is_each_alone():
         assert not node.b[:, rank:].any()
 
 
+@pytest.mark.slow
 def test_training_a_stack_is_training_each_alone():
     tx = lora_jax.masked(optax.adam(0.05))
 

@@ -207,10 +207,12 @@ def peak(what, larger):
     return int(subprocess.run(words, capture_output=True, text=True, check=True, env=plain).stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_a_merge_takes_less_than_two_shards(larger):
     assert larger[2] > 8 * SHARD
     assert peak("merge", larger) < 2 * SHARD
 
 
+@pytest.mark.slow
 def test_loading_holds_the_weights_once(larger):
     assert peak("held", larger) < larger[2] + SHARD // 2

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import tiny
+from marks import few
 from test_cli import compiled_once
 
 import lora_jax
@@ -58,7 +59,7 @@ def together():
 # --- each as alone ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("index", range(len(POINTS)))
+@pytest.mark.parametrize("index", few(range(len(POINTS)), [1, 2]))
 def test_each_is_its_run_alone(together, index):
     result, alone = together.results[index], solo(POINTS[index])
     losses = [line["loss"] for line in alone.history if "loss" in line]
@@ -99,6 +100,7 @@ def test_magnitudes_train_beside_each():
         assert result.trainable == lora_jax.describe(alone.params).trainable
 
 
+@pytest.mark.slow
 def test_rounds_change_nothing(together, monkeypatch):
     asked, measure = [], _run.bytes_needed
 
@@ -119,6 +121,7 @@ def test_rounds_change_nothing(together, monkeypatch):
 # --- none touched by another -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.bits
 def test_a_nan_stays_where_it_arises():
     points = [Point(rank=2, alpha=4, targets=("head",), seed=seed) for seed in range(8)]
     spoilt = [dataclasses.replace(p, learning_rate=1e38) if p.seed == 3 else p for p in points]
@@ -155,6 +158,7 @@ def test_a_large_loss_is_written_without_its_perplexity(together, tmp_path):
     assert results.summary()[0]["valid_perplexity"] is None
 
 
+@pytest.mark.slow
 def test_patterns_are_shown_as_they_are():
     points = [Point(rank=1, alpha=1, targets=(target,)) for target in ("/[a-z]*d.kernel/", "/h[a-z]+.kernel/")]
     shown = str(swept(points, dataclasses.replace(CONFIG, steps=1)))
@@ -190,6 +194,7 @@ def test_padding_and_what_isnt_targeted_stay_zero(monkeypatch):
 # --- one program -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_grid_is_traced_once():
     def traces(points):
         count = collections.Counter()
@@ -204,6 +209,7 @@ def test_the_grid_is_traced_once():
     assert traces(POINTS[:1]) == traces([*POINTS, *(dataclasses.replace(POINTS[1], seed=s) for s in (7, 8))])
 
 
+@pytest.mark.slow
 def test_one_base_meets_the_rows_of_all():
     """K adapters cost K runs' arithmetic; nothing of K times a kernel's size is made, nor a gradient of a kernel."""
     count, params = 5, tiny.init(jax.random.key(0))
@@ -374,6 +380,7 @@ def test_labels_are_swept_with_their_metrics_and_heads():
     assert {"valid_loss", "valid_accuracy", "valid_accuracy_std"} <= set(results.summary()[0])
 
 
+@pytest.mark.slow
 def test_scores_say_what_gradients_promise_and_are_judged():
     """Of rank 12 the sketch holds the whole gradient, which is taken here by hand."""
     points = [

@@ -50,6 +50,7 @@ def test_no_question_is_in_two_splits_or_twice_in_one():
     assert len(set(prompts)) == len(prompts) == sum(count for _, _, count in _task.SPLITS.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "digest"),
     [
@@ -63,6 +64,7 @@ def test_what_is_generated_is_the_same_everywhere(text, digest):
     assert hashlib.sha256(text().encode()).hexdigest()[:16] == digest
 
 
+@pytest.mark.slow
 def test_the_reference_is_right_and_every_slip_is_wrong():
     asked = text_to_sql.examples("valid")[:60]
     plain = text_to_sql.examples("valid", text_to_sql.PLAIN)[:60]

@@ -181,6 +181,7 @@ def test_parts_of_a_batch_add_up_to_the_batch(accumulate):
     assert abs(np.mean(of_parts) - metrics.loss) > 1e-2
 
 
+@pytest.mark.slow
 def test_a_run_in_parts_is_the_run():
     rows = tiny.examples(24)
     whole = train(tiny.apply, adapted(), rows, config=QUICK)
@@ -191,7 +192,8 @@ def test_a_run_in_parts_is_the_run():
 # --- what trains -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.bits
+@pytest.mark.parametrize("dtype", few([jnp.float32, jnp.bfloat16], [jnp.bfloat16]))
 def test_the_base_keeps_every_bit(dtype):
     params = adapted(dtype)
     before = jax.tree.map(np.array, params)
@@ -221,6 +223,7 @@ def test_the_optimizer_holds_the_adapters_moments_only():
     assert sorted(x.shape for x in jax.tree.leaves(state) if x.shape) == sorted(2 * factors)
 
 
+@pytest.mark.slow
 def test_clipping_sees_the_adapter_only():
     """Gradients of the whole tree, those of the base a million times larger: the adapter's update is the same."""
     params = grown(adapted())
@@ -357,6 +360,7 @@ def test_the_seed_decides_everything():
     assert losses(one) != losses(other)
 
 
+@pytest.mark.slow
 def test_dropout_is_drawn_anew_and_off_in_evaluation():
     base, adapter = lora_jax.split(grown(small()))
     tx = lora_jax.masked(optax.sgd(0.0))
@@ -410,7 +414,7 @@ def test_a_line_is_the_mean_over_its_steps(tmp_path):
     np.testing.assert_allclose(losses(lines), expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.parametrize("terminal", few([False, True], [False]))
 def test_progress(terminal):
     shown = io.StringIO()
     console = Console(file=shown, force_terminal=terminal, width=120)
@@ -515,6 +519,7 @@ def test_the_schedule_never_wastes_a_step(warmup, steps):
 # --- a real architecture ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", few(["float32", "bfloat16", "float16"], ["bfloat16"]))
 def test_a_llama_from_a_folder(tmp_path, dtype):
     config = LlamaConfig(

@@ -88,6 +88,7 @@ def test_the_task_is_chosen_by_the_labels():
     assert LANGUAGE_MODELLING.best == "loss"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 3])
 def test_classes_are_measured_as_scikit_learn_does(count):
     rng = np.random.default_rng(0)
@@ -177,6 +178,7 @@ def test_or_the_last():
     assert evaluate(apply, result.params, contrary(), batch_size=8).loss == result.history[-1]["valid_loss"]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_the_best_from_before(tmp_path):
     config = dataclasses.replace(UNSTEADY, checkpoint_every=1)
     whole = run(config, output=tmp_path / "whole")

@@ -206,6 +206,7 @@ def explicit_model(params, x):
     return jnp.einsum("bi,io->bo", h, params["out"], out_sharding=P("data", None))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 def test_meshes(kind):
     """Eight devices, data and tensor parallel: the numbers of one device, outputs placed as the plain model's."""

@@ -46,6 +46,7 @@ def test_split_gives_the_tree_before_init(case):
     same(lora_jax.combine(base, adapter), whole)
 
 
+@pytest.mark.slow
 @given(trees(), st.booleans())
 def test_combine_undoes_split_with_extra_trained_leaves(case, named):
     params, axes = case

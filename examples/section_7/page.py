@@ -128,17 +128,19 @@ def _time(found: Results) -> str:
 
 
 def _time_on_two_cores(times: dict[str, Any]) -> str:
-    minutes = {name: sum(run["seconds"] for run in runs.values()) / 60 for name, runs in times.items()}
-    runs = [run for runs in times.values() for run in runs.values()]
+    first = {name: [run for key, run in runs.items() if key.endswith("/0")] for name, runs in times.items()}
+    seconds = {name: sum(run["seconds"] for run in runs) for name, runs in first.items() if runs}
+    runs = [run for runs in first.values() for run in runs]
     cores = ", ".join(str(n) for n in sorted({run["cores"] for run in runs}))
     ratio = tokens(FULL) / tokens(SMALL)
-    one_seed = sum(run["seconds"] for key, run in times["grid"].items() if key.endswith("/0"))
-    days = ratio * one_seed * len(FULL.seeds) / 86_400
+    hours = sum(seconds.values()) * len(SMALL.seeds) / 3600
+    days = ratio * seconds["grid"] * len(FULL.seeds) / 86_400
     return (
         f"`--scale small` runs all of it with fewer steps and points, enough to see that it works and too few to tell anything: "
-        f"{sum(minutes.values()):.0f} minutes on {cores} CPU cores ({', '.join(f'{name} {each:.1f}' for name, each in minutes.items())}; "
-        f"the grid of {', '.join(times['grid'])}, that is of task/seed), with {sum(run['cpu_seconds'] for run in runs) / 60:.0f} "
-        f"minutes of processor time. The grid of one seed at `--scale full` has {ratio:.0f} times as many tokens at most: by that, two "
+        f"its first seed took {sum(seconds.values()) / 60:.0f} minutes on {cores} CPU cores "
+        f"({', '.join(f'{name} {each / 60:.1f}' for name, each in seconds.items())}), with "
+        f"{sum(run['cpu_seconds'] for run in runs) / 60:.0f} minutes of processor time; by that, its {len(SMALL.seeds)} seeds "
+        f"take {hours:.1f} hours. The grid of one seed at `--scale full` has {ratio:.0f} times as many tokens at most: by that, two "
         f"cores would be at it for {days:.0f} days, for {len(FULL.seeds)} seeds."
     )
 

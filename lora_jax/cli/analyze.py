@@ -34,7 +34,7 @@ class Settings:
     against: Path | None = None
     """a second adapter of the same modules: another rank, another seed"""
     alpha: float | None = None
-    """of loralib's checkpoints, which don't say it"""
+    """of loralib's checkpoints, which don't record it; subspace similarity doesn't depend on it"""
     enable_lora: tuple[bool, ...] | None = None
     """of loralib's MergedLinear: which of its projections are adapted"""
     layers: tuple[int, ...] | None = None

@@ -45,6 +45,7 @@ def run(
     task: Task | None = None,
     fresh: Fresh | None = None,
     prefix_after: int = 0,
+    prefix_embedding: str | None = None,
     score_batches: int = 0,
     best: int | None = None,
     memory: int | None = None,
@@ -79,6 +80,7 @@ def run(
       fresh: from a seed to values of leaves that train whole, by path, in place of those in `params`: what each seed
         draws anew, such as a head. Without it all start from the same.
       prefix_after: tokens of each row that stand before a prefix: 1 for an encoder that pools the first one.
+      prefix_embedding: pattern of the table that prefixes are drawn from, as for `lora_jax.prefix.init`.
       score_batches: training batches whose mean gradient scores every point before training
         (`lora_jax.analysis.gradient_scores`): `Result.score`, and what `Results.rank_correlation` judges. 0 for none.
       best: train only as many settings (with all their seeds) as this, those with the highest scores.
@@ -88,8 +90,8 @@ def run(
       on_result: called with each result as its round ends.
 
     Raises:
-      ValueError: no points, no rows, targets that match nothing, or a memory too small for one adapter: before
-        anything is trained.
+      ValueError: no points, no rows, targets that match nothing, a prefix without its one table, or a memory too small
+        for one adapter: before anything is trained.
     """
     began = time.perf_counter()
     config, lora = config or TrainConfig(), lora or LoRAConfig(rank=1, alpha=1)
@@ -99,14 +101,18 @@ def run(
         ids = jax.ShapeDtypeStruct((1, TRACED_TOKENS), jnp.int32)
         axes = kernel_axes(apply_fn, params, ids, ids)
     entries = [_entry(point, config, params) for point in points]
-    starts = Starts(params, [entry.point for entry in entries], lora, axes, fresh, prefix_after)
+
+    def starts_of(kept: Sequence[_Entry]) -> Starts:
+        own = [entry.point for entry in kept]
+        return Starts(params, own, lora, axes, fresh, after=prefix_after, embedding=prefix_embedding)
+
+    starts = starts_of(entries)
     steps = config.total_steps(len(train_data))
     rows = _Rows(train_data, [entry.config for entry in entries], steps)
     scores: dict[str, GradientScore] = {}
     if score_batches:
         scores, entries = _scored(apply_fn, starts, entries, rows.first(score_batches), task, best)
-        # Anew: padded to the ranks and prefixes of those that are left.
-        starts = Starts(params, [entry.point for entry in entries], lora, axes, fresh, prefix_after)
+        starts = starts_of(entries)  # padded to the ranks and prefixes of those that are left
     program = make_program(
         apply_fn,
         config,

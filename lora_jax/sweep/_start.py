@@ -34,9 +34,10 @@ class Starts:
       axes: how kernels are used.
       fresh: as for `run`.
       after: tokens of a row that stand before a prefix.
+      embedding: pattern of the table that prefixes are drawn from.
 
     Raises:
-      ValueError: a point's targets match nothing in `params`.
+      ValueError: a point's targets match nothing in `params`, or not exactly one table is found for its prefix.
     """
 
     def __init__(
@@ -46,10 +47,13 @@ class Starts:
         lora: LoRAConfig,
         axes: Mapping[str, Axes] | None,
         fresh: Fresh | None = None,
+        *,
         after: int = 0,
+        embedding: str | None = None,
     ):
         paths = leaf_paths(params)
-        self._params, self._fresh, self._lora, self._after = params, fresh, lora, after
+        self._params, self._fresh, self._lora = params, fresh, lora
+        self._with_prefix = functools.partial(prefix.init, after=after, embedding=embedding)
         self._configs = {point: point.settings(lora, None, paths)[0] for point in points}
         self.rank = max(point.rank for point in points)
         everything = tuple(dict.fromkeys(target for config in self._configs.values() for target in config.targets))
@@ -63,7 +67,7 @@ class Starts:
             def make(key: jax.Array, params: Any) -> Any:
                 # As the command line's: the prefix has the seed's key, A a fold of it. Training folds in steps, from 1.
                 adapted = init(jax.random.fold_in(key, 0), params, config, axes=axes)
-                return split(prefix.init(key, adapted, length, after=after), config)[1]
+                return split(self._with_prefix(key, adapted, length), config)[1]
 
             return jax.jit(make)
 
@@ -76,7 +80,7 @@ class Starts:
 
     def base(self) -> Any:
         """What all share, with a place for whatever trains."""
-        params = prefix.init(jax.random.key(0), self._params, self._longest, after=self._after)
+        params = self._with_prefix(jax.random.key(0), self._params, self._longest)
         return jax.tree.map(jnp.asarray, split(params, self._lora.train)[0])
 
     @property
