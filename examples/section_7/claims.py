@@ -1,7 +1,7 @@
 """The paper's claims: its figures, ours, and whether ours agree. Section and table numbers are the paper's."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from pictures import short
@@ -155,7 +155,12 @@ def _subspaces(results: Results) -> Iterator[Claim]:
     kinds = dict.fromkeys(name.split()[0] for name in found)
 
     def claim(
-        said: str, theirs: str, figures: Mapping[str, Callable[[dict], list[float]]], holds: Callable[..., bool]
+        said: str,
+        theirs: str,
+        figures: Mapping[str, Callable[[dict], list[float]]],
+        rule: str,
+        holds: Callable[..., bool],
+        over: str = "seeds",
     ) -> Claim:
         """`figures` are of one kernel, by seed or by pair of seeds; `holds` takes those of one, in their order."""
         told = []
@@ -164,10 +169,12 @@ def _subspaces(results: Results) -> Iterator[Claim]:
             ranges = (_range([x for kernel in of_kind for x in figure(kernel)]) for figure in figures.values())
             told.append(f"{kind}: " + ", ".join(f"{what} {each}" for what, each in zip(figures, ranges, strict=True)))
         held = {
-            name: _of_all([holds(*each) for each in zip(*(figure(kernel) for figure in figures.values()), strict=True)])
+            name: _verdict(
+                [holds(*each) for each in zip(*(figure(kernel) for figure in figures.values()), strict=True)], over
+            )
             for name, kernel in found.items()
         }
-        return Claim(said, theirs, "; ".join(told), _grouped(held))
+        return Claim(said, theirs, f"over tasks and {over}, {'; '.join(told)}; held where {rule}", _grouped(held))
 
     def phi(name: str, i: int) -> Callable[[dict], list[float]]:
         return lambda kernel: [float(np.mean(layers)) for layers in kernel[name][str(i)]]
@@ -175,39 +182,73 @@ def _subspaces(results: Results) -> Iterator[Claim]:
     def amplification(name: str, rank: int = 4) -> Callable[[dict], list[float]]:
         return lambda kernel: [float(np.mean(layers)) for layers in kernel["amplification"][str(rank)][name]]
 
+    def own(kernel: dict) -> list[float]:
+        """W's own, which is the same for all seeds."""
+        return amplification("projected_own")(kernel) * len(amplification("projected")(kernel))
+
+    def random(kernel: dict) -> list[float]:
+        """What random subspaces seldom exceed."""
+        draws = amplification("projected_random")(kernel)
+        return [float(np.mean(draws) + 2 * np.std(draws, ddof=1))] * len(amplification("projected")(kernel))
+
     yield claim(
         "The top direction of rank 8 lies in rank 64's, the others don't (7.2, figure 3)",
         "φ above 0.5 for the first direction, in a subspace of dimension 1",
         {"φ(1, 1) is": phi("ranks_top", 1), "φ(8, 8)": phi("ranks_top", 8)},
+        "φ(1, 1) > 0.5 > φ(8, 8)",
         lambda first, eighth: first > 0.5 > eighth,
     )
     yield claim(
         "Two seeds of rank 64 share top directions, two random matrices don't (7.2, figure 4)",
-        "a common subspace, for q larger than for v; none for random matrices (a picture)",
+        "a common subspace; none for random matrices (a picture)",
         {"φ(1, 1) is": phi("seeds_top", 1), "of random matrices": phi("random_top", 1)},
+        "φ(1, 1) > 0.5 and that of random matrices < 0.1",
         lambda seeds, random: seeds > 0.5 and random < 0.1,
+        over="pairs",
     )
+    yield from _more_of_q_than_of_v(runs)
     yield claim(
         "ΔW lies more in W than a random matrix does, but not in W's top directions (7.3, table 7)",
         "‖UᵀWVᵀ‖ at rank 4: 0.32; random 0.02; W's own 21.67",
-        {"‖UᵀWVᵀ‖ is": amplification("projected"), "random": amplification("projected_random"),
-         "W's own": amplification("projected_own")},
+        {"‖UᵀWVᵀ‖ is": amplification("projected"), "of random subspaces, mean + 2 standard deviations,": random,
+         "W's own": own},
+        "it lies between that of random subspaces and half of W's own",
         lambda ours, random, own: random < ours < 0.5 * own,
     )  # fmt: skip
     yield claim(
         "ΔW amplifies what W has there, and more so at the lower rank (7.3, table 7)",
         "‖ΔW‖ / ‖UᵀWVᵀ‖ = 21.5 at rank 4, 1.9 at rank 64",
         {"at rank 4 it is": amplification("factor"), "at rank 64": amplification("factor", 64)},
+        "it is above 1 and above that at rank 64",
         lambda low, high: low > max(1, high),
     )
 
 
-def _of_all(held: Sequence[bool]) -> str:
+def _more_of_q_than_of_v(runs: Mapping[str, Any]) -> Iterator[Claim]:
+    """Figure 4's other half."""
+    told, held = [], {}
+    for task in (task for task in TITLES if task in runs):
+        shared = {
+            short(path)[0]: [float(np.mean(layers)) for layers in kernel["seeds_top"]["1"]]
+            for path, kernel in runs[task]["kernels"].items()
+        }
+        more = [q - v for q, v in zip(shared["q"], shared["v"], strict=True)]
+        told.append(f"{TITLES[task]} {spread(more, 2)}")
+        held[TITLES[task]] = _verdict([each > 0 for each in more], "pairs")
+    yield Claim(
+        "Two seeds share more of ΔW_q than of ΔW_v (7.2, figure 4)",
+        "a picture",
+        f"φ(1, 1) of ΔW_q minus that of ΔW_v, over pairs: {'; '.join(told)}",
+        _grouped(held),
+    )
+
+
+def _verdict(held: Sequence[bool], over: str) -> str:
     """
-    >>> _of_all([True, True]), _of_all([False, False]), _of_all([True, False, True])
-    ('yes', 'no', 'in 2 of 3')
+    >>> _verdict([True, True], "seeds"), _verdict([False, False], "seeds"), _verdict([True, False, True], "pairs")
+    ('yes', 'no', 'for 2 of 3 pairs')
     """
-    return "yes" if all(held) else f"in {sum(held)} of {len(held)}" if any(held) else "no"
+    return "yes" if all(held) else f"for {sum(held)} of {len(held)} {over}" if any(held) else "no"
 
 
 def _range(values: Sequence[float]) -> str:

@@ -296,8 +296,13 @@ def subspaces(bench: Bench, name: str) -> None:
         adapters = {key: measures.kept(path, task) for key, path in files.items()}
         return measures.everything(task, adapters, seeds, pictured=name == "cola")
 
+    store = bench.store("subspaces")
+    if name in store.runs and store.runs[name].get("seeds") != list(seeds):
+        raise ValueError(
+            f"subspaces {name}: there are results of other seeds than {list(seeds)}: give another --results"
+        )
     if len(seeds) > 1 and all(path.exists() for path in files.values()):
-        bench.store("subspaces").run(name, make)
+        store.run(name, make)
 
 
 def counts(bench: Bench) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import lora_jax
 from lora_jax import analysis, train
 
 SHARES = (0.9, 0.99)
+RANDOM_DRAWS = 20  # of random U and V, whose spread is what ΔW's are held against
 
 
 # --- nodes -----------------------------------------------------------------------------------------------------------
@@ -80,41 +82,68 @@ def kept(path: Path, task: Task) -> dict[str, lora_jax.LoRA]:
 def everything(
     task: Task, adapters: dict[tuple[int, int], dict[str, lora_jax.LoRA]], seeds: Sequence[int], *, pictured: bool
 ) -> dict[str, Any]:
-    """All measures of adapters by rank and seed: figures of all seeds and layers, and for pictures matrices of one.
+    """All measures of one task's adapters.
 
-    Every figure is a list over seeds, or over pairs of them, of lists over layers. The first seed, the first pair and
-    the middle layer have their matrices kept.
+    Args:
+      task: whose parameters hold W.
+      adapters: nodes by kernel path, by (rank, seed): ranks 4, 8 and 64 of all seeds.
+      seeds: two or more.
+      pictured: whether to keep φ as matrices, of the middle layer and the first seed, pair of seeds or draw.
+
+    Returns:
+      By kernel: φ(i, i) as `NAME_top`, table 7 as `amplification`, and `spectrum`, each figure a list over seeds of
+      lists over layers. In place of seeds stand pairs of them where two are compared (`seeds` of rank 64, `seeds8` of
+      rank 8, `left` of rank 64 on B's side), draws where matrices are random, and one entry for what is W's alone.
+      `values` are the singular values of the middle layer.
     """
     found: dict[str, Any] = {"seeds": list(seeds), "kernels": {}}
     pairs = list(itertools.combinations(seeds, 2))
-    phi = analysis.subspace_similarity
-    for number, path in enumerate(adapters[64, seeds[0]]):
+    similarity = analysis.subspace_similarity
+    for path in adapters[64, seeds[0]]:
         w = np.asarray(leaf_at(task.params, path))
-        middle, key = w.shape[0] // 2, jax.random.key(number)
-        ours = {key: adapter[path] for key, adapter in adapters.items()}
-        similar = {
-            "ranks": [phi(ours[8, seed].a, ours[64, seed].a) for seed in seeds],
-            "seeds": [phi(ours[64, one].a, ours[64, other].a) for one, other in pairs],
-            "seeds8": [phi(ours[8, one].a, ours[8, other].a) for one, other in pairs],
-            "left": [phi(_outputs(ours[64, one]), _outputs(ours[64, other])) for one, other in pairs],
+        middle = w.shape[0] // 2
+        ours = {which: adapter[path] for which, adapter in adapters.items()}
+        phis = {
+            "ranks": [similarity(ours[8, seed].a, ours[64, seed].a) for seed in seeds],
+            "seeds": [similarity(ours[64, one].a, ours[64, other].a) for one, other in pairs],
+            "seeds8": [similarity(ours[8, one].a, ours[8, other].a) for one, other in pairs],
+            "left": [similarity(_outputs(ours[64, one]), _outputs(ours[64, other])) for one, other in pairs],
             "start": [_start_similarity(task, path, ours[64, seed], seed) for seed in seeds],
-            "random": [
-                analysis.random_similarity(jax.random.fold_in(key, draw), w.shape[-2], 64, 64)[None]
-                for draw in range(len(pairs))
-            ],
+            "random": random_similarities(task.name, path, w.shape, draws=len(pairs)),
         }
         found["kernels"][path] = {
             "middle": middle,
-            **({name: _matrix(similar[name][0], middle) for name in ("ranks", "seeds", "random")} if pictured else {}),
-            **{f"{name}_top": _diagonal(phis) for name, phis in similar.items()},
+            **({name: _matrix(phis[name][0][middle]) for name in ("ranks", "seeds", "random")} if pictured else {}),
+            **{f"{name}_top": _diagonal(each) for name, each in phis.items()},
             "amplification": {
-                str(rank): _lists(_amplification(w, ours[rank, seed], jax.random.fold_in(key, seed)) for seed in seeds)
+                str(rank): _amplification(w, [ours[rank, seed] for seed in seeds])
+                | {"projected_random": random_projections(task.name, path, w, ours[rank, seeds[0]])}
                 for rank in (4, 64)
             },
             "spectrum": {str(rank): _lists(_spectrum(ours[rank, seed], middle) for seed in seeds) for rank in (8, 64)}
             | {"W": _lists([_spectrum(w, middle)])},
         }
     return found
+
+
+def random_similarities(task: str, path: str, shape: Sequence[int], draws: int) -> list[np.ndarray]:
+    """φ of two Gaussian factors of rank 64, one pair for each layer, by draw."""
+    layers, features = shape[:2]
+    return [
+        np.stack([analysis.random_similarity(key, features, 64, 64) for key in jax.random.split(one, layers)])
+        for one in jax.random.split(_key(task, path, "similarity"), draws)
+    ]
+
+
+def random_projections(task: str, path: str, w: np.ndarray, node: lora_jax.LoRA) -> list[list[float]]:
+    """‖UᵀWVᵀ‖ with random U and V of the node's rank, by draw and layer."""
+    own, key = analysis.spectrum(w), _key(task, path, f"projection {node.a.shape[-1]}")
+    keys = jax.random.split(key, RANDOM_DRAWS)
+    return [analysis.amplification(w, node, one, own=own).projected_random.tolist() for one in keys]
+
+
+def _key(task: str, path: str, purpose: str) -> jax.Array:
+    return jax.random.fold_in(jax.random.key(0), zlib.crc32(f"{task} {path} {purpose}".encode()))
 
 
 def _outputs(node: lora_jax.LoRA) -> np.ndarray:
@@ -129,8 +158,8 @@ def _start_similarity(task: Task, path: str, trained: lora_jax.LoRA, seed: int) 
     return analysis.subspace_similarity(begun.a, trained.a)
 
 
-def _matrix(phi: np.ndarray, layer: int) -> list[list[float]]:
-    return [[round(float(x), 3) for x in row] for row in phi[min(layer, len(phi) - 1)]]
+def _matrix(phi: np.ndarray) -> list[list[float]]:
+    return [[round(float(x), 3) for x in row] for row in phi]
 
 
 def _diagonal(phis: Sequence[np.ndarray]) -> dict[str, list[list[float]]]:
@@ -148,9 +177,14 @@ def _lists(each: Iterable[dict[str, Any]]) -> dict[str, list[Any]]:
     return {name: [row[name] for row in rows] for name in rows[0]}
 
 
-def _amplification(w: np.ndarray, node: lora_jax.LoRA, key: jax.Array) -> dict[str, list[float]]:
-    found = analysis.amplification(w, node, key)
-    return {name: np.asarray(value).tolist() for name, value in {**found._asdict(), "factor": found.factor}.items()}
+def _amplification(w: np.ndarray, each: Sequence[lora_jax.LoRA]) -> dict[str, list[list[float]]]:
+    """Table 7 but for the random matrices: by seed, or once where W alone is asked."""
+    own = analysis.spectrum(w)
+    found = [analysis.amplification(w, node, jax.random.key(0), own=own) for node in each]
+    return {
+        **{name: [getattr(one, name).tolist() for one in found] for name in ("projected", "delta_norm", "factor")},
+        **{name: [getattr(found[0], name).tolist()] for name in ("projected_own", "w_norm")},
+    }
 
 
 def _spectrum(w_or_node: Any, middle: int) -> dict[str, Any]:

@@ -16,9 +16,10 @@ from statistics_of import LEVEL, layered
 
 COMMAND = "python examples/section_7 --minilm DIR --llama DIR --glue DIR --wikisql DIR --scale full"
 TIMES = "two_cores"
+DIRECTIONS = ("1", "4", "8", "64")
 LAYERED = (
-    "the mean over layers ± its standard deviation over seeds, and in brackets the standard deviation over layers, the mean "
-    "over seeds"
+    "the mean over layers and seeds ± the standard deviation over seeds of the layers' mean, and in brackets the standard "
+    "deviation over layers, averaged over seeds"
 )
 
 
@@ -108,8 +109,10 @@ def _opening(found: Results) -> str:
         "deviations of the differences: an interval that holds zero is no evidence of equality. Verdicts by the "
         "dev loss and their bounds were written before the figures were seen; those by the score were added afterwards, "
         "because on MRPC and CoLA the loss rises where the score does too: the model grows too sure of what it gets wrong. "
-        "Verdicts on subspaces are of the mean over layers, seed by seed, or pair by pair where two are compared. "
-        "Nothing is corrected for the number of comparisons, so one in twenty is wrong by chance alone.",
+        "Verdicts on subspaces are of the mean over layers, for each seed, or for each pair of seeds where two are "
+        "compared (three pairs of three seeds are not independent); their bounds, which stand in the rows, are ours. "
+        "Nothing is corrected for the number of comparisons: of verdicts by an interval, one in twenty tells a difference where "
+        "there is none.",
     ]
     return "\n\n".join(told)
 
@@ -163,25 +166,28 @@ def _similarities(found: Results) -> str:
                 ("random_top", "two random matrices"),
             ):
                 rows.append([f"{TITLES[task]}, {pictures.short(path)}", said,
-                             *(layered(kernel[name][i], 2) for i in ("1", "4", "8"))])  # fmt: skip
+                             *(layered(kernel[name][i], 2) if i in kernel[name] else "–" for i in DIRECTIONS)])  # fmt: skip
     if not rows:
         return NOT_RUN
     return (
         "φ(A, A', i, j) = ‖U_iᵀ U'_j‖² / min(i, j) is 1 where one subspace lies in the other and about max(i, j) / width "
-        "for two random ones (the paper's equation 4). The picture has the middle layer of the first seed or the first two; "
-        f"the table φ(i, i) of q,v adapters: {LAYERED}, over pairs of seeds where two are compared.\n\n"
-        + table(["", "between", "i = 1", "i = 4", "i = 8"], rows)
+        "for two random ones (the paper's equation 4). The picture is of CoLA's q,v adapters: the middle layer of seed "
+        f"0, or of seeds 0 and 1. The table has φ(i, i) of q,v adapters: {LAYERED}. Where two seeds are compared, "
+        "pairs of them stand for seeds, and for random matrices, which are drawn for each layer, three draws.\n\n"
+        + table(["", "between", *(f"i = {i}" for i in DIRECTIONS)], rows)
         + "\n\nOne seed draws the factors of rank 8 and of rank 64 apart, so what they share was learned. "
-        "`before and after training` says how far A left what was drawn: near 1, and A is still its random start, whose "
-        "directions two seeds can't share."
+        "`before and after training` is to be read at i = 64 alone: a fresh A has no directions larger than others, so its "
+        "first few are arbitrary. 1 there says that A still spans what was drawn, which two seeds can't share; what it "
+        "learned shows in the first directions."
     )
 
 
 def _amplifications(found: Results) -> str:
-    rows = []
+    rows, draws = [], []
     for task, run in found.runs("subspaces").items():
         for path, kernel in run["kernels"].items():
             for rank, values in kernel["amplification"].items():
+                draws = values["projected_random"]
                 names = ("projected", "projected_own", "projected_random", "w_norm", "delta_norm", "factor")
                 rows.append([f"{TITLES[task]}, {pictures.short(path)}", rank,
                              *(layered(values[name], 3) for name in names)])  # fmt: skip
@@ -189,9 +195,10 @@ def _amplifications(found: Results) -> str:
         return NOT_RUN
     head = ["", "rank", "‖UᵀWVᵀ‖, ΔW's", "W's own", "random", "‖W‖", "‖ΔW‖", "factor"]
     return (
-        table(head, rows) + f"\n\nThe table has {LAYERED}. W's part in ΔW's subspace lies between that in a random "
-        "one and that in W's own top directions: above the first, ΔW's directions are ones that W has; below the second, "
-        "ones that it doesn't stress. The factor ‖ΔW‖ / ‖UᵀWVᵀ‖ grows with how long and how fast one trains, so it compares "
+        table(head, rows)
+        + f"\n\nThe table has {LAYERED}; W has no seed, and random subspaces have {len(draws)} draws for seeds. Where W's part in "
+        "ΔW's subspace is above that in a random one, ΔW's directions are ones that W has; where it is below that in W's own "
+        "top directions, ones that it doesn't stress. The factor ‖ΔW‖ / ‖UᵀWVᵀ‖ grows with how long and how fast one trains, so it compares "
         "ranks and kernels, not papers."
     )
 
@@ -205,16 +212,17 @@ def _spectra(found: Results) -> str:
                 rows.append([f"{TITLES[task]}, {pictures.short(path)}", said,
                              *(layered(values[key], 1) for key in ("effective_rank", "stable_rank", "energy_rank_0.9",
                                                                   "energy_rank_0.99"))])  # fmt: skip
-            most = np.mean(kernel["spectrum"]["64"]["energy_rank_0.9"])
+            needed = np.array(kernel["spectrum"]["64"]["energy_rank_0.9"])
             told.append(
-                f"{TITLES[task]}, {pictures.short(path)}: {most:.0f} of 64 directions hold 90 % of ΔW's energy."
+                f"{TITLES[task]}, {pictures.short(path)}: {needed.min()} to {needed.max()} of 64 directions, by layer and "
+                "seed, hold 90 % of ΔW's energy."
             )
     if not rows:
         return NOT_RUN
     head = ["", "of", "effective rank", "stable rank", "rank at 90 %", "rank at 99 %"]
     return (
-        table(head, rows)
-        + f"\n\nThe table has {LAYERED}; W has no seed. The effective rank is exp of the entropy of σ / Σσ, the stable rank "
+        table(head, rows) + "\n\nThe picture is of CoLA, seed 0 and the middle layer. "
+        f"The table has {LAYERED}; W has no seed. The effective rank is exp of the entropy of σ / Σσ, the stable rank "
         "‖·‖²_F / σ₁².\n\n" + "\n".join(f"- {line}" for line in told)
     )
 

@@ -50,7 +50,7 @@ def _ranks(results: Results) -> Any:
 
 
 def _similarity(results: Results) -> Any:
-    """Figures 3 and 4 of the middle layer, of the first seed and the first pair of seeds."""
+    """Figures 3 and 4 of the middle layer, of the first task, the first seed and the first pair of seeds."""
     runs = results.runs("subspaces")
     if not runs:
         return None
@@ -70,7 +70,7 @@ def _similarity(results: Results) -> Any:
 
 
 def _spectra(results: Results) -> Any:
-    """Singular values of ΔW and W, each as a share of its largest."""
+    """Singular values of ΔW and W, each as a share of its largest: the first task, the first seed, the middle layer."""
     runs = results.runs("subspaces")
     if not runs:
         return None

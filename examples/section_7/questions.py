@@ -195,7 +195,7 @@ def is_o_good_because_it_is_large(results: Results) -> str:
         cells = []
         for kernel in kernels:
             mine = [row for _, row in rows if row["kernel"] == kernel]
-            norms = [row["w_norm"] for row in mine]
+            norms = [row["w_norm"] for row in mine[: len({row["layer"] for row in mine})]]  # the same for each seed
             gains = _per_seed(rows, lambda row, kernel=kernel: row["kernel"] == kernel)
             cells.append([short(kernel), spread(norms, 2), spread(gains, 5)])
         told.append(table(["kernel", "‖W‖_F over layers", "training loss gained by one layer's alone"], cells))

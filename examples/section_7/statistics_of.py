@@ -42,10 +42,10 @@ def difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Differ
 
 
 def layered(values: Sequence[Sequence[float]], digits: int = 3) -> str:
-    """The mean over layers with its spread over seeds, and in brackets the spread over layers, the mean over seeds.
+    """The mean over layers and seeds ± the spread over seeds of the layers' mean, in brackets the spread over layers.
 
     Args:
-      values: by seed, of all layers.
+      values: by seed, of all layers; the spread over layers is the mean of all seeds'.
 
     >>> layered([[1.0, 3.0], [2.0, 4.0], [3.0, 5.0]]), layered([[1.0, 3.0]]), layered([[0.5], [0.25]], 2)
     ('3.000 ± 1.000 (1.414)', '2.000 (1.414)', '0.38 ± 0.18')
