@@ -141,6 +141,18 @@ def test_large_kernels_take_a_krylov_space_and_agree_with_known_values(decay, mo
     np.testing.assert_allclose(_svd.top_singular_values(w, 4), values[:4], rtol=1e-5)
 
 
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1e30])
+@pytest.mark.parametrize("rank", [3, 300])
+def test_large_kernels_of_any_size_and_rank(size, rank, monkeypatch):
+    """A zero kernel, fewer directions than are asked for, and values whose squares float32 doesn't hold."""
+    rng = np.random.default_rng(10)
+    values = size * np.pad(np.linspace(2, 1, rank) ** 3, (0, 300 - rank))
+    w = (orthonormal(rng, 310, 300) * values) @ orthonormal(rng, 300, 300).T
+    monkeypatch.setattr(_svd, "FULL_SVD_LIMIT", 256)
+    found = _svd.top_singular_values(w, 6)
+    np.testing.assert_allclose(np.linalg.norm(found), np.linalg.norm(values[:6]), rtol=1e-5)
+
+
 def test_values_that_never_settle_are_asked_of_lapack(monkeypatch):
     w = np.random.default_rng(13).standard_normal((310, 300))
     monkeypatch.setattr(_svd, "FULL_SVD_LIMIT", 256)

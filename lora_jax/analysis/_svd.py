@@ -92,7 +92,10 @@ def top_singular_values(kernel: Float, count: int) -> Float:
     small = min(kernel.shape)
     if count == 0 or small <= FULL_SVD_LIMIT or count > small // 8:
         return singular_values(kernel)[:count]
-    w: NDArray[Any] = (kernel if kernel.shape[0] >= kernel.shape[1] else kernel.T).astype(np.float32)
+    unit = float(np.abs(kernel).max())  # so that no square under- or overflows
+    if not unit:
+        return np.zeros(count)
+    w: NDArray[Any] = ((kernel if kernel.shape[0] >= kernel.shape[1] else kernel.T) / unit).astype(np.float32)
     block: NDArray[Any] = np.random.default_rng(0).standard_normal((small, count + OVERSAMPLED), np.float32)
     basis, image = np.empty((small, 0), np.float32), np.empty((w.shape[0], 0), np.float32)
     gram, energy = np.empty((0, 0)), 0.0
@@ -107,7 +110,7 @@ def top_singular_values(kernel: Float, count: int) -> Float:
         if number % 2:  # asked every other time, because that costs as much as a block does
             found = np.linalg.eigvalsh(gram)[::-1][:count]
             if found.sum() - energy <= SETTLED * found.sum():
-                return np.sqrt(np.maximum(found, 0.0))
+                return np.sqrt(np.maximum(found, 0.0)) * unit
             energy = found.sum()
     return singular_values(kernel)[:count]
 
