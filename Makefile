@@ -8,6 +8,7 @@ PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 SUDO := $(shell [ $$(id -u) = 0 ] || echo sudo)
 CORE := paths tree init merge optim stack describe sharding kernel_axes dropout certify transforms frameworks \
 	forward others_get_wrong battery forward_properties
+VERSIONED := stack sharding transforms frameworks forward forward_properties
 
 .PHONY: run test slow oracle real oldest browser check clean
 
@@ -30,11 +31,11 @@ browser: .venv/.browser  ## reports, opened in headless Chromium
 	$(BIN)/python -m pytest --browser tests/test_report_browser.py
 
 # Of the battery's checks, those that a version of JAX can break; gradients, vmap and loops meet in the properties.
+# Of the long tail, what meets meshes, frameworks and loops.
 oldest: .venv-oldest/.ready  ## the core's tests with the oldest JAX and flax that it supports
 	JAX_DISABLE_MOST_OPTIMIZATIONS=0 .venv-oldest/bin/python -m pytest -q -n $(JOBS) --dist worksteal $(CORE:%=tests/test_%.py) \
 		-k "not test_battery[ or -axes] or -output] or -dtype] or -settings] or -materializes]"
-	.venv-oldest/bin/python -m pytest -q --slow -n $(JOBS) --dist worksteal \
-		$(patsubst %,tests/test_%.py,$(filter-out battery,$(CORE)))
+	.venv-oldest/bin/python -m pytest -q --slow -n $(JOBS) --dist worksteal $(VERSIONED:%=tests/test_%.py)
 
 check: .venv/.check  ## style, types, layering
 	$(BIN)/ruff check .
