@@ -44,7 +44,7 @@ def amplification(w: ArrayLike, lora: LoRA, key: jax.Array, *, own: Spectrum | N
       lora: the node beside it.
       key: draws the random baseline.
       own: the kernel's spectrum, where it is known already. Without it W's top r singular values are sought, which
-        takes nearly all of the time: for 4096 × 4096 and rank 64 one to three seconds on two cores.
+        takes nearly all of the time: for 4096 × 4096 and rank 64 one to four seconds on two cores.
 
     Returns:
       The five norms and their `factor`; scalars, or arrays of the kernel's stack shape.
