@@ -101,7 +101,7 @@ def everything(
     similarity = analysis.subspace_similarity
     for path in adapters[64, seeds[0]]:
         w = np.asarray(leaf_at(task.params, path))
-        middle = w.shape[0] // 2
+        middle, own = w.shape[0] // 2, analysis.spectrum(w)
         ours = {which: adapter[path] for which, adapter in adapters.items()}
         phis = {
             "ranks": [similarity(ours[8, seed].a, ours[64, seed].a) for seed in seeds],
@@ -116,12 +116,15 @@ def everything(
             **({name: _matrix(phis[name][0][middle]) for name in ("ranks", "seeds", "random")} if pictured else {}),
             **{f"{name}_top": _diagonal(each) for name, each in phis.items()},
             "amplification": {
-                str(rank): _amplification(w, [ours[rank, seed] for seed in seeds])
-                | {"projected_random": random_projections(task.name, path, w, ours[rank, seeds[0]])}
+                str(rank): _amplification(w, own, [ours[rank, seed] for seed in seeds])
+                | {"projected_random": random_projections(task.name, path, w, own, ours[rank, seeds[0]])}
                 for rank in (4, 64)
             },
-            "spectrum": {str(rank): _lists(_spectrum(ours[rank, seed], middle) for seed in seeds) for rank in (8, 64)}
-            | {"W": _lists([_spectrum(w, middle)])},
+            "spectrum": {
+                str(rank): _lists(_spectrum(analysis.spectrum(ours[rank, seed]), middle) for seed in seeds)
+                for rank in (8, 64)
+            }
+            | {"W": _lists([_spectrum(own, middle)])},
         }
     return found
 
@@ -135,10 +138,11 @@ def random_similarities(task: str, path: str, shape: Sequence[int], draws: int) 
     ]
 
 
-def random_projections(task: str, path: str, w: np.ndarray, node: lora_jax.LoRA) -> list[list[float]]:
+def random_projections(
+    task: str, path: str, w: np.ndarray, own: analysis.Spectrum, node: lora_jax.LoRA
+) -> list[list[float]]:
     """‖UᵀWVᵀ‖ with random U and V of the node's rank, by draw and layer."""
-    own, key = analysis.spectrum(w), _key(task, path, f"projection {node.a.shape[-1]}")
-    keys = jax.random.split(key, RANDOM_DRAWS)
+    keys = jax.random.split(_key(task, path, f"projection {node.a.shape[-1]}"), RANDOM_DRAWS)
     return [analysis.amplification(w, node, one, own=own).projected_random.tolist() for one in keys]
 
 
@@ -177,9 +181,10 @@ def _lists(each: Iterable[dict[str, Any]]) -> dict[str, list[Any]]:
     return {name: [row[name] for row in rows] for name in rows[0]}
 
 
-def _amplification(w: np.ndarray, each: Sequence[lora_jax.LoRA]) -> dict[str, list[list[float]]]:
+def _amplification(
+    w: np.ndarray, own: analysis.Spectrum, each: Sequence[lora_jax.LoRA]
+) -> dict[str, list[list[float]]]:
     """Table 7 but for the random matrices: by seed, or once where W alone is asked."""
-    own = analysis.spectrum(w)
     found = [analysis.amplification(w, node, jax.random.key(0), own=own) for node in each]
     return {
         **{name: [getattr(one, name).tolist() for one in found] for name in ("projected", "delta_norm", "factor")},
@@ -187,8 +192,7 @@ def _amplification(w: np.ndarray, each: Sequence[lora_jax.LoRA]) -> dict[str, li
     }
 
 
-def _spectrum(w_or_node: Any, middle: int) -> dict[str, Any]:
-    found = analysis.spectrum(w_or_node)
+def _spectrum(found: analysis.Spectrum, middle: int) -> dict[str, Any]:
     return {
         "effective_rank": found.effective_rank.tolist(),
         "stable_rank": found.stable_rank.tolist(),

@@ -221,7 +221,8 @@ def _spectra(found: Results) -> str:
         return NOT_RUN
     head = ["", "of", "effective rank", "stable rank", "rank at 90 %", "rank at 99 %"]
     return (
-        table(head, rows) + "\n\nThe picture is of CoLA, seed 0 and the middle layer. "
+        table(head, rows)
+        + f"\n\nThe picture is of {TITLES[next(iter(found.runs('subspaces')))]}, seed 0 and the middle layer. "
         f"The table has {LAYERED}; W has no seed. The effective rank is exp of the entropy of σ / Σσ, the stable rank "
         "‖·‖²_F / σ₁².\n\n" + "\n".join(f"- {line}" for line in told)
     )
