@@ -1,7 +1,6 @@
 """Adding LoRA nodes to a parameter tree."""
 
 import collections
-import dataclasses
 import functools
 import hashlib
 import math
@@ -16,7 +15,7 @@ from jax.sharding import AbstractMesh, NamedSharding
 
 from lora_jax._config import LoRAConfig, Override
 from lora_jax._dora import magnitude_of
-from lora_jax._node import SUFFIX, Axes, KernelAxes, LoRA, Trained, cast, place
+from lora_jax._node import SUFFIX, Axes, KernelAxes, LoRA, Trained, place, trained
 from lora_jax._paths import is_vector, match
 from lora_jax._tree import attach, holders, leaves_with_paths, unbox
 
@@ -42,7 +41,8 @@ def init(key: jax.Array, params: Any, config: LoRAConfig, *, axes: Mapping[str, 
         f[inputs, outputs].
 
     Returns:
-      The tree with its nodes. A leaf of a low-precision base that trains whole (`config.train`) is kept in float32.
+      The tree with its nodes. A leaf that is trained in full (`config.train`) is marked as such, with a buffer of its
+      own: float32 where its own dtype is narrower.
 
     Raises:
       ValueError: A pattern that matches nothing; a kernel that isn't floating-point, that has more than two axes and no
@@ -202,9 +202,8 @@ def _each(value: Any, count: int, what: str) -> tuple:
 
 def _node(key: jax.Array, path: str, kernel: _Kernel, ranks_scales: tuple[tuple, tuple], config: LoRAConfig) -> LoRA:
     ranks, scales = ranks_scales
-    make = _maker(kernel, ranks, scales, config.init, config.dtype)
-    a, b, scale = make(_fold(key, path))
-    return LoRA(a, b, scale, axes=kernel.axes)
+    a, b = _maker(kernel, ranks, config.init, config.dtype)(_fold(key, path))
+    return LoRA(a, b, np.reshape(scales, kernel.sizes()[0]), axes=kernel.axes)
 
 
 def _fold(key: jax.Array, path: str) -> jax.Array:
@@ -217,12 +216,12 @@ def _fold(key: jax.Array, path: str) -> jax.Array:
 
 # A cache of compiled functions: a model has many kernels and few kinds of kernel.
 @functools.cache
-def _maker(kernel: _Kernel, ranks: tuple[int, ...], scales: tuple[float, ...], initializer: str, dtype: str):
-    """Key to (a, b, scale), made where the kernel's sharding puts them, on no other device first."""
+def _maker(kernel: _Kernel, ranks: tuple[int, ...], initializer: str, dtype: str):
+    """Key to (a, b), made where the kernel's sharding puts them, on no other device first."""
     stack, inputs, outputs = kernel.sizes()
     rank = max(ranks)
 
-    def make(key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def make(key: jax.Array) -> tuple[jax.Array, jax.Array]:
         each = np.reshape(ranks, stack)
         used = np.arange(rank) < each[..., None]  # the rest is padding: columns of A and rows of B that stay zero
         used_a = used.reshape(*stack, *(1 for _ in inputs), rank)
@@ -237,16 +236,16 @@ def _maker(kernel: _Kernel, ranks: tuple[int, ...], scales: tuple[float, ...], i
             bound = 1 / math.sqrt(math.prod(inputs))
             drawn = jax.random.uniform(key, a_shape, minval=-bound, maxval=bound)
             a, b = jnp.where(used_a, drawn, 0), jnp.zeros(b_shape)
-        return a.astype(dtype), b.astype(dtype), jnp.asarray(np.reshape(scales, stack), jnp.float32)
+        return a.astype(dtype), b.astype(dtype)
 
-    return _placed(make, kernel, lambda where: (where.a, where.b, where.scale))
+    return _placed(make, kernel, lambda where: (where.a, where.b))
 
 
 def _placed(make: Callable[..., Any], kernel: _Kernel, part: Callable[[LoRA], Any]) -> Callable[..., Any]:
     """`make`, compiled, with its results where the kernel's sharding puts that part of the node."""
     if kernel.sharding is None:
         return jax.jit(make)
-    where = part(place(kernel.sharding, kernel.axes, magnitude=True))
+    where = part(place(kernel.sharding, LoRA(True, True, 1.0, True, kernel.axes)))
     if isinstance(kernel.sharding, NamedSharding) and isinstance(kernel.sharding.mesh, AbstractMesh):
         # Traced, with explicit axes: a jit inside a jit doesn't give its results the types that out_shardings says.
         return jax.jit(lambda given: jax.tree.map(jax.sharding.reshard, make(given), where))
@@ -254,7 +253,7 @@ def _placed(make: Callable[..., Any], kernel: _Kernel, part: Callable[[LoRA], An
 
 
 def _with_magnitude(node: LoRA, leaf: Any, kernel: _Kernel) -> LoRA:
-    return dataclasses.replace(node, magnitude=_measure(kernel)((leaf, node.scale)))
+    return node.replace(magnitude=_measure(kernel)((leaf, node.scale)))
 
 
 @functools.cache
@@ -270,10 +269,8 @@ def _measure(kernel: _Kernel) -> Callable[..., Any]:
 
 
 def _master(path: str, leaf: Any) -> Any:
-    """The leaf as it trains: float32 where its own dtype is too coarse for an optimizer's steps."""
-    if isinstance(leaf, Trained):
-        return leaf
+    """The leaf as it trains, marked."""
     dtype = jnp.dtype(unbox(leaf).dtype)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"{path}: is {dtype.name}, and only floating-point leaves train; take it out of train")
-    return Trained(cast(leaf, jnp.float32), dtype.name) if dtype.itemsize < 4 else leaf
+    return leaf if isinstance(leaf, Trained) else trained(leaf)

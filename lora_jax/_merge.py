@@ -3,11 +3,22 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from lora_jax._dora import changed, difference
 from lora_jax._node import LoRA, check_node, update_of
-from lora_jax._tree import combine, detach, edit, leaves_with_paths, nodes_of, rebox, refuse_prefix, unbox
+from lora_jax._tree import (
+    combine,
+    detach,
+    edit,
+    leaves_with_paths,
+    nodes_of,
+    rebox,
+    refuse_prefix,
+    trained_paths,
+    unbox,
+)
 
 
 def merge(params: Any, *, dtype: Any = None) -> Any:
@@ -35,6 +46,9 @@ def merge(params: Any, *, dtype: Any = None) -> Any:
     """
     check_mergeable(params)
     plain, nodes = detach(params)
+    trained = trained_paths(params)
+    # A buffer of their own: the next step may donate the adapter's.
+    plain = edit(plain, leaf=lambda path, leaf: jax.tree.map(jnp.array, leaf) if path in trained else leaf)
     return _moved(plain, nodes, changed, dtype)
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -53,12 +53,7 @@ class KernelAxes(dict[str, Axes]):
         self.heads = frozenset(heads)
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("a", "b", "scale", "magnitude"),
-    meta_fields=("axes",),
-)
-@dataclasses.dataclass(frozen=True, eq=False)
+@jax.tree_util.register_pytree_with_keys_class
 class LoRA:
     """The low-rank update of one kernel W, a pytree that sits beside it under the name `NAME_lora`.
 
@@ -67,23 +62,107 @@ class LoRA:
     In the paper's notation (Hu et al. 2021, section 4.1) A = aᵀ and B = bᵀ. Stack indices of a rank below the array's
     have zeros in the columns of `a` and rows of `b` that they don't use.
 
-    Attributes:
-      a: f[*stack, *inputs, rank], trains.
-      b: f[*stack, rank, *outputs], trains.
-      scale: f32[*stack], alpha / rank; never trains.
-      magnitude: None, or f32[*stack, *outputs] of a DoRA node, trains: the length of each output's kernel.
+    The leaves are what trains: `a`, `b` and, of DoRA, `magnitude`. The scale never trains, so it is static, as the axes
+    are: no weight decay, clipping or gradient can reach it, and another alpha is another program. Only where adapters
+    of different scales are stacked for `vmap` (`lora_jax.stack`) it is a leaf, which `lora_jax.masked` leaves alone.
+
+    Args:
+      a: f[*stack, *inputs, rank].
+      b: f[*stack, rank, *outputs].
+      scale: alpha / rank: a number, or numbers of shape [*stack], which become static; a JAX array stays a leaf.
+      magnitude: None, or f32[*stack, *outputs] of a DoRA node: the length of each output's kernel.
       axes: Which axes of W are stack, inputs and outputs. Static.
 
-    >>> node = LoRA(a=jnp.ones((3, 2)), b=jnp.ones((2, 5)), scale=jnp.float32(0.5))
+    >>> node = LoRA(a=jnp.ones((3, 2)), b=jnp.ones((2, 5)), scale=0.5)
     >>> [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(node)]
-    ['.a', '.b', '.scale']
+    ['.a', '.b']
+    >>> node.scale, node.replace(scale=2.0).scale
+    (array(0.5, dtype=float32), array(2., dtype=float32))
     """
+
+    __slots__ = ("_numbers", "_scale", "a", "axes", "b", "magnitude")
 
     a: Any
     b: Any
-    scale: Any
-    magnitude: Any = None
-    axes: Axes = _MATRIX
+    magnitude: Any
+    axes: Axes
+    _numbers: tuple[float, ...] | None  # the static scale: one number, or one for each stack index
+    _scale: Any  # the scale that is a leaf, where `_numbers` is None
+
+    def __init__(self, a: Any, b: Any, scale: Any, magnitude: Any = None, axes: Axes = _MATRIX) -> None:
+        self._fill(a, b, scale, _numbers_of(scale, len(axes.stack)), magnitude, axes)
+
+    def _fill(
+        self, a: Any, b: Any, scale: Any, numbers: tuple[float, ...] | None, magnitude: Any, axes: Axes
+    ) -> "LoRA":
+        # No checks: transformations put booleans, specs, MaskedNodes and the like in place of the arrays.
+        leaf = scale if numbers is None else None
+        fields = {"a": a, "b": b, "magnitude": magnitude, "axes": axes, "_numbers": numbers, "_scale": leaf}
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
+        return self
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"{name}: a LoRA node can't be changed; make another with node.replace({name}=...)")
+
+    def __repr__(self) -> str:
+        numbers = self._numbers
+        scale = self._scale if numbers is None else numbers[0] if len(numbers) == 1 else numbers
+        return f"LoRA(a={self.a}, b={self.b}, scale={scale}, magnitude={self.magnitude}, axes={self.axes})"
+
+    @property
+    def scale(self) -> Any:
+        """The factor before A B, f32[*stack]: a NumPy array where it is static, else the leaf."""
+        if self._numbers is None:
+            return self._scale
+        values = np.asarray(self._numbers, np.float32)
+        shape = getattr(self.a, "shape", None)
+        if shape is None:  # a tree of flags or specs
+            return values[0] if len(values) == 1 else values
+        stop = len(shape) - len(self.axes.inputs) - 1
+        sizes = tuple(shape[stop - len(self.axes.stack) : stop])
+        return np.broadcast_to(values, sizes) if len(values) == 1 and sizes else values.reshape(sizes)
+
+    @property
+    def scale_is_static(self) -> bool:
+        """Whether the scale is a part of the tree's structure, not a leaf."""
+        return self._numbers is not None
+
+    @property
+    def lead(self) -> int:
+        """How many axes the arrays have in front of the kernel's own: 1 where adapters are stacked, else 0."""
+        return len(self.a.shape) - len(self.axes.stack) - len(self.axes.inputs) - 1
+
+    def replace(self, **changes: Any) -> "LoRA":
+        """The node with other arrays, another scale or other axes."""
+        unknown = set(changes) - {"a", "b", "scale", "magnitude", "axes"}
+        if unknown:
+            raise TypeError(f"a LoRA node has a, b, scale, magnitude and axes; got {sorted(unknown)}")
+        axes = changes.get("axes", self.axes)
+        scale, numbers = self._scale, self._numbers
+        if "scale" in changes:
+            scale, numbers = changes["scale"], _numbers_of(changes["scale"], len(axes.stack))
+        a, b, magnitude = (changes.get(name, getattr(self, name)) for name in ("a", "b", "magnitude"))
+        return object.__new__(LoRA)._fill(a, b, scale, numbers, magnitude, axes)
+
+    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], tuple[Axes, tuple[float, ...] | None]]:
+        children, static = self.tree_flatten()
+        names = ("a", "b", "magnitude") if self.scale_is_static else ("a", "b", "scale", "magnitude")
+        return tuple((jax.tree_util.GetAttrKey(name), x) for name, x in zip(names, children, strict=True)), static
+
+    def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Axes, tuple[float, ...] | None]]:
+        leaf = () if self.scale_is_static else (self._scale,)
+        return (self.a, self.b, *leaf, self.magnitude), (self.axes, self._numbers)
+
+    @classmethod
+    def tree_unflatten(cls, static: tuple[Axes, tuple[float, ...] | None], children: Iterable[Any]) -> "LoRA":
+        axes, numbers = static
+        a, b, *leaf, magnitude = children
+        return object.__new__(cls)._fill(a, b, leaf[0] if leaf else None, numbers, magnitude, axes)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        scale = self._scale if self._numbers is None else self._numbers
+        return LoRA, (self.a, self.b, scale, self.magnitude, self.axes)
 
     def to_dict(self) -> dict[str, Any]:
         """The node as a dict of arrays, and its axes as lists of numbers: what files hold."""
@@ -93,18 +172,19 @@ class LoRA:
         return {**arrays, "axes": {group: list(numbers) for group, numbers in self.axes._asdict().items()}}
 
     @classmethod
-    def from_dict(cls, entries: Mapping[str, Any], *, axes: Axes | None = None) -> "LoRA":
+    def from_dict(cls, entries: Mapping[str, Any], *, axes: Axes | None = None, scale: Any = None) -> "LoRA":
         """The node that `to_dict` wrote.
 
         Args:
           entries: What `to_dict` gave.
           axes: The kernel's axes, where they are known: on a square kernel a ΔW with other axes would come back
             transposed, silently.
+          scale: The expected scale, where it is known: another alpha / rank is another ΔW.
 
         Raises:
-          ValueError: Entries are missing or unknown, or the axes differ from `axes`.
+          ValueError: Entries are missing or unknown, the axes differ from `axes`, or the scale from `scale`.
 
-        >>> node = LoRA(a=jnp.ones((3, 2)), b=jnp.ones((2, 3)), scale=jnp.float32(0.5))
+        >>> node = LoRA(a=jnp.ones((3, 2)), b=jnp.ones((2, 3)), scale=0.5)
         >>> LoRA.from_dict(node.to_dict(), axes=Axes(inputs=(1,), outputs=(0,)))
         Traceback (most recent call last):
         ValueError: adapter was made for Axes(stack=(), inputs=(0,), outputs=(1,)), the kernel has Axes(stack=(), ...
@@ -115,17 +195,34 @@ class LoRA:
         numbers = {group: tuple(int(axis) for axis in entries["axes"][group]) for group in Axes._fields}
         if axes is not None and Axes(**numbers) != axes:
             raise ValueError(f"adapter was made for {Axes(**numbers)}, the kernel has {axes}; adapt the kernel anew")
-        return cls(entries["a"], entries["b"], entries["scale"], entries.get("magnitude"), Axes(**numbers))
+        found = entries["scale"]
+        if isinstance(found, jax.Array) and not isinstance(found, Tracer):
+            found = np.asarray(found)
+        node = cls(entries["a"], entries["b"], found, entries.get("magnitude"), Axes(**numbers))
+        if scale is not None and not np.array_equal(node.scale, np.broadcast_to(np.float32(scale), node.scale.shape)):
+            raise ValueError(f"adapter was made with scale {node.scale.tolist()}, {scale} expected; give its own alpha")
+        return node
+
+
+def _numbers_of(scale: Any, stack: int) -> tuple[float, ...] | None:
+    """A scale given as numbers, one where all are equal; None for an array that is a leaf, or what stands in for it."""
+    if isinstance(scale, bool | np.bool_) or not isinstance(scale, int | float | np.number | np.ndarray | tuple | list):
+        return None
+    values = np.asarray(scale, np.float32)
+    if values.ndim > stack:  # one for each of several stacked adapters, such as `jax.device_get` gives
+        return None
+    flat = values.reshape(-1).tolist()
+    return (flat[0],) if len(set(flat)) == 1 else tuple(flat)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("value",), meta_fields=("dtype",))
 @dataclasses.dataclass(frozen=True, eq=False)
 class Trained:
-    """A leaf of a low-precision base that trains whole: a float32 master, cast to `dtype` at use.
+    """A leaf that is trained in full: the mark by which `split`, optimizers and files know it, whatever its dtype.
 
     Attributes:
-      value: f32, the leaf's shape.
-      dtype: Name of the dtype that the function sees.
+      value: The leaf, float32 where its own dtype is narrower: too coarse for an optimizer's steps.
+      dtype: Name of the dtype that the function sees; `value` is cast to it at use.
     """
 
     value: Any
@@ -150,6 +247,29 @@ class Prefix(Trained):
     after: int = 0
 
 
+def trained(leaf: Any, value: Any = None) -> Trained:
+    """The mark of a leaf that is trained in full, with a buffer of its own: a step may donate it.
+
+    Args:
+      leaf: As it is in the tree, boxed or not, real or a ShapeDtypeStruct.
+      value: In place of the leaf's own; of the same shape.
+
+    >>> trained(jnp.ones(2, jnp.bfloat16))
+    Trained(value=Array([1., 1.], dtype=float32), dtype='bfloat16')
+    """
+    dtype = jnp.dtype(jax.tree.leaves(leaf)[0].dtype)
+    wide = jnp.promote_types(dtype, jnp.float32)
+
+    def own(x: Any) -> Any:
+        return (
+            x.update(dtype=wide)
+            if isinstance(x, jax.ShapeDtypeStruct)
+            else jnp.array(x if value is None else value, wide)
+        )
+
+    return Trained(jax.tree.map(own, leaf), dtype.name)
+
+
 def cast(leaf: Any, dtype: Any) -> Any:
     """A leaf, boxed or not, real or a ShapeDtypeStruct, in another dtype."""
 
@@ -163,7 +283,7 @@ def check_node(path: str, kernel: Any, node: LoRA) -> None:
     """Raise ValueError where the node's shapes don't belong to the kernel's."""
     stack, inputs, outputs = (tuple(kernel.shape[axis] for axis in group) for group in node.axes)
     a, b = tuple(node.a.shape), tuple(node.b.shape)
-    if len(a) == len(stack) + len(inputs) + 2 and len(b) == len(stack) + len(outputs) + 2:
+    if node.lead == 1 and len(b) == len(stack) + len(outputs) + 2:
         raise ValueError(f"{path}{SUFFIX}: {a[0]} stacked adapters, expected one; take one with lora_jax.unstack")
     if a[:-1] != stack + inputs or b != (*stack, a[-1], *outputs) or tuple(node.scale.shape) != stack:
         raise ValueError(
@@ -180,7 +300,7 @@ def check_node(path: str, kernel: Any, node: LoRA) -> None:
 def update_of(node: LoRA, dtype: Any = jnp.float32) -> jax.Array:
     """ΔW = scale · A B of one node, in the order of the kernel's axes; what a magnitude makes of it is `_dora`'s.
 
-    >>> node = LoRA(jnp.ones((3, 2)), jnp.ones((2, 5)), jnp.float32(0.5), axes=Axes(inputs=(1,), outputs=(0,)))
+    >>> node = LoRA(jnp.ones((3, 2)), jnp.ones((2, 5)), 0.5, axes=Axes(inputs=(1,), outputs=(0,)))
     >>> update_of(node).shape
     (5, 3)
     """
@@ -200,14 +320,14 @@ def update_of(node: LoRA, dtype: Any = jnp.float32) -> jax.Array:
 def at_index(node: LoRA, index: tuple[int, ...]) -> LoRA:
     """The node of the kernel that stands at one index of the stack axes.
 
-    >>> layers = LoRA(jnp.ones((4, 3, 2)), jnp.ones((4, 2, 5)), jnp.ones(4), axes=Axes((0,), (1,), (2,)))
-    >>> at_index(layers, (3,)).a.shape, at_index(layers, (3,)).axes
-    ((3, 2), Axes(stack=(), inputs=(0,), outputs=(1,)))
+    >>> layers = LoRA(jnp.ones((4, 3, 2)), jnp.ones((4, 2, 5)), (1.0, 2.0, 3.0, 4.0), axes=Axes((0,), (1,), (2,)))
+    >>> at_index(layers, (3,)).a.shape, at_index(layers, (3,)).scale, at_index(layers, (3,)).axes
+    ((3, 2), array(4., dtype=float32), Axes(stack=(), inputs=(0,), outputs=(1,)))
     """
     rest = sorted((*node.axes.inputs, *node.axes.outputs))
     inputs, outputs = (tuple(rest.index(axis) for axis in group) for group in node.axes[1:])
     parts = jax.tree.map(lambda part: part[index], node)
-    return dataclasses.replace(parts, axes=Axes((), inputs, outputs))
+    return parts.replace(scale=node.scale[index], axes=Axes((), inputs, outputs))
 
 
 def used_ranks(node: LoRA) -> np.ndarray:
@@ -217,7 +337,7 @@ def used_ranks(node: LoRA) -> np.ndarray:
     has no values to look at and counts as full; so does an index that is zero throughout, unless its scale is zero too.
 
     >>> a = jnp.ones((2, 3, 4)).at[0, :, 1:].set(0).at[1].set(0)
-    >>> int(used_ranks(LoRA(a[0], jnp.zeros((4, 5)), jnp.ones(())))), a[0].shape
+    >>> int(used_ranks(LoRA(a[0], jnp.zeros((4, 5)), 1.0))), a[0].shape
     (1, (3, 4))
     """
     stack, rank = node.scale.shape, node.a.shape[-1]
@@ -241,39 +361,42 @@ def pad_rank(node: LoRA, rank: int) -> LoRA:
     more, stack = rank - node.a.shape[-1], len(node.axes.stack)
     a = jnp.pad(node.a, [(0, 0)] * (node.a.ndim - 1) + [(0, more)])
     b = jnp.pad(node.b, [(0, more) if axis == stack else (0, 0) for axis in range(node.b.ndim)])
-    return dataclasses.replace(node, a=a, b=b)
+    return node.replace(a=a, b=b)
 
 
 def trim_rank(node: LoRA) -> LoRA:
     """The same update without the padding that all stack indices share."""
     rank = max(1, int(used_ranks(node).max(initial=0)))
     b = jax.lax.slice_in_dim(jnp.asarray(node.b), 0, rank, axis=len(node.axes.stack))
-    return dataclasses.replace(node, a=node.a[..., :rank], b=b)
+    return node.replace(a=node.a[..., :rank], b=b)
 
 
-def place(sharding: Any, axes: Axes, *, magnitude: bool = False) -> LoRA:
+def place(sharding: Any, node: LoRA) -> LoRA:
     """The node's shardings: each factor is cut along the axes that it shares with its kernel, and rank is never cut.
 
     Args:
       sharding: The kernel's NamedSharding or PartitionSpec; of any other kind, one that isn't cut at all.
-      axes: The kernel's axes.
-      magnitude: Whether the node has one.
+      node: The node, whose arrays aren't looked at.
 
     Raises:
       ValueError: A sharding that is cut, but doesn't say along which axes.
 
-    >>> node = place(jax.P("layers", "data", "model"), Axes(stack=(0,), inputs=(1,), outputs=(2,)))
+    >>> node = place(jax.P("layers", "data", "model"), LoRA(..., ..., 2.0, axes=Axes((0,), (1,), (2,))))
     >>> node.a, node.b
     (P('layers', 'data', None), P('layers', None, 'model'))
     """
     if isinstance(sharding, NamedSharding):
         spec, make = sharding.spec, sharding.update
-        return jax.tree.map(lambda s: make(spec=s), place(spec, axes, magnitude=magnitude))
+        return jax.tree.map(lambda s: make(spec=s), place(spec, node))
     if not isinstance(sharding, PartitionSpec):
         if not sharding.is_fully_replicated:
             raise ValueError(f"{sharding}: expected a NamedSharding or a PartitionSpec, which name the kernel's axes")
-        return LoRA(sharding, sharding, sharding, sharding if magnitude else None, axes)
-    full = tuple(sharding) + (None,) * (sum(map(len, axes)) - len(sharding))
-    stack, inputs, outputs = (tuple(full[axis] for axis in group) for group in axes)
-    a, b = PartitionSpec(*stack, *inputs, None), PartitionSpec(*stack, None, *outputs)
-    return LoRA(a, b, PartitionSpec(*stack), PartitionSpec(*stack, *outputs) if magnitude else None, axes)
+        return jax.tree.map(lambda _: sharding, node)
+    full = tuple(sharding) + (None,) * (sum(map(len, node.axes)) - len(sharding))
+    stack, inputs, outputs = (tuple(full[axis] for axis in group) for group in node.axes)
+    return node.replace(
+        a=PartitionSpec(*stack, *inputs, None),
+        b=PartitionSpec(*stack, None, *outputs),
+        magnitude=None if node.magnitude is None else PartitionSpec(*stack, *outputs),
+        **({} if node.scale_is_static else {"scale": PartitionSpec(*stack)}),
+    )

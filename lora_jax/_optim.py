@@ -15,7 +15,9 @@ _LONGEST_WAIT = 256
 
 
 def mask(tree: Any, train: Any = ()) -> Any:
-    """Which leaves train, as booleans in the structure of `tree`: A, B, and the leaves that train whole; never a scale.
+    """Which leaves train, as booleans in the structure of `tree`: A, B, magnitudes, and what is trained in full.
+
+    A scale is no leaf but where adapters of different scales are stacked, and never trains.
 
     Args:
       tree: A whole tree, or an adapter as `split` gives it: there every leaf outside the nodes trains whole.
@@ -26,7 +28,7 @@ def mask(tree: Any, train: Any = ()) -> Any:
 
     >>> node = LoRA(a=1.0, b=2.0, scale=3.0)
     >>> mask({"kernel": 0.0, "kernel_lora": node, "bias": 0.0}, train=["bias"])
-    {'kernel': False, 'kernel_lora': LoRA(a=True, b=True, scale=False, ...), 'bias': True}
+    {'kernel': False, 'kernel_lora': LoRA(a=True, b=True, scale=3.0, ...), 'bias': True}
     """
     everything = is_adapter(tree)
     whole = trained_paths(tree, () if everything else train)
@@ -35,7 +37,8 @@ def mask(tree: Any, train: Any = ()) -> Any:
         if leaf is None:
             return None
         if isinstance(leaf, LoRA):
-            return LoRA(True, True, False, None if leaf.magnitude is None else True, leaf.axes)
+            flags = jax.tree.map(lambda _: True, leaf)
+            return flags if leaf.scale_is_static else flags.replace(scale=False)
         if isinstance(leaf, Trained):
             return jax.tree.map(lambda _: True, leaf)
         return rebox(leaf, everything or path in whole)
@@ -49,7 +52,9 @@ def mask(tree: Any, train: Any = ()) -> Any:
 def masked(tx: optax.GradientTransformation, train: Any = ()) -> optax.GradientTransformationExtraArgs:
     """An optimizer for the adapter that leaves every other leaf as it is.
 
-    `optax.masked` alone passes the raw gradients of the other leaves through; here they become zero.
+    `optax.masked` alone passes the raw gradients of the other leaves through; here they become zero. What `split` gives
+    as the adapter is all trained, and any optax optimizer is right on it without this; whole trees need it, and so do
+    stacked adapters of different scales.
 
     Args:
       tx: Any optimizer.
@@ -62,11 +67,11 @@ def masked(tx: optax.GradientTransformation, train: Any = ()) -> optax.GradientT
       ValueError: By its `init`: nothing would train, or ranks are padded and `tx` is no optimizer for that (see
         `check_padding`).
 
-    >>> params = {"kernel": jnp.ones((2, 2)), "kernel_lora": LoRA(jnp.ones((2, 1)), jnp.ones((1, 2)), jnp.ones(()))}
+    >>> params = {"kernel": jnp.ones((2, 2)), "kernel_lora": LoRA(jnp.ones((2, 1)), jnp.ones((1, 2)), 1.0)}
     >>> tx = masked(optax.sgd(0.5))
     >>> updates, _ = tx.update(params, tx.init(params), params)
-    >>> float(updates["kernel"].max()), float(updates["kernel_lora"].a.max()), float(updates["kernel_lora"].scale)
-    (0.0, -0.5, 0.0)
+    >>> float(updates["kernel"].max()), float(updates["kernel_lora"].a.max())
+    (0.0, -0.5)
     """
 
     def frozen(tree: Any) -> Any:
@@ -101,7 +106,7 @@ def check_padding(tx: optax.GradientTransformation, adapter: Any, train: Any = (
 
     >>> from lora_jax import Axes
     >>> a = jnp.array([[[1., 1.], [1., 1.]], [[1., 0.], [1., 0.]]])  # two layers, of rank 2 and 1
-    >>> node = LoRA(a, jnp.swapaxes(a, 1, 2), jnp.ones(2), axes=Axes(stack=(0,), inputs=(1,), outputs=(2,)))
+    >>> node = LoRA(a, jnp.swapaxes(a, 1, 2), 1.0, axes=Axes(stack=(0,), inputs=(1,), outputs=(2,)))
     >>> check_padding(optax.adam(1e-3), {"kernel_lora": node})
     >>> check_padding(optax.adafactor(1e-3), {"kernel_lora": node})
     Traceback (most recent call last):
@@ -118,10 +123,10 @@ def check_padding(tx: optax.GradientTransformation, adapter: Any, train: Any = (
 
 def _singles(adapter: Any) -> list[Any]:
     """The adapters of a stacked tree, padding and all; or the one that it is."""
-    nodes = nodes_of(adapter).values()
-    if not any(node.scale.ndim > len(node.axes.stack) for node in nodes):
+    nodes = list(nodes_of(adapter).values())
+    if not any(node.lead for node in nodes):
         return [adapter]
-    count = next(iter(nodes)).scale.shape[0]
+    count = nodes[0].a.shape[0]
     return [jax.tree.map(lambda array, index=index: array[index], adapter) for index in range(count)]
 
 
@@ -164,8 +169,8 @@ def _real_entries(path: str, leaf: Any) -> Any:
     used = (np.arange(leaf.a.shape[-1]) < used_ranks(leaf)[..., None]).astype(np.float32)
     a = used.reshape(*used.shape[:-1], *(1,) * (leaf.a.ndim - stack - 1), used.shape[-1])
     b = used.reshape(*used.shape, *(1,) * (leaf.b.ndim - stack - 1))
-    scale, magnitude = (jax.tree.map(lambda x: np.ones(x.shape, np.float32), x) for x in (leaf.scale, leaf.magnitude))
-    return LoRA(np.broadcast_to(a, leaf.a.shape), np.broadcast_to(b, leaf.b.shape), scale, magnitude, leaf.axes)
+    ones = jax.tree.map(lambda x: np.ones(x.shape, np.float32), leaf)
+    return ones.replace(a=np.broadcast_to(a, leaf.a.shape), b=np.broadcast_to(b, leaf.b.shape))
 
 
 def _padded_once_more(tree: Any) -> Any:

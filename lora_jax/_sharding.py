@@ -8,7 +8,7 @@ from lora_jax._tree import edit, kernel_path, leaves_with_paths, unbox
 
 
 def shardings(params: Any, base_shardings: Any) -> Any:
-    """The shardings of a whole tree: A, B and scale are cut as their kernel is, along the axes that they share with it.
+    """The shardings of a whole tree: A and B are cut as their kernel is, along the axes that they share with it.
 
         kernel f[in, out]: P("data", "model")   →   a f[in, rank]: P("data", None),  b f[rank, out]: P(None, "model")
 
@@ -26,10 +26,10 @@ def shardings(params: Any, base_shardings: Any) -> Any:
       ValueError: A leaf that `base_shardings` doesn't cover.
 
     >>> import jax, jax.numpy as jnp
-    >>> node = LoRA(jnp.ones((4, 2)), jnp.ones((2, 6)), jnp.ones(()))
+    >>> node = LoRA(jnp.ones((4, 2)), jnp.ones((2, 6)), 0.5)
     >>> params = {"kernel": jnp.ones((4, 6)), "kernel_lora": node}
     >>> shardings(params, {"kernel": jax.P("data", "model")})
-    {'kernel': P('data', 'model'), 'kernel_lora': LoRA(a=P('data', None), b=P(None, 'model'), scale=P(), ...)}
+    {'kernel': P('data', 'model'), 'kernel_lora': LoRA(a=P('data', None), b=P(None, 'model'), scale=0.5, ...)}
     """
     table = dict(leaves_with_paths(base_shardings))
 
@@ -44,7 +44,7 @@ def shardings(params: Any, base_shardings: Any) -> Any:
         if leaf is None:
             return None
         if isinstance(leaf, LoRA):
-            return place(unbox(of(kernel_path(path))), leaf.axes, magnitude=leaf.magnitude is not None)
+            return place(unbox(of(kernel_path(path))), leaf)
         return dataclasses.replace(leaf, value=of(path)) if isinstance(leaf, Trained) else of(path)
 
     return edit(params, leaf=put)

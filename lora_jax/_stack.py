@@ -5,6 +5,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from lora_jax._node import LoRA, pad_rank, trim_rank
 from lora_jax._tree import edit, is_adapter, leaves_with_paths, nodes_of
@@ -13,7 +15,8 @@ from lora_jax._tree import edit, is_adapter, leaves_with_paths, nodes_of
 def stack(adapters: Sequence[Any]) -> Any:
     """One tree of all adapters, each array with a new first axis, ranks padded with zeros to the highest.
 
-    Rank and alpha may differ, since each adapter's scale is data; the kernels and the leaves that train whole may not.
+    Rank and alpha may differ; the kernels and the leaves that are trained in full may not. Where all scales of a kernel
+    are equal the scale stays static, else it becomes data, one for each adapter, which `lora_jax.masked` leaves alone.
     Padding stays zero under elementwise optimizers (sgd, adam, adamw, lion, lamb, ...). `jax.vmap(tx.init)` sees no
     values: have `lora_jax.check_padding(tx, stacked)` refuse the others.
 
@@ -26,8 +29,8 @@ def stack(adapters: Sequence[Any]) -> Any:
     Raises:
       ValueError: No adapters, whole trees, or adapters of different kernels.
 
-    >>> one = {"kernel_lora": LoRA(jnp.ones((4, 1)), jnp.ones((1, 3)), jnp.float32(1))}
-    >>> two = {"kernel_lora": LoRA(jnp.ones((4, 2)), jnp.ones((2, 3)), jnp.float32(2))}
+    >>> one = {"kernel_lora": LoRA(jnp.ones((4, 1)), jnp.ones((1, 3)), 1.0)}
+    >>> two = {"kernel_lora": LoRA(jnp.ones((4, 2)), jnp.ones((2, 3)), 2.0)}
     >>> jax.tree.map(jnp.shape, stack([one, two]))
     {'kernel_lora': LoRA(a=(2, 4, 2), b=(2, 2, 3), scale=(2,), magnitude=None, ...)}
     """
@@ -44,7 +47,7 @@ def stack(adapters: Sequence[Any]) -> Any:
         leaves = [table[path] for table in tables] if leaf is not None else []
         if isinstance(leaf, LoRA):
             rank = max(node.a.shape[-1] for node in leaves)
-            leaves = [pad_rank(node, rank) for node in leaves]
+            leaves = _same_scales([pad_rank(node, rank) for node in leaves])
         return jax.tree.map(lambda *arrays: jnp.stack(arrays), *leaves) if leaves else None
 
     return edit(adapters[0], leaf=stacked)
@@ -55,14 +58,14 @@ def unstack(stacked: Any) -> list[Any]:
 
     Under `jax.jit` no values can be looked at, and the padding stays.
 
-    >>> one = {"kernel_lora": LoRA(jnp.ones((4, 1)), jnp.ones((1, 3)), jnp.float32(1))}
-    >>> two = {"kernel_lora": LoRA(jnp.ones((4, 2)), jnp.ones((2, 3)), jnp.float32(2))}
+    >>> one = {"kernel_lora": LoRA(jnp.ones((4, 1)), jnp.ones((1, 3)), 1.0)}
+    >>> two = {"kernel_lora": LoRA(jnp.ones((4, 2)), jnp.ones((2, 3)), 2.0)}
     >>> [adapter["kernel_lora"].a.shape for adapter in unstack(stack([one, two]))]
     [(4, 1), (4, 2)]
     """
     leaves = leaves_with_paths(stacked)
     for path, leaf in leaves:
-        if isinstance(leaf, LoRA) and leaf.scale.ndim != len(leaf.axes.stack) + 1:
+        if isinstance(leaf, LoRA) and leaf.lead != 1:
             raise ValueError(f"{path}: a single adapter given, expected stacked ones; it is what unstack would return")
     counts = {array.shape[0] for array in jax.tree.leaves(stacked)}
     if len(counts) != 1:
@@ -71,11 +74,30 @@ def unstack(stacked: Any) -> list[Any]:
     def take(index: int) -> Any:
         def leaf_of(path: str, leaf: Any) -> Any:
             one = jax.tree.map(lambda array: array[index], leaf)
-            return trim_rank(one) if isinstance(one, LoRA) else one
+            return trim_rank(_with_static_scale(one)) if isinstance(one, LoRA) else one
 
         return edit(stacked, leaf=leaf_of)
 
     return [take(index) for index in range(counts.pop())]
+
+
+def _same_scales(nodes: list[LoRA]) -> list[LoRA]:
+    """The nodes with scales that can be stacked: static where they are equal, arrays where not."""
+    static = all(node.scale_is_static for node in nodes)
+    if static and all(np.array_equal(node.scale, nodes[0].scale) for node in nodes):
+        return nodes
+    return [with_scale_as_data(node) for node in nodes]
+
+
+def with_scale_as_data(node: LoRA) -> LoRA:
+    """The node with its scale as a leaf."""
+    return node.replace(scale=jnp.asarray(node.scale))
+
+
+def _with_static_scale(node: LoRA) -> LoRA:
+    """The node with its scale as structure; one that is traced has no value to be it, and stays a leaf."""
+    scale = node.scale
+    return node if isinstance(scale, Tracer | jax.ShapeDtypeStruct) else node.replace(scale=np.asarray(scale))
 
 
 def _check_same(number: int, table: dict[str, Any], first: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax import Array
 
-from lora_jax._tree import LoRA
+from lora_jax._tree import LoRA, nodes_of
 
 
 class Kept(NamedTuple):
@@ -80,6 +80,7 @@ class Checkpoints:
             "fingerprint": state.fingerprint,
             "settings": state.settings,
             "axes": _axes(state.adapter),
+            "scales": _scales(state.adapter),
             "kept": None if state.kept is None else state.kept.facts,
             "arrays": _shapes(_named(_trees(state))),
         }
@@ -169,6 +170,11 @@ def _axes(adapter: Any) -> dict[str, list[list[int]]]:
     }
 
 
+def _scales(adapter: Any) -> dict[str, Any]:
+    """The static scale of each adapted kernel, which no array holds: with another alpha a run isn't the same."""
+    return {path: node.scale.tolist() for path, node in nodes_of(adapter).items() if node.scale_is_static}
+
+
 def _check(facts: dict[str, Any], template: TrainState, shapes: dict[str, str], where: Path) -> None:
     if facts["fingerprint"] != template.fingerprint:
         raise ValueError(
@@ -178,6 +184,7 @@ def _check(facts: dict[str, Any], template: TrainState, shapes: dict[str, str], 
         ("setting", facts["settings"], template.settings),
         ("adapter axes of", facts["axes"], _axes(template.adapter)),
         ("array", facts["arrays"], shapes),
+        ("scale (alpha / rank) of", facts.get("scales", {}), _scales(template.adapter)),
     ]
     for what, saved, wanted in compare:
         differing = sorted(name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name))

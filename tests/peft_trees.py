@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from lora_jax import Axes, LoRA
-from lora_jax._tree import attach
+from lora_jax import Axes, LoRA, _tree
+from lora_jax._tree import Trained, attach
 
 LAYERS, WIDTH, VOCABULARY = 3, 8, 12
 
@@ -76,7 +76,7 @@ def node(path, ranks, scales, seed=0, dtype=np.float32):
     b = random.normal(size=(*stack, rank, outputs)) * used[..., :, None]
     depth = len(stack)
     axes = Axes(tuple(range(depth)), (depth,), (depth + 1,))
-    return LoRA(jnp.asarray(a.astype(dtype)), jnp.asarray(b.astype(dtype)), jnp.asarray(scales), axes=axes)
+    return LoRA(jnp.asarray(a.astype(dtype)), jnp.asarray(b.astype(dtype)), scales, axes=axes)
 
 
 def adapted(nodes=None, **options):
@@ -84,6 +84,10 @@ def adapted(nodes=None, **options):
 
 
 def same(one, other):
+    """Equal paths, values and scales; a mark of what is trained in full is no difference."""
+    one, other = (_tree.edit(tree, leaf=lambda _, x: x.value if isinstance(x, Trained) else x) for tree in (one, other))
+    scales = [{path: node.scale.tolist() for path, node in _tree.nodes_of(tree).items()} for tree in (one, other)]
+    assert scales[0] == scales[1]
     paths = [jax.tree_util.tree_leaves_with_path(tree) for tree in (one, other)]
     assert [path for path, _ in paths[0]] == [path for path, _ in paths[1]]
     for (path, x), (_, y) in zip(*paths, strict=True):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +15,7 @@ PLAIN = Axes()
 
 
 def node(a, b, scale=1.0, axes=PLAIN):
-    return LoRA(a=jnp.asarray(a), b=jnp.asarray(b), scale=jnp.asarray(scale), axes=axes)
+    return LoRA(a=jnp.asarray(a), b=jnp.asarray(b), scale=scale, axes=axes)
 
 
 def orthonormal(rng, features, count):
@@ -213,7 +211,7 @@ def test_rank_deficiency_shows():
 
 
 def test_dora_is_not_taken_for_lora():
-    dora = dataclasses.replace(node(np.ones((5, 2)), np.ones((2, 5))), magnitude=jnp.ones(5))
+    dora = node(np.ones((5, 2)), np.ones((2, 5))).replace(magnitude=jnp.ones(5))
     with pytest.raises(ValueError, match="DoRA"):
         analysis.spectrum(dora)
 

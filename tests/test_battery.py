@@ -96,7 +96,7 @@ def backward(name, form):
     case = CASES[name]
 
     def loss(factors, params, nodes, arrays, directions):
-        nodes = {path: dataclasses.replace(node, **factors[path]) for path, node in nodes.items()}
+        nodes = {path: node.replace(**factors[path]) for path, node in nodes.items()}
         out = floats(run(dataclasses.replace(case, params=params), form, nodes, arrays))
         return sum(jnp.sum(leaf.astype(jnp.float32) * d) for leaf, d in zip(out, directions, strict=True))
 
@@ -154,7 +154,7 @@ def check_yardstick(case):
 
 def check_start(case):
     """With B = 0, the base's outputs bit for bit."""
-    zero = {path: dataclasses.replace(node, b=jnp.zeros_like(node.b)) for path, node in nodes_of(case.name).items()}
+    zero = {path: node.replace(b=jnp.zeros_like(node.b)) for path, node in nodes_of(case.name).items()}
     plain = lambda params, arrays: arrays_only(case.call(case.fn, params, arrays))
     ours = forward(case.name, "adapted")(case.params, zero, case.arrays)
     base = jax.jit(plain)(case.params, case.arrays)

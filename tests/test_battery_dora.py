@@ -1,6 +1,5 @@
 """DoRA over the battery's layouts and consumers: adapted == merged, in values and in the gradients of A, B and m."""
 
-import dataclasses
 import zlib
 
 import jax
@@ -41,7 +40,7 @@ def dora_nodes(case):
         stack = len(node.axes.stack)
         shape = node.b.shape[:stack] + node.b.shape[stack + 1 :]
         drawn = np.random.default_rng(zlib.crc32(path.encode())).normal(1, 0.7, shape)
-        nodes[path] = dataclasses.replace(node, magnitude=jnp.asarray(drawn, jnp.float32))
+        nodes[path] = node.replace(magnitude=jnp.asarray(drawn, jnp.float32))
     return nodes
 
 
@@ -60,7 +59,7 @@ def test_adapted_is_merged(name):
         return arrays_only(case.call(case.fn, merge_by_hand(case.params, nodes), case.arrays))
 
     def loss(trained, form):
-        out = outputs(form, {path: dataclasses.replace(nodes[path], **trained[path]) for path in nodes})
+        out = outputs(form, {path: nodes[path].replace(**trained[path]) for path in nodes})
         waves = [jnp.cos(1.0 + jnp.arange(leaf.size, dtype=jnp.float32)).reshape(leaf.shape) for leaf in floats(out)]
         return sum(jnp.sum(leaf.astype(jnp.float32) * w) for leaf, w in zip(floats(out), waves, strict=True)), out
 

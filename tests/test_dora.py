@@ -65,7 +65,7 @@ def test_norms_from_thin_products_are_the_merged_kernels(kernel_axes):
     np.testing.assert_allclose(changed(kernel, node), expected, rtol=1e-4, atol=1e-5)
     gain = gain_of(kernel, node)
     assert gain.shape == stack + outputs
-    unscaled = changed(kernel, dataclasses.replace(node, magnitude=None))
+    unscaled = changed(kernel, node.replace(magnitude=None))
     order = np.argsort([*axes.stack, *axes.outputs])
     wide = np.expand_dims(np.transpose(gain, order), axes.inputs)
     np.testing.assert_allclose(unscaled * wide, expected, rtol=1e-3, atol=1e-4)
@@ -97,7 +97,7 @@ def test_magnitudes_are_part_of_the_adapter():
     jax.tree.map(np.testing.assert_array_equal, (one, two), (adapter, moved(adapter)))
     with pytest.raises(ValueError, match="adapter 0"):
         lora_jax.stack([lora_jax.split(plain)[1], adapter])
-    broken = dataclasses.replace(adapter["layers"]["up_lora"], magnitude=jnp.ones((3, 32)))
+    broken = adapter["layers"]["up_lora"].replace(magnitude=jnp.ones((3, 32)))
     with pytest.raises(ValueError, match=r"^layers/up_lora: magnitude \(3, 32\) doesn't fit"):
         lora_jax.merge({"layers": {"up": base["layers"]["up"], "up_lora": broken}})
 
@@ -108,8 +108,8 @@ def test_stack_indices_that_are_not_adapted_stay_as_they_are():
     config = dataclasses.replace(DORA, overrides=(lora_jax.Override(target="up", rank=(2, 0, 1)),))
     params = moved(init(config))
     up = params["layers"]["up_lora"]
-    up = dataclasses.replace(
-        up, a=up.a.at[1].set(0).at[2, :, 1].set(0), b=up.b.at[1].set(0).at[2, 1].set(0), magnitude=up.magnitude + 1
+    up = up.replace(
+        a=up.a.at[1].set(0).at[2, :, 1].set(0), b=up.b.at[1].set(0).at[2, 1].set(0), magnitude=up.magnitude + 1
     )
     params["layers"]["up_lora"] = up
     np.testing.assert_array_equal(lora_jax.merge(params)["layers"]["up"][1], make_params()["layers"]["up"][1])
@@ -152,7 +152,7 @@ def test_bfloat16_does_not_round_the_gain_itself():
     x = jnp.asarray(np.random.default_rng(1).normal(size=(256, 64)), jnp.bfloat16)
     params = lora_jax.init(jax.random.key(0), {"w": w}, LoRAConfig(rank=1, alpha=1, targets="w", dora=True))
     node = params["w_lora"]
-    longer = {**params, "w_lora": dataclasses.replace(node, magnitude=node.magnitude * 1.01)}
+    longer = {**params, "w_lora": node.replace(magnitude=node.magnitude * 1.01)}
     f = jax.jit(lora_jax.adapt(lambda p, x: x @ p["w"]))
     plain, ours = (f(tree, x).astype(jnp.float32) for tree in (params, longer))
     assert f(longer, x).dtype == jnp.bfloat16

@@ -1,6 +1,5 @@
 """Models as each framework writes them, adapted without a change: all kernels factored, the result that of W + ΔW."""
 
-import dataclasses
 import functools
 
 import equinox as eqx
@@ -52,7 +51,7 @@ def adapt_and_check(apply, params, *args, targets=None, expected=None, **kwargs)
 
 def moved(node):
     """A node with b != 0."""
-    return dataclasses.replace(node, b=0.3 * jax.random.normal(KEY, node.b.shape)) if isinstance(node, LoRA) else node
+    return node.replace(b=0.3 * jax.random.normal(KEY, node.b.shape)) if isinstance(node, LoRA) else node
 
 
 def nodes_in(tree):

@@ -211,7 +211,7 @@ def test_a_name_that_ends_others_is_given_with_its_prefix(tmp_path):
         "pre_norm/scale": Weight("pre_norm.weight"),
         "q/kernel": Weight("q.weight"),
     }
-    params = attach(plain, {"q/kernel": LoRA(jnp.ones((4, 1)), jnp.ones((1, 4)), jnp.float32(1))})
+    params = attach(plain, {"q/kernel": LoRA(jnp.ones((4, 1)), jnp.ones((1, 4)), 1.0)})
     peft.save(tmp_path / "a", params, names=names, train=["/norm/scale/"])
     assert config_in(tmp_path / "a")["modules_to_save"] == ["base_model.model.norm"]
     assert [name for name in tensors_in(tmp_path / "a") if "norm" in name] == ["base_model.model.norm.weight"]
@@ -248,7 +248,7 @@ def test_tied_embeddings_are_written_from_both_sides(tmp_path):
     seen_from_the_head = LoRA(
         jnp.swapaxes(nodes_of(params)[EMBEDDING].b, 0, 1),
         jnp.swapaxes(nodes_of(params)[EMBEDDING].a, 0, 1),
-        jnp.float32(1),
+        1.0,
         axes=Axes((), (1,), (0,)),
     )
     peft.save(tmp_path / "b", attach(base(tied=True), {EMBEDDING: seen_from_the_head}), names=TIED)
@@ -438,7 +438,7 @@ def test_bias_all_has_every_bias(tmp_path):
     assert "model.norm.bias is missing" in refusal(tmp_path / "a")
     edit(tmp_path / "a", lambda tensors: tensors | {"base_model.model.model.norm.bias": np.ones(WIDTH, np.float32)})
     again = peft.load(tmp_path / "a", base(), names=NAMES)
-    np.testing.assert_array_equal(again["norm"]["bias"], np.ones(WIDTH))
+    np.testing.assert_array_equal(again["norm"]["bias"].value, np.ones(WIDTH))
 
 
 def test_files_that_are_not_there_or_damaged(tmp_path, folder):

@@ -45,7 +45,7 @@ def with_magnitudes(*paths):
         plain = node(path, 2, 2.0)
         shape = (*plain.scale.shape, plain.b.shape[-1])
         drawn = np.random.default_rng(3).uniform(0.5, 2, shape)
-        nodes[path] = dataclasses.replace(plain, magnitude=jnp.asarray(drawn, jnp.float32))
+        nodes[path] = plain.replace(magnitude=jnp.asarray(drawn, jnp.float32))
     return nodes
 
 

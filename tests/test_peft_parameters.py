@@ -1,7 +1,5 @@
 """Experts in PEFT's format: one entry an expert, or a layer's as one parameter, as transformers 5 holds them."""
 
-import dataclasses
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -54,7 +52,7 @@ def node(path, rank=2, scale=1.5):
     there = scales[..., None, None] != 0
     a, b = there * random.normal(size=(*stack, inputs, rank)), there * random.normal(size=(*stack, rank, outputs))
     axes = Axes(tuple(range(depth)), (depth,), (depth + 1,))
-    return LoRA(jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32), jnp.asarray(scales), axes=axes)
+    return LoRA(jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32), scales, axes=axes)
 
 
 def adapted(**nodes):
@@ -118,7 +116,7 @@ def test_delta_is_what_peft_computes_of_it(tmp_path):
 
 
 def test_an_a_that_gate_and_up_share_is_written_once(tmp_path):
-    shared = dataclasses.replace(node(UP), a=node(GATE).a)
+    shared = node(UP).replace(a=node(GATE).a)
     params = adapted(gate=node(GATE), up=shared)
     _, tensors = save(tmp_path / "a", params, fused=True)
     assert tensors[f"{STEM}.experts.lora_A.weight"].shape == (EXPERTS * 2, WIDTH)
@@ -163,7 +161,7 @@ def test_other_mistakes(tmp_path):
     params = adapted(gate=node(GATE))
     with pytest.raises(ValueError, match="portable and fused exclude one another"):
         save(tmp_path / "a", params, portable=True, fused=True)
-    dora = dataclasses.replace(node(DOWN), magnitude=draw(LAYERS, EXPERTS, WIDTH))
+    dora = node(DOWN).replace(magnitude=draw(LAYERS, EXPERTS, WIDTH))
     with pytest.raises(ValueError, match="no fused form"):
         save(tmp_path / "a", adapted(down=dora), fused=True)
     save(tmp_path / "a", params)

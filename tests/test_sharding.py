@@ -48,9 +48,9 @@ def init(params):
 
 
 EXPECTED = {
-    "q": (P("data", None), P(None, "model"), P()),
-    "heads": (P(None, "data", None), P(None, None, "model", None), P(None)),
-    "embed": (P("model", None), P(None, None), P()),
+    "q": (P("data", None), P(None, "model")),
+    "heads": (P(None, "data", None), P(None, None, "model", None)),
+    "embed": (P("model", None), P(None, None)),
 }
 
 
@@ -64,7 +64,7 @@ def nodes(tree):
 
 def test_specs_follow_the_kernels_axes():
     placed = lora_jax.shardings(init(base()), SPECS)
-    assert {name: (node.a, node.b, node.scale) for name, node in nodes(placed).items()} == EXPECTED
+    assert {name: (node.a, node.b) for name, node in nodes(placed).items()} == EXPECTED
     assert placed["q"]["kernel"] == P("data", "model")
     assert isinstance(placed["norm"]["scale"], Trained)
     assert jax.tree.structure(placed, is_leaf=lambda x: isinstance(x, P)) == jax.tree.structure(init(base()))
@@ -115,7 +115,7 @@ def test_everything_runs_on_a_sharded_tree(kind):
 def test_a_factor_is_never_whole_on_one_device():
     """In the compiled program that draws A, no buffer has A's full shape."""
     kernel = _Kernel((4096, 64), NamedSharding(mesh(), P("model")), Axes(), False)
-    draw = _maker(kernel, (8,), (1.0,), "gaussian", "float32")
+    draw = _maker(kernel, (8,), "gaussian", "float32")
     program = draw.lower(KEY).compile().as_text()
     assert "[1024,8]" in program
     assert "[4096,8]" not in program

@@ -1,7 +1,5 @@
 """Many adapters as one tree: vmap over it equals each alone, and unstack gives each back."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,7 +22,7 @@ def adapter(seed, rank, alpha=4.0, **settings):
     tree = lora_jax.split(whole)[1]
     node = tree["layers"]["kernel_lora"]
     b = jax.random.normal(jax.random.key(seed + 100), node.b.shape)
-    return {**tree, "layers": {"kernel_lora": dataclasses.replace(node, b=b)}}
+    return {**tree, "layers": {"kernel_lora": node.replace(b=b)}}
 
 
 def loss(tree, x):
@@ -98,9 +96,9 @@ def test_what_cant_be_stacked_is_refused():
         lora_jax.stack([ADAPTERS[0], adapter(0, 1, train=[])])
     node = ADAPTERS[0]["layers"]["kernel_lora"]
     for other in (
-        dataclasses.replace(node, a=jnp.ones((2, 5, 1))),
-        dataclasses.replace(node, b=jnp.ones((2, 1, 5))),
-        dataclasses.replace(node, axes=Axes((0,), (2,), (1,))),
+        node.replace(a=jnp.ones((2, 5, 1))),
+        node.replace(b=jnp.ones((2, 1, 5))),
+        node.replace(axes=Axes((0,), (2,), (1,))),
     ):
         with pytest.raises(ValueError, match=r"^layers/kernel_lora: .* their bases differ"):
             lora_jax.stack([ADAPTERS[0], {**ADAPTERS[0], "layers": {"kernel_lora": other}}])

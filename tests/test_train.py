@@ -43,7 +43,7 @@ def grown(params):
     """The same with a B that isn't zero, so that every part of the gradient counts."""
 
     def grow(x):
-        return dataclasses.replace(x, b=0.1 * jax.random.normal(jax.random.key(2), x.b.shape)) if is_node(x) else x
+        return x.replace(b=0.1 * jax.random.normal(jax.random.key(2), x.b.shape)) if is_node(x) else x
 
     return jax.tree.map(grow, params, is_leaf=is_node)
 
@@ -246,7 +246,6 @@ def test_clipping_sees_the_adapter_only():
 def test_clipping_scales_the_gradient_to_the_norm():
     _, adapter = lora_jax.split(grown(adapted()))
     grads = jax.tree.map(lambda x: 100 * x, adapter)
-    grads = jax.tree.map(lambda n: dataclasses.replace(n, scale=0 * n.scale), grads, is_leaf=is_node)
     small = jax.tree.map(lambda x: x / optax.tree.norm(grads), grads)
     config = dataclasses.replace(QUICK, weight_decay=0.0)
     updates = {}

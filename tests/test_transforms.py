@@ -1,6 +1,5 @@
 """An adapted function under JAX's own transforms, meshes and checks: a JAX function like any other."""
 
-import dataclasses
 import functools
 
 import jax
@@ -14,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import lora_jax
 from lora_jax import Axes
+from lora_jax._stack import with_scale_as_data
 
 KERNELS = {"in": Axes(), "layers": Axes((0,), (1,), (2,)), "out": Axes()}
 
@@ -93,9 +93,11 @@ def test_donated_adapter():
 
 def test_vmap_over_adapters_data_and_both():
     many = [make_nodes(PARAMS, KERNELS, seed) for seed in range(3)]
-    stacked = with_nodes(PARAMS, jax.tree.map(lambda *leaves: jnp.stack(leaves), *many))
+    data = [{path: with_scale_as_data(node) for path, node in nodes.items()} for nodes in many]  # the scales differ
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *data)
     over_adapters = jax.tree.map(lambda _: None, PARAMS)
-    over_adapters = with_nodes(over_adapters, jax.tree.map(lambda _: 0, NODES))
+    over_adapters = with_nodes(over_adapters, jax.tree.map(lambda _: 0, stacked))
+    stacked = with_nodes(PARAMS, stacked)
     xs = jnp.stack([X, 2 * X, 3 * X])
     alone = [model(merge_by_hand(PARAMS, nodes), X) for nodes in many]
     close(jax.vmap(adapted, in_axes=(over_adapters, None))(stacked, X), jnp.stack(alone))
@@ -107,7 +109,7 @@ def through_factors(apply, x, scalar=lambda y: jnp.mean(y**2)):
     """The loss as a function of A and B alone, adapted or merged."""
 
     def loss(factors):
-        nodes = {path: dataclasses.replace(NODES[path], **factors[path]) for path in NODES}
+        nodes = {path: NODES[path].replace(**factors[path]) for path in NODES}
         tree = with_nodes(PARAMS, nodes) if apply is adapted else merge_by_hand(PARAMS, nodes)
         return scalar(apply(tree, x))
 
@@ -145,8 +147,13 @@ def test_gradient_of_the_inputs():
 
 
 def test_the_scale_has_no_gradient():
+    """A static one is no leaf; one that is data gets zeros."""
     grads = jax.grad(loss_of(adapted))(TREE, X)
-    assert all(not grads[f"{path}_lora"].scale.any() for path in NODES)
+    assert all(len(jax.tree.leaves(grads[f"{path}_lora"])) == 2 for path in NODES)
+    data = with_nodes(PARAMS, {path: with_scale_as_data(node) for path, node in NODES.items()})
+    again = jax.grad(loss_of(adapted))(data, X)
+    assert all(not again[f"{path}_lora"].scale.any() for path in NODES)
+    jax.tree.map(close, [again[f"{path}_lora"].a for path in NODES], [grads[f"{path}_lora"].a for path in NODES])
 
 
 def test_linearize_and_vjp():

@@ -1,6 +1,7 @@
 """Laws of the tree: what init adds, split takes apart and combine puts together; containers, boxes and errors."""
 
 import collections
+import copy
 import dataclasses
 
 import jax
@@ -42,7 +43,7 @@ def test_split_gives_the_tree_before_init(case):
     whole = adapted(params, CONFIG, axes)
     base, adapter = lora_jax.split(whole)
     assert jax.tree.structure(base) == jax.tree.structure(params)
-    assert len(jax.tree.leaves(adapter)) == 3 * len(axes)
+    assert len(jax.tree.leaves(adapter)) == 2 * len(axes)  # A and B: the scale is no leaf
     same(lora_jax.combine(base, adapter), whole)
 
 
@@ -98,21 +99,34 @@ def test_a_defaultdict_stays_one():
 # Extra trained leaves
 
 
-def test_low_precision_leaves_train_in_float32_and_are_cast_at_use():
+def test_leaves_trained_in_full_are_marked_and_of_low_precision_kept_in_float32():
     params = {"query": dense(dtype=jnp.bfloat16), "norm": {"scale": jnp.ones(3, jnp.bfloat16)}, "head": dense()}
     config = LoRAConfig(rank=2, alpha=4, targets=["query"], train=["norm", "head"])
     whole = lora_jax.init(KEY, params, config)
     assert isinstance(whole["norm"]["scale"], Trained)
     assert whole["norm"]["scale"].value.dtype == jnp.float32
-    assert whole["head"]["kernel"] is params["head"]["kernel"]
+    assert isinstance(whole["head"]["kernel"], Trained)
     same(detach(whole)[0], params)
     same(lora_jax.merge(whole), params)
-    base, adapter = lora_jax.split(whole, config)
+    base, adapter = lora_jax.split(whole)
+    same(lora_jax.split(whole, config)[1], adapter)
     assert base["norm"]["scale"] is None
     assert base["head"] == {"kernel": None, "bias": None}
     moved = jax.tree.map(lambda x: x + 2**-12, adapter)  # too little for bfloat16, but not for its master
-    again = jax.tree.map(lambda x: x - 2**-12, lora_jax.split(lora_jax.combine(base, moved), config)[1])
+    again = jax.tree.map(lambda x: x - 2**-12, lora_jax.split(lora_jax.combine(base, moved))[1])
     same(again["norm"], adapter["norm"])
+
+
+def test_a_donated_step_leaves_the_given_tree_and_the_merged_one():
+    params = {"query": dense(), "head": dense()}
+    whole = lora_jax.init(KEY, params, LoRAConfig(rank=2, alpha=4, targets=["query"], train=["head"]))
+    base, adapter = lora_jax.split(whole)
+    merged = lora_jax.merge(whole)
+    moved = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)(adapter)
+    assert adapter["head"]["kernel"].value.is_deleted()
+    same(params, {"query": dense(), "head": dense()})
+    same(merged, params)
+    np.testing.assert_array_equal(lora_jax.merge(lora_jax.combine(base, moved))["head"]["kernel"], 2 * np.ones((3, 4)))
 
 
 def test_whole_fine_tuning_is_split_too():
@@ -137,13 +151,13 @@ def test_a_boxed_kernel_counts_as_the_leaf(box):
     base, adapter = lora_jax.split(whole)
     same(base, params)
     same(lora_jax.combine(base, adapter), whole)
-    moved = dataclasses.replace(node, b=jnp.ones((2, 4)))
+    moved = node.replace(b=jnp.ones((2, 4)))
     merged = lora_jax.merge({"query": {**whole["query"], "kernel_lora": moved}})
     assert type(merged["query"]["kernel"]) is type(params["query"]["kernel"])
     np.testing.assert_allclose(jax.tree.leaves(merged)[0], 1 + 2 * node.a @ moved.b, rtol=1e-6)
     flags = lora_jax.mask(whole)
     assert jax.tree.structure(flags) == jax.tree.structure(whole)
-    assert jax.tree.leaves(flags) == [False, True, True, False]
+    assert jax.tree.leaves(flags) == [False, True, True]
 
 
 def test_a_boxed_low_precision_leaf_trains_whole():
@@ -171,18 +185,49 @@ def test_an_nnx_state_takes_nodes():
 
 
 def test_a_node_is_a_pytree_with_keys():
-    node = LoRA(jnp.ones((3, 2)), jnp.ones((2, 4)), jnp.float32(1))
-    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path({"kernel_lora": node})]
-    assert paths == ["['kernel_lora'].a", "['kernel_lora'].b", "['kernel_lora'].scale"]
-    with_magnitude = dataclasses.replace(node, magnitude=jnp.ones(4))
-    assert len(jax.tree.leaves(with_magnitude)) == 4
+    node = LoRA(jnp.ones((3, 2)), jnp.ones((2, 4)), 0.5)
+
+    def paths(node):
+        return [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path({"kernel_lora": node})]
+
+    assert paths(node) == ["['kernel_lora'].a", "['kernel_lora'].b"]
+    assert paths(node.replace(magnitude=jnp.ones(4)))[2:] == ["['kernel_lora'].magnitude"]
+    assert paths(node.replace(scale=jnp.float32(1)))[2:] == ["['kernel_lora'].scale"]
+
+
+@pytest.mark.parametrize(
+    "scale", [0.5, (0.5, 1.0, 0.0), np.float32([2, 2, 2]), jnp.float32([1, 2, 3])], ids=["one", "each", "equal", "data"]
+)
+def test_a_scale_is_an_array_by_stack_index_whether_static_or_data(scale):
+    node = LoRA(jnp.ones((3, 4, 2)), jnp.ones((3, 2, 4)), scale, axes=Axes((0,), (1,), (2,)))
+    assert node.scale_is_static == (not isinstance(scale, jax.Array))
+    np.testing.assert_array_equal(node.scale, np.broadcast_to(np.float32(scale), (3,)))
+    for again in (
+        copy.deepcopy(node),
+        node.replace(b=node.b),
+        node.replace(scale=node.scale),
+        jax.tree.map(np.asarray, node),
+    ):
+        assert jax.tree.structure(again) == jax.tree.structure(node)
+        np.testing.assert_array_equal(again.scale, node.scale)
+    mapped = jax.vmap(lambda node: jnp.asarray(node.scale))(jax.tree.map(lambda x: jnp.stack([x, x]), node))
+    np.testing.assert_array_equal(mapped, [node.scale] * 2)
+
+
+def test_a_node_can_not_be_changed():
+    node = LoRA(jnp.ones((3, 2)), jnp.ones((2, 4)), 0.5)
+    with pytest.raises(AttributeError, match=r"make another with node.replace\(a=...\)"):
+        node.a = 1
+    with pytest.raises(TypeError, match=r"got \['alpha'\]"):
+        node.replace(alpha=1)
 
 
 def test_a_node_survives_its_dictionary():
-    node = LoRA(jnp.ones((5, 3, 2)), jnp.ones((5, 2, 4)), jnp.ones(5), axes=Axes((0,), (2,), (1,)))
-    again = LoRA.from_dict(node.to_dict(), axes=node.axes)
+    node = LoRA(jnp.ones((5, 3, 2)), jnp.ones((5, 2, 4)), (1, 2, 3, 4, 5), axes=Axes((0,), (2,), (1,)))
+    again = LoRA.from_dict(node.to_dict(), axes=node.axes, scale=(1, 2, 3, 4, 5))
     same(again, node)
-    assert LoRA.from_dict(dataclasses.replace(node, magnitude=jnp.ones((5, 4))).to_dict()).magnitude.shape == (5, 4)
+    same(LoRA.from_dict(jax.tree.map(jnp.asarray, node.to_dict(), is_leaf=lambda x: isinstance(x, np.ndarray))), node)
+    assert LoRA.from_dict(node.replace(magnitude=jnp.ones((5, 4))).to_dict()).magnitude.shape == (5, 4)
 
 
 def test_a_dictionary_with_other_axes_is_refused():
@@ -193,6 +238,8 @@ def test_a_dictionary_with_other_axes_is_refused():
         LoRA.from_dict({key: value for key, value in entries.items() if key != "b"})
     with pytest.raises(ValueError, match=r"a LoRA node has a, b, scale, axes"):
         LoRA.from_dict({**entries, "alpha": 1})
+    with pytest.raises(ValueError, match=r"^adapter was made with scale 1.0, 2.0 expected"):
+        LoRA.from_dict(entries, scale=2.0)
 
 
 # Errors
@@ -209,7 +256,7 @@ def test_an_adapter_without_its_base_is_refused():
 
 
 def test_a_node_out_of_place_is_refused():
-    node = LoRA(jnp.ones((3, 2)), jnp.ones((2, 4)), jnp.float32(1))
+    node = LoRA(jnp.ones((3, 2)), jnp.ones((2, 4)), 1.0)
     with pytest.raises(ValueError, match=r"beside its kernel"):
         detach([node])
     with pytest.raises(ValueError, match=r"NAME_lora"):

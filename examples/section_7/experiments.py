@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import measures
 import numpy as np
 from settings import ALPHA, LEARNER, NOTHING, Scale
@@ -154,9 +153,7 @@ def place(bench: Bench, seed: int) -> None:
     rate = task.size.learning_rate
 
     def with_scale(scale: float, a: float = 1.0) -> Any:
-        return measures.edit_nodes(
-            adapter, lambda path, node: measures.scale_of(dataclasses.replace(node, a=node.a * a), scale)
-        )
+        return measures.edit_nodes(adapter, lambda path, node: measures.scale_of(node.replace(a=node.a * a), scale))
 
     lanes = {
         "at every forward": Lane(with_scale(SCALED), rate, rate, rate),
@@ -259,8 +256,8 @@ def kernels(bench: Bench, seed: int) -> None:
         names, lanes = ["none"], [Lane(measures.with_leaves(alone, warm), rate, rate, rate)]
         for path, node in measures.nodes(adapter).items():
             for layer in range(node.scale.shape[0]):
-                one = measures.edit_nodes(adapter, lambda p, n, path=path, layer=layer: dataclasses.replace(
-                    n, scale=jnp.where((jnp.arange(len(n.scale)) == layer) & (p == path), n.scale, 0.0)))  # fmt: skip
+                one = measures.edit_nodes(adapter, lambda p, n, path=path, layer=layer: n.replace(
+                    scale=np.where((np.arange(len(n.scale)) == layer) & (p == path), n.scale, 0.0)))  # fmt: skip
                 names.append(f"{path} {layer}")
                 lanes.append(Lane(one, rate, rate, rate))
         losses, _ = train_lanes(task, base, lanes, steps=steps, seed=seed)

@@ -1,6 +1,5 @@
 """What ΔW is to W: the figures' numbers from trained adapters, and adapters on disk as plain arrays."""
 
-import dataclasses
 import itertools
 import zlib
 from collections.abc import Callable, Iterable, Sequence
@@ -8,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from tasks import Task, batches
 
@@ -228,4 +226,4 @@ def scores(task: Task, params: Any, *, seed: int, count: int) -> dict[str, analy
 
 def scale_of(node: lora_jax.LoRA, scale: float) -> lora_jax.LoRA:
     """The node with another scale at every stack index."""
-    return dataclasses.replace(node, scale=jnp.full_like(node.scale, scale))
+    return node.replace(scale=scale)

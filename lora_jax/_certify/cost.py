@@ -73,8 +73,8 @@ def cost_of(jaxpr: Any, data: Sequence[bool]) -> Cost:
 def _walk(jaxpr: Any, values: Sequence[Value], times: int, cost: Cost) -> list[Value]:
     """Add the products of `jaxpr` run `times` times; what is known of its outputs."""
     known: dict[Any, Value] = dict(zip(jaxpr.invars, values, strict=True))
-    # A large constant is as likely a batch that was closed over as a parameter; a number is neither.
-    known.update({var: Value(math.prod(var.aval.shape) > 1) for var in jaxpr.constvars})
+    # A large constant is as likely a batch that was closed over as a parameter; a number, and one a layer, is neither.
+    known.update({var: Value(sum(size > 1 for size in var.aval.shape) > 1) for var in jaxpr.constvars})
 
     def read(var: Any) -> Value:
         return Value(False) if isinstance(var, jex.Literal) else known[var]

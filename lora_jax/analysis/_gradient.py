@@ -107,7 +107,7 @@ def _probe(node: LoRA, rank: int, key: jax.Array) -> LoRA:
     widths = [(0, 0)] * (stack + inputs)
     a = jnp.pad(omega, [*widths, (few, 0)])
     b = jnp.pad(psi, [(0, many) if axis == stack else (0, 0) for axis in range(psi.ndim)])
-    return LoRA(a, b, jnp.ones(side_in[:stack], jnp.float32), axes=node.axes)
+    return LoRA(a, b, 1.0, axes=node.axes)
 
 
 def _sizes(node: LoRA, rank: int) -> tuple[int, int]:

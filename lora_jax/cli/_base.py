@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 import lora_jax
 from lora_jax import text_to_sql
+from lora_jax._tree import trained_paths
 from lora_jax.cli import _show
 
 # `lora_jax.models` is reached through the package, which loads it at first use: `--help` needn't wait for transformers.
@@ -73,8 +74,8 @@ def with_adapter(model: Any, adapter: Path | None) -> Any:
     if adapter is None:
         return model.params
     params = lora_jax.peft.load(adapter, model.params, names=model.names, axes=kernel_axes(model))
-    drawn, loaded = lora_jax.models.flatten(model.params), lora_jax.models.flatten(params)
-    if lacking := [path for path in model.fresh if loaded.get(path) is drawn[path]]:
+    brought = trained_paths(params)
+    if lacking := [path for path in model.fresh if path not in brought]:
         raise ValueError(f"{adapter}: {lacking[0]} is neither in it nor in the model: it was trained with another base")
     return params
 

@@ -55,7 +55,7 @@ def merged(model: Any, params: Any, dtype: Any = None) -> Merged:
     leaves = {}
     for path, base in lora_jax.models.flatten(model.params).items():
         leaf = replace(base, dtype=np.dtype(dtype or base.dtype))
-        if not isinstance(tree.leaves[path], lora_jax.models.Streamed):  # trained, whole or in part
+        if path in tree.trained:
             leaf = replace(leaf, read=np.asarray(tree.leaves[path]).__getitem__)
         if path in tree.nodes:
             norms[path] = {}

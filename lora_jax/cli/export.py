@@ -1,14 +1,11 @@
 """`lora-jax export`: an adapter written anew, for tools that read less of PEFT's format than PEFT does."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import tyro
 
 import lora_jax
-from lora_jax import _tree
 from lora_jax.cli import _base, _labels, _show
 from lora_jax.peft import _tokens
 
@@ -43,7 +40,6 @@ def run(settings: Settings) -> None:
         settings.output,
         params,
         names=model.names,
-        train=trained_whole(model.params, params),
         base_model=settings.base.model,
         task_type="SEQ_CLS" if model.head else "CAUSAL_LM" if model.generates else None,
         portable=settings.portable,
@@ -54,10 +50,3 @@ def run(settings: Settings) -> None:
     _labels.save(settings.output, _labels.load(settings.adapter))
     show = _show.results()
     show.print(f"adapter: {settings.output}", markup=False)
-
-
-def trained_whole(base: Any, params: Any) -> tuple[str, ...]:
-    """Patterns of the leaves that an adapter brought with it: those that aren't the base's own arrays any more."""
-    before = dict(_tree.leaves_with_paths(base))
-    after = _tree.leaves_with_paths(params)
-    return tuple(f"/{re.escape(path)}/" for path, leaf in after if path in before and leaf is not before[path])

@@ -110,7 +110,6 @@ def run(settings: Settings) -> None:
             settings.train,
             task=work.rows.task,
             output=settings.output,
-            train=lora.train,
             console=_show.notes(),
             resume=settings.resume,
             overwrite=settings.overwrite,
@@ -123,7 +122,6 @@ def run(settings: Settings) -> None:
         settings.output,
         result.params,
         names=model.names,
-        train=lora.train,
         base_model=settings.base.model,
         task_type=rows.task_type,
         overwrite=True,  # whether it may be was asked before all else

@@ -82,7 +82,7 @@ def node_of(factors: Sequence[Factors], shape: tuple[int, ...], axes: Axes) -> L
     return LoRA(
         a=jnp.asarray(a.reshape(*stack, *inputs, rank)),
         b=jnp.asarray(b.reshape(*stack, rank, *outputs)),
-        scale=jnp.asarray(scale),
+        scale=scale,
         magnitude=jnp.asarray(magnitude.reshape(*stack, *outputs)) if dora else None,
         axes=axes,
     )

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import _tree
+from lora_jax._node import trained
 from lora_jax._tree import LoRA, Trained
 from lora_jax.peft._names import Tensor
 
@@ -17,8 +18,8 @@ class Parts(NamedTuple):
 
     Attributes:
         nodes: the factors, by the path of their kernel.
-        leaves: every other leaf; of those that train whole in low precision, the float32 master.
-        trained: the paths of the leaves that train whole.
+        leaves: every other leaf; of those that are trained in full, the value that trains.
+        trained: the paths of the leaves that are trained in full.
     """
 
     nodes: dict[str, LoRA]
@@ -39,16 +40,9 @@ def parts(params: Any, train: Any = ()) -> Parts:
 
 
 def put(params: Any, nodes: dict[str, LoRA], values: dict[str, np.ndarray]) -> Any:
-    """`params` with `nodes` beside their kernels, and `values` for leaves: float32 masters where these are narrower."""
+    """`params` with `nodes` beside their kernels, and `values` for leaves, which are marked as trained in full."""
     leaves = {path: leaf for path, leaf in _tree.leaves_with_paths(params) if path in values}
-    return _tree.attach(params, nodes, {path: _trained_leaf(leaf, values[path]) for path, leaf in leaves.items()})
-
-
-def _trained_leaf(leaf: Any, value: np.ndarray) -> Any:
-    dtype = _tree.unbox(leaf).dtype
-    if jnp.finfo(dtype).bits < 32:
-        return Trained(jnp.asarray(value, jnp.float32), str(dtype))
-    return _tree.rebox(leaf, jnp.asarray(value, dtype))
+    return _tree.attach(params, nodes, {path: trained(leaf, values[path]) for path, leaf in leaves.items()})
 
 
 def filled(values: Iterable[tuple[Tensor, np.ndarray]], leaves: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -13,7 +13,7 @@ from lora_jax import prefix
 from lora_jax._config import LoRAConfig
 from lora_jax._init import init
 from lora_jax._node import pad_rank
-from lora_jax._stack import stack
+from lora_jax._stack import stack, with_scale_as_data
 from lora_jax._tree import Axes, LoRA, Prefix, edit, kernel_path, leaf_paths, leaves_with_paths, nodes_of, split
 from lora_jax.sweep._point import Point
 
@@ -88,7 +88,7 @@ class Starts:
         """What each adapter has in the stack."""
 
         def leaf_of(path: str, leaf: Any) -> Any:
-            return pad_rank(leaf, self.rank) if isinstance(leaf, LoRA) else leaf
+            return with_scale_as_data(pad_rank(leaf, self.rank)) if isinstance(leaf, LoRA) else leaf
 
         return jax.eval_shape(lambda tree: edit(tree, leaf=leaf_of), self._all)
 
@@ -128,8 +128,8 @@ class Starts:
                 return _lengthened(own.get(path), leaf)
             if not isinstance(leaf, LoRA):
                 return own[path]
-            node = nodes.get(kernel_path(path))
-            return pad_rank(jax.tree.map(_zeros, leaf) if node is None else node, self.rank)
+            node = nodes.get(kernel_path(path)) or jax.tree.map(_zeros, leaf).replace(scale=0.0)
+            return with_scale_as_data(pad_rank(node, self.rank))  # whichever points meet: one program for all
 
         return edit(self._all, leaf=leaf_of)
 
@@ -147,7 +147,7 @@ def _zeros(like: jax.ShapeDtypeStruct) -> jax.Array:
 def trainable(adapter: Any) -> int:
     """Numbers that train: all but the scales."""
     leaves = [leaf for _, leaf in leaves_with_paths(adapter)]
-    arrays = [dataclasses.replace(leaf, scale=None) if isinstance(leaf, LoRA) else leaf for leaf in leaves]
+    arrays = [leaf.replace(scale=None) if isinstance(leaf, LoRA) else leaf for leaf in leaves]
     return int(sum(np.size(array) for array in jax.tree.leaves(arrays)))
 
 
@@ -159,6 +159,10 @@ def taken(stacked: Any, index: int, like: Any) -> Any:
         return array[index][tuple(map(slice, np.shape(small)))]
 
     def leaf_of(path: str, leaf: Any) -> Any:
-        return jax.tree.map(cut, nodes[kernel_path(path)] if isinstance(leaf, LoRA) else leaves[path], leaf)
+        if not isinstance(leaf, LoRA):
+            return jax.tree.map(cut, leaves[path], leaf)
+        node = nodes[kernel_path(path)]
+        magnitude = None if leaf.magnitude is None else cut(node.magnitude, leaf.magnitude)
+        return leaf.replace(a=cut(node.a, leaf.a), b=cut(node.b, leaf.b), magnitude=magnitude)
 
     return edit(like, leaf=leaf_of)
