@@ -1,0 +1,61 @@
+"""Files that others made: what is asked of one before it is opened. Models, adapters and checkpoints share it.
+
+Opening a pipe waits for whoever writes to it, a device never ends, and a file that Git LFS has not downloaded yet looks
+damaged: each is named here instead, in words for the message of an error.
+"""
+
+import re
+import stat
+from pathlib import Path
+
+LARGEST_POINTER = 1024  # bytes; the specification's limit, https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
+_POINTER = re.compile(rb"version https?://[^\n]*\n(?:[^\n]*\n)*?oid [a-z0-9]+:[0-9a-f]+\r?\n")
+_SIZE = re.compile(rb"^size (\d{1,20})\r?$", re.MULTILINE)
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def not_a_file(path: Path) -> str:
+    """What `path` is instead of a regular file, in words; empty where it is one. Links are followed.
+
+    Raises:
+        FileNotFoundError: there is nothing.
+        OSError: it can't be looked at, as in a loop of links.
+
+    >>> import os
+    >>> not_a_file(Path(os.devnull)), not_a_file(Path(os.sep))
+    ('a device', 'a folder')
+    """
+    mode = path.stat().st_mode
+    return "" if stat.S_ISREG(mode) else _KINDS.get(stat.S_IFMT(mode), "no regular file")
+
+
+def git_lfs_pointer(path: Path) -> str:
+    """What to say of a file that is a Git LFS pointer: what it is, and how to get the file; empty where it is none.
+
+    A clone without git-lfs leaves three lines of text in the place of each large file. Never blocks: only a regular
+    file is opened, and of that the first kilobyte.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "model.safetensors"
+    >>> _ = path.write_text(f"version https://git-lfs.github.com/spec/v1\\noid sha256:{'0' * 64}\\nsize 1049\\n")
+    >>> git_lfs_pointer(path)
+    'a Git LFS pointer to 1,049 bytes that are not here: run `git lfs pull` in its folder, or download it again'
+    """
+    try:
+        if not_a_file(path) or path.stat().st_size > LARGEST_POINTER:
+            return ""
+        content = path.read_bytes()
+    except OSError:
+        return ""
+    if not _POINTER.match(content):
+        return ""
+    size = _SIZE.search(content)
+    what = f"{int(size[1]):,} bytes" if size else "a file"
+    there = "that are" if size else "that is"
+    return f"a Git LFS pointer to {what} {there} not here: run `git lfs pull` in its folder, or download it again"
