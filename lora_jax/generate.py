@@ -172,7 +172,7 @@ def generate_text(
     tokenizer = model.tokenizer
     eos_ids = _eos_ids(model)
     encoded = [_prompt_ids(prompt, tokenizer) for prompt in prompts]
-    positions, before = model.config.max_position_embeddings, prefix.length(params)
+    positions, before = model.max_length, prefix.length(params)
     longest = positions - before - config.max_tokens
     for number, ids in enumerate(encoded, 1):
         if len(ids) > longest:

@@ -60,18 +60,55 @@ def encoder(model_type: str, architecture: str, **settings: Any) -> dict[str, An
 
 
 LLAMA = decoder("llama", "LlamaForCausalLM")
+# Rows of the tests reach far beyond the original length; the base makes the ramp lie between the pairs.
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 100.0,
+    "factor": 16.0,
+    "original_max_position_embeddings": 4,
+    "beta_fast": 0.5,
+    "beta_slow": 0.1,
+}
+
+
+def _older(parameters: dict[str, Any]) -> dict[str, Any]:
+    """As `rope_scaling` was spelled before transformers 5, beside `rope_theta`."""
+    kept = {name: value for name, value in parameters.items() if name not in ("rope_type", "rope_theta")}
+    return {"type": parameters["rope_type"]} | kept
+
+
 CASES: dict[str, dict[str, Any]] = {
     "llama": LLAMA | {"num_key_value_heads": 4},
     "llama_grouped_query": LLAMA | {"rope_theta": 100.0},
     "llama_tied": LLAMA | {"tie_word_embeddings": True, "num_key_value_heads": 1},
     "llama_3_rope": LLAMA | {"rope_parameters": LLAMA3},
     "llama_linear_rope": LLAMA | {"rope_parameters": {"rope_type": "linear", "rope_theta": 100.0, "factor": 3.0}},
+    "llama_yarn": LLAMA | {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.5, "truncate": False}},
+    "llama_proportional": LLAMA
+    | {"rope_parameters": {"rope_type": "proportional", "rope_theta": 100.0, "partial_rotary_factor": 0.5}},
+    "llama_dynamic": LLAMA
+    | {
+        "max_position_embeddings": LENGTH - 4,
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 2.0},
+    },
+    "llama_longrope": LLAMA
+    | {
+        "max_position_embeddings": 2 * LENGTH,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 100.0,
+            "short_factor": [1.0, 1.0, 1.5, 2.0],
+            "long_factor": [1.0, 2.0, 4.0, 6.0],
+            "original_max_position_embeddings": LENGTH - 1,
+        },
+    },
     "llama_bias": LLAMA | {"attention_bias": True, "mlp_bias": True},
     "llama_head_dim": LLAMA | {"head_dim": 6, "hidden_act": "gelu", "rms_norm_eps": 0.1},
     "mistral_unwindowed": decoder("mistral", "MistralForCausalLM", sliding_window=None, head_dim=12),
     "mistral": decoder("mistral", "MistralForCausalLM", sliding_window=4),
     "mixtral": decoder("mixtral", "MixtralForCausalLM", num_local_experts=5, num_experts_per_tok=2, sliding_window=4),
     "qwen2": decoder("qwen2", "Qwen2ForCausalLM", use_sliding_window=True, sliding_window=4, max_window_layers=1),
+    "qwen2_yarn": decoder("qwen2", "Qwen2ForCausalLM", rope_scaling=_older(YARN), rope_theta=1000.0),
     "qwen3": decoder(
         "qwen3",
         "Qwen3ForCausalLM",
@@ -114,6 +151,19 @@ CASES: dict[str, dict[str, Any]] = {
             "full_attention": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 2.0},
         },
     ),
+    "gemma3_yarn": decoder(
+        "gemma3_text",
+        "Gemma3ForCausalLM",
+        head_dim=10,
+        tie_word_embeddings=True,
+        query_pre_attn_scalar=7,
+        sliding_window=4,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        rope_parameters={
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            "full_attention": YARN | {"truncate": False},
+        },
+    ),
     "granite": decoder(
         "granite",
         "GraniteForCausalLM",
@@ -132,6 +182,10 @@ CASES: dict[str, dict[str, Any]] = {
     "gpt2": GPT2,
     "gpt2_untied": GPT2 | {"tie_word_embeddings": False, "scale_attn_weights": False, "n_inner": 40},
 }
+
+
+# Their rotation depends on how long the longest row is: shorter ones, and steps of a cache, have another.
+LENGTH_DEPENDENT = ("llama_dynamic", "llama_longrope")
 
 
 def tokens() -> np.ndarray:

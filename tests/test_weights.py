@@ -239,7 +239,7 @@ def test_broken_configuration(folder, config):
         ({"architectures": None, "model_type": "opt"}, "model_type 'opt' is not supported"),
         ({"model_type": None}, "LlamaForCausalLM is not supported"),
         ({"quantization_config": {"bits": 4}}, "a quantized model is not supported"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "rope_type 'yarn'"),
+        ({"rope_parameters": {"rope_type": "axial", "rope_theta": 1e4}}, "rope_type 'axial'"),
         ({"hidden_act": "mish"}, "hidden_act 'mish' is not supported"),
         ({"hidden_size": "wide"}, "not a valid LlamaConfig"),
     ],

@@ -17,7 +17,7 @@ from lora_jax.models import _attention
 from lora_jax.models._experts import ExpertsSpec, SparseMLP
 from lora_jax.models._family import Family, Weight
 from lora_jax.models._layers import ACTIVATIONS, Embed, check_activation, dense
-from lora_jax.models._rope import inverse_frequencies, rotate, rotation
+from lora_jax.models._rope import Rope, reach, rope_of, rotate, rotation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class DecoderSpec:
     head_dim: int
     activation: str
     norm_eps: float
-    frequencies: tuple[float, ...]  # of the rotary embedding, one per pair of channels
+    rope: Rope
     tied: bool  # the head is the transposed embedding
     init_std: float
     qkv_bias: bool = False
@@ -50,7 +50,7 @@ class DecoderSpec:
     logit_divisor: float | None = None
     window: int | None = None  # how far the sliding layers look back
     sliding: tuple[bool, ...] = ()  # which layers those are; () for all where there is a window
-    sliding_frequencies: tuple[float, ...] | None = None  # of the sliding layers, where they differ
+    sliding_rope: Rope | None = None  # of the sliding layers, where it differs
     experts: ExpertsSpec | None = None
 
     def __post_init__(self):
@@ -211,7 +211,7 @@ class Decoder(nn.Module):
 
 def _seen(spec, sliding, positions, attention_mask, cache, dtype):
     """The rotation and the mask of one kind of layer. A mask of None leaves causality to the attention function."""
-    frequencies = spec.sliding_frequencies if sliding and spec.sliding_frequencies else spec.frequencies
+    rope = spec.sliding_rope if sliding and spec.sliding_rope else spec.rope
     window = spec.window if sliding else None
     if cache is not None:
         mask = _attention.cached_mask(cache, positions, window)
@@ -220,7 +220,7 @@ def _seen(spec, sliding, positions, attention_mask, cache, dtype):
         mask = None if attention_mask is None else attention_mask.astype(bool)[:, None, None, :]
     else:
         mask = _attention.causal_mask(positions, attention_mask, window)
-    return {"rotation": rotation(frequencies, positions, dtype), "mask": mask}
+    return {"rotation": rotation(rope, positions, dtype), "mask": mask}
 
 
 def _of_kind(sliding, kinds):
@@ -235,7 +235,6 @@ def _of_kind(sliding, kinds):
 
 def common(config: Any) -> dict[str, Any]:
     """The fields that are called alike in the configurations of all these families."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -243,16 +242,21 @@ def common(config: Any) -> dict[str, Any]:
         "num_layers": config.num_hidden_layers,
         "num_heads": config.num_attention_heads,
         "num_kv_heads": config.num_key_value_heads,
-        "head_dim": head_dim,
+        "head_dim": head_dim(config),
         "activation": getattr(config, "hidden_activation", None) or config.hidden_act,
         "norm_eps": config.rms_norm_eps,
         "tied": config.tie_word_embeddings,
         "init_std": config.initializer_range,
-    } | ({} if "sliding_attention" in config.rope_parameters else {"frequencies": _frequencies(config, head_dim)})
+    } | ({} if "sliding_attention" in config.rope_parameters else {"rope": rope(config, config.rope_parameters)})
 
 
-def _frequencies(config, head_dim):
-    return inverse_frequencies(config.rope_parameters, head_dim)
+def rope(config: Any, parameters: Any) -> Rope:
+    """The rotation that these `rope_parameters`, the configuration's or one kind of layer's, describe."""
+    return rope_of(parameters, head_dim(config), config.max_position_embeddings)
+
+
+def head_dim(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def sliding_layers(config: Any) -> dict[str, Any]:
@@ -305,4 +309,5 @@ def family(
         prefix="model.",
         ignored=(r".*rotary_emb\.inv_freq",),  # a buffer, in old files
         copies=lambda config: {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_word_embeddings else {},
+        positions=lambda config: reach(config.rope_parameters, config.max_position_embeddings),
     )

@@ -1,60 +1,265 @@
-"""Rotary position embeddings (Su et al. 2021, arXiv 2104.09864), with the scalings that checkpoints use."""
+"""Rotary position embeddings (Su et al. 2021, arXiv 2104.09864), with the scalings that checkpoints use.
+
+Frequencies are computed in float32 and in transformers' order of operations: at position 100,000 one unit in the last
+place of a frequency turns a pair of channels by up to 0.006 radians, and models were trained with these.
+"""
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-ROPE_TYPES = ("default", "linear", "llama3")
+
+@dataclass(frozen=True)
+class Rope:
+    """How the pairs of channels turn with the position; hashable, as a module's fields must be.
+
+    Attributes:
+        frequencies: angular frequency of each pair of channels, in radians per position.
+        attention_factor: what cosines and sines are multiplied by: the logits of attention by its square.
+        context: length up to which `frequencies` hold; beyond it they are others if one of the next two is given.
+        long: the frequencies beyond `context` (LongRoPE).
+        theta: with `growth`, the base that grows with the length beyond `context` (dynamic NTK).
+        growth: the factor of that growth.
+    """
+
+    frequencies: tuple[float, ...]
+    attention_factor: float = 1.0
+    context: int = 0
+    long: tuple[float, ...] = ()
+    theta: float = 0.0
+    growth: float = 0.0
 
 
-def inverse_frequencies(parameters: Mapping[str, Any], head_dim: int) -> tuple[float, ...]:
-    """Angular frequency of each pair of channels, in radians per position: θ^(-2i/d), scaled as the checkpoint asks.
+class _Settings(NamedTuple):
+    """What a scaling is computed from: `rope_parameters`, and the model's sizes."""
+
+    parameters: Mapping[str, Any]
+    powers: np.ndarray  # θ^(2i/d) of each pair, float32
+    head_dim: int
+    max_positions: int
+
+    def number(self, name: str, default: float | None = None, *, above: float = 0.0) -> float:
+        """A setting that must be a finite number above `above`; null is as good as absent."""
+        value = self.parameters.get(name)
+        value = default if value is None else value
+        real = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is None or not real or not above < value < 1e30:
+            raise ValueError(f"rope_parameters: {name} {value!r:.40} given, expected a number above {above:g}")
+        return float(value)
+
+    @property
+    def context(self) -> float:
+        return self.number("original_max_position_embeddings", self.max_positions)
+
+    @property
+    def factor(self) -> float:
+        """How much longer than the original context rows may be; some configurations only say the two lengths."""
+        return self.number("factor", self.max_positions / self.context)
+
+
+def rope_of(parameters: Any, head_dim: int, max_positions: int) -> Rope:
+    """The rotation that a configuration asks for: θ^(-2i/d), scaled as its `rope_type` says.
 
     Args:
         parameters: `rope_parameters` of a transformers configuration: `rope_theta`, `rope_type` and its settings.
         head_dim: d, the channels of one head; all of them are rotated.
-
-    Returns:
-        d/2 frequencies, highest first.
+        max_positions: `max_position_embeddings`, beside which lengths are judged where no original one is given.
 
     Raises:
-        ValueError: a scaling that isn't implemented, by name.
+        ValueError: a scaling that isn't implemented, or a setting that isn't what it should be, by name.
 
-    >>> inverse_frequencies({"rope_theta": 10000.0, "rope_type": "default"}, 4)
-    (1.0, 0.01)
+    The reference: transformers 5.23, modeling_rope_utils.py
+
+    >>> rope_of({"rope_theta": 10000.0, "rope_type": "default"}, 4, 2048).frequencies
+    (1.0, 0.009999999776482582)
     """
+    if not isinstance(parameters, Mapping):
+        raise ValueError(f"rope_parameters: {parameters!r:.60} given, expected an object with rope_theta and rope_type")
     kind = parameters.get("rope_type", "default")
-    if kind not in ROPE_TYPES:
-        raise ValueError(f"rope_type {kind!r} is not supported; supported are {', '.join(ROPE_TYPES)}")
-    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
+    if not isinstance(kind, str) or kind not in _KINDS:
+        raise ValueError(f"rope_type {kind!r:.40} is not supported; supported are {', '.join(_KINDS)}")
+    if kind != "proportional" and parameters.get("partial_rotary_factor") not in (None, 1.0):
+        share = parameters["partial_rotary_factor"]
         raise ValueError(
-            f"partial_rotary_factor {parameters['partial_rotary_factor']} is not supported; only 1.0 (every channel) is"
+            f"partial_rotary_factor {share!r:.40} is not supported with rope_type {kind!r}; only 1.0 (every channel) is"
         )
-    frequencies = parameters["rope_theta"] ** -(np.arange(0, head_dim, 2) / head_dim)
-    if kind == "linear":
-        frequencies = frequencies / parameters["factor"]
-    if kind == "llama3":
-        frequencies = _llama3(frequencies, parameters)
-    return tuple(frequencies.tolist())
+    if head_dim % 2:
+        raise ValueError(f"head_dim {head_dim} given, expected an even number: channels are rotated in pairs")
+    base = _Settings(parameters, np.empty(0), head_dim, max_positions)
+    theta = np.float64(base.number("rope_theta", above=1.0 if kind == "yarn" else 0.0))
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    # A power in float64 rounds to what torch's float32 one gives; numpy's own float32 one differs in one of six.
+    with np.errstate(all="ignore"):  # what isn't finite is refused at the end
+        powers = np.power(theta, exponents.astype(np.float64)).astype(np.float32)
+        return _KINDS[kind](base._replace(powers=powers))
 
 
-def _llama3(frequencies: np.ndarray, parameters: Mapping[str, Any]) -> np.ndarray:
-    """Llama 3.1's scaling: long wavelengths slowed down by `factor`, short ones kept, a linear blend between."""
-    context = parameters["original_max_position_embeddings"]
-    low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
-    turns = context * frequencies / (2 * math.pi)  # rotations within the original context
-    kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    return (1 - kept) * frequencies / parameters["factor"] + kept * frequencies
+def reach(parameters: Any, max_positions: int) -> int:
+    """The longest row that the rotation is meant for: some configurations go on giving the length before scaling.
+
+    >>> reach({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}, 32768)
+    131072
+    """
+    kind = parameters.get("rope_type") if isinstance(parameters, Mapping) else None
+    if kind not in ("dynamic", "yarn", "longrope"):
+        return max_positions
+    settings = _Settings(parameters, np.empty(0), 0, max_positions)
+    return max(max_positions, int(settings.factor * (max_positions if kind == "dynamic" else settings.context)))
 
 
-def rotation(frequencies: tuple[float, ...], positions: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
+def _default(settings: _Settings) -> Rope:
+    return Rope(_floats(1 / settings.powers))
+
+
+def _linear(settings: _Settings) -> Rope:
+    """Positions are divided by `factor`."""
+    return Rope(_floats(1 / settings.powers / np.float32(settings.number("factor"))))
+
+
+def _proportional(settings: _Settings) -> Rope:
+    """Only the first share of the pairs turns."""
+    share = settings.number("partial_rotary_factor", 1.0)
+    turning = int(min(share, 1.0) * settings.head_dim // 2)
+    frequencies = 1 / settings.powers / np.float32(settings.number("factor", 1.0))
+    return Rope(_floats(np.where(np.arange(len(frequencies)) < turning, frequencies, 0)))
+
+
+def _dynamic(settings: _Settings) -> Rope:
+    """NTK: beyond the model's length the base grows, so that the slowest pair turns no further than it was trained to.
+
+    In one call all rows have the frequencies of the longest one, as in transformers; a cache's keys keep those with
+    which they were written.
+    """
+    if settings.head_dim < 4:
+        raise ValueError(f"head_dim {settings.head_dim} given, expected 4 or more with rope_type 'dynamic'")
+    return Rope(
+        _floats(1 / settings.powers),
+        context=settings.max_positions,
+        theta=settings.number("rope_theta"),
+        growth=settings.number("factor"),
+    )
+
+
+def _yarn(settings: _Settings) -> Rope:
+    """YaRN (Peng et al. 2023, arXiv 2309.00071): slow pairs are interpolated, fast ones kept, a ramp between.
+
+    The ramp goes from the pair that makes `beta_fast` turns within the original context to that of `beta_slow`.
+    """
+    factor, d = settings.factor, settings.head_dim
+
+    def pair_of(turns: float) -> float:
+        theta = settings.number("rope_theta")
+        return d * math.log(settings.context / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    fast, slow = pair_of(settings.number("beta_fast", 32.0)), pair_of(settings.number("beta_slow", 1.0))
+    if settings.parameters.get("truncate", True):
+        fast, slow = math.floor(fast), math.ceil(slow)
+    fast, slow = max(fast, 0), min(slow, d - 1)
+    slow = slow + 0.001 if fast == slow else slow
+    ramp = np.clip((np.arange(d // 2, dtype=np.float32) - np.float32(fast)) / np.float32(slow - fast), 0, 1)
+    kept = 1 - ramp
+    interpolated = 1 / (np.float32(factor) * settings.powers)
+    return Rope(_floats(interpolated * (1 - kept) + 1 / settings.powers * kept), _yarn_attention(settings, factor))
+
+
+def _yarn_attention(settings: _Settings, factor: float) -> float:
+    """0.1 ln(factor) + 1, or what the configuration says instead: by itself or as the ratio of two such."""
+
+    def scale(weight: float) -> float:
+        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    if settings.parameters.get("attention_factor") is not None:
+        return settings.number("attention_factor")
+    if settings.parameters.get("mscale") and settings.parameters.get("mscale_all_dim"):
+        return scale(settings.number("mscale")) / scale(settings.number("mscale_all_dim"))
+    return scale(1.0)
+
+
+def _longrope(settings: _Settings) -> Rope:
+    """LongRoPE (Ding et al. 2024, arXiv 2402.13753): a divisor for each pair, others beyond the original context.
+
+    All rows of a call have the frequencies of the longest one, as in transformers.
+    """
+    short, long = (
+        _floats(1 / (_divisors(settings, name) * settings.powers)) for name in ("short_factor", "long_factor")
+    )
+    factor, context = settings.factor, settings.context
+    if settings.parameters.get("attention_factor") is not None:
+        attention = settings.number("attention_factor")
+    elif factor > 1:
+        attention = math.sqrt(1 + math.log(factor) / math.log(max(context, 2)))
+    else:
+        attention = 1.0
+    return Rope(short, attention, context=int(context), long=long)
+
+
+def _divisors(settings: _Settings, name: str) -> np.ndarray:
+    given, pairs = settings.parameters.get(name), settings.head_dim // 2
+    listed = given if isinstance(given, list | tuple) else []
+    if len(listed) != pairs or not all(type(x) in (int, float) and 0 < x < 1e30 for x in listed):
+        raise ValueError(f"rope_parameters: {name} {given!r:.40} given, expected {pairs} numbers above 0")
+    return np.asarray(listed, np.float32)
+
+
+def _llama3(settings: _Settings) -> Rope:
+    """Llama 3.1: long wavelengths are slowed down by `factor`, short ones kept, a linear blend between."""
+    factor, context = np.float32(settings.number("factor")), settings.context
+    low, high = settings.number("low_freq_factor"), settings.number("high_freq_factor")
+    if high <= low:
+        raise ValueError(
+            f"rope_parameters: high_freq_factor {high:g} given, expected one above low_freq_factor {low:g}"
+        )
+    frequencies = 1 / settings.powers
+    wavelength = np.float32(2 * math.pi) / frequencies
+    kept = (np.float32(context) / wavelength - np.float32(low)) / np.float32(high - low)
+    blend = (1 - kept) * frequencies / factor + kept * frequencies
+    slowed = np.where(wavelength > context / low, frequencies / factor, blend)
+    return Rope(_floats(np.where(wavelength < context / high, frequencies, slowed)))
+
+
+_KINDS: dict[str, Callable[[_Settings], Rope]] = {
+    "default": _default,
+    "linear": _linear,
+    "dynamic": _dynamic,
+    "yarn": _yarn,
+    "longrope": _longrope,
+    "llama3": _llama3,
+    "proportional": _proportional,
+}
+
+
+def _floats(frequencies: np.ndarray) -> tuple[float, ...]:
+    if not np.isfinite(frequencies).all():
+        raise ValueError("rope_parameters: these settings give frequencies that aren't finite")
+    return tuple(frequencies.astype(np.float32).tolist())
+
+
+def rotation(rope: Rope, positions: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
     """cos and sin of every position's angles, each `dtype[B, T, 1, d/2]`, from positions `int32[B, T]`."""
-    angles = positions[:, :, None, None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
-    return jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)
+    angles = positions[:, :, None, None].astype(jnp.float32) * _frequencies(rope, positions)
+    cos, sin = ((turn(angles) * rope.attention_factor).astype(dtype) for turn in (jnp.cos, jnp.sin))
+    return cos, sin
+
+
+def _frequencies(rope: Rope, positions: jax.Array) -> jax.Array:
+    """Those of rows as long as the longest one."""
+    usual = jnp.asarray(rope.frequencies, jnp.float32)
+    if not rope.long and not rope.growth:
+        return usual
+    length = jnp.max(positions) + 1
+    if rope.long:
+        beyond = jnp.asarray(rope.long, jnp.float32)
+    else:
+        d = 2 * len(rope.frequencies)
+        stretch = rope.growth * length.astype(jnp.float32) / rope.context - (rope.growth - 1)
+        theta = rope.theta * jnp.maximum(stretch, 1.0) ** (d / (d - 2))
+        beyond = 1 / theta ** (np.arange(0, d, 2, dtype=np.float32) / np.float32(d))
+    return jnp.where(length > rope.context, beyond, usual)
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

@@ -8,8 +8,7 @@ from typing import Any
 
 from transformers import Gemma2Config, Gemma3TextConfig, GemmaConfig
 
-from lora_jax.models._decoder import DecoderSpec, common, family, sliding_layers
-from lora_jax.models._rope import inverse_frequencies
+from lora_jax.models._decoder import DecoderSpec, common, family, rope, sliding_layers
 
 
 def gemma(config: Any) -> DecoderSpec:
@@ -24,13 +23,14 @@ def gemma2(config: Any) -> DecoderSpec:
 
 def gemma3(config: Any) -> DecoderSpec:
     """The decoder that a `Gemma3TextConfig` describes."""
-    near, full = (
-        inverse_frequencies(config.rope_parameters[kind], config.head_dim)
-        for kind in ("sliding_attention", "full_attention")
-    )
-    return DecoderSpec(
-        **_fields(config), **_later_fields(config), query_key_norm=True, frequencies=full, sliding_frequencies=near
-    )
+    near, full = (rope(config, _of_kind(config, kind)) for kind in ("sliding_attention", "full_attention"))
+    return DecoderSpec(**_fields(config), **_later_fields(config), query_key_norm=True, rope=full, sliding_rope=near)
+
+
+def _of_kind(config, kind):
+    """One kind of layer's parameters; transformers looks for YaRN's `truncate` beside the kinds, not in them."""
+    parameters = config.rope_parameters.get(kind)
+    return parameters and {**parameters, "truncate": config.rope_parameters.get("truncate", True)}
 
 
 def _fields(config):
