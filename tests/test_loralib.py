@@ -4,7 +4,9 @@ import os
 import pickle
 import struct
 import time
+import tracemalloc
 import zipfile
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -136,6 +138,90 @@ def test_tensors_that_share_a_storage_may_not_fill_the_memory(tmp_path):
     assert path.stat().st_size < 2_000_000
     with pytest.raises(ValueError, match="its tensors take 314,572,800 bytes, in a file of"):
         loralib.read(path)
+
+
+def member(name: bytes, size: int, start: int) -> tuple[bytes, bytes]:
+    """A stored member's header in the file, and its entry in the directory at the end, which says where that is."""
+    crc = zlib.crc32(bytes(size))
+    common = struct.pack("<HHHHIIIHH", 0, 0, 0, 0, crc, size, size, len(name), 0)
+    local = b"PK\x03\x04" + struct.pack("<H", 20) + common + name
+    return local, b"PK\x01\x02" + struct.pack("<HH", 20, 20) + common + struct.pack("<HHHII", 0, 0, 0, 0, start) + name
+
+
+def test_members_that_overlap_may_not_fill_the_memory(tmp_path):
+    """Each member's data hold the headers of the next ones, and all end in the same zeros: quoted whole by each."""
+    path, side, count = tmp_path / "adapter.bin", 2**16, 64
+    file, directory = b"", b""
+    for i in range(count):
+        local, entry = member(b"adapter/data/%d" % i, side, len(file))
+        file, directory = file + local, directory + entry
+    end = struct.pack("<HHHHIIH", 0, 0, count, count, len(directory), len(file) + side, 0)
+    path.write_bytes(file + bytes(side) + directory + b"PK\x05\x06" + end)
+    with zipfile.ZipFile(path) as archive:
+        assert sum(entry.file_size for entry in archive.infolist()) > 30 * path.stat().st_size
+    with pytest.raises(ValueError, match=r"its members take 4,194,304 bytes, in a file of .*: they overlap"):
+        loralib.read(path)
+
+
+@pytest.mark.parametrize(
+    ("program", "problem"),
+    [
+        (b"\x80\x02}(" + b"N" * 2**21 + b"u.", "too long for a table of tensors"),
+        (b"\x80\x02" + b"N" * (2**24 + 1) + b".", "too large for a table of tensors"),
+    ],
+)
+def test_a_long_pickle_is_refused_soon(tmp_path, program, problem):
+    started = time.monotonic()
+    with pytest.raises(ValueError, match=problem):
+        loralib.read(repacked(tmp_path / "x.bin", lambda members: members | {"adapter/data.pkl": program}))
+    assert time.monotonic() - started < 5
+
+
+def test_a_storage_is_held_once_however_often_it_is_named(tmp_path):
+    text = lambda word: b"X" + struct.pack("<i", len(word)) + word
+    views = b""
+    for number, (kind, size) in enumerate(
+        [(b"Float", 4), (b"Int", 4), (b"Short", 2), (b"Half", 2), (b"Double", 8)] * 3
+    ):
+        count = b"J" + struct.pack("<i", 2**20 // size)
+        storage = (
+            b"(" + text(b"storage") + b"ctorch\n" + kind + b"Storage\n" + text(b"0") + text(b"cpu") + count + b"tQ"
+        )
+        tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"K\x00K\x01\x85K\x01\x85\x89"
+        views += text(b"t%d" % number) + tensor + b"ccollections\nOrderedDict\n)RtR"
+    path = tmp_path / "x.bin"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("adapter/data.pkl", b"\x80\x02}(" + views + b"u.")
+        archive.writestr("adapter/data/0", bytes(2**20))
+    tracemalloc.start()
+    assert len(loralib.read(path)) == 15
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 * 2**20
+
+
+def test_what_is_no_file_is_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "pointer.bin").write_text(
+        f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 9\n"
+    )
+    for name, problem in (("pipe", "a pipe; expected a file"), ("pointer.bin", "a Git LFS pointer to 9 bytes")):
+        with pytest.raises(ValueError, match=problem):
+            loralib.read(tmp_path / name)
+
+
+def test_a_shape_of_many_axes_is_refused_soon(tmp_path):
+    """The product of thirty thousand large numbers would take minutes."""
+    size = b"(" + (b"\x8a\xff" + b"\x7f" * 255) * 30_000 + b"t"
+    storage = b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x01tQ"
+    program = b"\x80\x02}X\x01\x00\x00\x00actorch._utils\n_rebuild_tensor_v2\n(" + storage + b"K\x00" + size + size
+    with zipfile.ZipFile(tmp_path / "x.bin", "w") as archive:
+        archive.writestr("adapter/data.pkl", program + b"\x89ccollections\nOrderedDict\n)RtRs.")
+        archive.writestr("adapter/data/0", bytes(4))
+    started = time.monotonic()
+    with pytest.raises(ValueError, match="without a shape"):
+        loralib.read(tmp_path / "x.bin")
+    assert time.monotonic() - started < 5
 
 
 def test_another_width_is_another_model():

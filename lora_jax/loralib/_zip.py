@@ -20,8 +20,13 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from lora_jax._untrusted import git_lfs_pointer, not_a_file
+
 MOST_SHARED = 4  # times the file's size, that tensors may take which are views of one storage
-MAX_PICKLE = 64 * 2**20  # bytes: a few hundred for each tensor
+LEAST_ROOM = 64 * 2**20  # bytes that tensors may take in however small a file
+MAX_PICKLE = 16 * 2**20  # bytes: a few hundred for each tensor
+MAX_OPCODES = 2**20  # of a pickle: some forty for each tensor
+MAX_AXES = 64  # of a tensor, as many as numpy knows
 
 STORAGES = {
     "torch DoubleStorage": np.dtype(np.float64),
@@ -66,8 +71,10 @@ def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         ValueError: it isn't such a file, is damaged, or holds anything but tensors by name.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
+    if what := not_a_file(path) or git_lfs_pointer(path):
+        raise ValueError(f"{path}: {what}; expected a file that torch.save wrote")
     try:
         with zipfile.ZipFile(path) as archive:
             return _Archive(archive, path.stat().st_size).tensors()
@@ -78,15 +85,21 @@ def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 
 
 class _Archive:
-    """An open zip, with its members checked: stored as they are, and no larger than the file."""
+    """An open zip, with its members checked: stored as they are, and all of them together no larger than the file.
+
+    Members may name the same bytes of the file: thousands that overlap would be read into memory thousands of times.
+    """
 
     def __init__(self, archive: zipfile.ZipFile, size: int):
         self.archive, self.size = archive, size
-        self.storages: dict[tuple[str, str], np.ndarray] = {}
+        self.read: dict[str, bytes] = {}
         self.members = {member.filename: member for member in archive.infolist()}
-        for member in self.members.values():
+        for member in archive.infolist():
             if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1 or member.file_size > size:
                 raise ValueError(f"{member.filename[:80]!r} is compressed or encrypted, which torch.save never does")
+        total = sum(member.file_size for member in archive.infolist())
+        if total > size:
+            raise ValueError(f"its members take {total:,} bytes, in a file of {size:,}: they overlap")
         pickles = [name for name in self.members if name.count("/") == 1 and name.endswith("/data.pkl")]
         if len(pickles) != 1:
             raise ValueError("it holds no data.pkl; only files that torch.save wrote can be read")
@@ -96,7 +109,11 @@ class _Archive:
 
     def _optional(self, name: str) -> bytes | None:
         member = self.members.get(self.root + name)
-        return None if member is None else self.archive.read(member)
+        if member is None:
+            return None
+        if name not in self.read:  # one storage may be named several times, as several kinds of numbers
+            self.read[name] = self.archive.read(member)
+        return self.read[name]
 
     def tensors(self) -> dict[str, np.ndarray]:
         if self.members[f"{self.root}data.pkl"].file_size > MAX_PICKLE:
@@ -108,7 +125,7 @@ class _Archive:
             if not isinstance(name, str) or not isinstance(value, np.ndarray):
                 raise ValueError(f"{str(name)[:80]!r} is no tensor; only a state dict can be read")
         taken = sum(value.size * value.itemsize for value in found.values())
-        if taken > max(MOST_SHARED * self.size, MAX_PICKLE):
+        if taken > max(MOST_SHARED * self.size, LEAST_ROOM):
             raise ValueError(
                 f"its tensors take {taken:,} bytes, in a file of {self.size:,}: they are views of one another"
             )
@@ -122,14 +139,12 @@ class _Archive:
         dtype = STORAGES.get(kind.name) if isinstance(kind, _Global) else None
         if dtype is None or not isinstance(key, str) or not key.isdecimal() or type(count) is not int:
             raise ValueError(f"it holds a storage of an unknown kind: {_show(kind)}")
-        if (kind.name, key) in self.storages:
-            return self.storages[kind.name, key]
         data = self._optional(f"data/{key}")
         if data is None or len(data) != count * dtype.itemsize:
             raise ValueError(
                 f"storage {key[:20]} is missing or not of {count} numbers: the file is cut short or damaged"
             )
-        return self.storages.setdefault((kind.name, key), np.frombuffer(data, dtype))
+        return np.frombuffer(data, dtype)
 
 
 def interpret(program: bytes, storage: Callable[[Any], np.ndarray]) -> Any:
@@ -143,7 +158,9 @@ def interpret(program: bytes, storage: Callable[[Any], np.ndarray]) -> Any:
     ValueError: it calls for something other than tensors: 'os system'
     """
     machine = _Machine(storage)
-    for opcode, argument, _ in pickletools.genops(program):
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(program)):
+        if count >= MAX_OPCODES:
+            raise ValueError("its pickle is too long for a table of tensors")
         if opcode.name == "STOP":
             return machine.pop()
         machine.step(opcode.name, argument)
@@ -254,8 +271,9 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any) -> np.ndarray:
     numbers = [offset, *size, *stride] if isinstance(size, tuple) and isinstance(stride, tuple) else [-1]
     if (
         not isinstance(storage, np.ndarray)
-        or any(type(n) is not int or n < 0 for n in numbers)
         or len(size) != len(stride)
+        or len(size) > MAX_AXES
+        or any(type(n) is not int or not 0 <= n < 2**62 for n in numbers)
     ):
         raise ValueError("it holds a tensor without a shape: damaged")
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
