@@ -15,6 +15,7 @@ from marks import few
 
 import lora_jax
 from lora_jax import Axes, LoRA
+from lora_jax._forward import ensure_adapted
 from lora_jax._node import Trained
 
 DENSE = Axes()
@@ -113,6 +114,107 @@ def test_without_nodes_the_function_still_gets_its_own_dtypes():
     y = lora_jax.adapt(fn, allow_none=True)(params, X.astype(jnp.bfloat16))
     assert seen == [{"w": jnp.bfloat16, "v": jnp.bfloat16}]
     np.testing.assert_array_equal(y, mlp(half, X.astype(jnp.bfloat16)))
+
+
+# Adapted once ---------------------------------------------------------------------------------------------------------
+
+
+WRAPPERS = {
+    "jit": jax.jit,
+    "remat": jax.checkpoint,
+    "wraps": lambda f: functools.wraps(f)(lambda *args, **kwargs: f(*args, **kwargs)),
+    "partial": lambda f: functools.partial(f),
+    "prefix": lora_jax.prefix.adapt,
+    "jit of a partial": lambda f: jax.jit(functools.partial(f)),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_what_is_adapted_is_not_adapted_again(name):
+    own = lora_jax.adapt(mlp, dropout=0.4)
+    for apply in (own, WRAPPERS[name](own)):
+        assert lora_jax.adapt(apply) is apply
+        assert lora_jax.adapt(apply, dropout=0.4, on_materialize="warn") is apply
+        with pytest.raises(ValueError, match=r"^dropout: .* with dropout=0\.4, and 0\.1 is given; give one") as error:
+            lora_jax.adapt(apply, dropout=0.1)
+        assert len(str(error.value)) < 200
+        with pytest.raises(ValueError, match=r"^on_materialize: .* on_materialize='warn', and 'error' is given"):
+            lora_jax.adapt(apply, on_materialize="error")
+
+
+def test_its_own_settings_win():
+    own = lora_jax.adapt(mlp, dropout=0.4)
+    ensured, key = ensure_adapted(own), jax.random.key(0)
+    np.testing.assert_array_equal(ensured(PARAMS, X, dropout_key=key), own(PARAMS, X, dropout_key=key))
+    assert bool((ensured(PARAMS, X, dropout_key=key) != own(PARAMS, X)).any())
+    np.testing.assert_array_equal(ensured(PLAIN, X), mlp(PLAIN, X))  # a tree without nodes passes
+    assert ensure_adapted(ensured, dropout=0.4) is ensured
+    raw = ensure_adapted(mlp, dropout=0.4)
+    np.testing.assert_array_equal(raw(PARAMS, X, dropout_key=key), own(PARAMS, X, dropout_key=key))
+
+
+HIDDEN = {
+    "a lambda": lambda apply: lambda params, x: apply(params, x),
+    "a lambda in a jit": lambda apply: jax.jit(lambda params, x: apply(params, x)),
+    "with dropout": lambda apply: lambda params, x, dropout_key=None: apply(params, x, dropout_key=dropout_key),
+}
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+@pytest.mark.parametrize("settings", [{}, {"dropout": 0.1, "allow_none": True}], ids=["strict", "dropout"])
+def test_an_adapted_function_inside_another_is_said_to_be_adapted_already(name, settings):
+    with pytest.raises(ValueError, match=r"seems to be adapted already") as error:
+        ensure_adapted(HIDDEN[name](lora_jax.adapt(mlp, **settings)))(PARAMS, X)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 200
+
+
+def test_outside_jit_the_function_may_change_what_it_does():
+    """Why `adapt` keeps no trace from one call to the next: a module's mode isn't among the arguments."""
+    mode = {"train": True}
+    apply = lora_jax.adapt(lambda params, x: mlp(params, x) * (2 if mode["train"] else 1))
+    first = apply(PARAMS, X)
+    mode["train"] = False
+    np.testing.assert_allclose(apply(PARAMS, X), first / 2)
+
+
+# Factors --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("factors", ["float32", "bfloat16", "float16", "float8_e4m3fn"])
+@pytest.mark.parametrize("base", ["float32", "bfloat16", "float16"])
+def test_the_scale_is_rounded_with_the_factors_and_not_by_itself(factors, base):
+    """α/r of 16/7 is 0.2 % off in bfloat16: for ΔW as a whole, which rounding entry by entry leaves as it is."""
+    n = node((64, 48), rank=4)
+    n = LoRA(n.a.astype(factors), n.b.astype(factors), jnp.float32(16 / 7))
+    exact = np.asarray(n.a, np.float64) @ np.asarray(n.b, np.float64) * 16 / 7
+    params, x = {"w": jnp.zeros((64, 48), base), "w_lora": n}, jnp.eye(64, dtype=base)
+    factor = jnp.asarray(0.3, base)
+    for fn, times in ((lambda p, x: x @ p["w"], 1.0), (lambda p, x: x @ (p["w"] * factor), float(factor))):
+        got = np.asarray(lora_jax.adapt(fn)(params, x), np.float64)
+        assert abs(np.vdot(got, exact) / np.vdot(exact, exact) / times - 1) < 7e-4
+
+
+def test_no_gradient_of_float16_factors():
+    """At whatever rate, the second step of Adam would be nan: 0 / (0 + eps), where eps is 0 too."""
+    half = jax.tree.map(lambda x: x.astype(jnp.float16), NODES)
+    loss = lambda nodes, x: jnp.sum(lora_jax.adapt(mlp)({**PLAIN, **nodes}, x))
+    for f in (jax.grad(loss), jax.jit(jax.grad(loss))):
+        with pytest.raises(ValueError, match=r"^v_lora: A and B are float16, where Adam's eps of 1e-8 is 0") as error:
+            f(half, X)
+        assert len(str(error.value)) < 200
+    jax.eval_shape(loss, half, X)  # to run them is fine, as it is to take other gradients
+    jax.eval_shape(jax.grad(loss, argnums=1), half, X)
+    plain = jax.tree.map(lambda w: w.astype(jnp.float16), PLAIN)  # and so is a float16 base
+    jax.eval_shape(jax.grad(lambda n: jnp.sum(lora_jax.adapt(mlp)({**plain, **n}, X.astype(jnp.float16)))), NODES)
+
+
+def test_an_adapter_of_another_width_is_refused_by_its_leaf_and_both_shapes():
+    base, adapter = lora_jax.split({**PLAIN, "w_lora": node((6, 9))})
+    with pytest.raises(ValueError, match=r"^w_lora: a \(6, 2\), b \(2, 9\) .* don't fit a kernel \(6, 8\)") as error:
+        jax.jit(lora_jax.adapt(mlp))(lora_jax.combine(base, adapter), X)
+    assert "the base that it was trained on" in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_a_magnitude_of_another_shape_is_refused():

@@ -9,6 +9,9 @@ from jax import lax
 
 import lora_jax
 from lora_jax import Axes
+from lora_jax._forward import axes as reading
+from lora_jax._forward import tracks
+from lora_jax._forward.transform import RULES
 
 F = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
 I = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
@@ -89,6 +92,56 @@ CASES = {
 def test_axes(name):
     fn, kernel, args, expected = CASES[name]
     assert lora_jax.kernel_axes(lambda p, *args: fn(p["w"], *args), {"w": kernel}, *args) == {"w": expected}
+
+
+# What `kernel_axes` follows though the forward has no rule for it: materialised there, on the way to a product.
+MATERIALISED = {
+    *("abs", "ceil", "clamp", "exp", "exp2", "floor", "integer_pow", "log", "logistic", "max", "min", "pow"),
+    *("round", "rsqrt", "sign", "sqrt", "square", "tanh"),  # functions of a weight that aren't linear
+    *("dynamic_update_slice", "scatter", "select_n"),  # parts of two kernels, or of a kernel and something else
+    "custom_vjp_call",  # its rule is the user's, for the whole kernel
+}
+
+
+def test_the_forward_and_the_axes_know_the_same_primitives():
+    known = {*reading.CALLS, *tracks.LAYOUT, *tracks.CONSUMERS, *tracks.LOOK_UPS}
+    assert set(RULES) - known == set()
+    assert known - set(RULES) == MATERIALISED
+
+
+CLIPPED = {
+    "rounded and clipped": lambda w: jnp.clip(jnp.round(w * 8), -7, 7) / 8,
+    "clamped": lambda w: lax.clamp(-1.0, w, 1.0),
+    "quantised by its own range": lambda w: (w / jnp.abs(w).max(0)).astype(jnp.int8).astype(w.dtype),
+    "normalised over its heads": lambda w: w / jnp.linalg.norm(w, axis=2, keepdims=True),
+}
+
+
+@pytest.mark.parametrize("name", CLIPPED)
+def test_a_function_of_a_kernel_is_a_kernel(name):
+    fn = lambda p, x: jnp.einsum("td,dnh->tnh", x, CLIPPED[name](p["w"]))
+    assert lora_jax.kernel_axes(fn, {"w": F(4, 2, 3)}, X) == {"w": Axes((), (0,), (1, 2))}
+
+
+def test_kernels_that_move_together_stay_apart():
+    def fn(p, x):
+        a, b = jax.device_put((p["a"], p["b"]), jax.devices()[0])
+        return (x @ a) @ b.T
+
+    assert lora_jax.kernel_axes(fn, {"a": F(4, 6), "b": F(5, 6)}, X) == {"a": DENSE, "b": TORCH}
+
+
+def test_shards_side_by_side():
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+    spec = jax.sharding.PartitionSpec
+
+    def gathered(w, x):
+        return x @ lax.all_gather(w, "x", axis=0).reshape(4, 6)
+
+    fn = lambda p, x: jax.shard_map(gathered, mesh=mesh, in_specs=(spec("x"), spec("x")), out_specs=spec("x"))(
+        p["w"], x
+    )
+    assert lora_jax.kernel_axes(fn, {"w": F(4, 6)}, F(8, 4)) == {"w": DENSE}
 
 
 def test_vectors_and_elementwise_leaves_are_not_kernels():

@@ -154,7 +154,9 @@ CALLS: dict[str, Callable[[Any, Sequence[Info], Reader], list[Info]]] = {
         ("custom_jvp_call", "custom_vjp_call", "closed_call", "core_call", "core_closed_call"),
         _one_to_one("call_jaxpr"),
     ),
-    "optimization_barrier": _each_for_itself,
+    **dict.fromkeys(
+        ("optimization_barrier", "copy", "copy_p", "device_put", "pvary", "pcast", "ppermute"), _each_for_itself
+    ),
     "scan": _scan,
     "while": _while,
     "cond": _cond,

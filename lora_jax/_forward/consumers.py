@@ -15,7 +15,7 @@ from jax import lax
 
 from lora_jax._forward import dropout
 from lora_jax._forward.interpret import Frame, Rules, bind, source_of
-from lora_jax._forward.lowrank import RANK, Factor, LowRank, gained, is_vector, product
+from lora_jax._forward.lowrank import RANK, Factor, LowRank, gained, is_vector, narrow, product
 
 RULES = Rules()
 
@@ -30,8 +30,12 @@ def scaled(results: Sequence[jax.Array], gain: Factor | None, places: Mapping[in
 
 
 def compute_dtype(x: Any, kernel: LowRank) -> Any:
-    """The activation's dtype: a float32 factor must not promote a bfloat16 network."""
-    return x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else kernel.w.dtype
+    """The activation's dtype: a float32 factor must not promote a bfloat16 network.
+
+    Where activations are integers, or quantized, the kernel's dtype; float32 where that is quantized too.
+    """
+    floats = [dtype for dtype in (x.dtype, kernel.w.dtype) if jnp.issubdtype(dtype, jnp.inexact) and not narrow(dtype)]
+    return floats[0] if floats else jnp.dtype(jnp.float32)
 
 
 def cast(factor: Factor, dtype: Any) -> Factor:

@@ -33,7 +33,7 @@ def drop(x: jax.Array, draw: Draw | None) -> jax.Array:
     """
     if draw is None:
         return x
-    for axis in sorted(_varying_mesh_axes(x)):  # each shard of a sharded activation has a mask of its own
+    for axis in sorted(varying_mesh_axes(x)):  # each shard of a sharded activation has a mask of its own
         draw = fold(draw, jax.lax.axis_index(axis))
     keep = 1 - draw.rate
     if x.ndim < 2:
@@ -44,7 +44,7 @@ def drop(x: jax.Array, draw: Draw | None) -> jax.Array:
     return jnp.where(kept, x / keep.astype(x.dtype), jnp.zeros((), x.dtype))
 
 
-def _varying_mesh_axes(x: Any) -> frozenset[str]:
+def varying_mesh_axes(x: Any) -> frozenset[str]:
     """The mesh axes along which x differs inside a `shard_map`; `vma` in older versions of JAX."""
     kind = jax.typeof(x)
     manual = getattr(kind, "manual_axis_type", None)

@@ -15,8 +15,9 @@ import numpy as np
 from jax import lax
 from jax.extend import core as jex
 
+from lora_jax._forward.dropout import varying_mesh_axes
 from lora_jax._forward.interpret import Frame, Rules, bind
-from lora_jax._forward.lowrank import RANK, Factor, LowRank
+from lora_jax._forward.lowrank import RANK, Factor, LowRank, narrow
 
 RULES = Rules()
 
@@ -32,19 +33,48 @@ def plain(eqn: Any, values: Sequence[Any]) -> list[Any]:
 
 @RULES("convert_element_type")
 def _convert(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
-    """A cast of W leaves the factors alone: they are cast once, to the activation's dtype, where they are used."""
-    if not jnp.issubdtype(eqn.params["new_dtype"], jnp.inexact):
+    """A cast of W leaves the factors alone: they are cast once, to the activation's dtype, where they are used.
+
+    Not so below 16 bits: there the function quantizes its kernel, and has to be given W + ΔW to quantize.
+    """
+    dtype = eqn.params["new_dtype"]
+    if not jnp.issubdtype(dtype, jnp.inexact) or narrow(dtype):
         return None
     return _each_factor(values[0], plain(eqn, values)[0], lambda factor: factor)
 
 
-@RULES("copy", "copy_p", "name", "reduce_precision", "device_put")
+@RULES("reduce_precision")
+def _reduce_precision(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
+    """As a cast to a dtype of as many bits."""
+    bits = 1 + eqn.params["exponent_bits"] + eqn.params["mantissa_bits"]
+    return None if bits < 16 else _unchanged(frame, eqn, values)
+
+
+@RULES("copy", "copy_p", "name", "device_put")
 def _unchanged(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
     outputs = plain(eqn, values)
     return [replace(v, w=w) if isinstance(v, LowRank) else w for v, w in zip(values, outputs, strict=True)]
 
 
-@RULES("optimization_barrier", "stop_gradient", "pvary", "pcast", "ppermute")
+@RULES("ppermute")
+def _ppermute(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
+    """Each shard's factors go where its part of W goes, those that all shards share too: who receives nothing has 0."""
+    kernel = values[0]
+    return _elementwise(frame, eqn, [kernel.moved(kernel.w, lambda factor: _varying_as(kernel.w, factor))])
+
+
+def _varying_as(w: Any, factor: Factor) -> Factor:
+    """The factor, marked as differing along the mesh axes along which W differs: some collectives ask for it."""
+    more = tuple(sorted(varying_mesh_axes(w) - varying_mesh_axes(factor.value)))
+    if not more:
+        return factor
+    jax_lax: Any = lax  # `pvary` before JAX 0.8
+    old = not hasattr(jax_lax, "pcast")
+    value = jax_lax.pvary(factor.value, more) if old else jax_lax.pcast(factor.value, more, to="varying")
+    return Factor(value, factor.axes)
+
+
+@RULES("optimization_barrier", "stop_gradient", "pvary", "pcast")
 def _elementwise(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
     """Equations that take any number of arrays of any shape: the factors go through as well."""
     draws = [value.draw if isinstance(value, LowRank) else None for value in values]
@@ -322,7 +352,7 @@ def _all_gather(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | No
         if axis not in factor.axes:
             return factor
         params = {**eqn.params, "all_gather_dimension": factor.axes.index(axis)}
-        value = eqn.primitive.bind(factor.value, **params)
+        value = eqn.primitive.bind(_varying_as(kernel.w, factor).value, **params)
         return Factor(value[0] if eqn.primitive.multiple_results else value, factor.axes)
 
     return _each_factor(kernel, plain(eqn, values)[0], gather)

@@ -130,9 +130,19 @@ def product(
     return Factor(lax.dot_general(lhs.value, rhs.value, dimensions, **options), tuple(axes))
 
 
+def wide(dtype: Any) -> Any:
+    """float32, or the dtype itself if it is wider: what arithmetic on weights is done in."""
+    return jnp.dtype(dtype) if jnp.dtype(dtype).itemsize >= 4 else jnp.dtype(jnp.float32)
+
+
+def narrow(dtype: Any) -> bool:
+    """Whether a float dtype has fewer than 16 bits: rounding to it is quantization, not a choice of precision."""
+    return jnp.finfo(dtype).bits < 16
+
+
 def update(kernel: LowRank) -> jax.Array:
     """ΔW as an array of the kernel's shape, computed in float32 (or wider, if the factors are)."""
-    dtype = jnp.promote_types(jnp.result_type(kernel.a.value, kernel.b.value), jnp.float32)
+    dtype = jnp.promote_types(wide(kernel.a.value.dtype), wide(kernel.b.value.dtype))
     a = Factor(kernel.a.value.astype(dtype), kernel.a.axes)
     b = Factor(kernel.b.value.astype(dtype), kernel.b.axes)
     axes = [k for k in range(len(kernel.shape)) if kernel.only(k) != "none"]
@@ -143,7 +153,7 @@ def update(kernel: LowRank) -> jax.Array:
 def dense(kernel: LowRank) -> jax.Array:
     """W + ΔW, or the gain times it, computed in float32 and rounded once to W's dtype, as `merge` does."""
     delta = update(kernel)
-    moved = kernel.w.astype(jnp.promote_types(kernel.w.dtype, delta.dtype)) + delta
+    moved = kernel.w.astype(jnp.promote_types(wide(kernel.w.dtype), delta.dtype)) + delta
     if kernel.gain is not None:
         moved = gained(moved, kernel.gain, range(moved.ndim))
     return moved.astype(kernel.w.dtype)

@@ -43,6 +43,11 @@ class Track:
     looked_up: frozenset[int] = NONE
     where: Place | None = None
 
+    @property
+    def every(self) -> frozenset[int]:
+        """The kernel's axes that the value still has."""
+        return NONE.union(*self.labels)
+
 
 class Info(NamedTuple):
     """What is known of a value: the kernels that it is, the uses whose product it holds, whether it depends on data."""
@@ -194,21 +199,35 @@ def _stack(eqn: Any, inputs: Sequence[Info]) -> list[Track]:
     return [replace(track, labels=(*track.labels[:axis], NONE, *track.labels[axis:])) for track in tracks]
 
 
-def _weight_function(eqn: Any, inputs: Sequence[Info]) -> list[Track]:
-    """A function of a weight is a weight; of what was looked up, an activation."""
-    return [track for track in inputs[0].tracks if track.where is None]
-
-
 def _same(eqn: Any, inputs: Sequence[Info]) -> list[Track]:
     return list(inputs[0].tracks)
 
 
+def _all_gather(eqn: Any, inputs: Sequence[Info]) -> list[Track]:
+    """Shards put together along their own axis, or side by side along a new one."""
+    axis = eqn.params["all_gather_dimension"]
+    new = () if eqn.params["tiled"] else (NONE,)
+    return _relabel(eqn, inputs, lambda labels: (*labels[:axis], *new, *labels[axis:]))
+
+
 def _combine(eqn: Any, inputs: Sequence[Info]) -> list[Track]:
-    """What is made of weights alone is a kernel still; what data goes into is an activation."""
+    """What is made of weights alone is a kernel still; what data goes into is an activation.
+
+    Of a kernel that meets a part of itself, such as its own norms, the whole counts.
+    """
     ndim = len(eqn.outvars[0].aval.shape)
     if any(info.data for info in inputs):
         return []
-    return [track for info in inputs for track in info.tracks if len(track.labels) == ndim]
+    tracks = [track for info in inputs for track in info.tracks if len(track.labels) == ndim]
+    whole = {track.path: NONE for track in tracks}
+    for track in tracks:
+        whole[track.path] = max(whole[track.path], track.every, key=len)
+    return [track for track in tracks if not track.every < whole[track.path]]
+
+
+def _weight_function(eqn: Any, inputs: Sequence[Info]) -> list[Track]:
+    """A function of a weight is a weight; of what was looked up, an activation."""
+    return [track for track in _combine(eqn, inputs) if track.where is None]
 
 
 LAYOUT: dict[str, Callable[[Any, Sequence[Info]], list[Track]]] = {
@@ -221,23 +240,13 @@ LAYOUT: dict[str, Callable[[Any, Sequence[Info]], list[Track]]] = {
     "stack": _stack,
     **dict.fromkeys(("mul", "div", "add", "sub", "add_any", "complex", "concatenate", "select_n"), _combine),
     **dict.fromkeys(("scatter", "dynamic_update_slice"), _combine),
-    **dict.fromkeys(
-        (
-            *(
-                "convert_element_type",
-                "copy",
-                "copy_p",
-                "name",
-                "reduce_precision",
-                "device_put",
-                "stop_gradient",
-                "neg",
-            ),
-            *("slice", "rev", "pad", "tile", "split", "sharding_constraint", "pvary", "pcast", "all_gather", "reshard"),
-        ),
-        _same,
-    ),
-    **dict.fromkeys(("tanh", "sign", "round", "clamp", "exp", "logistic"), _weight_function),
+    **dict.fromkeys(("all_gather", "all_gather_invariant"), _all_gather),
+    **dict.fromkeys(("convert_element_type", "name", "reduce_precision", "stop_gradient", "neg"), _same),
+    **dict.fromkeys(("slice", "rev", "pad", "tile", "split", "sharding_constraint", "reshard"), _same),
+    # No low-rank form exists of these: the forward materialises, and the kernel is one still.
+    **dict.fromkeys(("abs", "ceil", "exp", "exp2", "floor", "integer_pow", "log", "logistic"), _weight_function),
+    **dict.fromkeys(("round", "rsqrt", "sign", "sqrt", "square", "tanh"), _weight_function),
+    **dict.fromkeys(("clamp", "max", "min", "pow"), _weight_function),
 }
 
 

@@ -10,15 +10,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax import lax
 
-from lora_jax._dora import gain_of
 from lora_jax._forward import arithmetic, consumers, control, convolution, custom_rules, layout
 from lora_jax._forward import dropout as dropping
+from lora_jax._forward.carry import carry
 from lora_jax._forward.interpret import Frame, Session, evaluate
-from lora_jax._forward.layout import drop
-from lora_jax._forward.lowrank import RANK, Factor, LowRank
-from lora_jax._node import check_node
+from lora_jax._forward.lowrank import LowRank
+from lora_jax._forward.settings import UNSET, Settings, note, noted, tracing
 from lora_jax._tree import LoRA, detach, leaf_paths, refuse_prefix
 
 RULES = {
@@ -36,7 +34,11 @@ class MaterializeWarning(UserWarning):
 
 
 def adapt(
-    apply_fn: Callable[..., Any], *, dropout: float = 0.0, on_materialize: str = "warn", allow_none: bool = False
+    apply_fn: Callable[..., Any],
+    *,
+    dropout: float | None = None,
+    on_materialize: str | None = None,
+    allow_none: bool | None = None,
 ) -> Callable[..., Any]:
     """Give a function the low-rank updates that lie beside the kernels in its arguments.
 
@@ -45,25 +47,30 @@ def adapt(
 
     The function is traced with the plain tree, exactly as it was before `init`, and evaluated with each adapted kernel
     as W plus low rank; W + ΔW is never formed, nor is a gradient of W's shape. The result works under `jit`, `grad`,
-    `vmap` and meshes like any JAX function, and traces again only when `jit` does.
+    `vmap` and meshes like any JAX function. Outside `jit` it is traced anew at every call, which takes milliseconds:
+    the function may read what no argument shows (a module's mode, a global), so that no call stands for the next. Put
+    `jax.jit` around it, which traces once for each shape.
+
+    What `adapt` returned is adapted no second time: `adapt(adapt(fn))` is `adapt(fn)`, with its own settings.
 
     Args:
       apply_fn: any function that JAX can trace, of any arguments. Arrays are traced; what isn't an array (flags,
         strings, numbers, None, functions) reaches it unchanged and may decide what it computes.
       dropout: the rate in [0, 1) at which the activations that enter A are dropped (only on the low-rank path, scaled
-        by 1 / (1 - rate)). Active only in calls with a `dropout_key`. The same with a magnitude, where PEFT drops
-        activations of a second product with W too.
-      on_materialize: what to do where no factored form exists and W + ΔW must be formed: "warn" (once for each leaf),
-        "error", or "allow".
-      allow_none: accept arguments that hold no adapted kernel, and call `apply_fn` as it is.
+        by 1 / (1 - rate)); 0 where not given. Active only in calls with a `dropout_key`. The same with a magnitude,
+        where PEFT drops activations of a second product with W too.
+      on_materialize: what to do where no factored form exists and W + ΔW must be formed: "warn" (once for each leaf;
+        where not given), "error", or "allow".
+      allow_none: accept arguments that hold no adapted kernel, and call `apply_fn` as it is; False where not given.
 
     Returns:
       A function of the same arguments and results, and the keyword `dropout_key`: a JAX PRNG key, a pair of a key and
       a rate that takes the place of `dropout` and may be traced, or None.
 
     Raises:
-      ValueError: a rate outside [0, 1) or an unknown `on_materialize`; at the call, no adapted kernel in the
-        arguments, or a kernel materialised under `on_materialize="error"`.
+      ValueError: a rate outside [0, 1) or an unknown `on_materialize`; a function that is adapted already, with other
+        settings than those given; at the call, no adapted kernel in the arguments, one whose factors are another
+        kernel's, or one materialised under `on_materialize="error"`; at a gradient, factors in float16.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax
@@ -76,29 +83,61 @@ def adapt(
 
     Source: Hu et al. 2021, arXiv 2106.09685, equation 3.
     """
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout {dropout!r} is not a rate in [0, 1); pass, say, dropout=0.1")
-    if on_materialize not in ("warn", "error", "allow"):
-        raise ValueError(f"on_materialize {on_materialize!r} is not one of 'warn', 'error', 'allow'")
+    given = Settings(*(UNSET if x is None else x for x in (dropout, on_materialize, allow_none)))
+    given.check()
+    known = noted(apply_fn)
+    if known is not None:
+        known.settings.refuse_other(given)
+        return apply_fn
+    return _adapted(apply_fn, given.filled())
+
+
+def ensure_adapted(apply_fn: Callable[..., Any], *, dropout: float = 0.0) -> Callable[..., Any]:
+    """A function that a user handed over, raw or adapted, as one that takes trees with nodes and trees without.
+
+    Args:
+      apply_fn: raw, or what `adapt` returned, also under `jit` and other wrappers that say what they wrap.
+      dropout: the rate of a raw function; 0 leaves an adapted one its own.
+
+    Raises:
+      ValueError: the function is adapted already, with another rate than `dropout`.
+
+    >>> ensure_adapted(ensure_adapted(abs, dropout=0.1), dropout=0.2)
+    Traceback (most recent call last):
+    ValueError: dropout: the function is adapted already with dropout=0.1, and 0.2 is given; give one of them, ...
+    """
+    known = noted(apply_fn)
+    if known is None:
+        return adapt(apply_fn, dropout=dropout, allow_none=True)
+    if dropout:
+        known.settings.refuse_other(Settings(dropout=dropout))
+    if known.function is apply_fn and not known.settings.allow_none:
+        return _adapted(known.raw, known.settings._replace(allow_none=True))
+    return apply_fn
+
+
+def _adapted(apply_fn: Callable[..., Any], settings: Settings) -> Callable[..., Any]:
+    if "dropout_key" in _parameter_names(apply_fn):
+        raise ValueError(
+            "the function takes dropout_key, so it seems to be adapted already: pass what adapt returned, not a wrapper"
+            " around it; a parameter of your own needs another name"
+        )
 
     @functools.wraps(apply_fn)
     def adapted(*args: Any, dropout_key: Any = None, **kwargs: Any) -> Any:
         leaves, treedef, nodes = _detached(args, kwargs)
         if not nodes:
-            if not allow_none:
-                raise ValueError(
-                    "no adapted kernel in the arguments: pass the tree that lora_jax.init returned "
-                    "(or adapt(..., allow_none=True) to run without)"
-                )
+            settings.refuse_none()
             args, kwargs = jax.tree.unflatten(treedef, leaves)
             return apply_fn(*args, **kwargs)
         arrays = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
-        jaxpr, rebuild = trace(apply_fn, leaves, arrays, treedef)
+        with tracing():
+            jaxpr, rebuild = trace(apply_fn, leaves, arrays, treedef)
         names = tuple((path,) for path, _ in nodes.values())
-        frame = Frame(Session(RULES, on_materialize), names)
-        key, rate = dropout_key if isinstance(dropout_key, tuple) else (dropout_key if dropout else None, dropout)
+        frame = Frame(Session(RULES, settings.on_materialize), names)
+        draw = _draws(dropout_key, settings.dropout)
         kernels = {
-            place: carry(path, leaves[place], node, None if key is None else dropping.draw_for(key, rate, path), slot)
+            place: carry(path, leaves[place], node, draw(path), slot)
             for slot, (place, (path, node)) in enumerate(nodes.items())
         }
         values = [kernels[i] if i in kernels else leaves[i] for i in arrays]
@@ -109,9 +148,13 @@ def adapt(
         _tell(frame)
         return rebuild(outputs)
 
-    if "dropout_key" in _parameter_names(apply_fn):
-        raise ValueError("the function has a parameter dropout_key of its own, which adapt needs; rename it")
-    return adapted
+    return note(adapted, apply_fn, settings)
+
+
+def _draws(dropout_key: Any, rate: Any) -> Callable[[str], dropping.Draw | None]:
+    """What each kernel's mask is drawn from; a pair brings a rate of its own, and a rate of 0 draws nothing."""
+    key, rate = dropout_key if isinstance(dropout_key, tuple) else (dropout_key if rate else None, rate)
+    return lambda path: None if key is None else dropping.draw_for(key, rate, path)
 
 
 def _parameter_names(function: Callable[..., Any]) -> tuple[str, ...]:
@@ -172,24 +215,6 @@ def trace(
         return jax.tree.unflatten(out_tree, outputs)
 
     return jaxpr, rebuild
-
-
-def carry(path: str, w: Any, node: LoRA, draw: dropping.Draw | None, slot: int) -> LowRank:
-    """A kernel and its node as the value that the evaluator carries; the scale, which never trains, goes into b.
-
-    A magnitude becomes a gain here, once for a whole stack.
-    """
-    axes = node.axes
-    scale = lax.stop_gradient(node.scale)
-    b = node.b * scale.reshape(scale.shape + (1,) * (node.b.ndim - scale.ndim)).astype(node.b.dtype)
-    ones = [k for k in axes.stack if w.shape[k] == 1]  # with one index, a stack axis is as good as none
-    a = drop(Factor(node.a, (*axes.stack, *axes.inputs, RANK)), ones)
-    b = drop(Factor(b, (*axes.stack, RANK, *axes.outputs)), ones)
-    gain = None
-    if node.magnitude is not None:
-        check_node(path, w, node)
-        gain = drop(Factor(gain_of(w, node), (*axes.stack, *axes.outputs)), ones)
-    return LowRank(w, a, b, draw, (slot,), gain)
 
 
 def _tell(frame: Frame) -> None:

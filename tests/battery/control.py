@@ -1,6 +1,7 @@
 """Kernels inside control flow, differentiation rules, and transforms."""
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -364,3 +365,24 @@ def by_experts(p, n, x):
 def shard_map_gathers_the_kernel(p, x):
     gather = lambda x, w: x @ lax.all_gather(w, "x", axis=0, tiled=True)
     return sharded(gather, (P("x"), P("x")), P("x"))(x, p["w"])
+
+
+if "to" in inspect.signature(lax.all_gather).parameters:  # newer than the oldest JAX that runs this
+
+    @case(X, plus=plain_low)
+    def shard_map_gathers_the_kernel_for_all(p, x):
+        gather = lambda x, w: x @ lax.all_gather(w, "x", axis=0, tiled=True, to="invarying")
+        return sharded(gather, (P(), P("x")), P())(x, p["w"])
+
+
+@case(X, plus=lambda n, x: low(n["w"], x.reshape(16, 2, 12)[:, ::-1].reshape(16, 24)))
+def shard_map_permutes_the_kernel(p, x):
+    swap = lambda x, w: lax.psum(x @ lax.ppermute(w, "x", [(0, 1), (1, 0)]), "x")
+    return sharded(swap, (P(None, "x"), P("x")), P())(x, p["w"])
+
+
+@case(X, plus=lambda n, x: 2 * plain_low(n, x))
+def shard_map_marks_the_kernel_as_varying(p, x):
+    vary = getattr(lax, "pcast", None)
+    mark = (lambda w: vary(w, "x", to="varying")) if vary else (lambda w: lax.pvary(w, "x"))
+    return sharded(lambda x, w: lax.psum(x @ mark(w), "x"), (P(), P()), P())(x, p["w"])

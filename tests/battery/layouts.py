@@ -347,6 +347,59 @@ def fake_quantised(p, x):
 
 
 @case(X)
+def quantised_to_eight_bits(p, x):
+    scale = 448 / jnp.max(jnp.abs(lax.stop_gradient(x)))
+    w = (p["w"] * scale).astype(jnp.float8_e4m3fn)
+    return x @ (w.astype(p["w"].dtype) / scale)
+
+
+@case(X)
+def quantised_by_precision(p, x):
+    return x @ lax.reduce_precision(p["w"], exponent_bits=4, mantissa_bits=3)
+
+
+@case(X)
+def quantised_to_integers(p, x):
+    return x @ ((p["w"] * 64).astype(jnp.int8).astype(p["w"].dtype) / 64)
+
+
+@case(X)
+def clipped(p, x):
+    return x @ jnp.clip(p["w"], -0.5, 0.5)
+
+
+@case(X, bf16=False, rtol=2e-2)
+def rounded_to_sixteen_bits(p, x):
+    return x @ p["w"].astype(jnp.bfloat16).astype(jnp.float32)
+
+
+@case(
+    X,
+    w=(3, 24, 20),
+    axes=STACKED,
+    plus=lambda n, x: jnp.einsum("i,td,idr,iro->ito", n["w"].scale, x, n["w"].a, n["w"].b),
+)
+def unstacked(p, x):
+    return jnp.stack([x @ w for w in jnp.unstack(p["w"])])
+
+
+@case(X)
+def tiled(p, x):
+    return x @ jnp.tile(p["w"], (1, 3))
+
+
+@case(
+    X,
+    params={"u": (20, 24), "v": (24, 20)},
+    axes={"u": TORCH, "v": DENSE},
+    plus=lambda n, x: jnp.stack([low(n["v"], x), low(n["u"], x)]),
+)
+def put_on_a_device_together(p, x):
+    moved = jax.device_put((p["u"], p["v"]), jax.devices()[0])
+    return jnp.stack([x @ moved[1], x @ moved[0].T])
+
+
+@case(X)
 def sorted_kernel(p, x):
     return x @ jnp.sort(p["w"], axis=0)
 

@@ -1,0 +1,65 @@
+"""An adapted kernel as the evaluator carries it, made from the leaf and its node."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+from jax import lax
+
+from lora_jax._dora import gain_of
+from lora_jax._forward import dropout
+from lora_jax._forward.layout import drop
+from lora_jax._forward.lowrank import RANK, Factor, LowRank, wide
+from lora_jax._node import SUFFIX, check_node
+from lora_jax._tree import LoRA
+
+ADAM_EPS = 1e-8
+
+
+def carry(path: str, w: Any, node: LoRA, draw: dropout.Draw | None, slot: int) -> LowRank:
+    """A kernel and its node as one value; the scale, which never trains, goes into b.
+
+    Factors narrower than float32 are widened first: a scale rounded to bfloat16 would be off by up to 0.4 % for every
+    entry alike. What a consumer casts back is then rounded once. A magnitude becomes a gain here, once for a stack.
+    """
+    _check_fit(path, w, node)
+    axes = node.axes
+    scale = lax.stop_gradient(node.scale)
+    a, b = (_differentiable(path, factor).astype(wide(factor.dtype)) for factor in (node.a, node.b))
+    b = b * scale.reshape(scale.shape + (1,) * (b.ndim - scale.ndim)).astype(b.dtype)
+    ones = [k for k in axes.stack if w.shape[k] == 1]  # with one index, a stack axis is as good as none
+    gain = None
+    if node.magnitude is not None:
+        gain = drop(Factor(gain_of(w, node), (*axes.stack, *axes.outputs)), ones)
+    a = drop(Factor(a, (*axes.stack, *axes.inputs, RANK)), ones)
+    b = drop(Factor(b, (*axes.stack, RANK, *axes.outputs)), ones)
+    return LowRank(w, a, b, draw, (slot,), gain)
+
+
+def _check_fit(path: str, w: Any, node: LoRA) -> None:
+    try:
+        check_node(path, w, node)
+    except ValueError as error:
+        remedy = "" if ";" in str(error) else "; combine the adapter with the base that it was trained on"
+        raise ValueError(f"{error}{remedy}") from None
+
+
+def _differentiable(path: str, factor: Any) -> Any:
+    """The factor itself, unless no gradient of it may be taken: where Adam's eps rounds to zero, 0 / 0 is nan."""
+    return factor if np.asarray(ADAM_EPS, factor.dtype) else _forward_only(factor, path)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _forward_only(factor: Any, path: str) -> Any:
+    return factor
+
+
+@_forward_only.defjvp
+def _refuse(path: str, primals: Any, tangents: Any) -> Any:
+    raise ValueError(
+        f"{path}{SUFFIX}: A and B are {primals[0].dtype.name}, where Adam's eps of 1e-8 is 0 and its second step nan; "
+        "train them in float32 or bfloat16 (the base may be float16)"
+    )

@@ -1,0 +1,93 @@
+"""The settings of `adapt`, noted on the function that it returns, so that it is known again and adapted once."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+NOTE = "_lora_jax_adapted"
+DEPTH = 50  # wrappers that are looked through; what wraps itself has no end
+UNSET: Any = None
+
+_tracing = contextvars.ContextVar("tracing", default=False)
+
+
+class Settings(NamedTuple):
+    """What `adapt` was given; UNSET where nothing was said."""
+
+    dropout: Any = UNSET
+    on_materialize: Any = UNSET
+    allow_none: Any = UNSET
+
+    def check(self) -> None:
+        if self.dropout is not UNSET and not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout {self.dropout!r} is not a rate in [0, 1); pass, say, dropout=0.1")
+        if self.on_materialize not in (UNSET, "warn", "error", "allow"):
+            raise ValueError(f"on_materialize {self.on_materialize!r} is not one of 'warn', 'error', 'allow'")
+
+    def filled(self) -> Settings:
+        return Settings(*(own if own is not UNSET else usual for own, usual in zip(self, USUAL, strict=True)))
+
+    def refuse_other(self, given: Settings) -> None:
+        """Raise where a setting is given that isn't the one that the function has."""
+        for name, own, other in zip(self._fields, self, given, strict=True):
+            if other is not UNSET and other != own:
+                raise ValueError(
+                    f"{name}: the function is adapted already with {name}={own!r}, and {other!r} is given; "
+                    "give one of them, or the raw function"
+                )
+
+    def refuse_none(self) -> None:
+        """Raise where arguments without nodes aren't wanted, or can't be meant."""
+        if _tracing.get() and (self.dropout or not self.allow_none):
+            raise ValueError(
+                "the function calls what adapt returned, so it seems to be adapted already; hand over what adapt"
+                " returned itself, or a function that calls the raw one"
+            )
+        if not self.allow_none:
+            raise ValueError(
+                "no adapted kernel in the arguments: pass the tree that lora_jax.init returned "
+                "(or adapt(..., allow_none=True) to run without)"
+            )
+
+
+USUAL = Settings(0.0, "warn", False)
+
+
+class Note(NamedTuple):
+    """What is written on an adapted function; wrappers that copy its attributes, as `jax.jit`, hand it on."""
+
+    function: Callable[..., Any]
+    raw: Callable[..., Any]
+    settings: Settings
+
+
+def note(function: Callable[..., Any], raw: Callable[..., Any], settings: Settings) -> Callable[..., Any]:
+    setattr(function, NOTE, Note(function, raw, settings))
+    return function
+
+
+def noted(function: Any) -> Note | None:
+    """The note on a function, or on what it says that it wraps; None if it isn't adapted, as far as can be seen."""
+    for _ in range(DEPTH):
+        found = getattr(function, NOTE, None)
+        if isinstance(found, Note):
+            return found
+        wrapped = function.func if isinstance(function, functools.partial) else getattr(function, "__wrapped__", None)
+        if wrapped is None:
+            break
+        function = wrapped
+    return None
+
+
+@contextlib.contextmanager
+def tracing() -> Iterator[None]:
+    """While an adapted function traces its own: an adapted function called now sees a tree without nodes."""
+    token = _tracing.set(True)
+    try:
+        yield
+    finally:
+        _tracing.reset(token)
