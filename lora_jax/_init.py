@@ -13,9 +13,10 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, NamedSharding
 
+from lora_jax._arguments import check_arguments, known_elsewhere, read_axes
 from lora_jax._config import LoRAConfig, Override
 from lora_jax._dora import magnitude_of
-from lora_jax._node import SUFFIX, Axes, KernelAxes, LoRA, Trained, place, trained
+from lora_jax._node import SUFFIX, Axes, LoRA, TracedAxes, Trained, place, trained
 from lora_jax._paths import is_vector, match
 from lora_jax._tree import attach, holders, leaves_with_paths, unbox
 
@@ -45,8 +46,9 @@ def init(key: jax.Array, params: Any, config: LoRAConfig, *, axes: Mapping[str, 
       own: float32 where its own dtype is narrower.
 
     Raises:
-      ValueError: A pattern that matches nothing; a kernel that isn't floating-point, that has more than two axes and no
-        rule, that is adapted already, that has no string key in a mapping to stand beside, or that trains whole too.
+      ValueError: Arguments of another kind or in another order; axes of another tree; a pattern that matches nothing; a
+        kernel that isn't floating-point, that has more than two axes and no rule, that is adapted already, that has no
+        string key in a mapping to stand beside, or that trains whole too.
 
     >>> params = {"query": {"kernel": jnp.ones((4, 6))}, "out": {"kernel": jnp.ones((6, 4))}}
     >>> params = init(jax.random.key(0), params, LoRAConfig(rank=2, alpha=4, targets=["query"]))
@@ -54,6 +56,7 @@ def init(key: jax.Array, params: Any, config: LoRAConfig, *, axes: Mapping[str, 
     >>> node.a.shape, node.b.shape, float(node.scale)
     ((4, 2), (2, 6), 2.0)
     """
+    check_arguments(key, params, config)
     leaves = _by_path(params)
     kernels = _choose(leaves, config, axes)
     _check_places(params, kernels)
@@ -93,10 +96,9 @@ def _by_path(params: Any) -> dict[str, Any]:
 
 def _choose(leaves: Mapping[str, Any], config: LoRAConfig, axes: Mapping[str, Axes] | None) -> dict[str, _Kernel]:
     """The kernels that the config targets."""
-    exact = axes if isinstance(axes, KernelAxes) else None
-    rules = {} if axes is None or exact is not None else _rules(axes, leaves)
+    exact, rules = read_axes(axes, leaves, used=bool(config.targets))
     adaptable = {path for path, leaf in leaves.items() if _is_matrix(path, unbox(leaf), exact)}
-    linear = adaptable & (set(exact) - exact.heads - exact.embeddings) if exact is not None else None
+    linear = None if exact is None else adaptable & _linear(exact, rules)
     chosen: set[str] = set()
     for pattern in config.targets:
         hits = adaptable & set(match([pattern], leaves, what="targets", linear=linear))
@@ -113,7 +115,17 @@ def _choose(leaves: Mapping[str, Any], config: LoRAConfig, axes: Mapping[str, Ax
     }
 
 
-def _is_matrix(path: str, leaf: Any, exact: KernelAxes | None) -> bool:
+def _linear(exact: Mapping[str, TracedAxes], rules: Collection[str]) -> set[str]:
+    """The kernels that are contracted with activations and no head, and those that a rule beside them names."""
+    traced = {path for path, entry in exact.items() if not entry.embedding and not entry.head}
+    return traced | {path for path in rules if path not in exact and not _named_embedding(path)}
+
+
+def _named_embedding(path: str) -> bool:
+    return path.rpartition("/")[2] in _EMBEDDING_NAMES
+
+
+def _is_matrix(path: str, leaf: Any, exact: Mapping[str, TracedAxes] | None) -> bool:
     """Whether a leaf has an input and an output side, as far as can be known."""
     if isinstance(leaf, Trained) or np.ndim(leaf) < 2:
         return False
@@ -122,21 +134,18 @@ def _is_matrix(path: str, leaf: Any, exact: KernelAxes | None) -> bool:
     return not is_vector(path)
 
 
-def _rules(axes: Mapping[str, Axes], leaves: Collection[str]) -> dict[str, Axes]:
-    given = [Axes(*(tuple(group) for group in rule)) for rule in axes.values()]
-    return {path: given[index] for path, index in match(list(axes), leaves, what="axes").items()}
-
-
-def _kernel(path: str, leaf: Any, exact: KernelAxes | None, rules: Mapping[str, Axes]) -> _Kernel:
+def _kernel(path: str, leaf: Any, exact: Mapping[str, TracedAxes] | None, rules: Mapping[str, Axes]) -> _Kernel:
     shape, dtype = tuple(leaf.shape), jnp.dtype(leaf.dtype)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"{path}: is {dtype.name}, expected a floating-point kernel; dequantize it, or exclude it")
-    if exact is not None:
-        if path not in exact:
-            raise ValueError(f"{path}: the traced function never contracts or looks up this leaf; exclude it")
-        axes = exact[path]
+    traced = exact.get(path) if exact is not None else None
+    if traced is not None:
+        axes = Axes(*traced)
     elif path in rules:
         axes = rules[path]
+    elif exact is not None:
+        hint = known_elsewhere(path, exact) or "; exclude it"
+        raise ValueError(f"{path}: the traced function never contracts or looks up this leaf{hint}")
     elif len(shape) == 2:
         axes = Axes()
     else:
@@ -146,7 +155,7 @@ def _kernel(path: str, leaf: Any, exact: KernelAxes | None, rules: Mapping[str, 
         )
     if sorted(sum(axes, ())) != list(range(len(shape))) or not axes.inputs or not axes.outputs:
         raise ValueError(f"{path}: {axes} must name each axis of shape {shape} once, with inputs and outputs")
-    embedding = path.rpartition("/")[2] in _EMBEDDING_NAMES if exact is None else path in exact.embeddings
+    embedding = _named_embedding(path) if traced is None else traced.embedding
     return _Kernel(shape, _sharding_of(leaf), axes, embedding)
 
 
@@ -165,8 +174,8 @@ def _check_places(params: Any, kernels: Collection[str]) -> None:
     for path in kernels:
         if path not in known:
             raise ValueError(
-                f"{path}: stands in a list, a tuple or under an integer key, where {SUFFIX!r} can't be added to its"
-                " name; keep it in a dict under a string, or exclude it"
+                f"{path}: stands in a list, a tuple, an object or under an integer key, where {SUFFIX!r} can't be added"
+                " to its name; keep it in a dict under a string, or exclude it"
             )
         sibling = known[path].get(path.rpartition("/")[2] + SUFFIX)
         if isinstance(sibling, LoRA):

@@ -37,20 +37,77 @@ class Axes(NamedTuple):
 _MATRIX = Axes()
 
 
+class TracedAxes(Axes):
+    """Axes of one leaf as a trace showed them, and the kernel's roles. Equal to the `Axes` of the same numbers.
+
+    Attributes:
+      embedding: Whether the kernel is looked up (gather).
+      head: Whether its product reaches the function's output through no other kernel.
+    """
+
+    embedding: bool
+    head: bool
+
+    def __new__(cls, stack: Any, inputs: Any, outputs: Any, *, embedding: bool = False, head: bool = False) -> Any:
+        entry = super().__new__(cls, tuple(stack), tuple(inputs), tuple(outputs))
+        entry.embedding, entry.head = embedding, head
+        return entry
+
+    @classmethod
+    def of(cls, axes: Any, *, embedding: bool = False, head: bool = False) -> "TracedAxes":
+        """The entry for these axes, with the roles given and those that it has."""
+        roles = embedding or getattr(axes, "embedding", False), head or getattr(axes, "head", False)
+        return cls(*axes, embedding=roles[0], head=roles[1])
+
+    def _replace(self, **changes: Any) -> "TracedAxes":
+        return TracedAxes.of(Axes(*self)._replace(**changes), embedding=self.embedding, head=self.head)
+
+    def __repr__(self) -> str:
+        roles = "".join(f", {role}=True" for role in ("embedding", "head") if getattr(self, role))
+        return f"{Axes(*self)!r}"[:-1] + roles + ")"
+
+
 class KernelAxes(dict[str, Axes]):
     """How a function uses its kernels: leaf path to `Axes`, as `lora_jax.kernel_axes` reads them off a trace.
+
+    What each kernel is belongs to its entry: a part of the dict, and a plain dict made from it, say the same of the
+    kernels that they have.
 
     Attributes:
       embeddings: Paths of kernels that are looked up (gather).
       heads: Paths of kernels whose product reaches the function's output through no other kernel.
+
+    >>> axes = KernelAxes({"embed/embedding": Axes(), "up/kernel": Axes()}, embeddings=["embed/embedding"])
+    >>> {path: entry for path, entry in axes.items() if path != "up/kernel"}
+    {'embed/embedding': Axes(stack=(), inputs=(0,), outputs=(1,), embedding=True)}
     """
 
     def __init__(
         self, axes: Mapping[str, Axes] = {}, *, embeddings: Collection[str] = (), heads: Collection[str] = ()
     ) -> None:
-        super().__init__(axes)
-        self.embeddings = frozenset(embeddings)
-        self.heads = frozenset(heads)
+        super().__init__(
+            {
+                path: TracedAxes.of(entry, embedding=path in embeddings, head=path in heads)
+                for path, entry in axes.items()
+            }
+        )
+
+    @property
+    def embeddings(self) -> frozenset[str]:
+        return frozenset(path for path, entry in self.items() if getattr(entry, "embedding", False))
+
+    @property
+    def heads(self) -> frozenset[str]:
+        return frozenset(path for path, entry in self.items() if getattr(entry, "head", False))
+
+    def copy(self) -> "KernelAxes":
+        return KernelAxes(self)
+
+    def __or__(self, other: Any) -> Any:
+        return KernelAxes({**self, **other}) if isinstance(other, Mapping) else NotImplemented
+
+    def __ror__(self, other: Any) -> Any:
+        return KernelAxes({**other, **self}) if isinstance(other, Mapping) else NotImplemented
 
 
 @jax.tree_util.register_pytree_with_keys_class

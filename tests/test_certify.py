@@ -79,6 +79,45 @@ def test_the_recommended_loop_holds():
     assert (report.collectives, report.uncounted) == ((), ())
 
 
+IGNORING = {
+    "raw": lambda step: step,
+    "jitted": jax.jit,
+    "donated": functools.partial(jax.jit, donate_argnums=(0, 1)),
+}
+
+
+@pytest.mark.parametrize("make", IGNORING)
+@pytest.mark.parametrize("tx", ["plain", "clipped and decayed"])
+def test_a_function_that_ignores_its_nodes_is_seen(make, tx):
+    """As Linen's `apply` does, which takes no notice of leaves that it doesn't know. The loss and Adam are as usual."""
+    optimizer = {
+        "plain": TX,
+        "clipped and decayed": lora_jax.masked(optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))),
+    }[tx]
+
+    def step(adapter, state, base, batch):
+        weight = jnp.sum(batch) + 1
+        value, grads = jax.value_and_grad(lambda a: loss(lora_jax.combine(base, a), batch))(adapter)
+        grads = jax.tree.map(lambda g: g / weight, grads)  # a mean over tokens: zeros, times what depends on data
+        updates, state = optimizer.update(grads, state, adapter)
+        return optax.apply_updates(adapter, updates), state, value
+
+    adapter, _, base, batch = parts()
+    (line,) = lines(IGNORING[make](step), adapter, optimizer.init(adapter), base, batch, plain=loss)
+    assert re.match(r"layers/down, layers/up: the gradient is zero whatever the data.*lora_jax\.adapt\(fn\)", line)
+    assert len(line) < 200
+
+
+def test_a_kernel_without_a_gradient_is_named():
+    params = {**make_params(), "unused": jnp.ones((16, 40))}
+    config = lora_jax.LoRAConfig(rank=RANK, alpha=4.0, targets=("in", "unused"))
+    base, adapter = lora_jax.split(lora_jax.init(jax.random.key(1), params, config))
+    report = lora_jax.certify(train_step, adapter, TX.init(adapter), base, BATCH)
+    assert report.idle == ("unused",)
+    assert "none at all for unused" in str(report)
+    assert lora_jax.certify(train_step, *parts()).idle == ()
+
+
 def test_flops_are_those_of_every_iteration():
     """Counted by hand: of each layer, forward and backward to the activations, and three products for each factor."""
     report = lora_jax.certify(train_step, *parts(), plain=loss)

@@ -1,15 +1,20 @@
 """Configs and init: validation, what is chosen, how factors start (PEFT, loralib), ranks by layer, and every error."""
 
+import collections
+import copy
 import importlib.util
 import itertools
+import pickle
 import subprocess
 import sys
 from pathlib import Path
 
+import equinox
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen, nnx
 
 import lora_jax
 from lora_jax import Axes, KernelAxes, LoRAConfig, Override
@@ -119,6 +124,55 @@ def test_all_linear_leaves_heads_and_embeddings_out():
         adapted_paths(params, config(targets=["all-linear"]))
 
 
+COPIES = {
+    "| {}": lambda axes: axes | {},
+    "{} |": lambda axes: {} | axes,
+    ".copy()": lambda axes: axes.copy(),
+    "dict()": dict,
+    "{**axes}": lambda axes: {**axes},
+    "a comprehension": lambda axes: {path: entry for path, entry in axes.items() if path != "query/kernel"},
+    "replaced": lambda axes: {path: entry._replace(stack=entry.stack) for path, entry in axes.items()},
+    "copy.deepcopy": copy.deepcopy,
+    "pickle": lambda axes: pickle.loads(pickle.dumps(axes)),
+    "ChainMap": lambda axes: collections.ChainMap(axes),
+}
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_axes_are_exact_and_keep_their_roles_however_they_are_copied(name):
+    """A path is no pattern (`up/kernel` ends `deep/up/kernel` too), and a table looked up starts with A at zero."""
+    params = {**layer("up", "query", "head"), "deep": layer("up"), "table": {"w": jnp.ones((9, 6))}}
+    roles = {"embeddings": ["table/w"], "heads": ["head/kernel"]}
+    paths = ("up/kernel", "query/kernel", "head/kernel", "table/w")
+    axes = COPIES[name](KernelAxes(dict.fromkeys(paths, Axes()), **roles))
+    kept = set(paths[:2]) & set(axes)
+    assert adapted_paths(params, config(targets=["all-linear"]), axes) == kept
+    with pytest.raises(ValueError, match=r"^deep/up/kernel: the traced function never contracts"):
+        adapted_paths(params, config(targets=["up"]), axes)
+    node = lora_jax.init(KEY, params, config(targets=["table"]), axes=axes)["table"]["w_lora"]
+    assert not node.a.any()
+    assert node.b.all()
+    assert type(node.axes) is Axes
+
+
+def test_a_copy_of_axes_is_one_and_equals_plain_ones():
+    axes = KernelAxes({"q/kernel": Axes()}, heads=["q/kernel"])
+    for same in (axes | {}, {} | axes, axes.copy(), copy.copy(axes)):
+        assert isinstance(same, KernelAxes)
+        assert same == axes == {"q/kernel": Axes()}
+        assert same.heads == {"q/kernel"}
+    assert (axes | {"k/kernel": Axes()}).heads == {"q/kernel"}
+
+
+def test_rules_beside_traced_axes_are_patterns():
+    traced = KernelAxes({"q/kernel": Axes()})
+    axes = {**traced, "experts": Axes((0,), (1,), (2,))}
+    params = {**layer("q"), "experts": {"w": jnp.ones((2, 6, 8))}, "table": {"embedding": jnp.ones((9, 6))}}
+    assert adapted_paths(params, config(targets=["all-linear"]), axes) == {"q/kernel", "experts/w"}
+    with pytest.raises(ValueError, match=r"^table/embedding: the traced function never"):
+        adapted_paths(params, config(targets=["table"]), axes)
+
+
 def test_biases_never_match_even_where_they_have_several_axes():
     params = {"q_proj": {"kernel": jnp.ones((3, 6, 8)), "bias": jnp.ones((3, 8))}, "norm": {"scale": jnp.ones((3, 8))}}
     axes = {"kernel": Axes((0,), (1,), (2,))}
@@ -160,6 +214,13 @@ def test_shapes_and_the_start_of_every_kind_of_kernel():
 def test_factors_come_in_the_dtype_asked_for():
     node = lora_jax.init(KEY, layer("q"), config(targets=["q"], dtype="bfloat16"))["q"]["kernel_lora"]
     assert (node.a.dtype, node.b.dtype, node.scale.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float8_e4m3fn"])
+def test_a_dtype_that_adam_cant_train_is_said_to_be_one(dtype):
+    with pytest.warns(UserWarning, match=rf"^dtype: A and B in {dtype} can't be trained, for Adam's eps of 1e-8 is 0"):
+        lora_jax.init(KEY, layer("q"), config(targets=["q"], dtype=dtype))
+    lora_jax.init(KEY, layer("q", dtype=dtype), config(targets=["q"]))  # a base may be
 
 
 @pytest.fixture(scope="module")
@@ -321,9 +382,9 @@ def test_a_target_that_the_function_never_contracts_is_an_error():
 @pytest.mark.parametrize(
     ("params", "pattern", "message"),
     [
-        ({"q": [jnp.ones((2, 3))]}, "/q.0/", "q/0: stands in a list, a tuple or under an integer key"),
-        ({"q": (jnp.ones((2, 3)),)}, "/q.0/", "q/0: stands in a list, a tuple or under an integer key"),
-        ({"q": {0: jnp.ones((2, 3))}}, "/q.0/", "q/0: stands in a list, a tuple or under an integer key"),
+        ({"q": [jnp.ones((2, 3))]}, "/q.0/", "q/0: stands in a list, a tuple, an object or under an integer key"),
+        ({"q": (jnp.ones((2, 3)),)}, "/q.0/", "q/0: stands in a list, a tuple, an object or under an integer key"),
+        ({"q": {0: jnp.ones((2, 3))}}, "/q.0/", "q/0: stands in a list, a tuple, an object or under an integer key"),
         ({"q": {"kernel": jnp.ones((2, 3), jnp.int8)}}, "q", "q/kernel: is int8, expected a floating-point kernel"),
         (
             {"q": {"kernel": jnp.ones((2, 3)), "kernel_lora": jnp.ones(3)}},
@@ -339,6 +400,82 @@ def test_a_kernel_that_cant_be_adapted_is_an_error(params, pattern, message):
     with pytest.raises(ValueError, match=f"^{message}") as error:
         lora_jax.init(KEY, params, config(targets=[pattern]))
     assert "\n" not in str(error.value)
+
+
+PARAMS, CONFIG = layer("q"), config(targets=["q"])
+
+
+class Linear(nnx.Module):
+    def __init__(self):
+        self.q = nnx.Linear(6, 8, rngs=nnx.Rngs(0))
+
+
+SWAPPED = {
+    "params first": (PARAMS, KEY, CONFIG, r"key: a dict given, and a key as params; the order is init\(key, params"),
+    "config second": (KEY, CONFIG, PARAMS, r"config: a dict given, .*; the order is init\(key, params, config\)"),
+    "a seed": (0, PARAMS, CONFIG, r"key: an int given, expected one JAX random key, such as jax\.random\.key\(0\)"),
+    "several keys": (jax.random.split(KEY, 3), PARAMS, CONFIG, r"key: an array key<fry>\[3\] given, expected one"),
+    "settings": (KEY, PARAMS, {"rank": 2}, r"config: a dict given, expected lora_jax\.LoRAConfig\("),
+    "a function": (KEY, jax.nn.relu, CONFIG, r"params: the function relu given, expected a tree of arrays"),
+    "an array": (KEY, jnp.ones((2, 3)), CONFIG, r"params: an array float32\[2, 3\] given, expected a tree"),
+    "NNX": (KEY, Linear(), CONFIG, r"params: an NNX module Linear given; .*nnx\.split\(model, nnx\.Param, \.\.\.\)"),
+    "Linen": (KEY, linen.Dense(3), CONFIG, r"params: a Linen module Dense given; pass the variables that module\.init"),
+    "Equinox": (KEY, equinox.nn.Linear(2, 3, key=KEY), CONFIG, r"params: an Equinox module Linear given; pass its arr"),
+}
+
+
+@pytest.mark.parametrize("name", SWAPPED)
+def test_arguments_in_another_order_or_of_another_kind(name):
+    *arguments, message = SWAPPED[name]
+    with pytest.raises(ValueError, match=f"^{message}") as error:
+        lora_jax.init(*arguments)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 200
+
+
+ELSEWHERE = {
+    "without": (
+        KernelAxes({"q/kernel": Axes()}),
+        {"params": PARAMS},
+        "'params/q/kernel'.*'q/kernel', without 'params/'",
+    ),
+    "with": (KernelAxes({"params/q/kernel": Axes()}), PARAMS, "'q/kernel'.*'params/q/kernel', with 'params/'"),
+    "other": (KernelAxes({"k/kernel": Axes()}), PARAMS, "'q/bias'; they have 'k/kernel'"),
+}
+
+
+@pytest.mark.parametrize("target", ["q", "all-linear"])
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_axes_of_another_tree_say_by_what_the_paths_differ(name, target):
+    axes, params, message = ELSEWHERE[name]
+    for copied in (axes, dict(axes)):
+        with pytest.raises(
+            ValueError, match=rf"^axes: none is of a leaf of this tree, .*{message}.*same tree"
+        ) as error:
+            lora_jax.init(KEY, params, config(targets=[target]), axes=copied)
+        assert len(str(error.value)) < 200
+    lora_jax.init(KEY, params, config(targets=(), train=["q"]), axes=axes)  # nothing asks for axes
+
+
+def test_one_leaf_of_another_tree():
+    params, axes = {**layer("k"), "params": PARAMS}, KernelAxes({"q/kernel": Axes(), "k/kernel": Axes()})
+    with pytest.raises(ValueError, match=r"^params/q/kernel: .*; they have 'q/kernel', without 'params/': give kernel"):
+        lora_jax.init(KEY, params, CONFIG, axes=axes)
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        (lora_jax.kernel_axes, r"axes: the function kernel_axes given, expected what lora_jax\.kernel_axes\("),
+        (Axes(), r"axes: an Axes given, expected what lora_jax\.kernel_axes\("),
+        (PARAMS, r"axes: 'q' has a dict, expected lora_jax\.Axes\("),
+    ],
+)
+def test_what_isnt_axes(axes, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        lora_jax.init(KEY, PARAMS, CONFIG, axes=axes)
+    with pytest.raises(ValueError, match=r"^apply_fn: dict given, expected a function; the order is kernel_axes\("):
+        lora_jax.kernel_axes(PARAMS, jax.nn.relu)
 
 
 def test_a_second_init_is_an_error_over_a_node_and_fine_elsewhere():

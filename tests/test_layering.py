@@ -36,7 +36,17 @@ GROUPS = {
     "plan": ({"train", "analysis", "models"}, {"jax", "numpy"}),
     "cli": (None, {"jax", "numpy", "rich", "tyro"}),  # None: everything
 }
-TREE = {"_node", "_config", "_init", "_merge", "_describe", "_stack", "_dict", "_dora"}  # further files of _tree
+TREE = {
+    "_node",
+    "_arguments",
+    "_config",
+    "_init",
+    "_merge",
+    "_describe",
+    "_stack",
+    "_dict",
+    "_dora",
+}  # further files of _tree
 
 
 def group_of(module: str) -> str:

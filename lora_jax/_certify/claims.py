@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.interpreters import partial_eval
 
 from lora_jax._certify.cost import Cost, cost_of
 from lora_jax._certify.hlo import Collective, collectives
@@ -23,6 +24,7 @@ class Certificate:
 
     Attributes:
       kernels: Adapted kernels.
+      idle: Kernels whose factors no gradient reaches, whatever the data: the function doesn't use them.
       trained: Numbers that train.
       base: Numbers in the base.
       state: Numbers in the optimizer's state.
@@ -35,6 +37,7 @@ class Certificate:
     """
 
     kernels: int
+    idle: tuple[str, ...]
     trained: int
     base: int
     state: int
@@ -52,7 +55,7 @@ class Certificate:
         sent = [f"{count} × {what}" if count > 1 else what for what, count in Counter(self.collectives).items()]
         lines = {
             "trained": f"{self.trained:,} numbers beside {self.kernels} kernels, of a base of {self.base:,}",
-            "gradient": "none of a kernel's shape",
+            "gradient": "none of a kernel's shape" + (f"; none at all for {_first(self.idle)}" if self.idle else ""),
             "outputs": f"no copy of the base; {mib(self.output_bytes)} written",
             "base": "an argument, no constant",
             "state": f"{self.state:,} numbers, {self.state / max(self.trained, 1):.1f} for each trained one",
@@ -68,7 +71,7 @@ def certify(
 ) -> Certificate:
     """Compile a training step and check that it costs what LoRA should.
 
-    Claims: no gradient of a kernel's shape is computed, nor W + ΔW; no output is a copy of the base; the base is an
+    Claims: a gradient reaches the factors; none of a kernel's shape is computed, nor W + ΔW; no output is a copy of the base; the base is an
     argument, not a captured constant; the optimizer's state is proportional to the adapter; no collective moves an
     array of a kernel's shape unless the plain step does; and, with `plain`, FLOPs are below those of plain forward and
     backward.
@@ -113,7 +116,9 @@ def certify(
     cost = cost_of(traced.jaxpr, parts.data + [True for _ in jax.tree.leaves(kwargs)])
     found = [c for c in collectives(compiled.as_text() or "") if dims(c.shape) in parts.shards]
     plain_cost, plain_found = (None, None) if plain is None else _plain(plain, parts)
+    idle = _idle(traced.jaxpr, parts)
     failures = [
+        *_ignored(idle, parts),
         *_captured(traced.jaxpr, parts),
         *_gradients(cost, parts),
         *_copies(traced, lowered, parts),
@@ -126,6 +131,7 @@ def certify(
     memory: Any = compiled.memory_analysis()
     return Certificate(
         kernels=len(parts.kernels),
+        idle=idle,
         trained=parts.trained,
         base=sum(math.prod(leaf.shape) for leaf in parts.base),
         state=sum(math.prod(leaf.shape) for leaf in parts.state),
@@ -158,6 +164,23 @@ def _plain(loss: Callable[..., Any], step: Step) -> tuple[Cost, list[Collective]
 
 
 # Claims: each gives a line for what breaks it -----------------------------------------------------------------------
+
+
+def _idle(jaxpr: Any, step: Step) -> tuple[str, ...]:
+    """Kernels without a gradient by construction. That of A is a product with B: a kernel whose B reaches no new A."""
+    if not step.trained_first:
+        return ()
+    wanted = [i in step.trained_first for i in range(len(jaxpr.out_avals))]
+    _, used = partial_eval.dce_jaxpr(jaxpr.jaxpr, wanted, instantiate=False)
+    return tuple(path for path, place in step.second.items() if not used[place])
+
+
+def _ignored(idle: Sequence[str], step: Step) -> Iterator[str]:
+    if idle and len(idle) == len(step.kernels):
+        yield (
+            f"{_first(idle)}: the gradient is zero whatever the data, for the function ignores its LoRA nodes; "
+            "take the gradient of lora_jax.adapt(fn)"
+        )
 
 
 def _captured(jaxpr: Any, step: Step) -> Iterator[str]:
@@ -205,6 +228,10 @@ def _gradients(cost: Cost, step: Step) -> Iterator[str]:
 def _either(names: Sequence[str]) -> str:
     """Which kernel it may be: several have one shape."""
     return " or ".join(names[:3]) + (" or another of that shape" if len(names) > 3 else "")
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _copies(traced: Any, lowered: Any, step: Step) -> Iterator[str]:

@@ -9,7 +9,7 @@ import jax
 
 from lora_jax._node import LoRA
 from lora_jax._paths import path_of
-from lora_jax._tree import combine, detach, is_box, nodes_of
+from lora_jax._tree import combine, detach, is_box, kernel_path, nodes_of
 
 
 def dims(shape: Sequence[int]) -> tuple[int, ...]:
@@ -26,6 +26,8 @@ class Step(NamedTuple):
       factors: Shapes, as `dims` gives them, of the factors and of one index of theirs.
       owners: Which kernel a flat argument is, of those that are kernels.
       parts: Which flat arguments are factors.
+      second: The flat argument that each kernel's b is.
+      trained_first: The flat outputs that are the nodes' new a; empty where the step returns no adapter.
       shards: The kernels' forms, and those of one device's part of the base's leaves.
       base, state: Leaves of the base and of the optimizer's state.
       kept: Leaves of adapter and state: what a step may return anew.
@@ -41,6 +43,8 @@ class Step(NamedTuple):
     factors: set[tuple[int, ...]]
     owners: dict[int, str]
     parts: set[int]
+    second: dict[str, int]
+    trained_first: list[int]
     shards: set[tuple[int, ...]]
     base: list[Any]
     state: list[Any]
@@ -76,12 +80,14 @@ def read_step(args: tuple[Any, ...], outputs: Any) -> Step:
     base, state, trained_leaves, data = [], [], [], []
     owners: dict[int, str] = {}
     parts: set[int] = set()
+    second: dict[str, int] = {}
     for path, leaf in pairs:
         leaves = jax.tree.leaves(leaf)
         if path[: len(at)] == at and (isinstance(leaf, LoRA) or at != base_at):
             trained_leaves += [leaf]
             if isinstance(leaf, LoRA):
                 parts |= {len(data), len(data) + 1}  # a and b come first
+                second[kernel_path(path_of(path[len(at) :]))] = len(data) + 1
         elif base_at is not None and path[: len(base_at)] == base_at:
             base += leaves
             if (name := path_of(path[len(base_at) :])) in kernels:
@@ -105,6 +111,8 @@ def read_step(args: tuple[Any, ...], outputs: Any) -> Step:
         factors={dims(shape) for node in nodes.values() for shape in _factor_shapes(node)},
         owners=owners,
         parts=parts,
+        second=second,
+        trained_first=_first_factors(outputs),
         shards=set(forms) | {shard for shard in shards if len(shard) > 1},
         base=base,
         state=state,
@@ -115,6 +123,15 @@ def read_step(args: tuple[Any, ...], outputs: Any) -> Step:
         plain=None if base_at is None else _plain(_subtree(args, base_at), adapter, at == base_at),
         rest=[arg for i, arg in enumerate(args) if i not in taken],
     )
+
+
+def _first_factors(outputs: Any) -> list[int]:
+    """Flat outputs that are the a of a node of the adapter: of the outermost nodes, for the moments' lie deeper."""
+    pairs, _ = jax.tree_util.tree_flatten_with_path(outputs, is_leaf=lambda x: isinstance(x, LoRA))
+    starts = {i: path[: _mapping_start(path)] for i, (path, leaf) in enumerate(pairs) if isinstance(leaf, LoRA)}
+    outermost = min(starts.values(), key=len, default=())
+    places = itertools.accumulate((len(jax.tree.leaves(leaf)) for _, leaf in pairs), initial=0)
+    return [place for i, place in enumerate(places) if starts.get(i) == outermost and i in starts]
 
 
 def _mapping_start(path: Sequence[Any]) -> int:

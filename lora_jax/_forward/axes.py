@@ -28,7 +28,7 @@ def kernel_axes(apply_fn: Callable[..., Any], params: Any, *args: Any, **kwargs:
     Returns:
       A `KernelAxes`, a dict from leaf path to `Axes`, of the kernels that are consumed (contracted with activations,
       convolved or looked up); `.embeddings` are those that a look-up reads, `.heads` those whose product is an output
-      of the function and feeds no other kernel.
+      of the function and feeds no other kernel. Each entry knows which it is: a plain dict of some of them is as good.
 
     Raises:
       ValueError: two uses of a kernel disagree, so that no one pair of factors serves both.
@@ -38,8 +38,13 @@ def kernel_axes(apply_fn: Callable[..., Any], params: Any, *args: Any, **kwargs:
       >>> params = {"qkv": jnp.ones((3, 2, 8, 4))}
       >>> x = jax.ShapeDtypeStruct((5, 8), jnp.float32)
       >>> lora_jax.kernel_axes(lambda p, x: jnp.einsum("td,sndh->stnh", x, p["qkv"]), params, x)["qkv"]
-      Axes(stack=(), inputs=(2,), outputs=(0, 1, 3))
+      Axes(stack=(), inputs=(2,), outputs=(0, 1, 3), head=True)
     """
+    if not callable(apply_fn):
+        raise ValueError(
+            f"apply_fn: {type(apply_fn).__name__} given, expected a function; the order is"
+            " kernel_axes(apply_fn, params, *inputs)"
+        )
     plain, _ = detach(params)
     leaves, treedef = jax.tree.flatten(((plain, *args), kwargs))
     paths = leaf_paths(plain)
@@ -69,10 +74,11 @@ def _report(reader: Reader, outputs: Sequence[Info]) -> KernelAxes:
                 "leave it out of the targets or give its axes by hand"
             )
     alone = {use for info in outputs if len(info.reach) == 1 for use in info.reach}
-    result = KernelAxes({path: use.axes for path, use in first.items()})
-    result.embeddings = frozenset(reader.embeddings)
-    result.heads = frozenset(use.path for use in alone - reader.feeding)
-    return result
+    return KernelAxes(
+        {path: use.axes for path, use in first.items()},
+        embeddings=reader.embeddings,
+        heads={use.path for use in alone - reader.feeding},
+    )
 
 
 def walk(jaxpr: Any, infos: Sequence[Info], reader: Reader) -> list[Info]:

@@ -6,17 +6,15 @@ import functools
 from typing import Any
 
 import jax
-import numpy as np
 from jax import lax
 
+from lora_jax._arguments import has_adams_eps
 from lora_jax._dora import gain_of
 from lora_jax._forward import dropout
 from lora_jax._forward.layout import drop
 from lora_jax._forward.lowrank import RANK, Factor, LowRank, wide
 from lora_jax._node import SUFFIX, check_node
 from lora_jax._tree import LoRA
-
-ADAM_EPS = 1e-8
 
 
 def carry(path: str, w: Any, node: LoRA, draw: dropout.Draw | None, slot: int) -> LowRank:
@@ -49,7 +47,7 @@ def _check_fit(path: str, w: Any, node: LoRA) -> None:
 
 def _differentiable(path: str, factor: Any) -> Any:
     """The factor itself, unless no gradient of it may be taken: where Adam's eps rounds to zero, 0 / 0 is nan."""
-    return factor if np.asarray(ADAM_EPS, factor.dtype) else _forward_only(factor, path)
+    return factor if has_adams_eps(factor.dtype) else _forward_only(factor, path)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
