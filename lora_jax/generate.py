@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import prefix
-from lora_jax._forward import adapt
+from lora_jax._forward import ensure_adapted
 from lora_jax.data import bucket
 
 
@@ -103,7 +103,7 @@ def generate(
 def _generate(
     params, input_ids, mask, eos_ids, temperature, top_p, key, *, model_apply, init_cache, max_tokens, draw, nucleus
 ):
-    apply = prefix.adapt(adapt(model_apply, allow_none=True))
+    apply = prefix.adapt(ensure_adapted(model_apply))
     empty = ~mask.any(axis=1)
     if (node := prefix.take(params)[1]) is not None:
         input_ids, mask = prefix.insert(node, input_ids), prefix.insert(node, mask, fill=1)

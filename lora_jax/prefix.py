@@ -26,6 +26,8 @@ from lora_jax._tree import Prefix, is_node, leaves_with_paths, unbox
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings")
 """Where the models of `lora_jax.models` look tokens up."""
 
+_KNOWN = "_lora_jax_takes_prefix"  # noted on a function; wrappers that copy its attributes hand it on
+
 
 def init(key: jax.Array, params: Any, length: int, *, after: int = 0, embedding: str | None = None) -> Any:
     """Adds prefix embeddings, which start as those of tokens drawn from the vocabulary (Lester et al. 2021, 3.2).
@@ -123,7 +125,7 @@ def adapt(apply_fn: Callable[..., Any], *, used: Any = None) -> Callable[..., An
 
     Outputs of three axes, [B, T, ...], are taken to be by token; others are left as they are. Where a `cache` is given
     nothing is inserted: the caller does so once (`insert`), while the cache is empty, and from then on it is in there.
-    Without a prefix in the tree `apply_fn` is called as it is.
+    Without a prefix in the tree `apply_fn` is called as it is. What this returned is adapted no second time.
 
     Args:
       apply_fn: `(params, input_ids, attention_mask=None, **keywords)`, after `lora_jax.adapt` where there are nodes. It
@@ -147,6 +149,9 @@ def adapt(apply_fn: Callable[..., Any], *, used: Any = None) -> Callable[..., An
     [[[11.0], [13.0]]]
     """
 
+    if used is None and getattr(apply_fn, _KNOWN, False):
+        return apply_fn
+
     @functools.wraps(apply_fn)
     def with_prefix(params: Any, *args: Any, **keywords: Any) -> Any:
         plain, node = take(params)
@@ -156,6 +161,7 @@ def adapt(apply_fn: Callable[..., Any], *, used: Any = None) -> Callable[..., An
             return apply_fn(plain, *args, more_embeddings=node.cast(), **keywords)
         return _inserted(apply_fn, used, plain, node, *args, **keywords)
 
+    setattr(with_prefix, _KNOWN, True)
     return with_prefix
 
 

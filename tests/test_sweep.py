@@ -375,7 +375,7 @@ def test_labels_are_swept_with_their_metrics_and_heads():
     assert mine.valid.loss == pytest.approx(alone.after.loss, rel=1e-5)
     assert mine.valid.metrics == pytest.approx(alone.after.metrics, rel=1e-5)
     np.testing.assert_allclose(
-        mine.adapter["classifier"]["kernel"], alone.params["classifier"]["kernel"], rtol=0, atol=1e-5
+        mine.adapter["classifier"]["kernel"].value, alone.params["classifier"]["kernel"].value, rtol=0, atol=1e-5
     )
     assert {"valid_loss", "valid_accuracy", "valid_accuracy_std"} <= set(results.summary()[0])
 

@@ -18,6 +18,7 @@ from transformers import LlamaConfig
 
 import lora_jax
 from lora_jax import data
+from lora_jax._node import trained
 from lora_jax.train import (
     TrainConfig,
     cross_entropy,
@@ -243,6 +244,22 @@ def test_clipping_sees_the_adapter_only():
     same(lora_jax.split(updates)[1], alone)
 
 
+def test_weight_decay_is_for_matrices():
+    """Without a gradient, what moves is what decays."""
+    node = lora_jax.LoRA(jnp.ones((3, 2)), jnp.ones((2, 4)), 2.0, magnitude=jnp.ones(4))
+    marks = {"scale": jnp.ones((5, 4)), "bias": jnp.ones(4), "kernel": jnp.ones((4, 2))}
+    adapter = {"q": {"kernel_lora": node}, "x": {name: trained(leaf) for name, leaf in marks.items()}}
+    tx = make_optimizer(dataclasses.replace(QUICK, weight_decay=0.1, clip=0.0), 10)
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, adapter), tx.init(adapter), adapter)
+    moved = {jax.tree_util.keystr(path): bool(x.any()) for path, x in jax.tree.leaves_with_path(updates)}
+    assert [name for name, moves in moved.items() if moves] == [
+        "['q']['kernel_lora'].a",
+        "['q']['kernel_lora'].b",
+        "['x']['kernel'].value",
+    ]
+    assert len(moved) == 6
+
+
 def test_clipping_scales_the_gradient_to_the_norm():
     _, adapter = lora_jax.split(grown(adapted()))
     grads = jax.tree.map(lambda x: 100 * x, adapter)
@@ -271,9 +288,36 @@ def test_a_head_trained_whole_beside_the_factors():
     params = lora_jax.init(
         jax.random.key(1), tiny.init(jax.random.key(0)), dataclasses.replace(CONFIG, train=["head"]), axes=AXES
     )
-    result = train(tiny.apply, params, tiny.examples(24), config=QUICK, train=["head"])
-    assert np.abs(result.params["head"]["kernel"] - params["head"]["kernel"]).max() > 1e-3
+    result = train(tiny.apply, params, tiny.examples(24), config=QUICK)
+    assert np.abs(result.params["head"]["kernel"].value - params["head"]["kernel"].value).max() > 1e-3
     same(result.params["embed"], params["embed"])
+
+
+def test_leaves_alone_train_without_a_node():
+    params = tiny.init(jax.random.key(0))
+    marked = lora_jax.init(jax.random.key(1), params, lora_jax.LoRAConfig(rank=1, alpha=1, targets=(), train=["head"]))
+    result = train(tiny.apply, marked, tiny.examples(24), tiny.examples(8), config=QUICK)
+    assert result.after.loss < result.before.loss
+    same(params, tiny.init(jax.random.key(0)))  # a donated step deletes nothing of what was given
+    named = train(tiny.apply, params, tiny.examples(24), tiny.examples(8), config=QUICK, train=["head"])
+    np.testing.assert_array_equal(losses(result), losses(named))
+
+
+def test_raw_and_adapted_functions_train_alike_and_one_that_uses_no_parameters_is_refused():
+    params, rows = grown(adapted()), tiny.examples(8)
+    config = dataclasses.replace(QUICK, steps=2, dropout=0.5)
+    raw = train(tiny.apply, params, rows, config=config)
+    given = train(lora_jax.adapt(tiny.apply, dropout=0.5), params, rows, config=config)
+    np.testing.assert_array_equal(losses(raw), losses(given))
+    with pytest.raises(
+        ValueError, match=r"^dropout: the function is adapted already with dropout=0.1, and 0.5 is given"
+    ):
+        train(lora_jax.adapt(tiny.apply, dropout=0.1), params, rows, config=config)
+    with pytest.raises(ValueError, match=r"seems to be adapted already"):
+        train(lambda p, ids, mask: lora_jax.adapt(tiny.apply)(p, ids, mask), params, rows, config=QUICK)
+    own = tiny.init(jax.random.key(0))
+    with pytest.raises(ValueError, match=r"^\S+_lora: the gradient is zero whatever the data"):
+        train(lambda p, ids, mask: tiny.apply(own, ids, mask), params, rows, config=QUICK)
 
 
 # --- what a step costs -----------------------------------------------------------------------------------------------

@@ -71,10 +71,10 @@ def certify(
 ) -> Certificate:
     """Compile a training step and check that it costs what LoRA should.
 
-    Claims: a gradient reaches the factors; none of a kernel's shape is computed, nor W + ΔW; no output is a copy of the base; the base is an
-    argument, not a captured constant; the optimizer's state is proportional to the adapter; no collective moves an
-    array of a kernel's shape unless the plain step does; and, with `plain`, FLOPs are below those of plain forward and
-    backward.
+    Claims: a gradient reaches the factors; none of a kernel's shape is computed, nor W + ΔW; no output is a copy of the
+    base; the base is an argument, not a captured constant; the optimizer's state is proportional to the adapter; no
+    collective moves an array of a kernel's shape unless the plain step does; and, with `plain`, FLOPs are below those
+    of plain forward and backward.
 
     Args:
       step: A function that trains once: takes the adapter (what `split` gave, or the whole tree), the optimizer's

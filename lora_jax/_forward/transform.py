@@ -17,7 +17,7 @@ from lora_jax._forward.carry import carry
 from lora_jax._forward.interpret import Frame, Session, evaluate
 from lora_jax._forward.lowrank import LowRank
 from lora_jax._forward.settings import UNSET, Settings, note, noted, tracing
-from lora_jax._tree import LoRA, detach, leaf_paths, refuse_prefix
+from lora_jax._tree import LoRA, detach, leaf_paths, refuse_prefix, trained_paths
 
 RULES = {
     **layout.RULES,
@@ -127,7 +127,8 @@ def _adapted(apply_fn: Callable[..., Any], settings: Settings) -> Callable[..., 
     def adapted(*args: Any, dropout_key: Any = None, **kwargs: Any) -> Any:
         leaves, treedef, nodes = _detached(args, kwargs)
         if not nodes:
-            settings.refuse_none()
+            if not any(trained_paths(value) for value in (*args, *kwargs.values())):
+                settings.refuse_none()
             args, kwargs = jax.tree.unflatten(treedef, leaves)
             return apply_fn(*args, **kwargs)
         arrays = [i for i, leaf in enumerate(leaves) if is_array(leaf)]

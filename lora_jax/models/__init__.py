@@ -278,7 +278,11 @@ def _abstract(family: Family, config, dtype, compute_dtype, remat: bool, folder:
     module = family.module(config, compute_dtype, param_dtype, remat)
     shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
 
+    expected = jax.tree.structure(shapes)
+
     def apply(params, input_ids, attention_mask=None, **keywords):
+        if jax.tree.structure(params) != expected:
+            _check_known(params, shapes)
         return module.apply({"params": params}, input_ids, attention_mask, **keywords)
 
     def init_cache(batch: int, length: int, dtype: Any = None):
@@ -297,6 +301,17 @@ def _abstract(family: Family, config, dtype, compute_dtype, remat: bool, folder:
         head=family.head,
         max_length=family.positions(config),
     )
+
+
+def _check_known(params: Any, shapes: Any) -> None:
+    """Refuse leaves that no layer would look at: Flax passes them over in silence."""
+    known = {jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree.leaves_with_path(shapes)}
+    for path, _ in jax.tree.leaves_with_path(params):
+        if (name := jax.tree_util.keystr(path, simple=True, separator="/")) not in known:
+            raise ValueError(
+                f"{name}: the model has no such leaf; for a tree with an adapter call lora_jax.adapt(model.apply), or"
+                " merge it"
+            )
 
 
 def _layout(model: Model, leaves: Mapping[str, Any]) -> dict[str, Path] | None:

@@ -1,5 +1,6 @@
 """The compiled program: the step and the loss of one adapter, under `vmap` over all of them."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import prefix
-from lora_jax._forward import adapt
+from lora_jax._forward import ensure_adapted
 from lora_jax._tree import combine
 from lora_jax.train import Task, TrainConfig, make_loss_sums, make_optimizer, make_step
 
@@ -78,15 +79,18 @@ def make_program(
       own_rows: whether each adapter has rows of its own: the batch then has a leading axis too.
       own_prefix: whether prefixes are of several lengths: what an adapter doesn't use is then padding.
     """
-    adapted = adapt(apply_fn, allow_none=True)
+    adapted = ensure_adapted(apply_fn)
 
     def applied(lane):
         return prefix.adapt(adapted, used=lane.prefix if own_prefix else None)
 
     def step(adapter, opt_state, lane, base, batch, number):
+        apply = applied(lane)
+
+        @functools.wraps(apply)  # so that it is known to be adapted
         def forward(*args, dropout_key=None, **keywords):
             pair = None if dropout_key is None else (dropout_key, lane.dropout)
-            return applied(lane)(*args, dropout_key=pair, **keywords)
+            return apply(*args, dropout_key=pair, **keywords)
 
         tx = make_optimizer(config, steps, learning_rate=lane.learning_rate, weight_decay=lane.weight_decay)
         one = make_step(forward, tx, objective=task.objective, accumulate=config.accumulate)

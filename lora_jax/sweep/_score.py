@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lora_jax._forward import adapt
+from lora_jax._forward import ensure_adapted
 from lora_jax._tree import nodes_of
 from lora_jax.analysis import GradientScore, gradient_scores
 from lora_jax.data import Batch
@@ -20,7 +20,7 @@ def kernel_scores(
     apply_fn: Callable[..., Any], starts: Starts, batches: Sequence[Batch], task: Task, key: jax.Array
 ) -> dict[str, GradientScore]:
     """A score of the highest rank for every kernel that any point targets."""
-    apply = with_prefix(adapt(apply_fn))
+    apply = with_prefix(ensure_adapted(apply_fn))
 
     def loss_fn(params: Any, batch: Any) -> jax.Array:
         total, weight = task.objective(apply_to_batch(apply, params, batch), batch)

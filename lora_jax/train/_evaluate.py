@@ -7,8 +7,7 @@ import grain
 import jax
 import numpy as np
 
-from lora_jax import data, prefix
-from lora_jax._forward import adapt
+from lora_jax import data
 from lora_jax.train._step import make_loss_sums
 from lora_jax.train._task import Task, task_of
 
@@ -48,8 +47,7 @@ def evaluate(
       batch_size: rows computed at once; it doesn't change the result.
       task: what the rows ask for, where it isn't `task_of(examples)`.
     """
-    apply = prefix.adapt(adapt(apply_fn, allow_none=True))
-    return Evaluator(apply, examples, batch_size, task or task_of(examples))(params)
+    return Evaluator(apply_fn, examples, batch_size, task or task_of(examples))(params)
 
 
 class Evaluator:

@@ -15,8 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from lora_jax import data, prefix
-from lora_jax._forward import adapt
+from lora_jax import data
 from lora_jax._tree import combine, split
 from lora_jax.checkpoint import Checkpoints, Kept, TrainState, fingerprint
 from lora_jax.train._config import TrainConfig
@@ -80,15 +79,17 @@ def train(
     changed. `params` themselves stay as they are. The same seed on the same machine gives the same losses bit for bit.
 
     Args:
-      apply_fn: the model's own function, `apply_fn(params, input_ids, attention_mask) -> logits`; it is adapted here.
+      apply_fn: the model's own function, `apply_fn(params, input_ids, attention_mask) -> logits`, as for `make_step`.
         Of labelled rows it also gets `token_type_ids=` where they have them, and gives [batch, classes] or [batch, 1].
-      params: a tree with LoRA nodes (`lora_jax.init`), or without any, where `train` names what to train.
+      params: a tree that says what trains, as `lora_jax.init` or `lora_jax.peft.load` made it; or another, where
+        `train` names it.
       train_data: tokenised rows (the `examples` of `lora_jax.data.encode` or `encode_labelled`).
       valid_data: rows for loss and metrics before, after and every `eval_every` steps, and to choose the best adapter.
       config: the settings; `TrainConfig()` where not given.
       task: what the rows ask for, where it isn't `task_of(train_data)`.
       output: a folder for `metrics.jsonl` and, every `checkpoint_every` steps, checkpoints.
-      train: leaves trained whole, as for `lora_jax.split`; `("/.*/",)` without nodes is full fine-tuning.
+      train: patterns of leaves trained in full that the tree doesn't mark, as for `lora_jax.split`; `("/.*/",)` without
+        nodes is full fine-tuning.
       on_log: called with every line of metrics.
       console: where progress is shown: a bar on a terminal, about twenty lines elsewhere. None shows nothing.
       resume: go on from the newest checkpoint in `output`; the same losses follow as without the break, bit for bit.
@@ -111,12 +112,10 @@ def train(
     task = task or task_of(train_data)
     steps, every = config.total_steps(len(train_data)), config.look_every(len(train_data), task.metrics is not None)
     rate, tx = schedule(config, steps), make_optimizer(config, steps, train=train)
-    apply = prefix.adapt(adapt(apply_fn, dropout=config.dropout, allow_none=True))
-    step_fn = jax.jit(
-        make_step(apply, tx, objective=task.objective, accumulate=config.accumulate), donate_argnums=(0, 1)
-    )
+    step = make_step(apply_fn, tx, objective=task.objective, accumulate=config.accumulate, dropout=config.dropout)
+    step_fn = jax.jit(step, donate_argnums=(0, 1))
     batches = _iterate(train_data, config, steps)
-    validate = Evaluator(apply, valid_data, config.batch_size, task) if valid_data else lambda params: None
+    validate = Evaluator(apply_fn, valid_data, config.batch_size, task) if valid_data else lambda params: None
 
     with contextlib.ExitStack() as stack:
         opt_state, key = jax.jit(tx.init)(adapter), jax.random.key(config.seed)

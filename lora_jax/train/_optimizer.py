@@ -2,9 +2,13 @@
 
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import optax
 
 from lora_jax._optim import masked
+from lora_jax._paths import is_vector
+from lora_jax._tree import LoRA, edit
 from lora_jax.train._config import TrainConfig
 
 
@@ -36,6 +40,8 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """AdamW for the trained leaves of a tree or of an adapter; whatever else is in it neither moves nor has moments.
 
+    Weight decay leaves biases, the scales of norms and DoRA's magnitudes alone, as is the custom.
+
     Args:
       config: learning rate, warm-up, decay and clipping.
       steps: of the whole run, for the schedule.
@@ -47,7 +53,28 @@ def make_optimizer(
       An optax transformation; its clipping sees the trained leaves' gradients only.
     """
     decay = config.weight_decay if weight_decay is None else weight_decay
-    tx = optax.adamw(schedule(config, steps, learning_rate), weight_decay=decay)
+    tx = optax.adamw(schedule(config, steps, learning_rate), weight_decay=decay, mask=decayed)
     if config.clip:
         tx = optax.chain(optax.clip_by_global_norm(config.clip), tx)
     return masked(tx, train)
+
+
+def decayed(tree: Any) -> Any:
+    """Which leaves weight decay is for, as booleans: A, B and other matrices, not biases, scales of norms, magnitudes.
+
+    >>> from lora_jax import LoRA
+    >>> tree = {"w_lora": LoRA(1.0, 2.0, 0.5, 3.0), "norm": {"scale": jnp.ones((4, 8))}, "head": jnp.ones((8, 2))}
+    >>> decayed(tree)
+    {'w_lora': LoRA(a=True, b=True, scale=0.5, magnitude=False, ...), 'norm': {'scale': False}, 'head': True}
+    """
+
+    def flag(path: str, leaf: Any) -> Any:
+        if leaf is None:
+            return None
+        if isinstance(leaf, LoRA):
+            flags = jax.tree.map(lambda _: True, leaf)
+            fixed = {} if leaf.scale_is_static else {"scale": False}
+            return flags.replace(magnitude=None if leaf.magnitude is None else False, **fixed)
+        return jax.tree.map(lambda x: jnp.ndim(x) > 1 and not is_vector(path), leaf)
+
+    return edit(tree, leaf=flag)

@@ -7,8 +7,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+from jax.interpreters import partial_eval
 
-from lora_jax._tree import combine
+from lora_jax import prefix
+from lora_jax._forward import ensure_adapted
+from lora_jax._tree import combine, leaves_with_paths
 from lora_jax.train._loss import next_token_loss
 
 Batch = dict[str, Array]
@@ -29,6 +32,7 @@ def make_step(
     *,
     objective: Objective = next_token_loss,
     accumulate: int = 1,
+    dropout: float = 0.0,
 ) -> Callable[..., tuple[Any, Any, StepMetrics]]:
     """A training step: the gradient is taken of the adapter, the base is an argument.
 
@@ -38,25 +42,29 @@ def make_step(
     adapter and the optimizer's state are replaced. Never donate the base.
 
     Args:
-      apply_fn: the model's function as `lora_jax.adapt` returns it, called as
-        `apply_fn(params, input_ids, attention_mask)`, with `dropout_key=` where a key is given and `token_type_ids=`
-        where the batch has them.
-      tx: as `make_optimizer` or `lora_jax.masked` gives it; its state comes from `tx.init(adapter)`.
+      apply_fn: the model's own function, `apply_fn(params, input_ids, attention_mask)`, with `token_type_ids=` where
+        the batch has them; it is adapted here. What `lora_jax.adapt` returned is taken as it is.
+      tx: any optax optimizer, for what `split` gives as the adapter; its state comes from `tx.init(adapter)`.
       objective: from the model's output and the batch to the sum of the losses and the sum of their weights.
       accumulate: parts that the batch is computed in, one after another. Its rows must divide by it.
+      dropout: the rate on the low-rank path, in steps that are given a key.
 
     Returns:
       `step(adapter, opt_state, base, batch, key=None) -> (adapter, opt_state, StepMetrics)`.
+
+    Raises:
+      ValueError: a function that is adapted already with another `dropout`; at the call, one that uses nothing of what
+        trains, so that every gradient would be zero.
 
     Example:
       >>> import lora_jax
       >>> config = lora_jax.LoRAConfig(rank=2, alpha=4, targets=["head"])
       >>> params = {"embed": jnp.ones((5, 3)), "head": {"kernel": jnp.ones((3, 5))}}
       >>> params = lora_jax.init(jax.random.key(0), params, config)
-      >>> apply = lora_jax.adapt(lambda p, ids, mask: p["embed"][ids] @ p["head"]["kernel"])
+      >>> apply_fn = lambda p, ids, mask: p["embed"][ids] @ p["head"]["kernel"]
       >>> base, adapter = lora_jax.split(params)
-      >>> tx = lora_jax.masked(optax.sgd(0.1))
-      >>> step = jax.jit(make_step(apply, tx), donate_argnums=(0, 1))
+      >>> tx = optax.sgd(0.1)
+      >>> step = jax.jit(make_step(apply_fn, tx), donate_argnums=(0, 1))
       >>> ids = jnp.array([[1, 2, 3]])
       >>> batch = {"input_ids": ids, "attention_mask": ids * 0 + 1, "loss_weights": jnp.ones((1, 3))}
       >>> adapter, opt_state, metrics = step(adapter, tx.init(adapter), base, batch)
@@ -64,9 +72,11 @@ def make_step(
       (1.6094, 2)
     """
 
+    apply = prefix.adapt(ensure_adapted(apply_fn, dropout=dropout))
+
     def loss_sum(adapter, base, batch, key):
-        dropout = {} if key is None else {"dropout_key": key}
-        return objective(apply_to_batch(apply_fn, combine(base, adapter), batch, **dropout), batch)
+        dropout_key = {} if key is None else {"dropout_key": key}
+        return objective(apply_to_batch(apply, combine(base, adapter), batch, **dropout_key), batch)
 
     gradient = jax.value_and_grad(loss_sum, has_aux=True)
 
@@ -82,6 +92,7 @@ def make_step(
         return jax.lax.scan(add, zeros, (jnp.arange(accumulate), parts))[0]
 
     def step(adapter, opt_state, base, batch, key=None):
+        _check_used(lambda adapter: loss_sum(adapter, base, batch, key)[0], adapter)
         (total, weight), grads = (gradient if accumulate == 1 else accumulated)(adapter, base, batch, key)
         mean = 1 / jnp.where(weight > 0, weight, 1)  # a batch without targets moves nothing, and is no nan
         grads = jax.tree.map(lambda g: g * mean.astype(g.dtype), grads)
@@ -90,6 +101,18 @@ def make_step(
         return optax.apply_updates(adapter, updates), opt_state, metrics
 
     return step
+
+
+def _check_used(loss: Callable[[Any], Array], adapter: Any) -> None:
+    """Raise where a loss depends on no leaf of the adapter, as it does where a function closes over its parameters."""
+    jaxpr = jax.make_jaxpr(loss)(adapter).jaxpr
+    _, used = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=False)
+    if not any(used):
+        path = next((path for path, _ in leaves_with_paths(adapter)), "adapter")
+        raise ValueError(
+            f"{path}: the gradient is zero whatever the data, as for all that trains: the function doesn't use the"
+            " parameters that it is given; let it take them as its first argument"
+        )
 
 
 def apply_to_batch(apply_fn: Callable[..., Any], params: Any, batch: Batch, **keywords: Any) -> Any:
@@ -105,12 +128,15 @@ def make_loss_sums(
 ) -> Callable[..., tuple[Array, ...]]:
     """The compiled `(params, batch) -> (sum of losses, sum of weights)`, without dropout.
 
-    With `predict`, from the model's output to one prediction a row, these come third.
+    `apply_fn` is handed over as to `make_step`. With `predict`, from the model's output to one prediction a row, these
+    come third.
     """
+
+    apply = prefix.adapt(ensure_adapted(apply_fn))
 
     @jax.jit
     def loss_sums(params, batch):
-        outputs = apply_to_batch(apply_fn, params, batch)
+        outputs = apply_to_batch(apply, params, batch)
         return (*objective(outputs, batch), *(() if predict is None else (predict(outputs),)))
 
     return loss_sums

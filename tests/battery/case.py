@@ -127,7 +127,8 @@ def make_nodes(params, axes: dict[str, Axes], seed=1) -> dict[str, LoRA]:
         nodes[path] = LoRA(
             a=jnp.asarray(0.4 * a.normal(size=(*sizes(stack), *sizes(inputs), RANK)), jnp.float32),
             b=jnp.asarray(0.4 * b.normal(size=(*sizes(stack), RANK, *sizes(outputs))), jnp.float32),
-            scale=scale.uniform(0.5, 1.5, size=sizes(stack)),
+            # A leaf, so that one program does for all seeds.
+            scale=jnp.asarray(scale.uniform(0.5, 1.5, size=sizes(stack)), jnp.float32),
             axes=Axes(stack, inputs, outputs),
         )
     return nodes
