@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 from jax.extend import core as jex
+from jax.interpreters import partial_eval
 
 
 def scan_counts(eqn: Any) -> tuple[int, int]:
@@ -40,3 +41,14 @@ def inner_jaxprs(eqn: Any) -> Iterator[Any]:
 def opened(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
     """A jaxpr, closed or not, and its constants."""
     return (jaxpr.jaxpr, jaxpr.consts) if isinstance(jaxpr, jex.ClosedJaxpr) else (jaxpr, ())
+
+
+def used_inputs(jaxpr: Any, outputs: Sequence[bool]) -> list[bool]:
+    """Which inputs of a closed jaxpr the chosen outputs depend on, as its equations say: a product with 0 does.
+
+    >>> import jax
+    >>> used_inputs(jax.make_jaxpr(lambda x, y: (x + 1, x * y))(1.0, 2.0), [True, False])
+    [True, False]
+    """
+    _, used = partial_eval.dce_jaxpr(jaxpr.jaxpr, list(outputs), instantiate=False)
+    return list(used)

@@ -8,12 +8,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.interpreters import partial_eval
 
 from lora_jax._certify.cost import Cost, cost_of
 from lora_jax._certify.hlo import Collective, collectives
 from lora_jax._certify.step import Step, dims, read_step
-from lora_jax._jaxprs import inner_jaxprs, opened
+from lora_jax._jaxprs import inner_jaxprs, opened, used_inputs
 
 STATE_LIMIT = 4  # numbers of optimizer state for each trained one: Adam has 2, Adan 3
 
@@ -71,10 +70,10 @@ def certify(
 ) -> Certificate:
     """Compile a training step and check that it costs what LoRA should.
 
-    Claims: a gradient reaches the factors; none of a kernel's shape is computed, nor W + ΔW; no output is a copy of the
-    base; the base is an argument, not a captured constant; the optimizer's state is proportional to the adapter; no
-    collective moves an array of a kernel's shape unless the plain step does; and, with `plain`, FLOPs are below those
-    of plain forward and backward.
+    Claims: a gradient reaches the factors; no gradient of a kernel's shape is computed, nor W + ΔW; no output is a copy
+    of the base; the base is an argument, not a captured constant; the optimizer's state is proportional to the adapter;
+    no collective moves an array of a kernel's shape unless the plain step does; and, with `plain`, FLOPs are below
+    those of plain forward and backward.
 
     Args:
       step: A function that trains once: takes the adapter (what `split` gave, or the whole tree), the optimizer's
@@ -171,7 +170,7 @@ def _idle(jaxpr: Any, step: Step) -> tuple[str, ...]:
     if not step.trained_first:
         return ()
     wanted = [i in step.trained_first for i in range(len(jaxpr.out_avals))]
-    _, used = partial_eval.dce_jaxpr(jaxpr.jaxpr, wanted, instantiate=False)
+    used = used_inputs(jaxpr, wanted)
     return tuple(path for path, place in step.second.items() if not used[place])
 
 
