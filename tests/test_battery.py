@@ -73,7 +73,8 @@ def run(case, form, nodes, arrays):
         out = case.call(adapted(case), with_nodes(case.params, nodes), arrays)
     elif form == "merged":
         out = case.call(case.fn, merge_by_hand(case.params, nodes), arrays)
-    else:
+    else:  # by hand, the scale is an array like the factors: scanned over, indexed
+        nodes = {path: node.replace(scale=jnp.asarray(node.scale)) for path, node in nodes.items()}
         out = case.call(lambda params, *args, **kw: case.by_hand(params, nodes, *args, **kw), case.params, arrays)
     return arrays_only(out)
 
@@ -183,8 +184,12 @@ def check_gradients(case):
 
 
 def check_vmap(case):
-    """vmap over three adapters == three runs."""
-    nodes = [nodes_of(case.name, seed) for seed in range(3)]
+    """vmap over three adapters == three runs. Their scales are one: others are data only where `stack` makes them."""
+    scales = {path: node.scale for path, node in nodes_of(case.name).items()}
+    nodes = [
+        {path: node.replace(scale=scales[path]) for path, node in nodes_of(case.name, seed).items()}
+        for seed in range(3)
+    ]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *nodes)
     together = jax.jit(jax.vmap(lambda n: run(case, "adapted", n, case.arrays)))(stacked)
     alone = [forward(case.name, "adapted")(case.params, n, case.arrays) for n in nodes]
