@@ -225,11 +225,16 @@ def test_a_magnitude_of_another_shape_is_refused():
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"dropout": 1.0}, r"dropout 1\.0 is not a rate"), ({"on_materialize": "maybe"}, "on_materialize 'maybe'")],
+    [
+        ({"dropout": 1.0}, r"dropout 1\.0 is not a rate"),
+        ({"dropout": "0.1"}, r"dropout '0\.1' is not a rate"),
+        ({"on_materialize": "maybe"}, "on_materialize 'maybe'"),
+        ({"apply_fn": PARAMS}, "apply_fn: dict given, expected a function"),
+    ],
 )
 def test_bad_settings(settings, message):
     with pytest.raises(ValueError, match=message):
-        lora_jax.adapt(mlp, **settings)
+        lora_jax.adapt(**{"apply_fn": mlp, **settings})
 
 
 def test_no_tracer_leaks():

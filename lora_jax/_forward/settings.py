@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import numbers
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -23,7 +24,8 @@ class Settings(NamedTuple):
     allow_none: Any = UNSET
 
     def check(self) -> None:
-        if self.dropout is not UNSET and not 0.0 <= self.dropout < 1.0:
+        rate = self.dropout
+        if rate is not UNSET and not (isinstance(rate, numbers.Real) and 0.0 <= float(rate) < 1.0):
             raise ValueError(f"dropout {self.dropout!r} is not a rate in [0, 1); pass, say, dropout=0.1")
         if self.on_materialize not in (UNSET, "warn", "error", "allow"):
             raise ValueError(f"on_materialize {self.on_materialize!r} is not one of 'warn', 'error', 'allow'")

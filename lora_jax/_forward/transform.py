@@ -85,6 +85,10 @@ def adapt(
     """
     given = Settings(*(UNSET if x is None else x for x in (dropout, on_materialize, allow_none)))
     given.check()
+    if not callable(apply_fn):
+        raise ValueError(
+            f"apply_fn: {type(apply_fn).__name__} given, expected a function; say adapt(apply_fn)(params, x)"
+        )
     known = noted(apply_fn)
     if known is not None:
         known.settings.refuse_other(given)
