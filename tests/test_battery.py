@@ -84,7 +84,10 @@ def run(case, form, nodes, arrays):
 
 @functools.cache
 def nodes_of(name, seed=1):
-    return make_nodes(CASES[name].params, CASES[name].axes, seed)
+    """The adapters with static scales, as `init` makes them."""
+    with jax.ensure_compile_time_eval():  # it may be called first while a function is traced
+        nodes = make_nodes(CASES[name].params, CASES[name].axes, seed)
+        return {path: node.replace(scale=np.asarray(node.scale)) for path, node in nodes.items()}
 
 
 @functools.cache
