@@ -4,9 +4,11 @@ Opening a pipe waits for whoever writes to it, a device never ends, and a file t
 damaged: each is named here instead, in words for the message of an error.
 """
 
+import json
 import re
 import stat
 from pathlib import Path
+from typing import Any
 
 LARGEST_POINTER = 1024  # bytes; the specification's limit, https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
 _POINTER = re.compile(rb"version https?://[^\n]*\n(?:[^\n]*\n)*?oid [a-z0-9]+:[0-9a-f]+\r?\n")
@@ -59,3 +61,20 @@ def git_lfs_pointer(path: Path) -> str:
     what = f"{int(size[1]):,} bytes" if size else "a file"
     there = "that are" if size else "that is"
     return f"a Git LFS pointer to {what} {there} not here: run `git lfs pull` in its folder, or download it again"
+
+
+def read_json(path: Path, most_bytes: int) -> Any:
+    """What a JSON file holds, if it is no larger than `most_bytes`.
+
+    Raises:
+        OSError: it can't be read.
+        ValueError: it is too large, or not valid JSON.
+    """
+    if (size := path.stat().st_size) > most_bytes:
+        raise ValueError(f"{path}: {size:,} bytes, expected at most {most_bytes:,} of such a file")
+    with path.open("rb") as file:
+        content = file.read(most_bytes + 1)  # it may have grown
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from None

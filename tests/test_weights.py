@@ -2,13 +2,17 @@
 
 import errno
 import json
+import os
+import re
+import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from model_cases import CASES
+from hostile_models import POINTER
+from model_cases import CASES, write_folder
 from safetensors.numpy import load_file, save_file
 from transformers import LlamaConfig
 
@@ -17,6 +21,7 @@ from lora_jax.models import _files, _shards, _weights
 
 NAME = "llama_tied"
 WEIGHTS = "model.safetensors"
+GOLDEN = Path(__file__).parent / "golden" / "models.npz"
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +128,24 @@ def test_a_copy_of_the_tied_head_is_read_and_another_head_refused(drawn, folder)
     assert "lm_head.weight differs from model.embed_tokens.weight" in refusal(ValueError, folder)
 
 
+@pytest.mark.parametrize("name", ["llama_tied", "gpt2", "bert_masked_lm", "roberta_masked_lm"])
+def test_a_tied_base_may_store_the_head_alone(tmp_path, name):
+    """As files do whose writer kept the last of two names of one tensor."""
+    with np.load(GOLDEN) as golden:
+        shapes = json.loads(str(golden[f"{name}/tensors"]))
+    model = models.load(write_folder(tmp_path / "both", name, shapes))
+    copies = models.FAMILIES[CASES[name]["architectures"][0]].copies(model.config)
+    renamed = {original: copy for copy, original in copies.items()}
+    folder = write_folder(tmp_path / "head", name, shapes)
+    tensors = load_file(folder / WEIGHTS)
+    assert renamed.keys() <= tensors.keys()
+    save_file({renamed.get(tensor, tensor): array for tensor, array in tensors.items()}, folder / WEIGHTS)
+    assert same(models.load(folder).params, model.params)
+    streamed = models.load_streamed(folder)
+    models.save(tmp_path / "out", streamed, streamed.params)
+    assert load_file(tmp_path / "out" / WEIGHTS).keys() == tensors.keys()
+
+
 def test_old_buffers_are_passed_over(drawn, folder):
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     edit(folder, lambda tensors: tensors.update({name: np.ones(4, np.float32)}))
@@ -200,11 +223,21 @@ def test_index_stays_in_its_folder(folder, shard):
     assert "is no safetensors file of this folder" in refusal(ValueError, folder)
 
 
-@pytest.mark.parametrize("index", ["{", "[]", '{"weight_map": 3}'])
-def test_broken_index(folder, index):
+@pytest.mark.parametrize(
+    ("index", "words"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "not a safetensors index"),
+        ('{"weight_map": 3}', "not a safetensors index"),
+        ('{"weight_map": {}}', "not a safetensors index"),
+        (" " * (_files.MOST_BYTES + 1), "bytes, expected at most"),
+    ],
+    ids=range(5),
+)
+def test_broken_index(folder, index, words):
     (folder / WEIGHTS).unlink()
     (folder / "model.safetensors.index.json").write_text(index)
-    assert "not a safetensors index" in refusal(ValueError, folder)
+    assert words in refusal(ValueError, folder)
 
 
 def test_missing_folder(tmp_path):
@@ -241,7 +274,7 @@ def test_broken_configuration(folder, config):
         ({"quantization_config": {"bits": 4}}, "a quantized model is not supported"),
         ({"rope_parameters": {"rope_type": "axial", "rope_theta": 1e4}}, "rope_type 'axial'"),
         ({"hidden_act": "mish"}, "hidden_act 'mish' is not supported"),
-        ({"hidden_size": "wide"}, "not a valid LlamaConfig"),
+        ({"hidden_act": 5}, "not a valid LlamaConfig"),
     ],
 )
 def test_what_is_not_supported_is_named(folder, values, words):
@@ -251,6 +284,103 @@ def test_what_is_not_supported_is_named(folder, values, words):
     if "ForC" in words or "model_type" in words:
         assert "supported are" in message
         assert "LlamaForCausalLM" in message
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"num_attention_heads": 0}, "num_attention_heads: 0 given, expected a whole number from 1 to 65536"),
+        ({"num_attention_heads": -1}, "num_attention_heads: -1 given"),
+        (
+            {"num_key_value_heads": 3},
+            "num_key_value_heads: 3 given, expected a divisor of num_attention_heads, which is 4",
+        ),
+        ({"vocab_size": 0}, "vocab_size: 0 given"),
+        ({"vocab_size": 10**18}, "vocab_size: 1000000000000000000 given"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers: 1000000000 given"),
+        ({"num_hidden_layers": 16384}, "that describes 147,458 tensors (16,384 of model.layers.{}."),
+        ({"vocab_size": 2**31 - 1, "hidden_size": 2**20}, "make a model of 2.3e+15 parameters: embed_tokens/embedding"),
+        ({"num_labels": 10**9}, "num_labels: 1000000000 given"),
+        ({"head_dim": 7}, "not a valid LlamaConfig"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps: nan given, expected a number from 0"),
+        ({"dtype": 5}, "dtype: 5 given, expected one of float32, bfloat16"),
+        ({"dtype": "float8_e4m3fn"}, "dtype: 'float8_e4m3fn' given"),
+        ({"torch_dtype": "torch.int8", "dtype": None}, "torch_dtype: 'torch.int8' given"),
+        ({"rope_parameters": "linear"}, "rope_parameters: 'linear' given, expected an object"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": "2"}},
+            "rope_scaling.factor: '2' given, expected a number above 0",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 0}},
+            "embeddings: 0",
+        ),
+        ({"id2label": ["yes", "no"]}, "id2label: ['yes', 'no'] given, expected the labels' names by number"),
+        ({"to_dict": 5}, "'to_dict' is no setting: it is a method's name"),
+        ({f"x{i}": i for i in range(2000)}, "settings, expected at most 1,000 of a model"),
+        ({"x": "x" * 2**23}, "bytes, expected at most 4,194,304"),
+    ],
+    ids=range(21),
+)
+def test_settings_that_no_model_has(folder, values, words):
+    configure(folder, **values)
+    started = time.process_time()
+    message = refusal(ValueError, folder)
+    assert time.process_time() - started < 3
+    assert words in message
+    assert (folder.name if "tensors" in words else "model/config.json: ") in message
+    assert len(message) < 200 + len(str(folder))
+
+
+def test_settings_of_other_models_are_passed_over(drawn, folder):
+    """As files have that were made by a script for several families."""
+    configure(folder, num_local_experts=0, num_experts_per_tok=0, sliding_window=0, n_embd="none", pad_token_id=-1)
+    assert same(models.load(folder).params, drawn.params)
+
+
+def test_dtypes_that_weights_do_not_have(folder):
+    for dtype in ("fp8", "int8", jnp.int32, "float8_e5m2"):
+        assert "expected one of float32, bfloat16, float16, float64" in refusal(ValueError, folder, dtype=dtype)
+
+
+@pytest.mark.parametrize("name", ["config.json", WEIGHTS, "model.safetensors.index.json"])
+@pytest.mark.parametrize(
+    ("kind", "error", "words"),
+    [
+        ("pipe", ValueError, ": a pipe; expected"),
+        ("folder", ValueError, ": a folder; expected"),
+        ("device", ValueError, ": a device; expected"),
+        ("pointer", ValueError, ": a Git LFS pointer to 1,049 bytes that are not here: run `git lfs pull`"),
+        ("loop", FileNotFoundError, "no config.json|a link that leads nowhere"),
+    ],
+)
+def test_what_is_no_file_is_named_and_not_opened(folder, name, kind, error, words):
+    (folder / WEIGHTS).unlink()
+    path = folder / name
+    path.unlink(missing_ok=True)
+    {
+        "pipe": lambda: os.mkfifo(path),
+        "folder": path.mkdir,
+        "device": lambda: path.symlink_to("/dev/zero"),
+        "pointer": lambda: path.write_text(POINTER),
+        "loop": lambda: path.symlink_to(path),
+    }[kind]()
+    assert re.search(words, refusal(error, folder))
+
+
+def test_a_header_of_gigabytes_is_not_read(folder):
+    with (folder / WEIGHTS).open("wb") as file:
+        file.write((2**32).to_bytes(8, "little"))
+        file.truncate(2**33)
+    assert "a header of 4,294,967,296 bytes, expected at most 33,554,432" in refusal(ValueError, folder)
+
+
+def test_weights_that_memory_cannot_hold(folder, monkeypatch):
+    def full(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(_weights, "_aligned", full)
+    assert "the weights take 83,840 bytes, more than there is memory for" in refusal(OSError, folder)
 
 
 def test_no_tokenizer(folder, drawn):

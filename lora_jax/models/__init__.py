@@ -7,6 +7,7 @@ A `Model` holds what the rest of the library needs of one: `apply`, `params` and
 """
 
 import copy
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +20,20 @@ import jax.numpy as jnp
 import numpy as np
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from lora_jax.models import _folder, _heads, _shards, _weights, bert, gemma, gpt2, granite, llama, mistral, qwen
+from lora_jax.models import (
+    _folder,
+    _heads,
+    _settings,
+    _shards,
+    _weights,
+    bert,
+    gemma,
+    gpt2,
+    granite,
+    llama,
+    mistral,
+    qwen,
+)
 from lora_jax.models._family import Family, Weight, flatten, unflatten
 from lora_jax.models._files import TensorFiles
 from lora_jax.models._heads import label_names
@@ -119,10 +133,15 @@ def load(
 
     Raises:
         FileNotFoundError: no such folder, or it has no configuration or no weights.
+        OSError: the weights can't be read, or there is no memory for them.
         ValueError: an architecture that isn't supported, or weights that don't fit the configuration.
     """
     model = load_streamed(path_or_hub_id, dtype, compute_dtype=compute_dtype, remat=remat, labels=labels, key=key)
-    return replace(model, params=jax.tree.map(_weights.hold, model.params))
+    try:
+        return replace(model, params=jax.tree.map(_weights.hold, model.params))
+    except MemoryError:
+        size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in flatten(model.params).values())
+        raise OSError(f"{model.folder}: the weights take {size:,} bytes, more than there is memory for") from None
 
 
 def load_streamed(
@@ -157,8 +176,9 @@ def load_streamed(
         copies=family.copies(config),
         prefix=family.prefix,
     )
-    if dtype is None:  # the configuration's dtype need not be the file's
-        model = _abstract(family, config, next(iter(leaves.values())).dtype, compute_dtype, remat, folder)
+    found = next(iter(leaves.values())).dtype
+    if dtype is None and found != _settings.param_dtype(config, None):  # the configuration's need not be the file's
+        model = _abstract(family, config, found, compute_dtype, remat, folder)
     if fresh:
         drawn = family.module(config, compute_dtype, next(iter(leaves.values())).dtype, remat)
         leaves |= _drawn(drawn, jax.random.key(0) if key is None else key, fresh)
@@ -271,12 +291,25 @@ def save(
 
 
 def _abstract(family: Family, config, dtype, compute_dtype, remat: bool, folder: Path | None) -> Model:
-    named = getattr(config, "dtype", None) or "float32"
-    param_dtype = jnp.dtype(dtype or str(named).removeprefix("torch."))
+    """The model without arrays.
+
+    Raises:
+        ValueError: these settings make no model; with the folder's `config.json` where they come from one.
+    """
+    param_dtype = _settings.param_dtype(config, dtype)
     if compute_dtype is None and param_dtype == jnp.float16:
         compute_dtype = jnp.float32  # float16 has no range for activations and gradients, and no dot products on CPU
-    module = family.module(config, compute_dtype, param_dtype, remat)
-    shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    where = "" if folder is None else f"{folder / _settings.CONFIG}: "
+    try:
+        module = family.module(config, compute_dtype, param_dtype, remat)
+        shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+        names, max_length = family.names(config), family.positions(config)
+        _settings.check_size(flatten(shapes))
+    except ValueError as error:
+        raise ValueError(f"{where}{_settings.one_line(error)}") from error
+    except Exception as error:  # whatever modules raise of settings that fit no other
+        what = f"{type(error).__name__}: {_settings.one_line(error, 100)}"
+        raise ValueError(f"{where}no {family.architecture} can be made of these settings ({what})") from error
 
     expected = jax.tree.structure(shapes)
 
@@ -293,13 +326,13 @@ def _abstract(family: Family, config, dtype, compute_dtype, remat: bool, folder:
     return Model(
         config=config,
         params=shapes,
-        names=family.names(config),
+        names=names,
         apply=apply,
         init_cache=init_cache,
         folder=folder,
         generates=family.init_cache is not None,
         head=family.head,
-        max_length=family.positions(config),
+        max_length=max_length,
     )
 
 

@@ -18,6 +18,7 @@ from lora_jax.models._experts import ExpertsSpec, SparseMLP
 from lora_jax.models._family import Family, Weight
 from lora_jax.models._layers import ACTIVATIONS, Embed, check_activation, dense
 from lora_jax.models._rope import Rope, reach, rope_of, rotate, rotation
+from lora_jax.models._settings import check_ratios
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +56,7 @@ class DecoderSpec:
 
     def __post_init__(self):
         check_activation(self.activation)
+        check_ratios(num_attention_heads=self.num_heads, num_key_value_heads=self.num_kv_heads)
 
     @property
     def kinds(self) -> tuple[bool, ...]:
@@ -233,8 +235,8 @@ def _of_kind(sliding, kinds):
 # --- families --------------------------------------------------------------------------------------------------------
 
 
-def common(config: Any) -> dict[str, Any]:
-    """The fields that are called alike in the configurations of all these families."""
+def common(config: Any, turning: Rope | None = None) -> dict[str, Any]:
+    """The fields that are called alike in the configurations of all these families; the rotation too unless given."""
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -247,7 +249,8 @@ def common(config: Any) -> dict[str, Any]:
         "norm_eps": config.rms_norm_eps,
         "tied": config.tie_word_embeddings,
         "init_std": config.initializer_range,
-    } | ({} if "sliding_attention" in config.rope_parameters else {"rope": rope(config, config.rope_parameters)})
+        "rope": turning or rope(config, config.rope_parameters),
+    }
 
 
 def rope(config: Any, parameters: Any) -> Rope:

@@ -25,6 +25,10 @@ class ExpertsSpec:
     intermediate_size: int
     normalized: bool
 
+    def __post_init__(self):
+        if not 1 <= self.top_k <= self.count:
+            raise ValueError(f"num_experts_per_tok: {self.top_k} given, expected 1 to {self.count}, all experts")
+
 
 class Kernels(nn.Module):
     """One kernel per expert, [E, in, out], applied to runs of rows."""

@@ -9,6 +9,8 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from lora_jax._untrusted import git_lfs_pointer, not_a_file, read_json
+
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -18,6 +20,7 @@ DTYPES = {
 }
 
 
+MOST_BYTES = 32 * 2**20  # of an index, and of a file's header: 200 bytes for each of 160,000 tensors
 _SHARD = re.compile(r"[^/\\\0]+\.safetensors")
 
 
@@ -66,17 +69,24 @@ class TensorFiles:
 
 def _contents(path: Path) -> list[tuple[str, Stored]]:
     """Name and place of a file's tensors, in the file's order, once safetensors has found the file sound."""
+    if not path.exists():
+        there = "a link that leads nowhere" if path.is_symlink() else f"no such file, though {INDEX} names it"
+        raise FileNotFoundError(f"{path}: {there}; download the folder again")
+    if what := not_a_file(path) or git_lfs_pointer(path):
+        raise ValueError(f"{path}: {what}; expected a safetensors file")
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    if MOST_BYTES < length < path.stat().st_size:
+        raise ValueError(f"{path}: a header of {length:,} bytes, expected at most {MOST_BYTES:,}")
     try:
         with safe_open(path, "numpy"):
             pass
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file, though {INDEX} names it; download the folder again") from None
     except SafetensorError as error:
         raise ValueError(
             f"{path}: not a whole safetensors file ({error}); it is truncated or corrupt: copy or download it again"
         ) from None
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
+        file.seek(8)
         header = json.loads(file.read(length))
     header.pop("__metadata__", None)
     found = []
@@ -98,12 +108,17 @@ def current(name: str) -> str:
     return name
 
 
+def _is_there(path: Path) -> bool:
+    """Whether there is something, a link that leads nowhere included: what it is will be said of it."""
+    return path.is_symlink() or path.exists()
+
+
 def _files(folder: Path) -> list[Path]:
     """The safetensors files that make up the folder's weights."""
     index = folder / INDEX
-    if (folder / SINGLE).exists():
+    if _is_there(folder / SINGLE):
         return [folder / SINGLE]
-    if not index.exists():
+    if not _is_there(index):
         pickles = sorted(path.name for path in (*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")))
         advice = (
             f"; {pickles[0]} is a pickle, which is never read: convert it to safetensors first "
@@ -112,11 +127,15 @@ def _files(folder: Path) -> list[Path]:
             else ""
         )
         raise FileNotFoundError(f"{folder}: neither {SINGLE} nor {INDEX} is there{advice}")
-    try:
-        shards = set(json.loads(index.read_text())["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise ValueError(f"{index}: not a safetensors index (a JSON object with a weight_map)") from None
-    outside = sorted(str(name) for name in shards if not isinstance(name, str) or not _SHARD.fullmatch(name))
-    if outside:
-        raise ValueError(f"{index}: {outside[0][:80]!r} is no safetensors file of this folder")
-    return [folder / name for name in sorted(shards)]
+    if not index.exists():
+        raise FileNotFoundError(f"{index}: a link that leads nowhere; download the folder again")
+    if what := not_a_file(index) or git_lfs_pointer(index):
+        raise ValueError(f"{index}: {what}; expected a safetensors index")
+    values = read_json(index, MOST_BYTES)
+    table = values.get("weight_map") if isinstance(values, dict) else None
+    if not isinstance(table, dict) or not table:
+        raise ValueError(f"{index}: not a safetensors index (a JSON object with a weight_map)")
+    for name in table.values():
+        if not isinstance(name, str) or not _SHARD.fullmatch(name):
+            raise ValueError(f"{index}: {str(name)[:80]!r} is no safetensors file of this folder")
+    return [folder / name for name in sorted(set(table.values()))]

@@ -1,6 +1,5 @@
 """A model's folder: finding it (here or on the hub), its configuration, and replacing it whole or not at all."""
 
-import json
 import os
 import re
 import shutil
@@ -13,9 +12,10 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
+from lora_jax.models import _settings
 from lora_jax.models._family import Family
+from lora_jax.models._settings import CONFIG
 
-CONFIG = "config.json"
 TEXT_FILES = ("*.json", "*.txt", "*.model", "*.jinja")  # configuration and tokenizer
 WEIGHT_FILES = ("*.safetensors",)
 DISKS_OWN = "lost+found"  # which an ext4 disk has at its top
@@ -55,29 +55,20 @@ def read_config(folder: Path, families: Mapping[str, Family]) -> tuple[Family, A
 
     Raises:
         FileNotFoundError: no `config.json`.
-        ValueError: it isn't JSON, or describes a model that isn't supported.
+        ValueError: it isn't JSON, describes a model that isn't supported, or a setting is none.
     """
-    path = folder / CONFIG
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder}: no {CONFIG} in it, so it isn't a Hugging Face model's folder")
-    try:
-        values = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(values).__name__}")
+    path, values = folder / CONFIG, _settings.read(folder)
     try:
         family = family_of(values.get("model_type"), values.get("architectures"), families)
+        if values.get("quantization_config"):
+            raise ValueError("a quantized model is not supported; use the float16, bfloat16 or float32 original")
+        _settings.check(values, family.config_class)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    if values.get("quantization_config"):
-        raise ValueError(f"{path}: a quantized model is not supported; use the float16, bfloat16 or float32 original")
     try:
-        return family, family.config_class.from_dict(values)
+        return family, family.config_class(**values)  # `from_dict` writes it out for its log, which takes seconds
     except Exception as error:  # transformers checks with whatever exceptions its validators raise
-        raise ValueError(
-            f"{path}: not a valid {family.config_class.__name__}: {' '.join(str(error).split())}"
-        ) from None
+        raise ValueError(f"{path}: not a valid {family.config_class.__name__}: {_settings.one_line(error)}") from None
 
 
 def family_of(model_type: Any, architectures: Any, families: Mapping[str, Family]) -> Family:
@@ -87,12 +78,15 @@ def family_of(model_type: Any, architectures: Any, families: Mapping[str, Family
         ValueError: it isn't supported.
     """
     if not isinstance(architectures or [], list) or not all(isinstance(name, str) for name in architectures or ()):
-        raise ValueError(f"architectures: {str(architectures)[:80]!r} given, expected a list of names")
+        raise ValueError(f"architectures: {_settings.shown(architectures)} given, expected a list of names")
     of_type = {name: family for name, family in families.items() if family.config_class.model_type == model_type}
     for name in architectures or of_type:
         if name in of_type:
             return of_type[name]
-    what = ", ".join(map(str, architectures or ())) or f"model_type {model_type!r}"
+    what = (
+        ", ".join(ascii(name[:60])[1:-1] for name in (architectures or ())[:3])
+        or f"model_type {_settings.shown(model_type)}"
+    )
     raise ValueError(f"{what} is not supported; supported are {', '.join(sorted(families))}")
 
 

@@ -18,7 +18,7 @@ ACTIVATIONS = {
 def check_activation(name: str) -> None:
     """Raises ValueError for an activation that isn't implemented, by name."""
     if name not in ACTIVATIONS:
-        raise ValueError(f"hidden_act {name!r} is not supported; supported are {', '.join(sorted(ACTIVATIONS))}")
+        raise ValueError(f"hidden_act {name!r:.40} is not supported; supported are {', '.join(sorted(ACTIVATIONS))}")
 
 
 def dense(parent: Any, name: str, features: int, x: Any, *, bias: bool = True) -> Any:

@@ -1,5 +1,6 @@
 """Weights of Hugging Face's safetensors files as a tree of stacked leaves, one tensor at a time."""
 
+import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from lora_jax.models._family import Weight
 from lora_jax.models._files import DTYPES, TensorFiles
 
 MOST_SHOWN = 8  # of the mismatches in one error
+LONGEST_NAME = 100
+MOST_MISSING = 10_000  # tensors whose names are looked for, however few there are
 ALIGNMENT = 64  # bytes; jax takes an array that begins at a multiple of it as it is, and copies others
 
 
@@ -89,7 +92,7 @@ def stream(
         weights: path -> where it is in the files.
         dtype: of the leaves; None keeps each tensor's own.
         ignored: regular expressions of tensor names that may be there and are not weights.
-        copies: tensors that may be there as copies of another (a tied head): name -> the other's name.
+        copies: tensors that may be there as copies of another (a tied head), or in its place: name -> the other's name.
         prefix: of the names in `weights`, which the files of a bare model lack.
 
     Returns:
@@ -102,6 +105,10 @@ def stream(
     cut = missing_prefix(files, prefix)
     weights = {path: weight._replace(name=weight.name.removeprefix(cut)) for path, weight in weights.items()}
     copies = {name: original.removeprefix(cut) for name, original in (copies or {}).items()}
+    for copy, original in copies.items():
+        if copy in files.tensors and original not in files.tensors:  # a tied head may be the one that is stored
+            files.tensors[original] = files.tensors.pop(copy)
+    _check_count(files, leaves, weights)
     expected = {name: shape for path, leaf in leaves.items() for _, name, shape in entries(weights[path], leaf.shape)}
     problems = _mismatches(files, expected, ignored, copies)
     if problems:
@@ -114,6 +121,21 @@ def stream(
                 "to false there if the head was trained on its own"
             )
     return {path: _streamed(files, weights[path], leaf.shape, dtype) for path, leaf in leaves.items()}
+
+
+def _check_count(files: TensorFiles, leaves: Mapping[str, Any], weights: Mapping[str, Weight]) -> None:
+    """Refuses more layers and experts than the files can hold, before each one's name is looked for.
+
+    Raises:
+        ValueError: there are by far fewer tensors.
+    """
+    counts = {path: math.prod(leaf.shape[: weights[path].name.count("{}")]) for path, leaf in leaves.items()}
+    if (total := sum(counts.values())) > MOST_MISSING + 2 * len(files.tensors):
+        path = max(counts, key=lambda path: counts[path])
+        raise ValueError(
+            f"{files.folder}: the weights don't fit config.json: that describes {total:,} tensors ({counts[path]:,} of "
+            f"{weights[path].name}), the files hold {len(files.tensors):,}"
+        )
 
 
 def missing_prefix(files: TensorFiles, prefix: str) -> str:
@@ -133,7 +155,7 @@ def _mismatches(files, expected, ignored, copies) -> list[str]:
             found.append(f"{name} is {stored.dtype}, expected one of {', '.join(DTYPES)}")
     for name in sorted(files.tensors):
         if name not in expected and name not in copies and not any(re.fullmatch(p, name) for p in ignored):
-            found.append(f"{name} is unexpected")
+            found.append(f"{name if len(name) <= LONGEST_NAME else name[:LONGEST_NAME] + '...'} is unexpected")
     return found
 
 

@@ -13,6 +13,7 @@ from transformers import BertConfig, RobertaConfig
 from lora_jax.models import _attention
 from lora_jax.models._family import Family, Weight
 from lora_jax.models._layers import ACTIVATIONS, Embed, check_activation, dense, layer_norm
+from lora_jax.models._settings import check_ratios
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,11 @@ def spec(config: Any, head: str) -> EncoderSpec:
     if head == "masked_lm" and not config.tie_word_embeddings:
         raise ValueError("tie_word_embeddings false is not supported in an encoder; only a tied head is")
     check_activation(config.hidden_act)
-    roberta = config.model_type == "roberta"
+    check_ratios(hidden_size=config.hidden_size, num_attention_heads=config.num_attention_heads)
+    roberta, padding = config.model_type == "roberta", config.pad_token_id
+    if roberta and (padding is None or not 0 <= padding < config.max_position_embeddings - 1):
+        most = config.max_position_embeddings - 2
+        raise ValueError(f"pad_token_id: {padding} given, expected 0 to {most}: positions count on from it")
     return EncoderSpec(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,

@@ -24,7 +24,7 @@ def gemma2(config: Any) -> DecoderSpec:
 def gemma3(config: Any) -> DecoderSpec:
     """The decoder that a `Gemma3TextConfig` describes."""
     near, full = (rope(config, _of_kind(config, kind)) for kind in ("sliding_attention", "full_attention"))
-    return DecoderSpec(**_fields(config), **_later_fields(config), query_key_norm=True, rope=full, sliding_rope=near)
+    return DecoderSpec(**_fields(config, full), **_later_fields(config), query_key_norm=True, sliding_rope=near)
 
 
 def _of_kind(config, kind):
@@ -33,11 +33,11 @@ def _of_kind(config, kind):
     return parameters and {**parameters, "truncate": config.rope_parameters.get("truncate", True)}
 
 
-def _fields(config):
+def _fields(config, turning=None):
     if getattr(config, "use_bidirectional_attention", None):
         raise ValueError("use_bidirectional_attention is not supported; only causal Gemmas are")
     bias = config.attention_bias
-    return common(config) | {
+    return common(config, turning) | {
         "unit_offset": True,
         "embedding_scale": config.hidden_size**0.5,
         "qkv_bias": bias,

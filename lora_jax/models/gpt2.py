@@ -13,6 +13,7 @@ from transformers import GPT2Config
 from lora_jax.models import _attention
 from lora_jax.models._family import Family, Weight
 from lora_jax.models._layers import ACTIVATIONS, Embed, check_activation, dense, layer_norm
+from lora_jax.models._settings import check_ratios
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,7 @@ def spec(config: Any) -> GPT2Spec:
         if getattr(config, name):
             raise ValueError(f"{name} is not supported; only GPT-2 without it is")
     check_activation(config.activation_function)
+    check_ratios(n_embd=config.n_embd, n_head=config.n_head)
     return GPT2Spec(
         vocab_size=config.vocab_size,
         hidden_size=config.n_embd,
