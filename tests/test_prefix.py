@@ -284,8 +284,8 @@ def test_a_sweep_is_told_the_table(llama):
     del named["embed_tokens"]
 
     def apply(params, *args, **options):
-        table = {"embed_tokens": {"embedding": params["lookup"]["rows"]}}
-        return llama.apply({**params, **table}, *args, **options)
+        rest = {name: child for name, child in params.items() if name != "lookup"}
+        return llama.apply({**rest, "embed_tokens": {"embedding": params["lookup"]["rows"]}}, *args, **options)
 
     with pytest.raises(ValueError, match=r"^embedding: nothing matches"):
         sweep.run(apply, named, [point], rows, config=config)

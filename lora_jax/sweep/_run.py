@@ -99,7 +99,7 @@ def run(
     task = task or task_of(train_data)
     if axes is None:
         ids = jax.ShapeDtypeStruct((1, TRACED_TOKENS), jnp.int32)
-        axes = kernel_axes(apply_fn, params, ids, ids)
+        axes = kernel_axes(apply_fn, prefix.take(params)[0], ids, ids)
     entries = [_entry(point, config, params) for point in points]
 
     def starts_of(kept: Sequence[_Entry]) -> Starts:
