@@ -21,7 +21,7 @@ import numpy as np
 
 from lora_jax._paths import match
 from lora_jax._tree import PREFIX as PREFIX
-from lora_jax._tree import Prefix, is_node, leaves_with_paths, unbox
+from lora_jax._tree import LoRA, Prefix, Trained, leaves_with_paths, unbox
 
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings")
 """Where the models of `lora_jax.models` look tokens up."""
@@ -212,7 +212,8 @@ def _table(params: Any, embedding: str | None, *, sole: bool = False) -> tuple[s
         raise ValueError(f"{PREFIX}: the parameters are a {type(params).__name__}, expected a mapping to put it in")
     if params.get(PREFIX) is not None:
         raise ValueError(f"{PREFIX}: the parameters have one already; take it out with lora_jax.prefix.take")
-    leaves = {path: unbox(leaf) for path, leaf in leaves_with_paths(params) if not is_node(leaf)}
+    pairs = [(path, leaf) for path, leaf in leaves_with_paths(params) if not isinstance(leaf, LoRA | Prefix)]
+    leaves = {path: unbox(leaf.value if isinstance(leaf, Trained) else leaf) for path, leaf in pairs}
     if embedding is None:
         tables = [path for path, leaf in leaves.items() if path.split("/")[-1] == "embedding" and len(leaf.shape) == 2]
         known = [path for path in tables if path.split("/")[-2:-1] in [[name] for name in EMBEDDINGS]]
@@ -223,7 +224,8 @@ def _table(params: Any, embedding: str | None, *, sole: bool = False) -> tuple[s
         raise ValueError(
             f"embedding: {found or 'nothing'} matches, expected the one table that looks tokens up; name it"
         )
-    return found[0], leaves[found[0]]
+    leaf = dict(pairs)[found[0]]
+    return found[0], unbox(leaf.cast() if isinstance(leaf, Trained) else leaf)
 
 
 def _check_count(what: str, count: Any) -> None:
