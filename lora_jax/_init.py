@@ -4,6 +4,7 @@ import collections
 import functools
 import hashlib
 import math
+import warnings
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -45,6 +46,9 @@ def init(key: jax.Array, params: Any, config: LoRAConfig, *, axes: Mapping[str, 
       The tree with its nodes. A leaf that is trained in full (`config.train`) is marked as such, with a buffer of its
       own: float32 where its own dtype is narrower.
 
+    Warns:
+      UserWarning: A rank above the kernel's own, the smaller of its two sides: it adds nothing.
+
     Raises:
       ValueError: Arguments of another kind or in another order; axes of another tree; a pattern that matches nothing; a
         kernel that isn't floating-point, that has more than two axes and no rule, that is adapted already, that has no
@@ -65,6 +69,7 @@ def init(key: jax.Array, params: Any, config: LoRAConfig, *, axes: Mapping[str, 
     if both:
         raise ValueError(f"{both[0]}: is a target and trains whole too; take it out of train, or exclude it")
     ranks = _ranks(kernels, config)
+    _warn_of_ranks(kernels, {path: max(each) for path, (each, _) in ranks.items()})
     nodes = {path: _node(key, path, kernel, ranks[path], config) for path, kernel in kernels.items()}
     if config.dora:
         nodes = {path: _with_magnitude(node, unbox(leaves[path]), kernels[path]) for path, node in nodes.items()}
@@ -196,6 +201,19 @@ def _ranks(kernels: Mapping[str, _Kernel], config: LoRAConfig) -> dict[str, tupl
         alphas = _each(config.alpha if override.alpha is None else override.alpha, count, f"{path}: alpha")
         result[path] = ranks, tuple(config.scale(*pair) for pair in zip(ranks, alphas, strict=True))
     return result
+
+
+def _warn_of_ranks(kernels: Mapping[str, _Kernel], ranks: Mapping[str, int]) -> None:
+    """Say where columns of A are more than ΔW can have ranks: allowed, as in PEFT, and for nothing."""
+    largest = {path: min(map(math.prod, kernel.sizes()[1:])) for path, kernel in kernels.items()}
+    above = [path for path in kernels if ranks[path] > largest[path]]
+    if above:
+        path, more = above[0], f", and {len(above) - 1} more kernels" if len(above) > 1 else ""
+        warnings.warn(
+            f"{path}: rank {ranks[path]} is above {largest[path]}, the rank of the kernel itself{more}: A and B grow, "
+            f"ΔW can't; {largest[path]} is enough",
+            stacklevel=3,
+        )
 
 
 def _each(value: Any, count: int, what: str) -> tuple:

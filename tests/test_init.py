@@ -247,6 +247,7 @@ CASES = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:.* the rank of the kernel itself:UserWarning")
 @pytest.mark.parametrize("case", CASES, ids="-".join)
 def test_the_start_is_that_of_peft_and_loralib(reference, case):
     _, kind, initializer, scaling = case
@@ -324,12 +325,30 @@ def test_layers_of_a_stack_differ_by_padding_and_scale():
     assert lora_jax.describe(whole).trainable == (3 + 0 + 1) * (6 + 8)
 
 
+@pytest.mark.filterwarnings("ignore:.* the rank of the kernel itself:UserWarning")
 def test_each_layer_starts_by_its_own_rank():
     axes = {"q/kernel": Axes((0,), (1,), (2,))}
     overrides = [Override(target="q", rank=(2, 32))]
     params = {"q": {"kernel": jnp.zeros((2, 500, 8))}}
     node = lora_jax.init(KEY, params, config(targets=["q"], overrides=overrides), axes=axes)["q"]["kernel_lora"]
     np.testing.assert_allclose([node.a[0, :, :2].std(), node.a[1].std()], [1 / 2, 1 / 32], rtol=0.1)
+
+
+def test_a_rank_above_the_kernels_own_is_said():
+    params = layer("q", "k", shape=(6, 8)) | {"wide": {"kernel": jnp.zeros((9, 20))}}
+    message = (
+        r"^k/kernel: rank 7 is above 6, the rank of the kernel itself, and 1 more kernels: .* ΔW can't; 6 is enough$"
+    )
+    with pytest.warns(UserWarning, match=message) as said:
+        whole = lora_jax.init(KEY, params, config(rank=7, targets=["/.*/"]))
+    assert len(said) == 1
+    assert said[0].filename == __file__
+    assert whole["q"]["kernel_lora"].a.shape == (6, 7)
+    lora_jax.init(KEY, params, config(rank=6, targets=["/.*/"]))
+    stacked = {"q": {"kernel": jnp.zeros((2, 6, 8))}}
+    overrides = [Override(target="q", rank=(1, 7))]
+    with pytest.warns(UserWarning, match=r"^q/kernel: rank 7 is above 6, the rank of the kernel itself: A and B"):
+        lora_jax.init(KEY, stacked, config(targets=["q"], overrides=overrides), axes={"q": Axes((0,), (1,), (2,))})
 
 
 def test_values_for_layers_must_count_the_layers():
