@@ -18,6 +18,7 @@ class Weight(NamedTuple):
     name: str
     transpose: bool = False
     tied: tuple[str, ...] = ()
+    untied: tuple = ()
 
 
 NAMES = {
@@ -32,7 +33,9 @@ NAMES = {
     "lm_head/kernel": Weight("lm_head.weight", True),
 }
 TIED = {path: weight for path, weight in NAMES.items() if path != "lm_head/kernel"}
-TIED["embed/embedding"] = Weight("model.embed.weight", tied=("lm_head.weight",))
+TIED["embed/embedding"] = Weight(
+    "model.embed.weight", tied=("lm_head.weight",), untied=(("lm_head/kernel", NAMES["lm_head/kernel"]),)
+)
 QUERY, HEAD, EMBEDDING = "layers/attn/query/kernel", "lm_head/kernel", "embed/embedding"
 
 

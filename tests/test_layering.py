@@ -23,7 +23,7 @@ GROUPS = {
     "_untrusted": (set(), set()),
     "models": ({"_untrusted"}, {"jax", "numpy", "ml_dtypes", "flax", "transformers", "safetensors", "huggingface_hub"}),
     "prefix": (CORE, {"jax", "numpy"}),
-    "peft": (CORE | {"prefix", "_untrusted"}, {"jax", "numpy", "ml_dtypes", "safetensors"}),
+    "peft": (CORE | {"prefix", "_untrusted"}, {"jax", "numpy", "ml_dtypes", "regex", "safetensors"}),
     "loralib": (CORE | {"peft", "_untrusted"}, {"jax", "numpy", "ml_dtypes"}),
     "checkpoint": (CORE, {"jax", "numpy", "orbax"}),
     "analysis": (CORE, {"jax", "numpy"}),

@@ -72,8 +72,11 @@ def make():
 
 @pytest.fixture(params=CHOSEN, scope="module")
 def setting(request, tmp_path_factory):
-    name = request.param
-    folder = write_folder(tmp_path_factory.mktemp(name), name, make().shapes(name))
+    return setting_of(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def setting_of(name, folder):
+    folder = write_folder(folder, name, make().shapes(name))
     model, inputs = models.load(folder), tokens_of(name)
     traced = {key: jnp.asarray(array, jnp.int32) for key, array in inputs.items()}
     axes = lora_jax.kernel_axes(model.apply, model.params, **traced)

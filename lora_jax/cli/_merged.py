@@ -52,6 +52,8 @@ def merged(model: Any, params: Any, dtype: Any = None) -> Merged:
     """
     check_mergeable(params)
     tree, norms = _trees.parts(params), {}
+    if len(tree.leaves) > len(lora_jax.models.flatten(model.params)):
+        model = lora_jax.models.untied(model)
     leaves = {}
     for path, base in lora_jax.models.flatten(model.params).items():
         leaf = replace(base, dtype=np.dtype(dtype or base.dtype))

@@ -240,7 +240,8 @@ def _save(settings: Settings, swept: _Swept, number: int) -> str | None:
     lora_jax.peft.save(
         settings.output / folder,
         result.adapter,
-        names=swept.model.names,
+        # Adapters alone don't say whether the head is tied: it is as it was loaded.
+        names={path: weight._replace(untied=()) for path, weight in swept.model.names.items()},
         train=swept.lora.train,
         base_model=settings.base.model,
         task_type=swept.rows.task_type,

@@ -9,7 +9,7 @@ A `Model` holds what the rest of the library needs of one: `apply`, `params` and
 import copy
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,7 @@ import numpy as np
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from lora_jax.models import (
+    _family,
     _folder,
     _heads,
     _settings,
@@ -52,6 +53,7 @@ __all__ = [
     "load_streamed",
     "save",
     "unflatten",
+    "untied",
 ]
 
 FAMILIES = {
@@ -261,7 +263,7 @@ def save(
     Args:
         folder: made, with its parents.
         model: says what the weights are called; its folder's tokenizer and generation files are copied.
-        params: a tree like `model.params` (merge an adapted one first).
+        params: a tree like `model.params` (merge an adapted one first), or like that of the `untied` model.
         dtype: of the written weights; None keeps each leaf's.
         overwrite: replace a folder that is there; it stays until the new one is whole.
         tokenizer: written instead of the model's own.
@@ -274,6 +276,8 @@ def save(
     """
     folder = Path(folder)
     leaves = flatten(dict(params))
+    if leaves.keys() & _family.untied(model.names).keys():
+        model = untied(model)
     _check_leaves(leaves, flatten(model.params))
     config = copy.deepcopy(model.config)
     config.architectures = [_folder.family_of(config.model_type, config.architectures, FAMILIES).architecture]
@@ -288,6 +292,42 @@ def save(
         _shards.write(temporary, leaves, model.names, dtype=dtype, shard_bytes=shard_bytes, layout=layout)
         if check is not None:
             check(temporary)
+
+
+def untied(model: Model) -> Model:
+    """The same model with an output head of its own, where it shares the embedding: a transposed copy, to begin with.
+
+    `apply` is the same function: it uses the head where its parameters have one. `lora_jax.peft.load` makes such
+    parameters of an adapter that changed one use only.
+
+    Raises:
+        ValueError: the model has no head that shares the embedding, or folders of its kind can't hold another.
+
+    >>> from transformers import LlamaConfig
+    >>> config = LlamaConfig(vocab_size=32, hidden_size=8, intermediate_size=16, num_hidden_layers=1,
+    ...                      num_attention_heads=2, tie_word_embeddings=True)
+    >>> model = untied(init(config, jax.random.key(0)))
+    >>> model.params["lm_head"]["kernel"].shape, model.config.tie_word_embeddings
+    ((8, 32), False)
+    """
+    family = _folder.family_of(model.config.model_type, model.config.architectures, FAMILIES)
+    heads = _family.untied(model.names)
+    if not heads:
+        raise ValueError(f"{family.architecture}: this model has no output head that shares the embedding's weight")
+    config = copy.deepcopy(model.config)
+    config.tie_word_embeddings = False
+    names, leaves = family.names(config), flatten(model.params)
+    for path, embedding in heads.items():
+        if path not in names:
+            raise ValueError(f"{path}: folders of {family.architecture} aren't written with a head of its own")
+        leaves[path] = _transposed(leaves[embedding])
+    return replace(model, config=config, params=unflatten(leaves), names=names)
+
+
+def _transposed(leaf: Any) -> Any:
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(leaf.shape[::-1], leaf.dtype)
+    return leaf.T
 
 
 def _abstract(family: Family, config, dtype, compute_dtype, remat: bool, folder: Path | None) -> Model:
@@ -311,11 +351,11 @@ def _abstract(family: Family, config, dtype, compute_dtype, remat: bool, folder:
         what = f"{type(error).__name__}: {_settings.one_line(error, 100)}"
         raise ValueError(f"{where}no {family.architecture} can be made of these settings ({what})") from error
 
-    expected = jax.tree.structure(shapes)
+    expected, known = jax.tree.structure(shapes), {*flatten(shapes), *_family.untied(names)}
 
     def apply(params, input_ids, attention_mask=None, **keywords):
         if jax.tree.structure(params) != expected:
-            _check_known(params, shapes)
+            _check_known(params, known)
         return module.apply({"params": params}, input_ids, attention_mask, **keywords)
 
     def init_cache(batch: int, length: int, dtype: Any = None):
@@ -336,9 +376,8 @@ def _abstract(family: Family, config, dtype, compute_dtype, remat: bool, folder:
     )
 
 
-def _check_known(params: Any, shapes: Any) -> None:
+def _check_known(params: Any, known: Collection[str]) -> None:
     """Refuse leaves that no layer would look at: Flax passes them over in silence."""
-    known = {jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree.leaves_with_path(shapes)}
     for path, _ in jax.tree.leaves_with_path(params):
         if (name := jax.tree_util.keystr(path, simple=True, separator="/")) not in known:
             raise ValueError(

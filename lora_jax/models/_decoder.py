@@ -203,7 +203,9 @@ class Decoder(nn.Module):
         layers = _attention.stacked(Layer, spec.num_layers, self.remat)
         x, new = layers(spec, self.param_dtype, name="layers")(x, own, context)
         x = RMSNorm(spec, self.param_dtype, name="norm")(x)
-        logits = embed.attend(x) if spec.tied else dense(self, "lm_head", spec.vocab_size, x, bias=False)
+        # A tree may have a head of its own all the same: an adapter that changed one of the two has untied them.
+        tied = spec.tied and not self.has_variable("params", "lm_head")
+        logits = embed.attend(x) if tied else dense(self, "lm_head", spec.vocab_size, x, bias=False)
         if spec.logit_divisor is not None:
             logits = logits / spec.logit_divisor
         if spec.logit_softcap is not None:
@@ -313,4 +315,5 @@ def family(
         ignored=(r".*rotary_emb\.inv_freq",),  # a buffer, in old files
         copies=lambda config: {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_word_embeddings else {},
         positions=lambda config: reach(config.rope_parameters, config.max_position_embeddings),
+        heads={"lm_head.weight": "lm_head/kernel"},
     )

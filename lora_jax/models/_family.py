@@ -1,6 +1,7 @@
 """What a family of models has to say about itself: one module, one table of names."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -18,6 +19,7 @@ class Weight(NamedTuple):
         name: the tensor's name; each `{}` stands for a stack index (a layer, an expert), filled in order.
         transpose: the file holds the last two axes the other way round; `nn.Linear` stores (out, in), Flax (in, out).
         tied: names of further tensors that are this same leaf, such as the output head of a model with tied embeddings.
+        untied: for each of these the leaf that holds it where a tree has it apart, and where that is in a file.
         parameter: what transformers' model calls the parameter that holds the leaf, where that isn't its name in files:
             the experts of a layer are one parameter there, and their gate and up kernels too. Leaves of one parameter
             stand in its order in a family's table.
@@ -26,6 +28,7 @@ class Weight(NamedTuple):
     name: str
     transpose: bool = False
     tied: tuple[str, ...] = ()
+    untied: "tuple[tuple[str, Weight], ...]" = ()
     parameter: str = ""
 
 
@@ -40,6 +43,7 @@ class Family(NamedTuple):
         init_cache: `(config, batch, length, dtype) -> pytree` of empty keys and values; None where nothing is decoded.
         ignored: regular expressions of names that files may hold besides the weights (buffers of old checkpoints).
         copies: `config -> {name: name}`, tensors that files may hold as copies of another (a tied head).
+        heads: for a copy that is used by itself where a tree has it: the path of that leaf, a dense layer's kernel.
         prefix: of the names; files of the bare model (its base class in transformers) lack it.
         head: the part of the tree that tells labels; empty where none does.
         before_head: parts just before it, which files of other heads may lack.
@@ -54,6 +58,7 @@ class Family(NamedTuple):
     init_cache: Callable[[Any, int, int, DType], Tree] | None = None
     ignored: tuple[str, ...] = ()
     copies: Callable[[Any], dict[str, str]] = lambda config: {}
+    heads: Mapping[str, str] = MappingProxyType({})
     prefix: str = ""
     head: str = ""
     before_head: tuple[str, ...] = ()
@@ -65,8 +70,19 @@ class Family(NamedTuple):
         copies: dict[str, tuple[str, ...]] = {}
         for copy, original in self.copies(config).items():
             copies[original] = (*copies.get(original, ()), copy)
-        weights = self.weights(config).items()
-        return {path: weight._replace(tied=copies.get(weight.name, ())) for path, weight in weights}
+        return {
+            path: weight._replace(tied=tied, untied=self._apart(tied))
+            for path, weight in self.weights(config).items()
+            for tied in [copies.get(weight.name, ())]
+        }
+
+    def _apart(self, tied: Collection[str]) -> tuple[tuple[str, Weight], ...]:
+        return tuple((self.heads[name], Weight(name, transpose=True)) for name in tied if name in self.heads)
+
+
+def untied(names: Mapping[str, Weight]) -> dict[str, str]:
+    """The heads that share an embedding: the path of the head's own leaf, and that of the embedding."""
+    return {own: path for path, weight in names.items() for own, _ in weight.untied}
 
 
 def flatten(tree: Tree) -> dict[str, Any]:

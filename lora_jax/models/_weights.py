@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,13 @@ class Streamed:
     dtype: np.dtype
     stack: int
     read: Callable[[tuple[int, ...]], np.ndarray]
+
+    @property
+    def T(self) -> "Streamed":
+        """The transpose of a leaf without stack axes, as arrays have it."""
+        if self.stack:
+            raise ValueError(f"a leaf with {self.stack} stack axes has no transpose")
+        return replace(self, shape=self.shape[::-1], read=lambda index: self.read(index).T)
 
     def indices(self) -> Iterator[tuple[int, ...]]:
         return np.ndindex(*self.shape[: self.stack])

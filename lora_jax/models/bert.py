@@ -181,7 +181,12 @@ class MaskedLMHead(nn.Module):
         spec = self.spec
         x = layer_norm(self, "LayerNorm", ACTIVATIONS[self.activation](dense(self, "dense", spec.hidden_size, x)))
         bias = self.param("bias", nn.initializers.zeros, (spec.vocab_size,), self.param_dtype)
-        return words.attend(x) + bias.astype(x.dtype)
+        # A tree may have a kernel of its own here: an adapter that changed one of the two has untied them.
+        if self.has_variable("params", "decoder"):
+            logits = dense(self, "decoder", spec.vocab_size, x, bias=False)
+        else:
+            logits = words.attend(x)
+        return logits + bias.astype(x.dtype)
 
     @property
     def activation(self):
@@ -292,6 +297,7 @@ def _family(config_class: Any, architecture: str, head: str) -> Family:
         weights=lambda config: weights(config, head),
         ignored=tuple(unused),
         copies=_copies if head == "masked_lm" else lambda config: {},
+        heads={f"{of_head}.decoder.weight": "lm_head/decoder/kernel" for of_head in ("cls.predictions", "lm_head")},
         prefix="" if head == "none" else f"{config_class.model_type}.",
         head="classifier" if head == "classification" else "",
         before_head=("pooler",) if head == "classification" and config_class is BertConfig else (),

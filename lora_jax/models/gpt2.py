@@ -129,7 +129,9 @@ class GPT2(nn.Module):
         layers = _attention.stacked(Layer, spec.num_layers, self.remat)
         x, new = layers(spec, self.param_dtype, name="h")(x, past, context)
         x = layer_norm(self, "ln_f", x)
-        logits = tokens.attend(x) if spec.tied else dense(self, "lm_head", spec.vocab_size, x, bias=False)
+        # A tree may have a head of its own all the same: an adapter that changed one of the two has untied them.
+        tied = spec.tied and not self.has_variable("params", "lm_head")
+        logits = tokens.attend(x) if tied else dense(self, "lm_head", spec.vocab_size, x, bias=False)
         return logits if cache is None else (logits, _attention.write(cache, new, input_ids.shape[1]))
 
 
@@ -164,6 +166,7 @@ FAMILIES = (
         init_cache=init_cache,
         ignored=(r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias",),  # buffers, in old files
         copies=lambda config: {"lm_head.weight": "transformer.wte.weight"} if config.tie_word_embeddings else {},
+        heads={"lm_head.weight": "lm_head/kernel"},
         prefix="transformer.",
     ),
 )

@@ -17,12 +17,13 @@ from typing import Any
 
 import numpy as np
 
+from lora_jax._untrusted import git_lfs_pointer
 from lora_jax.peft import _patterns
 
 PREFIX = "base_model.model."  # of every name in an adapter: PEFT's wrapper, then the model
 CONFIG_FILE = "adapter_config.json"
 CHECKSUM = "lora_jax.sha256"  # the key of the checksum in the metadata of the tensors' file
-DTYPES = frozenset({"F16", "BF16", "F32"})  # that an adapter's tensors may have, as safetensors calls them
+DTYPES = frozenset({"F16", "BF16", "F32", "F64"})  # that an adapter's tensors may have, as safetensors calls them
 MAX_BYTES = 16 * 2**20
 MAX_RANK = 65_536  # what an embedding of a large vocabulary could hold; the tensors bound it much tighter
 
@@ -59,8 +60,8 @@ class AdapterConfig:
     Fields carry PEFT's names and defaults; lists are tuples.
     """
 
-    r: int
-    lora_alpha: float
+    r: int = 8
+    lora_alpha: float = 8.0
     target_modules: tuple[str, ...] | str | None = None
     target_parameters: tuple[str, ...] = ()
     exclude_modules: tuple[str, ...] | str | None = None
@@ -113,16 +114,7 @@ class AdapterConfig:
     def _in_layers(self, module: str) -> bool:
         if not self.layers_to_transform:
             return True
-        parts = module.split(".")
-        for k in range(1, len(parts) - 1):
-            head = ".".join(parts[:k])
-            if self.layers_pattern:
-                found = any(head == name or head.endswith(f".{name}") for name in self.layers_pattern)
-            else:
-                found = k >= 2  # a list of layers has a name, and sits in something that has one
-            if found and parts[k].isdecimal():
-                return int(parts[k]) in self.layers_to_transform
-        return False
+        return _patterns.layer(self.layers_pattern, module, self.budget) in self.layers_to_transform
 
     def rank(self, module: str) -> int:
         """The rank of `module`: that of the first pattern that names it, or `r`."""
@@ -166,10 +158,12 @@ def read_json(path: Path) -> Any:
     """What a config's file holds, whatever it says.
 
     Raises:
-        ValueError: it is too large, isn't JSON, has a key twice or a number that isn't one.
+        ValueError: it is too large, a Git LFS pointer, isn't JSON, has a key twice or a number that isn't one.
     """
     if (size := path.stat().st_size) > MAX_BYTES:
         raise ValueError(f"{path}: {size} bytes is no adapter config; at most {MAX_BYTES} are read")
+    if pointer := git_lfs_pointer(path):
+        raise ValueError(f"{path}: {pointer}")
     try:
         return json.loads(path.read_bytes(), object_pairs_hook=_without_repeats, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
@@ -205,7 +199,6 @@ def parse(fields: Any, where: str) -> AdapterConfig:
                 raise ValueError("is not supported")
         except ValueError as error:
             problems.append(f"{name}: {error} (it is {show(value)})")
-    problems += [f"{name} is missing" for name in ("r", "lora_alpha") if name not in fields]
     if isinstance(known.get("target_modules"), str) and (
         known.get("layers_to_transform") or known.get("layers_pattern")
     ):
@@ -320,7 +313,7 @@ def _patterned(value: Any) -> tuple[str, ...] | str | None:
 
 def _saved(value: Any) -> tuple[str, ...]:
     names = _names(value)
-    _patterns.check(names)
+    _patterns.check(names, _patterns.part)
     return names
 
 
@@ -334,9 +327,8 @@ def _layers(value: Any) -> tuple[int, ...] | None:
 
 
 def _layers_pattern(value: Any) -> tuple[str, ...]:
-    names = _names(value)
-    if any(not all(part.isidentifier() for part in name.split(".")) for name in names):
-        raise ValueError("only plain names such as 'layers' are supported, no regular expressions")
+    names = _names(value or None)
+    _patterns.check(names, _patterns.layers)
     return names
 
 
@@ -367,7 +359,7 @@ def _pattern_values(check: Callable[[Any], Any]) -> Callable[[Any], dict[str, An
     def checked(value: Any) -> dict[str, Any]:
         if value is not None and not isinstance(value, dict):
             raise ValueError("expected an object of patterns and numbers")
-        _patterns.check(value or {})
+        _patterns.check(value or {}, _patterns.end)
         return {pattern: check(number) for pattern, number in (value or {}).items()}
 
     return checked

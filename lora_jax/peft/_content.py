@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax._node import check_node
-from lora_jax.peft import _config, _names, _parameters, _tokens, _trees
+from lora_jax.peft import _config, _names, _parameters, _tokens, _trees, _untie
 from lora_jax.peft._config import PREFIX, AdapterConfig
 from lora_jax.peft._factors import Factors, factors_of
 from lora_jax.peft._names import Tensor, Weight
@@ -37,6 +37,8 @@ def content(
     nodes, tokens = tree.nodes, tokens or {}
     if not nodes:
         raise ValueError("there is no adapter in these parameters: nothing to save (lora_jax.init makes one)")
+    _untie.check(tree, names, tokens)
+    names = _untie.names_of(names, nodes.keys() | tree.leaves.keys())
     if unnamed := sorted((nodes.keys() | tree.trained) - names.keys()):
         raise ValueError(f"no Hugging Face name for {_config.one_line(unnamed)}: PEFT's format can't hold them")
     shapes = _trees.shapes(tree)
@@ -115,7 +117,9 @@ class _Extra:
             self.bias, self.biases, self.modules, self.whole = "all", every, [], []
             return
         alone = {t.module for t in table.values() if t.path in trained and t.module not in adapted}
-        self.modules = sorted(_with_heads_whole(alone, {t.module for t in table.values() if t.path not in trained}))
+        alone = _with_heads_whole(alone, {t.module for t in table.values() if t.path not in trained})
+        # PEFT can't load a module by itself that is inside another: the outer one has all of it.
+        self.modules = sorted(m for m in alone if not any(m.startswith(f"{other}.") for other in alone))
         inside = tuple(f"{module}." for module in self.modules)
         if nested := sorted(module for module in adapted if module.startswith(inside)):
             raise ValueError(f"{nested[0]} has an adapter inside a module trained whole: PEFT's format can't hold both")
@@ -210,7 +214,7 @@ def _config_of(
         use_rslora=stabilized,
         fan_in_fan_out=all(not f.tensor.transpose and not f.tensor.is_embedding for f in factors) and not parameters,
         use_dora=any(found.magnitude is not None for found in factors),
-        ensure_weight_tying=any(tensor.tied for tensor in [found.tensor for found in factors] + extra.whole),
+        ensure_weight_tying=any(t.tied and t.is_embedding for t in [found.tensor for found in factors] + extra.whole),
     )
 
 

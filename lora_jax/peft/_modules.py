@@ -1,15 +1,16 @@
 """An adapter's updates by module, without the model that they belong to."""
 
 import os
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 
 from lora_jax._tree import LoRA
+from lora_jax.peft import _file
 from lora_jax.peft._config import DTYPES, PREFIX, AdapterConfig, one_line
 from lora_jax.peft._read import find
 
@@ -38,15 +39,15 @@ def updates(folder: str | os.PathLike[str]) -> dict[str, LoRA]:
     config, path = find(Path(folder))
     if config.target_parameters:
         raise ValueError(f"{folder}: target_parameters: what is in them only the model tells; load it into one")
-    try:
-        with safetensors.safe_open(path, framework="np") as file:
-            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-            wrong = [f"{name} is {part.get_dtype()}" for name, part in parts.items() if part.get_dtype() not in DTYPES]
-            arrays = {} if wrong else {name: file.get_tensor(name) for name in parts}
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path}: not a complete safetensors file: {' '.join(str(error).split())}") from None
-    if wrong:
-        raise ValueError(f"{path}: {one_line(wrong)}; expected one of {', '.join(sorted(DTYPES))}")
+    with _file.opened(path) as file:
+        parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        wrong = [f"{name} is {part.get_dtype()}" for name, part in parts.items() if part.get_dtype() not in DTYPES]
+        if wrong:
+            raise ValueError(f"{path}: {one_line(wrong)}; expected one of {', '.join(sorted(DTYPES))}")
+        called = {name: _file.peft_name(name) for name in parts if "lora_" in name}
+        if twice := [name for name, count in Counter(called.values()).items() if count > 1]:
+            raise ValueError(f"{path}: {one_line(f'{name} comes twice' for name in twice)}")
+        arrays = {called[name]: file.get_tensor(name) for name in called}
     return _nodes(path, arrays, config)
 
 
@@ -63,7 +64,7 @@ def _nodes(path: Path, arrays: Mapping[str, np.ndarray], config: AdapterConfig) 
         rank = config.rank(module)
         if b is None or a.ndim != 2 or b.ndim != 2 or not a.size or not b.size or (len(a), b.shape[1]) != (rank, rank):
             problems.append(f"{module[:200]}: expected matrices A ({rank}, in) and B (out, {rank})")
-        elif not (_finite(a) and _finite(b)):
+        elif not (_file.is_finite(a) and _file.is_finite(b)):
             problems.append(f"{module[:200]}: holds NaN or infinity")
         else:
             found[module] = node(a, b, config.scale(module))
@@ -75,7 +76,3 @@ def _nodes(path: Path, arrays: Mapping[str, np.ndarray], config: AdapterConfig) 
 def node(a: Any, b: Any, scale: float) -> LoRA:
     """The node of one module, from A (rank, in) and B (out, rank) as files have them."""
     return LoRA(jnp.asarray(a.T, jnp.float32), jnp.asarray(b.T, jnp.float32), jnp.float32(scale))
-
-
-def _finite(array: np.ndarray) -> bool:
-    return bool(np.isfinite(array.astype(np.float32)).all())

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
 import safetensors.numpy
 
 from lora_jax import prefix
 from lora_jax._tree import Prefix
-from lora_jax.peft import _config
+from lora_jax.peft import _config, _file
 from lora_jax.peft._config import CONFIG_FILE, DTYPES, AdapterConfig
 
 FOLDER = prefix.PREFIX
@@ -71,18 +70,15 @@ def load(folder: Path, params: Any, config: AdapterConfig) -> Any:
 
 
 def _checked(path: Path, expected: Mapping[str, int], config: AdapterConfig) -> np.ndarray:
-    try:
-        with safetensors.safe_open(path, framework="np") as file:
-            if list(file.keys()) != [TENSOR]:
-                raise ValueError(f"{path}: holds {list(file.keys())[:3]}, expected {TENSOR}")
-            if (dtype := file.get_slice(TENSOR).get_dtype()) not in DTYPES:
-                raise ValueError(f"{path}: {TENSOR} is {dtype}; expected one of {', '.join(sorted(DTYPES))}")
-            value, metadata = file.get_tensor(TENSOR), file.metadata() or {}
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path}: not a complete safetensors file: {' '.join(str(error).split())}") from None
+    with _file.opened(path) as file:
+        if list(file.keys()) != [TENSOR]:
+            raise ValueError(f"{path}: holds {list(file.keys())[:3]}, expected {TENSOR}")
+        if (dtype := file.get_slice(TENSOR).get_dtype()) not in DTYPES:
+            raise ValueError(f"{path}: {TENSOR} is {dtype}; expected one of {', '.join(sorted(DTYPES))}")
+        value, metadata = file.get_tensor(TENSOR), file.metadata() or {}
     if value.ndim != 2 or value.shape[0] != expected["length"]:
         raise ValueError(f"{path}: {TENSOR} has shape {value.shape}, expected {expected['length']} rows")
-    if not np.isfinite(value.astype(np.float32)).all():
+    if not _file.is_finite(value):
         raise ValueError(f"{path}: {TENSOR} holds NaN or infinity")
     recorded = metadata.get(_config.CHECKSUM)
     if recorded is not None and recorded != _config.checksum(config, {TENSOR: value}):

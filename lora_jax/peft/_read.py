@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import safetensors
 
 from lora_jax._tree import Axes, LoRA
-from lora_jax.peft import _config, _names, _parameters, _prefix, _tokens, _trees
+from lora_jax.peft import _config, _file, _names, _parameters, _prefix, _tokens, _trees, _untie
 from lora_jax.peft._config import DTYPES, PREFIX, AdapterConfig
 from lora_jax.peft._factors import Factors, node_of
 from lora_jax.peft._names import Tensor, Weight
@@ -36,7 +35,8 @@ def load(
     Layers of a stacked leaf may differ in rank (padded with zeros) and alpha; those that the adapter leaves alone get
     scale 0. Leaves that were trained whole (`modules_to_save`, biases) are replaced by their trained values; so are
     rows of an embedding (`trainable_token_indices`), and the biases that take up B's (`lora_bias`). With `use_dora` the
-    nodes have magnitudes. Prefix embeddings that go with the adapter are put in (`lora_jax.prefix`).
+    nodes have magnitudes. Prefix embeddings that go with the adapter are put in (`lora_jax.prefix`). Where the adapter
+    changes one use of a tied embedding, or both in two ways, the head gets a leaf of its own: the model then uses it.
 
     Args:
         folder: a local folder with `adapter_config.json` and `adapter_model.safetensors`.
@@ -45,7 +45,7 @@ def load(
         axes: how kernels that aren't plain matrices are used, from `lora_jax.kernel_axes`.
 
     Returns:
-        `params` with nodes; factors are float32.
+        `params` with nodes; factors are float32. `names` fits this tree too, an untied head's leaf included.
 
     Raises:
         FileNotFoundError: no adapter is there.
@@ -59,15 +59,17 @@ def load(
     tree = _trees.parts(params)
     if tree.nodes:
         raise ValueError(f"{min(tree.nodes)} already has an adapter; load into the base parameters, or merge it first")
-    try:
-        plan = _Plan(config, names, _names.tensors(names, tree.leaves), axes)
-        with safetensors.safe_open(path, framework="np") as file:
+    with _file.opened(path) as file:
+        try:
+            names = _untie.names_of(names, tree.leaves)
+            params = _untie.untied(params, names, config)
+            tree = _trees.parts(params)
+            names = _untie.names_of(names, tree.leaves)
+            plan = _Plan(config, names, _names.tensors(names, tree.leaves), axes)
             arrays = _checked(file, plan, tree.leaves)
             values = plan.values(arrays, tree.leaves)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path}: not a complete safetensors file: {' '.join(str(error).split())}") from None
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from None
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from None
     new = _trees.put(params, plan.nodes(arrays, tree.leaves), _trees.filled(values, tree.leaves))
     return _prefix.load(folder, new, config)
 
@@ -94,9 +96,9 @@ def labels_told(folder: Path, width: int) -> int | None:
     _, path = find(folder)
     heads = [f"{PREFIX}{head}.weight" for head in ("classifier", "classifier.out_proj", "score")]
     try:
-        with safetensors.safe_open(path, framework="np") as file:
+        with _file.opened(path) as file:
             shapes = [tuple(file.get_slice(name).get_shape()) for name in file.keys() if name in heads]  # noqa: SIM118
-    except safetensors.SafetensorError:
+    except ValueError:
         return None
     return next((shape[0] for shape in shapes if len(shape) == 2 and shape[0] and shape[1] == width), None)
 
@@ -117,7 +119,7 @@ class _Plan:
             tensor
             for tensor in table.values()
             if tensor.takes_lora
-            and self._selected(tensor, lambda module, t=tensor: config.targets(module, linear=t.is_linear))
+            and _selected(tensor, lambda module, t=tensor: config.targets(module, linear=t.is_linear))
         ]
         self.parameters = _parameters.targeted(config, names, table)
         within = [tensor for parameter in self.parameters for tensor in parameter.tensors]
@@ -147,16 +149,6 @@ class _Plan:
             for inner in ("", ".base_layer")
         }
 
-    def _selected(self, tensor: Tensor, selects: Callable[[str], bool]) -> bool:
-        uses = [selects(module) for module in (tensor.module, *tensor.tied)]
-        if tensor.tied and any(uses) and not self.config.ensure_weight_tying:
-            raise ValueError(
-                f"the adapter changes one of the two uses of {tensor.path} ({tensor.module} and "
-                f"{', '.join(tensor.tied)} share it): only adapters with ensure_weight_tying=true can be read; "
-                "load it into a model with tie_word_embeddings=false"
-            )
-        return any(uses)
-
     def _factors(self, tensor: Tensor) -> dict[str, Expected]:
         rank = self.config.rank(tensor.module)
         inputs, outputs = _names.widths(tensor, self.axes[tensor.path])
@@ -175,11 +167,6 @@ class _Plan:
 
     def _check_dora(self) -> None:
         for tensor in self.adapted:
-            if tensor.tied:
-                raise ValueError(
-                    f"use_dora: {tensor.module} shares its weight with {', '.join(tensor.tied)}, and PEFT gives each a "
-                    "magnitude of its own: load it into a model with tie_word_embeddings=false"
-                )
             if tensor.is_embedding and not _names.looks_up(tensor, self.axes[tensor.path]):
                 raise ValueError(f"use_dora: {tensor.path}: its axes must have the vocabulary as inputs")
 
@@ -206,31 +193,37 @@ class _Plan:
         adapted = {tensor.module for tensor in self.adapted}
         whole = {}
         for tensor in table.values():
-            if self._selected(tensor, self.config.saves):
-                whole |= {f"{PREFIX}{module}.{tensor.parameter}": tensor for module in (tensor.module, *tensor.tied)}
+            if _selected(tensor, self.config.saves):
+                modules = (tensor.module, *tensor.tied)
+                if tensor.parameter == "bias":  # one that two modules share is saved with the one that was trained
+                    modules = filter(self.config.saves, modules)
+                whole |= {f"{PREFIX}{module}.{tensor.parameter}": tensor for module in modules}
             elif tensor.parameter == "bias" and tensor.module in adapted and self.config.bias != "none":
                 whole[f"{PREFIX}{tensor.module}.base_layer.bias"] = tensor
             elif tensor.parameter == "bias" and self.config.bias == "all":
                 whole |= {f"{PREFIX}{module}.bias": tensor for module in (tensor.module, *tensor.tied)}
         return whole
 
+    def called(self, name: str) -> str:
+        """PEFT's name of the tensor that the file has under `name`."""
+        if name in self.expected or name in self.copies:
+            return name
+        other = _file.peft_name(name)
+        return other if other in self.expected else name
+
     def problems(self, found: Mapping[str, tuple[str, tuple[int, ...]]]) -> list[str]:
-        """What is wrong with tensors of these dtypes and shapes."""
-        problems = [f"{name} is missing" for name in self.expected if name not in found]
+        """What is wrong with tensors of these names in the file, dtypes and shapes."""
+        there = {self.called(name) for name in found if not _file.is_original(name)}
+        problems = [f"{name} is missing" for name in self.expected if name not in there]
         for name, (dtype, shape) in found.items():
-            expected = self.expected.get(name) or self.copies.get(name)
+            expected = self.expected.get(self.called(name)) or self.copies.get(name)
             if expected is None:
                 problems.append(f"{name[:200]!r} is unexpected")
             elif shape != expected.shape:
                 problems.append(f"{name} has shape {shape} in the file, {expected.shape} expected")
             elif dtype not in DTYPES:
                 problems.append(f"{name} is {dtype}; expected one of {', '.join(sorted(DTYPES))}")
-        largest = {tensor.module: max(_names.widths(tensor, self.axes[tensor.path])) for tensor in self.adapted}
-        largest |= {it.name: len(it.parts) * max(it.inputs, *it.widths) for it in self.parameters}
-        for module, most in largest.items():
-            if (rank := self.config.rank(module)) > most:
-                problems.append(f"{module}: rank {rank} is above {most}, its larger dimension")
-        if not self.expected.keys() & found.keys():
+        if not self.expected.keys() & there:
             problems.insert(0, "not one tensor of this model is in it: it is an adapter for another model")
         return problems
 
@@ -268,18 +261,32 @@ def _bias_name(tensor: Tensor) -> str:
     return f"{_names.factor_names(tensor)[1].removesuffix('.weight')}.bias"
 
 
+def _selected(tensor: Tensor, selects: Callable[[str], bool]) -> bool:
+    return any(selects(module) for module in (tensor.module, *tensor.tied))
+
+
 def _checked(file: Any, plan: _Plan, leaves: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The tensors of an open file, once their names, dtypes and shapes are right, and then their values."""
+    """The tensors of an open file by PEFT's names, once names, dtypes and shapes are right, and then their values."""
     slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping
     _refuse(plan.problems({name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}))
-    arrays = {name: file.get_tensor(name) for name in slices}
-    problems = [f"{name} holds NaN or infinity" for name, array in arrays.items() if not _finite(array)]
+    stored = {name: file.get_tensor(name) for name in slices}
+    problems = [f"{name} holds NaN or infinity" for name, array in stored.items() if not _file.is_finite(array)]
+    recorded = (file.metadata() or {}).get(_config.CHECKSUM)
+    if recorded is not None and recorded != _config.checksum(plan.config, stored):
+        problems.append("config or tensors are not what was saved (their checksum differs): damaged, or edited by hand")
+    _refuse(problems)
+    arrays: dict[str, np.ndarray] = {}
+    under: dict[str, str] = {}
+    for name, array in _file.narrowed(stored).items():
+        if _file.is_original(name):
+            continue
+        called = plan.called(name)
+        if not np.array_equal(arrays.setdefault(called, array), array):
+            problems.append(f"{under[called]} and {name} are one tensor, and differ")
+        under.setdefault(called, name)
     for name in arrays.keys() - plan.expected.keys():
         if not _same(arrays[name], plan.copies[name].of, leaves):
             problems.append(f"{name} differs from this base model's: the adapter belongs to another, or has changed it")
-    recorded = (file.metadata() or {}).get(_config.CHECKSUM)
-    if recorded is not None and recorded != _config.checksum(plan.config, arrays):
-        problems.append("config or tensors are not what was saved (their checksum differs): damaged, or edited by hand")
     first: dict[Any, str] = {}
     for name, tensor in plan.whole.items():
         other = first.setdefault((tensor.path, tensor.index), name)
@@ -298,10 +305,6 @@ def _checked(file: Any, plan: _Plan, leaves: Mapping[str, Any]) -> dict[str, np.
 def _refuse(problems: list[str]) -> None:
     if problems:
         raise ValueError(_config.one_line(problems))
-
-
-def _finite(array: np.ndarray) -> bool:
-    return bool(np.isfinite(array.astype(np.float32)).all())
 
 
 def _same(array: np.ndarray, tensor: Tensor, leaves: Mapping[str, Any]) -> bool:
