@@ -1,10 +1,11 @@
 """What to adapt and how: the settings of `lora_jax.init`."""
 
 import dataclasses
+import functools
 import math
 import numbers
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import jax.numpy as jnp
 
@@ -13,7 +14,67 @@ from lora_jax._paths import ATTENTION, check_patterns
 Scaling = Literal["standard", "rank_stabilized"]
 Initializer = Literal["gaussian", "kaiming_uniform"]
 
+# What PEFT's settings, and some trainers', are called here.
+PEFT_NAMES = {
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "lora_r": "rank",
+    "target_modules": "targets",
+    "target_parameters": "targets",
+    "exclude_modules": "exclude",
+    "modules_to_save": "train",
+    "bias": "train=['q_proj/bias', ...]",
+    "rank_pattern": "overrides=[Override(target=..., rank=...)]",
+    "alpha_pattern": "overrides=[Override(target=..., alpha=...)]",
+    "layers_to_transform": "overrides, with rank 0 for a layer to leave alone",
+    "use_rslora": "scaling='rank_stabilized'",
+    "init_lora_weights": "init",
+    "use_dora": "dora",
+    "dropout": "adapt's: adapt(fn, dropout=...)",
+    "lora_dropout": "adapt's: adapt(fn, dropout=...)",
+    "task_type": "peft.save's",
+    "base_model_name_or_path": "peft.save's base_model",
+    "trainable_token_indices": "peft.save's tokens",
+    "fan_in_fan_out": "what init's axes say",
+    "ensure_weight_tying": "always so: a tied kernel is one leaf",
+    "peft_type": "not needed",
+    "inference_mode": "not needed",
+}
+_MOST_NAMED = 130  # characters of them in one message
 
+Config = TypeVar("Config")
+
+
+def _knows_peft(config: type[Config]) -> type[Config]:
+    """A dataclass that answers settings under PEFT's names with ours."""
+    made: Any = config.__init__
+
+    @functools.wraps(made)
+    def __init__(self: Any, *args: Any, **settings: Any) -> None:
+        if args:
+            raise ValueError(f"{config.__name__}: {args[0]!r:.40} given by position; settings go by name, as in rank=8")
+        own = {field.name for field in dataclasses.fields(self)}
+        if theirs := [name for name in settings if name not in own and name in PEFT_NAMES]:
+            raise ValueError(f"{config.__name__}: {_renamed(theirs)}")
+        made(self, **settings)
+
+    config.__init__ = __init__
+    return config
+
+
+def _renamed(theirs: Sequence[str]) -> str:
+    """What PEFT's names are here, as many as fit into a line.
+
+    >>> _renamed(["r", "lora_alpha"])
+    "r is here rank; lora_alpha is alpha (these are PEFT's names)"
+    """
+    words = [f"{name} is {'here ' if name == theirs[0] else ''}{PEFT_NAMES[name]}" for name in theirs]
+    shown = [word for at, word in enumerate(words) if at == 0 or len("; ".join(words[: at + 1])) <= _MOST_NAMED]
+    rest = f"; and {len(words) - len(shown)} more" if len(shown) < len(words) else ""
+    return f"{'; '.join(shown)}{rest} (these are PEFT's names)"
+
+
+@_knows_peft
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Override:
     """Another rank or alpha for some of the targets.
@@ -41,6 +102,7 @@ class Override:
             raise ValueError(f"overrides: {self.target!r}: rank is 0 everywhere; use exclude to leave a kernel alone")
 
 
+@_knows_peft
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoRAConfig:
     """What to adapt and how.
@@ -76,13 +138,16 @@ class LoRAConfig:
         2402.09353): W' = m ⊙ (W + ΔW) / ‖W + ΔW‖, with m = ‖W‖ at the start.
 
     Raises:
-      ValueError: A setting is out of range or unknown.
+      ValueError: A setting is out of range or unknown, or has PEFT's name for it.
 
     >>> LoRAConfig(rank=8, alpha=16, targets=["q_proj", "v_proj"]).targets
     ('q_proj', 'v_proj')
     >>> LoRAConfig(rank=0, alpha=16)
     Traceback (most recent call last):
     ValueError: rank: 0 given, expected a whole number of 1 or more
+    >>> LoRAConfig(r=8, lora_alpha=16)
+    Traceback (most recent call last):
+    ValueError: LoRAConfig: r is here rank; lora_alpha is alpha (these are PEFT's names)
     """
 
     rank: int

@@ -13,6 +13,8 @@ LEAF_NAMES = frozenset({"kernel", "weight", "w", "embedding", "embeddings", "bia
 # Of these, the ones that hold a vector per layer even where stacking or heads give them more axes.
 VECTOR_NAMES = frozenset({"bias", "b", "scale", "offset"})
 
+_MOST_SHOWN = 60  # characters of a pattern in a message
+
 # Projections of one attention layer: the names that must stand together, then the ones they bring along where they
 # exist. Asking for the whole group keeps a policy's "value" head and a classifier's "out" layer from passing for one.
 _ATTENTION_GROUPS = (
@@ -98,7 +100,8 @@ def match(
     for index, pattern in enumerate(patterns):
         hits = _matches(pattern, paths, what, linear)
         if not hits:
-            raise ValueError(f"{what}: {pattern!r} matches no leaf; {_hint(pattern, paths)}")
+            shown = repr(pattern) if len(pattern) <= _MOST_SHOWN else f"{pattern[:_MOST_SHOWN]!r}..."
+            raise ValueError(f"{what}: {shown} matches no leaf; {_hint(pattern, paths)}")
         for path in hits:
             chosen.setdefault(path, index)
     return {path: chosen[path] for path in paths if path in chosen}
@@ -186,6 +189,8 @@ def _beside(parent: tuple[str, ...], name: str) -> tuple[str, ...]:
 def _hint(pattern: str, paths: Collection[str]) -> str:
     if not paths:
         return "the tree has no leaves"
+    if found := _from_elsewhere(pattern, paths):
+        return found
     length = 2 if _is_regex(pattern) or pattern == ATTENTION else len(pattern.strip("/").split("/"))
     known = {"/".join(name[-length:]) for path in paths for name in _names(path)}
     close = difflib.get_close_matches(pattern.strip("/"), sorted(known), n=3, cutoff=0.5)
@@ -193,3 +198,66 @@ def _hint(pattern: str, paths: Collection[str]) -> str:
         return "nearest: " + ", ".join(map(repr, close))
     layers = list(dict.fromkeys("/".join(_names(path)[-1][-length:]) for path in paths))
     return "the tree has " + ", ".join(map(repr, layers[:8])) + (", ..." if len(layers) > 8 else "")
+
+
+# What makes a pattern one of PEFT's, with dots between names and regular expressions without slashes, or a shell's.
+_FOREIGN = frozenset("*.^$|()[]+?\\, ")
+
+
+def _from_elsewhere(pattern: str, paths: Collection[str]) -> str:
+    """How a pattern that matches nothing is written here, if it is PEFT's or a shell's.
+
+    >>> _from_elsewhere(".*q_proj", ["layers/q_proj/kernel"])
+    "here it is 'q_proj'; regular expressions match whole paths and stand between slashes: '/.*q_proj/kernel/'"
+    """
+    if _is_regex(pattern):
+        regex = _translated(pattern[1:-1], paths)
+        return f"it must match whole paths, the name of the leaf included: {regex!r}" if regex else ""
+    if not _FOREIGN & set(pattern):
+        return ""
+    several = [_suffix(name, paths) for name in re.split(r"[,|\s]+", pattern.strip("()[]^$ "))]
+    if len(several) > 1 and all(several):
+        return f"here these are several: {', '.join(map(repr, several))}"
+    name = _suffix(pattern, paths)
+    written = [f".*{re.escape(name)}"] if name else _rewritten(pattern)
+    regex = next(filter(None, (_translated(one, paths) for one in (*written, ".*"))))
+    rule = f"regular expressions match whole paths and stand between slashes: {regex!r}"
+    return f"here it is {name!r}; {rule}" if name else rule
+
+
+def _suffix(pattern: str, paths: Collection[str]) -> str:
+    """The longest ending of whole names, dots or slashes between them, that is a suffix of a path; empty for none."""
+    ending = re.search(r"(?:^|[.*^/])([\w-]+(?:[./][\w-]+)*)\$?$", pattern.replace("\\.", "."))
+    parts = re.split("[./]", ending[1]) if ending else []
+    for stop in (len(parts), len(parts) - 1) if parts[-1:] == ["weight"] else (len(parts),):
+        for start in range(stop):
+            name = parts[start:stop]
+            if len(name) == 1 and name[0] in LEAF_NAMES:  # "kernel" would be every one
+                continue
+            if any(_ends_with(known, name) for path in paths for known in _names(path)):
+                return "/".join(name)
+    return ""
+
+
+def _rewritten(pattern: str) -> list[str]:
+    """A regular expression of dotted names, or a shell's pattern, as ones of names with slashes between them."""
+    body = pattern.strip("/").removeprefix("^").removesuffix("$").replace("\\.", "/")
+    body = re.sub(r"(?<=[\w)\]])\.(?=[\w(\[])", "/", body)
+    body = re.sub(r"(?<![.)\]])\*", ".*", body)
+    last = body[body.rfind("/") + 1 :].lstrip(".*")
+    return [body, f".*/{body}", f".*{last}"] if last else [body]
+
+
+def _translated(regex: str, paths: Collection[str]) -> str:
+    """The regular expression between slashes, with a leaf's name where it lacks one; empty where it still fits none."""
+    try:
+        compiled = re.compile(regex)
+    except re.error:
+        return ""
+    for path in sorted(paths, key=is_vector):
+        if compiled.fullmatch(path):
+            return f"/{regex}/"
+        module, _, leaf = path.rpartition("/")
+        if module and leaf in LEAF_NAMES and compiled.fullmatch(module):
+            return f"/{regex}/{leaf}/"
+    return ""

@@ -2,9 +2,12 @@
 
 import collections
 import copy
+import dataclasses
 import importlib.util
+import inspect
 import itertools
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +21,7 @@ from flax import linen, nnx
 
 import lora_jax
 from lora_jax import Axes, KernelAxes, LoRAConfig, Override
+from lora_jax._config import PEFT_NAMES
 from lora_jax._node import used_ranks
 from lora_jax._tree import detach
 
@@ -79,6 +83,44 @@ def test_a_bad_setting_is_a_one_line_error(settings, message):
 def test_a_bad_override_is_a_one_line_error(settings, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         Override(target="q", **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"r": 8, "lora_alpha": 16, "dropout": 0.1},
+            "LoRAConfig: r is here rank; lora_alpha is alpha; dropout is adapt's: adapt(fn, dropout=...) (these are",
+        ),
+        ({"rank": 8, "alpha": 8, "use_rslora": True}, "use_rslora is here scaling='rank_stabilized'"),
+        ({"rank": 8, "alpha": 8, "bias": "none"}, "bias is here train=['q_proj/bias', ...]"),
+        (dict.fromkeys(PEFT_NAMES, 1), " more (these are PEFT's names)"),
+    ],
+)
+def test_pefts_settings_are_told_their_names_here(settings, message):
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        LoRAConfig(**settings)
+    assert len(str(error.value)) < 200
+
+
+def test_every_setting_of_pefts_is_known_or_none_of_ours():
+    fields = {field.name for field in dataclasses.fields(LoRAConfig)}
+    assert not fields & PEFT_NAMES.keys()
+    named = {re.match(r"\w+", name)[0] for name in PEFT_NAMES.values()}
+    assert fields - {"dtype"} <= named
+
+
+def test_settings_go_by_name():
+    with pytest.raises(ValueError, match=r"^LoRAConfig: 8 given by position; settings go by name, as in rank=8$"):
+        LoRAConfig(8, 16)
+    with pytest.raises(ValueError, match=r"^Override: r is here rank \(these are PEFT's names\)$"):
+        Override(target="q", r=3)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'alpah'"):
+        LoRAConfig(rank=8, alpah=16)
+    settings = config()
+    assert list(inspect.signature(LoRAConfig).parameters) == [field.name for field in dataclasses.fields(settings)]
+    assert dataclasses.replace(settings, rank=4).rank == 4
+    assert pickle.loads(pickle.dumps(settings)) == copy.deepcopy(settings) == settings
 
 
 def test_rank_and_alpha_have_no_default():

@@ -1,5 +1,7 @@
 """Patterns: suffixes of whole components, regular expressions, presets, precedence and the errors."""
 
+import re
+
 import jax
 import pytest
 
@@ -72,6 +74,43 @@ def test_nearest_names_are_listed():
         hits("zzz", LLAMA)
     with pytest.raises(ValueError, match=r"the tree has no leaves"):
         hits("q_proj", [])
+
+
+SLASHES = "regular expressions match whole paths and stand between slashes: "
+
+
+@pytest.mark.parametrize(
+    ("pattern", "here"),
+    [
+        (".*q_proj", f"here it is 'q_proj'; {SLASHES}'/.*q_proj/kernel/'"),
+        ("*q_proj", f"here it is 'q_proj'; {SLASHES}'/.*q_proj/kernel/'"),
+        ("model.layers.*.q_proj", f"here it is 'q_proj'; {SLASHES}'/.*q_proj/kernel/'"),
+        ("model.layers.0.self_attn.q_proj", f"here it is 'self_attn/q_proj'; {SLASHES}'/.*self_attn/q_proj/kernel/'"),
+        (r"^.*\.self_attn\.q_proj$", f"here it is 'self_attn/q_proj'; {SLASHES}'/.*self_attn/q_proj/kernel/'"),
+        ("q_proj.weight", f"here it is 'q_proj'; {SLASHES}'/.*q_proj/kernel/'"),
+        ("q_proj,k_proj", "here these are several: 'q_proj', 'k_proj'"),
+        ("q_proj|k_proj", "here these are several: 'q_proj', 'k_proj'"),
+        ("q_proj k_proj", "here these are several: 'q_proj', 'k_proj'"),
+        (r".*\.(q|k)_proj", f"{SLASHES}'/.*/(q|k)_proj/kernel/'"),
+        ("*_proj", f"{SLASHES}'/.*_proj/kernel/'"),
+        ("layers/*/kernel", f"{SLASHES}'/layers/.*/kernel/'"),
+        ("(", f"{SLASHES}'/.*/'"),
+        ("/.*q_proj/", "it must match whole paths, the name of the leaf included: '/.*q_proj/kernel/'"),
+    ],
+)
+def test_patterns_of_others_are_told_how_to_write_them_here(pattern, here):
+    with pytest.raises(ValueError, match=r"^targets: ") as caught:
+        hits(pattern, LLAMA)
+    assert str(caught.value) == f"targets: {pattern!r} matches no leaf; {here}"
+    assert len(str(caught.value)) < 200
+    for written in re.findall("'([^']+)'", here):  # what is told works
+        assert hits(written, LLAMA)
+
+
+def test_a_long_pattern_is_shown_in_part():
+    with pytest.raises(ValueError, match=r"\.\.\. matches no leaf") as caught:
+        hits("(" + "|".join(f"layers.{n}.x" for n in range(500)) + ")", LLAMA)
+    assert len(str(caught.value)) < 200
 
 
 @pytest.mark.parametrize(
