@@ -515,3 +515,44 @@ def test_meshes(kind, specs):
     assert out.sharding.is_equivalent_to(expected.sharding, out.ndim)
     np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
     assert all(bool(jnp.all(jnp.isfinite(g))) for g in jax.tree.leaves(grads))
+
+
+def on_shards(f, in_specs, out_specs, checked):
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    return jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=checked)
+
+
+GATHERED = {  # the function of one shard's x and w, the spec of w, and whether W + ΔW must be formed
+    "fsdp": (lambda x, w: x @ jax.lax.all_gather(w[1], "x", axis=0, tiled=True), P(None, "x"), False),
+    "a stack's own": (lambda x, w: x @ jax.lax.all_gather(w[0], "x", axis=1, tiled=True), P("x"), True),
+    "an index's own": (
+        lambda x, w: x @ jax.lax.all_gather(w[jax.lax.axis_index("x")], "x", axis=1, tiled=True), P(), True
+    ),
+    "scaled by its own": (
+        lambda x, w: x @ jax.lax.all_gather(w[1] * (1.0 + jax.lax.axis_index("x")), "x", axis=1, tiled=True), P(), True
+    ),
+    "moved by its own": (
+        lambda x, w: x @ jax.lax.all_gather(w[1] + jax.lax.axis_index("x"), "x", axis=1, tiled=True), P(), False
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("checked", few([True, False], [False]))
+@pytest.mark.parametrize("name", GATHERED)
+def test_shards_are_gathered_by_one_factor_only_where_they_share_the_other(name, checked):
+    f, spec, materialized = GATHERED[name]
+    fn = lambda params, x: on_shards(f, (P("x"), spec), P("x"), checked)(x, params["w"])
+    params = {"w": normal(2, 6, 8), "w_lora": node((2, 6, 8), Axes((0,), (1,), (2,)))}
+    apply = lora_jax.adapt(fn, on_materialize="allow" if materialized else "error")
+    got, expected = jax.jit(lambda p: (apply(p, X), fn(lora_jax.merge(p), X)))(params)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("checked", few([True, False], [True]))
+def test_a_shard_that_receives_no_kernel_has_none(checked):
+    send = lambda x, w: jax.lax.psum(x @ jax.lax.ppermute(w, "x", [(0, 1)]), "x")
+    fn = lambda params, x: on_shards(send, (P(None, "x"), P("x")), P(), checked)(x, params["w"])
+    params = {"w": PLAIN["w"], "w_lora": NODES["w_lora"]}
+    apply = lora_jax.adapt(fn, on_materialize="error")
+    got, expected = jax.jit(lambda p: (apply(p, X), fn(lora_jax.merge(p), X)))(params)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)

@@ -15,7 +15,7 @@ from jax.extend import core as jex
 
 from lora_jax._forward.interpret import Frame, Rules, bind
 from lora_jax._forward.layout import drop, plain, stretch
-from lora_jax._forward.lowrank import RANK, Factor, LowRank, dense
+from lora_jax._forward.lowrank import ANY_AXIS, RANK, Factor, LowRank, dense
 
 RULES = Rules()
 
@@ -71,9 +71,12 @@ def _scaled(
     full = [value.shape[d] if k not in new else shape[k] for d, k in enumerate(axes)]
     places = [d for d, k in enumerate(axes) if k in varying]
     scaled = Factor(operation(jnp.broadcast_to(value, full), lax.broadcast_in_dim(cut, full, places)), axes)
+    differs = kernel.differs
+    if not isinstance(eqn.invars[1 - side], jex.Literal):
+        differs = (ANY_AXIS, differs[1]) if target is a else (differs[0], ANY_AXIS)
     a, b = (scaled, b) if target is a else (a, scaled)
     gain = None if kernel.gain is None else drop(kernel.gain, _stretched_axes(kernel, shape))
-    return [replace(kernel, w=plain(eqn, values)[0], a=a, b=b, gain=gain)]
+    return [replace(kernel, w=plain(eqn, values)[0], a=a, b=b, gain=gain, differs=differs)]
 
 
 def _stretched(kernel: LowRank, shape: Sequence[int]) -> tuple[Factor, Factor]:
@@ -130,7 +133,8 @@ def _summed(eqn: Any, values: Sequence[Any], terms: Sequence[Any]) -> list[Any] 
 
 def _joined(kernels: Sequence[LowRank], w: Any, a: Factor, b: Factor, gain: Factor | None = None) -> LowRank:
     origin = tuple(dict.fromkeys(slot for kernel in kernels for slot in kernel.origin))
-    return LowRank(w, a, b, kernels[0].draw, origin, gain)
+    differs = tuple(frozenset().union(*(kernel.differs[i] for kernel in kernels)) for i in (0, 1))
+    return LowRank(w, a, b, kernels[0].draw, origin, gain, (differs[0], differs[1]))
 
 
 def _by_rank(factors: Sequence[Factor]) -> Factor:

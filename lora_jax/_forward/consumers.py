@@ -146,7 +146,7 @@ def _gather(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
     w = bind(eqn, [kernel.w, indices])[0]
     names = _names_after(numbers, w.ndim, len(kernel.shape))
     batch = [d for d in range(w.ndim) if d not in numbers.offset_dims]
-    picked = kernel.moved(w, lambda factor: _look_up(factor, indices, eqn.params, batch, names))
+    picked = kernel.picked().moved(w, lambda factor: _look_up(factor, indices, eqn.params, batch, names))
     if not any(kernel.only(k) == "a" and sizes[k] == 1 for k in looked_up):
         return [picked]
     axes = [k for k in range(w.ndim) if picked.only(k) != "none"]

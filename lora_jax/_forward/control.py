@@ -332,6 +332,7 @@ def _shard_map(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
     """Each shard holds its part of W and of the factors that have the sharded axes: a sum over shards stays a sum."""
     params = eqn.params
     inside = enter(frame, values)
+    inside = dataclasses.replace(inside, values=list(map(_on_shards, inside.values, params["in_specs"])))
     leaves, treedef = jax.tree.flatten(inside.values)
     body = Body(frame.session, *opened(params["jaxpr"]), inside.names, treedef, whole="shard_map")
     specs = []
@@ -349,3 +350,14 @@ def _shard_map(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
         axis_names=params["newly_manual_axes"] if "newly_manual_axes" in params else params["manual_axes"],
     )(*leaves)
     return leave(frame, outputs, inside, body)
+
+
+def _on_shards(value: Any, spec: Any) -> Any:
+    """A kernel that knows along which axes of the mesh its factors are cut."""
+    if not isinstance(value, LowRank):
+        return value
+    differs = [
+        known.union(*(part if isinstance(part, tuple) else (part,) for part in factor_spec(spec, factor.axes) if part))
+        for known, factor in zip(value.differs, (value.a, value.b), strict=True)
+    ]
+    return dataclasses.replace(value, differs=(differs[0], differs[1]))

@@ -17,7 +17,7 @@ from jax.extend import core as jex
 
 from lora_jax._forward.dropout import varying_mesh_axes
 from lora_jax._forward.interpret import Frame, Rules, bind
-from lora_jax._forward.lowrank import RANK, Factor, LowRank, narrow
+from lora_jax._forward.lowrank import ANY_AXIS, RANK, Factor, LowRank, narrow
 
 RULES = Rules()
 
@@ -50,7 +50,8 @@ def _reduce_precision(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any
     return None if bits < 16 else _unchanged(frame, eqn, values)
 
 
-@RULES("copy", "copy_p", "name", "device_put")
+# Marked as differing from shard to shard is W alone: a factor that doesn't differ is marked where it meets what does.
+@RULES("copy", "copy_p", "name", "device_put", "pvary", "pcast")
 def _unchanged(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
     outputs = plain(eqn, values)
     return [replace(v, w=w) if isinstance(v, LowRank) else w for v, w in zip(values, outputs, strict=True)]
@@ -74,7 +75,7 @@ def _varying_as(w: Any, factor: Factor) -> Factor:
     return Factor(value, factor.axes)
 
 
-@RULES("optimization_barrier", "stop_gradient", "pvary", "pcast")
+@RULES("optimization_barrier", "stop_gradient")
 def _elementwise(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
     """Equations that take any number of arrays of any shape: the factors go through as well."""
     draws = [value.draw if isinstance(value, LowRank) else None for value in values]
@@ -149,7 +150,8 @@ def _dynamic_slice(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] |
         extents = [factor.size(RANK) if axis == RANK else sizes[axis] for axis in factor.axes]
         return Factor(lax.dynamic_slice(factor.value, offsets, extents), factor.axes)
 
-    return _each_factor(kernel, plain(eqn, values)[0], cut)
+    fixed = all(isinstance(var, jex.Literal) for var in eqn.invars[1:])
+    return _each_factor(kernel if fixed else kernel.picked(), plain(eqn, values)[0], cut)
 
 
 @RULES("split")
@@ -343,10 +345,18 @@ def _reshard(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
 
 @RULES("all_gather", "all_gather_invariant")
 def _all_gather(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
-    """Gathering a kernel's shards gathers those of the factors that have the axis."""
+    """Gathering a kernel's shards gathers those of the factors that have the axis; the shards must share the others."""
     kernel, axis = values[0], eqn.params["all_gather_dimension"]
     if not isinstance(kernel, LowRank) or not eqn.params["tiled"] or kernel.only(axis) == "none":
         return None
+    name = eqn.params["axis_name"]
+    over = frozenset(name if isinstance(name, tuple | list) else (name,))
+    differs = kernel.differs
+    if over & varying_mesh_axes(kernel.w):  # shard_map checks types, which say it exactly
+        differs = (varying_mesh_axes(kernel.a.value), varying_mesh_axes(kernel.b.value))
+    for factor, along in zip((kernel.a, kernel.b), differs, strict=True):
+        if axis not in factor.axes and along & (over | ANY_AXIS):
+            return None
 
     def gather(factor: Factor) -> Factor:
         if axis not in factor.axes:

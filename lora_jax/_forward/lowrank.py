@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 
 RANK = -1
+ANY_AXIS = frozenset({""})  # of a mesh: what an index that may be a shard's own has picked
 
 
 class Factor(NamedTuple):
@@ -52,7 +53,8 @@ class LowRank:
 
     `draw` is what the kernel's dropout is drawn from (None without dropout) and `origin` says which adapted leaves it
     comes from, as slots of the frame that evaluates it: slots, not paths, so that two layers share one transformed
-    function. `gain` is None unless the kernel has a magnitude.
+    function. `gain` is None unless the kernel has a magnitude. `differs` names the axes of the mesh along which a and b
+    may differ inside a `shard_map`, whose own types say it only where it checks them.
     """
 
     w: Any
@@ -61,15 +63,17 @@ class LowRank:
     draw: Any = None
     origin: tuple[int, ...] = ()
     gain: Factor | None = None
+    differs: tuple[frozenset[str], frozenset[str]] = (frozenset(), frozenset())
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         gain, gain_axes = (None, None) if self.gain is None else self.gain
-        return (self.w, self.a.value, self.b.value, gain, self.draw), (self.a.axes, self.b.axes, gain_axes, self.origin)
+        static = (self.a.axes, self.b.axes, gain_axes, self.origin, self.differs)
+        return (self.w, self.a.value, self.b.value, gain, self.draw), static
 
     @classmethod
     def tree_unflatten(cls, aux: tuple[Any, ...], children: Iterable[Any]) -> LowRank:
         w, a, b, gain, draw = children
-        a_axes, b_axes, gain_axes, origin = aux
+        a_axes, b_axes, gain_axes, origin, differs = aux
         return cls(
             w,
             Factor(a, a_axes),
@@ -77,6 +81,7 @@ class LowRank:
             draw,
             origin,
             None if gain_axes is None else Factor(gain, gain_axes),
+            differs,
         )
 
     @property
@@ -97,6 +102,10 @@ class LowRank:
     def with_factors(self, w: Any, a: Factor, b: Factor) -> LowRank:
         """Other factors under the same gain: of what is linear in the kernel and leaves its axes alone."""
         return replace(self, w=w, a=a, b=b)
+
+    def picked(self) -> LowRank:
+        """The kernel, once an index has chosen a part of it that may be another for each shard."""
+        return replace(self, differs=(ANY_AXIS, ANY_AXIS))
 
     def moved(self, w: Any, move: Callable[[Factor], Factor]) -> LowRank:
         """The same move of both factors and of the gain, in this order."""
