@@ -2,17 +2,18 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import tyro
 
 import lora_jax
 from lora_jax import text_to_sql
 from lora_jax._tree import trained_paths
-from lora_jax.cli import _show
+from lora_jax.cli import _named, _show
 
 # `lora_jax.models` is reached through the package, which loads it at first use: `--help` needn't wait for transformers.
 
@@ -26,9 +27,38 @@ class Base:
     """The model."""
 
     model: str | None = None
-    """Hugging Face folder, or the hub's owner/model; the embedded model if not given"""
+    """Hugging Face folder, or the hub's owner/model; if not given, what the adapter names, or the embedded model"""
     model_dtype: Literal["float32", "bfloat16"] | None = None
     """of weights and activations; as in the files if not given (the embedded model: float32)"""
+    adapter_folder: tyro.conf.Suppress[Path | None] = None
+    """whose tokenizer goes before the model's"""
+
+    def of(self, adapter: Path | None) -> "Base":
+        """The base of this adapter: the one that was given, or that the adapter names.
+
+        Raises:
+            OSError: what it names can't be found.
+            ValueError: it names none, and isn't one of the embedded model's.
+        """
+        if adapter is None:
+            return self
+        base = replace(self, adapter_folder=adapter)
+        if self.model is None and (named := _named.base_of(adapter)) is None:
+            model = base.abstract()
+            if not _named.fits(adapter, model, kernel_axes(model)):
+                raise ValueError(
+                    f"{adapter}: its adapter_config.json names no base model (base_model_name_or_path), and it isn't "
+                    "one of the embedded model's: give --model"
+                )
+        elif self.model is None and named != _named.EMBEDDED:
+            base = replace(base, model=named)
+            _show.notes().print(f"model: {named}, which {adapter} names", markup=False, soft_wrap=True)
+        if own := lora_jax.models.tokenizer_in(adapter):
+            _show.notes().print(f"{own}: that in {adapter}", markup=False, soft_wrap=True)
+        elif _named.trains_tokens(adapter):
+            note = f"tokenizer: {adapter} trained embeddings of tokens but holds none; the model's own is used"
+            _show.notes().print(note, markup=False, soft_wrap=True)
+        return base
 
     @property
     def folder(self) -> str | Path:
@@ -36,7 +66,7 @@ class Base:
 
     @property
     def name(self) -> str:
-        return "embedded" if self.model is None else self.model
+        return _named.EMBEDDED if self.model is None else self.model
 
     @property
     def loaded_dtype(self) -> str | None:
@@ -45,7 +75,9 @@ class Base:
 
     def abstract(self, *, remat: bool = False, labels: Sequence[str] | None = None) -> Any:
         """The model without weights: errors in its configuration are found before anything large is read."""
-        return lora_jax.models.load_abstract(self.folder, self.loaded_dtype, remat=remat, labels=labels)
+        return self._with_tokenizer(
+            lora_jax.models.load_abstract(self.folder, self.loaded_dtype, remat=remat, labels=labels)
+        )
 
     def load(
         self,
@@ -56,11 +88,18 @@ class Base:
         key: jax.Array | None = None,
     ) -> Any:
         with _show.working(f"reading {self.name}"):
-            return lora_jax.models.load(self.folder, dtype or self.loaded_dtype, remat=remat, labels=labels, key=key)
+            return self._with_tokenizer(
+                lora_jax.models.load(self.folder, dtype or self.loaded_dtype, remat=remat, labels=labels, key=key)
+            )
 
     def load_streamed(self, labels: Sequence[str] | None = None, key: jax.Array | None = None) -> Any:
         """The model with its weights left in their files, to be read one tensor at a time."""
-        return lora_jax.models.load_streamed(self.folder, self.loaded_dtype, labels=labels, key=key)
+        return self._with_tokenizer(
+            lora_jax.models.load_streamed(self.folder, self.loaded_dtype, labels=labels, key=key)
+        )
+
+    def _with_tokenizer(self, model: Any) -> Any:
+        return replace(model, adapter=self.adapter_folder)
 
 
 def kernel_axes(model: Any) -> lora_jax.KernelAxes:

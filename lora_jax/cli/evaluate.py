@@ -1,7 +1,7 @@
 """`lora-jax evaluate`: how well a model with or without an adapter predicts held-out rows, or their labels."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,6 +39,7 @@ class Settings:
 
 
 def run(settings: Settings) -> None:
+    settings = replace(settings, base=settings.base.of(settings.adapter))
     _embedded.check_data_given(settings.base, settings.data)
     source = _data.source_of(settings.data) if settings.data else None
     rows = _rows(source, settings.split)

@@ -33,14 +33,15 @@ class Settings:
 
 def run(settings: Settings) -> None:
     _base.check_free(settings.output, settings.overwrite)
-    labels = _labels.of_adapter(settings.adapter, settings.base)
-    model = settings.base.load(labels=labels and labels.names)
+    base = settings.base.of(settings.adapter)
+    labels = _labels.of_adapter(settings.adapter, base)
+    model = base.load(labels=labels and labels.names)
     params = _base.with_adapter(model, settings.adapter)
     lora_jax.peft.save(
         settings.output,
         params,
         names=model.names,
-        base_model=settings.base.model,
+        base_model=base.name,
         task_type="SEQ_CLS" if model.head else "CAUSAL_LM" if model.generates else None,
         portable=settings.portable,
         fused=settings.fused,
@@ -48,5 +49,6 @@ def run(settings: Settings) -> None:
         overwrite=settings.overwrite,
     )
     _labels.save(settings.output, _labels.load(settings.adapter))
+    lora_jax.models.copy_tokenizer(settings.adapter, settings.output)
     show = _show.results()
     show.print(f"adapter: {settings.output}", markup=False)

@@ -25,7 +25,7 @@ class Settings:
 
 
 def run(settings: Settings) -> None:
-    model = settings.base.load()
+    model = settings.base.of(settings.adapter).load()
     params = _base.with_adapter(model, settings.adapter)
     with _show.working("generating"):
         texts = generate_text(model, params, settings.prompt, settings.generate, key=jax.random.key(settings.seed))

@@ -43,6 +43,7 @@ class Settings:
 
 def run(settings: Settings) -> None:
     _base.check_free(settings.output, settings.overwrite)
+    settings = replace(settings, base=settings.base.of(settings.adapter))
     labels = _labels.of_adapter(settings.adapter, settings.base)
     model = settings.base.load_streamed(labels and labels.names)
     rows = _compare.rows_of(model, settings.text) if _compares(settings, model) else None

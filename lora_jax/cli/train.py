@@ -122,7 +122,7 @@ def run(settings: Settings) -> None:
         settings.output,
         result.params,
         names=model.names,
-        base_model=settings.base.model,
+        base_model=settings.base.name,
         task_type=rows.task_type,
         overwrite=True,  # whether it may be was asked before all else
     )

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from lora_jax.models import (
     _family,
@@ -26,6 +26,7 @@ from lora_jax.models import (
     _heads,
     _settings,
     _shards,
+    _tokenizer,
     _weights,
     bert,
     gemma,
@@ -37,7 +38,10 @@ from lora_jax.models import (
 )
 from lora_jax.models._family import Family, Weight, flatten, unflatten
 from lora_jax.models._files import TensorFiles
+from lora_jax.models._folder import find
 from lora_jax.models._heads import label_names
+from lora_jax.models._tokenizer import beside as tokenizer_in
+from lora_jax.models._tokenizer import copy as copy_tokenizer
 from lora_jax.models._weights import Streamed
 
 __all__ = [
@@ -45,6 +49,8 @@ __all__ = [
     "Model",
     "Streamed",
     "Weight",
+    "copy_tokenizer",
+    "find",
     "flatten",
     "init",
     "label_names",
@@ -52,6 +58,7 @@ __all__ = [
     "load_abstract",
     "load_streamed",
     "save",
+    "tokenizer_in",
     "unflatten",
     "untied",
 ]
@@ -81,6 +88,8 @@ class Model:
             give what their head does.
         init_cache: `(batch, length, dtype=None)` -> an empty cache for `length` tokens a row, padding included.
         folder: where it was loaded from; None for `init`.
+        adapter: folder of an adapter whose tokenizer, or chat template, is used instead of the model's where it holds
+            one; `dataclasses.replace(model, adapter=folder)` gives it.
         generates: whether it predicts next tokens: encoders don't.
         head: the part of `params` that tells labels; empty where none does. `label_names(config)` are these.
         fresh: paths of the leaves that weren't in the folder and were drawn anew: a new head's.
@@ -93,6 +102,7 @@ class Model:
     apply: Callable[..., Any]
     init_cache: Callable[..., Any]
     folder: Path | None = None
+    adapter: Path | None = None
     generates: bool = True
     head: str = ""
     fresh: tuple[str, ...] = ()
@@ -100,17 +110,12 @@ class Model:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The folder's tokenizer, loaded when first asked for.
+        """The folder's tokenizer, or its adapter's, loaded when first asked for.
 
         Raises:
             ValueError: there is none.
         """
-        if self.folder is None:
-            raise ValueError("this model was made by models.init and has no tokenizer")
-        try:
-            return AutoTokenizer.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # transformers raises whatever the tokenizer's kind raises
-            raise ValueError(f"{self.folder}: no usable tokenizer: {' '.join(str(error).split())}") from error
+        return _tokenizer.load(self.folder, self.adapter, self.config)
 
 
 def load(
@@ -262,7 +267,7 @@ def save(
 
     Args:
         folder: made, with its parents.
-        model: says what the weights are called; its folder's tokenizer and generation files are copied.
+        model: says what the weights are called; its folder's generation files and its tokenizer are copied.
         params: a tree like `model.params` (merge an adapted one first), or like that of the `untied` model.
         dtype: of the written weights; None keeps each leaf's.
         overwrite: replace a folder that is there; it stays until the new one is whole.
@@ -288,6 +293,8 @@ def save(
             tokenizer.save_pretrained(temporary)
         elif model.folder is not None:
             _folder.copy_text_files(model.folder, temporary)
+            if model.adapter is not None:
+                copy_tokenizer(model.adapter, temporary)
         layout = _layout(model, leaves)
         _shards.write(temporary, leaves, model.names, dtype=dtype, shard_bytes=shard_bytes, layout=layout)
         if check is not None:
