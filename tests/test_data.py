@@ -1,6 +1,7 @@
 """Rows in, batches out: what a file may hold, where the loss counts, and that padding and order never matter."""
 
 import json
+import os
 
 import grain
 import hypothesis
@@ -106,6 +107,20 @@ def test_blank_lines_and_a_byte_order_mark_are_passed_over(tmp_path):
         ('{"messages": []}', r'rows.jsonl:1: "messages" must be a list'),
         ('{"messages": [{"role": "user"}]}', r"rows.jsonl:1: messages\[0\] must be an object"),
         ('{"text": "a"}\n{"prompt": "a", "completion": "b"}', r'rows.jsonl:2: a row of {"prompt", "completion"} in a'),
+        ('{"text": "a"}\n{"text": "x\\ud83d"}', r"rows.jsonl:2: \\ud83d is half a character"),
+        ('{"prompt": "\\uDE00\\uD83D", "completion": ""}', r"rows.jsonl:1: \\ude00 is half a character"),
+        ('{"messages": [{"role": "user", "content": "a", "x": ["\\udfff"]}]}', r"rows.jsonl:1: \\udfff is half"),
+        ('{"te\\ud800xt": "a"}', r"rows.jsonl:1: \\ud800 is half a character"),
+        ('{"text": "a", "label": "\\udc00"}', r"rows.jsonl:1: \\udc00 is half a character"),
+        ('{"text": "a", "text": "b"}', r"rows.jsonl:1: the key 'text' is there twice in one object"),
+        ('{"a\\nb": 1}', r"rows.jsonl:1: keys 'a\\nb'; accepted are"),
+        (
+            '{"messages": [{"role": "user", "content": "a", "weight": 0.5}]}',
+            r'rows.jsonl:1: messages\[0\]: "weight" is 0.5, expected 0 or 1',
+        ),
+        (json.dumps({f"key {i}": i for i in range(10_000)}), r"keys key 0, .*, key 4, ... \(10,000 in all\); accepted"),
+        (json.dumps({"x" * 10_000: 1}), r"rows.jsonl:1: keys 'xxx.* \(10,002 characters\); accepted are"),
+        ('{"text": "a", "label": [' + "1," * 9999 + "1]}", r'rows.jsonl:1: "label" is a list'),
         ("", r"rows.jsonl: the file holds no rows"),
         ("\n \n", r"rows.jsonl: the file holds no rows"),
     ],
@@ -115,7 +130,26 @@ def test_a_bad_file_is_a_line_that_says_where(tmp_path, content, message):
     path.write_text(content)
     with pytest.raises(ValueError, match=message) as error:
         data.load(path)
-    assert "\n" not in str(error.value)
+    said = str(error.value).removeprefix(str(tmp_path))
+    assert "\n" not in said
+    assert len(said) < 300
+
+
+def test_whole_characters_may_be_written_in_halves(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(r'{"text": "\ud83d\ude00 \\ud83d"}')
+    assert data.load(path) == [Text("\U0001f600 \\ud83d")]
+
+
+def test_rows_made_in_memory_are_checked_too():
+    with pytest.raises(ValueError, match=r"row 2: '\\ud83d' is half a character"):
+        data.encode([Text("a"), Text("x\ud83d")], Tokenizer(), 8)
+
+
+def test_a_pipe_is_no_data_file(tmp_path):
+    os.mkfifo(tmp_path / "rows.jsonl")
+    with pytest.raises(ValueError, match="not a regular file"):
+        data.load(tmp_path / "rows.jsonl")
 
 
 def test_bytes_that_are_not_text(tmp_path):
@@ -178,14 +212,19 @@ def test_where_the_loss_counts(tokenizer):
     assert [told(row) for row in completion] == [("^Q: no$", "no$")]
 
 
-def test_the_prompt_is_tokenised_as_generation_gives_it():
-    """A tokenizer that merges across the boundary would otherwise teach tokens that generation never starts with."""
-
+def test_a_token_across_the_boundary_belongs_to_the_completion():
     class Merging(Tokenizer):
         def __call__(self, texts, *, add_special_tokens):
             return super().__call__([t.replace("AB", "Z") for t in texts], add_special_tokens=add_special_tokens)
 
-    assert told(data.encode([Completion("xA", "By")], Merging(), 100).examples[0]) == ("^xABy$", "By$")
+    class Decoding(Merging):
+        def decode(self, ids, skip_special_tokens):
+            return "".join(map(_char, ids)).replace("Z", "AB")
+
+    for tokenizer in (Merging(), Decoding()):
+        found = data.encode([Completion("xA", "By"), Completion("x", "ABy")], tokenizer, 100)
+        assert [told(row) for row in found.examples] == [("^xZy$", "Zy$")] * 2
+        assert found.crossing == 1
 
 
 def test_the_assistant_turns_of_a_chat():

@@ -29,6 +29,7 @@ GROUPS = {
     "analysis": (CORE, {"jax", "numpy"}),
     "report": (CORE | {"analysis"}, {"jax", "numpy", "matplotlib", "jinja2", "markupsafe"}),
     "data": (set(), {"numpy", "grain"}),
+    "_render": (set(), {"transformers"}),  # a program that `data` runs
     "text_to_sql": ({"data"}, {"numpy"}),
     "train": (CORE | {"data", "checkpoint", "prefix"}, {"jax", "numpy", "grain", "optax", "rich", "scipy", "sklearn"}),
     "generate": (CORE | {"data", "checkpoint", "prefix"}, {"jax", "numpy"}),

@@ -57,22 +57,23 @@ def read(words: Sequence[str], base: _base.Base) -> Rows:
 
 
 def encode(rows: Rows, model: Any, max_length: int) -> Encoded:
-    """Token ids, each row cut to `max_length`; tells how many rows there are, and what became of long ones."""
+    """Token ids, each row cut to `max_length`; reports how many rows there are, and what became of long ones."""
     if rows.source is None or rows.labels is None:
-        train, valid = (_encode_text(split, rows.read[split], model, max_length) for split in SPLITS)
-        return Encoded(train, valid, None)
+        found = [_encode_text(split, rows.read[split], model, max_length) for split in SPLITS]
+        report_unread(*(name for encoded in found for name in encoded.unread))
+        return Encoded(found[0].examples, found[1].examples, None)
     train, valid = (
         _encode_labelled(split, _data.labelled(rows.read[split]), model, max_length, rows.labels) for split in SPLITS
     )
     return Encoded(train, valid, _labels.task(rows.source, train, rows.labels))
 
 
-def _encode_text(split: str, rows: Sequence[Row], model: Any, length: int) -> list[Example]:
+def _encode_text(split: str, rows: Sequence[Row], model: Any, length: int) -> data.Encoded:
     if not rows:
-        return []
+        return data.Encoded([], 0, 0)
     encoded = data.encode(rows, model.tokenizer, length)
-    _tell(split, len(encoded.examples), encoded.truncated, encoded.left_out, length)
-    return encoded.examples
+    _report(split, len(encoded.examples), encoded.truncated, encoded.left_out, length, encoded.crossing)
+    return encoded
 
 
 def _encode_labelled(
@@ -81,14 +82,27 @@ def _encode_labelled(
     if not rows:
         return []
     encoded = data.encode_labelled(rows, model.tokenizer, length, labels)
-    _tell(split, len(encoded.examples), encoded.truncated, 0, length)
+    _report(split, len(encoded.examples), encoded.truncated, 0, length)
     return encoded.examples
 
 
-def _tell(split: str, count: int, truncated: int, left_out: int, length: int) -> None:
-    told = f"{split}: {count:,} rows"
+def _report(split: str, count: int, truncated: int, left_out: int, length: int, crossing: int = 0) -> None:
+    said = f"{split}: {count:,} rows"
     if truncated:
-        told += f", {truncated:,} cut to {length} tokens"
+        said += f", {truncated:,} cut to {length} tokens"
     if left_out:
-        told += f", {left_out:,} left out because no target remained"
-    _show.results().print(told)
+        said += f", {left_out:,} left out because no target remained"
+    if crossing:
+        said += (
+            f", {crossing:,} whose prompt ends within a token (write the space before a completion in the completion)"
+        )
+    _show.results().print(said, soft_wrap=True)
+
+
+def report_unread(*names: str) -> None:
+    """One line on keys of messages that have no effect."""
+    if names:
+        keys = data.listed(dict.fromkeys(names))
+        _show.notes().print(
+            f"messages: the chat template doesn't read the keys {keys}; they have no effect", markup=False
+        )

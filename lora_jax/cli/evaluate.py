@@ -9,6 +9,7 @@ import tyro
 
 from lora_jax import data
 from lora_jax.cli import _base, _data, _embedded, _labels, _show
+from lora_jax.cli import _rows as _encoded
 from lora_jax.cli._data import Source
 from lora_jax.data import Labelled, Row
 from lora_jax.train import TrainConfig, evaluate
@@ -65,7 +66,9 @@ def _of_text(settings: Settings, rows: Sequence[Row]) -> dict[str, Any]:
         "rows": len(encoded.examples),
         "rows_left_out": encoded.left_out,
         "rows_truncated": encoded.truncated,
+        "rows_crossing": encoded.crossing,
     }
+    _encoded.report_unread(*encoded.unread)
     if not settings.data:
         figures["execution_accuracy"] = _embedded.answer(model, params, settings.split or "test").accuracy
     return figures

@@ -36,3 +36,5 @@ from lora_jax.data._rows import Completion as Completion
 from lora_jax.data._rows import Labelled as Labelled
 from lora_jax.data._rows import Row as Row
 from lora_jax.data._rows import Text as Text
+from lora_jax.data._rows import listed as listed
+from lora_jax.data._template import render_chat as render_chat

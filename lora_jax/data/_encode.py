@@ -1,17 +1,21 @@
 """Token ids of text, completions and chats, and which of the tokens count in the loss."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from lora_jax.data._chat import Pieces, chat_pieces, keys_unread
+from lora_jax.data._joint import Boundaries, Joint
 from lora_jax.data._rows import Chat, Completion, Labelled, Row, Text
-
-Pieces = list[tuple[str, bool]]  # text, and whether its tokens are targets
 
 
 class Tokenizer(Protocol):
-    """What is used of a Hugging Face tokenizer. `chat_template` and `apply_chat_template` only for `Chat` rows."""
+    """What is used of a Hugging Face tokenizer.
+
+    `chat_template` and `apply_chat_template` only for `Chat` rows; `decode` only where a text is other tokens alone
+    than as a part of the row.
+    """
 
     eos_token_id: int | None
 
@@ -31,16 +35,20 @@ class Encoded(NamedTuple):
     examples: list[Example]
     left_out: int  # rows with no target left within max_length
     truncated: int  # rows that lost tokens to max_length (the ones left out among them)
+    crossing: int = 0  # rows in which one token holds the end of a prompt and the beginning of what follows
+    unread: tuple[str, ...] = ()  # keys of messages that the chat template doesn't read
 
 
 def encode(rows: Sequence[Row], tokenizer: Tokenizer, max_length: int) -> Encoded:
     """Token ids of the rows, cut to `max_length`, and which of the tokens are targets.
 
-    A row is tokenised in pieces that begin and end where the targets do: the prompt as generation will give it (with
-    the special tokens that the tokenizer puts in front), then the completion on its own. So no token straddles the
-    boundary, and what the model sees before the first target is exactly what it sees when it generates. A space
-    between the two belongs to whichever string it is written in. The end-of-sequence token is appended, as a target,
-    unless it is there already (a chat template may close a turn with it).
+    A row is tokenised as the one text that it is, so that its tokens spell prompt + completion and nothing else, and
+    those of a conversation are `apply_chat_template`'s own. The tokens of the completion, or of the assistant's turns,
+    are targets. Where one token holds the end of a prompt and the beginning of what follows, it is a target too, and
+    the row is counted in `crossing`: generation will not be given that prompt's last letters as training was. A space
+    between the two belongs best to the completion. A turn of an assistant whose message has a `"weight"` of 0 is no
+    target. The end-of-sequence token is appended, as a target, unless it is there already (a chat template may close a
+    turn with it).
 
     The first token of a row is never a target, because nothing predicts it. What lies beyond `max_length` is cut off;
     a row with no target left is counted in `left_out` and is not among the examples.
@@ -63,7 +71,11 @@ def encode(rows: Sequence[Row], tokenizer: Tokenizer, max_length: int) -> Encode
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no eos_token: set it in tokenizer_config.json, or generation never stops")
     pieces = [_pieces(row, tokenizer, number) for number, row in enumerate(rows, 1)]
-    examples = [_join(parts, tokenizer.eos_token_id) for parts in _tokenize(pieces, tokenizer, rows)]
+    # A chat template has written the special tokens itself.
+    joints = list(
+        Boundaries(tokenizer, not isinstance(rows[0], Chat)).join([[text for text, _ in row] for row in pieces])
+    )
+    examples = [_example(*row, tokenizer.eos_token_id) for row in zip(joints, pieces, strict=True)]
     truncated = sum(len(example.input_ids) > max_length for example in examples)
     examples = [Example(example.input_ids[:max_length], example.targets[:max_length]) for example in examples]
     kept = [example for example in examples if example.targets.any()]
@@ -72,32 +84,21 @@ def encode(rows: Sequence[Row], tokenizer: Tokenizer, max_length: int) -> Encode
             f"max_length {max_length}: none of {len(rows)} rows has a target left within it; "
             f"prompts alone are longer, or there are no assistant turns"
         )
-    return Encoded(kept, len(examples) - len(kept), truncated)
+    crossing = sum(joint.crossings > 0 for joint in joints)
+    unread = keys_unread((row.messages for row in rows if isinstance(row, Chat)), tokenizer)
+    return Encoded(kept, len(examples) - len(kept), truncated, crossing, unread)
 
 
-def _tokenize(pieces: list[Pieces], tokenizer: Tokenizer, rows: Sequence[Row]) -> Iterator[list[tuple[Any, bool]]]:
-    """The pieces with token ids for text, from two calls to the tokenizer (it works on several threads)."""
-    # The first piece of a row gets the tokenizer's special tokens; a chat template has written them itself.
-    special = not isinstance(rows[0], Chat)
-    first = [piece[0][0] for piece in pieces]
-    later = [text for piece in pieces for text, _ in piece[1:]]
-    first_ids = tokenizer(first, add_special_tokens=special)["input_ids"]
-    later_ids = iter(tokenizer(later, add_special_tokens=False)["input_ids"] if later else [])
-    for piece, ids in zip(pieces, first_ids, strict=True):
-        if len(piece) > 1 and ids[-1:] == [tokenizer.eos_token_id] and special:
-            ids = ids[:-1]  # some tokenizers close whatever they are given, but a prompt is not the end
-        yield [(ids, piece[0][1])] + [(next(later_ids), is_target) for _, is_target in piece[1:]]
-
-
-def _join(parts: list[tuple[list[int], bool]], eos: int) -> Example:
-    ids = [token for part, _ in parts for token in part]
-    targets = [is_target for part, is_target in parts for _ in part]
-    last, is_target = parts[-1]
-    if is_target and eos not in last[-3:]:  # a chat template may close with the token and a line break
+def _example(joint: Joint, pieces: Pieces, eos: int) -> Example:
+    ids, targets = list(joint.ids), np.zeros(len(joint.ids) + 1, bool)
+    for start, stop, (_, is_target) in zip(joint.starts, [*joint.starts[1:], len(ids)], pieces, strict=True):
+        targets[start:stop] = is_target
+    # A chat template may close with the token and a line break.
+    if pieces[-1][1] and eos not in ids[max(joint.starts[-1], len(ids) - 3) :]:
         ids.append(eos)
-        targets.append(True)
-    targets[:1] = [False] * len(targets[:1])
-    return Example(np.array(ids, np.int32), np.array(targets, bool))
+        targets[-1] = True
+    targets[0] = False
+    return Example(np.array(ids, np.int32), targets[: len(ids)])
 
 
 def _pieces(row: Row, tokenizer: Any, number: int) -> Pieces:
@@ -107,36 +108,6 @@ def _pieces(row: Row, tokenizer: Any, number: int) -> Pieces:
         case Completion(prompt, completion):
             return [(prompt, False), (completion, True)]
         case Chat(messages):
-            return _chat_pieces(messages, tokenizer, number)
+            return chat_pieces(messages, tokenizer, number)
         case Labelled():
             raise ValueError(f"row {number} has a label, unlike the rows before it")
-
-
-def _chat_pieces(messages: Sequence[Mapping[str, str]], tokenizer: Any, number: int) -> Pieces:
-    if not getattr(tokenizer, "chat_template", None):
-        raise ValueError(
-            'the tokenizer has no chat template, which rows of {"messages"} need: '
-            'add one to it, or give rows of {"prompt", "completion"}'
-        )
-
-    def render(count: int, prompt: bool) -> str:
-        try:
-            return tokenizer.apply_chat_template(list(messages[:count]), tokenize=False, add_generation_prompt=prompt)
-        except Exception as error:  # a template raises what it likes
-            raise ValueError(f"row {number}: the tokenizer's chat template refuses it ({error})") from error
-
-    whole, pieces, end = render(len(messages), False), [], 0
-    for turn, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before, after = render(turn, True), render(turn + 1, False)
-        if not (whole.startswith(after) and after.startswith(before) and len(before) >= end):
-            raise ValueError(
-                f"row {number}: the tokenizer's chat template rewrites earlier turns, so turn {turn + 1} can't be "
-                "found in it; give conversations with one assistant turn, the last"
-            )
-        pieces += [(whole[end : len(before)], False), (after[len(before) :], True)]
-        end = len(after)
-    if end < len(whole):
-        pieces.append((whole[end:], False))
-    return pieces

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lora_jax.data._jsonl import lines, objects
-from lora_jax.data._rows import Labelled, Row
+from lora_jax.data._rows import Labelled, Row, listed, quoted
 
 _FILES = {"train": ("train.tsv", "train.jsonl"), "valid": ("dev.tsv", "dev.jsonl", "valid.jsonl")}
 _ENTAILMENT = ("entailment", "neutral", "contradiction")
@@ -78,7 +78,7 @@ def glue_task(name: str) -> GlueTask:
     spelled = {key.replace("-", ""): task for key, task in GLUE_TASKS.items()}
     task = spelled.get(name.lower().replace("-", "").replace("_", ""))
     if task is None:
-        raise ValueError(f"glue:{name}: no such task; the tasks are {', '.join(GLUE_TASKS)}")
+        raise ValueError(f"glue:{name[:40]}: no such task; the tasks are {', '.join(GLUE_TASKS)}")
     return task
 
 
@@ -113,11 +113,11 @@ def _tsv_records(path: Path, task: GlueTask) -> Iterator[tuple[str, dict[str, st
         if columns is None:
             columns = tuple(cells)
             if missing := [name for name in _needed(task) if name not in columns]:
-                raise ValueError(f"{where}: no column {missing[0]!r} in the header, which has {', '.join(columns)}")
+                raise ValueError(f"{where}: no column {missing[0]!r} in the header, which has {listed(columns)}")
         elif len(cells) == len(columns):
             yield where, dict(zip(columns, cells, strict=True))
         elif not task.broken_rows:
-            raise ValueError(f"{where}: {len(cells)} columns, expected {len(columns)}: {', '.join(columns)}")
+            raise ValueError(f"{where}: {len(cells)} columns, expected {len(columns)}: {listed(columns)}")
 
 
 def _json_records(path: Path, task: GlueTask) -> Iterator[tuple[str, dict[str, str]]]:
@@ -125,7 +125,7 @@ def _json_records(path: Path, task: GlueTask) -> Iterator[tuple[str, dict[str, s
         keys = {name: name if name in fields else _JSON_NAMES.get(name, name) for name in _needed(task)}
         for key in keys.values():
             if not isinstance(fields.get(key), str | int | float):
-                raise ValueError(f"{where}: no string {key!r}; the keys are {', '.join(fields)}")
+                raise ValueError(f"{where}: no string {key!r}; the keys are {listed(fields)}")
         yield where, {name: str(fields[key]) for name, key in keys.items()}
 
 
@@ -133,14 +133,14 @@ def _label(value: str, task: GlueTask, where: str) -> str | float:
     if len(task.labels) > 1:
         if value in task.labels:
             return value
-        if value.isdecimal() and int(value) < len(task.labels):
+        if value.isdecimal() and len(value) < 10 and int(value) < len(task.labels):
             return task.labels[int(value)]
         numbers = f"0 to {len(task.labels) - 1}"
-        raise ValueError(f"{where}: label {value!r}, expected {numbers} or {', '.join(task.labels)}")
+        raise ValueError(f"{where}: label {quoted(value)}, expected {numbers} or {', '.join(task.labels)}")
     try:
         score = float(value)
     except ValueError:
         score = math.nan
     if not math.isfinite(score):
-        raise ValueError(f"{where}: score {value!r}, expected a number")
+        raise ValueError(f"{where}: score {quoted(value)}, expected a number")
     return score

@@ -2,11 +2,15 @@
 
 import json
 import math
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lora_jax.data._rows import Chat, Completion, Labelled, Row, Text
+from lora_jax.data._rows import Chat, Completion, Labelled, Row, Text, is_target, listed, quoted
+
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def read_jsonl(path: str | Path) -> list[Row]:
@@ -16,7 +20,7 @@ def read_jsonl(path: str | Path) -> list[Row]:
     for where, fields in objects(Path(path)):
         keys = next((keys for keys in PARSERS if set(keys) == set(fields)), None)
         if keys is None:
-            raise ValueError(f"{where}: keys {', '.join(map(str, fields)) or '(none)'}; accepted are {_accepted()}")
+            raise ValueError(f"{where}: keys {listed(fields)}; accepted are {_accepted()}")
         row = PARSERS[keys](fields, where)
         first = first or keys
         if keys != first:
@@ -30,7 +34,13 @@ def read_jsonl(path: str | Path) -> list[Row]:
 
 
 def lines(path: Path) -> Iterator[tuple[str, bytes]]:
-    """The lines that aren't blank, each with `file:line`."""
+    """The lines that aren't blank, each with `file:line`.
+
+    Raises:
+      ValueError: a pipe or a device, of which a second reading gives nothing, or which never ends.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: not a regular file; write the rows to one")
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if number == 1:
@@ -43,12 +53,46 @@ def objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each line's JSON object, with `file:line`."""
     for where, line in lines(path):
         try:
-            fields = json.loads(line.decode())
+            fields = json.loads(line.decode(), object_pairs_hook=_object)
+            half = _half_character(fields) if _SURROGATE.search(line) else None
+        except _Twice as error:
+            raise ValueError(f"{where}: the key {quoted(error.args[0])} is there twice in one object") from None
         except (ValueError, RecursionError) as error:  # of decoding, of JSON, of a number too long to convert
-            raise ValueError(f"{where}: not a line of JSON ({error})") from error
+            raise ValueError(f"{where}: not a line of JSON ({error})") from None
         if not isinstance(fields, dict):
             raise ValueError(f"{where}: a JSON {type(fields).__name__}, expected an object: {_accepted()}")
+        if half is not None:
+            raise ValueError(
+                f"{where}: {half} is half a character (a lone surrogate); write the whole one, or leave it out"
+            )
         yield where, fields
+
+
+class _Twice(Exception):
+    """A key that an object has twice."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object: of two values of one key, json would drop the first and say nothing."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise _Twice(Counter(name for name, _ in pairs).most_common(1)[0][0])
+    return fields
+
+
+def _half_character(fields: Any) -> str | None:
+    """A surrogate without its other half, which JSON can write but which is no character; None where there is none.
+
+    It is what is left of an emoji that was cut in two, as programs cut that count in 16 bits.
+
+    >>> _half_character({"text": ["\\ud83d"]})
+    '\\\\ud83d'
+    """
+    try:
+        json.dumps(fields, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        return f"\\u{ord(error.object[error.start]):04x}"
+    return None
 
 
 def _text(fields: dict[str, Any], where: str) -> Text:
@@ -66,6 +110,10 @@ def _chat(fields: dict[str, Any], where: str) -> Chat:
     for number, message in enumerate(messages):
         if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
             raise ValueError(f'{where}: messages[{number}] must be an object with the strings "role" and "content"')
+        try:
+            is_target(message)
+        except ValueError as error:
+            raise ValueError(f"{where}: messages[{number}]: {error}") from None
     return Chat(tuple(messages))
 
 

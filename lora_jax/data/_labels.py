@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lora_jax.data._rows import Labelled
+from lora_jax.data._rows import Labelled, listed, quoted
 
 SCORE = ("score",)
 
@@ -31,19 +31,19 @@ class Labels(NamedTuple):
         Raises:
           ValueError: the label is none of these; the message starts with the row's `file:line`.
         """
-        where, label = row.where or repr(row.text[:40]), row.label
+        where, label = row.where or quoted(row.text), row.label
         if self.regression:
             if isinstance(label, str):
-                raise ValueError(f"{where}: label {label!r}, expected a number, as the other rows have")
+                raise ValueError(f"{where}: label {quoted(label)}, expected a number, as the other rows have")
             try:
                 value = np.float32(label)
             except OverflowError:  # an integer of hundreds of digits
                 value = np.float32(math.inf)
             if not math.isfinite(value):
-                raise ValueError(f"{where}: label {str(label)[:40]}, expected a finite number")
+                raise ValueError(f"{where}: label {quoted(label)}, expected a finite number")
             return value
         if isinstance(label, float) or str(label) not in self.names:
-            raise ValueError(f"{where}: label {label!r}, expected one of {', '.join(self.names)}")
+            raise ValueError(f"{where}: label {quoted(label)}, expected one of {listed(self.names)}")
         return np.int32(self.names.index(str(label)))
 
 
@@ -63,10 +63,10 @@ def labels_of(rows: Sequence[Labelled]) -> Labels:
     for row in rows:
         if isinstance(row.label, str) != text:
             what = ("a number", "strings") if text else ("a string", "numbers")
-            raise ValueError(f"{row.where}: label {row.label!r} is {what[0]}, the labels before it are {what[1]}")
+            raise ValueError(f"{row.where}: label {quoted(row.label)} is {what[0]}, the labels before it are {what[1]}")
     if any(isinstance(row.label, float) for row in rows):
         return Labels(SCORE)
     names = tuple(map(str, sorted({row.label for row in rows})))
     if len(names) == 1:
-        raise ValueError(f"every row has the label {names[0]!r}: there is nothing to tell apart")
+        raise ValueError(f"every row has the label {quoted(names[0])}: there is nothing to tell apart")
     return Labels(names)

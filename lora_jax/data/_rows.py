@@ -1,7 +1,7 @@
-"""What a row of a data file may be."""
+"""What a row of a data file may be, and how messages quote it."""
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 
 class Text(NamedTuple):
@@ -18,9 +18,12 @@ class Completion(NamedTuple):
 
 
 class Chat(NamedTuple):
-    """A conversation `[{"role": ..., "content": ...}, ...]`: only the assistant's turns are targets."""
+    """A conversation `[{"role": ..., "content": ...}, ...]`: only the assistant's turns are targets.
 
-    messages: tuple[Mapping[str, str], ...]
+    A message may have a `"weight"`: with 0 its turn is context, not a target; 1 is as without it.
+    """
+
+    messages: tuple[Mapping[str, Any], ...]
 
 
 class Labelled(NamedTuple):
@@ -33,3 +36,45 @@ class Labelled(NamedTuple):
 
 
 Row = Text | Completion | Chat | Labelled
+
+LONGEST_QUOTE = 40  # characters of a value in a message
+
+
+def is_target(message: Mapping[str, Any]) -> bool:
+    """Whether a message of a chat is a target.
+
+    Raises:
+      ValueError: a weight other than 0 and 1.
+
+    >>> [is_target({"role": role, "weight": 1}) for role in ("user", "assistant")]
+    [False, True]
+    >>> is_target({"role": "assistant", "weight": 0})
+    False
+    """
+    weight = message.get("weight")
+    if weight is not None and weight not in (0, 1):
+        raise ValueError(f'"weight" is {quoted(weight)}, expected 0 or 1')
+    return message["role"] == "assistant" and weight != 0
+
+
+def quoted(value: Any, most: int = LONGEST_QUOTE) -> str:
+    """A value as a message shows it: on one line and never long.
+
+    >>> quoted("yes"), quoted(2.5), quoted("a" * 50, 10)
+    ("'yes'", '2.5', "'aaaaaaaaa... (52 characters)")
+    """
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}... ({len(text):,} characters)"
+
+
+def listed(names: Iterable[Any], most: int = 5) -> str:
+    """Names as a message lists them: a few, each on one line and none long.
+
+    >>> listed(["text", "id"]), listed(range(9), 2), listed([])
+    ('text, id', '0, 1, ... (9 in all)', '(none)')
+    """
+    names = list(names)
+    shown = [str(name) for name in names[:most]]
+    shown = [name if name.isprintable() and 0 < len(name) <= 30 else quoted(name, 20) for name in shown]
+    rest = [f"... ({len(names):,} in all)"] if len(names) > most else []
+    return ", ".join(shown + rest) or "(none)"

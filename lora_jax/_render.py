@@ -1,0 +1,102 @@
+"""The program that renders chat templates for `lora_jax.data`: in a process of its own, under limits.
+
+A template is a program by a stranger. Its sandbox keeps it from files and the network, not from running for ever or
+from filling the memory, and no hook of jinja's sees what one filter, one method or one power of an integer takes. The
+kernel does: a timer of CPU time that ends the process, and a limit of its address space.
+
+It reads requests, one JSON object a line, and answers each with one. It is run as a file, so that nothing else of this
+package is imported.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import sys
+from typing import Any
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+MEBIBYTE = 2**20
+
+
+def main() -> None:
+    requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what libraries print is no answer
+    try:
+        from transformers.utils.chat_template_utils import render_jinja_template
+    except Exception as error:
+        render_jinja_template, problem = None, f"{type(error).__name__}: {error}"
+    else:
+        problem = ""
+    for line in requests:
+        answer = {"error": problem} if render_jinja_template is None else _answer(render_jinja_template, line)
+        answers.write(json.dumps(answer).encode() + b"\n")
+        answers.flush()
+
+
+def _answer(render: Any, line: bytes) -> dict[str, Any]:
+    """`{"text", "lengths"}` or `{"error"}`: the whole text, and the length of each part's where the whole begins so."""
+    request = json.loads(line)
+    memory, longest = request["memory"] + 64 * len(line), request["longest"] + 16 * len(line)
+    messages, template, names = request["messages"], request["template"], request["names"]
+
+    def text_of(count: int, prompt: bool) -> str:
+        # Of each message a copy: a template may change what it is given.
+        given = [dict(message) for message in messages[:count]]
+        found = render([given], chat_template=template, add_generation_prompt=prompt, **names)
+        text = (found[0] if isinstance(found, tuple) else found)[0]
+        if len(text) > longest:
+            raise ValueError(f"it writes {len(text):,} characters, {longest:,} are allowed")
+        return text
+
+    try:
+        with _limits(request["seconds"], memory):
+            whole, lengths = text_of(len(messages), request["prompt"]), []
+            for count, prompt in request["parts"]:
+                text = text_of(count, prompt)
+                lengths.append(len(text) if whole.startswith(text) else None)
+        return {"text": whole, "lengths": lengths}
+    except MemoryError:
+        return {"error": f"it needs more than {memory // MEBIBYTE:,} MiB of memory"}
+    except Exception as error:  # a template raises what it likes
+        return {"error": " ".join(str(error)[:1000].split()) or type(error).__name__}
+
+
+@contextlib.contextmanager
+def _limits(seconds: float, memory: int):
+    """CPU time and memory that the block may take: beyond the one the process ends, beyond the other it raises."""
+    timer = hasattr(signal, "setitimer")
+    before = None
+    if resource is not None:
+        before = resource.getrlimit(resource.RLIMIT_AS)
+        with contextlib.suppress(OSError, ValueError):  # a system that has no such limit, or a lower one
+            resource.setrlimit(resource.RLIMIT_AS, (_address_space() + memory, before[1]))
+    if timer:
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        if timer:
+            signal.setitimer(signal.ITIMER_PROF, 0)
+        if resource is not None and before is not None:
+            with contextlib.suppress(OSError, ValueError):
+                resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def _address_space() -> int:
+    """Bytes of this process's address space.
+
+    Raises:
+      OSError: the system doesn't say.
+    """
+    with open("/proc/self/statm", "rb") as file:
+        return int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+
+
+if __name__ == "__main__":
+    main()

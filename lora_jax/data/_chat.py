@@ -1,0 +1,64 @@
+"""The text of a conversation, in pieces that begin and end where the targets do."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from lora_jax.data._rows import is_target
+from lora_jax.data._template import render_parts, template_of
+
+Pieces = list[tuple[str, bool]]  # text, and whether its tokens are targets
+
+LONGEST_ERROR = 100  # characters of what a template says
+OURS = ("role", "content", "weight")
+# transformers gives a template any of these under the names of the others.
+REASONING = ("reasoning_content", "thinking", "reasoning")
+
+
+def chat_pieces(messages: Sequence[Mapping[str, Any]], tokenizer: Any, number: int) -> Pieces:
+    """The conversation in the tokenizer's chat template, cut before and after each turn that is a target.
+
+    Raises:
+      ValueError: there is no template, it refuses the messages or takes too much, or the turns can't be found in it.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            'the tokenizer has no chat template, which rows of {"messages"} need: '
+            'add one to it, or give rows of {"prompt", "completion"}'
+        )
+    try:
+        targets = [turn for turn, message in enumerate(messages) if is_target(message)]
+        shown = [{name: value for name, value in message.items() if name != "weight"} for message in messages]
+        parts = [part for turn in targets for part in ((turn, True), (turn + 1, False))]
+        whole, lengths = render_parts(shown, tokenizer, parts)
+    except ValueError as error:
+        said = " ".join(str(error).split())
+        said = said if len(said) <= LONGEST_ERROR else f"{said[:LONGEST_ERROR]}..."
+        raise ValueError(f"row {number}: the tokenizer's chat template refuses it ({said})") from error
+    pieces, end = [], 0
+    for turn, start, stop in zip(targets, lengths[::2], lengths[1::2], strict=True):
+        if start is None or stop is None or not end <= start <= stop:
+            raise ValueError(
+                f"row {number}: the tokenizer's chat template rewrites earlier turns, so turn {turn + 1} can't be "
+                "found in it; give conversations with one assistant turn, the last"
+            )
+        pieces += [(whole[end:start], False), (whole[start:stop], True)]
+        end = stop
+    if end < len(whole) or not pieces:
+        pieces.append((whole[end:], False))
+    return pieces
+
+
+def keys_unread(conversations: Iterable[Sequence[Mapping[str, Any]]], tokenizer: Any) -> tuple[str, ...]:
+    """Keys of messages that nothing reads: neither a part of ours nor a word of the chat template."""
+    keys = {
+        name
+        for messages in conversations
+        for message in messages
+        for name, value in message.items()
+        if value is not None
+    }
+    template = template_of(tokenizer) or ""
+    read = {name for name in keys if name in OURS or str(name) in template}
+    if any(name in template for name in REASONING):
+        read |= {*REASONING}
+    return tuple(sorted(map(str, keys - read)))

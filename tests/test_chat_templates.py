@@ -1,0 +1,141 @@
+"""Chat templates: within bounds of time and memory, as transformers renders them; and what they don't read."""
+
+import os
+import resource
+import time
+
+import pytest
+from tokenizers_of import CHAT, byte_level
+
+from lora_jax import data
+from lora_jax.data import Chat, _template, render_chat
+
+TURNS = ({"role": "user", "content": "a?"}, {"role": "assistant", "content": "yes"})
+
+GROWING = "{% set ns = namespace(x=START) %}{% for i in range(60) %}{% set ns.x = ns.x OP ns.x %}{% endfor %}"
+LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    yield byte_level()
+    _template.close()
+
+
+def refused(tokenizer, template):
+    tokenizer.chat_template = template
+    with pytest.raises(ValueError, match=r"^row 1: the tokenizer's chat template refuses it \(") as error:
+        data.encode([Chat(TURNS)], tokenizer, 64)
+    assert len(str(error.value)) < 200
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ 'a' * 10**10 }}",
+        "{{ [0] * 10**9 }}",
+        "{{ 'a'|center(10**10) }}",
+        "{{ 'a'.ljust(10**10) }}",
+        "{{ '%10000000000d' % 1 }}",
+        GROWING.replace("START", "'aaaa'").replace("OP", "~"),
+        GROWING.replace("START", "[1]").replace("OP", "+"),
+    ],
+)
+def test_memory_is_bounded(tokenizer, template):
+    assert "it needs more than 256 MiB of memory" in refused(tokenizer, template)
+
+
+def test_what_is_written_is_bounded(tokenizer):
+    assert "it writes 50,000,000 characters" in refused(tokenizer, "{{ 'a' * 50000000 }}")
+
+
+def test_the_bombs_took_no_memory_here():
+    """Runs after them: neither this process nor the one that rendered them grew to what they asked for."""
+    for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN):
+        assert resource.getrusage(who).ru_maxrss < 2**21, "2 GiB"
+
+
+@pytest.mark.parametrize("template", [LOOP, "{{ lipsum(n=10**8) }}"])
+def test_time_is_bounded(tokenizer, template, monkeypatch):
+    monkeypatch.setattr(_template, "SECONDS", 0.3)
+    began = time.perf_counter()
+    assert "it ran for 0.4 s without an end" in refused(tokenizer, template)
+    assert time.perf_counter() - began < 20
+    tokenizer.chat_template = CHAT  # and the next text is rendered as ever
+    assert render_chat(TURNS, tokenizer) == tokenizer.apply_chat_template(list(TURNS), tokenize=False)
+
+
+def test_what_a_template_raises_is_a_short_line(tokenizer):
+    assert "(no lines)" in refused(tokenizer, "{{ raise_exception('no\nlines') }}")
+    refused(tokenizer, "{{ raise_exception('x' * 100000) }}")
+    refused(tokenizer, "{% for")
+    refused(tokenizer, {"one": CHAT, "other": CHAT})
+    assert "half a character" in refused_by_encode(tokenizer, "{{ messages[0].content }}\ud800")
+
+
+def refused_by_encode(tokenizer, template):
+    tokenizer.chat_template = template
+    with pytest.raises(ValueError, match="row 1") as error:
+        data.encode([Chat(TURNS)], tokenizer, 64)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("prompt", [False, True])
+def test_texts_are_transformers_own(tokenizer, prompt):
+    """With its own filters and functions, blocks that mark the assistant's, None left out, and names of tokens."""
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{% generation %}{{ m | tojson }}{% endgeneration %}{% if loop.last %}"
+        "{% break %}{% endif %}{% endfor %}{{ namespace(a=1).a }}{% if add_generation_prompt %}<é>{% endif %}"
+    )
+    messages = [{"role": "user", "content": "'ü'\n", "name": None, "thinking": "hm", "tools": [{"a": 1.5}]}, *TURNS]
+    expected = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+    assert render_chat(messages, tokenizer, add_generation_prompt=prompt) == expected
+    assert '"thinking"' in expected
+
+
+def test_one_process_renders_all_and_a_fork_begins_its_own(tokenizer):
+    tokenizer.chat_template = CHAT
+    text = render_chat(TURNS, tokenizer)
+    held = _template._held[0]
+    assert render_chat(TURNS, tokenizer) == text
+    assert _template._held == [held]
+    held.owner = os.getpid() + 1  # as a fork of this process sees it
+    assert render_chat(TURNS, tokenizer) == text
+    assert _template._held != [held]
+    held.owner = os.getpid()
+    held.close()
+
+
+# --- messages --------------------------------------------------------------------------------------------------------
+
+
+def told(tokenizer, *messages):
+    ids, targets = data.encode([Chat(messages)], tokenizer, 200).examples[0]
+    return tokenizer.decode(ids[targets]).replace("\n", "")
+
+
+def test_a_turn_of_weight_0_is_context(tokenizer):
+    tokenizer.chat_template = CHAT.replace("{{ m.role }}", "{{ m.role }}{{ m.weight }}")  # nor does a template see it
+    other = {"role": "assistant", "content": "ab"}
+    turns = (*TURNS, TURNS[0], other)
+    assert told(tokenizer, *turns) == "yes</s>ab</s>"
+    assert told(tokenizer, *turns[:3], other | {"weight": 1}) == "yes</s>ab</s>"
+    assert told(tokenizer, TURNS[0], TURNS[1] | {"weight": 0}, *turns[2:]) == "ab</s>"
+    assert told(tokenizer, *turns[:3], other | {"weight": 0}) == "yes</s>"
+    assert told(tokenizer, *turns[:3], other | {"weight": None}) == "yes</s>ab</s>"
+    silent = Chat((TURNS[0], TURNS[1] | {"weight": False}))
+    assert data.encode([silent, Chat(turns)], tokenizer, 200).left_out == 1
+    with pytest.raises(ValueError, match=r'row 1: .*"weight" is 0.5, expected 0 or 1'):
+        told(tokenizer, TURNS[0], other | {"weight": 0.5})
+
+
+def test_keys_that_no_template_reads_are_reported_once(tokenizer):
+    tokenizer.chat_template = CHAT
+    more = {"name": "Al", "weight": 1, "tool_calls": None, "reasoning": "because"}
+    rows = [Chat((TURNS[0] | more, TURNS[1])), Chat((TURNS[0], TURNS[1] | {"name": "Bo"}))]
+    assert data.encode(rows, tokenizer, 64).unread == ("name", "reasoning")
+    assert data.encode([Chat(TURNS)], tokenizer, 64).unread == ()
+    tokenizer.chat_template = "{{ messages[0].name }}{{ messages[0].reasoning_content }}" + CHAT
+    assert data.encode(rows, tokenizer, 64).unread == ()
