@@ -15,7 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import prefix
+from lora_jax._finite import why_unfinite
 from lora_jax._forward import ensure_adapted
+from lora_jax._tables import Vocabulary, check_ids, vocabulary
 from lora_jax.data import bucket
 
 
@@ -72,7 +74,8 @@ def generate(
       int32[B, max_tokens]: the new tokens; after a row's end, its first end token is repeated.
 
     Raises:
-      ValueError: settings out of range, a key missing, or prompts padded on the right.
+      ValueError: settings out of range, a key missing, prompts padded on the right, a token that the model has no row
+        for, or logits that aren't finite.
     """
     _check(max_tokens, temperature, top_p)
     if temperature > 0 and key is None:
@@ -83,7 +86,10 @@ def generate(
     if mask.shape[1] < 2:  # the last token is fed apart from those before it, and there must be some
         pad = ((0, 0), (1, 0))
         input_ids, mask = np.pad(np.asarray(input_ids), pad), np.pad(mask, pad)
-    return _generate(
+    input_ids = np.where(mask, input_ids, 0)  # a table has no row for just anything that may be behind the mask
+    limits = _limits(model_apply, init_cache, params)
+    check_ids(input_ids, limits, "prompt")
+    tokens, finite = _generate(
         params,
         jnp.asarray(input_ids, jnp.int32),
         jnp.asarray(mask),
@@ -97,6 +103,28 @@ def generate(
         draw=temperature > 0,
         nucleus=top_p < 1,
     )
+    if not finite:
+        raise ValueError(f"the logits of the next tokens aren't finite: {why_unfinite(params)}")
+    return tokens
+
+
+def _limits(model_apply: Any, init_cache: Any, params: Any) -> Vocabulary:
+    """How many rows the table of embeddings has: read from a trace once for each model."""
+    leaves, structure = jax.tree.flatten(params)
+    shapes = tuple((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
+    return _read_limits(model_apply, init_cache, structure, shapes)
+
+
+@functools.lru_cache(maxsize=8)
+def _read_limits(model_apply: Any, init_cache: Any, structure: Any, leaves: Any) -> Vocabulary:
+    params = structure.unflatten([jax.ShapeDtypeStruct(*leaf) for leaf in leaves])
+    ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    apply = ensure_adapted(model_apply)
+
+    def embed(params: Any, batch: Any) -> Any:
+        return apply(prefix.take(params)[0], batch["input_ids"], None, cache=init_cache(1, 2))
+
+    return vocabulary(embed, params, {"input_ids": ids})
 
 
 @functools.partial(jax.jit, static_argnames=("model_apply", "init_cache", "max_tokens", "draw", "nucleus"))
@@ -119,21 +147,26 @@ def _generate(
         return jax.random.categorical(jax.random.fold_in(key, step), logits).astype(jnp.int32)
 
     def unfinished(state):
-        step, _, _, _, finished = state
+        step, _, _, _, finished, _ = state
         return (step < max_tokens) & ~finished.all()
 
     def advance(state):
-        step, tokens, last, cache, finished = state
+        step, tokens, last, cache, finished, finite = state
         logits, cache = apply(params, last[:, None], None, cache=cache)
-        token = jnp.where(finished, eos_ids[0], choose(logits[:, -1], step))
+        chosen = choose(logits[:, -1], step)
+        # Where any logit is nan, a maximum is nan: looking at the chosen one is enough.
+        likely = jnp.take_along_axis(logits[:, -1], chosen[:, None], axis=1)[:, 0]
+        finite &= (finished | jnp.isfinite(likely)).all()
+        token = jnp.where(finished, eos_ids[0], chosen)
         tokens = jax.lax.dynamic_update_index_in_dim(tokens, token, step, axis=1)
-        return step + 1, tokens, token, cache, finished | jnp.isin(token, eos_ids)
+        return step + 1, tokens, token, cache, finished | jnp.isin(token, eos_ids), finite
 
     # The logits of the prompt are never looked at, so XLA leaves the head out of this call.
     _, cache = apply(params, input_ids[:, :-1], mask[:, :-1], cache=init_cache(batch, length + max_tokens))
     tokens = jnp.full((batch, max_tokens), eos_ids[0], jnp.int32)
-    start = (jnp.int32(0), tokens, input_ids[:, -1], cache, empty)
-    return jax.lax.while_loop(unfinished, advance, start)[1]
+    start = (jnp.int32(0), tokens, input_ids[:, -1], cache, empty, jnp.bool(True))
+    _, tokens, _, _, _, finite = jax.lax.while_loop(unfinished, advance, start)
+    return tokens, finite
 
 
 def _nucleus(logits: jax.Array, top_p: jax.Array) -> jax.Array:
@@ -167,7 +200,8 @@ def generate_text(
       The completions, without the prompts and special tokens, in the prompts' order.
 
     Raises:
-      ValueError: no end token is known, or a prompt is too long for the model's positions.
+      ValueError: no end token is known; a prompt is too long for the model's positions, or has a token that the model
+        has no row for; logits aren't finite.
     """
     tokenizer = model.tokenizer
     eos_ids = _eos_ids(model)
@@ -181,6 +215,7 @@ def generate_text(
                 f"{positions} positions{f' after a prefix of {before}' if before else ''}; shorten the prompt or lower "
                 "max_tokens"
             )
+    check_ids(encoded, _limits(model.apply, model.init_cache, params), "prompt")
     texts = [""] * len(encoded)
     for number, rows in enumerate(_batches(encoded, config.batch_size)):
         tokens = generate(
@@ -197,25 +232,42 @@ def generate_text(
         drawn = np.asarray(tokens)[: len(rows)].tolist()  # the rows that fill the batch are last
         for row, ids in zip(rows, drawn, strict=True):
             end = next((i for i, token in enumerate(ids) if token in eos_ids), len(ids))
-            texts[row] = tokenizer.decode(ids[:end], skip_special_tokens=True)
+            texts[row] = continuation(tokenizer, encoded[row], ids[:end])
     return texts
+
+
+def continuation(tokenizer: Any, before: Sequence[int], ids: Sequence[int]) -> str:
+    """What tokens spell after others, without special tokens.
+
+    Decoded alone they may spell something else: a tokenizer that puts a space before any text takes the first one away,
+    and the bytes of a character may be spread over both.
+    """
+    start, whole = (tokenizer.decode(part, skip_special_tokens=True) for part in ([*before], [*before, *ids]))
+    # Of characters whose bytes aren't all in `before`, it shows marks that the whole doesn't have.
+    shared = next((i for i, (one, other) in enumerate(zip(start, whole, strict=False)) if one != other), len(start))
+    return whole[shared:]
 
 
 def _eos_ids(model) -> list[int]:
     """The tokenizer's end token first, which training appends, then the model's own."""
-    own = model.config.eos_token_id
-    own = list(own) if isinstance(own, (list, tuple)) else [own]
+    own = getattr(model, "end_tokens", None)
+    if own is None:  # not one of `lora_jax.models`
+        own = model.config.eos_token_id
+        own = own if isinstance(own, (list, tuple)) else [own]
     ids = list(dict.fromkeys(i for i in (model.tokenizer.eos_token_id, *own) if i is not None))
     if not ids:
-        raise ValueError("neither the tokenizer nor the model's config names an eos_token, so generation never stops")
+        raise ValueError("neither the tokenizer nor the model's configs name an eos_token, so generation never stops")
     return ids
 
 
 def _prompt_ids(prompt: str | Sequence[int], tokenizer) -> list[int]:
     """As training sees a prompt: special tokens in front, but no end token, though some tokenizers add it."""
-    ids = tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else list(prompt)
-    if ids[-1:] == [tokenizer.eos_token_id]:
-        ids = ids[:-1]
+    if isinstance(prompt, str):
+        ids, eos = tokenizer(prompt)["input_ids"], [tokenizer.eos_token_id]
+        if ids[-1:] == eos and tokenizer("a")["input_ids"][-1:] == eos:
+            ids = ids[:-1]
+    else:
+        ids = list(prompt)
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     return ids or [start]
 

@@ -156,6 +156,48 @@ def test_evaluate_prints_one_json_object(world, capsys):
     assert adapted["loss"] < base["loss"]
 
 
+def test_what_has_no_effect_in_rows_is_reported_once(world, tmp_path, capsys):
+    """Keys of messages that the chat template doesn't read; and a turn of weight 0 is none of the targets."""
+    model, data, out = tmp_path / "model", tmp_path / "data", tmp_path / "out"
+    shutil.copytree(world["model"], model)
+    (model / "chat_template.jinja").write_text(
+        "{% for m in messages %}({{ m.role }}){{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}(assistant){% endif %}"
+    )
+    turns = [{"role": "assistant", "content": "no", "weight": 0}, {"role": "assistant", "content": "2", "name": "Al"}]
+    data.mkdir()
+    for split in ("train", "valid"):
+        (data / f"{split}.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 4)
+    assert main(["train", "--model", str(model), "--data", str(data), "--output", str(out), *TRAIN]) == 0
+    err = capsys.readouterr().err
+    assert err.count("messages: the chat template doesn't read the keys name; they have no effect") == 1
+    assert main(["evaluate", "--model", str(model), "--data", str(data), "--split", "valid", "--json"]) == 0
+    said = capsys.readouterr()
+    assert said.err.count("the chat template doesn't read the keys name") == 1
+    assert json.loads(said.out) | {"loss": 0, "perplexity": 0} == {
+        "loss": 0,
+        "perplexity": 0,
+        "tokens": 8,
+        "rows": 4,
+        "rows_left_out": 0,
+        "rows_truncated": 0,
+        "rows_crossing": 0,
+    }
+
+
+def test_a_model_that_is_not_finite_is_named(refused, world, tmp_path):
+    """Before a step is done, and instead of an empty line or nan."""
+    model, out = models.load(world["model"]), tmp_path / "out"
+    params = jax.tree.map(lambda leaf: leaf, model.params)
+    params["norm"]["scale"] = params["norm"]["scale"].at[0].set(jnp.nan)
+    models.save(tmp_path / "model", model, params)
+    given, rows = ["--model", tmp_path / "model"], ["--data", world["data"]]
+    assert "the loss is nan: norm/scale holds nan or inf" in refused("evaluate", *given, *rows)
+    assert "norm/scale holds nan or inf" in refused("generate", *given, "--prompt", "1")
+    assert "norm/scale holds nan or inf" in refused("train", *given, *rows, "--output", out, *TRAIN)
+    assert not out.exists()
+
+
 def test_export_writes_the_same_adapter_without_patterns(world, tmp_path):
     arguments = ["export", "--model", world["model"], "--adapter", world["out"], "--output"]
     assert main([*arguments, str(tmp_path / "anew")]) == 0

@@ -148,8 +148,12 @@ def test_rows_made_in_memory_are_checked_too():
 
 def test_a_pipe_is_no_data_file(tmp_path):
     os.mkfifo(tmp_path / "rows.jsonl")
-    with pytest.raises(ValueError, match="not a regular file"):
+    with pytest.raises(ValueError, match=r"rows.jsonl: a pipe; expected a file of rows"):
         data.load(tmp_path / "rows.jsonl")
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 1049\n"
+    (tmp_path / "pointer.jsonl").write_text(pointer)
+    with pytest.raises(ValueError, match=r"pointer.jsonl: a Git LFS pointer to 1,049 bytes"):
+        data.load(tmp_path / "pointer.jsonl")
 
 
 def test_bytes_that_are_not_text(tmp_path):

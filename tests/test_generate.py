@@ -4,6 +4,7 @@ The model of these tests is random and its tokenizer is the alphabet, so a text 
 """
 
 import importlib
+import json
 import warnings
 from dataclasses import replace
 
@@ -12,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from marks import few
+from tokenizers_of import KINDS, metaspace
 from transformers import LlamaConfig
 
 import lora_jax
 from lora_jax import models
-from lora_jax.generate import GenerateConfig, _generate, generate, generate_text
+from lora_jax.generate import GenerateConfig, _generate, continuation, generate, generate_text
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz .,"
 EOS = 1
@@ -161,6 +163,39 @@ def test_an_empty_row_is_passed_over(model):
     assert (tokens[3:] == EOS).all()
 
 
+def test_a_token_without_a_row_is_refused(model, adapted):
+    ids, mask = prompts(3, 9)
+    for token in (VOCABULARY, -1):
+        ids[0, -1] = token
+        with pytest.raises(
+            ValueError, match=rf"prompt 1: token {token} is beyond embed_tokens/embedding, a table of 31 rows"
+        ):
+            run(model, adapted, ids, mask)
+    with pytest.raises(ValueError, match="prompt 2: token 31 is beyond"):
+        generate_text(model, adapted, [[3, 4, 5], [VOCABULARY], "abc"], GenerateConfig(max_tokens=2))
+    ids[0, :-3] = VOCABULARY  # what the mask covers is nobody's
+    ids[0, -1] = 2
+    run(model, model.params, ids, mask)
+
+
+def test_the_table_is_read_once_for_each_model(model, adapted):
+    reads = importlib.import_module("lora_jax.generate")._read_limits
+    ids, mask = prompts(3, 9)
+    run(model, adapted, ids, mask)
+    before = reads.cache_info().misses
+    run(model, adapted, *prompts(4, 9))
+    assert reads.cache_info().misses == before
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "key": jax.random.key(0)}])
+def test_logits_that_are_not_finite_are_no_text(model, adapted, settings):
+    ids, mask = prompts(3, 9)
+    spoilt = jax.tree.map(lambda leaf: leaf, model.params)
+    spoilt["norm"]["scale"] = spoilt["norm"]["scale"].at[0].set(jnp.nan)
+    with pytest.raises(ValueError, match="logits of the next tokens aren't finite: norm/scale holds nan or inf"):
+        run(model, spoilt, ids, mask, **settings)
+
+
 # --- drawing ---------------------------------------------------------------------------------------------------------
 
 
@@ -285,3 +320,84 @@ def test_transformers_generates_the_same(model, adapted, tmp_path):
     ).numpy()[:, ids.shape[1] :]
     tokens = run(model, merged, ids, mask, max_tokens=20)
     np.testing.assert_array_equal(tokens[:, : expected.shape[1]], expected)
+
+
+# --- tokenizers and end tokens of a folder ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_continuation_is_what_follows_in_the_text(kind):
+    tokenizer = KINDS[kind]()
+    for before, after in (("ab(", "ab)"), ("a:", " yes"), ("a: yes", "yes"), ("", "yes"), ("é", "è 🙂")):
+        given, whole = (tokenizer(text)["input_ids"] for text in (before, before + after))
+        assert continuation(tokenizer, given, whole[len(given) :]) == after or given != whole[: len(given)]
+    ids = tokenizer("a🙂 b")["input_ids"]
+    cut = next(i for i in range(len(ids)) if "\ufffd" in tokenizer.decode(ids[:i]))
+    assert continuation(tokenizer, ids[:cut], [*ids[cut:], tokenizer.eos_token_id]) == "🙂 b"
+
+
+@pytest.fixture(scope="module")
+def spaced():
+    """A model that ends at 2, and a tokenizer that puts a space before any text."""
+    tokenizer = metaspace("first")
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=40,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+        eos_token_id=2,
+    )
+    return models.init(config, jax.random.key(0)), tokenizer
+
+
+@pytest.fixture
+def folder(spaced, tmp_path):
+    """Theirs."""
+    drawn, tokenizer = spaced
+    models.save(tmp_path / "model", drawn, drawn.params, tokenizer=tokenizer)
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize(("given", "ends"), [(None, (2,)), (7, (2, 7)), ([7, 2, 9, -1, 10**6], (2, 7, 9))])
+def test_end_tokens_of_all_files(folder, given, ends):
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": given, "temperature": 0.6}))
+    assert models.load_abstract(folder).end_tokens == ends
+
+
+def test_a_text_of_a_folders_model(folder):
+    """It is what follows in the text, up to any of the folder's end tokens."""
+    model = models.load(folder)
+    ids = model.tokenizer("ab(")["input_ids"]
+    free = run(model, model.params, np.array([ids]), np.ones((1, len(ids))), max_tokens=12, eos_id=2)[0].tolist()
+    stop = next(token for place, token in enumerate(free) if place >= 3 and token not in free[:place])
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [stop]}))
+    (text,) = generate_text(models.load(folder), model.params, ["ab("], GenerateConfig(max_tokens=12))
+    expected = model.tokenizer.decode([*ids, *free[: free.index(stop)]], skip_special_tokens=True)
+    assert "ab(" + text == expected
+
+
+def test_a_saved_model_keeps_its_end_tokens(folder, tmp_path):
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
+    model = models.load(folder)
+    for name, more in {"own": {}, "given": {"tokenizer": metaspace("first")}}.items():
+        models.save(tmp_path / name, model, model.params, **more)
+        assert models.load_abstract(tmp_path / name).end_tokens == (2, 7)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "not valid JSON"),
+        ("[1]", "expected a JSON object, found list"),
+        ('{"eos_token_id": "</s>"}', "eos_token_id </s> given, expected a token id or a list of them"),
+        ('{"eos_token_id": [2, true]}', r"eos_token_id \[2, True\] given"),
+        (" " * (2**20 + 1), "1,048,577 bytes, expected at most 1,048,576"),
+    ],
+)
+def test_a_damaged_generation_config(folder, text, words):
+    (folder / "generation_config.json").write_text(text)
+    with pytest.raises(ValueError, match=f"generation_config.json: {words}"):
+        _ = models.load_abstract(folder).end_tokens

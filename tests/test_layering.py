@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "lora_jax"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # Modules of one group may import each other; a group imports the groups and the packages on its right.
-CORE = {"_paths", "_tree", "_forward", "_optim", "_sharding", "_certify", "_jaxprs"}
+CORE = {"_paths", "_tree", "_forward", "_optim", "_sharding", "_certify", "_jaxprs", "_tables", "_finite"}
 GROUPS = {
     "_paths": (set(), set()),
     "_tree": ({"_paths"}, {"jax", "numpy", "ml_dtypes"}),
@@ -19,6 +19,8 @@ GROUPS = {
     "_optim": ({"_tree", "_paths"}, {"jax", "numpy", "optax"}),
     "_sharding": ({"_tree", "_paths"}, {"jax", "numpy"}),
     "_certify": ({"_tree", "_paths", "_jaxprs"}, {"jax"}),
+    "_tables": ({"_jaxprs"}, {"jax", "numpy"}),
+    "_finite": (set(), {"jax"}),
     "lora_jax": (CORE, set()),
     "_untrusted": (set(), set()),
     "models": ({"_untrusted"}, {"jax", "numpy", "ml_dtypes", "flax", "transformers", "safetensors", "huggingface_hub"}),
@@ -28,7 +30,7 @@ GROUPS = {
     "checkpoint": (CORE, {"jax", "numpy", "orbax"}),
     "analysis": (CORE, {"jax", "numpy"}),
     "report": (CORE | {"analysis"}, {"jax", "numpy", "matplotlib", "jinja2", "markupsafe"}),
-    "data": (set(), {"numpy", "grain"}),
+    "data": ({"_untrusted"}, {"numpy", "grain"}),
     "_render": (set(), {"transformers"}),  # a program that `data` runs
     "text_to_sql": ({"data"}, {"numpy"}),
     "train": (CORE | {"data", "checkpoint", "prefix"}, {"jax", "numpy", "grain", "optax", "rich", "scipy", "sklearn"}),

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 from lora_jax.data import Example
-from lora_jax.generate import GenerateConfig, generate_text
+from lora_jax.generate import GenerateConfig, continuation, generate_text
 
 SHOWN = 5
 CONFIG = GenerateConfig(max_tokens=48, batch_size=SHOWN)
@@ -46,7 +46,8 @@ def _cut(tokenizer: Any, example: Example) -> Prompt:
     ids, targets = example
     start = int(np.flatnonzero(np.diff(targets.astype(int), prepend=0) == 1)[-1])
     if start > 1:
-        return Prompt(ids[:start].tolist(), text_of(ids[:start]), text_of(ids[start:]))
+        given = ids[:start].tolist()
+        return Prompt(given, text_of(ids[:start]), continuation(tokenizer, given, ids[start:].tolist()))
     text = text_of(ids).strip()
     middle = text.rfind("\n") + 1 or text.rfind(" ", 0, len(text) // 2) + 1
     return Prompt(text[:middle], text[:middle], text[middle:])

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from lora_jax._untrusted import git_lfs_pointer, not_a_file
 from lora_jax.data._rows import Chat, Completion, Labelled, Row, Text, is_target, listed, quoted
 
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -37,10 +38,11 @@ def lines(path: Path) -> Iterator[tuple[str, bytes]]:
     """The lines that aren't blank, each with `file:line`.
 
     Raises:
-      ValueError: a pipe or a device, of which a second reading gives nothing, or which never ends.
+      ValueError: no file but a pipe or a device, of which a second reading gives nothing or which never ends; or a Git
+        LFS pointer.
     """
-    if not path.is_file():
-        raise ValueError(f"{path}: not a regular file; write the rows to one")
+    if kind := not_a_file(path) or git_lfs_pointer(path):
+        raise ValueError(f"{path}: {kind}; expected a file of rows")
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if number == 1:

@@ -23,6 +23,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from lora_jax.models import (
     _family,
     _folder,
+    _generation,
     _heads,
     _settings,
     _shards,
@@ -116,6 +117,17 @@ class Model:
             ValueError: there is none.
         """
         return _tokenizer.load(self.folder, self.adapter, self.config)
+
+    @cached_property
+    def end_tokens(self) -> tuple[int, ...]:
+        """Tokens that end a text: those of the configuration and of the folder's `generation_config.json`.
+
+        The tokenizer's own end token may be another.
+
+        Raises:
+            ValueError: that file is damaged.
+        """
+        return _generation.end_tokens(self.config, self.folder)
 
 
 def load(
@@ -291,9 +303,10 @@ def save(
         config.save_pretrained(temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
-        elif model.folder is not None:
-            _folder.copy_text_files(model.folder, temporary)
-            if model.adapter is not None:
+        if model.folder is not None:
+            patterns = _folder.TEXT_FILES if tokenizer is None else (_generation.GENERATION,)
+            _folder.copy_text_files(model.folder, temporary, patterns)
+            if tokenizer is None and model.adapter is not None:
                 copy_tokenizer(model.adapter, temporary)
         layout = _layout(model, leaves)
         _shards.write(temporary, leaves, model.names, dtype=dtype, shard_bytes=shard_bytes, layout=layout)

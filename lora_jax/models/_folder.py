@@ -4,7 +4,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -171,9 +171,9 @@ def _umask() -> int:
     return mask
 
 
-def copy_text_files(source: Path, target: Path) -> None:
+def copy_text_files(source: Path, target: Path, patterns: Sequence[str] = TEXT_FILES) -> None:
     """Copy the tokenizer's and generation's files; the configuration and the weights are written anew."""
-    for pattern in TEXT_FILES:
+    for pattern in patterns:
         for path in source.glob(pattern):
             if path.is_file() and not NOT_COPIED.fullmatch(path.name):
                 shutil.copyfile(path, target / path.name)

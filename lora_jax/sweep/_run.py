@@ -16,6 +16,7 @@ from rich.console import Console
 
 from lora_jax import data, prefix
 from lora_jax._config import LoRAConfig
+from lora_jax._finite import unfinite_leaf
 from lora_jax._forward import kernel_axes
 from lora_jax._tree import Axes
 from lora_jax.analysis import GradientScore
@@ -27,6 +28,7 @@ from lora_jax.sweep._start import Fresh, Starts, taken, trainable
 from lora_jax.train import Evaluation, StepMetrics, Task, TrainConfig, task_of
 from lora_jax.train._evaluate import evaluation_of
 from lora_jax.train._log import Log
+from lora_jax.train._vocabulary import check_examples
 
 SMALL_MACHINE = 8 * 2**30  # bytes
 TRACED_TOKENS = 8  # of the abstract call that tells how each kernel is used
@@ -101,6 +103,9 @@ def run(
         ids = jax.ShapeDtypeStruct((1, TRACED_TOKENS), jnp.int32)
         axes = kernel_axes(apply_fn, prefix.take(params)[0], ids, ids)
     entries = [_entry(point, config, params) for point in points]
+
+    examples = {"training example": train_data, "validation example": valid_data or ()}
+    check_examples(apply_fn, params, examples, config.rows_per_step)
 
     def starts_of(kept: Sequence[_Entry]) -> Starts:
         own = [entry.point for entry in kept]
@@ -312,12 +317,25 @@ class _Bench(NamedTuple):
             adapters, states, metrics = self.program.step(adapters, states, lane, self.base, batch, np.int32(step))
             # Fetched one step late: the device never waits for the host.
             if in_flight is not None:
-                seen.append(jax.device_get(in_flight))
+                seen.append(self._fetched(in_flight, first=not seen))
                 progress.tell(step - 1, seen[-1], last=False)
             in_flight = metrics
-        seen.append(jax.device_get(in_flight))
+        seen.append(self._fetched(in_flight, first=not seen))
         progress.tell(self.rows.steps, seen[-1], last=True)
         return jax.tree.map(lambda *values: np.stack(values), *seen), adapters
+
+    def _fetched(self, metrics: Any, first: bool) -> StepMetrics:
+        """A step's metrics; where no adapter's first loss is finite, a leaf of the base is to blame.
+
+        Raises:
+          ValueError: that leaf.
+        """
+        found = jax.device_get(metrics)
+        if first and not np.isfinite(found.loss).any() and (leaf := unfinite_leaf(self.base)):
+            raise ValueError(
+                f"step 1: the loss of every adapter is {found.loss[0]:g}: {leaf} of the base holds nan or inf"
+            )
+        return found
 
     def _validate(self, adapters: Any, entries: Sequence[_Entry]) -> Callable[[int], Evaluation]:
         """What each adapter, by its place, makes of the validation rows."""

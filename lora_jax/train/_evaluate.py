@@ -8,8 +8,10 @@ import jax
 import numpy as np
 
 from lora_jax import data
+from lora_jax._finite import why_unfinite
 from lora_jax.train._step import make_loss_sums
 from lora_jax.train._task import Task, task_of
+from lora_jax.train._vocabulary import check_examples
 
 
 class Evaluation(NamedTuple):
@@ -46,8 +48,17 @@ def evaluate(
       examples: tokenised rows, at least one.
       batch_size: rows computed at once; it doesn't change the result.
       task: what the rows ask for, where it isn't `task_of(examples)`.
+
+    Raises:
+      ValueError: no examples; a token that the model has no row for; a loss that isn't finite, with the leaf to blame.
     """
-    return Evaluator(apply_fn, examples, batch_size, task or task_of(examples))(params)
+    if not examples:
+        raise ValueError("no examples to evaluate on")
+    check_examples(apply_fn, params, {"example": examples}, batch_size)
+    found = Evaluator(apply_fn, examples, batch_size, task or task_of(examples))(params)
+    if not np.isfinite(found.loss):
+        raise ValueError(f"the loss is {found.loss:g}: {why_unfinite(params)}")
+    return found
 
 
 class Evaluator:

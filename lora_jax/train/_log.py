@@ -23,10 +23,14 @@ class Meter:
     """Loss, gradient norm and speed since the last log line, without making the device wait for the host.
 
     A step's figures are fetched only when the next step has been handed to the device.
+
+    Args:
+      on_step: called with each step and its loss.
+      broken_leaf: path of a leaf of the base that isn't finite, if there is one; asked when a loss isn't.
     """
 
-    def __init__(self, on_step: Callable[[int, float], None]):
-        self._on_step = on_step
+    def __init__(self, on_step: Callable[[int, float], None], broken_leaf: Callable[[], str | None] = lambda: None):
+        self._on_step, self._broken_leaf = on_step, broken_leaf
         self._in_flight: list[tuple[int, StepMetrics]] = []
         self.restart()
 
@@ -47,9 +51,10 @@ class Meter:
         step, metrics = self._in_flight.pop(0)
         metrics = jax.device_get(metrics)
         if not np.isfinite(metrics.loss) or not np.isfinite(metrics.grad_norm):
+            leaf = self._broken_leaf()
             raise ValueError(
                 f"step {step}: the loss is {metrics.loss:g} and its gradient's norm {metrics.grad_norm:g}; "
-                "lower learning_rate or alpha, or clip more"
+                + (f"{leaf} of the base holds nan or inf" if leaf else "lower learning_rate or alpha, or clip more")
             )
         self._steps.append(metrics)
         self._on_step(step, float(metrics.loss))

@@ -16,6 +16,7 @@ import numpy as np
 from rich.console import Console
 
 from lora_jax import data
+from lora_jax._finite import unfinite_leaf, why_unfinite
 from lora_jax._tree import combine, split
 from lora_jax.checkpoint import Checkpoints, Kept, TrainState, fingerprint
 from lora_jax.train._config import TrainConfig
@@ -24,6 +25,7 @@ from lora_jax.train._log import Log, Meter, OnLog, Record
 from lora_jax.train._optimizer import make_optimizer, schedule
 from lora_jax.train._step import make_step
 from lora_jax.train._task import Task, task_of
+from lora_jax.train._vocabulary import check_examples
 
 # Settings that a resumed run may change: they decide what is seen, not what is learned.
 _FREE = ("log_every", "eval_every", "checkpoint_every")
@@ -96,8 +98,8 @@ def train(
       overwrite: drop a run that is in `output`.
 
     Raises:
-      ValueError: nothing to train; no examples; the loss is no longer finite; a checkpoint of another run; checkpoints
-        without an output folder.
+      ValueError: nothing to train; no examples; a token that the model has no row for; a loss that isn't finite, before
+        training or later; a checkpoint of another run; checkpoints without an output folder.
       FileExistsError: `output` holds a run, and neither `resume` nor `overwrite` is given.
       FileNotFoundError: nothing in `output` to resume from.
     """
@@ -107,6 +109,8 @@ def train(
     base, adapter = _parts(params, train)
     if not train_data:
         raise ValueError("no training examples")
+    examples = {"training example": train_data, "validation example": valid_data or ()}
+    check_examples(apply_fn, combine(base, adapter), examples, config.rows_per_step)
     _claim(folder, config, resume, overwrite)
 
     task = task or task_of(train_data)
@@ -127,12 +131,15 @@ def train(
         if resume and checkpoints is not None:
             state = checkpoints.restore(state)
             batches.set_state(state.position)
-        log = stack.enter_context(Log(steps, state.step, folder, console, on_log))
 
         before = after = validate(combine(base, state.adapter))
+        if before is not None and not np.isfinite(before.loss):
+            why = why_unfinite(combine(base, state.adapter))
+            raise ValueError(f"the validation loss is {before.loss:g} before training: {why}")
+        log = stack.enter_context(Log(steps, state.step, folder, console, on_log))
         if before is not None and not state.step:
             log.record(0, {}, before)
-        meter = Meter(log.step)
+        meter = Meter(log.step, lambda: unfinite_leaf(base))
         for step in range(state.step + 1, steps + 1):
             batch = next(batches)
             step_key = jax.random.fold_in(state.key, step) if config.dropout else None

@@ -1,0 +1,27 @@
+"""Why a loss isn't finite."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def unfinite_leaf(tree: Any) -> str | None:
+    """Path of the first leaf that holds nan or inf; None where all are finite.
+
+    >>> unfinite_leaf({"a": jnp.ones(2), "b": {"kernel": jnp.array([1.0, jnp.nan])}})
+    'b/kernel'
+    """
+    finite = jax.jit(lambda leaf: jnp.isfinite(leaf).all())
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) and not finite(leaf):
+            return jax.tree_util.keystr(path, simple=True, separator="/")
+    return None
+
+
+def why_unfinite(tree: Any) -> str:
+    """What to do about a loss or logits that aren't finite, given the parameters that they are of."""
+    leaf = unfinite_leaf(tree)
+    if leaf is not None:
+        return f"{leaf} holds nan or inf: the file is damaged, or what wrote it overflowed"
+    return "every parameter is finite, so activations overflow: compute in float32 or bfloat16"

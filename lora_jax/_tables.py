@@ -1,0 +1,193 @@
+"""Which tables a function looks token ids up in, and whether they have a row for every id.
+
+An id beyond its table gives no error: `jnp.take` gives nan for it, and indexing the table's last row. How many rows
+there are is read from an abstract trace, so it needn't be said, and costs nothing while a compiled function runs.
+"""
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.extend import core as jex
+
+from lora_jax._jaxprs import inner_jaxprs, opened
+
+# Equations that give some of their operand's integers on, and perhaps others that are no larger than these may be.
+_SAME_IDS = frozenset(
+    {
+        "broadcast_in_dim",
+        "concatenate",
+        "convert_element_type",
+        "copy",
+        "copy_p",
+        "device_put",
+        "dynamic_slice",
+        "expand_dims",
+        "gather",
+        "max",
+        "pad",
+        "pcast",
+        "pvary",
+        "reshape",
+        "reshard",
+        "rev",
+        "select_n",
+        "sharding_constraint",
+        "slice",
+        "split",
+        "squeeze",
+        "stop_gradient",
+        "transpose",
+    }
+)
+# Equations after which a leaf is still the table that it was, if its axes are others.
+_SAME_TABLE = frozenset(
+    {
+        "convert_element_type",
+        "copy",
+        "copy_p",
+        "device_put",
+        "pcast",
+        "pvary",
+        "reshape",
+        "reshard",
+        "sharding_constraint",
+        "stop_gradient",
+        "transpose",
+    }
+)
+_CALLS = frozenset(
+    {
+        "checkpoint",
+        "closed_call",
+        "core_call",
+        "custom_jvp_call",
+        "custom_vjp_call",
+        "custom_vjp_call_jaxpr",
+        "jit",
+        "pjit",
+        "remat",
+        "remat2",
+    }
+)
+
+
+class Vocabulary(NamedTuple):
+    """What a function's trace says of token ids.
+
+    Attributes:
+      rows: path of each leaf that they are looked up in -> its rows.
+      logits: the last axis of an output of three axes, [B, T, V]; None of others.
+    """
+
+    rows: Mapping[str, int]
+    logits: int | None
+
+
+def vocabulary(function: Callable[[Any, Any], Any], params: Any, batch: dict[str, Any]) -> Vocabulary:
+    """Traces `function(params, batch)` and finds the leaves of `params` that `batch["input_ids"]` are looked up in.
+
+    Found are lookups by the ids themselves; not found are those by what is computed from them (positions, hashes), in
+    a loop, or by a product with one-hot vectors. A function that can't be traced has none.
+
+    >>> import jax.numpy as jnp
+    >>> params = {"table": jnp.ones((5, 3)), "places": jnp.ones((9, 3))}
+    >>> embed = lambda p, batch: p["table"][batch["input_ids"]] + p["places"][:batch["input_ids"].shape[1]]
+    >>> vocabulary(embed, params, {"input_ids": jnp.array([[1, 4]])})
+    Vocabulary(rows={'table': 5}, logits=3)
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they come again where the function is run
+            jaxpr = jax.make_jaxpr(function)(params, batch)
+    except Exception:  # whatever is wrong with it is reported where it is run
+        return Vocabulary({}, None)
+    given, _ = jax.tree_util.tree_flatten_with_path(params)
+    marks: list[_Mark | None] = [_Mark(jax.tree_util.keystr(path, simple=True, separator="/")) for path, _ in given]
+    marks += [_IDS if name == "input_ids" else None for name in sorted(batch)]  # as a dict is flattened
+    rows: dict[str, int] = {}
+    _walk(jaxpr.jaxpr, marks, rows)
+    shapes = [aval.shape for aval in jaxpr.out_avals]
+    return Vocabulary(rows, shapes[0][-1] if len(shapes) == 1 and len(shapes[0]) == 3 else None)
+
+
+def check_ids(rows: Iterable[Any], limits: Vocabulary, what: str, predicted: Sequence[Any] | None = None) -> None:
+    """Refuses ids that are in no row of a table, or that no logit predicts.
+
+    Args:
+      rows: integer arrays or lists, each not empty.
+      limits: of the function that will be given them.
+      what: what a row is called; its number follows.
+      predicted: bool arrays, true at the tokens of each row that are predicted; None where none is.
+
+    Raises:
+      ValueError: an id below 0 or beyond a table, by row, leaf and size.
+
+    >>> check_ids([[0, 4], [5]], Vocabulary({"table": 5}, None), "prompt")
+    Traceback (most recent call last):
+    ValueError: prompt 2: token 5 is beyond table, a table of 5 rows; take the tokenizer that belongs to the model
+    """
+    path = min(limits.rows, key=limits.rows.__getitem__, default="")
+    count = limits.rows.get(path)
+    for number, row in enumerate(rows):
+        row = np.asarray(row)
+        largest, smallest = int(row.max()), int(row.min())
+        if count is not None and not 0 <= smallest <= largest < count:
+            wrong = largest if largest >= count else smallest
+            raise ValueError(
+                f"{what} {number + 1}: token {wrong} is beyond {path}, a table of {count} rows; "
+                "take the tokenizer that belongs to the model"
+            )
+        if predicted is not None and limits.logits is not None and largest >= limits.logits:
+            told = row[np.asarray(predicted[number])]
+            if told.size and told.max() >= limits.logits:
+                raise ValueError(
+                    f"{what} {number + 1}: token {told.max()} is beyond the model's vocabulary of {limits.logits} "
+                    "logits; take the tokenizer that belongs to the model"
+                )
+
+
+class _Mark(NamedTuple):
+    """What a value of the trace is: the leaf at a path, or the ids where there is none."""
+
+    path: str | None
+
+
+_IDS = _Mark(None)
+
+
+def _walk(jaxpr: Any, marks: Sequence[_Mark | None], rows: dict[str, int]) -> list[_Mark | None]:
+    """Marks of the outputs; lookups are noted in `rows`."""
+    known: dict[Any, _Mark] = {var: mark for var, mark in zip(jaxpr.invars, marks, strict=True) if mark is not None}
+
+    def of(atom: Any) -> _Mark | None:
+        return None if isinstance(atom, jex.Literal) else known.get(atom)
+
+    for eqn in jaxpr.eqns:
+        inputs, name = [of(atom) for atom in eqn.invars], eqn.primitive.name
+        if not any(inputs):
+            continue
+        inner = next((j for j in inner_jaxprs(eqn) if len(opened(j)[0].invars) == len(inputs)), None)
+        if name in _CALLS and inner is not None:
+            outputs = _walk(opened(inner)[0], inputs, rows)
+        else:
+            outputs = [_result(eqn, inputs, rows)] * len(eqn.outvars)
+        known |= {var: mark for var, mark in zip(eqn.outvars, outputs, strict=True) if mark is not None}
+    return [of(atom) for atom in jaxpr.outvars]
+
+
+def _result(eqn: Any, inputs: Sequence[_Mark | None], rows: dict[str, int]) -> _Mark | None:
+    """The mark of an equation's outputs."""
+    name, first = eqn.primitive.name, inputs[0]
+    if name == "gather" and inputs[1] == _IDS:
+        axes = eqn.params["dimension_numbers"].start_index_map
+        if first is not None and first.path is not None and len(axes) == 1:
+            count = eqn.invars[0].aval.shape[axes[0]]
+            rows[first.path] = min(count, rows.get(first.path, count))
+        return None
+    passed = inputs[1:] if name == "select_n" else inputs[:1] if name in ("gather", "dynamic_slice") else inputs
+    if name in _SAME_IDS and _IDS in passed:
+        return _IDS if np.issubdtype(eqn.outvars[0].aval.dtype, np.integer) else None
+    return first if name in _SAME_TABLE and first != _IDS else None
