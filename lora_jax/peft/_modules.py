@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax._tree import LoRA
-from lora_jax.peft import _file
+from lora_jax.peft import _arguments, _file
 from lora_jax.peft._config import DTYPES, PREFIX, AdapterConfig, one_line
 from lora_jax.peft._read import find
 
@@ -36,7 +36,7 @@ def updates(folder: str | os.PathLike[str]) -> dict[str, LoRA]:
         FileNotFoundError: no adapter is there.
         ValueError: the files are damaged, an option isn't supported, or factors don't belong together.
     """
-    config, path = find(Path(folder))
+    config, path = find(_arguments.folder_of(folder))
     if config.target_parameters:
         raise ValueError(f"{folder}: target_parameters: what is in them only the model tells; load it into one")
     with _file.opened(path) as file:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lora_jax._tree import Axes, LoRA
-from lora_jax.peft import _config, _file, _names, _parameters, _prefix, _tokens, _trees, _untie
+from lora_jax.peft import _arguments, _config, _file, _names, _parameters, _prefix, _tokens, _trees, _untie
 from lora_jax.peft._config import DTYPES, PREFIX, AdapterConfig
 from lora_jax.peft._factors import Factors, node_of
 from lora_jax.peft._names import Tensor, Weight
@@ -54,7 +54,10 @@ def load(
 
     Example: see `save`.
     """
-    folder = Path(folder)
+    folder = _arguments.folder_of(folder)
+    _arguments.check_tree(params)
+    _arguments.check_names(names)
+    _arguments.check_axes(axes)
     config, path = find(folder)
     tree = _trees.parts(params)
     if tree.nodes:

@@ -12,7 +12,7 @@ from typing import Any
 import safetensors.numpy
 
 from lora_jax import prefix
-from lora_jax.peft import _config, _content, _prefix, _trees
+from lora_jax.peft import _arguments, _config, _content, _prefix, _trees
 from lora_jax.peft._config import CONFIG_FILE
 from lora_jax.peft._names import Weight
 
@@ -25,7 +25,7 @@ def save(
     *,
     names: Mapping[str, Weight],
     train: Any = (),
-    base_model: str | None = None,
+    base_model: str | os.PathLike[str] | None = None,
     task_type: str | None = None,
     portable: bool = False,
     tokens: Mapping[str, Sequence[int]] | None = None,
@@ -63,7 +63,8 @@ def save(
 
     Raises:
         FileExistsError: `folder` holds an adapter and `overwrite` isn't set, or is a file.
-        ValueError: `params` hold no adapter, a leaf that isn't in `names`, or something PEFT's format can't express.
+        ValueError: an argument of another kind, no adapter in `params`, a leaf that isn't in `names`, or something that
+            PEFT's format can't express.
         OSError: it can't be written (disk full); what was there before is whole.
 
     Example:
@@ -84,16 +85,20 @@ def save(
 
     The format: https://huggingface.co/docs/peft/developer_guides/checkpoint
     """
-    folder = Path(folder)
+    folder = _arguments.folder_of(folder)
+    _arguments.check_tree(params)
+    _arguments.check_names(names)
+    _arguments.check_saved(train=train, base_model=base_model, task_type=task_type)
+    rows = _arguments.rows_of(tokens)
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file; an adapter is saved as a folder")
     if (folder / CONFIG_FILE).exists() and not overwrite:
         raise FileExistsError(f"{folder} already holds an adapter; pass overwrite=True to replace it")
     params, node = prefix.take(params)
-    tensors, config = _content.content(_trees.parts(params, train), names, portable, tokens, fused)
+    tensors, config = _content.content(_trees.parts(params, train), names, portable, rows, fused)
     if node is not None:
         config = dataclasses.replace(config, lora_jax_prefix=_prefix.declared(node))
-    descriptive = {"base_model_name_or_path": base_model, "task_type": task_type}
+    descriptive = {"base_model_name_or_path": base_model and os.fspath(base_model), "task_type": task_type}
     text = _config.to_json(config, **descriptive)
     # transformers asks for the format: "pt" says that tensors are named and laid out as PyTorch's are.
     metadata = {"format": "pt", _config.CHECKSUM: _config.checksum(config, tensors)}

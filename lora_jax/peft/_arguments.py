@@ -1,0 +1,82 @@
+"""Arguments of `load`, `save` and `updates`: the right kinds of things, or one line that says what to pass instead."""
+
+import operator
+import os
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+
+def folder_of(folder: Any) -> Path:
+    """The path of an adapter's folder.
+
+    >>> folder_of(None)
+    Traceback (most recent call last):
+    ValueError: folder: None given, expected the path of an adapter's folder
+    """
+    if not isinstance(folder, str | os.PathLike) or folder == "":
+        raise ValueError(f"folder: {show(folder)} given, expected the path of an adapter's folder")
+    return Path(folder)
+
+
+def check_tree(params: Any) -> None:
+    """Raises ValueError for anything that is no tree with leaves in it, such as the model that has one."""
+    if params is None or callable(params) or jax.tree_util.all_leaves([params]):
+        hint = ": give its params" if hasattr(params, "params") else ""
+        raise ValueError(f"params: {show(params)} given, expected a tree of parameters{hint}")
+
+
+def check_names(names: Any) -> None:
+    """Raises ValueError unless each leaf's path has a name with `.name` and `.transpose`."""
+    if not isinstance(names, Mapping):
+        hint = ": give its names" if hasattr(names, "names") else ""
+        raise ValueError(f"names: {show(names)} given, expected leaf paths and their names, as model.names{hint}")
+    for path, weight in names.items():
+        if not isinstance(path, str) or not hasattr(weight, "name") or not hasattr(weight, "transpose"):
+            raise ValueError(f"names: {show(path)}: {show(weight)} given, expected a models.Weight(name, transpose)")
+
+
+def check_axes(axes: Any) -> None:
+    """Raises ValueError for anything that isn't None or a mapping."""
+    if axes is not None and not isinstance(axes, Mapping):
+        raise ValueError(f"axes: {show(axes)} given, expected what lora_jax.kernel_axes(apply, params, ...) returns")
+
+
+def check_saved(*, train: Any, **words: Any) -> None:
+    """Raises ValueError for patterns or descriptive words of the wrong kind."""
+    patterns = [train] if isinstance(train, str) else getattr(train, "train", train)
+    if not isinstance(patterns, Collection) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise ValueError(f"train: {show(train)} given, expected patterns of leaves, or the LoRAConfig")
+    for name, word in words.items():
+        if word is not None and not isinstance(word, str | os.PathLike):
+            raise ValueError(f"{name}: {show(word)} given, expected a string")
+
+
+def rows_of(tokens: Any) -> dict[str, list[int]]:
+    """Row numbers by the path of their embedding.
+
+    Raises:
+        ValueError: they are none.
+    """
+    if tokens is not None and not isinstance(tokens, Mapping):
+        raise ValueError(f"tokens: {show(tokens)} given, expected row numbers by the path of their embedding")
+    found = {}
+    for path, rows in (tokens or {}).items():
+        try:
+            found[path] = [operator.index(row) for row in rows]
+        except TypeError:
+            raise ValueError(f"tokens: {show(path)}: {show(rows)} given, expected a list of row numbers") from None
+    return found
+
+
+def show(value: Any) -> str:
+    """What was given, in a few words.
+
+    >>> show(["a"]), show(None), show(int)
+    ("['a']", 'None', 'int')
+    """
+    if isinstance(value, str | int | float | bool | None | Sequence) and len(repr(value)) <= 40:
+        return repr(value)
+    return value.__name__ if isinstance(value, type) else f"a {type(value).__name__}"
