@@ -208,3 +208,37 @@ def test_transformers_agrees_on_a_merged_tied_embedding(tied):
     with torch.no_grad():
         logits = theirs(torch.from_numpy(np.asarray(IDS, np.int64)))[0].numpy()
     np.testing.assert_allclose(logits, tied.adapted, atol=1e-5 * np.max(np.abs(tied.adapted)))
+
+
+# One use of a tied embedding ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", [pytest.param("the head adapted", marks=pytest.mark.slow), "both trained in full"])
+def test_a_model_that_the_adapter_unties_is_merged_and_exported(way, tmp_path, capsys):
+    """As adapters from PEFT do it: what `lora-jax merge` writes is untied, and `export` keeps both copies."""
+    world = World(tmp_path, ("q_proj",))
+    model = models.load(world.model)
+    untied = models.untied(model)
+    targets, train = (
+        (("q_proj", "lm_head"), ()) if way == "the head adapted" else (("q_proj",), ("embed_tokens", "lm_head"))
+    )
+    config = lora_jax.LoRAConfig(rank=2, alpha=3, targets=targets, train=train)
+    axes = lora_jax.kernel_axes(untied.apply, untied.params, IDS)
+    params = lora_jax.init(jax.random.key(1), untied.params, config, axes=axes)
+    base, adapter = lora_jax.split(params)
+    moved = jax.tree.map(lambda leaf: leaf + 0.05 * jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape), adapter)
+    params = lora_jax.combine(base, moved)
+    peft.save(world.adapter, params, names=model.names, overwrite=True)
+    adapted = lora_jax.adapt(model.apply)(params, IDS)
+    assert np.max(np.abs(adapted - world.adapted)) > 1e-2 * np.max(np.abs(adapted))
+
+    assert world.merge() == 0
+    assert "merged and adapted logits differ" in capsys.readouterr().out
+    assert json.loads((world.output / "config.json").read_text())["tie_word_embeddings"] is False
+    np.testing.assert_allclose(world.logits(), adapted, atol=1e-5 * np.max(np.abs(adapted)))
+    where = ["--model", str(world.model), "--adapter", str(world.adapter), "--output", str(tmp_path / "anew")]
+    assert main(["export", *where]) == 0
+    names = [load_file(folder / "adapter_model.safetensors").keys() for folder in (world.adapter, tmp_path / "anew")]
+    assert names[0] == names[1]
+    again = peft.load(tmp_path / "anew", model.params, names=model.names)
+    np.testing.assert_allclose(lora_jax.adapt(model.apply)(again, IDS), adapted, atol=1e-6 * np.max(np.abs(adapted)))

@@ -166,7 +166,7 @@ WAYS = {
 }
 UNTIED = [way for way in WAYS if "tied" not in way]
 LIVE = [("llama_tied", way) for way in WAYS]
-LIVE += [(name, way) for name in ("gemma", "gemma3", "gpt2") for way in ("both whole", "both", "head, embedding whole")]
+LIVE += [(name, way) for name in ("qwen3", "gemma3", "gpt2") for way in ("both whole", "both", "head, embedding whole")]
 LIVE += [
     (name, way) for name in ("bert_masked_lm", "roberta_masked_lm") for way in ("both", "head whole", "embedding whole")
 ]
