@@ -75,6 +75,14 @@ def test_what_a_template_raises_is_a_short_line(tokenizer):
     assert "half a character" in refused_by_encode(tokenizer, "{{ messages[0].content }}\ud800")
 
 
+def test_the_function_says_it_as_shortly(tokenizer):
+    for template in (None, "{{ raise_exception('x' * 100000) }}"):
+        tokenizer.chat_template = template
+        with pytest.raises(ValueError, match=r"^the tokenizer's chat template refuses it \(") as error:
+            render_chat(TURNS, tokenizer)
+        assert len(str(error.value)) < 200
+
+
 def refused_by_encode(tokenizer, template):
     tokenizer.chat_template = template
     with pytest.raises(ValueError, match="row 1") as error:

@@ -144,6 +144,8 @@ def test_whole_characters_may_be_written_in_halves(tmp_path):
 def test_rows_made_in_memory_are_checked_too():
     with pytest.raises(ValueError, match=r"row 2: '\\ud83d' is half a character"):
         data.encode([Text("a"), Text("x\ud83d")], Tokenizer(), 8)
+    with pytest.raises(ValueError, match=r"here:3: '\\udc00' is half a character"):
+        data.encode_labelled([data.Labelled("a", "no", "\udc00", "here:3")], Tokenizer(), 8, data.Labels(("no", "yes")))
 
 
 def test_a_pipe_is_no_data_file(tmp_path):

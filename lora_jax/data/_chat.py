@@ -4,11 +4,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lora_jax.data._rows import is_target
-from lora_jax.data._template import render_parts, template_of
+from lora_jax.data._template import refusal, render_parts, template_of
 
 Pieces = list[tuple[str, bool]]  # text, and whether its tokens are targets
 
-LONGEST_ERROR = 100  # characters of what a template says
 OURS = ("role", "content", "weight")
 # transformers gives a template any of these under the names of the others.
 REASONING = ("reasoning_content", "thinking", "reasoning")
@@ -31,9 +30,7 @@ def chat_pieces(messages: Sequence[Mapping[str, Any]], tokenizer: Any, number: i
         parts = [part for turn in targets for part in ((turn, True), (turn + 1, False))]
         whole, lengths = render_parts(shown, tokenizer, parts)
     except ValueError as error:
-        said = " ".join(str(error).split())
-        said = said if len(said) <= LONGEST_ERROR else f"{said[:LONGEST_ERROR]}..."
-        raise ValueError(f"row {number}: the tokenizer's chat template refuses it ({said})") from error
+        raise ValueError(f"row {number}: {refusal(error)}") from error
     pieces, end = [], 0
     for turn, start, stop in zip(targets, lengths[::2], lengths[1::2], strict=True):
         if start is None or stop is None or not end <= start <= stop:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from lora_jax.data._labels import Labels
-from lora_jax.data._rows import Labelled
+from lora_jax.data._rows import Labelled, check_text
 
 
 class PairTokenizer(Protocol):
@@ -60,6 +60,7 @@ def encode_labelled(
     for row in rows:
         if (row.text_pair is not None) != paired:
             raise ValueError(f"{row.where}: {'no pair' if paired else 'a pair'}, unlike the rows before it")
+        check_text(row.text + (row.text_pair or ""), row.where or "a row")
     encoded = _tokenize(rows, tokenizer, None)
     long = [i for i, (ids, _) in enumerate(encoded) if len(ids) > max_length]
     if long:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from lora_jax.data._rows import quoted
+from lora_jax.data._rows import check_text
 
 
 class Joint(NamedTuple):
@@ -34,7 +34,7 @@ class Boundaries:
         """Each row's tokens."""
         texts = ["".join(pieces) for pieces in rows]
         for number, text in enumerate(texts, 1):
-            _check_text(text, number)
+            check_text(text, f"row {number}")
         whole = self._ids(texts, self._special)
         first = iter(self._open([pieces[0] for pieces in rows if len(pieces) > 1]))
         later = iter(self._ids([piece for pieces in rows for piece in pieces[1:-1]], False))
@@ -91,11 +91,3 @@ class Boundaries:
     def _ids(self, texts: list[str], special: bool) -> list[list[int]]:
         # One call for all texts: a tokenizer works on several threads.
         return self._tokenizer(texts, add_special_tokens=special)["input_ids"] if texts else []
-
-
-def _check_text(text: str, number: int) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        half = error.object[error.start]
-        raise ValueError(f"row {number}: {quoted(half)} is half a character (a lone surrogate)") from None

@@ -78,3 +78,16 @@ def listed(names: Iterable[Any], most: int = 5) -> str:
     shown = [name if name.isprintable() and 0 < len(name) <= 30 else quoted(name, 20) for name in shown]
     rest = [f"... ({len(names):,} in all)"] if len(names) > most else []
     return ", ".join(shown + rest) or "(none)"
+
+
+def check_text(text: str, where: str) -> None:
+    """Refuses a text that holds half a character, which no tokenizer takes.
+
+    Raises:
+      ValueError: that half; the message starts with `where`.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise ValueError(f"{where}: {quoted(half)} is half a character (a lone surrogate)") from None

@@ -17,6 +17,7 @@ SECONDS = 5.0  # of CPU time for a conversation; an ordinary one takes a millise
 SECONDS_A_PART = 0.05  # more, for each beginning of it that is asked for
 MEMORY = 256 * 2**20  # bytes, beside 64 times the messages'
 LONGEST = 2**22  # characters of a text, beside 16 times the messages'
+LONGEST_ERROR = 100  # characters of what a template says
 PATIENCE = 12  # times those seconds, of wall time: for systems without such a timer
 
 Message = Mapping[str, Any]
@@ -32,7 +33,17 @@ def render_chat(messages: Sequence[Message], tokenizer: Any, *, add_generation_p
     Raises:
       ValueError: there is no template, it refuses the messages, or it takes more than it may.
     """
-    return render_parts(messages, tokenizer, (), add_generation_prompt)[0]
+    try:
+        return render_parts(messages, tokenizer, (), add_generation_prompt)[0]
+    except ValueError as error:
+        raise ValueError(refusal(error)) from error
+
+
+def refusal(error: Exception) -> str:
+    """What `render_parts` raised, as a short line."""
+    said = " ".join(str(error).split())
+    said = said if len(said) <= LONGEST_ERROR else f"{said[:LONGEST_ERROR]}..."
+    return f"the tokenizer's chat template refuses it ({said})"
 
 
 def render_parts(
