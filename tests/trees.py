@@ -2,6 +2,7 @@
 
 import collections
 import math
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,9 @@ def kernels(draw, dtypes=DTYPES):
 
 def adapted(params, config, axes=None):
     """The tree that `init` gives, with values drawn here: to compile its draws for every random shape takes minutes."""
-    abstract = jax.eval_shape(lambda tree: lora_jax.init(jax.random.key(0), tree, config, axes=axes), params)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*: rank .* is above")  # these kernels are tiny
+        abstract = jax.eval_shape(lambda tree: lora_jax.init(jax.random.key(0), tree, config, axes=axes), params)
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda x: jnp.asarray(np.asarray(rng.normal(size=x.shape)), x.dtype), abstract)
 
