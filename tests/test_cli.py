@@ -21,7 +21,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 import lora_jax
 from lora_jax import models, peft, text_to_sql
-from lora_jax.cli import COMMANDS, _base, _embedded, main
+from lora_jax.cli import COMMANDS, _base, _embedded, _rows, main
 from lora_jax.cli._base import Base
 from lora_jax.peft._read import labels_told
 
@@ -158,7 +158,7 @@ def test_evaluate_prints_one_json_object(world, capsys):
 
 def test_what_has_no_effect_in_rows_is_reported_once(world, tmp_path, capsys):
     """Keys of messages that the chat template doesn't read; and a turn of weight 0 is none of the targets."""
-    model, data, out = tmp_path / "model", tmp_path / "data", tmp_path / "out"
+    model, data = tmp_path / "model", tmp_path / "data"
     shutil.copytree(world["model"], model)
     (model / "chat_template.jinja").write_text(
         "{% for m in messages %}({{ m.role }}){{ m.content }}{% endfor %}"
@@ -168,7 +168,8 @@ def test_what_has_no_effect_in_rows_is_reported_once(world, tmp_path, capsys):
     data.mkdir()
     for split in ("train", "valid"):
         (data / f"{split}.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 4)
-    assert main(["train", "--model", str(model), "--data", str(data), "--output", str(out), *TRAIN]) == 0
+    rows = _rows.read((str(data),), Base(model=str(model)))
+    assert [len(examples) for examples in _rows.encode(rows, models.load(model), 64)[:2]] == [4, 4]
     err = capsys.readouterr().err
     assert err.count("messages: the chat template doesn't read the keys name; they have no effect") == 1
     assert main(["evaluate", "--model", str(model), "--data", str(data), "--split", "valid", "--json"]) == 0

@@ -26,8 +26,11 @@ def chat_pieces(messages: Sequence[Mapping[str, Any]], tokenizer: Any, number: i
         )
     try:
         targets = [turn for turn, message in enumerate(messages) if is_target(message)]
-        shown = [{name: value for name, value in message.items() if name != "weight"} for message in messages]
-        parts = [part for turn in targets for part in ((turn, True), (turn + 1, False))]
+    except ValueError as error:
+        raise ValueError(f"row {number}: {error}") from None
+    shown = [{name: value for name, value in message.items() if name != "weight"} for message in messages]
+    parts = [part for turn in targets for part in ((turn, True), (turn + 1, False))]
+    try:
         whole, lengths = render_parts(shown, tokenizer, parts)
     except ValueError as error:
         raise ValueError(f"row {number}: {refusal(error)}") from error
