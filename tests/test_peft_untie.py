@@ -15,6 +15,7 @@ from transformers import GPT2Config, LlamaConfig
 import lora_jax
 from lora_jax import models, peft
 from lora_jax._tree import attach
+from lora_jax.cli.analyze import weights_of
 
 OWN = {EMBEDDING: "model.embed", HEAD: "lm_head"}
 VALUES = {path: jnp.full(shape, value) for path, shape, value in ((EMBEDDING, (12, 8), 0.3), (HEAD, (8, 12), 0.2))}
@@ -141,6 +142,18 @@ def test_the_models_function_uses_a_head_that_is_there(name, tmp_path):
 def _written(folder, model):
     models.save(folder, model, model.params)
     return folder
+
+
+def test_analyze_knows_both_uses(tmp_path):
+    model = models.init(CONFIGS["llama"], jax.random.key(0))
+    updates = {
+        "lm_head": lora_jax.LoRA(jnp.ones((8, 2)), jnp.ones((2, 24)), 1.0),
+        "model.embed_tokens": lora_jax.LoRA(jnp.ones((24, 2)), jnp.ones((2, 8)), 1.0),
+    }
+    weight_of = weights_of(str(_written(tmp_path / "tied", model)), updates)
+    table = model.params["embed_tokens"]["embedding"]
+    np.testing.assert_array_equal(weight_of("model.embed_tokens"), table)
+    np.testing.assert_array_equal(weight_of("lm_head"), table.T)
 
 
 # Live -----------------------------------------------------------------------------------------------------------------

@@ -131,6 +131,9 @@ def weights_of(model: str, updates: Mapping[str, LoRA]) -> Callable[[str], Any]:
     for path, weight in opened.names.items():
         for index in np.ndindex(leaves[path].shape[: weight.name.count("{}")]):
             places[weight.name.format(*index).removesuffix(".weight")] = (path, index)
+        for own, head in weight.untied:  # a head that shares the embedding is a module to PEFT all the same
+            leaves[own] = leaves[path].T
+            places[head.name.removesuffix(".weight")] = (own, ())
     problems = []
     for name, node in updates.items():
         if name not in places:
