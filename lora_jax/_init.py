@@ -208,7 +208,7 @@ def _warn_of_ranks(kernels: Mapping[str, _Kernel], ranks: Mapping[str, int]) -> 
     largest = {path: min(map(math.prod, kernel.sizes()[1:])) for path, kernel in kernels.items()}
     above = [path for path in kernels if ranks[path] > largest[path]]
     if above:
-        path, more = above[0], f", and {len(above) - 1} more kernels" if len(above) > 1 else ""
+        path, more = above[0], f", as in {len(above) - 1} more" if len(above) > 1 else ""
         warnings.warn(
             f"{path}: rank {ranks[path]} is above {largest[path]}, the rank of the kernel itself{more}: A and B grow, "
             f"ΔW can't; {largest[path]} is enough",

@@ -378,9 +378,7 @@ def test_each_layer_starts_by_its_own_rank():
 
 def test_a_rank_above_the_kernels_own_is_said():
     params = layer("q", "k", shape=(6, 8)) | {"wide": {"kernel": jnp.zeros((9, 20))}}
-    message = (
-        r"^k/kernel: rank 7 is above 6, the rank of the kernel itself, and 1 more kernels: .* ΔW can't; 6 is enough$"
-    )
+    message = r"^k/kernel: rank 7 is above 6, the rank of the kernel itself, as in 1 more: .* ΔW can't; 6 is enough$"
     with pytest.warns(UserWarning, match=message) as said:
         whole = lora_jax.init(KEY, params, config(rank=7, targets=["/.*/"]))
     assert len(said) == 1
