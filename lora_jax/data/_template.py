@@ -27,7 +27,7 @@ def render_chat(messages: Sequence[Message], tokenizer: Any, *, add_generation_p
     """The text of a conversation in the tokenizer's chat template, as `apply_chat_template(tokenize=False)` gives it.
 
     A transformers tokenizer's template is rendered in a process of its own, which may take 5 seconds of CPU time, on
-    Linux 256 MiB (more for long messages), and 4 million characters; it starts with the first text and serves all others.
+    Linux 256 MiB (more for long messages), and 4 million characters. It starts with the first text and serves all.
     What has an `apply_chat_template` of its own is called as it is.
 
     Raises:
