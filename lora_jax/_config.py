@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from lora_jax._paths import ATTENTION, check_patterns
 
+MOST_RANK = 2**16  # no kernel of today has a full rank above it
 Scaling = Literal["standard", "rank_stabilized"]
 Initializer = Literal["gaussian", "kaiming_uniform"]
 
@@ -200,6 +201,8 @@ def _tuple_if_sequence(x: Any) -> Any:
 def _check_rank(rank: Any, what: str, *, least: int) -> None:
     if isinstance(rank, bool) or not isinstance(rank, numbers.Integral) or rank < least:
         raise ValueError(f"{what}: {rank!r} given, expected a whole number of {least} or more")
+    if int(rank) > MOST_RANK:
+        raise ValueError(f"{what}: {rank!r} given, expected at most {MOST_RANK}")
 
 
 def _check_alpha(alpha: Any, what: str) -> None:

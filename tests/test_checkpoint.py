@@ -1,7 +1,11 @@
 """A run that is broken off and resumed is the run; a checkpoint of anything else is refused."""
 
 import dataclasses
+import errno
 import json
+import os
+import shutil
+import types
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from marks import few
 
 import lora_jax
-from lora_jax.checkpoint import Checkpoints, TrainState, fingerprint
+from lora_jax.checkpoint import Checkpoints, TrainState, fingerprint, load_adapter
 from lora_jax.train import TrainConfig, train
 
 # 40 rows in batches of 8: a checkpoint after 4 of 5 batches lies inside an epoch, one after 8 inside another.
@@ -21,9 +25,10 @@ CONFIG = TrainConfig(batch_size=8, steps=12, learning_rate=1e-2, log_every=1, dr
 ROWS = tiny.examples(40)
 
 
-def params_of(seed=0, rank=4):
-    config = lora_jax.LoRAConfig(rank=rank, alpha=8, targets=["head"])
-    return lora_jax.init(jax.random.key(1), tiny.small_init(jax.random.key(seed)), config)
+def params_of(seed=0, rank=4, dtype=jnp.float32, target="head"):
+    config = lora_jax.LoRAConfig(rank=rank, alpha=8, targets=[target])
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), tiny.small_init(jax.random.key(seed)))
+    return lora_jax.init(jax.random.key(1), params, config)
 
 
 class Broken(Exception):
@@ -98,7 +103,9 @@ def square_node(axes):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"params": params_of(seed=1)}, "trained on another base"),
+        ({"params": params_of(seed=1)}, "trained on another base: of the same shapes, but with other values"),
+        ({"params": params_of(dtype=jnp.bfloat16)}, r"base embed/kernel: float32\[.*\] in the checkpoint, bfloat16\["),
+        ({"params": params_of(target="embed")}, "adapter axes of embed/kernel_lora: absent in the checkpoint, "),
         (
             {"params": params_of(rank=2)},
             r"array adapter/head/kernel_lora/a: float32\[24, 4\] in the checkpoint, float32\[24, 2\]",
@@ -110,7 +117,7 @@ def square_node(axes):
         ({"config": dataclasses.replace(CONFIG, steps=20)}, "setting steps: 12 in the checkpoint, 20 here"),
         ({"rows": ROWS[:-1] + tiny.examples(1, seed=7)}, "setting training rows: 40, "),
     ],
-    ids=["base", "rank", "rate", "steps", "rows"],
+    ids=["base", "dtype", "targets", "rank", "rate", "steps", "rows"],
 )
 def test_a_checkpoint_of_another_run_is_refused(finished, changed, message):
     before = (finished / "metrics.jsonl").read_bytes()
@@ -138,7 +145,10 @@ def test_everything_comes_back(tmp_path):
         with pytest.raises(FileNotFoundError, match="no checkpoint"):
             checkpoints.restore(state)
         checkpoints.save(state)
-    empty = jax.tree.map(jnp.zeros_like, (state.adapter, state.opt_state))
+    scale = jax.tree_util.GetAttrKey("scale")  # which a restored run must have as it was
+    empty = jax.tree_util.tree_map_with_path(
+        lambda path, x: x if path[-1] == scale else jnp.zeros_like(x), (state.adapter, state.opt_state)
+    )
     template = state._replace(adapter=empty[0], opt_state=empty[1], key=jax.random.key(0), step=0, position={})
     with Checkpoints(tmp_path / "new") as checkpoints:
         restored = checkpoints.restore(template)
@@ -161,7 +171,10 @@ def test_another_optimizer_is_refused(tmp_path):
     adapter = {"a": jnp.ones(3)}
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(state_of(adapter))
-    with Checkpoints(tmp_path) as checkpoints, pytest.raises(ValueError, match=r"opt_state/0/nu/a: .* absent here"):
+    with (
+        Checkpoints(tmp_path) as checkpoints,
+        pytest.raises(ValueError, match=r"opt_state/0/count: .* absent here and 3 more"),
+    ):
         checkpoints.restore(state_of(adapter, optax.sgd(0.1, momentum=0.9)))
 
 
@@ -197,3 +210,71 @@ def test_a_fingerprint_sees_the_dtype_and_not_the_placement():
     spread = jax.device_put(x, NamedSharding(Mesh(np.array(jax.devices()), ("x",)), PartitionSpec("x")))
     assert fingerprint([x]) != fingerprint([x.astype(jnp.uint32)])
     assert fingerprint([x]) == fingerprint([spread]) == fingerprint([np.asarray(x)])
+
+
+# --- what happens to a run ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.bits
+def test_a_run_broken_off_again_before_its_first_line_keeps_its_lines(tmp_path, monkeypatch):
+    """Between two lines, too: the first figures of a line are in the checkpoint."""
+    config = dataclasses.replace(CONFIG, log_every=3, steps=9)
+    run(tmp_path / "whole", config=config)
+    with pytest.raises(Broken):
+        run(tmp_path / "out", until=6, config=config)  # its checkpoint is of step 4, its newest line of step 6
+
+    def broken(*_):
+        raise Broken
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lora_jax.train._log.Meter.go_on", broken)
+        with pytest.raises(Broken):
+            run(tmp_path / "out", config=config, resume=True)
+    assert [line["step"] for line in lines(tmp_path / "out")] == [0, 3]
+    before = run(tmp_path / "out", config=config, resume=True).before
+    assert lines(tmp_path / "out") == lines(tmp_path / "whole")
+    assert before is not None
+    assert before.loss == lines(tmp_path / "whole")[0]["valid_loss"]
+
+
+def test_checkpoints_by_minutes(tmp_path, monkeypatch):
+    clock = iter(range(0, 10**6, 61))  # each look at it is a minute later
+    monkeypatch.setattr("lora_jax.train._save.time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+    by_minutes = dataclasses.replace(CONFIG, checkpoint_every=0, save_minutes=4, steps=10)
+    run(tmp_path / "often", config=by_minutes)
+    assert sorted(int(path.name) for path in (tmp_path / "often" / "checkpoints").iterdir()) == [8, 10]
+    run(tmp_path / "never", config=dataclasses.replace(by_minutes, save_minutes=0))
+    assert not (tmp_path / "never" / "checkpoints").exists()
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(tmp_path, monkeypatch, capfd):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state_of({"a": jnp.ones(3)}))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    expected = f"{tmp_path / '6'}: not saved: {os.strerror(errno.ENOSPC)}; checkpoint 5 is whole"
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(OSError, match=expected):
+        checkpoints.save(state_of({"a": jnp.ones(3)})._replace(step=6))
+    assert [path.name for path in tmp_path.iterdir()] == ["5"]
+    assert capfd.readouterr().err == ""
+
+
+def test_what_a_killed_run_began_is_removed_and_who_holds_the_folder_is_said(tmp_path):
+    (tmp_path / "7.orbax-checkpoint-tmp" / "arrays").mkdir(parents=True)
+    with Checkpoints(tmp_path):
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+        with pytest.raises(FileExistsError, match=f"held by a run of this process {os.getpid()} on .*, since 20"):
+            Checkpoints(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_adapter_of_a_checkpoint(finished):
+    result = run(finished, resume=True)
+    saved = load_adapter(finished)
+    assert (saved.step, saved.steps) == (result.kept_step, 12)
+    node, expected = saved.adapter["head"]["kernel_lora"], result.params["head"]["kernel_lora"]
+    assert (node.axes, np.asarray(node.scale)) == (expected.axes, np.asarray(expected.scale))
+    np.testing.assert_array_equal(node.a, expected.a)
+    np.testing.assert_array_equal(node.b, expected.b)
+    with pytest.raises(FileNotFoundError, match="no checkpoint there"):
+        load_adapter(finished / "checkpoints" / "nowhere")

@@ -399,7 +399,7 @@ def test_rank_zero(refused):
 
 
 def test_setting_out_of_range(refused):
-    assert refused("train", "--batch-size", "0") == "batch_size: 0 given, expected at least 1"
+    assert refused("train", "--batch-size", "0") == "batch_size: 0 given, expected 1 to 1048576"
 
 
 @pytest.mark.parametrize("command", ["evaluate", "generate", "merge"])
@@ -448,19 +448,6 @@ def test_resume_of_nothing(refused, world, tmp_path, monkeypatch):
     assert "no checkpoint to resume from" in refused("train", *given, "--output", tmp_path / "out", "--resume")
 
 
-@pytest.mark.parametrize(
-    ("flags", "told"), [([], "with --checkpoint-every N"), (["--checkpoint-every", "1"], "with --resume")]
-)
-def test_a_stopped_run_tells_how_to_go_on(world, tmp_path, monkeypatch, capsys, flags, told):
-    def stopped(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("lora_jax.cli.train.train", stopped)
-    argv = ["train", "--model", world["model"], "--data", world["data"], "--output", str(tmp_path / "out"), *TRAIN]
-    assert main([*argv, *flags]) == 130
-    assert told in " ".join(capsys.readouterr().err.split())
-
-
 def test_what_was_merged_of_the_embedded_model_has_its_task(tmp_path):
     base = Base(model=str(tmp_path))
     with pytest.raises(ValueError, match="pass --data"):
@@ -481,7 +468,7 @@ def test_overwrite(world, tmp_path):
 
 def test_merge_into_a_folder_that_is_not_empty(refused, world):
     message = refused("merge", "--model", world["model"], "--adapter", world["out"], "--output", world["model"])
-    assert "--overwrite" in message
+    assert "what is read from there would be lost" in message
 
 
 @pytest.mark.parametrize("command", ["train", "merge"])
@@ -537,7 +524,7 @@ def test_analyze_into_a_folder_that_is_not_empty(refused, world):
 def test_analyze_never_overwrites_an_adapter(refused, world):
     before = sorted(os.listdir(world["out"]))
     message = refused("analyze", "--adapter", world["out"], "--output", world["out"], "--overwrite")
-    assert "would be lost; choose another folder" in message
+    assert "would be lost" in message
     assert sorted(os.listdir(world["out"])) == before
 
 

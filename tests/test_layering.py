@@ -12,6 +12,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # Modules of one group may import each other; a group imports the groups and the packages on its right.
 CORE = {"_paths", "_tree", "_forward", "_optim", "_sharding", "_certify", "_jaxprs", "_tables", "_finite"}
 GROUPS = {
+    "_disk": (set(), set()),
     "_paths": (set(), set()),
     "_tree": ({"_paths"}, {"jax", "numpy", "ml_dtypes"}),
     "_jaxprs": (set(), {"jax"}),
@@ -23,19 +24,25 @@ GROUPS = {
     "_finite": (set(), {"jax"}),
     "lora_jax": (CORE, set()),
     "_untrusted": (set(), set()),
-    "models": ({"_untrusted"}, {"jax", "numpy", "ml_dtypes", "flax", "transformers", "safetensors", "huggingface_hub"}),
+    "models": (
+        {"_disk", "_untrusted"},
+        {"jax", "numpy", "ml_dtypes", "flax", "transformers", "safetensors", "huggingface_hub"},
+    ),
     "prefix": (CORE, {"jax", "numpy"}),
-    "peft": (CORE | {"prefix", "_untrusted"}, {"jax", "numpy", "ml_dtypes", "regex", "safetensors"}),
+    "peft": (CORE | {"_disk", "prefix", "_untrusted"}, {"jax", "numpy", "ml_dtypes", "regex", "safetensors"}),
     "loralib": (CORE | {"peft", "_untrusted"}, {"jax", "numpy", "ml_dtypes"}),
-    "checkpoint": (CORE, {"jax", "numpy", "orbax"}),
+    "checkpoint": (CORE | {"_disk"}, {"jax", "numpy", "orbax"}),
     "analysis": (CORE, {"jax", "numpy"}),
-    "report": (CORE | {"analysis"}, {"jax", "numpy", "matplotlib", "jinja2", "markupsafe"}),
+    "report": (CORE | {"_disk", "analysis"}, {"jax", "numpy", "matplotlib", "jinja2", "markupsafe"}),
     "data": ({"_untrusted"}, {"numpy", "grain"}),
     "_render": (set(), {"transformers"}),  # a program that `data` runs
     "text_to_sql": ({"data"}, {"numpy"}),
-    "train": (CORE | {"data", "checkpoint", "prefix"}, {"jax", "numpy", "grain", "optax", "rich", "scipy", "sklearn"}),
+    "train": (
+        CORE | {"_disk", "data", "checkpoint", "prefix"},
+        {"jax", "numpy", "grain", "optax", "rich", "scipy", "sklearn"},
+    ),
     "generate": (CORE | {"data", "checkpoint", "prefix"}, {"jax", "numpy"}),
-    "sweep": (CORE | {"data", "prefix", "train", "analysis", "models"}, {"jax", "numpy", "rich"}),
+    "sweep": (CORE | {"_disk", "data", "prefix", "train", "analysis", "models"}, {"jax", "numpy", "rich"}),
     "plan": ({"train", "analysis", "models"}, {"jax", "numpy"}),
     "cli": (None, {"jax", "numpy", "rich", "tyro"}),  # None: everything
 }

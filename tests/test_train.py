@@ -486,7 +486,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path):
             config=dataclasses.replace(QUICK, checkpoint_every=1),
             output=tmp_path,
         )
-    assert list((tmp_path / "checkpoints").iterdir()) == []  # nothing that a resumed run would start from
+    assert not (tmp_path / "checkpoints").exists()  # nothing that a resumed run would start from
 
 
 def test_runs_that_cannot_begin(tmp_path):

@@ -8,6 +8,7 @@ import contextlib
 import importlib
 import io
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -33,7 +34,7 @@ ENVIRONMENT = "LORA_JAX_TRACEBACK=1 shows where an error came from."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, 2 for what the user can put right, 130 for Ctrl-C.
+    """Run one command and return its exit code: 0, 2 for what the user can put right, 130 for Ctrl-C, 143 for SIGTERM.
 
     Args:
         argv: the words after `lora-jax`; default `sys.argv[1:]`.
@@ -64,8 +65,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `lora-jax inspect | head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError) as error:
         return _fail(error)
+    except RuntimeError as error:
+        if (line := out_of_memory(str(error), _device_bytes())) is None:
+            raise
+        return _fail(MemoryError(line).with_traceback(error.__traceback__))
     return 0
 
 
@@ -81,6 +86,36 @@ def _fail(error: Exception) -> int:
     else:
         print("lora-jax:", _in_one_line(error), file=sys.stderr)
     return 2
+
+
+def out_of_memory(text: str, there_is: int | None) -> str | None:
+    """One line for what XLA says where a device's memory is full; None where it says something else.
+
+    >>> out_of_memory("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 2147483648 bytes.", 1 << 30)
+    'out of device memory: 2.00 GiB asked for, 1.00 GiB there is in all; a smaller --batch-size (with --accumulate), ...
+    """
+    if "RESOURCE_EXHAUSTED" not in text or not re.search(r"memory|allocat", text, re.IGNORECASE):
+        return None
+    found = re.search(r"allocat\w* (\d+)(?: bytes)?|Used ([\d.]+)([KMGT])", text)
+    asked = "more" if found is None else _gib(int(found[1])) if found[1] else f"{found[2]} {found[3]}iB"
+    there = "" if there_is is None else f", {_gib(there_is)} there is in all"
+    return (
+        f"out of device memory: {asked} asked for{there}; a smaller --batch-size (with --accumulate), --remat or a "
+        "smaller --max-length need less"
+    )
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**27 else f"{count / 2**20:.1f} MiB"
+
+
+def _device_bytes() -> int | None:
+    """The memory of a device; None where nothing says it."""
+    jax = sys.modules.get("jax")
+    try:
+        return None if jax is None else jax.local_devices()[0].memory_stats()["bytes_limit"]
+    except (RuntimeError, TypeError, KeyError):  # a CPU has no such figures
+        return None
 
 
 def _in_one_line(error: Exception) -> str:
@@ -110,8 +145,25 @@ def _parse(command: ModuleType, words: list[str], *, prog: str) -> Any:
             cause = cause.__context__
         if cause is not None:
             raise cause from None
+        if (mistake := _not_a_number(said.getvalue())) is not None:
+            raise ValueError(mistake) from None
         sys.stderr.write(said.getvalue())
         raise
+
+
+def _not_a_number(box: str) -> str | None:
+    """One line for tyro's box of several about a number that isn't one; None where the box is about something else.
+
+    >>> _not_a_number("| Error parsing --batch-size: invalid literal for int() with base 10: '1e9' |")
+    "--batch-size: '1e9' given, expected a whole number"
+    """
+    text = " ".join(box.replace("│", " ").replace("|", " ").split())
+    flag = re.search(r"Error parsing (--[\w-]+)", text)
+    found = re.search(r"(invalid literal for int\(\) with base 10|could not convert string to float): ('[^']*')", text)
+    if flag is None or found is None:
+        return None
+    kind = "a whole number" if "int" in found[1] else "a number"
+    return f"{flag[1]}: {found[2]} given, expected {kind}"
 
 
 def _raised_here(error: BaseException) -> bool:

@@ -14,11 +14,13 @@ import lora_jax
 from lora_jax import text_to_sql
 from lora_jax._tree import trained_paths
 from lora_jax.cli import _named, _show
+from lora_jax.peft import _write
 
 # `lora_jax.models` is reached through the package, which loads it at first use: `--help` needn't wait for transformers.
 
 LORA = lora_jax.LoRAConfig(rank=8, alpha=16)
 LORA_EMBEDDED = lora_jax.LoRAConfig(rank=text_to_sql.DEFAULTS.rank, alpha=text_to_sql.DEFAULTS.alpha)
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 TRACED_TOKENS = 8  # of the abstract call that tells how each kernel is used
 
 
@@ -139,11 +141,21 @@ def prefix_place(model: Any) -> int:
     return 0 if model.generates else 1
 
 
-def check_free(folder: Path, overwrite: bool) -> None:
-    """Refuses a folder that holds something, before anything is read for it."""
+def check_free(folder: Path, overwrite: bool, *sources: str | Path | None) -> None:
+    """Refuses a folder that holds something, or one of the command's own sources, before anything is read for it."""
     check_writable(folder)
+    if any(source is not None and folder.resolve() == Path(source).resolve() for source in sources):
+        raise FileExistsError(f"{folder}: what is read from there would be lost; pass another --output")
     if not overwrite and folder.is_dir() and any(folder.iterdir()):
         raise FileExistsError(f"{folder}: is not empty; pass --overwrite or another --output")
+
+
+def check_adapter_ours(folder: Path) -> None:
+    """Refuses to overwrite an adapter that isn't of this library."""
+    if (folder / ADAPTER[0]).exists() and not _write.written_here(folder):
+        raise FileExistsError(
+            f"{folder}: holds {ADAPTER[0]}, which was not written here and would be lost; pass another --output"
+        )
 
 
 def check_writable(folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import jax
 import numpy as np
 
 import lora_jax
-from lora_jax import data
+from lora_jax import _disk, data
 from lora_jax.cli._base import Base
 from lora_jax.cli._data import Source
 from lora_jax.data import Labelled, LabelledExample, Labels
@@ -89,9 +88,7 @@ def save(folder: Path, labels: Labels | None) -> None:
     if labels is None:
         (folder / FILE).unlink(missing_ok=True)
         return
-    partial = folder / f".{FILE}.partial"
-    partial.write_text(json.dumps({"labels": labels.names}, indent=2) + "\n")
-    os.replace(partial, folder / FILE)
+    _disk.write(folder / FILE, _disk.to_json({"labels": labels.names}, indent=2) + "\n")
 
 
 def new_parts(model: Any) -> str:

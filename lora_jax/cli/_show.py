@@ -1,7 +1,6 @@
 """What commands print: results on standard output, progress and notes on standard error."""
 
 import contextlib
-import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -10,6 +9,8 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from lora_jax import _disk
 
 LOG_WIDTH = 120  # of files and pipes; a terminal tells its own
 
@@ -29,8 +30,8 @@ def _width(stream: TextIO) -> int | None:
 
 
 def print_json(values: dict[str, Any]) -> None:
-    """One JSON object on one line of standard output."""
-    print(json.dumps(values, allow_nan=False))
+    """One JSON object on one line of standard output; null for what isn't finite."""
+    print(_disk.to_json(values))
 
 
 def table(columns: Iterable[str], rows: Iterable[Iterable[Any]], *, title: str | None = None) -> Table:

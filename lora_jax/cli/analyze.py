@@ -46,7 +46,7 @@ class Settings:
 
 
 def run(settings: Settings) -> None:
-    _base.check_free(settings.output, settings.overwrite)
+    _base.check_free(settings.output, settings.overwrite, settings.adapter, settings.against, settings.model)
     report.check_free(settings.output, overwrite=settings.overwrite)
     _check_alpha(settings)
     updates = _chosen(read(settings.adapter, settings), settings)

@@ -1,13 +1,18 @@
 """`lora-jax export`: an adapter written anew, for tools that read less of PEFT's format than PEFT does."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tyro
 
 import lora_jax
+from lora_jax import _disk
+from lora_jax.checkpoint import Saved, load_adapter
 from lora_jax.cli import _base, _labels, _show
-from lora_jax.peft import _tokens
+from lora_jax.data import Labels
+from lora_jax.peft import _tokens, _write
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "prefix", _labels.FILE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,8 +23,11 @@ class Settings:
     one, and alpha is r.
     """
 
-    adapter: Path
+    adapter: Path | None = None
     """folder of an adapter, ours or PEFT's"""
+    checkpoint: Path | None = None
+    """instead of an adapter: the output folder of a training run that was cut off, or one of its checkpoints. The best
+    adapter so far is written, or where none was evaluated the last"""
     output: Path
     """folder to write"""
     portable: bool = False
@@ -27,28 +35,61 @@ class Settings:
     fused: bool = False
     """a layer's experts as one entry, as transformers 5 holds them"""
     overwrite: bool = False
-    """replace what is in the output folder"""
+    """replace the adapter that is in the output folder; anything else is refused"""
     base: tyro.conf.OmitArgPrefixes[_base.Base] = _base.Base()
 
 
 def run(settings: Settings) -> None:
-    _base.check_free(settings.output, settings.overwrite)
-    base = settings.base.of(settings.adapter)
-    labels = _labels.of_adapter(settings.adapter, base)
+    if (settings.adapter is None) == (settings.checkpoint is None):
+        raise ValueError("adapter, checkpoint: expected one of the two")
+    _base.check_free(settings.output, settings.overwrite, settings.adapter, settings.checkpoint)
+    _disk.check_free(
+        settings.output,
+        overwrite=settings.overwrite,
+        what="an adapter written here",
+        ours=lambda path: path.name in ADAPTER_FILES and _write.written_here(settings.output),
+    )
+    if settings.adapter is not None:
+        _of_adapter(settings, settings.adapter)
+    elif settings.checkpoint is not None:
+        _of_checkpoint(settings, load_adapter(settings.checkpoint))
+    _show.results().print(f"adapter: {settings.output}", markup=False)
+
+
+def _of_adapter(settings: Settings, adapter: Path) -> None:
+    base = settings.base.of(adapter)
+    labels = _labels.of_adapter(adapter, base)
     model = base.load(labels=labels and labels.names)
-    params = _base.with_adapter(model, settings.adapter)
     lora_jax.peft.save(
         settings.output,
-        params,
+        _base.with_adapter(model, adapter),
         names=model.names,
         base_model=base.name,
         task_type="SEQ_CLS" if model.head else "CAUSAL_LM" if model.generates else None,
         portable=settings.portable,
         fused=settings.fused,
-        tokens=_tokens.in_folder(settings.adapter, model.params, model.names),
+        tokens=_tokens.in_folder(adapter, model.params, model.names),
         overwrite=settings.overwrite,
     )
-    _labels.save(settings.output, _labels.load(settings.adapter))
-    lora_jax.models.copy_tokenizer(settings.adapter, settings.output)
-    show = _show.results()
-    show.print(f"adapter: {settings.output}", markup=False)
+    _labels.save(settings.output, _labels.load(adapter))
+    lora_jax.models.copy_tokenizer(adapter, settings.output)
+
+
+def _of_checkpoint(settings: Settings, saved: Saved) -> None:
+    """The checkpoint says which model it belongs to; of that only the configuration is read."""
+    base = settings.base if settings.base.model else replace(settings.base, model=saved.about.get("model"))
+    names = saved.about.get("labels")
+    model = base.abstract(labels=names)
+    lora_jax.peft.save(
+        settings.output,
+        saved.adapter,
+        names=model.names,
+        base_model=base.name,
+        task_type=saved.about.get("task_type"),
+        portable=settings.portable,
+        fused=settings.fused,
+        overwrite=settings.overwrite,
+    )
+    _labels.save(settings.output, None if names is None else Labels(tuple(names)))
+    of = "the last" if saved.step == saved.steps else f"the best of {saved.steps} steps"
+    _show.results().print(f"step {saved.step}: {of}")

@@ -37,13 +37,14 @@ class Settings:
     text: Path | None = None
     """text file whose first lines are compared on; sentences of our own if not given"""
     overwrite: bool = False
-    """replace what is in the output folder"""
+    """replace the merged model that is in the output folder; any other is refused"""
     base: tyro.conf.OmitArgPrefixes[_base.Base] = _base.Base()
 
 
 def run(settings: Settings) -> None:
-    _base.check_free(settings.output, settings.overwrite)
     settings = replace(settings, base=settings.base.of(settings.adapter))
+    _base.check_free(settings.output, settings.overwrite, settings.adapter, settings.base.folder)
+    lora_jax.models.check_free(settings.output, overwrite=settings.overwrite)
     labels = _labels.of_adapter(settings.adapter, settings.base)
     model = settings.base.load_streamed(labels and labels.names)
     rows = _compare.rows_of(model, settings.text) if _compares(settings, model) else None

@@ -159,6 +159,10 @@ def _check(settings: Settings) -> None:
         raise FileExistsError(
             f"{settings.output}: holds results already ({held[0]}); pass --overwrite or another --output"
         )
+    if held and _points_before(settings.output) is None:
+        raise FileExistsError(
+            f"{settings.output}: holds {held[0]}, which is not of a sweep and would be lost; pass another --output"
+        )
 
 
 def _points(settings: Settings, model: Any) -> tuple[list[Point], int]:
@@ -223,12 +227,17 @@ def _without(names: Collection[str], settings: dict[str, Any]) -> dict[str, Any]
 
 def _saved_before(output: Path) -> list[Path]:
     """The folders of adapters that the results in `output` tell of, which new results replace."""
+    named = [str(point.get("adapter")) for point in _points_before(output) or []]
+    return [output / name for name in named if re.fullmatch(r"adapters/[0-9]{3,}-[A-Za-z0-9.-]+", name)]
+
+
+def _points_before(output: Path) -> list[dict[str, Any]] | None:
+    """The points that the results in `output` tell of; None where there are none, or none that a sweep wrote."""
     try:
         points = json.loads((output / "results.json").read_text())["points"]
-        named = [str(point.get("adapter")) for point in points]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or not ours
-        return []
-    return [output / name for name in named if re.fullmatch(r"adapters/[0-9]{3,}-[A-Za-z0-9.-]+", name)]
+        return points if all(isinstance(point, dict) for point in points) else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def _save(settings: Settings, swept: _Swept, number: int) -> str | None:

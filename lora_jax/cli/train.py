@@ -1,6 +1,7 @@
 """`lora-jax train`: an adapter from a model and a data file; without arguments, the embedded task."""
 
 import shlex
+import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,13 +13,17 @@ import tyro
 from rich.table import Table
 
 import lora_jax
-from lora_jax import text_to_sql
+from lora_jax import _disk, text_to_sql
+from lora_jax.checkpoint import newest
 from lora_jax.cli import _base, _data, _embedded, _labels, _rows, _samples, _show, inspect
 from lora_jax.cli._rows import Encoded, Rows
+from lora_jax.cli._signals import Signals, exit_code
 from lora_jax.data import Labels
-from lora_jax.train import Task, TrainConfig, TrainResult, train
+from lora_jax.train import Stopped, Task, TrainConfig, TrainResult, train
+from lora_jax.train._save import check_ours
 
-RUN_FILES = (_labels.FILE, "adapter_config.json", "adapter_model.safetensors", "metrics.jsonl", "checkpoints")
+CHECKPOINTS = "checkpoints"
+RUN_FILES = (_labels.FILE, "adapter_config.json", "adapter_model.safetensors", "metrics.jsonl", CHECKPOINTS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +58,11 @@ def defaults(words: Sequence[str]) -> Settings:
     task = text_to_sql.DEFAULTS
     return Settings(
         lora=_base.LORA_EMBEDDED,
-        train=TrainConfig(learning_rate=task.learning_rate, batch_size=task.batch_size, steps=task.steps),
+        train=TrainConfig(
+            learning_rate=task.learning_rate,
+            batch_size=task.batch_size,
+            steps=None if any(word.split("=")[0] == "--epochs" for word in words) else task.steps,
+        ),
     )
 
 
@@ -74,8 +83,26 @@ class Look(NamedTuple):
 
 
 def run(settings: Settings) -> None:
-    began = time.perf_counter()
     _check(settings)
+    signals = Signals(
+        lambda name: f"{name}: stopped before a first step: nothing to save{_go_on(settings, settings.resume)}",
+        lambda name: f"{name}: ended at once{_go_on(settings, True)}",
+    )
+    try:
+        with signals:
+            tell = _train(settings, signals)
+            signals.done(f"the adapter is whole: {settings.output}")
+            tell()
+    except Stopped as stopped:
+        number = signals.caught or signal.SIGINT
+        saved = f"checkpoint {stopped.checkpoint} is whole{_go_on(settings, True)}"
+        _say(f"{number.name}: stopped after step {stopped.step} of {stopped.steps}; {saved}")
+        raise SystemExit(exit_code(number)) from None
+
+
+def _train(settings: Settings, stop: Callable[[], bool]) -> Callable[[], None]:
+    """Trains and saves the adapter; what remains is to show it."""
+    began = time.perf_counter()
     rows = _rows.read(settings.data, settings.base)
     key = jax.random.fold_in(jax.random.key(settings.train.seed), 0)  # training folds in the steps, from 1
 
@@ -101,22 +128,24 @@ def run(settings: Settings) -> None:
     before = work.look(params)
     if before.accuracy is not None:
         show.print(f"before training: {_show.percent(before.accuracy)} of {len(before.texts)} held-out questions right")
-    try:
-        result = train(
-            model.apply,
-            params,
-            work.rows.train,
-            work.rows.valid,
-            settings.train,
-            task=work.rows.task,
-            output=settings.output,
-            console=_show.notes(),
-            resume=settings.resume,
-            overwrite=settings.overwrite,
-        )
-    except KeyboardInterrupt:
-        _show.notes().print(_stopped(settings), markup=False)
-        raise
+    result = train(
+        model.apply,
+        params,
+        work.rows.train,
+        work.rows.valid,
+        settings.train,
+        task=work.rows.task,
+        output=settings.output,
+        console=_show.notes(),
+        resume=settings.resume,
+        overwrite=settings.overwrite,
+        stop=stop,
+        about={
+            "model": settings.base.model,
+            "labels": None if rows.labels is None else list(rows.labels.names),
+            "task_type": rows.task_type,
+        },
+    )
     _labels.save(settings.output, rows.labels)
     lora_jax.peft.save(
         settings.output,
@@ -126,14 +155,19 @@ def run(settings: Settings) -> None:
         task_type=rows.task_type,
         overwrite=True,  # whether it may be was asked before all else
     )
+    return lambda: _tell(settings, work, result, before, time.perf_counter() - began)
+
+
+def _tell(settings: Settings, work: Work, result: TrainResult, before: "Look", seconds: float) -> None:
+    """What came of it, and what to type next."""
+    show = _show.results()
     after = work.look(result.params)
     _samples.show(show, _samples_of(work.asked, before, after))
     show.print(_comparison(result, before, after))
     if result.kept_step != result.steps:
         show.print(f"best at step {result.kept_step} of {result.steps}: that adapter is kept")
     show.print(
-        f"{time.perf_counter() - began:.0f} s in all, {result.seconds:.0f} s of them training"
-        f" at {result.tokens_per_second:,.0f} tokens/s"
+        f"{seconds:.0f} s in all, {result.seconds:.0f} s of them training at {result.tokens_per_second:,.0f} tokens/s"
     )
     show.print(f"adapter: {settings.output}", markup=False)
     show.print(f"next: {_next_command(settings, work)}", markup=False, soft_wrap=True)
@@ -148,17 +182,25 @@ def _check(settings: Settings) -> None:
         raise FileExistsError(
             f"{settings.output}: holds a run already ({held[0]}); pass --overwrite or another --output"
         )
-    if settings.resume and not (settings.output / "checkpoints").is_dir():
+    _disk.check_unheld(settings.output)
+    if held and not settings.resume:
+        check_ours(settings.output)
+        _base.check_adapter_ours(settings.output)
+    if settings.resume and newest(settings.output / CHECKPOINTS) is None:
         raise FileNotFoundError(
-            f"{settings.output}: no checkpoint to resume from (--checkpoint-every N writes them); leave --resume out"
+            f"{settings.output}: no checkpoint to resume from (one is written every --save-minutes, or every "
+            "--checkpoint-every steps); leave --resume out"
         )
 
 
-def _stopped(settings: Settings) -> str:
-    """What an interrupted run leaves, and how to go on."""
-    if settings.train.checkpoint_every or settings.resume:
-        return f"stopped: the same command with --resume goes on from the newest checkpoint in {settings.output}"
-    return "stopped before the adapter was saved; with --checkpoint-every N a run can be resumed"
+def _go_on(settings: Settings, possible: bool) -> str:
+    """How to go on, where there is a checkpoint of this run: the end of a line."""
+    step = newest(settings.output / CHECKPOINTS) if possible else None
+    return "" if step is None else f"; the same command with --resume goes on from step {step}"
+
+
+def _say(line: str) -> None:
+    _show.notes().print(f"lora-jax: {line}", markup=False, soft_wrap=True)
 
 
 def _work(settings: Settings, model: Any, rows: Rows) -> Work:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from lora_jax import _disk
 from lora_jax.models import (
     _family,
     _folder,
@@ -50,6 +51,7 @@ __all__ = [
     "Model",
     "Streamed",
     "Weight",
+    "check_free",
     "copy_tokenizer",
     "find",
     "flatten",
@@ -70,6 +72,7 @@ FAMILIES = {
     for family in module.FAMILIES
 }
 SUPPORTED = tuple(sorted(FAMILIES))
+WRITTEN = "a model written here"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -282,14 +285,14 @@ def save(
         model: says what the weights are called; its folder's generation files and its tokenizer are copied.
         params: a tree like `model.params` (merge an adapted one first), or like that of the `untied` model.
         dtype: of the written weights; None keeps each leaf's.
-        overwrite: replace a folder that is there; it stays until the new one is whole.
+        overwrite: replace a folder that `save` has written, or the model's own; it stays until the new one is whole.
         tokenizer: written instead of the model's own.
         shard_bytes: above this size the weights are split into several files with an index.
         check: called with the complete new folder before it takes its place; what it raises leaves all as it was.
 
     Raises:
-        FileExistsError: the folder holds something, and `overwrite` is False.
-        ValueError: `params` has other leaves or shapes than `model.params`.
+        FileExistsError: the folder holds something, and `overwrite` is False; or it holds what `save` hasn't written.
+        ValueError: `params` has other leaves or shapes than `model.params`, or a value in it isn't finite.
     """
     folder = Path(folder)
     leaves = flatten(dict(params))
@@ -299,7 +302,8 @@ def save(
     config = copy.deepcopy(model.config)
     config.architectures = [_folder.family_of(config.model_type, config.architectures, FAMILIES).architecture]
     config.dtype = str(jnp.dtype(dtype or next(iter(leaves.values())).dtype))
-    with _folder.replacing(folder, overwrite=overwrite) as temporary:
+    ours = _shards.ours(folder, model.folder)
+    with _disk.replacing(folder, overwrite=overwrite, what=WRITTEN, ours=ours) as temporary:
         config.save_pretrained(temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
@@ -348,6 +352,16 @@ def _transposed(leaf: Any) -> Any:
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(leaf.shape[::-1], leaf.dtype)
     return leaf.T
+
+
+def check_free(folder: str | os.PathLike, *, overwrite: bool) -> None:
+    """Refuses a folder that `save` can't write to, before anything is computed for it.
+
+    Raises:
+        FileExistsError: as `save`, of another model than the folder's own.
+    """
+    folder = Path(folder)
+    _disk.check_free(folder, overwrite=overwrite, what=WRITTEN, ours=_shards.ours(folder, None))
 
 
 def _abstract(family: Family, config, dtype, compute_dtype, remat: bool, folder: Path | None) -> Model:

@@ -1,11 +1,9 @@
-"""A model's folder: finding it (here or on the hub), its configuration, and replacing it whole or not at all."""
+"""A model's folder: finding it (here or on the hub), its configuration, and what is copied from it."""
 
 import os
 import re
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,6 @@ from lora_jax.models._settings import CONFIG
 
 TEXT_FILES = ("*.json", "*.txt", "*.model", "*.jinja")  # configuration and tokenizer
 WEIGHT_FILES = ("*.safetensors",)
-DISKS_OWN = "lost+found"  # which an ext4 disk has at its top
 NOT_COPIED = re.compile(
     r"config\.json|.*\.safetensors\.index\.json|pytorch_model\.bin\.index\.json|adapter_config\.json"
 )
@@ -90,90 +87,13 @@ def family_of(model_type: Any, architectures: Any, families: Mapping[str, Family
     raise ValueError(f"{what} is not supported; supported are {', '.join(sorted(families))}")
 
 
-@contextmanager
-def replacing(folder: Path, *, overwrite: bool) -> Iterator[Path]:
-    """A temporary folder to write into, which takes `folder`'s place when the block ends without an error.
-
-    It is a sibling, or inside where `folder` is a mounted disk: that can't be renamed, but what it holds can.
-    Whatever goes wrong (no space left, an interrupt), nothing half-written stays behind and what was there is whole: in
-    its place, or where even putting it back fails, beside it under a name that ends in `-old`.
-
-    Raises:
-        FileExistsError: `folder` exists and isn't empty, and `overwrite` is False.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"{folder}: a file, expected a folder to write")
-    if not overwrite and folder.is_dir() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder}: already there; choose another folder or ask to overwrite it")
-    folder = folder.resolve()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    mounted = _is_mounted(folder)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder if mounted else folder.parent))
-    old = temporary.with_name(temporary.name + "-old")
-    try:
-        yield temporary
-        temporary.chmod(0o777 & ~_umask())  # mkdtemp's folders are private
-        if mounted:
-            _replace_contents(folder, temporary, old)
-        else:
-            _replace_folder(folder, temporary, old)
-    except BaseException as error:
-        with suppress(OSError):  # it is empty if all was put back
-            old.rmdir()
-        if old.exists():
-            raise OSError(
-                f"{folder}: couldn't be replaced, nor put back ({error}): what it held is in {old}"
-            ) from error
-        raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    gone = old.with_name(old.name.removesuffix("-old") + "-gone")
-    with suppress(OSError):
-        old.rename(gone)  # one that is called old is whole
-    shutil.rmtree(gone if gone.exists() else old, ignore_errors=True)
-
-
-def _is_mounted(folder: Path) -> bool:
-    """Whether a disk begins here. One bound from elsewhere on the same disk looks like any folder: Linux lists it."""
-    listed = Path("/proc/self/mountinfo")
-    mounts = [line.split()[4] for line in listed.read_text().splitlines()] if listed.exists() else []
-    return folder.is_mount() or str(folder).replace(" ", r"\040") in mounts
-
-
-def _replace_folder(folder: Path, new: Path, old: Path) -> None:
-    try:
-        if folder.exists():
-            folder.rename(old)
-        new.rename(folder)
-    except BaseException:
-        if old.exists() and not folder.exists():
-            old.rename(folder)
-        raise
-
-
-def _replace_contents(folder: Path, new: Path, old: Path) -> None:
-    """Moves what `folder` holds to `old` and what `new` holds to `folder`, all of it within that folder; or nothing."""
-    old.mkdir()
-    before = [path for path in folder.iterdir() if path not in (new, old) and path.name != DISKS_OWN]
-    with ExitStack() as undo:
-        for path in before:
-            path.rename(old / path.name)
-            undo.callback((old / path.name).rename, path)
-        for path in list(new.iterdir()):
-            path.rename(folder / path.name)
-            undo.callback((folder / path.name).rename, path)
-        undo.pop_all()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def copy_text_files(source: Path, target: Path, patterns: Sequence[str] = TEXT_FILES) -> None:
     """Copy the tokenizer's and generation's files; the configuration and the weights are written anew."""
-    for pattern in patterns:
-        for path in source.glob(pattern):
-            if path.is_file() and not NOT_COPIED.fullmatch(path.name):
-                shutil.copyfile(path, target / path.name)
+    for path in text_files(source, patterns):
+        shutil.copyfile(path, target / path.name)
+
+
+def text_files(folder: Path, patterns: Sequence[str] = TEXT_FILES) -> list[Path]:
+    """The files that are copied from a model's folder to a new one."""
+    found = [path for pattern in patterns for path in folder.glob(pattern)]
+    return [path for path in found if path.is_file() and not NOT_COPIED.fullmatch(path.name)]

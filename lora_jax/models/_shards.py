@@ -1,17 +1,22 @@
 """A tree's leaves written as safetensors files, one tensor at a time."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import safetensors
 
+from lora_jax import _disk
+from lora_jax.models import _folder
 from lora_jax.models._family import Weight
 from lora_jax.models._files import DTYPES, INDEX, SINGLE
 from lora_jax.models._weights import Streamed, cast, entries
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+FILES = "lora_jax_files"  # of the weights' metadata: what else was written with them
+BLOCK = 2**22  # numbers looked at together
 
 
 class Entry(NamedTuple):
@@ -49,18 +54,19 @@ def write(
             are written in its order.
 
     Raises:
-        ValueError: a dtype that can't be written, or a value that is beyond it.
+        ValueError: a dtype that can't be written, a value that is beyond it, or one that isn't finite.
     """
     planned = list(_entries(leaves, weights, dtype))
     shards = _by_size(planned, shard_bytes) if layout is None else _by_layout(planned, layout)
     count = len(shards)
     files = [SINGLE] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    written = sorted({path.name for path in folder.iterdir()} | {*files} | ({INDEX} if count > 1 else set()))
     for file, shard in zip(files, shards, strict=True):
-        _write_file(folder / file, shard, leaves, weights)
+        _write_file(folder / file, shard, leaves, weights, {"format": "pt", FILES: _disk.to_json(written)})
     if count > 1:
         where = {entry.name: file for file, shard in zip(files, shards, strict=True) for entry in shard}
         index = {"metadata": {"total_size": sum(entry.size for entry in planned)}, "weight_map": where}
-        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        (folder / INDEX).write_text(_disk.to_json(index, indent=2, sort_keys=True) + "\n")
 
 
 def _entries(leaves, weights, dtype) -> Iterable[Entry]:
@@ -92,15 +98,15 @@ def _by_layout(planned: Sequence[Entry], layout: Mapping[str, Any]) -> list[list
     return list(shards.values())
 
 
-def _write_file(path, shard, leaves, weights):
+def _write_file(path, shard, leaves, weights, metadata):
     """Eight bytes of header length, a JSON header, then the tensors: safetensors' own writer wants them all at once."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": metadata}
     offset = 0
     for entry in shard:
         span = [offset, offset + entry.size]
         header[entry.name] = {"dtype": NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": span}
         offset += entry.size
-    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded = _disk.to_json(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
     with path.open("wb") as file:
         file.write(len(encoded).to_bytes(8, "little"))
@@ -116,4 +122,41 @@ def _write_file(path, shard, leaves, weights):
                 tensor = held[entry.index]
             tensor = np.swapaxes(tensor, -1, -2) if weights[entry.path].transpose else tensor
             tensor = np.ascontiguousarray(cast(tensor, entry.dtype, entry.name))
+            _check_finite(tensor, entry)
             file.write(tensor.reshape(-1).view(np.uint8).data)
+
+
+def _check_finite(tensor: np.ndarray, entry: Entry) -> None:
+    """Raises ValueError where a value isn't finite; no more than a block of the tensor is copied for that."""
+    flat = tensor.reshape(-1)
+    for start in range(0, flat.size, BLOCK):
+        if not np.all(np.isfinite(flat[start : start + BLOCK])):
+            where = f"{entry.path}{list(entry.index) or ''}"
+            raise ValueError(
+                f"{where}: {entry.name} has values that aren't finite, so it isn't written; look for them in the "
+                "adapter and in the model"
+            )
+
+
+def ours(folder: Path, source: Path | None) -> Callable[[Path], bool]:
+    """Says of a path in `folder` whether `write` and those who called it made it: the weights' metadata has the names.
+
+    In the model's own folder, `source`, it is also what the new folder has anew: configuration, weights, tokenizer.
+    """
+    names = _written(folder)
+    if source is not None and folder.resolve() == source.resolve():
+        again = [*_folder.text_files(folder), *folder.glob("*.safetensors"), folder / INDEX, folder / _folder.CONFIG]
+        names |= {path.name for path in again}
+    return lambda path: path.name in names and path.is_file()
+
+
+def _written(folder: Path) -> set[str]:
+    for path in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
+        try:
+            with safetensors.safe_open(path, "np") as file:
+                names = json.loads((file.metadata() or {}).get(FILES, "[]"))
+        except (OSError, ValueError, RecursionError, safetensors.SafetensorError):
+            continue
+        if isinstance(names, list) and path.name in names:
+            return {name for name in names if isinstance(name, str)}
+    return set()

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from lora_jax import _disk
 from lora_jax._untrusted import git_lfs_pointer
 from lora_jax.peft import _patterns
 
@@ -224,7 +225,7 @@ def to_json(config: AdapterConfig, **descriptive: Any) -> str:
         fields[name] = fields[name] or None
     if config.lora_jax_prefix is None:  # PEFT warns of a field that it doesn't know, as it should where there is one
         del fields["lora_jax_prefix"]
-    return json.dumps(fields, indent=2, sort_keys=True) + "\n"
+    return _disk.to_json(fields, indent=2, sort_keys=True) + "\n"
 
 
 def _whole(number: float) -> float:

@@ -4,7 +4,6 @@ PEFT has no adapter that is both. `adapter_config.json` says that a prefix goes 
 the other here, and PEFT warns when it reads the adapter alone.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from lora_jax import prefix
+from lora_jax import _disk, prefix
 from lora_jax._tree import Prefix
 from lora_jax.peft import _config, _file
 from lora_jax.peft._config import CONFIG_FILE, DTYPES, AdapterConfig
@@ -47,7 +46,7 @@ def files(node: Prefix | None, config: AdapterConfig, **descriptive: Any) -> dic
     }
     metadata = {"format": "pt", _config.CHECKSUM: _config.checksum(config, {TENSOR: value})}
     tensors = safetensors.numpy.save({TENSOR: value}, metadata)
-    return dict(zip(FILES, (tensors, (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode()), strict=True))
+    return dict(zip(FILES, (tensors, (_disk.to_json(fields, indent=2, sort_keys=True) + "\n").encode()), strict=True))
 
 
 def load(folder: Path, params: Any, config: AdapterConfig) -> Any:

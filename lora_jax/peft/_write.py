@@ -1,17 +1,15 @@
 """An adapter written in PEFT's format: both files complete before either is seen."""
 
-import contextlib
 import dataclasses
 import os
-import secrets
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.numpy
 
-from lora_jax import prefix
+from lora_jax import _disk, prefix
 from lora_jax.peft import _arguments, _config, _content, _prefix, _trees
 from lora_jax.peft._config import CONFIG_FILE
 from lora_jax.peft._names import Weight
@@ -63,8 +61,8 @@ def save(
 
     Raises:
         FileExistsError: `folder` holds an adapter and `overwrite` isn't set, or is a file.
-        ValueError: an argument of another kind, no adapter in `params`, a leaf that isn't in `names`, or something that
-            PEFT's format can't express.
+        ValueError: an argument of another kind, no adapter in `params`, a leaf that isn't in `names`, something that
+            PEFT's format can't express, or a value that isn't finite.
         OSError: it can't be written (disk full); what was there before is whole.
 
     Example:
@@ -96,6 +94,7 @@ def save(
         raise FileExistsError(f"{folder} already holds an adapter; pass overwrite=True to replace it")
     params, node = prefix.take(params)
     tensors, config = _content.content(_trees.parts(params, train), names, portable, rows, fused)
+    _check_finite(tensors if node is None else {**tensors, prefix.PREFIX: np.asarray(node.value)})
     if node is not None:
         config = dataclasses.replace(config, lora_jax_prefix=_prefix.declared(node))
     descriptive = {"base_model_name_or_path": base_model and os.fspath(base_model), "task_type": task_type}
@@ -111,47 +110,37 @@ def _place(folder: Path, files: Mapping[str, bytes | None]) -> None:
 
     Those that are None are removed.
     """
-    # In a folder that is there, not beside it: it may be a mounted disk, and files are moved within one disk only.
-    home = folder if folder.exists() else folder.parent
-    beside = home / f".{folder.name}.{secrets.token_hex(4)}.partial"
-    beside.mkdir(parents=True)
     try:
-        for name, data in files.items():
-            if data is not None:
-                (beside / name).parent.mkdir(exist_ok=True)
-                _write(beside / name, data)
-        if not folder.exists():
-            beside.rename(folder)
-        else:
-            _replace_all(beside, folder, list(files))
+        with _disk.placing(folder, remove=[name for name, data in files.items() if data is None]) as beside:
+            for name, data in files.items():
+                if data is not None:
+                    (beside / name).parent.mkdir(exist_ok=True)
+                    _write(beside / name, data)
     except OSError as error:
         raise type(error)(error.errno, f"{folder}: the adapter was not saved: {error.strerror}") from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _write(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    path.write_bytes(data)
 
 
-def _replace_all(beside: Path, folder: Path, names: list[str]) -> None:
-    """Moves each file over its predecessor; should one move fail, the predecessors of the others come back."""
-    with contextlib.ExitStack() as undo:
-        for name in names:
-            if (folder / name).exists():
-                kept = beside / f"{name}.before"
-                kept.parent.mkdir(exist_ok=True)
-                os.replace(folder / name, kept)
-                undo.callback(os.replace, kept, folder / name)
-            else:
-                undo.callback((folder / name).unlink, missing_ok=True)
-            if (beside / name).exists():
-                (folder / name).parent.mkdir(exist_ok=True)
-                os.replace(beside / name, folder / name)
-        undo.pop_all()
-    for emptied in {(folder / name).parent for name in names} - {folder}:
-        with contextlib.suppress(OSError):  # it isn't empty, or was never there
-            emptied.rmdir()
+def _check_finite(tensors: Mapping[str, Any]) -> None:
+    """Raises ValueError where a value isn't finite."""
+    for name, tensor in tensors.items():
+        if not np.all(np.isfinite(tensor)):
+            raise ValueError(
+                f"{name}: has values that aren't finite, so the adapter isn't written; train anew with a lower "
+                "learning_rate or alpha"
+            )
+
+
+def written_here(folder: Path) -> bool:
+    """Whether the adapter in a folder is one that `save` has written."""
+    path = folder / TENSORS_FILE
+    if not path.is_file():
+        return False
+    try:
+        with safetensors.safe_open(path, "np") as file:
+            return _config.CHECKSUM in (file.metadata() or {})
+    except (OSError, safetensors.SafetensorError):
+        return False

@@ -1,18 +1,15 @@
 """The report's files: report.json, report.html and the figures, all of them or none."""
 
-import contextlib
-import json
 import math
 import os
 import re
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lora_jax import _disk
 from lora_jax.analysis import Spectrum
 from lora_jax.report import _page
 from lora_jax.report._measure import Measured, Overlap
@@ -61,8 +58,8 @@ def write(
     sources = dict(sources or {})
     page = _page.render(measured, title=title, sources=sources)
     values = {"format": FORMAT, "title": title, "sources": sources, "kernels": [as_json(one) for one in measured]}
-    with _replacing(folder) as temporary:
-        (temporary / "report.json").write_text(json.dumps(values, allow_nan=False) + "\n", encoding="utf-8")
+    with _disk.replacing(folder, overwrite=overwrite, what="a report", ours=_is_ours) as temporary:
+        (temporary / "report.json").write_text(_disk.to_json(values) + "\n", encoding="utf-8")
         (temporary / "report.html").write_text(page.html, encoding="utf-8")
         for figure in page.figures:
             (temporary / f"{figure.name}.png").write_bytes(figure.png)
@@ -74,36 +71,11 @@ def check_free(folder: Path, *, overwrite: bool) -> None:
     Raises:
         FileExistsError: as `write`.
     """
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"{folder}: a file, expected a folder to write")
-    held = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    if held and not overwrite:
-        raise FileExistsError(f"{folder}: is not empty; ask to overwrite it or choose another folder")
-    other = [name for name in held if not OURS.fullmatch(name)]
-    if other or (held and "report.json" not in held):
-        raise FileExistsError(
-            f"{folder}: holds {[*other, *held][0]}, which is not of a report and would be lost; choose another folder"
-        )
-    if folder.resolve() in (here := Path.cwd(), *here.parents):
-        raise FileExistsError(f"{folder}: the current folder can't be replaced; choose another, also within it")
+    _disk.check_free(folder, overwrite=overwrite, what="a report", ours=_is_ours)
 
 
-@contextlib.contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
-    """A folder beside `folder` that takes its place once all is written."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as beside:
-        new, old = Path(beside) / "new", Path(beside) / "old"
-        new.mkdir()
-        yield new
-        if folder.exists():
-            folder.rename(old)
-        try:
-            new.rename(folder)
-        except OSError:
-            if old.exists():
-                shutil.move(old, folder)
-            raise
+def _is_ours(path: Path) -> bool:
+    return OURS.fullmatch(path.name) is not None and (path.parent / "report.json").is_file()
 
 
 def as_json(one: Measured) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 import csv
 import dataclasses
 import io
-import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lora_jax import _disk
 from lora_jax.analysis import GradientScore
 from lora_jax.sweep._point import REPEATS, Point
 from lora_jax.train import Evaluation
@@ -163,7 +163,7 @@ class Results:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         points = [
-            _finite(row | more) for row, more in zip(self.rows(), columns or [{}] * len(self.results), strict=True)
+            _disk.finite(row | more) for row, more in zip(self.rows(), columns or [{}] * len(self.results), strict=True)
         ]
         text = io.StringIO()
         writer = csv.DictWriter(text, points[0], lineterminator="\n")
@@ -173,12 +173,12 @@ class Results:
             **settings,
             "rounds": self.rounds,
             "seconds": self.seconds,
-            **_finite(self._scores()),
+            **self._scores(),
             "points": points,
             "summary": self.summary(),
         }
-        _write(folder / "results.csv", text.getvalue())
-        _write(folder / "results.json", json.dumps(whole, indent=1, allow_nan=False) + "\n")
+        _disk.write(folder / "results.json", _disk.to_json(whole, indent=1) + "\n")
+        _disk.write(folder / "results.csv", text.getvalue())
 
     def _scores(self) -> dict[str, Any]:
         """Of results.json: the kernels' scores, and how well those of the settings ordered what came of them."""
@@ -208,19 +208,6 @@ def _summary_row(point: Point, group: Sequence[Result], names: Sequence[str]) ->
     return row
 
 
-def _finite(tree: Any) -> Any:
-    """The tree with None for every number that isn't finite.
-
-    >>> _finite({"loss": [1.0, float("inf")], "targets": "q"})
-    {'loss': [1.0, None], 'targets': 'q'}
-    """
-    if isinstance(tree, dict):
-        return {name: _finite(child) for name, child in tree.items()}
-    if isinstance(tree, list):
-        return [_finite(child) for child in tree]
-    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
-
-
 def _heading(name: str) -> str:
     """
     >>> _heading("valid_loss"), _heading("valid_matthews_correlation")
@@ -234,13 +221,6 @@ def _spread(row: dict[str, Any], name: str) -> str:
     if mean is None:
         return "-"
     return f"{mean:.4f}" + ("" if deviation is None else f" ± {deviation:.4f}")
-
-
-def _write(path: Path, text: str) -> None:
-    """The file appears whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    os.replace(partial, path)
 
 
 def weighted(losses: Iterable[float], weights: Iterable[float]) -> float:

@@ -19,6 +19,7 @@ from lora_jax.train._loss import next_token_loss as next_token_loss
 from lora_jax.train._loss import regression_loss as regression_loss
 from lora_jax.train._optimizer import make_optimizer as make_optimizer
 from lora_jax.train._optimizer import schedule as schedule
+from lora_jax.train._save import Stopped as Stopped
 from lora_jax.train._step import StepMetrics as StepMetrics
 from lora_jax.train._step import apply_to_batch as apply_to_batch
 from lora_jax.train._step import make_loss_sums as make_loss_sums

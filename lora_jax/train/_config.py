@@ -4,6 +4,11 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+MOST_STEPS = 2**31 - 1  # optimizers count them in 32 bits
+MOST_ROWS = 2**20
+# Rows that are missing in a batch are computed all the same: so many a step, or so many times those that there are.
+MOST_SPARE, MOST_SPARE_TIMES = 1024, 4
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -65,16 +70,19 @@ class TrainConfig:
     keep: Literal["best", "last"] = "best"
     """The adapter that a run ends with: the best seen in a look at the validation rows, or the last."""
 
+    save_minutes: float = 10.0
+    """Minutes between checkpoints to resume from, where checkpoint_every isn't given; 0 for none."""
+
     checkpoint_every: int = 0
-    """Steps between checkpoints to resume from; 0 for none."""
+    """Steps between checkpoints to resume from; 0 for save_minutes to decide."""
 
     def __post_init__(self):
         ranges = {
-            "batch_size": (self.batch_size >= 1, "at least 1"),
-            "accumulate": (self.accumulate >= 1, "at least 1"),
-            "epochs": (0 < self.epochs < math.inf, "more than 0"),
-            "steps": (self.steps is None or self.steps >= 1, "at least 1"),
-            "max_length": (self.max_length >= 2, "at least 2"),
+            "batch_size": (1 <= self.batch_size <= MOST_ROWS, f"1 to {MOST_ROWS}"),
+            "accumulate": (1 <= self.accumulate <= MOST_ROWS, f"1 to {MOST_ROWS}"),
+            "epochs": (0 < self.epochs <= MOST_STEPS, f"more than 0 and at most {MOST_STEPS}"),
+            "steps": (self.steps is None or 1 <= self.steps <= MOST_STEPS, f"1 to {MOST_STEPS}"),
+            "max_length": (2 <= self.max_length <= MOST_STEPS, f"2 to {MOST_STEPS}"),
             "learning_rate": (0 < self.learning_rate < math.inf, "more than 0"),
             "warmup": (0 <= self.warmup < 1, "at least 0 and less than 1"),
             "final_share": (0 <= self.final_share <= 1, "0 to 1"),
@@ -83,10 +91,11 @@ class TrainConfig:
             "dropout": (0 <= self.dropout < 1, "at least 0 and less than 1"),
             "seed": (0 <= self.seed < 2**32, "0 to 2**32 - 1"),
             "order": (self.order is None or 0 <= self.order < 2**32, "0 to 2**32 - 1"),
-            "log_every": (self.log_every >= 1, "at least 1"),
-            "eval_every": (self.eval_every is None or self.eval_every >= 0, "at least 0"),
+            "log_every": (1 <= self.log_every <= MOST_STEPS, f"1 to {MOST_STEPS}"),
+            "eval_every": (self.eval_every is None or 0 <= self.eval_every <= MOST_STEPS, f"0 to {MOST_STEPS}"),
             "keep": (self.keep in ("best", "last"), "best or last"),
-            "checkpoint_every": (self.checkpoint_every >= 0, "at least 0"),
+            "save_minutes": (0 <= self.save_minutes < math.inf, "at least 0"),
+            "checkpoint_every": (0 <= self.checkpoint_every <= MOST_STEPS, f"0 to {MOST_STEPS}"),
         }
         for name, (fits, expected) in ranges.items():
             if not fits:
@@ -103,8 +112,22 @@ class TrainConfig:
         return self.seed if self.order is None else self.order
 
     def total_steps(self, rows: int) -> int:
-        """Optimizer steps of a run over `rows` training rows."""
-        return self.steps or max(1, math.ceil(self.epochs * math.ceil(rows / self.rows_per_step)))
+        """Optimizer steps of a run over `rows` training rows.
+
+        Raises:
+          ValueError: More than there can be, or batches that would be all but empty.
+        """
+        if self.rows_per_step > max(MOST_SPARE, MOST_SPARE_TIMES * rows):
+            raise ValueError(
+                f"batch_size: {self.batch_size} (accumulate {self.accumulate}) given for {rows} rows, "
+                f"expected at most {max(MOST_SPARE, MOST_SPARE_TIMES * rows)} rows a step"
+            )
+        if self.steps:
+            return self.steps
+        steps = self.epochs * math.ceil(rows / self.rows_per_step)
+        if not steps <= MOST_STEPS:
+            raise ValueError(f"epochs: {self.epochs:g} given, which are {steps:.3g} steps, expected up to {MOST_STEPS}")
+        return max(1, math.ceil(steps))
 
     def look_every(self, rows: int, labelled: bool) -> int:
         """Steps between looks at the validation rows; 0 for before and after only."""

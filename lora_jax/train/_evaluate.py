@@ -69,9 +69,12 @@ class Evaluator:
         self._batches: grain.MapDataset[data.Batch] = data.batches(examples, batch_size)
         self._loss_sums = make_loss_sums(apply, task.objective, task.predict)
 
-    def __call__(self, params: Any) -> Evaluation:
+    def __call__(self, params: Any, stop: Callable[[], bool] = lambda: False) -> Evaluation:
+        """The evaluation of `params`; InterruptedError where `stop` says so before its end."""
         sums, labels = [], []
         for batch in self._batches:
+            if stop():
+                raise InterruptedError("evaluation stopped")
             sums.append(self._loss_sums(params, batch))
             labels.append((batch.get("labels"), batch["loss_weights"] > 0))
         # Fetched at the end: the device never waits for the host.

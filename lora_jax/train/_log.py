@@ -2,8 +2,9 @@
 
 import contextlib
 import json
+import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -12,6 +13,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from lora_jax import _disk
 from lora_jax.train._evaluate import Evaluation
 from lora_jax.train._step import StepMetrics
 
@@ -36,7 +38,7 @@ class Meter:
 
     def restart(self) -> None:
         """Begins a new line."""
-        self._steps: list[StepMetrics] = []
+        self._steps: list[Any] = []  # StepMetrics, or the like of an earlier process
         self._tokens = 0
         self._started = time.perf_counter()
 
@@ -67,6 +69,18 @@ class Meter:
         yield
         self._started += time.perf_counter() - began
 
+    @property
+    def progress(self) -> dict[str, Any]:
+        """What the next line is to say of the steps so far, as JSON values: a checkpoint between two lines keeps it."""
+        self._settle()
+        steps = [[float(figure) for figure in metrics] for metrics in self._steps]
+        return {"steps": steps, "tokens": self._tokens, "seconds": time.perf_counter() - self._started}
+
+    def go_on(self, progress: Mapping[str, Any]) -> None:
+        """Takes up what `progress` kept."""
+        self._steps = [tuple(figures) for figures in progress["steps"]]
+        self._tokens, self._started = progress["tokens"], time.perf_counter() - progress["seconds"]
+
     def _settle(self) -> None:
         while self._in_flight:
             self._fetch()
@@ -93,12 +107,24 @@ class Log:
       folder: where to write; None writes nothing.
       console: where to show progress; None shows nothing.
       on_log: called with every line.
+      last: of the lines that are there, those up to this step are kept; `done` where not given.
     """
 
-    def __init__(self, steps: int, done: int, folder: Path | None, console: Console | None, on_log: OnLog | None):
+    def __init__(
+        self,
+        steps: int,
+        done: int,
+        folder: Path | None,
+        console: Console | None,
+        on_log: OnLog | None,
+        *,
+        last: int | None = None,
+    ):
         self.history: list[Record] = []
         with contextlib.ExitStack() as stack:
-            self._file = None if folder is None else stack.enter_context(_metrics_file(folder, done))
+            self._file = (
+                None if folder is None else stack.enter_context(_metrics_file(folder, done if last is None else last))
+            )
             self._display = stack.enter_context(_display(console, steps, done))
             self._on_log = on_log
             self._close = stack.pop_all().close
@@ -113,6 +139,11 @@ class Log:
         """Shows that a step is done."""
         self._display.step(step, loss)
 
+    def sync(self) -> None:
+        """Brings the lines to the disk: those of the steps before a checkpoint are there when it is."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
     def record(self, step: int, figures: Record, evaluation: Evaluation | None = None) -> None:
         """Adds a line."""
         line: Record = {"step": step, **figures}
@@ -121,23 +152,27 @@ class Log:
             line |= {f"valid_{name}": figure for name, figure in evaluation.metrics.items()}
         self.history.append(line)
         if self._file is not None:
-            self._file.write(json.dumps(line) + "\n")
+            self._file.write(_disk.to_json(line) + "\n")
             self._file.flush()
         self._display.record(line)
         if self._on_log is not None:
             self._on_log(line)
 
 
-def _metrics_file(folder: Path, done: int) -> TextIO:
+def _metrics_file(folder: Path, last: int) -> TextIO:
+    """The file to append to: the lines up to step `last` stay, at whatever moment this run ends."""
     path = folder / "metrics.jsonl"
-    kept = []
-    if done and path.exists():
-        # The last line has no end if it was being written when the run broke off.
-        lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        kept = [line for line in lines if json.loads(line)["step"] <= done]
-    file = path.open("w")
-    file.writelines(kept)
-    return file
+    lines = path.read_bytes().splitlines(keepends=True) if last and path.exists() else []
+    _disk.write(path, b"".join(line for line in lines if _step_of(line) <= last))
+    return path.open("a", encoding="utf-8")
+
+
+def _step_of(line: bytes) -> float:
+    """The step of a line; none is as late as that of a line that was being written when the run broke off."""
+    try:
+        return json.loads(line)["step"] if line.endswith(b"\n") else np.inf
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return np.inf
 
 
 @contextlib.contextmanager

@@ -2,10 +2,8 @@
 
 import contextlib
 import dataclasses
-import hashlib
-import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +16,15 @@ from rich.console import Console
 from lora_jax import data
 from lora_jax._finite import unfinite_leaf, why_unfinite
 from lora_jax._tree import combine, split
-from lora_jax.checkpoint import Checkpoints, Kept, TrainState, fingerprint
+from lora_jax.checkpoint import Kept, TrainState
 from lora_jax.train._config import TrainConfig
 from lora_jax.train._evaluate import Evaluation, Evaluator
 from lora_jax.train._log import Log, Meter, OnLog, Record
 from lora_jax.train._optimizer import make_optimizer, schedule
+from lora_jax.train._save import Saver, Stopped, claimed, fixed
 from lora_jax.train._step import make_step
 from lora_jax.train._task import Task, task_of
 from lora_jax.train._vocabulary import check_examples
-
-# Settings that a resumed run may change: they decide what is seen, not what is learned.
-_FREE = ("log_every", "eval_every", "checkpoint_every")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +38,7 @@ class TrainResult:
     """The lines of metrics.jsonl."""
 
     before: Evaluation | None
-    """On the validation examples before the first step of this call; None without them."""
+    """On the validation examples before the first step of the run, also where it was resumed; None without them."""
 
     after: Evaluation | None
     """On the validation examples, of the adapter in `params`."""
@@ -74,6 +70,8 @@ def train(
     console: Console | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    stop: Callable[[], bool] = lambda: False,
+    about: Mapping[str, Any] | None = None,
 ) -> TrainResult:
     """Fine-tunes the adapter that is in `params`: on next-token prediction, or on the labels that the rows have.
 
@@ -89,18 +87,25 @@ def train(
       valid_data: rows for loss and metrics before, after and every `eval_every` steps, and to choose the best adapter.
       config: the settings; `TrainConfig()` where not given.
       task: what the rows ask for, where it isn't `task_of(train_data)`.
-      output: a folder for `metrics.jsonl` and, every `checkpoint_every` steps, checkpoints.
+      output: a folder for `metrics.jsonl` and, every `save_minutes` or `checkpoint_every` steps, checkpoints. One run
+        at a time holds it.
       train: patterns of leaves trained in full that the tree doesn't mark, as for `lora_jax.split`; `("/.*/",)` without
         nodes is full fine-tuning.
       on_log: called with every line of metrics.
       console: where progress is shown: a bar on a terminal, about twenty lines elsewhere. None shows nothing.
       resume: go on from the newest checkpoint in `output`; the same losses follow as without the break, bit for bit.
       overwrite: drop a run that is in `output`.
+      stop: asked after every step, and while the validation examples are evaluated; where it says so, the run is saved
+        in a checkpoint of `output` and ends with `Stopped`. A resumed run goes on there, with no step lost.
+      about: JSON values to keep in every checkpoint, for those who read its adapter: the model, the labels.
 
     Raises:
       ValueError: nothing to train; no examples; a token that the model has no row for; a loss that isn't finite, before
         training or later; a checkpoint of another run; checkpoints without an output folder.
-      FileExistsError: `output` holds a run, and neither `resume` nor `overwrite` is given.
+      Stopped: `stop` has said so.
+      FileExistsError: `output` holds a run, and neither `resume` nor `overwrite` is given; or another run is writing
+        there; or what would be overwritten isn't of a run.
+      OSError: a checkpoint can't be written; which one is whole is said.
       FileNotFoundError: nothing in `output` to resume from.
     """
     began = time.perf_counter()
@@ -111,7 +116,6 @@ def train(
         raise ValueError("no training examples")
     examples = {"training example": train_data, "validation example": valid_data or ()}
     check_examples(apply_fn, combine(base, adapter), examples, config.rows_per_step)
-    _claim(folder, config, resume, overwrite)
 
     task = task or task_of(train_data)
     steps, every = config.total_steps(len(train_data)), config.look_every(len(train_data), task.metrics is not None)
@@ -119,49 +123,76 @@ def train(
     step = make_step(apply_fn, tx, objective=task.objective, accumulate=config.accumulate, dropout=config.dropout)
     step_fn = jax.jit(step, donate_argnums=(0, 1))
     batches = _iterate(train_data, config, steps)
-    validate = Evaluator(apply_fn, valid_data, config.batch_size, task) if valid_data else lambda params: None
+    validate = Evaluator(apply_fn, valid_data, config.batch_size, task) if valid_data else lambda params, stop: None
 
     with contextlib.ExitStack() as stack:
+        stack.enter_context(claimed(folder, config, resume, overwrite))
         opt_state, key = jax.jit(tx.init)(adapter), jax.random.key(config.seed)
         state = TrainState(adapter, opt_state, key, 0, batches.get_state(), "", {})
-        checkpoints = None
-        if folder is not None and (config.checkpoint_every or resume):
-            state = state._replace(fingerprint=fingerprint(base), settings=_settings(config, train_data, valid_data))
-            checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints"))
-        if resume and checkpoints is not None:
-            state = checkpoints.restore(state)
+        saver = stack.enter_context(Saver(folder, config, base, fixed(config, train_data, valid_data), about))
+        if resume:
+            state = saver.restore(state)
             batches.set_state(state.position)
-
-        before = after = validate(combine(base, state.adapter))
-        if before is not None and not np.isfinite(before.loss):
-            why = why_unfinite(combine(base, state.adapter))
-            raise ValueError(f"the validation loss is {before.loss:g} before training: {why}")
-        log = stack.enter_context(Log(steps, state.step, folder, console, on_log))
+        progress = state.progress or {}
+        told = progress.get("told", True)  # whether the line of the step that is done has been written
+        before, after = _evaluation(progress.get("before")), None
+        if not state.step:
+            before = after = validate(combine(base, state.adapter), lambda: False)
+            if before is not None and not np.isfinite(before.loss):
+                why = why_unfinite(combine(base, state.adapter))
+                raise ValueError(f"the validation loss is {before.loss:g} before training: {why}")
+        last = state.step if told else state.step - 1
+        log = stack.enter_context(Log(steps, state.step, folder, console, on_log, last=last))
         if before is not None and not state.step:
             log.record(0, {}, before)
         meter = Meter(log.step, lambda: unfinite_leaf(base))
-        for step in range(state.step + 1, steps + 1):
-            batch = next(batches)
-            step_key = jax.random.fold_in(state.key, step) if config.dropout else None
-            adapter, opt_state, metrics = step_fn(state.adapter, state.opt_state, base, batch, step_key)
-            state = state._replace(adapter=adapter, opt_state=opt_state, step=step)
-            meter.add(step, metrics, int(batch["attention_mask"].sum()))
 
-            look, save = (step == steps or _due(step, each) for each in (every, config.checkpoint_every))
-            if look or _due(step, config.log_every):
-                figures = meter.read() | {"learning_rate": float(np.asarray(rate(step - 1)))}
-                found = validate(combine(base, state.adapter)) if look else None
-                log.record(step, figures, found)
+        def tell(state: TrainState) -> TrainState:
+            """The line of the step that is done, where one is due, and the look at the validation rows."""
+            nonlocal after
+            look = state.step == steps or _due(state.step, every)
+            if look or _due(state.step, config.log_every):
+                figures = meter.read() | {"learning_rate": float(np.asarray(rate(state.step - 1)))}
+                found = validate(combine(base, state.adapter), stop) if look else None
+                log.record(state.step, figures, found)
                 if found is not None:
                     after, state = found, state._replace(kept=_better(state, found, task, config))
                 meter.restart()
-            if save and checkpoints is not None:
-                with meter.paused():
-                    checkpoints.save(state._replace(position=batches.get_state()))
+            return state
+
+        def seen(told: bool) -> dict[str, Any]:
+            return {"before": before and before._asdict(), "told": told, "line": meter.progress}
+
+        meter.restart()
+        if "line" in progress:
+            meter.go_on(progress["line"])
+
+        for step in range(state.step + (1 if told else 0), steps + 1):
+            if told:
+                batch = next(batches)
+                step_key = jax.random.fold_in(state.key, step) if config.dropout else None
+                adapter, opt_state, metrics = step_fn(state.adapter, state.opt_state, base, batch, step_key)
+                state = state._replace(adapter=adapter, opt_state=opt_state, step=step)
+                meter.add(step, metrics, int(batch["attention_mask"].sum()))
+            if told := not stop():
+                try:
+                    state = tell(state)
+                except InterruptedError:
+                    told = False
+            if not (stopped := not told or stop()) and not saver.due(step, step == steps):
+                continue
+            with meter.paused():
+                log.sync()
+                state = state._replace(position=batches.get_state(), progress=seen(told))
+                if stopped:
+                    raise Stopped(step, steps, saver.save(state))
+                saver.save(state)
+        if after is None and state.kept is None:
+            after = validate(combine(base, state.adapter), lambda: False)
 
     kept_step = steps
     if state.kept is not None:
-        kept_step, after = state.kept.facts["step"], _evaluation(state.kept)
+        kept_step, after = state.kept.facts["step"], _of_facts(state.kept.facts)
         state = state._replace(adapter=state.kept.adapter)
     speeds = [line["tokens_per_second"] for line in log.history if "tokens_per_second" in line]
     return TrainResult(
@@ -184,25 +215,6 @@ def _parts(params: Any, train: Any) -> tuple[Any, Any]:
     return jax.tree.map(jnp.asarray, base), jax.tree.map(jnp.array, adapter)
 
 
-def _claim(folder: Path | None, config: TrainConfig, resume: bool, overwrite: bool) -> None:
-    """Makes the output folder, and sees to it that no other run's files are mixed with this one's."""
-    if folder is None:
-        if resume or config.checkpoint_every:
-            raise ValueError("checkpoints need an output folder to be in")
-        return
-    earlier = [path for path in (folder / "metrics.jsonl", folder / "checkpoints") if path.exists()]
-    if resume and not (folder / "checkpoints").exists():
-        raise FileNotFoundError(f"{folder / 'checkpoints'}: no checkpoint to resume from")
-    if earlier and not resume:
-        if not overwrite:
-            raise FileExistsError(
-                f"{folder}: holds a run already ({earlier[0].name}); resume it, overwrite it, or go elsewhere"
-            )
-        for path in earlier:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    folder.mkdir(parents=True, exist_ok=True)
-
-
 def _iterate(examples: Sequence[data.AnyExample], config: TrainConfig, steps: int) -> grain.DatasetIterator:
     rows = config.rows_per_step
     epochs = -(-steps // -(-len(examples) // rows))
@@ -216,30 +228,20 @@ def _better(state: TrainState, found: Evaluation, task: Task, config: TrainConfi
     if config.keep == "last":
         return None
     if state.kept is not None:
-        figure, best = found.figure(task.best), _evaluation(state.kept).figure(task.best)
+        figure, best = found.figure(task.best), _of_facts(state.kept.facts).figure(task.best)
         if not (figure > best if task.highest else figure < best):
             return state.kept
     return Kept(jax.tree.map(jnp.array, state.adapter), {"step": state.step, **found._asdict()})
 
 
-def _evaluation(kept: Kept) -> Evaluation:
-    return Evaluation(*(kept.facts[name] for name in Evaluation._fields))
+def _of_facts(facts: Mapping[str, Any]) -> Evaluation:
+    """An evaluation as a checkpoint has it, where infinity is text."""
+    metrics = {name: float(figure) for name, figure in facts["metrics"].items()}
+    return Evaluation(float(facts["loss"]), facts["count"], metrics)
 
 
-def _settings(
-    config: TrainConfig, train_data: Sequence[data.AnyExample], valid_data: Sequence[data.AnyExample] | None
-) -> dict[str, Any]:
-    """What must be the same for a resumed run to go on with the same losses, and to end with the same adapter."""
-    fixed = {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE}
-    rows = {"training rows": train_data} | ({"validation rows": valid_data or ()} if config.keep == "best" else {})
-    return fixed | {name: f"{len(examples)}, {_digest(examples)}" for name, examples in rows.items()}
-
-
-def _digest(examples: Sequence[data.AnyExample]) -> str:
-    digest = hashlib.sha256()
-    for part in (part for example in examples for part in example if part is not None):
-        digest.update(part.tobytes())
-    return digest.hexdigest()[:16]
+def _evaluation(facts: Mapping[str, Any] | None) -> Evaluation | None:
+    return None if facts is None else _of_facts(facts)
 
 
 def _due(step: int, every: int) -> bool:

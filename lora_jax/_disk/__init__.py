@@ -1,0 +1,10 @@
+"""The disk, for all who write to it: whole or not at all, one run a folder, JSON that any reader reads."""
+
+from lora_jax._disk.json import finite as finite
+from lora_jax._disk.json import to_json as to_json
+from lora_jax._disk.lock import check_unheld as check_unheld
+from lora_jax._disk.lock import hold as hold
+from lora_jax._disk.whole import check_free as check_free
+from lora_jax._disk.whole import placing as placing
+from lora_jax._disk.whole import replacing as replacing
+from lora_jax._disk.whole import write as write

@@ -1,0 +1,170 @@
+"""When a run is saved, and in which folder: one run at a time, and no other run's files."""
+
+import contextlib
+import dataclasses
+import hashlib
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora_jax import _disk, data
+from lora_jax.checkpoint import Checkpoints, TrainState, fingerprint, is_checkpoint, shapes
+from lora_jax.train._config import TrainConfig
+
+CHECKPOINTS = "checkpoints"
+METRICS = "metrics.jsonl"
+
+# Settings that a resumed run may change: they decide what is seen, not what is learned.
+_FREE = ("log_every", "eval_every", "checkpoint_every", "save_minutes")
+
+
+class Stopped(Exception):
+    """A run that was asked to stop: its steps so far are in a checkpoint, whole and on the disk."""
+
+    def __init__(self, step: int, steps: int, checkpoint: Path | None):
+        self.step, self.steps, self.checkpoint = step, steps, checkpoint
+        saved = "nothing was saved" if checkpoint is None else f"saved in {checkpoint}"
+        super().__init__(f"stopped after step {step} of {steps}: {saved}")
+
+
+class Saver:
+    """The checkpoints of a run; a context manager. Opened, and the base looked through, when they are first needed.
+
+    Args:
+      folder: The run's; None saves nothing.
+      config: The run's settings: how often.
+      base: What the adapter is trained on; a checkpoint knows it again.
+      settings: What must be the same for a resumed run.
+      about: JSON values that go into every checkpoint.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None,
+        config: TrainConfig,
+        base: Any,
+        settings: dict[str, Any],
+        about: Mapping[str, Any] | None = None,
+    ):
+        self._folder, self._config, self._base = folder, config, base
+        self._settings, self._about = settings, dict(about or {})
+        self._stack, self._checkpoints, self._identity = contextlib.ExitStack(), None, None
+        self._saved_at, self._latest = time.monotonic(), None
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
+
+    def restore(self, template: TrainState) -> TrainState:
+        """The newest checkpoint's state, as `Checkpoints.restore` gives it."""
+        state = self._open().restore(self._signed(template))
+        self._latest = state.step
+        return state
+
+    def due(self, step: int, last: bool) -> bool:
+        """Whether it is time for a checkpoint: by steps where they are given, else by minutes.
+
+        The last step is saved where others were: a short run, which loses nothing to speak of, leaves no checkpoints.
+        """
+        if self._folder is None:
+            return False
+        if self._config.checkpoint_every:
+            return last or step % self._config.checkpoint_every == 0
+        minutes = self._config.save_minutes
+        if not minutes:
+            return False
+        return time.monotonic() - self._saved_at >= 60 * minutes or (last and self._latest is not None)
+
+    def save(self, state: TrainState) -> Path | None:
+        """Saves, and waits until all is on the disk: a run that is killed loses no more than lies between two saves."""
+        if self._folder is None:
+            return None
+        if state.step != self._latest:
+            checkpoints = self._open()
+            checkpoints.save(self._signed(state))
+            checkpoints.wait()
+        self._saved_at, self._latest = time.monotonic(), state.step
+        return self._folder / CHECKPOINTS / str(state.step)
+
+    def _open(self) -> Checkpoints:
+        assert self._folder is not None
+        if self._checkpoints is None:
+            self._checkpoints = self._stack.enter_context(Checkpoints(self._folder / CHECKPOINTS))
+        return self._checkpoints
+
+    def _signed(self, state: TrainState) -> TrainState:
+        if self._identity is None:
+            self._identity = {"fingerprint": fingerprint(self._base), "base": shapes(self._base)}
+        return state._replace(settings=self._settings, about=self._about, **self._identity)
+
+
+@contextlib.contextmanager
+def claimed(folder: Path | None, config: TrainConfig, resume: bool, overwrite: bool) -> Iterator[None]:
+    """Makes the output folder and holds it, and sees to it that no other run's files are mixed with this one's."""
+    if folder is None:
+        if resume or config.checkpoint_every:
+            raise ValueError("checkpoints need an output folder to be in")
+        yield
+        return
+    if resume and not (folder / CHECKPOINTS).exists():
+        raise FileNotFoundError(f"{folder / CHECKPOINTS}: no checkpoint to resume from")
+    folder.mkdir(parents=True, exist_ok=True)
+    with _disk.hold(folder):
+        earlier = [path for path in (folder / METRICS, folder / CHECKPOINTS) if path.exists()]
+        if earlier and not resume:
+            if not overwrite:
+                raise FileExistsError(
+                    f"{folder}: holds a run already ({earlier[0].name}); resume it, overwrite it, or go elsewhere"
+                )
+            check_ours(folder)
+            for path in earlier:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        yield
+
+
+def check_ours(folder: Path) -> None:
+    """Refuses to overwrite what isn't of a run.
+
+    Raises:
+      FileExistsError: `metrics.jsonl` or `checkpoints` is something else.
+    """
+    checkpoints, metrics = folder / CHECKPOINTS, folder / METRICS
+    others = [] if not checkpoints.exists() else [checkpoints]
+    if checkpoints.is_dir():
+        others = [path for path in sorted(checkpoints.iterdir()) if not is_checkpoint(path)]
+    if metrics.exists() and not _starts_as_metrics(metrics):
+        others.append(metrics)
+    if others:
+        raise FileExistsError(
+            f"{others[0]}: is not of a run and would be lost; choose another folder than {folder}, or move it away"
+        )
+
+
+def _starts_as_metrics(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        start = file.read(8)
+    return start.startswith(b'{"step"') or b'{"step"'.startswith(start)  # a first line may be cut off
+
+
+def fixed(
+    config: TrainConfig, train_data: Sequence[data.AnyExample], valid_data: Sequence[data.AnyExample] | None
+) -> dict[str, Any]:
+    """What must be the same for a resumed run to go on with the same losses, and to end with the same adapter."""
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE}
+    rows = {"training rows": train_data} | ({"validation rows": valid_data or ()} if config.keep == "best" else {})
+    return settings | {name: f"{len(examples)}, {_digest(examples)}" for name, examples in rows.items()}
+
+
+def _digest(examples: Sequence[data.AnyExample]) -> str:
+    digest = hashlib.sha256()
+    for part in (part for example in examples for part in example if part is not None):
+        digest.update(np.asarray(part).tobytes())
+    return digest.hexdigest()[:16]
