@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import load_file
 from test_cli import TRAIN, compiled_once, refused, tiny_model, world  # noqa: F401
 
 import lora_jax
@@ -72,8 +73,9 @@ def test_a_run_that_is_stopped_loses_no_step(world, unstopped, stopped, capfd, n
     assert last.endswith(f"the same command with --resume goes on from step {step}")
     assert main([*argv(world, output), "--resume"]) == 0
     assert metrics(output) == metrics(unstopped)
-    name = "adapter_model.safetensors"
-    assert (output / name).read_bytes() == (unstopped / name).read_bytes()
+    tensors, expected = (load_file(folder / "adapter_model.safetensors") for folder in (output, unstopped))
+    assert tensors.keys() == expected.keys()
+    assert all(tensors[name].tobytes() == expected[name].tobytes() for name in expected)
     # The table's "before" is the base's, as the sample texts are, and not that of the checkpoint.
     assert re.search(rf"validation loss\s+│\s+{metrics(output)[0]['valid_loss']:.4f}", capfd.readouterr().out)
 
@@ -168,7 +170,7 @@ def test_merge_overwrites_what_it_has_written_and_nothing_else(world, refused, t
     ("flags", "message"),
     [
         (["--epochs", "1e300"], "epochs: 1e+300 given"),
-        (["--epochs", "1e9"], "steps, expected up to 2147483647"),
+        (["--epochs", "2e9", "--batch-size", "4"], "steps, expected up to 2147483647"),
         (["--batch-size", "1e9"], "--batch-size: '1e9' given, expected a whole number"),
         (["--batch-size", "1000000000"], "batch_size: 1000000000 given, expected 1 to 1048576"),
         (["--batch-size", "1000000"], "batch_size: 1000000 (accumulate 1) given for 11 rows, expected at most 1024"),
