@@ -114,8 +114,11 @@ def claimed(folder: Path | None, config: TrainConfig, resume: bool, overwrite: b
         return
     if resume and not (folder / CHECKPOINTS).exists():
         raise FileNotFoundError(f"{folder / CHECKPOINTS}: no checkpoint to resume from")
-    folder.mkdir(parents=True, exist_ok=True)
-    with _disk.hold(folder):
+    with contextlib.ExitStack() as stack:
+        if not folder.exists():
+            folder.mkdir(parents=True)
+            stack.callback(_remove_empty, folder)  # where a run ends before it has written anything
+        stack.enter_context(_disk.hold(folder))
         earlier = [path for path in (folder / METRICS, folder / CHECKPOINTS) if path.exists()]
         if earlier and not resume:
             if not overwrite:
@@ -126,6 +129,11 @@ def claimed(folder: Path | None, config: TrainConfig, resume: bool, overwrite: b
             for path in earlier:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         yield
+
+
+def _remove_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def check_ours(folder: Path) -> None:
