@@ -60,7 +60,7 @@ def abstract(tree: Any, shardings: Any) -> Any:
 def model_of(shape: dict[str, int]) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         LlamaConfig(**shape, dtype="bfloat16").save_pretrained(folder)
-        return lora_jax.models.load_abstract(folder, remat=True)
+        return lora_jax.models.load_abstract(folder, remat="full", attention="xla", platform="tpu")
 
 
 def arguments(model: Any, tx: Any, layout: str, devices: Any) -> tuple[Any, ...]:

@@ -20,7 +20,7 @@ def model(tmp_path_factory):
     """A Llama with its layers scanned and each of them rematted."""
     folder = tmp_path_factory.mktemp("llama")
     (folder / "config.json").write_text(json.dumps(CASES["llama_tied"]))
-    return models.load_abstract(folder, "bfloat16", remat=True)
+    return models.load_abstract(folder, "bfloat16", remat="full")
 
 
 @pytest.mark.slow

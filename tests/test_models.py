@@ -141,8 +141,9 @@ def test_cached_steps_are_the_whole_forward(setting):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("setting", ["llama_grouped_query", "gpt2", "bert"], indirect=True)
-def test_remat_changes_nothing_but_memory(setting):
-    remat = models.load(setting.folder, remat=True)
+@pytest.mark.parametrize("policy", ["lean", "full"])
+def test_remat_changes_nothing_but_memory(setting, policy):
+    remat = models.load(setting.folder, remat=policy)
 
     def gradients(model):
         return jax.jit(jax.grad(lambda params: jnp.sum(model.apply(params, **setting.inputs) ** 2)))

@@ -75,23 +75,28 @@ class Base:
         # The embedded weights are stored in half precision to be small, not to be computed with.
         return self.model_dtype or ("float32" if self.model is None else None)
 
-    def abstract(self, *, remat: bool = False, labels: Sequence[str] | None = None) -> Any:
+    @property
+    def execution(self) -> dict[str, Any]:
+        """How the model is computed, where the command computes with it."""
+        return {}
+
+    def abstract(self, *, labels: Sequence[str] | None = None) -> Any:
         """The model without weights: errors in its configuration are found before anything large is read."""
         return self._with_tokenizer(
-            lora_jax.models.load_abstract(self.folder, self.loaded_dtype, remat=remat, labels=labels)
+            lora_jax.models.load_abstract(self.folder, self.loaded_dtype, labels=labels, **self.execution)
         )
 
     def load(
         self,
         dtype: str | None = None,
         *,
-        remat: bool = False,
         labels: Sequence[str] | None = None,
         key: jax.Array | None = None,
     ) -> Any:
         with _show.working(f"reading {self.name}"):
+            dtype = dtype or self.loaded_dtype
             return self._with_tokenizer(
-                lora_jax.models.load(self.folder, dtype or self.loaded_dtype, remat=remat, labels=labels, key=key)
+                lora_jax.models.load(self.folder, dtype, labels=labels, key=key, **self.execution)
             )
 
     def load_streamed(self, labels: Sequence[str] | None = None, key: jax.Array | None = None) -> Any:
@@ -102,6 +107,40 @@ class Base:
 
     def _with_tokenizer(self, model: Any) -> Any:
         return replace(model, adapter=self.adapter_folder)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Computed(Base):
+    """The model, of which outputs are computed."""
+
+    attention: Literal["auto", "xla", "blockwise", "cudnn", "splash"] = "auto"
+    """auto: the fastest on this platform. cudnn (CUDA, 16-bit) and splash (TPU) are kernels, xla holds all scores and
+    blockwise some of them"""
+
+    @property
+    def execution(self) -> dict[str, Any]:
+        return {"attention": self.attention, "remat": "none", "layers": "scan"}  # not worth a longer compilation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained(Computed):
+    """The model, of which gradients are computed."""
+
+    remat: Literal["auto", "none", "lean", "full"] = "auto"
+    """what the backward pass computes anew, to save memory: full, each layer; lean, all but its products with kernels
+    and attention's output. auto: none on CPUs, else lean"""
+    layers: Literal["auto", "scan", "unrolled"] = "auto"
+    """scan: one loop over the layers. unrolled: none, faster on GPUs by 5 to 9 percent, and longer to compile. auto:
+    unrolled on CUDA"""
+
+    @property
+    def execution(self) -> dict[str, Any]:
+        return {"attention": self.attention, "remat": self.remat, "layers": self.layers}
+
+
+def execution_line(model: Any, rows: int, length: int) -> str:
+    """How a model is trained: one line to print."""
+    return f"{model.attention(rows, min(length, model.max_length))}; remat: {model.remat}; layers: {model.layers}"
 
 
 def kernel_axes(model: Any) -> lora_jax.KernelAxes:

@@ -36,7 +36,7 @@ class Settings:
     """tokens a row is cut to"""
     json: bool = False
     """print one JSON object, and nothing else, on standard output"""
-    base: tyro.conf.OmitArgPrefixes[_base.Base] = _base.Base()
+    base: tyro.conf.OmitArgPrefixes[_base.Computed] = _base.Computed()
 
 
 def run(settings: Settings) -> None:
@@ -57,6 +57,7 @@ def _of_text(settings: Settings, rows: Sequence[Row]) -> dict[str, Any]:
     model = settings.base.load()
     params = _base.with_adapter(model, settings.adapter)
     encoded = data.encode(rows, model.tokenizer, min(settings.max_length, model.max_length))
+    _show.notes().print(str(model.attention(settings.batch_size, settings.max_length)), markup=False, soft_wrap=True)
     with _show.working("evaluating"):
         found = evaluate(model.apply, params, encoded.examples, batch_size=settings.batch_size)
     figures: dict[str, Any] = {
@@ -81,6 +82,7 @@ def _of_labels(settings: Settings, source: Source, rows: list[Labelled]) -> dict
     length = min(settings.max_length, model.max_length)
     encoded = data.encode_labelled(rows, model.tokenizer, length, labels)
     task = _labels.task(source, encoded.examples, labels)
+    _show.notes().print(str(model.attention(settings.batch_size, settings.max_length)), markup=False, soft_wrap=True)
     with _show.working("evaluating"):
         found = evaluate(model.apply, params, encoded.examples, batch_size=settings.batch_size, task=task)
     return {

@@ -20,13 +20,16 @@ class Settings:
     """folder of an adapter, as `lora-jax train` writes it"""
     seed: int = 0
     """of the draws, at temperatures above 0"""
-    base: tyro.conf.OmitArgPrefixes[_base.Base] = _base.Base()
+    base: tyro.conf.OmitArgPrefixes[_base.Computed] = _base.Computed()
     generate: tyro.conf.OmitArgPrefixes[GenerateConfig] = GenerateConfig()
 
 
 def run(settings: Settings) -> None:
     model = settings.base.of(settings.adapter).load()
     params = _base.with_adapter(model, settings.adapter)
+    _base.check_generates(model)
+    attention = model.attention(len(settings.prompt), model.max_length, cached=True)
+    _show.notes().print(str(attention), markup=False, soft_wrap=True)
     with _show.working("generating"):
         texts = generate_text(model, params, settings.prompt, settings.generate, key=jax.random.key(settings.seed))
     for text in texts:

@@ -64,9 +64,7 @@ class Settings:
     """write each adapter as a PEFT folder under adapters/ in the output"""
     prefix_length: int = 0
     """tokens before each row whose embeddings train beside A and B, of points for which the grid doesn't say it"""
-    remat: bool = False
-    """compute activations anew in the backward pass: much less memory, about a third more time"""
-    base: tyro.conf.OmitArgPrefixes[_base.Base] = _base.Base()
+    base: tyro.conf.OmitArgPrefixes[_base.Trained] = _base.Trained()
     lora: tyro.conf.OmitArgPrefixes[lora_jax.LoRAConfig] = _base.LORA
     train: tyro.conf.OmitArgPrefixes[TrainConfig] = TrainConfig()
 
@@ -95,10 +93,13 @@ def run(settings: Settings) -> None:
     labels = dict.fromkeys(point.repeated.label for point in points)
     show.print(f"{len(points)} adapters: {'; '.join(labels)}", markup=False, soft_wrap=True)
 
-    model = settings.base.load(remat=settings.remat, labels=rows.names)
+    model = settings.base.load(labels=rows.names)
     lora = _labels.with_head(settings.lora, model)
     if rows.names is not None:
         show.print(f"labels: {', '.join(rows.names)}. {_labels.new_parts(model)}", markup=False)
+    show.print(
+        _base.execution_line(model, settings.train.batch_size, settings.train.max_length), markup=False, soft_wrap=True
+    )
     found = _rows.encode(rows, model, min(settings.train.max_length, model.max_length - longest))
     results = sweep.run(
         model.apply,

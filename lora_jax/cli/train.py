@@ -42,11 +42,9 @@ class Settings:
     """replace a run that is in the output folder"""
     resume: bool = False
     """go on from the newest checkpoint in the output folder"""
-    remat: bool = False
-    """compute activations anew in the backward pass: much less memory, about a third more time"""
     prefix_length: int = 0
     """tokens before each row whose embeddings train beside A and B; such an adapter can't be merged"""
-    base: tyro.conf.OmitArgPrefixes[_base.Base] = _base.Base()
+    base: tyro.conf.OmitArgPrefixes[_base.Trained] = _base.Trained()
     lora: tyro.conf.OmitArgPrefixes[lora_jax.LoRAConfig] = _base.LORA
     train: tyro.conf.OmitArgPrefixes[TrainConfig] = TrainConfig()
 
@@ -111,10 +109,13 @@ def _train(settings: Settings, stop: Callable[[], bool]) -> Callable[[], None]:
     lora = _labels.with_head(settings.lora, model)
     show = _show.results()
     show.print(str(inspect.match(model, lora)), markup=False, soft_wrap=True)
-    model = settings.base.load(remat=settings.remat, labels=rows.names, key=jax.random.fold_in(key, 1))
+    model = settings.base.load(labels=rows.names, key=jax.random.fold_in(key, 1))
     lora = _labels.with_head(settings.lora, model)
     if rows.names is not None:
         show.print(f"labels: {', '.join(rows.names)}. {_labels.new_parts(model)}", markup=False)
+    show.print(
+        _base.execution_line(model, settings.train.batch_size, settings.train.max_length), markup=False, soft_wrap=True
+    )
     work = _work(settings, model, rows)
     params = lora_jax.init(key, model.params, lora, axes=_base.kernel_axes(model))
     if settings.prefix_length:

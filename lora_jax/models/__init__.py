@@ -38,6 +38,7 @@ from lora_jax.models import (
     mistral,
     qwen,
 )
+from lora_jax.models._execution import Attention, Choice, Execution, Layers, Remat, execution
 from lora_jax.models._family import Family, Weight, flatten, unflatten
 from lora_jax.models._files import TensorFiles
 from lora_jax.models._folder import find
@@ -91,6 +92,10 @@ class Model:
             table of embeddings: -1 is the first. Encoders take `token_type_ids` int32[B, T] instead of a cache, and
             give what their head does.
         init_cache: `(batch, length, dtype=None)` -> an empty cache for `length` tokens a row, padding included.
+        attention: `(rows, length)` -> the `form` of attention of a batch of that shape, and `why` it isn't the
+            platform's fastest; as a string it is a line to print. Decoders take `cached=True` too.
+        remat: "none", "lean" or "full".
+        layers: "scan" or "unrolled".
         folder: where it was loaded from; None for `init`.
         adapter: folder of an adapter whose tokenizer, or chat template, is used instead of the model's where it holds
             one; `dataclasses.replace(model, adapter=folder)` gives it.
@@ -105,6 +110,9 @@ class Model:
     names: Mapping[str, Weight]
     apply: Callable[..., Any]
     init_cache: Callable[..., Any]
+    attention: Callable[..., Choice] = lambda rows, length: Choice("xla", "")
+    remat: str = "none"
+    layers: str = "scan"
     folder: Path | None = None
     adapter: Path | None = None
     generates: bool = True
@@ -138,7 +146,10 @@ def load(
     dtype: Any = None,
     *,
     compute_dtype: Any = None,
-    remat: bool = False,
+    attention: Attention = "auto",
+    remat: Remat = "auto",
+    layers: Layers = "auto",
+    platform: str | None = None,
     labels: Sequence[str] | None = None,
     key: jax.Array | None = None,
 ) -> Model:
@@ -148,7 +159,13 @@ def load(
         path_or_hub_id: a folder with `config.json` and safetensors weights, or `owner/model`.
         dtype: of the weights; None keeps each one's dtype in the file.
         compute_dtype: of the activations; None is the embedding's, and float32 for float16 weights.
-        remat: recompute each layer's activations in the backward pass instead of keeping them.
+        attention: its form: "xla" holds all scores, "blockwise" a block's; "cudnn" (CUDA, 16-bit) and "splash" (TPU)
+            are kernels that hold none; "auto" is the fastest that there is.
+        remat: what of a layer the backward pass computes anew: "none"; "lean", all but the products with kernels and
+            attention's output; "full", all. "auto" is "none" on CPUs and "lean" elsewhere.
+        layers: "scan", one loop; "unrolled", none, takes longer to compile and saves 5 to 9 % of a step on CUDA, where
+            it is what "auto" means.
+        platform: what it will be compiled for: "cpu", "cuda", "rocm" or "tpu"; None is where JAX computes by default.
         labels: names of the labels that the model is to tell; one name is a score. The folder's own head is kept where
             it tells these (or as many without names); else a new one is drawn, whose leaves are `fresh`.
         key: of a new head; `jax.random.key(0)` where not given.
@@ -158,7 +175,17 @@ def load(
         OSError: the weights can't be read, or there is no memory for them.
         ValueError: an architecture that isn't supported, or weights that don't fit the configuration.
     """
-    model = load_streamed(path_or_hub_id, dtype, compute_dtype=compute_dtype, remat=remat, labels=labels, key=key)
+    model = load_streamed(
+        path_or_hub_id,
+        dtype,
+        compute_dtype=compute_dtype,
+        attention=attention,
+        remat=remat,
+        layers=layers,
+        platform=platform,
+        labels=labels,
+        key=key,
+    )
     try:
         return replace(model, params=jax.tree.map(_weights.hold, model.params))
     except MemoryError:
@@ -171,7 +198,10 @@ def load_streamed(
     dtype: Any = None,
     *,
     compute_dtype: Any = None,
-    remat: bool = False,
+    attention: Attention = "auto",
+    remat: Remat = "auto",
+    layers: Layers = "auto",
+    platform: str | None = None,
     labels: Sequence[str] | None = None,
     key: jax.Array | None = None,
 ) -> Model:
@@ -182,13 +212,14 @@ def load_streamed(
         model = models.load_streamed("path/to/folder")
         models.save("half", model, model.params, dtype="bfloat16")
     """
+    chosen = execution(attention, remat, layers, platform)
     folder = _folder.find(path_or_hub_id, weights=True)
     family, config = _folder.read_config(folder, FAMILIES)
     fresh, ignored = (), family.ignored
     if labels is not None:
         family, config, kept = _heads.labelled(family, config, labels, FAMILIES)
         fresh, ignored = _heads.absent(folder, family.names(config), family, kept), family.ignored + family.other_heads
-    model = _abstract(family, config, dtype, compute_dtype, remat, folder)
+    model = _abstract(family, config, dtype, compute_dtype, chosen, folder)
     leaves = _weights.stream(
         folder,
         {path: leaf for path, leaf in flatten(model.params).items() if path not in fresh},
@@ -200,9 +231,9 @@ def load_streamed(
     )
     found = next(iter(leaves.values())).dtype
     if dtype is None and found != _settings.param_dtype(config, None):  # the configuration's need not be the file's
-        model = _abstract(family, config, found, compute_dtype, remat, folder)
+        model = _abstract(family, config, found, compute_dtype, chosen, folder)
     if fresh:
-        drawn = family.module(config, compute_dtype, next(iter(leaves.values())).dtype, remat)
+        drawn = family.module(config, compute_dtype, next(iter(leaves.values())).dtype, chosen)
         leaves |= _drawn(drawn, jax.random.key(0) if key is None else key, fresh)
     return replace(model, params=unflatten(leaves), fresh=fresh)
 
@@ -226,18 +257,22 @@ def load_abstract(
     dtype: Any = None,
     *,
     compute_dtype: Any = None,
-    remat: bool = False,
+    attention: Attention = "auto",
+    remat: Remat = "auto",
+    layers: Layers = "auto",
+    platform: str | None = None,
     labels: Sequence[str] | None = None,
 ) -> Model:
     """Like `load`, from `config.json` alone: every leaf is a `jax.ShapeDtypeStruct`, and no weights are made or read.
 
     With no `dtype`, leaves have the one that the configuration names, or float32.
     """
+    chosen = execution(attention, remat, layers, platform)
     folder = _folder.find(path_or_hub_id, weights=False)
     family, config = _folder.read_config(folder, FAMILIES)
     if labels is not None:
         family, config, _ = _heads.labelled(family, config, labels, FAMILIES)
-    return _abstract(family, config, dtype, compute_dtype, remat, folder)
+    return _abstract(family, config, dtype, compute_dtype, chosen, folder)
 
 
 def init(
@@ -246,7 +281,10 @@ def init(
     dtype: Any = jnp.float32,
     *,
     compute_dtype: Any = None,
-    remat: bool = False,
+    attention: Attention = "auto",
+    remat: Remat = "auto",
+    layers: Layers = "auto",
+    platform: str | None = None,
 ) -> Model:
     """A model with random weights: normal with the configuration's `initializer_range`, norms at one, biases at zero.
 
@@ -259,9 +297,10 @@ def init(
     >>> model.apply(model.params, jnp.ones((1, 3), jnp.int32)).shape
     (1, 3, 32)
     """
+    chosen = execution(attention, remat, layers, platform)
     family = _folder.family_of(config.model_type, config.architectures, FAMILIES)
-    model = _abstract(family, config, dtype, compute_dtype, remat, None)
-    module = family.module(config, compute_dtype, dtype, remat)
+    model = _abstract(family, config, dtype, compute_dtype, chosen, None)
+    module = family.module(config, compute_dtype, dtype, chosen)
     return replace(model, params=jax.jit(module.init)(key, jnp.zeros((1, 1), jnp.int32))["params"])
 
 
@@ -364,7 +403,7 @@ def check_free(folder: str | os.PathLike, *, overwrite: bool) -> None:
     _disk.check_free(folder, overwrite=overwrite, what=WRITTEN, ours=_shards.ours(folder, None))
 
 
-def _abstract(family: Family, config, dtype, compute_dtype, remat: bool, folder: Path | None) -> Model:
+def _abstract(family: Family, config, dtype, compute_dtype, chosen: Execution, folder: Path | None) -> Model:
     """The model without arrays.
 
     Raises:
@@ -375,7 +414,7 @@ def _abstract(family: Family, config, dtype, compute_dtype, remat: bool, folder:
         compute_dtype = jnp.float32  # float16 has no range for activations and gradients, and no dot products on CPU
     where = "" if folder is None else f"{folder / _settings.CONFIG}: "
     try:
-        module = family.module(config, compute_dtype, param_dtype, remat)
+        module = family.module(config, compute_dtype, param_dtype, chosen)
         shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
         names, max_length = family.names(config), family.positions(config)
         _settings.check_size(flatten(shapes))
@@ -397,11 +436,17 @@ def _abstract(family: Family, config, dtype, compute_dtype, remat: bool, folder:
             raise ValueError(f"{family.architecture} is an encoder: it generates no text and has no cache")
         return family.init_cache(config, batch, length, dtype or compute_dtype or param_dtype)
 
+    def attention(rows: int, length: int, **call: bool) -> Choice:
+        return module.attention(rows, length, compute_dtype or param_dtype, **call)
+
     return Model(
         config=config,
         params=shapes,
         names=names,
         apply=apply,
+        attention=attention,
+        remat=chosen.remat,
+        layers=chosen.layers,
         init_cache=init_cache,
         folder=folder,
         generates=family.init_cache is not None,

@@ -4,12 +4,16 @@ A query sees the keys of its row that are real, not after itself and, where ther
 positions back. A token's position is its number among its row's real tokens: padding on either side is not seen.
 """
 
+import functools
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from lora_jax.models import _kernels
+from lora_jax.models._execution import KERNELS, SAVED, Choice
 
 Cache = dict[str, jax.Array]
 
@@ -56,21 +60,6 @@ def positions_of(input_ids: jax.Array, attention_mask: jax.Array | None) -> jax.
     return jnp.maximum(jnp.cumsum(attention_mask.astype(jnp.int32), axis=1) - 1, 0)
 
 
-def stacked(layer: type[nn.Module], count: int, remat: bool) -> Any:
-    """`count` layers under one scan: every leaf has a leading axis of layers.
-
-    A layer maps `(x, own, context)` to `(x, out)`: `own` and `out` are its slices of arrays with a leading axis of
-    layers, `context` is shared by all.
-    """
-    return nn.scan(
-        nn.remat(layer, prevent_cse=False) if remat else layer,  # the scan already keeps the copies apart
-        variable_axes={"params": 0},
-        split_rngs={"params": True},
-        in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType] - flax annotates less than it takes
-        length=count,
-    )
-
-
 def cached_mask(cache: Cache, positions: jax.Array, window: int | None) -> jax.Array:
     """bool[B, 1, T, S]: which slots each of the T new tokens sees."""
     slots = jnp.arange(cache["positions"].shape[1])
@@ -102,19 +91,66 @@ def write(cache: Cache, new: Any, length: int) -> Cache:
     return cache | {"k": k, "v": v, "index": cache["index"] + length}
 
 
-def attend(q, k, v, mask, *, causal: bool, scale: float, softcap: float | None = None) -> jax.Array:
-    """softmax(scale · q kᵀ) v with grouped queries; a `softcap` c bounds the logits: c · tanh(logits / c).
+def real_first(attention_mask: Any) -> tuple[jax.Array, jax.Array]:
+    """How each row's real tokens come first, in their order, as the kernels want them: padding may be anywhere.
+
+    Returns:
+      The order, int32[B, T], for `ordered` and `put_back`; how many tokens are real, int32[B], at least 1: a row of
+      padding alone sees its first token, so that there is no NaN in it.
+    """
+    real = attention_mask.astype(bool)
+    order = jnp.argsort(~real, axis=1, stable=True).astype(jnp.int32)
+    return order, jnp.maximum(jnp.sum(real, axis=1, dtype=jnp.int32), 1)
+
+
+def ordered(order: jax.Array | None, x: jax.Array) -> jax.Array:
+    """[B or 1, T, ...] with each row in the order; None leaves it."""
+    if order is None:
+        return x
+    x = jnp.broadcast_to(x, (order.shape[0], *x.shape[1:]))
+    return jax.vmap(lambda row, places: row.at[places].get(mode="promise_in_bounds", unique_indices=True))(x, order)
+
+
+def put_back(order: jax.Array | None, x: jax.Array) -> jax.Array:
+    """The inverse of `ordered`."""
+    return ordered(None if order is None else jnp.argsort(order, axis=1).astype(jnp.int32), x)
+
+
+def attend(
+    choice: Choice,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array | None,
+    lengths: jax.Array | None = None,
+    *,
+    causal: bool,
+    scale: float,
+    softcap: float | None = None,
+    window: int | None = None,
+    near: jax.Array | None = None,
+) -> jax.Array:
+    """softmax(scale · q kᵀ) v with grouped queries, in the chosen form.
 
     Args:
+      choice: as `choose` gives it.
       q: [B, T, N, d].
       k, v: [B, S, K, d], K a divisor of N.
-      mask: bool, broadcast to [B, 1, T, S]; None with `causal` alone.
+      mask: bool, broadcast to [B, 1, T, S]; None with `causal` alone. The kernels have no use for it.
+      lengths: of the kernels: int32[B], each row's real tokens, which come first; None where all are.
+      softcap: c bounds the scores: c · tanh(scores / c).
+      window: of the kernels: how many keys a query sees, itself the last. A mask says it otherwise.
+      near: bool[], whether the window counts in this layer; None: it does.
     """
-    if softcap is None:
-        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, scale=scale)
-    grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])
-    logits = jnp.einsum("btkgd,bskd->bkgts", grouped, k, preferred_element_type=jnp.float32) * scale
-    logits = softcap * jnp.tanh(logits / softcap)
-    logits = jnp.where(mask[:, :, None], logits, -1e30)
-    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    return jnp.einsum("bkgts,bskd->btkgd", weights, v).reshape(q.shape)
+    how: dict[str, Any] = {"causal": causal, "scale": scale}
+    if choice.form not in KERNELS:
+        form = _kernels.blockwise if choice.form == "blockwise" else _kernels.xla
+        return checkpoint_name(form(q, k, v, mask, softcap=softcap, **how), SAVED)
+    kernel = _kernels.cudnn
+    if choice.form == "splash":
+        kernel = functools.partial(_kernels.splash, softcap=softcap, interpret=choice.interpreted)
+    if window is None or window >= q.shape[1]:
+        window, near = None, None
+    run = lambda window: lambda q, k, v: kernel(q, k, v, lengths, window=window, **how)
+    out = run(window)(q, k, v) if near is None else lax.cond(near, run(window), run(None), q, k, v)
+    return checkpoint_name(out, SAVED)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.models import _attention
+from lora_jax.models._execution import KERNELS, Case, Choice, Execution, choose, stacked
 from lora_jax.models._experts import ExpertsSpec, SparseMLP
 from lora_jax.models._family import Family, Weight
 from lora_jax.models._layers import ACTIVATIONS, Embed, check_activation, dense
@@ -94,6 +95,7 @@ class Attention(nn.Module):
 
     spec: DecoderSpec
     param_dtype: Any
+    choice: Choice
 
     @nn.compact
     def __call__(self, x, past, context):
@@ -117,13 +119,17 @@ class Attention(nn.Module):
             new = (k.astype(past[0].dtype), v.astype(past[1].dtype))
             k, v = (side.astype(x.dtype) for side in _attention.extend(past, new, context["index"]))
         out = _attention.attend(
+            self.choice,
             q,
             k,
             v,
             context["mask"],
+            context["lengths"],
             causal=past is None,
             scale=spec.attention_scale or spec.head_dim**-0.5,
             softcap=spec.attention_softcap,
+            window=spec.window,
+            near=context["near"],
         )
         out = out.reshape(*x.shape[:2], spec.num_heads * spec.head_dim)
         return dense(self, "o_proj", spec.hidden_size, out, bias=spec.output_bias), new
@@ -150,11 +156,13 @@ class Layer(nn.Module):
     Args:
       x: [B, T, D].
       own: this layer's `past` (cached keys and values, or None) and whether it is `sliding` (None: all are alike).
-      context: what all layers share: by kind of attention the `rotation` and the `mask`; the cache's `index`.
+      context: what all layers share: by kind of attention the `rotation` and the `mask`; the rows' `lengths`; the
+        cache's `index`.
     """
 
     spec: DecoderSpec
     param_dtype: Any
+    choice: Choice
 
     @nn.compact
     def __call__(self, x, own, context):
@@ -166,9 +174,9 @@ class Layer(nn.Module):
         def add(x, y):
             return x + (y if spec.residual_scale is None else y * spec.residual_scale)
 
-        seen = _of_kind(own["sliding"], context["kinds"])
-        attended, new = Attention(spec, self.param_dtype, name="self_attn")(
-            norm("input_layernorm", x), own["past"], seen | {"index": context["index"]}
+        seen = _of_kind(own["sliding"], context["kinds"]) | {"near": own["sliding"]}
+        attended, new = Attention(spec, self.param_dtype, self.choice, name="self_attn")(
+            norm("input_layernorm", x), own["past"], seen | {name: context[name] for name in ("index", "lengths")}
         )
         x = add(x, norm("post_attention_layernorm", attended) if spec.sandwich else attended)
         if spec.experts is None:
@@ -185,23 +193,35 @@ class Decoder(nn.Module):
     spec: DecoderSpec
     dtype: Any = None
     param_dtype: Any = jnp.float32
-    remat: bool = False
+    execution: Execution = Execution()
+
+    def attention(self, rows: int, length: int, dtype: Any, **call: bool) -> Choice:
+        """The form of attention of a call."""
+        spec = self.spec
+        case = Case(rows, length, spec.num_heads, spec.head_dim, dtype, spec.attention_softcap, **call)
+        return choose(self.execution, case)
 
     @nn.compact
     def __call__(self, input_ids, attention_mask=None, *, positions=None, cache=None, more_embeddings=None):
         spec = self.spec
+        placed = positions is not None and spec.window is not None
         positions, cache, past = _attention.begin(input_ids, attention_mask, positions, cache)
         embed = Embed(spec.vocab_size, spec.hidden_size, spec.init_std, self.param_dtype, name="embed_tokens")
         x = embed(input_ids, self.dtype, more_embeddings)
         if spec.embedding_scale is not None:
             x = x * jnp.asarray(spec.embedding_scale, x.dtype)
+        choice = self.attention(x.shape[0], x.shape[1], x.dtype, cached=cache is not None, placed=placed)
+        order, lengths = _attention.real_first(attention_mask) if choice.packs(attention_mask) else (None, None)
+        x, positions = _attention.ordered(order, x), _attention.ordered(order, positions)
         own = {"past": past, "sliding": jnp.asarray(spec.sliding) if len(spec.kinds) > 1 else None}
         context = {
             "index": None if cache is None else cache["index"],
-            "kinds": [_seen(spec, kind, positions, attention_mask, cache, x.dtype) for kind in spec.kinds],
+            "lengths": lengths,
+            "kinds": [_seen(spec, choice, kind, positions, attention_mask, cache, x.dtype) for kind in spec.kinds],
         }
-        layers = _attention.stacked(Layer, spec.num_layers, self.remat)
-        x, new = layers(spec, self.param_dtype, name="layers")(x, own, context)
+        layers = stacked(Layer, spec.num_layers, self.execution)
+        x, new = layers(spec, self.param_dtype, choice, name="layers")(x, own, context)
+        x = _attention.put_back(order, x)
         x = RMSNorm(spec, self.param_dtype, name="norm")(x)
         # A tree may have a head of its own all the same: an adapter that changed one of the two has untied them.
         tied = spec.tied and not self.has_variable("params", "lm_head")
@@ -213,12 +233,14 @@ class Decoder(nn.Module):
         return logits if cache is None else (logits, _attention.write(cache, new, input_ids.shape[1]))
 
 
-def _seen(spec, sliding, positions, attention_mask, cache, dtype):
+def _seen(spec, choice, sliding, positions, attention_mask, cache, dtype):
     """The rotation and the mask of one kind of layer. A mask of None leaves causality to the attention function."""
     rope = spec.sliding_rope if sliding and spec.sliding_rope else spec.rope
     window = spec.window if sliding else None
     if cache is not None:
         mask = _attention.cached_mask(cache, positions, window)
+    elif choice.form in KERNELS:
+        mask = None
     elif window is None and len(spec.kinds) == 1 and spec.attention_softcap is None:
         # Left to the attention function, causality is computed where it is used, and no [T, T] array is read.
         mask = None if attention_mask is None else attention_mask.astype(bool)[:, None, None, :]
@@ -308,7 +330,7 @@ def family(
     return Family(
         config_class=config_class,
         architecture=architecture,
-        module=lambda config, dtype, param_dtype, remat: Decoder(spec(config), dtype, param_dtype, remat),
+        module=lambda config, dtype, param_dtype, execution: Decoder(spec(config), dtype, param_dtype, execution),
         weights=lambda config: weights(spec(config)) | more_weights(spec(config)),
         init_cache=init_cache,
         prefix="model.",

@@ -4,9 +4,10 @@ from collections.abc import Callable, Collection, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 from transformers import PretrainedConfig
+
+from lora_jax.models._execution import Execution
 
 Tree = dict[str, Any]
 DType = Any
@@ -38,7 +39,8 @@ class Family(NamedTuple):
     Attributes:
         config_class: the transformers configuration; its `model_type` is what a folder's `config.json` names.
         architecture: the transformers class whose folders are read and written.
-        module: `(config, dtype, param_dtype, remat) -> nn.Module`, called as `module(input_ids, attention_mask, ...)`.
+        module: `(config, dtype, param_dtype, execution) -> nn.Module`, called as
+            `module(input_ids, attention_mask, ...)`; its `attention(rows, length, dtype)` is a call's form.
         weights: `config -> {leaf path: Weight}`, one entry for every leaf of the tree.
         init_cache: `(config, batch, length, dtype) -> pytree` of empty keys and values; None where nothing is decoded.
         ignored: regular expressions of names that files may hold besides the weights (buffers of old checkpoints).
@@ -53,7 +55,7 @@ class Family(NamedTuple):
 
     config_class: type[PretrainedConfig]
     architecture: str
-    module: Callable[[Any, DType, DType, bool], nn.Module]
+    module: Callable[[Any, DType, DType, Execution], Any]
     weights: Callable[[Any], dict[str, Weight]]
     init_cache: Callable[[Any, int, int, DType], Tree] | None = None
     ignored: tuple[str, ...] = ()

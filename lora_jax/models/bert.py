@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from transformers import BertConfig, RobertaConfig
 
 from lora_jax.models import _attention
+from lora_jax.models._execution import Case, Choice, Execution, choose, stacked
 from lora_jax.models._family import Family, Weight
 from lora_jax.models._layers import ACTIVATIONS, Embed, check_activation, dense, layer_norm
 from lora_jax.models._settings import check_ratios
@@ -99,16 +100,17 @@ class SelfAttention(nn.Module):
 
     spec: EncoderSpec
     param_dtype: Any
+    choice: Choice
 
     @nn.compact
-    def __call__(self, x, mask):
+    def __call__(self, x, mask, lengths):
         heads = self.spec.num_heads
 
         def project(name):
             return dense(self, name, self.spec.hidden_size, x).reshape(*x.shape[:2], heads, -1)
 
         q, k, v = project("query"), project("key"), project("value")
-        out = _attention.attend(q, k, v, mask, causal=False, scale=q.shape[-1] ** -0.5)
+        out = _attention.attend(self.choice, q, k, v, mask, lengths, causal=False, scale=q.shape[-1] ** -0.5)
         return out.reshape(x.shape)
 
 
@@ -128,10 +130,11 @@ class Attention(nn.Module):
 
     spec: EncoderSpec
     param_dtype: Any
+    choice: Choice
 
     @nn.compact
-    def __call__(self, x, mask):
-        attended = SelfAttention(self.spec, self.param_dtype, name="self")(x, mask)
+    def __call__(self, x, mask, lengths):
+        attended = SelfAttention(self.spec, self.param_dtype, self.choice, name="self")(x, mask, lengths)
         return Output(self.spec, self.param_dtype, name="output")(attended, x)
 
 
@@ -151,10 +154,11 @@ class Layer(nn.Module):
 
     spec: EncoderSpec
     param_dtype: Any
+    choice: Choice
 
     @nn.compact
-    def __call__(self, x, own, mask):
-        x = Attention(self.spec, self.param_dtype, name="attention")(x, mask)
+    def __call__(self, x, own, context):
+        x = Attention(self.spec, self.param_dtype, self.choice, name="attention")(x, *context)
         hidden = Intermediate(self.spec, self.param_dtype, name="intermediate")(x)
         return Output(self.spec, self.param_dtype, name="output")(hidden, x), None
 
@@ -214,17 +218,24 @@ class Encoder(nn.Module):
     spec: EncoderSpec
     dtype: Any = None
     param_dtype: Any = jnp.float32
-    remat: bool = False
+    execution: Execution = Execution()
+
+    def attention(self, rows: int, length: int, dtype: Any) -> Choice:
+        """The form of attention of a call."""
+        heads = self.spec.num_heads
+        return choose(self.execution, Case(rows, length, heads, self.spec.hidden_size // heads, dtype))
 
     @nn.compact
     def __call__(self, input_ids, attention_mask=None, *, token_type_ids=None, positions=None, more_embeddings=None):
         spec, roberta = self.spec, self.spec.first_position is not None
         embeddings = Embeddings(spec, self.param_dtype, name="embeddings")
         x, words = embeddings(input_ids, attention_mask, token_type_ids, positions, self.dtype, more_embeddings)
+        choice = self.attention(x.shape[0], x.shape[1], x.dtype)
+        order, lengths = _attention.real_first(attention_mask) if choice.packs(attention_mask) else (None, None)
         mask = None if attention_mask is None else attention_mask.astype(bool)[:, None, None, :]
-        x, _ = _attention.stacked(Layer, spec.num_layers, self.remat)(spec, self.param_dtype, name="layer")(
-            x, None, mask
-        )
+        layers = stacked(Layer, spec.num_layers, self.execution)(spec, self.param_dtype, choice, name="layer")
+        x, _ = layers(_attention.ordered(order, x), None, (mask, lengths))
+        x = _attention.put_back(order, x)
         if spec.head == "masked_lm":
             return MaskedLMHead(spec, self.param_dtype, name="lm_head")(x, words)
         if spec.head == "classification" and roberta:
@@ -293,7 +304,7 @@ def _family(config_class: Any, architecture: str, head: str) -> Family:
     return Family(
         config_class=config_class,
         architecture=architecture,
-        module=lambda config, dtype, param_dtype, remat: Encoder(spec(config, head), dtype, param_dtype, remat),
+        module=lambda config, dtype, param_dtype, execution: Encoder(spec(config, head), dtype, param_dtype, execution),
         weights=lambda config: weights(config, head),
         ignored=tuple(unused),
         copies=_copies if head == "masked_lm" else lambda config: {},

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from transformers import GPT2Config
 
 from lora_jax.models import _attention
+from lora_jax.models._execution import Case, Choice, Execution, choose, stacked
 from lora_jax.models._family import Family, Weight
 from lora_jax.models._layers import ACTIVATIONS, Embed, check_activation, dense, layer_norm
 from lora_jax.models._settings import check_ratios
@@ -64,6 +65,7 @@ class Attention(nn.Module):
 
     spec: GPT2Spec
     param_dtype: Any
+    choice: Choice
 
     @nn.compact
     def __call__(self, x, past, context):
@@ -76,7 +78,9 @@ class Attention(nn.Module):
             new = (k.astype(past[0].dtype), v.astype(past[1].dtype))
             k, v = (side.astype(x.dtype) for side in _attention.extend(past, new, context["index"]))
         scale = head_dim**-0.5 if spec.scaled else 1.0
-        out = _attention.attend(q, k, v, context["mask"], causal=past is None, scale=scale)
+        out = _attention.attend(
+            self.choice, q, k, v, context["mask"], context["lengths"], causal=past is None, scale=scale
+        )
         return dense(self, "c_proj", spec.hidden_size, out.reshape(x.shape)), new
 
 
@@ -97,10 +101,11 @@ class Layer(nn.Module):
 
     spec: GPT2Spec
     param_dtype: Any
+    choice: Choice
 
     @nn.compact
     def __call__(self, x, past, context):
-        attention = Attention(self.spec, self.param_dtype, name="attn")
+        attention = Attention(self.spec, self.param_dtype, self.choice, name="attn")
         attended, new = attention(layer_norm(self, "ln_1", x), past, context)
         x = x + attended
         return x + MLP(self.spec, self.param_dtype, name="mlp")(layer_norm(self, "ln_2", x)), new
@@ -112,7 +117,12 @@ class GPT2(nn.Module):
     spec: GPT2Spec
     dtype: Any = None
     param_dtype: Any = jnp.float32
-    remat: bool = False
+    execution: Execution = Execution()
+
+    def attention(self, rows: int, length: int, dtype: Any, **call: bool) -> Choice:
+        """The form of attention of a call."""
+        heads = self.spec.num_heads
+        return choose(self.execution, Case(rows, length, heads, self.spec.hidden_size // heads, dtype, **call))
 
     @nn.compact
     def __call__(self, input_ids, attention_mask=None, *, positions=None, cache=None, more_embeddings=None):
@@ -121,13 +131,17 @@ class GPT2(nn.Module):
         tokens = Embed(spec.vocab_size, spec.hidden_size, spec.init_std, self.param_dtype, name="wte")
         places = Embed(spec.max_positions, spec.hidden_size, spec.init_std, self.param_dtype, name="wpe")
         x = tokens(input_ids, self.dtype, more_embeddings) + places(positions, self.dtype)
-        context = {"index": None, "mask": None}
+        choice = self.attention(x.shape[0], x.shape[1], x.dtype, cached=cache is not None)
+        order, lengths = _attention.real_first(attention_mask) if choice.packs(attention_mask) else (None, None)
+        x = _attention.ordered(order, x)
+        context = {"index": None, "mask": None, "lengths": lengths}
         if cache is not None:
-            context = {"index": cache["index"], "mask": _attention.cached_mask(cache, positions, None)}
-        elif attention_mask is not None:
+            context |= {"index": cache["index"], "mask": _attention.cached_mask(cache, positions, None)}
+        elif attention_mask is not None and lengths is None:
             context["mask"] = attention_mask.astype(bool)[:, None, None, :]
-        layers = _attention.stacked(Layer, spec.num_layers, self.remat)
-        x, new = layers(spec, self.param_dtype, name="h")(x, past, context)
+        layers = stacked(Layer, spec.num_layers, self.execution)
+        x, new = layers(spec, self.param_dtype, choice, name="h")(x, past, context)
+        x = _attention.put_back(order, x)
         x = layer_norm(self, "ln_f", x)
         # A tree may have a head of its own all the same: an adapter that changed one of the two has untied them.
         tied = spec.tied and not self.has_variable("params", "lm_head")
@@ -161,7 +175,7 @@ FAMILIES = (
     Family(
         config_class=GPT2Config,
         architecture="GPT2LMHeadModel",
-        module=lambda config, dtype, param_dtype, remat: GPT2(spec(config), dtype, param_dtype, remat),
+        module=lambda config, dtype, param_dtype, execution: GPT2(spec(config), dtype, param_dtype, execution),
         weights=weights,
         init_cache=init_cache,
         ignored=(r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias",),  # buffers, in old files

@@ -1,0 +1,250 @@
+"""A training step on a GPU, ours beside PEFT's: seconds, share of the matrix units' rate, memory.
+
+    python benchmarks/gpu_step.py                                # the four rows below
+    python benchmarks/gpu_step.py --rows 1b:4x2048:qv --contenders ours ours:remat=full peft:compile
+    python benchmarks/gpu_step.py --tiny                         # two layers on any machine, to see that it runs
+
+Every contender is a process of its own that holds a model of random bfloat16 weights; they take their steps in turn, in
+`--rounds` rounds of `--steps`, so that all meet the same machine. A step is timed until the device is done with it; the
+table has the median of the rounds' medians, and the lowest and highest of those. `ours` is `models.init`, `adapt`
+and `make_step` with no setting but those that it names, and gets a mask of padding; `peft` gets none. `peft:flash` has
+transformers' attention replaced by the flash kernel with a causal flag, which transformers doesn't choose by itself.
+
+Needs torch, transformers and PEFT beside jax; about 3 minutes a row on an H200, most of it compilation. The figures to
+expect there (driver 580.159, jax 0.11.2, torch 2.11.0, PEFT 0.21.0, transformers 5.17.0; a product of matrices runs at
+796 TFLOP/s): seconds a step, ours, and PEFT's over ours
+
+                     ours   share   eager  compile  flash,compile
+    1b:4x2048:qv    0.0849  64.6%    1.68
+    1b:4x2048:qv    0.0894  64.1%    1.61    1.30      1.09         all contenders compiling at once, which XLA's
+    1b:4x2048:all   0.1008  57.2%    2.26    1.60      1.42         choice of kernels suffers from
+    1b:1x8192:qv    0.1161  58.0%    1.44
+
+Without the choices that a CUDA device brings (`ours:attention=xla,remat=full,layers=scan`) the first row takes 0.268 s.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+SHAPES = {
+    "1b": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "vocab_size": 128256,
+        "tie_word_embeddings": True,
+    },
+    "8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 128256,
+        "tie_word_embeddings": False,
+    },
+    "tiny": {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "vocab_size": 512,
+        "tie_word_embeddings": True,
+    },
+}
+TARGETS = {
+    "qv": ("q_proj", "v_proj"),
+    "all": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+}
+RANKS = {"qv": 8, "all": 16}
+ROWS = ("1b:4x2048:qv", "1b:4x2048:all", "1b:1x8192:qv", "8b:2x2048:qv")
+CONTENDERS = ("ours", "peft:eager", "peft:compile", "peft:flash,compile")
+WARM_UP = 3  # steps that are not timed
+
+
+class Row(NamedTuple):
+    """What is trained: `shape:BATCHxLENGTH:targets`."""
+
+    shape: str
+    batch: int
+    length: int
+    targets: str
+
+    @classmethod
+    def read(cls, text: str) -> "Row":
+        shape, size, targets = text.split(":")
+        batch, length = map(int, size.split("x"))
+        return cls(shape, batch, length, targets)
+
+    def config(self) -> Any:
+        from transformers import LlamaConfig
+
+        return LlamaConfig(**SHAPES[self.shape], max_position_embeddings=131072, rms_norm_eps=1e-5, use_cache=False)
+
+    def flops(self) -> float:
+        """Of one step with a frozen base: each product's forward and its gradient of x, causal attention, A and B."""
+        s = SHAPES[self.shape]
+        width, inner, layers = s["hidden_size"], s["intermediate_size"], s["num_hidden_layers"]
+        q, kv = (s[heads] * s["head_dim"] for heads in ("num_attention_heads", "num_key_value_heads"))
+        sizes = {"q_proj": (width, q), "k_proj": (width, kv), "v_proj": (width, kv), "o_proj": (q, width)}
+        sizes |= {"gate_proj": (width, inner), "up_proj": (width, inner), "down_proj": (inner, width)}
+        kernels = layers * sum(a * b for a, b in sizes.values()) + s["vocab_size"] * width
+        tokens = self.batch * self.length
+        attention = 3 * layers * self.batch * 2 * self.length**2 * q
+        lora = 6 * layers * tokens * RANKS[self.targets] * sum(sum(sizes[name]) for name in TARGETS[self.targets])
+        return 4 * kernels * tokens + attention + lora
+
+
+class Worker(NamedTuple):
+    """What a contender's process hands to `serve`."""
+
+    step: Callable[[int], Any]  # by number; returns what `wait` waits for
+    wait: Callable[[Any], Any]
+    facts: Callable[[], dict[str, Any]]  # asked after each round
+    about: dict[str, Any]
+
+
+def serve(make: Callable[[], Worker]) -> None:
+    """A contender's side: takes as many steps as it reads, a line of JSON for each number; the first are a warm-up.
+
+    What is made at the first line has the card for itself, for XLA times kernels while it compiles.
+    """
+    worker = None
+    for line in sys.stdin:
+        worker = worker or make()
+        times = []
+        for number in range(int(line)):
+            began = time.perf_counter()
+            worker.wait(worker.step(number))
+            times.append(time.perf_counter() - began)
+        print(json.dumps({"times": times} | worker.facts() | worker.about), flush=True)
+
+
+class Process:
+    """The other side of `serve`."""
+
+    def __init__(self, contender: str, row: str, log: Any):
+        self.name, (who, _, how) = contender, contender.partition(":")
+        script = Path(__file__).with_name(f"gpu_step_{who}.py")
+        command = [sys.executable, str(script), row, how]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
+        self.medians, self.facts, self.failed = [], {}, False
+
+    def start(self, steps: int) -> None:
+        assert self.process.stdin is not None
+        try:
+            print(steps, file=self.process.stdin, flush=True)
+        except BrokenPipeError:
+            self.failed = True
+
+    def wait(self) -> list[float]:
+        """Seconds of each step that was started; none once the process has failed."""
+        assert self.process.stdout is not None
+        for line in () if self.failed else self.process.stdout:
+            if line.startswith("{"):
+                self.facts |= json.loads(line)
+                return self.facts.pop("times")
+        self.failed = True
+        return []
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        self.process.wait()
+
+
+def run(row: str, settings: argparse.Namespace, log: Any) -> list[dict[str, Any]]:
+    """One row of the table for each contender."""
+    processes = [Process(contender, row, log) for contender in settings.contenders]
+    for process in processes:
+        began = time.perf_counter()
+        process.start(WARM_UP)
+        process.wait()
+        process.facts["first_s"] = time.perf_counter() - began
+    for _ in range(settings.rounds):
+        for process in processes:
+            process.start(settings.steps)
+            process.medians += [statistics.median(times)] if (times := process.wait()) else []
+    for process in processes:
+        process.close()
+    flops, results = Row.read(row).flops(), []
+    for process in processes:
+        result = {"row": row, "contender": process.name, "failed": process.failed} | process.facts
+        if process.medians:
+            seconds = statistics.median(process.medians)
+            result |= {"step_s": seconds, "lowest_s": min(process.medians), "highest_s": max(process.medians)}
+            result |= {"tflops": flops / seconds / 1e12, "rounds": process.medians}
+        results.append(result)
+    return results
+
+
+def table(results: list[dict[str, Any]], ceiling: float) -> str:
+    """A line for each result: the ratio is its time over that of its row's first contender."""
+    heads = (("step s", 8), ("lowest", 8), ("highest", 8), ("ratio", 7), ("share", 7), ("peak GB", 9), ("first s", 9))
+    lines = [" " * 44 + "".join(f"{name:>{width}}" for name, width in heads)]
+    first: dict[str, float] = {}
+    for result in results:
+        head = f"{result['row']:16}{result['contender']:28}"
+        if "step_s" not in result:
+            lines.append(head + "failed")
+            continue
+        ratio = result["step_s"] / first.setdefault(result["row"], result["step_s"])
+        times = "".join(f"{result[name]:8.4f}" for name in ("step_s", "lowest_s", "highest_s"))
+        share = f"{result['tflops'] / ceiling:7.1%}" if ceiling else f"{'':7}"
+        lines.append(f"{head}{times}{ratio:7.2f}{share}{result.get('peak_gb', 0):9.1f}{result['first_s']:9.1f}")
+    return "\n".join(lines)
+
+
+def card() -> str:
+    """The GPU's name and driver, as nvidia-smi gives them."""
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "no GPU"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), help="SHAPE:BATCHxLENGTH:TARGETS")
+    parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=10, help="of a round")
+    parser.add_argument(
+        "--output", type=Path, default=Path(os.environ.get("OUT", ".")), help="folder for the JSON lines"
+    )
+    parser.add_argument("--tiny", action="store_true")
+    settings = parser.parse_args()
+    if settings.tiny:
+        settings.rows, settings.rounds, settings.steps = ["tiny:2x64:qv"], 2, 2
+    results, named = [], card()
+    with (settings.output / "gpu_step.jsonl").open("a") as file, (settings.output / "gpu_step.log").open("a") as log:
+        for row in settings.rows:
+            found = run(row, settings, log)
+            results += found
+            for result in found:
+                print(json.dumps({"card": named} | result), file=file, flush=True)
+            print(table(found, max(result.get("ceiling", 0) for result in found)) + "\n", flush=True)
+    packages = ("jax", "torch", "peft", "transformers")
+    versions = {key: result[key] for result in results for key in packages if key in result}
+    print(f"{named}; ceiling {max(result.get('ceiling', 0) for result in results):.0f} TFLOP/s; {versions}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""PEFT's side of gpu_step.py, which starts it: ROW and `eager` or `compile`, with `flash` the causal flash kernel."""
+
+import sys
+import time
+import warnings
+
+import peft
+import torch
+import transformers
+from gpu_step import RANKS, SHAPES, TARGETS, Row, Worker, serve
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+warnings.filterwarnings("ignore")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def causal_flash(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+    """Attention with a causal flag and grouped heads, no mask: torch takes its flash kernel."""
+    attend = torch.nn.functional.scaled_dot_product_attention
+    return attend(query, key, value, is_causal=True, scale=scaling, enable_gqa=True).transpose(1, 2).contiguous(), None
+
+
+ALL_ATTENTION_FUNCTIONS.register("causal_only", causal_flash)
+ALL_MASK_ATTENTION_FUNCTIONS.register("causal_only", lambda *args, **kwargs: None)
+
+
+def wait(result=None):
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def ceiling(size: int = 8192) -> float:
+    """TFLOP/s of a product of two bfloat16 matrices."""
+    x = torch.randn(size, size, device=DEVICE, dtype=torch.bfloat16)
+    times = []
+    for _ in range(4):  # the first warms up
+        wait()
+        began = time.perf_counter()
+        for _ in range(10):
+            _ = x @ x
+        wait()
+        times.append((time.perf_counter() - began) / 10)
+    return 2 * size**3 / min(times) / 1e12
+
+
+def make() -> Worker:
+    row, how = Row.read(sys.argv[1]), sys.argv[2].split(",")
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device(DEVICE):
+        base = transformers.LlamaForCausalLM._from_config(row.config(), attn_implementation="sdpa")
+    if "flash" in how:
+        base.config._attn_implementation = "causal_only"
+    torch.set_default_dtype(torch.float32)
+    lora = peft.LoraConfig(
+        r=RANKS[row.targets], lora_alpha=16, target_modules=list(TARGETS[row.targets]), task_type="CAUSAL_LM"
+    )
+    model = peft.get_peft_model(base, lora).train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert {parameter.dtype for parameter in trained} == {torch.float32}
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.01)
+    forward = torch.compile(model, dynamic=False) if "compile" in how else model
+    generator = torch.Generator().manual_seed(0)
+    size, vocabulary = (row.batch, row.length), SHAPES[row.shape]["vocab_size"]
+    batches = [torch.randint(2, vocabulary, size, generator=generator).to(DEVICE) for _ in range(2)]
+    losses = []
+
+    def step(number):
+        ids = batches[number % 2]
+        loss = forward(input_ids=ids, labels=ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.detach())
+
+    def facts():
+        peak = torch.cuda.max_memory_allocated() / 1e9 if DEVICE == "cuda" else 0
+        if DEVICE == "cuda":
+            torch.cuda.empty_cache()  # the others share the card
+        return {"peak_gb": peak, "loss": float(losses[-1])}
+
+    rate = ceiling() if DEVICE == "cuda" else 0
+    if DEVICE == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    versions = {"torch": torch.__version__, "peft": peft.__version__, "transformers": transformers.__version__}
+    return Worker(step, wait, facts, {"ceiling": rate} | versions)
+
+
+if __name__ == "__main__":
+    serve(make)

@@ -1,0 +1,137 @@
+"""The forms of attention: softmax(scale · q kᵀ) v with grouped queries, each where it is the fastest.
+
+q is [B, T, N, d]; k and v are [B, S, K, d], K a divisor of N. Each query sees what `mask` or `lengths` leaves it, and
+with `causal` no key after itself.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lora_jax.models._execution import SAVED
+
+QUERIES = 512  # of one block
+
+
+def xla(q, k, v, mask, *, causal: bool, scale: float, softcap: float | None = None) -> jax.Array:
+    """All scores at once, in float32: [B, N, T, S].
+
+    Args:
+      mask: bool, broadcast to [B, 1, T, S]; None with `causal` alone.
+      softcap: c bounds the scores: c · tanh(scores / c).
+    """
+    if softcap is None:
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, scale=scale)
+    grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])
+    logits = jnp.einsum("btkgd,bskd->bkgts", grouped, k, preferred_element_type=jnp.float32) * scale
+    logits = softcap * jnp.tanh(logits / softcap)
+    logits = jnp.where(mask[:, :, None], logits, -1e30)
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    return jnp.einsum("bkgts,bskd->btkgd", weights, v).reshape(q.shape)
+
+
+def blockwise(q, k, v, mask, *, causal: bool, scale: float, softcap: float | None = None) -> jax.Array:
+    """`xla`, one block of queries after another; the backward pass computes a block's scores anew.
+
+    So no [T, S] array of all heads is held, at the price of one more product of queries and keys.
+    """
+    rows, length = q.shape[:2]
+    size = min(QUERIES, length)
+    count = -(-length // size)
+    spare = count * size - length
+    keys = jnp.arange(k.shape[1])
+    # The last queries are padding where the length isn't a multiple of the block's. They see every key: no NaN.
+    blocks = jnp.pad(q, ((0, 0), (0, spare), (0, 0), (0, 0))).reshape(rows, count, size, *q.shape[2:])
+    places = jnp.arange(count * size).reshape(count, size)
+    parts = None
+    if mask is not None and mask.shape[2] != 1:
+        parts = jnp.pad(mask, ((0, 0), (0, 0), (0, spare), (0, 0)), constant_values=True)
+        parts = parts.reshape(*mask.shape[:2], count, size, mask.shape[3]).transpose(2, 0, 1, 3, 4)
+
+    @jax.checkpoint
+    def attend(q, part, places):
+        seen = (keys <= places[:, None])[None, None] if causal else jnp.ones((1, 1, 1, 1), bool)
+        for given in (part, mask if parts is None else None):
+            seen = seen if given is None else seen & given
+        return xla(q, k, v, seen, causal=False, scale=scale, softcap=softcap)
+
+    _, out = lax.scan(lambda _, block: (None, attend(*block)), None, (blocks.swapaxes(0, 1), parts, places))
+    return out.swapaxes(0, 1).reshape(rows, count * size, *q.shape[2:])[:, :length]
+
+
+def cudnn(q, k, v, lengths, *, causal: bool, scale: float, window: int | None = None) -> jax.Array:
+    """cuDNN's flash attention, for CUDA and 16-bit numbers.
+
+    Args:
+      lengths: int32[B], how many tokens of each row are real; these come first. None where all are.
+      window: each query sees as many keys, itself the last; None for all before it.
+    """
+    q, k, v, lengths = _alike(q, k, v, lengths)
+    # Queries after a row's end are left out, and give 0, where nothing can come of them: an encoder's may be pooled.
+    queries = lengths if causal or lengths is None else jnp.full_like(lengths, q.shape[1])
+    return jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        scale=scale,
+        is_causal=causal,
+        query_seq_lengths=queries,
+        key_value_seq_lengths=lengths,
+        local_window_size=None if window is None else (window - 1, 0),
+        implementation="cudnn",
+    )
+
+
+def _alike(q, k, v, lengths) -> Any:
+    """The same arrays, each of which depends on all: under `vmap` the kernel takes all batched, or none.
+
+    What ties them is an integer that XLA knows to be zero, so nothing of it is left in the program.
+    """
+    first = [x[:, 0, 0, 0].astype(jnp.int32) for x in (q, k, v)]
+    zero = 0 * (first[0] + first[1] + first[2])
+    if lengths is not None:
+        lengths = lengths + zero
+        zero = 0 * lengths
+    q, k, v = (jnp.where((zero == 0)[:, None, None, None], x, 0) for x in (q, k, v))
+    return q, k, v, lengths
+
+
+def splash(q, k, v, lengths, *, causal: bool, scale: float, window: int | None = None, softcap=None, interpret=False):
+    """Splash attention, a Pallas kernel for TPU; `interpret` runs it anywhere, slowly.
+
+    Args:
+      lengths, window: as in `cudnn`.
+      softcap: as in `xla`.
+    """
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    length, heads = q.shape[1:3]
+    size = max(128, min(512, 1 << (length - 1).bit_length()))
+    padded = -(-length // size) * size
+    q, k, v = (jnp.pad(x, ((0, 0), (0, padded - length), (0, 0), (0, 0))).swapaxes(1, 2) for x in (q * scale, k, v))
+    if not causal:
+        mask = masks.FullMask((padded, padded))
+    elif window is None or window >= length:
+        mask = masks.CausalMask((padded, padded))
+    else:
+        mask = masks.LocalMask((padded, padded), (window - 1, 0), 0)
+    names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+    blocks: Any = {f"block_{name}": size for name in names}
+    kernel: Any = kernels.make_splash_mha(
+        masks.MultiHeadMask([mask] * heads),
+        block_sizes=kernels.BlockSizes(**blocks),
+        head_shards=1,
+        q_seq_shards=1,
+        attn_logits_soft_cap=softcap,
+        residual_checkpoint_name=SAVED,
+        interpret=interpret,
+    )
+    ends = jnp.full(q.shape[0], length, jnp.int32) if lengths is None else lengths
+    keys = (jnp.arange(padded) < ends[:, None]).astype(jnp.int32)
+    # Padding is a segment of its own, so that each query sees a key; an encoder's queries all see the real ones.
+    queries = keys if causal else jnp.ones_like(keys)
+    out = jax.vmap(lambda q, k, v, *ids: kernel(q, k, v, segment_ids=kernels.SegmentIds(*ids)))(q, k, v, queries, keys)
+    return out.swapaxes(1, 2)[:, :length].astype(q.dtype)
