@@ -76,7 +76,7 @@ def read_axes(axes: Any, paths: Collection[str], *, used: bool) -> tuple[dict[st
             " or a dict of patterns and Axes"
         )
     traced = isinstance(axes, KernelAxes)
-    exact = {path: TracedAxes.of(entry) for path, entry in axes.items() if traced or isinstance(entry, TracedAxes)}
+    exact = {path: entry for path, entry in axes.items() if isinstance(entry, TracedAxes)}
     patterns = {pattern: _rule(pattern, entry) for pattern, entry in axes.items() if pattern not in exact}
     if exact and used and not any(path in exact for path in paths):
         raise ValueError(f"axes: none is of a leaf of this tree{_other_tree(next(iter(exact)), paths)}")

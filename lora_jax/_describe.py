@@ -23,7 +23,7 @@ class Row(NamedTuple):
       shape: The leaf's.
       axes: The kernel's; None of a leaf that trains whole.
       rank: Without padding; a tuple, one for each stack index, where they differ; None of a leaf that trains whole.
-      scale: As `rank`; None too where the values aren't known (ShapeDtypeStructs).
+      scale: As `rank`; None too where it is data whose values aren't known.
       trainable: Numbers that train.
     """
 

@@ -5,6 +5,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lora_jax._tree import leaves_with_paths
+
 
 def unfinite_leaf(tree: Any) -> str | None:
     """Path of the first leaf that holds nan or inf; None where all are finite.
@@ -13,9 +15,10 @@ def unfinite_leaf(tree: Any) -> str | None:
     'b/kernel'
     """
     finite = jax.jit(lambda leaf: jnp.isfinite(leaf).all())
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) and not finite(leaf):
-            return jax.tree_util.keystr(path, simple=True, separator="/")
+    for path, leaf in leaves_with_paths(tree):
+        for array in jax.tree.leaves(leaf):
+            if jnp.issubdtype(jnp.result_type(array), jnp.inexact) and not finite(array):
+                return path
     return None
 
 

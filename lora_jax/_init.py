@@ -144,10 +144,10 @@ def _kernel(path: str, leaf: Any, exact: Mapping[str, TracedAxes] | None, rules:
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"{path}: is {dtype.name}, expected a floating-point kernel; dequantize it, or exclude it")
     traced = exact.get(path) if exact is not None else None
-    if traced is not None:
-        axes = Axes(*traced)
-    elif path in rules:
+    if path in rules:  # written by hand: it takes the place of what was traced
         axes = rules[path]
+    elif traced is not None:
+        axes = Axes(*traced)
     elif exact is not None:
         hint = known_elsewhere(path, exact) or "; exclude it"
         raise ValueError(f"{path}: the traced function never contracts or looks up this leaf{hint}")

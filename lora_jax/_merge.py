@@ -39,7 +39,7 @@ def merge(params: Any, *, dtype: Any = None) -> Any:
     Raises:
       ValueError: A node that doesn't fit its kernel, or holds several stacked adapters; prefix embeddings.
 
-    >>> node = LoRA(jnp.ones((2, 1)), jnp.ones((1, 3)), jnp.float32(0.5))
+    >>> node = LoRA(jnp.ones((2, 1)), jnp.ones((1, 3)), 0.5)
     >>> merge({"kernel": jnp.ones((2, 3)), "kernel_lora": node})
     {'kernel': Array([[1.5, 1.5, 1.5],
            [1.5, 1.5, 1.5]], dtype=float32)}
@@ -71,7 +71,7 @@ def unmerge(params: Any, adapter: Any) -> Any:
       ValueError: The adapter doesn't fit the tree, or has a magnitude (DoRA): merging divided by ‖W + ΔW‖, which W'
         doesn't tell. Keep the base.
 
-    >>> node = LoRA(jnp.ones((2, 1)), jnp.ones((1, 3)), jnp.float32(0.5))
+    >>> node = LoRA(jnp.ones((2, 1)), jnp.ones((1, 3)), 0.5)
     >>> params = unmerge({"kernel": jnp.full((2, 3), 1.5)}, {"kernel_lora": node})
     >>> params["kernel"][0, 0], params["kernel_lora"] is node
     (Array(1., dtype=float32), True)
@@ -96,7 +96,7 @@ def delta(params: Any) -> Any:
 
     Without a magnitude that is ΔW = scale · A B.
 
-    >>> node = LoRA(jnp.ones((2, 1)), jnp.ones((1, 2)), jnp.float32(0.5))
+    >>> node = LoRA(jnp.ones((2, 1)), jnp.ones((1, 2)), 0.5)
     >>> delta({"kernel": jnp.ones((2, 2)), "kernel_lora": node, "bias": jnp.ones(2)})
     {'kernel': Array([[0.5, 0.5],
            [0.5, 0.5]], dtype=float32), 'bias': None}

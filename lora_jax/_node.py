@@ -104,10 +104,17 @@ class KernelAxes(dict[str, Axes]):
         return KernelAxes(self)
 
     def __or__(self, other: Any) -> Any:
-        return KernelAxes({**self, **other}) if isinstance(other, Mapping) else NotImplemented
+        return self._joined(self, other) if isinstance(other, Mapping) else NotImplemented
 
     def __ror__(self, other: Any) -> Any:
-        return KernelAxes({**other, **self}) if isinstance(other, Mapping) else NotImplemented
+        return self._joined(other, self) if isinstance(other, Mapping) else NotImplemented
+
+    @staticmethod
+    def _joined(first: Mapping[str, Axes], second: Mapping[str, Axes]) -> "KernelAxes":
+        joined = KernelAxes()
+        for part in (first, second):
+            joined.update(part)  # entries that no trace gave stay what they are: rules
+        return joined
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -122,11 +129,13 @@ class LoRA:
     The leaves are what trains: `a`, `b` and, of DoRA, `magnitude`. The scale never trains, so it is static, as the axes
     are: no weight decay, clipping or gradient can reach it, and another alpha is another program. Only where adapters
     of different scales are stacked for `vmap` (`lora_jax.stack`) it is a leaf, which `lora_jax.masked` leaves alone.
+    A file of the leaves alone doesn't hold it: write `to_dict`, and let `from_dict` check it (`lora_jax.checkpoint` and
+    `lora_jax.peft` do so).
 
     Args:
       a: f[*stack, *inputs, rank].
       b: f[*stack, rank, *outputs].
-      scale: alpha / rank: a number, or numbers of shape [*stack], which become static; a JAX array stays a leaf.
+      scale: alpha / rank: a number, or numbers of shape [*stack], which become static. A traced one stays a leaf.
       magnitude: None, or f32[*stack, *outputs] of a DoRA node: the length of each output's kernel.
       axes: Which axes of W are stack, inputs and outputs. Static.
 
@@ -218,8 +227,8 @@ class LoRA:
         return object.__new__(cls)._fill(a, b, leaf[0] if leaf else None, numbers, magnitude, axes)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        scale = self._scale if self._numbers is None else self._numbers
-        return LoRA, (self.a, self.b, scale, self.magnitude, self.axes)
+        children, static = self.tree_flatten()
+        return LoRA.tree_unflatten, (static, children)
 
     def to_dict(self) -> dict[str, Any]:
         """The node as a dict of arrays, and its axes as lists of numbers: what files hold."""
@@ -262,14 +271,26 @@ class LoRA:
 
 
 def _numbers_of(scale: Any, stack: int) -> tuple[float, ...] | None:
-    """A scale given as numbers, one where all are equal; None for an array that is a leaf, or what stands in for it."""
-    if isinstance(scale, bool | np.bool_) or not isinstance(scale, int | float | np.number | np.ndarray | tuple | list):
+    """A scale given as numbers, one where all are equal; None for one that is traced, or what stands in for it.
+
+    Raises:
+      ValueError: several numbers for a kernel that isn't stacked.
+    """
+    known = isinstance(scale, int | float | np.number | np.ndarray | tuple | list | jax.Array)
+    if isinstance(scale, bool | np.bool_ | Tracer) or not known:
         return None
-    values = np.asarray(scale, np.float32)
-    if values.ndim > stack:  # one for each of several stacked adapters, such as `jax.device_get` gives
+    if isinstance(scale, np.ndarray | jax.Array) and scale.ndim > stack:  # one for each of several stacked adapters
         return None
-    flat = values.reshape(-1).tolist()
+    flat = np.asarray(scale, np.float32).reshape(-1).tolist()
+    if not stack and len(flat) != 1:
+        raise ValueError(f"scale: {len(flat)} numbers given for a kernel without stack axes, expected one")
     return (flat[0],) if len(set(flat)) == 1 else tuple(flat)
+
+
+def with_scale_as_data(node: LoRA) -> LoRA:
+    """The node with its scale as a leaf."""
+    scale = jnp.asarray(node.scale)
+    return LoRA.tree_unflatten((node.axes, None), (node.a, node.b, scale, node.magnitude))
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("value",), meta_fields=("dtype",))

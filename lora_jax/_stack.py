@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from lora_jax._node import LoRA, pad_rank, trim_rank
+from lora_jax._node import LoRA, pad_rank, trim_rank, with_scale_as_data
 from lora_jax._tree import edit, is_adapter, leaves_with_paths, nodes_of
 
 
@@ -87,11 +87,6 @@ def _same_scales(nodes: list[LoRA]) -> list[LoRA]:
     if static and all(np.array_equal(node.scale, nodes[0].scale) for node in nodes):
         return nodes
     return [with_scale_as_data(node) for node in nodes]
-
-
-def with_scale_as_data(node: LoRA) -> LoRA:
-    """The node with its scale as a leaf."""
-    return node.replace(scale=jnp.asarray(node.scale))
 
 
 def _with_static_scale(node: LoRA) -> LoRA:

@@ -26,7 +26,7 @@ from lora_jax._tree import LoRA, Prefix, Trained, leaves_with_paths, unbox
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings")
 """Where the models of `lora_jax.models` look tokens up."""
 
-_KNOWN = "_lora_jax_takes_prefix"  # noted on a function; wrappers that copy its attributes hand it on
+_KNOWN = "_lora_jax_takes_prefix"
 
 
 def init(key: jax.Array, params: Any, length: int, *, after: int = 0, embedding: str | None = None) -> Any:
@@ -149,7 +149,7 @@ def adapt(apply_fn: Callable[..., Any], *, used: Any = None) -> Callable[..., An
     [[[11.0], [13.0]]]
     """
 
-    if used is None and getattr(apply_fn, _KNOWN, False):
+    if used is None and getattr(apply_fn, _KNOWN, None) is apply_fn:
         return apply_fn
 
     @functools.wraps(apply_fn)
@@ -161,8 +161,13 @@ def adapt(apply_fn: Callable[..., Any], *, used: Any = None) -> Callable[..., An
             return apply_fn(plain, *args, more_embeddings=node.cast(), **keywords)
         return _inserted(apply_fn, used, plain, node, *args, **keywords)
 
-    setattr(with_prefix, _KNOWN, True)
-    return with_prefix
+    return note(with_prefix)
+
+
+def note(apply_fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Notes on a function that it takes trees with a prefix: `adapt` leaves it as it is."""
+    setattr(apply_fn, _KNOWN, apply_fn)  # itself: a wrapper that copies its attributes is another
+    return apply_fn
 
 
 def _inserted(apply_fn, used, plain, node, input_ids, attention_mask=None, *, token_type_ids=None, **keywords):

@@ -258,6 +258,15 @@ def merged_step(adapter, state, base, batch):
     return optax.apply_updates(adapter, updates), state
 
 
+def test_a_frozen_first_factor_is_no_idle_kernel():
+    """As in LoRA-FA: the new A is A, and B's gradient reaches it through A alone."""
+    _, adapter, base, batch = None, *(parts()[i] for i in (0, 2, 3))
+    labels = jax.tree.map_with_path(lambda path, _: "b" if path[-1].name == "b" else "frozen", adapter)
+    tx = optax.multi_transform({"b": optax.adam(1e-3), "frozen": optax.set_to_zero()}, labels)
+    step = functools.partial(train_step, tx=tx)
+    assert lora_jax.certify(step, adapter, tx.init(adapter), base, batch).idle == ()
+
+
 def test_materialising_fails():
     """W + ΔW in the loss, and so a gradient of W; the FLOPs too."""
     found = lines(merged_step, *parts(), plain=loss)

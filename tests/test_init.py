@@ -553,6 +553,18 @@ def test_a_target_cant_train_whole():
         lora_jax.init(KEY, {**layer("q"), "steps": jnp.int32(0)}, config(targets=["q"], train=["steps"]))
 
 
+def test_rules_beside_traced_axes_count_and_must_match():
+    params = {"q": {"kernel": jnp.ones((4, 4))}, "v": {"kernel": jnp.ones((4, 4))}}
+    traced = lora_jax.kernel_axes(lambda p, x: x @ p["q"]["kernel"] @ p["v"]["kernel"], params, jnp.ones((2, 4)))
+    other = Axes((), (1,), (0,))
+    for axes in (traced | {"q": other}, {"q": other, **traced}, {**traced, "q": other}, {**traced, "q/kernel": other}):
+        tree = lora_jax.init(KEY, params, config(targets=["q", "v"]), axes=axes)
+        assert tree["q"]["kernel_lora"].axes == other
+        assert tree["v"]["kernel_lora"].axes == Axes()
+    with pytest.raises(ValueError, match=r"^axes: 'nonsense' matches no leaf"):
+        lora_jax.init(KEY, params, config(targets=["q"]), axes=traced | {"nonsense": other})
+
+
 def test_train_alone_needs_no_targets():
     whole = lora_jax.init(KEY, layer("q", dtype=jnp.bfloat16), config(targets=(), train=["q"]))
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(lora_jax.split(whole)[1]))

@@ -21,7 +21,7 @@ GROUPS = {
     "_sharding": ({"_tree", "_paths"}, {"jax", "numpy"}),
     "_certify": ({"_tree", "_paths", "_jaxprs"}, {"jax"}),
     "_tables": ({"_jaxprs"}, {"jax", "numpy"}),
-    "_finite": (set(), {"jax"}),
+    "_finite": ({"_tree", "_paths"}, {"jax"}),
     "lora_jax": (CORE, set()),
     "_untrusted": (set(), set()),
     "models": (

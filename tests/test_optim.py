@@ -9,7 +9,7 @@ from marks import few
 
 import lora_jax
 from lora_jax import Axes, LoRA, LoRAConfig, Override
-from lora_jax._node import pad_rank
+from lora_jax._node import pad_rank, with_scale_as_data
 from lora_jax._tree import Trained, detach
 
 KEY = jax.random.key(0)
@@ -84,7 +84,7 @@ def test_an_adapter_tree_knows_its_extra_trained_leaves(dtype):
 
 def test_a_magnitude_trains():
     node = LoRA(jnp.ones((2, 1)), jnp.ones((1, 3)), jnp.ones(()), magnitude=jnp.ones(3))
-    flags = lora_jax.mask({"kernel_lora": node})["kernel_lora"]
+    flags = lora_jax.mask({"kernel_lora": with_scale_as_data(node)})["kernel_lora"]
     assert (flags.magnitude, flags.scale) == (True, False)
 
 
@@ -93,9 +93,11 @@ def test_a_magnitude_trains():
     [
         optax.adamw(0.1, weight_decay=0.1),
         optax.lion(0.1),
+        optax.lamb(0.1, weight_decay=0.1),
+        optax.adafactor(0.1, weight_decay_rate=0.1),
         optax.chain(optax.clip_by_global_norm(0.1), optax.add_decayed_weights(0.1), optax.sgd(0.1)),
     ],
-    ids=["adamw", "lion", "chain"],
+    ids=["adamw", "lion", "lamb", "adafactor", "chain"],
 )
 def test_any_optimizer_is_right_on_what_split_gives(tx):
     base, adapter = lora_jax.split(whole_floats())

@@ -350,6 +350,27 @@ def classify(params, input_ids, attention_mask):
     return jax.numpy.tanh(hidden.mean(1) @ params["dense"]["kernel"]) @ params["classifier"]["kernel"]
 
 
+def test_an_adapted_function_brings_its_own_dropout():
+    points = [Point(rank=2, alpha=4, targets=("head",))]
+    config = dataclasses.replace(CONFIG, steps=2)
+    raw, own = (
+        sweep.run(f, PARAMS, points, ROWS, config=c, lora=LoRAConfig(rank=1, alpha=1), memory=10**9)
+        for f, c in (
+            (tiny.small_apply, dataclasses.replace(config, dropout=0.5)),
+            (lora_jax.adapt(tiny.small_apply, dropout=0.5), config),
+        )
+    )
+    np.testing.assert_array_equal(raw.results[0].losses, own.results[0].losses)
+    with pytest.raises(ValueError, match=r"^dropout: the function is adapted already with 0.5, 0.1 is given"):
+        sweep.run(
+            lora_jax.adapt(tiny.small_apply, dropout=0.5),
+            PARAMS,
+            points,
+            ROWS,
+            config=dataclasses.replace(config, dropout=0.1),
+        )
+
+
 def test_labels_are_swept_with_their_metrics_and_heads():
     rows = [LabelledExample(row.input_ids, np.int32(row.input_ids[0] % 2), None) for row in tiny.examples(16)]
     keys = jax.random.split(jax.random.key(1), 2)

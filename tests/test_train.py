@@ -309,6 +309,8 @@ def test_raw_and_adapted_functions_train_alike_and_one_that_uses_no_parameters_i
     raw = train(tiny.apply, params, rows, config=config)
     given = train(lora_jax.adapt(tiny.apply, dropout=0.5), params, rows, config=config)
     np.testing.assert_array_equal(losses(raw), losses(given))
+    own = train(lora_jax.adapt(tiny.apply, dropout=0.5), params, rows, config=dataclasses.replace(config, dropout=0.0))
+    np.testing.assert_array_equal(losses(raw), losses(own))
     with pytest.raises(
         ValueError, match=r"^dropout: the function is adapted already with dropout=0.1, and 0.5 is given"
     ):

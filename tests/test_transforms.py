@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import lora_jax
 from lora_jax import Axes
+from lora_jax._node import with_scale_as_data
 
 KERNELS = {"in": Axes(), "layers": Axes((0,), (1,), (2,)), "out": Axes()}
 
@@ -92,7 +93,8 @@ def test_donated_adapter():
 
 def test_vmap_over_adapters_data_and_both():
     many = [make_nodes(PARAMS, KERNELS, seed) for seed in range(3)]
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *many)
+    data = [{path: with_scale_as_data(node) for path, node in nodes.items()} for nodes in many]  # the scales differ
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *data)
     over_adapters = jax.tree.map(lambda _: None, PARAMS)
     over_adapters = with_nodes(over_adapters, jax.tree.map(lambda _: 0, stacked))
     stacked = with_nodes(PARAMS, stacked)
@@ -146,8 +148,8 @@ def test_gradient_of_the_inputs():
 
 def test_the_scale_has_no_gradient():
     """A static one is no leaf; one that is data gets zeros."""
-    static = with_nodes(PARAMS, {path: node.replace(scale=np.asarray(node.scale)) for path, node in NODES.items()})
-    grads, again = (jax.grad(loss_of(adapted))(tree, X) for tree in (TREE, static))
+    data = with_nodes(PARAMS, {path: with_scale_as_data(node) for path, node in NODES.items()})
+    grads, again = (jax.grad(loss_of(adapted))(tree, X) for tree in (data, TREE))
     for path in NODES:
         ours, theirs = grads[f"{path}_lora"], again[f"{path}_lora"]
         assert not ours.scale.any()

@@ -3,6 +3,8 @@
 import collections
 import copy
 import dataclasses
+import math
+import pickle
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,7 @@ from trees import adapted, trees
 
 import lora_jax
 from lora_jax import Axes, LoRA, LoRAConfig
+from lora_jax._node import with_scale_as_data
 from lora_jax._tree import Trained, detach, leaf_paths
 
 CONFIG = LoRAConfig(rank=2, alpha=4, targets=["kernel"])
@@ -192,26 +195,47 @@ def test_a_node_is_a_pytree_with_keys():
 
     assert paths(node) == ["['kernel_lora'].a", "['kernel_lora'].b"]
     assert paths(node.replace(magnitude=jnp.ones(4)))[2:] == ["['kernel_lora'].magnitude"]
-    assert paths(node.replace(scale=jnp.float32(1)))[2:] == ["['kernel_lora'].scale"]
+    assert paths(node.replace(scale=jnp.float32(1)))[2:] == []
+    assert paths(with_scale_as_data(node))[2:] == ["['kernel_lora'].scale"]
 
 
 @pytest.mark.parametrize(
-    "scale", [0.5, (0.5, 1.0, 0.0), np.float32([2, 2, 2]), jnp.float32([1, 2, 3])], ids=["one", "each", "equal", "data"]
+    "scale", [0.5, (0.5, 1.0, 0.0), np.float32([2, 2, 2]), jnp.float32([1, 2, 3])], ids=["one", "each", "equal", "jax"]
 )
-def test_a_scale_is_an_array_by_stack_index_whether_static_or_data(scale):
+@pytest.mark.parametrize("data", [False, True], ids=["static", "data"])
+def test_a_scale_is_an_array_by_stack_index_whether_static_or_data(scale, data):
     node = LoRA(jnp.ones((3, 4, 2)), jnp.ones((3, 2, 4)), scale, axes=Axes((0,), (1,), (2,)))
-    assert node.scale_is_static == (not isinstance(scale, jax.Array))
+    node = with_scale_as_data(node) if data else node
+    assert node.scale_is_static == (not data)
     np.testing.assert_array_equal(node.scale, np.broadcast_to(np.float32(scale), (3,)))
     for again in (
         copy.deepcopy(node),
         node.replace(b=node.b),
-        node.replace(scale=node.scale),
+        node if data else node.replace(scale=node.scale),
         jax.tree.map(np.asarray, node),
     ):
         assert jax.tree.structure(again) == jax.tree.structure(node)
         np.testing.assert_array_equal(again.scale, node.scale)
     mapped = jax.vmap(lambda node: jnp.asarray(node.scale))(jax.tree.map(lambda x: jnp.stack([x, x]), node))
     np.testing.assert_array_equal(mapped, [node.scale] * 2)
+
+
+@pytest.mark.parametrize("stack", [(), (3,), (3, 2)])
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copy_is_the_same_node(stack, copied):
+    axes = Axes(tuple(range(len(stack))), (len(stack),), (len(stack) + 1,))
+    scale = np.arange(1, 1 + math.prod(stack), dtype=np.float32).reshape(stack)
+    node = LoRA(jnp.ones((*stack, 4, 2)), jnp.ones((*stack, 2, 5)), scale, jnp.ones((*stack, 5)), axes)
+    lead = jax.tree.map(lambda *x: jnp.stack(x), *[with_scale_as_data(node)] * 2)
+    for each in (node, with_scale_as_data(node), lead):
+        same(copied(each), each)
+        np.testing.assert_array_equal(copied(each).scale, each.scale)
+
+
+def test_several_scales_need_a_stack():
+    assert LoRA(1.0, 2.0, [0.5]).scale_is_static
+    with pytest.raises(ValueError, match=r"^scale: 2 numbers given for a kernel without stack axes"):
+        LoRA(1.0, 2.0, [0.5, 1.0])
 
 
 def test_a_node_can_not_be_changed():

@@ -166,12 +166,18 @@ def _plain(loss: Callable[..., Any], step: Step) -> tuple[Cost, list[Collective]
 
 
 def _idle(jaxpr: Any, step: Step) -> tuple[str, ...]:
-    """Kernels without a gradient by construction. That of A is a product with B: a kernel whose B reaches no new A."""
+    """Kernels without a gradient by construction. A's is a product with B, and B's with A: neither reaches the other's.
+
+    One that does is enough: where A is frozen, as in LoRA-FA, only A reaches the new B.
+    """
     if not step.trained_first:
         return ()
-    wanted = [i in step.trained_first for i in range(len(jaxpr.out_avals))]
-    used = used_inputs(jaxpr, wanted)
-    return tuple(path for path, place in step.second.items() if not used[place])
+
+    def reached(outputs: Sequence[int]) -> list[bool]:
+        return used_inputs(jaxpr, [i in outputs for i in range(len(jaxpr.out_avals))])
+
+    by_first, by_second = reached(step.trained_first), reached([place + 1 for place in step.trained_first])
+    return tuple(path for path, b in step.second.items() if not by_first[b] and not by_second[b - 1])
 
 
 def _ignored(idle: Sequence[str], step: Step) -> Iterator[str]:

@@ -3,4 +3,5 @@
 from lora_jax._forward.axes import kernel_axes as kernel_axes
 from lora_jax._forward.transform import MaterializeWarning as MaterializeWarning
 from lora_jax._forward.transform import adapt as adapt
+from lora_jax._forward.transform import dropout_of as dropout_of
 from lora_jax._forward.transform import ensure_adapted as ensure_adapted

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core as jex
 
+from lora_jax._forward.settings import noted
 from lora_jax._forward.tracks import Info, Reader, Track, Use, equation
 from lora_jax._forward.transform import is_array, trace
 from lora_jax._jaxprs import opened, scan_counts
@@ -45,6 +46,8 @@ def kernel_axes(apply_fn: Callable[..., Any], params: Any, *args: Any, **kwargs:
             f"apply_fn: {type(apply_fn).__name__} given, expected a function; the order is"
             " kernel_axes(apply_fn, params, *inputs)"
         )
+    if (known := noted(apply_fn)) is not None:
+        apply_fn = known.raw
     plain, _ = detach(params)
     leaves, treedef = jax.tree.flatten(((plain, *args), kwargs))
     paths = leaf_paths(plain)

@@ -99,6 +99,8 @@ def adapt(
 def ensure_adapted(apply_fn: Callable[..., Any], *, dropout: float = 0.0) -> Callable[..., Any]:
     """A function that a user handed over, raw or adapted, as one that takes trees with nodes and trees without.
 
+    A wrapper, such as `jax.jit`, around what `adapt` returned takes trees without nodes only if that does.
+
     Args:
       apply_fn: raw, or what `adapt` returned, also under `jit` and other wrappers that say what they wrap.
       dropout: the rate of a raw function; 0 leaves an adapted one its own.
@@ -118,6 +120,16 @@ def ensure_adapted(apply_fn: Callable[..., Any], *, dropout: float = 0.0) -> Cal
     if known.function is apply_fn and not known.settings.allow_none:
         return _adapted(known.raw, known.settings._replace(allow_none=True))
     return apply_fn
+
+
+def dropout_of(apply_fn: Callable[..., Any]) -> float:
+    """The rate that a function was adapted with; 0 of a raw one.
+
+    >>> dropout_of(adapt(abs, dropout=0.1)), dropout_of(abs)
+    (0.1, 0.0)
+    """
+    known = noted(apply_fn)
+    return 0.0 if known is None else known.settings.dropout
 
 
 def _adapted(apply_fn: Callable[..., Any], settings: Settings) -> Callable[..., Any]:

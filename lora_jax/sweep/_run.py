@@ -17,7 +17,7 @@ from rich.console import Console
 from lora_jax import data, prefix
 from lora_jax._config import LoRAConfig
 from lora_jax._finite import unfinite_leaf
-from lora_jax._forward import kernel_axes
+from lora_jax._forward import dropout_of, kernel_axes
 from lora_jax._tree import Axes
 from lora_jax.analysis import GradientScore
 from lora_jax.sweep._point import Point
@@ -68,7 +68,8 @@ def run(
     Where row orders differ, a step's batches are padded to the longest among them.
 
     Args:
-      apply_fn: the model's own function, `apply_fn(params, input_ids, attention_mask)`; it is adapted here.
+      apply_fn: the model's own function, `apply_fn(params, input_ids, attention_mask)`; it is adapted here. What
+        `lora_jax.adapt` returned is taken with its own dropout.
       params: its tree, without nodes; with prefix embeddings (`lora_jax.prefix`) all points start from these, and may
         have no `prefix_length` of their own.
       points: as `grid` gives them.
@@ -98,6 +99,7 @@ def run(
     began = time.perf_counter()
     config, lora = config or TrainConfig(), lora or LoRAConfig(rank=1, alpha=1)
     _check(points, train_data, config, score_batches, best)
+    config = _with_own_dropout(apply_fn, points, config)
     task = task or task_of(train_data)
     if axes is None:
         ids = jax.ShapeDtypeStruct((1, TRACED_TOKENS), jnp.int32)
@@ -140,6 +142,22 @@ def run(
                 if on_result is not None:
                     on_result(result)
     return Results(tuple(results), len(groups), time.perf_counter() - began, scores)
+
+
+def _with_own_dropout(apply_fn: Callable[..., Any], points: Sequence[Point], config: TrainConfig) -> TrainConfig:
+    """The settings with the rate that an adapted function brings.
+
+    Raises:
+      ValueError: the settings or a point give another.
+    """
+    if not (own := dropout_of(apply_fn)):
+        return config
+    for rate in (config.dropout or None, *(point.dropout for point in points)):
+        if rate not in (None, own):
+            raise ValueError(
+                f"dropout: the function is adapted already with {own}, and {rate} is given; give the raw one"
+            )
+    return dataclasses.replace(config, dropout=own)
 
 
 class _Entry(NamedTuple):

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from lora_jax import data
 from lora_jax._finite import unfinite_leaf, why_unfinite
+from lora_jax._forward import dropout_of
 from lora_jax._tree import combine, split
 from lora_jax.checkpoint import Kept, TrainState
 from lora_jax.train._config import TrainConfig
@@ -120,6 +121,7 @@ def train(
     task = task or task_of(train_data)
     steps, every = config.total_steps(len(train_data)), config.look_every(len(train_data), task.metrics is not None)
     rate, tx = schedule(config, steps), make_optimizer(config, steps, train=train)
+    drops = config.dropout or dropout_of(apply_fn)
     step = make_step(apply_fn, tx, objective=task.objective, accumulate=config.accumulate, dropout=config.dropout)
     step_fn = jax.jit(step, donate_argnums=(0, 1))
     batches = _iterate(train_data, config, steps)
@@ -170,7 +172,7 @@ def train(
         for step in range(state.step + (1 if told else 0), steps + 1):
             if told:
                 batch = next(batches)
-                step_key = jax.random.fold_in(state.key, step) if config.dropout else None
+                step_key = jax.random.fold_in(state.key, step) if drops else None
                 adapter, opt_state, metrics = step_fn(state.adapter, state.opt_state, base, batch, step_key)
                 state = state._replace(adapter=adapter, opt_state=opt_state, step=step)
                 meter.add(step, metrics, int(batch["attention_mask"].sum()))

@@ -1,5 +1,6 @@
 """One optimizer step, and the loss of a batch, as pure functions."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -7,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
-from jax.interpreters import partial_eval
 
 from lora_jax import prefix
 from lora_jax._forward import ensure_adapted
+from lora_jax._jaxprs import used_inputs
 from lora_jax._tree import combine, leaves_with_paths
 from lora_jax.train._loss import next_token_loss
 
@@ -105,9 +106,10 @@ def make_step(
 
 def _check_used(loss: Callable[[Any], Array], adapter: Any) -> None:
     """Raise where a loss depends on no leaf of the adapter, as it does where a function closes over its parameters."""
-    jaxpr = jax.make_jaxpr(loss)(adapter).jaxpr
-    _, used = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=False)
-    if not any(used):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they come again where the gradient is taken
+        jaxpr = jax.make_jaxpr(loss)(adapter)
+    if not any(used_inputs(jaxpr, [True])):
         path = next((path for path, _ in leaves_with_paths(adapter)), "adapter")
         raise ValueError(
             f"{path}: the gradient is zero whatever the data, as for all that trains: the function doesn't use the"
