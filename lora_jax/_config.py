@@ -134,7 +134,7 @@ class LoRAConfig:
       init: Of A; B starts at zero. `"gaussian"` is N(0, 1/rank²), as in PEFT; `"kaiming_uniform"` is U(±1/√inputs), the
         default of loralib and PEFT.
       dtype: Of A and B. Lower than float32 can keep them from moving at all under Adam.
-      train: Patterns of leaves that train whole: heads, biases, norms.
+      train: Patterns of leaves trained in full: heads, biases, norms.
       dora: Train the length of each output's kernel by itself, as a magnitude in the node (DoRA, Liu et al. 2024, arXiv
         2402.09353): W' = m ⊙ (W + ΔW) / ‖W + ΔW‖, with m = ‖W‖ at the start.
 

@@ -16,13 +16,13 @@ from lora_jax._tree import detach, leaves_with_paths, trained_paths, unbox
 
 
 class Row(NamedTuple):
-    """One adapted kernel, or one leaf that trains whole.
+    """One adapted kernel, or one leaf trained in full.
 
     Attributes:
       path: The leaf's.
       shape: The leaf's.
-      axes: The kernel's; None of a leaf that trains whole.
-      rank: Without padding; a tuple, one for each stack index, where they differ; None of a leaf that trains whole.
+      axes: The kernel's; None of a leaf trained in full.
+      rank: Without padding; a tuple, one for each stack index, where they differ; None of a leaf trained in full.
       scale: As `rank`; None too where it is data whose values aren't known.
       trainable: Numbers that train.
     """
@@ -40,7 +40,7 @@ class Description:
     """The table of what trains.
 
     Attributes:
-      rows: One for each adapted kernel and each leaf that trains whole.
+      rows: One for each adapted kernel and each leaf trained in full.
       trainable: Numbers that train.
       total: Numbers in the base and in the adapter.
     """
@@ -70,7 +70,7 @@ def describe(params: Any, train: Any = ()) -> Description:
 
     Args:
       params: A tree that `init` made, of arrays or of ShapeDtypeStructs (then ranks and counts include padding).
-      train: Patterns of further leaves that train whole, or the `LoRAConfig` that `init` had.
+      train: Patterns of further leaves trained in full, or the `LoRAConfig` that `init` had.
 
     Returns:
       A table: `.rows`, `.trainable`, `.total`, `.share`; `print` shows it.

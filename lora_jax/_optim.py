@@ -20,8 +20,8 @@ def mask(tree: Any, train: Any = ()) -> Any:
     A scale is no leaf but where adapters of different scales are stacked, and never trains.
 
     Args:
-      tree: A whole tree, or an adapter as `split` gives it: there every leaf outside the nodes trains whole.
-      train: Patterns of further leaves that train whole, or the `LoRAConfig` that `init` had.
+      tree: A whole tree, or an adapter as `split` gives it: there every leaf outside the nodes is trained in full.
+      train: Patterns of further leaves trained in full, or the `LoRAConfig` that `init` had.
 
     Raises:
       ValueError: Nothing would train, or a pattern matches nothing.
@@ -58,7 +58,7 @@ def masked(tx: optax.GradientTransformation, train: Any = ()) -> optax.GradientT
 
     Args:
       tx: Any optimizer.
-      train: Patterns of further leaves that train whole, or the `LoRAConfig` that `init` had.
+      train: Patterns of further leaves trained in full, or the `LoRAConfig` that `init` had.
 
     Returns:
       A transformation for whole trees and for adapter trees. Its state holds nothing for leaves that don't train.
@@ -99,7 +99,7 @@ def check_padding(tx: optax.GradientTransformation, adapter: Any, train: Any = (
     Args:
       tx: The optimizer.
       adapter: As `split` or `stack` gives it. Without padding, nothing is refused.
-      train: Patterns of further leaves that train whole, or the `LoRAConfig` that `init` had.
+      train: Patterns of further leaves trained in full, or the `LoRAConfig` that `init` had.
 
     Raises:
       ValueError: The adapter is padded, and `tx` doesn't leave padding alone.

@@ -145,7 +145,7 @@ def is_adapter(tree: Any) -> bool:
 def detach(tree: Any) -> tuple[Any, dict[str, LoRA]]:
     """The tree as it was before `init`, and its nodes by their kernel's path.
 
-    Leaves that train whole appear in the dtype that the function expects.
+    Leaves trained in full appear in the dtype that the function expects.
 
     Args:
       tree: Any pytree, with nodes anywhere in its mappings.
@@ -230,7 +230,7 @@ def train_patterns(train: Any) -> tuple[str, ...]:
 
 
 def trained_paths(tree: Any, train: Any = ()) -> set[str]:
-    """Paths of the leaves that train whole: those named by `train`, and in any case the wrapped ones."""
+    """Paths of the leaves trained in full: those named by `train`, and in any case the wrapped ones."""
     leaves = [(path, leaf) for path, leaf in leaves_with_paths(tree) if not isinstance(leaf, LoRA)]
     known = {path for path, leaf in leaves if isinstance(leaf, Trained)}
     return known | set(match(train_patterns(train), [path for path, _ in leaves], what="train"))
@@ -258,11 +258,10 @@ def split(params: Any, train: Any = ()) -> tuple[Any, Any]:
 
     Args:
       params: A tree that `init` made.
-      train: Patterns of further leaves that train whole, or the `LoRAConfig` that `init` had.
+      train: Patterns of further leaves trained in full, or the `LoRAConfig` that `init` had.
 
     Returns:
-      `(base, adapter)`. The base has exactly the structure that the tree had before `init`, with None where a leaf
-      trains whole. The adapter has the nodes and those leaves, and of the containers only what leads to them.
+      `(base, adapter)`. The base has exactly the structure that the tree had before `init`&      trains whole. The adapter has the nodes and those leaves, and of the containers only what leads to them.
 
     Raises:
       ValueError: A pattern that matches nothing.

@@ -29,7 +29,7 @@ class Result:
     """Its settings, none of them None but perhaps `order`."""
 
     trainable: int
-    """Numbers that trained: A, B, and leaves trained whole."""
+    """Numbers that trained: A, B, and leaves trained in full."""
 
     train_loss: float | None
     """Over the last tenth of the steps, each target counted alike."""

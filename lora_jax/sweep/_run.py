@@ -80,7 +80,7 @@ def run(
       lora: exclude, scaling, init, dtype and train of the adapters; rank, alpha and targets are the points'.
       axes: how kernels are used; traced where not given.
       task: what the rows ask for, where it isn't `task_of(train_data)`.
-      fresh: from a seed to values of leaves that train whole, by path, in place of those in `params`: what each seed
+      fresh: from a seed to values of leaves trained in full, by path, in place of those in `params`: what each seed
         draws anew, such as a head. Without it all start from the same.
       prefix_after: tokens of each row that stand before a prefix: 1 for an encoder that pools the first one.
       prefix_embedding: pattern of the table that prefixes are drawn from, as for `lora_jax.prefix.init`.

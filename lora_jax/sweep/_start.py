@@ -18,7 +18,7 @@ from lora_jax._tree import Axes, LoRA, Prefix, edit, kernel_path, leaf_paths, le
 from lora_jax.sweep._point import Point
 
 Fresh = Callable[[int], Mapping[str, Any]]
-"""From a seed to new values of leaves that train whole, by path."""
+"""From a seed to new values of leaves trained in full, by path."""
 
 
 class Starts:

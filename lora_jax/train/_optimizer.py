@@ -45,7 +45,7 @@ def make_optimizer(
     Args:
       config: learning rate, warm-up, decay and clipping.
       steps: of the whole run, for the schedule.
-      train: leaves trained whole, as given to `lora_jax.split`.
+      train: leaves trained in full, as given to `lora_jax.split`.
       learning_rate: the peak, in place of the config's. May be traced, so that under `vmap` each adapter has its own.
       weight_decay: likewise.
 
