@@ -261,7 +261,8 @@ def split(params: Any, train: Any = ()) -> tuple[Any, Any]:
       train: Patterns of further leaves trained in full, or the `LoRAConfig` that `init` had.
 
     Returns:
-      `(base, adapter)`. The base has exactly the structure that the tree had before `init`&      trains whole. The adapter has the nodes and those leaves, and of the containers only what leads to them.
+      `(base, adapter)`. The base has exactly the structure that the tree had before `init`, with None where a leaf
+      is trained in full. The adapter has the nodes and those leaves, and of the containers only what leads to them.
 
     Raises:
       ValueError: A pattern that matches nothing.
