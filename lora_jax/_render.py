@@ -13,6 +13,7 @@ import json
 import os
 import signal
 import sys
+import time
 from typing import Any
 
 try:
@@ -39,7 +40,10 @@ def main() -> None:
 
 
 def _answer(render: Any, line: bytes) -> dict[str, Any]:
-    """`{"text", "lengths"}` or `{"error"}`: the whole text, and the length of each part's where the whole begins so."""
+    """`{"text", "lengths", "seconds"}` or `{"error"}`.
+
+    The whole text, the length of each part's where the whole begins so, and the CPU time that it took.
+    """
     request = json.loads(line)
     memory, longest = request["memory"] + 64 * len(line), request["longest"] + 16 * len(line)
     messages, template, names = request["messages"], request["template"], request["names"]
@@ -53,13 +57,14 @@ def _answer(render: Any, line: bytes) -> dict[str, Any]:
             raise ValueError(f"it writes {len(text):,} characters, {longest:,} are allowed")
         return text
 
+    began = time.process_time()
     try:
         with _limits(request["seconds"], memory):
             whole, lengths = text_of(len(messages), request["prompt"]), []
             for count, prompt in request["parts"]:
                 text = text_of(count, prompt)
                 lengths.append(len(text) if whole.startswith(text) else None)
-        return {"text": whole, "lengths": lengths}
+        return {"text": whole, "lengths": lengths, "seconds": time.process_time() - began}
     except MemoryError:
         return {"error": f"it needs more than {memory // MEBIBYTE:,} MiB of memory"}
     except Exception as error:  # a template raises what it likes

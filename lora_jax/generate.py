@@ -19,6 +19,7 @@ from lora_jax._finite import why_unfinite
 from lora_jax._forward import ensure_adapted
 from lora_jax._tables import Vocabulary, check_ids, vocabulary
 from lora_jax.data import bucket
+from lora_jax.data._rows import check_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,6 +206,9 @@ def generate_text(
     """
     tokenizer = model.tokenizer
     eos_ids = _eos_ids(model)
+    for number, prompt in enumerate(prompts, 1):
+        if isinstance(prompt, str):
+            check_text(prompt, f"prompt {number}")
     encoded = [_prompt_ids(prompt, tokenizer) for prompt in prompts]
     positions, before = model.max_length, prefix.length(params)
     longest = positions - before - config.max_tokens

@@ -145,5 +145,19 @@ def test_keys_that_no_template_reads_are_reported_once(tokenizer):
     rows = [Chat((TURNS[0] | more, TURNS[1])), Chat((TURNS[0], TURNS[1] | {"name": "Bo"}))]
     assert data.encode(rows, tokenizer, 64).unread == ("name", "reasoning")
     assert data.encode([Chat(TURNS)], tokenizer, 64).unread == ()
+    parts = dict.fromkeys(("age", "id", "tok", "mess"), "of words that the template has")
+    assert data.encode([Chat((TURNS[0] | parts, TURNS[1]))], tokenizer, 64).unread == ("age", "id", "mess", "tok")
     tokenizer.chat_template = "{{ messages[0].name }}{{ messages[0].reasoning_content }}" + CHAT
     assert data.encode(rows, tokenizer, 64).unread == ()
+
+
+def test_many_conversations_share_a_bound_of_time(tokenizer, monkeypatch):
+    """Each within its own bound, and all together for hours."""
+    for name, seconds in (("SECONDS", 1.0), ("SECONDS_A_PART", 0.0), ("SECONDS_A_ROW", 0.002)):
+        monkeypatch.setattr(_template, name, seconds)
+    loop = "{% for i in range(20000) %}{% for j in range(10) %}{% endfor %}{% endfor %}"
+    tokenizer.chat_template = loop + CHAT
+    with pytest.raises(ValueError, match=r"row \d+: .* s so far, .* s are allowed for so many rows"):
+        data.encode([Chat(TURNS)] * 50, tokenizer, 64)
+    tokenizer.chat_template = CHAT
+    assert len(data.encode([Chat(TURNS)] * 50, tokenizer, 64).examples) == 50

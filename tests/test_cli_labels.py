@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import io
 import json
+import os
 import shutil
 import warnings
 from pathlib import Path
@@ -191,6 +192,12 @@ def test_a_broken_file_of_labels(world, tmp_path, refused, content):
         message = refused(command[0], *adapted, *command[1:])
         assert f'{adapter / "labels.json"}: damaged, expected {{"labels": [names]}}, each name once' in message
     assert not (tmp_path / "out").exists()
+
+
+def test_a_pipe_in_place_of_the_labels(tmp_path):
+    os.mkfifo(tmp_path / "labels.json")
+    with pytest.raises(ValueError, match=r"labels.json: a pipe; expected the labels' names"):
+        _labels.load(tmp_path)
 
 
 def test_labels_that_are_not_the_heads(world, tmp_path, refused):

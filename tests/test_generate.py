@@ -266,6 +266,11 @@ def test_few_programs_for_many_lengths(model):
     assert _generate._cache_size() == before
 
 
+def test_half_a_character_in_a_prompt_is_named(model):
+    with pytest.raises(ValueError, match=r"^prompt 2: '.*' is half a character"):
+        generate_text(model, model.params, ["ab", "\ud83d"], GenerateConfig(max_tokens=4))
+
+
 def test_an_empty_prompt_starts_from_the_start_token(model):
     config = GenerateConfig(max_tokens=4)
     assert len(generate_text(model, model.params, [""], config)) == 1

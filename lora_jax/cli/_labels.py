@@ -1,7 +1,6 @@
 """Telling labels: which ones, in which order, kept in a file beside the adapter."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 
 import lora_jax
 from lora_jax import _disk, data
+from lora_jax._untrusted import git_lfs_pointer, not_a_file, read_json
 from lora_jax.cli._base import Base
 from lora_jax.cli._data import Source
 from lora_jax.data import Labelled, LabelledExample, Labels
@@ -18,6 +18,7 @@ from lora_jax.peft import _read
 from lora_jax.train import Task, apply_to_batch, task_of
 
 FILE = "labels.json"
+MOST_BYTES = 2**24
 
 
 def to_train(source: Source, base: Any, train: Sequence[Labelled], valid: Sequence[Labelled]) -> Labels:
@@ -61,8 +62,11 @@ def load(adapter: Path | None) -> Labels | None:
     """
     if adapter is None or not (adapter / FILE).exists():
         return None
+    path = adapter / FILE
+    if what := not_a_file(path) or git_lfs_pointer(path):
+        raise ValueError(f"{path}: {what}; expected the labels' names")
     try:
-        names = json.loads((adapter / FILE).read_text())["labels"]
+        names = read_json(path, MOST_BYTES)["labels"]
     except (ValueError, KeyError, TypeError, RecursionError):
         names = None
     listed = names if isinstance(names, list) else []

@@ -1,10 +1,11 @@
 """The text of a conversation, in pieces that begin and end where the targets do."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lora_jax.data._rows import is_target
-from lora_jax.data._template import refusal, render_parts, template_of
+from lora_jax.data._template import Budget, refusal, render_parts, template_of
 
 Pieces = list[tuple[str, bool]]  # text, and whether its tokens are targets
 
@@ -13,7 +14,7 @@ OURS = ("role", "content", "weight")
 REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
-def chat_pieces(messages: Sequence[Mapping[str, Any]], tokenizer: Any, number: int) -> Pieces:
+def chat_pieces(messages: Sequence[Mapping[str, Any]], tokenizer: Any, number: int, budget: Budget) -> Pieces:
     """The conversation in the tokenizer's chat template, cut before and after each turn that is a target.
 
     Raises:
@@ -31,7 +32,7 @@ def chat_pieces(messages: Sequence[Mapping[str, Any]], tokenizer: Any, number: i
     shown = [{name: value for name, value in message.items() if name != "weight"} for message in messages]
     parts = [part for turn in targets for part in ((turn, True), (turn + 1, False))]
     try:
-        whole, lengths = render_parts(shown, tokenizer, parts)
+        whole, lengths = render_parts(shown, tokenizer, parts, budget=budget)
     except ValueError as error:
         raise ValueError(f"row {number}: {refusal(error)}") from error
     pieces, end = [], 0
@@ -57,8 +58,8 @@ def keys_unread(conversations: Iterable[Sequence[Mapping[str, Any]]], tokenizer:
         for name, value in message.items()
         if value is not None
     }
-    template = template_of(tokenizer) or ""
-    read = {name for name in keys if name in OURS or str(name) in template}
-    if any(name in template for name in REASONING):
+    words = set(re.findall(r"\w+", template_of(tokenizer) or ""))
+    read = {name for name in keys if name in OURS or str(name) in words}
+    if words & {*REASONING}:
         read |= {*REASONING}
     return tuple(sorted(map(str, keys - read)))

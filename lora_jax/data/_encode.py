@@ -8,6 +8,7 @@ import numpy as np
 from lora_jax.data._chat import Pieces, chat_pieces, keys_unread
 from lora_jax.data._joint import Boundaries, Joint
 from lora_jax.data._rows import Chat, Completion, Labelled, Row, Text
+from lora_jax.data._template import Budget
 
 
 class Tokenizer(Protocol):
@@ -70,7 +71,8 @@ def encode(rows: Sequence[Row], tokenizer: Tokenizer, max_length: int) -> Encode
         raise ValueError("the rows have labels: encode_labelled takes them")
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no eos_token: set it in tokenizer_config.json, or generation never stops")
-    pieces = [_pieces(row, tokenizer, number) for number, row in enumerate(rows, 1)]
+    budget = Budget()
+    pieces = [_pieces(row, tokenizer, number, budget) for number, row in enumerate(rows, 1)]
     # A chat template has written the special tokens itself.
     joints = list(
         Boundaries(tokenizer, not isinstance(rows[0], Chat)).join([[text for text, _ in row] for row in pieces])
@@ -101,13 +103,13 @@ def _example(joint: Joint, pieces: Pieces, eos: int) -> Example:
     return Example(np.array(ids, np.int32), targets[: len(ids)])
 
 
-def _pieces(row: Row, tokenizer: Any, number: int) -> Pieces:
+def _pieces(row: Row, tokenizer: Any, number: int, budget: Budget) -> Pieces:
     match row:
         case Text(text):
             return [(text, True)]
         case Completion(prompt, completion):
             return [(prompt, False), (completion, True)]
         case Chat(messages):
-            return chat_pieces(messages, tokenizer, number)
+            return chat_pieces(messages, tokenizer, number, budget)
         case Labelled():
             raise ValueError(f"row {number} has a label, unlike the rows before it")

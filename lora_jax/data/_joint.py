@@ -71,9 +71,8 @@ class Boundaries:
             found = spelled(count, ids)
             if text.startswith(found):
                 end, last = count, found
-            elif len(found) - found.count("\ufffd") > len(
-                text
-            ):  # not only a character whose bytes aren't all there yet
+            # What isn't only a character whose bytes aren't all there yet.
+            elif len(found) - found.count("\ufffd") > len(text):
                 break
         return end, last != text
 

@@ -15,6 +15,7 @@ from typing import Any
 PROGRAM = pathlib.Path(__file__).parent.parent / "_render.py"
 SECONDS = 5.0  # of CPU time for a conversation; an ordinary one takes a millisecond
 SECONDS_A_PART = 0.05  # more, for each beginning of it that is asked for
+SECONDS_A_ROW = 0.02  # more for each of many conversations, which together may take these and the first one's
 MEMORY = 256 * 2**20  # bytes, beside 64 times the messages'
 LONGEST = 2**22  # characters of a text, beside 16 times the messages'
 LONGEST_ERROR = 100  # characters of what a template says
@@ -46,8 +47,30 @@ def refusal(error: Exception) -> str:
     return f"the tokenizer's chat template refuses it ({said})"
 
 
+class Budget:
+    """CPU time that the conversations of one data set may take to render, all together."""
+
+    def __init__(self):
+        self.allowed, self.taken = SECONDS, 0.0
+
+    def spend(self, seconds: float, parts: int) -> None:
+        """Takes note of one conversation's time.
+
+        Raises:
+          ValueError: it is more than all of them may take.
+        """
+        self.allowed += SECONDS_A_ROW + SECONDS_A_PART * parts
+        self.taken += seconds
+        if self.taken > self.allowed:
+            raise ValueError(f"it took {self.taken:.3g} s so far, {self.allowed:.3g} s are allowed for so many rows")
+
+
 def render_parts(
-    messages: Sequence[Message], tokenizer: Any, parts: Sequence[tuple[int, bool]], add_generation_prompt: bool = False
+    messages: Sequence[Message],
+    tokenizer: Any,
+    parts: Sequence[tuple[int, bool]],
+    add_generation_prompt: bool = False,
+    budget: Budget | None = None,
 ) -> tuple[str, list[int | None]]:
     """The text of a conversation, and how much of it each part is.
 
@@ -67,7 +90,10 @@ def render_parts(
         return whole, [len(text) if whole.startswith(text) else None for text in texts]
     request = {"messages": given, "parts": parts, "prompt": add_generation_prompt, "template": template}
     with _lock:
-        return _renderer().ask(request | {"names": tokenizer.special_tokens_map})
+        text, lengths, seconds = _renderer().ask(request | {"names": tokenizer.special_tokens_map})
+    if budget is not None:
+        budget.spend(seconds, len(parts))
+    return text, lengths
 
 
 def template_of(tokenizer: Any) -> str | None:
@@ -112,8 +138,8 @@ class _Renderer:
         )
         self.owner = os.getpid()
 
-    def ask(self, request: dict[str, Any]) -> tuple[str, list[int | None]]:
-        """The text and the lengths.
+    def ask(self, request: dict[str, Any]) -> tuple[str, list[int | None], float]:
+        """The text, the lengths, and the CPU time that it took.
 
         Raises:
           ValueError: the template's error, or the bound that it broke.
@@ -126,7 +152,7 @@ class _Renderer:
         answer = self._exchange(line, seconds)
         if "error" in answer:
             raise ValueError(answer["error"])
-        return answer["text"], answer["lengths"]
+        return answer["text"], answer["lengths"], answer["seconds"]
 
     def _exchange(self, line: bytes, seconds: float) -> dict[str, Any]:
         to, back = self._process.stdin, self._process.stdout

@@ -44,7 +44,10 @@ def load(folder: Path | None, adapter: Path | None, config: Any) -> Any:
     tokenizer = _read(folder)
     if adapter is not None and own:
         _check(adapter / TEMPLATE)
-        tokenizer.chat_template = (adapter / TEMPLATE).read_text(encoding="utf-8")
+        try:
+            tokenizer.chat_template = (adapter / TEMPLATE).read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise ValueError(f"{adapter / TEMPLATE}: not UTF-8, expected a chat template") from None
     return tokenizer
 
 
