@@ -13,6 +13,18 @@ from lora_jax.peft._patterns import Budget, fullmatch, layer, names_end, names_p
 
 ATOMS = ["a", "b", ".", r"\.", "[ab]", "[^a]", "[a-b.]", r"\d", "1", r"\w", r"\S", "^", "$", r"\b", r"\B", r"\A", r"\Z"]
 ATOMS += ["{", "{e<=1}", "{}", "[{]", "B", r"(?<=a)", r"(?<!b1)", "(?#{)", "]", "}"]
+ATOMS += [
+    r"\N{DIGIT ONE}",
+    "[[]",
+    "[^[]",
+    "[a||b]",
+    "[a-z&&x]",
+    "[[:alpha:]]",
+    "[!--]",
+    "[a~~b]",
+    r"[\N{DIGIT ONE}[]",
+    r"\(",
+]
 REPEATS = ["*", "+", "?", "{2}", "{1,3}", "{2,}", "{,2}", "{,}", "*?", "+?", "??", "*+", "{2}?", "{1,2}+"]
 
 
@@ -31,10 +43,12 @@ def larger(inner):
 
 
 PATTERNS = st.recursive(st.sampled_from(ATOMS), larger, max_leaves=6)
+SPACED = st.recursive(st.sampled_from([*ATOMS, " a", " ", "\n", "#[(\n", r"\ ", "[ #]", " {2}"]), larger, max_leaves=6)
 
 
 @settings(max_examples=1000)
-@given(PATTERNS, st.text("ab1.x{B}", min_size=1, max_size=6))
+@given(st.one_of(PATTERNS, st.builds("(?x){}".format, SPACED)), st.text("ab1.x{B}[&|", min_size=1, max_size=6))
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_same_answer_as_re(pattern, name):
     try:
         expected = re.fullmatch(pattern, name) is not None
@@ -56,8 +70,13 @@ def test_same_answer_as_re(pattern, name):
         r".*\.(?i:Q_PROJ|k_proj)",
         r".*(?<!k)_proj",
         r".*\.(\d)\1\..*",
+        "(?x) .* \\. # [all (layers\n(q|k) _proj",
+        r"\(?maxpool|lm\_head",
+        r".*[[:alpha:]|&&.]_proj",
+        r".*\N{LOW LINE}head",
     ],
 )
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("name", ["model.layers.11.self_attn.q_proj", "vision.layers.1.self_attn.k_proj", "lm_head"])
 def test_patterns_as_adapters_have_them(pattern, name):
     assert fullmatch(pattern, name) == (re.fullmatch(pattern, name) is not None)
@@ -131,7 +150,7 @@ def test_a_pattern_without_end_is_refused_and_so_is_all_after_it(monkeypatch):
 @pytest.mark.parametrize(
     "pattern",
     ["(", ")", "a**", "*a", "[a", "[b-a]", "\\", "(?<=a+)b", r"\1(a)", "a(?i)", "a{3,2}", "a{99999999999}", r"\p{L}"]
-    + ["(?P<1>a)", "(?x)a b", "[[:alpha:]]", "[a--b]", "a" * 20_001, "(" * 5000 + "a" + ")" * 5000]
+    + ["(?P<1>a)", "(?x:a b)", "(?i-x:a)", "a(?x)b", "[a--b]", "a" * 20_001, "(" * 5000 + "a" + ")" * 5000]
     + ["(ab){4000000}", "(((a{100}){100}){100}){100}", "((a{0,99999}){0,99999}){99999}x", "(a{1000})(?#){1000}"]
     + ["(?#()(a{1000}(?#))){1000}", "([(]a{1000}[)]){1000}", r"(\(a{1000}\)){1000}", "(?R)", "a{" + "9" * 5000 + "}"],
 )

@@ -21,16 +21,19 @@ MAX_NAMES = 20_000  # of names in one field
 SECONDS, SECONDS_A_NAME = 1.0, 1e-3  # of all matching for one config; more for a large model
 
 _LITERAL = re.compile(r"\^?(?:[\w.-]|\\\.)*\$?")
-_VERBOSE = re.compile(r"\(\?[a-zA-Z]*x")
 # What a pattern that `re` takes is made of; any single character is a part too.
 _PARTS = re.compile(
-    r"""\(\?\#[^)]*\)                           # a comment
+    r"""(?P<said>\(\?\#[^)]*\))                 # a comment
+      | (?P<group>\((?:\?(?P<flags>[a-zA-Z-]*):)?)  # a group opens, perhaps with flags of its own
+      | \\N\{[^}]*\}                            # a character by its name
       | \\.                                     # something escaped
-      | \[\^?\]?(?:\\.|[^\]\\])*\]              # a class
+      | (?P<set>\[\^?\]?(?:\\.|[^\]\\])*\])     # a class
       | \{(?=[\d,])(?P<least>\d*)(?:,\d*)?\}    # a repeat, {2} or {2,5}
       | .""",
     re.VERBOSE | re.DOTALL,
 )
+# The same with the flag x: what it leaves out comes first.
+_SPACED_PARTS = re.compile(rf"(?P<space>\s|\#[^\n]*)|{_PARTS.pattern}", re.VERBOSE | re.DOTALL)
 
 
 class Budget:
@@ -158,32 +161,37 @@ def _compiled(pattern: str) -> regex.Pattern[str]:
         )
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # of sets in sets, which the two packages read in different ways
-            re.compile(pattern)
-        if _VERBOSE.search(pattern):
-            raise ValueError("its flag x is not supported")
-        return regex.compile(_for_regex(pattern))
+            # `re` warns of classes that it may read otherwise one day; `regex` is given what they mean today.
+            warnings.simplefilter("ignore", FutureWarning)
+            spaced = bool(re.compile(pattern).flags & re.VERBOSE)
+            return regex.compile(_for_regex(pattern, spaced), regex.VERSION0)
     except RecursionError:
         reason = "its groups are nested too deep"
-    except (re.error, regex.error, Warning, OverflowError, ValueError) as error:
+    except (re.error, regex.error, OverflowError, ValueError) as error:
         reason = str(error)
     raise ValueError(f"pattern {_short(pattern)} is not one that can be read: {reason}")
 
 
-def _for_regex(pattern: str) -> str:
-    """The pattern as `regex` must have it: a brace that repeats nothing means something else to it.
+def _for_regex(pattern: str, spaced: bool) -> str:
+    """The pattern as `regex` must have it: braces that repeat nothing and brackets in a class mean more to it.
+
+    Args:
+        pattern: what `re` takes.
+        spaced: under the flag x, with spaces and comments in it.
 
     Raises:
-        ValueError: it is too long with its repeats written out, which is what `regex` does.
+        ValueError: it is too long with its repeats written out, which is what `regex` does; or a group has the flag x.
     """
     parts: list[str] = []
     lengths, last = [0], 0  # of each open group so far, and of the part before this one
-    for part in _PARTS.finditer(pattern):
+    for part in (_SPACED_PARTS if spaced else _PARTS).finditer(pattern):
         text = part[0]
-        parts.append("\\{" if text == "{" else text)
-        if text.startswith("(?#"):
+        parts.append("\\{" if text == "{" else _one_class(text) if part["set"] else text)
+        if part["said"] or (spaced and part["space"]):
             continue
-        if text == "(":
+        if part["group"]:
+            if "x" in (part["flags"] or ""):
+                raise ValueError("the flag x of one of its groups is not supported, only (?x) in front of the whole")
             lengths.append(0)
         elif text == ")" and len(lengths) > 1:
             last = lengths.pop() + 1
@@ -197,6 +205,15 @@ def _for_regex(pattern: str) -> str:
         if max(last, lengths[-1]) > MAX_LENGTH:
             raise ValueError(f"with its repeats written out it is more than {MAX_LENGTH} parts long")
     return "".join(parts)
+
+
+def _one_class(text: str) -> str:
+    r"""A class whose brackets are characters, `[[:alpha:]` too, as they are to `re`.
+
+    >>> _one_class(r"[^[:\d]")
+    '[^\\[:\\d]'
+    """
+    return "[" + re.sub(r"\\.|\[", lambda found: "\\[" if found[0] == "[" else found[0], text[1:], flags=re.DOTALL)
 
 
 def _short(pattern: str) -> str:
