@@ -171,7 +171,7 @@ def test_kernels_of_many_axes_are_matrices_in_the_file(tmp_path):
     assert "pass axes" in refusal(tmp_path / "a", plain, names)
 
 
-# Leaves trained whole -----------------------------------------------------------------------------------------------
+# Leaves trained in full -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -219,7 +219,7 @@ def test_a_name_that_ends_others_is_given_with_its_prefix(tmp_path):
 
 
 def test_what_the_format_cannot_hold_is_said(tmp_path):
-    with pytest.raises(ValueError, match="query/kernel is adapted and trained whole"):
+    with pytest.raises(ValueError, match="query/kernel is adapted and trained in full"):
         peft.save(tmp_path / "a", adapted(), names=NAMES, train=["query/kernel"])
     with pytest.raises(ValueError, match="no Hugging Face name for layers/attn/query/kernel"):
         peft.save(tmp_path / "a", adapted(), names={HEAD: NAMES[HEAD]})

@@ -7,11 +7,13 @@ import jax
 import numpy as np
 import pytest
 from agreement import assert_agrees
+from peft_cases import draw
 from peft_trees import EMBEDDING, HEAD, NAMES, QUERY, adapted, base, config_in, edit, node, same, tensors_in
 from safetensors.numpy import load_file, save_file
 from test_peft_families import setting_of, written_by_peft
 from test_peft_options import with_magnitudes
 
+import lora_jax
 from lora_jax import peft
 from lora_jax.peft import _patterns
 
@@ -231,3 +233,69 @@ def test_peft_saves_biases_and_a_whole_head(setting, bias, tmp_path):
     assert_agrees(setting.outputs(params), *refs)
     names = load_file(tmp_path / "theirs" / "adapter_model.safetensors").keys()
     assert any("original_module" in name for name in names) == (bias == "all")
+
+
+# What is trained in full, and nothing else ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("portable", [False, True])
+@pytest.mark.parametrize(
+    ("train", "saved", "bias"),
+    [
+        ("embed", ["model.embed"], "none"),
+        ("norm/bias", ["model.norm"], "none"),
+        ("bias", None, "all"),
+    ],
+)
+def test_leaves_trained_in_full_alone(tmp_path, train, saved, bias, portable):
+    params = alone(base(), train)
+    peft.save(tmp_path / "a", params, names=NAMES, portable=portable)
+    config = config_in(tmp_path / "a")
+    assert config["target_modules"] == "dummy-target-modules"
+    assert (config["modules_to_save"], config["bias"], config["fan_in_fan_out"]) == (saved, bias, False)
+    again = peft.load(tmp_path / "a", base(), names=NAMES)
+    assert same(again, params)
+    peft.save(tmp_path / "b", again, names=NAMES)
+    assert tensors_in(tmp_path / "b").keys() == tensors_in(tmp_path / "a").keys()
+
+
+def test_rows_or_a_prefix_alone(tmp_path):
+    moved = base()
+    moved["embed"]["embedding"] = moved["embed"]["embedding"].at[3].add(1.0)
+    peft.save(tmp_path / "rows", moved, names=NAMES, tokens={EMBEDDING: [3]})
+    assert same(peft.load(tmp_path / "rows", base(), names=NAMES), moved)
+    with_prefix = lora_jax.prefix.init(jax.random.key(0), base(), 3, embedding="embed/embedding")
+    peft.save(tmp_path / "prefix", with_prefix, names=NAMES)
+    again = peft.load(tmp_path / "prefix", base(), names=NAMES)
+    np.testing.assert_array_equal(lora_jax.prefix.take(again)[1].value, lora_jax.prefix.take(with_prefix)[1].value)
+    edit(tmp_path / "prefix", lambda tensors: tensors | {f"{START}other.lora_A.weight": np.ones((1, 2), np.float32)})
+    with pytest.raises(ValueError, match="not one tensor of this model is in it"):
+        peft.load(tmp_path / "prefix", base(), names=NAMES)
+
+
+def alone(params, train):
+    """Nothing but leaves that are trained in full, each moved."""
+    params = lora_jax.init(jax.random.key(0), params, lora_jax.LoRAConfig(rank=2, alpha=2, targets=(), train=(train,)))
+    rest, adapter = lora_jax.split(params)
+    return lora_jax.combine(rest, jax.tree.map(lambda x: x + draw(str(x.shape), x.shape), adapter))
+
+
+@pytest.mark.oracle
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    ("setting", "train"),
+    [
+        ("llama_tied", "embed_tokens"),
+        ("llama_tied", "norm"),
+        ("bert_classification", "bias"),
+        ("bert_classification", "classifier"),
+    ],
+    indirect=["setting"],
+)
+def test_peft_reads_leaves_alone(setting, train, tmp_path):
+    params = alone(setting.model.params, train)
+    peft.save(tmp_path, params, names=setting.model.names)
+    refs = read_as_it_is(setting, tmp_path)
+    plain = setting.their_outputs(setting.theirs("float32"))
+    assert np.max(np.abs(refs[0] - plain)) > 1e-2 * np.max(np.abs(plain))
+    assert_agrees(setting.outputs(params), *refs)

@@ -31,7 +31,7 @@ def load(
     `MODULE.lora_A` (rank, in) and `MODULE.lora_B` (out, rank) become the node beside the kernel, with scale alpha/rank.
     loralib's `MergedLinear`, one kernel that holds several projections (GPT-2's query, key and value), has factors of
     its own for those it adapts, in groups: ΔW is block-diagonal in them, so that k groups of rank r are one node of
-    rank k·r, still with scale alpha/r. Other tensors (a classifier, biases) were trained whole and replace the leaf.
+    rank k·r, still with scale alpha/r. Other tensors (a classifier, biases) were trained in full and replace the leaf.
 
     Args:
         path: what `torch.save(loralib.lora_state_dict(model), path)` wrote. Nothing in it is executed.

@@ -24,6 +24,8 @@ from lora_jax.peft import _patterns
 PREFIX = "base_model.model."  # of every name in an adapter: PEFT's wrapper, then the model
 CONFIG_FILE = "adapter_config.json"
 CHECKSUM = "lora_jax.sha256"  # the key of the checksum in the metadata of the tensors' file
+# PEFT's word as target_modules for an adapter without factors: it refuses to load one that targets nothing otherwise.
+NO_MODULE = "dummy-target-modules"
 DTYPES = frozenset({"F16", "BF16", "F32", "F64"})  # that an adapter's tensors may have, as safetensors calls them
 MAX_BYTES = 16 * 2**20
 MAX_RANK = 65_536  # what an embedding of a large vocabulary could hold; the tensors bound it much tighter

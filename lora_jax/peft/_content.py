@@ -24,18 +24,20 @@ def content(
     portable: bool = False,
     tokens: Mapping[str, Sequence[int]] | None = None,
     fused: bool = False,
+    prefixed: bool = False,
 ) -> tuple[dict[str, np.ndarray], AdapterConfig]:
     """The tensors by name, and the config under which PEFT reads them as the same function.
 
     Args:
-        tree: factors, leaves, and which of the leaves were trained whole.
+        tree: factors, leaves, and which of the leaves were trained in full.
         names: each leaf's Hugging Face name.
         portable: one rank, scale 1.
         tokens: rows of embeddings, the only ones to be saved of these leaves.
         fused: experts as parameters, even where PEFT reads one entry an expert.
+        prefixed: prefix embeddings go with it, so that it may hold nothing itself.
     """
     nodes, tokens = tree.nodes, tokens or {}
-    if not nodes:
+    if not (nodes or tree.trained or tokens or prefixed):
         raise ValueError("there is no adapter in these parameters: nothing to save (lora_jax.init makes one)")
     _untie.check(tree, names, tokens)
     names = _untie.names_of(names, nodes.keys() | tree.leaves.keys())
@@ -46,12 +48,12 @@ def content(
         check_node(path, shapes[path], node)
     table = _names.tensors(names, shapes)
     factors = [found for path in sorted(nodes) for found in factors_of(path, nodes[path], table)]
-    if not factors:
+    if nodes and not factors:
         raise ValueError("every adapter in these parameters has scale 0: nothing to save")
     if portable and fused:
         raise ValueError("portable and fused exclude one another: tools that ignore patterns don't know parameters")
     _check_magnitudes(factors, "portable" if portable else "fused" if fused else "")
-    if portable:
+    if portable and factors:
         factors = _one_rank(factors)
     rows = _tokens.saved(tokens, tree, table)
     others = tree._replace(trained=tree.trained - tokens.keys())
@@ -122,11 +124,13 @@ class _Extra:
         self.modules = sorted(m for m in alone if not any(m.startswith(f"{other}.") for other in alone))
         inside = tuple(f"{module}." for module in self.modules)
         if nested := sorted(module for module in adapted if module.startswith(inside)):
-            raise ValueError(f"{nested[0]} has an adapter inside a module trained whole: PEFT's format can't hold both")
+            raise ValueError(
+                f"{nested[0]} has an adapter inside a module that is trained in full: PEFT's format can't hold both"
+            )
         self.whole = [t for t in table.values() if t.module in self.modules or f"{t.module}.".startswith(inside)]
         beside = [t for t in table.values() if t.path in trained and t.module in adapted]
         if clash := [t.path for t in beside if t.parameter != "bias"]:
-            raise ValueError(f"{clash[0]} is adapted and trained whole: PEFT's format can't hold both")
+            raise ValueError(f"{clash[0]} is adapted and trained in full: PEFT's format can't hold both")
         # PEFT's reader takes biases one by one, its "lora_only" has them all: both are served by saving all.
         self.biases = [t for t in table.values() if t.module in adapted and t.parameter == "bias"] if beside else []
         self.bias = "lora_only" if self.biases else "none"
@@ -201,21 +205,27 @@ def _config_of(
     stabilized, alphas = _alphas(ranks, scales)
     # Of experts' entries PEFT makes parameters, by `r` and `lora_alpha` whatever patterns say: theirs, where there are.
     experts = [found.tensor.module for found in factors if _parameters.held_in(names[found.tensor.path])]
-    r = Counter(ranks[module] for module in experts or ranks).most_common(1)[0][0]
-    alpha = Counter(alphas[module] for module in experts or alphas).most_common(1)[0][0]
+    r = _most_common((ranks[module] for module in experts or ranks), AdapterConfig.r)
+    alpha = _most_common((alphas[module] for module in experts or alphas), AdapterConfig.lora_alpha)
     return AdapterConfig(
         r=r,
         lora_alpha=alpha,
-        target_modules=_targets({found.tensor.module for found in factors}, modules),
+        target_modules=_targets({found.tensor.module for found in factors}, modules) if ranks else _config.NO_MODULE,
         rank_pattern={_pattern(module, ranks): value for module, value in ranks.items() if value != r},
         alpha_pattern={_pattern(module, ranks): value for module, value in alphas.items() if value != alpha},
         modules_to_save=tuple(_saved_name(module, modules) for module in extra.modules),
         bias=extra.bias,
         use_rslora=stabilized,
-        fan_in_fan_out=all(not f.tensor.transpose and not f.tensor.is_embedding for f in factors) and not parameters,
+        fan_in_fan_out=bool(factors)
+        and all(not f.tensor.transpose and not f.tensor.is_embedding for f in factors)
+        and not parameters,
         use_dora=any(found.magnitude is not None for found in factors),
         ensure_weight_tying=any(t.tied and t.is_embedding for t in [found.tensor for found in factors] + extra.whole),
     )
+
+
+def _most_common(values: Iterable[Any], default: Any) -> Any:
+    return next((value for value, _ in Counter(values).most_common(1)), default)
 
 
 def _alphas(ranks: Mapping[str, int], scales: Mapping[str, float]) -> tuple[bool, dict[str, float]]:

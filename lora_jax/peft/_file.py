@@ -48,7 +48,7 @@ def peft_name(name: str) -> str:
 
 
 def is_original(name: str) -> bool:
-    """Whether it is the base's own tensor of a module that was trained whole: beside the trained one, for nothing.
+    """Whether it is the base's own tensor of a module that was trained in full: beside the trained one, for nothing.
 
     >>> is_original("base_model.model.classifier.original_module.bias")
     True

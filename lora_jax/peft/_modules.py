@@ -23,7 +23,7 @@ ENDINGS = {  # of A's name, and then of B's
 def updates(folder: str | os.PathLike[str]) -> dict[str, LoRA]:
     """The node of each module that the adapter in `folder` changes, for looking at an adapter alone.
 
-    Nothing is checked against a model: to use an adapter, `load` it. Tensors trained whole are left out.
+    Nothing is checked against a model: to use an adapter, `load` it. Tensors trained in full are left out.
 
     Args:
         folder: a local folder with `adapter_config.json` and `adapter_model.safetensors`.

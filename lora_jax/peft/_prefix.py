@@ -86,7 +86,7 @@ def _checked(path: Path, expected: Mapping[str, int], config: AdapterConfig) -> 
 
 
 def _check_told(folder: Path, shape: tuple[int, ...]) -> None:
-    """Refuses a prefix whose own config, by which PEFT reads it, tells of another."""
+    """Refuses a prefix whose own config, by which PEFT reads it, describes another."""
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise ValueError(f"{path}: missing; restore it, or save the adapter anew")

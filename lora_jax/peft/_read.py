@@ -33,7 +33,7 @@ def load(
 
     Every adapted module becomes a part of the node beside its kernel: `a = lora_Aᵀ`, `b = lora_Bᵀ`, scale = alpha/r.
     Layers of a stacked leaf may differ in rank (padded with zeros) and alpha; those that the adapter leaves alone get
-    scale 0. Leaves that were trained whole (`modules_to_save`, biases) are replaced by their trained values; so are
+    scale 0. Leaves that were trained in full (`modules_to_save`, biases) are replaced by their trained values; so are
     rows of an embedding (`trainable_token_indices`), and the biases that take up B's (`lora_bias`). With `use_dora` the
     nodes have magnitudes. Prefix embeddings that go with the adapter are put in (`lora_jax.prefix`). Where the adapter
     changes one use of a tied embedding, or both in two ways, the head gets a leaf of its own: the model then uses it.
@@ -226,7 +226,8 @@ class _Plan:
                 problems.append(f"{name} has shape {shape} in the file, {expected.shape} expected")
             elif dtype not in DTYPES:
                 problems.append(f"{name} is {dtype}; expected one of {', '.join(sorted(DTYPES))}")
-        if not self.expected.keys() & there:
+        bare = self.config.lora_jax_prefix is not None and not self.expected and not found  # the prefix is all of it
+        if not self.expected.keys() & there and not bare:
             problems.insert(0, "not one tensor of this model is in it: it is an adapter for another model")
         return problems
 

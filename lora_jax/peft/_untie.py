@@ -1,6 +1,6 @@
 """Output heads that share the embedding's weight. PEFT adapts each use by itself: here the head then gets its own leaf.
 
-`names` tells of a tied weight where its head is once it has one (`untied`), and the model's function uses that leaf
+`names` has for a tied weight where its head is once it has one (`untied`), and the model's function uses that leaf
 where a tree has it. So a tree says by itself whether its model is tied.
 """
 
@@ -74,7 +74,7 @@ def check(tree: Parts, names: Mapping[str, Weight], tokens: Collection[str]) -> 
         ValueError: an adapter tree with the embedding in it, which doesn't say whether the model is tied; or rows of an
             embedding (`tokens`) that has been untied, which PEFT would put into the head too.
     """
-    adapter = tree.nodes.keys().isdisjoint(tree.leaves)
+    adapter = tree.nodes.keys().isdisjoint(tree.leaves) and (bool(tree.nodes) or tree.trained == tree.leaves.keys())
     for path, weight in names.items():
         for own, _ in _untied(weight):
             if path in tokens and (own in tree.nodes or own in tree.leaves):

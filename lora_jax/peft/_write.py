@@ -36,7 +36,8 @@ def save(
     `lora_A.weight = aᵀ` (rank, in) and `lora_B.weight = bᵀ` (out, rank); `adapter_config.json` gets ranks and alphas:
     where they differ between modules, patterns with one full name each, so that their order can't matter. Nodes with
     magnitudes are saved under `use_dora`, each with its `lora_magnitude_vector`. Padded
-    ranks and layers with scale 0 are left out. A checksum of config and tensors goes along, which `load` verifies.
+    ranks and layers with scale 0 are left out. Leaves that are trained in full may be all that there
+    is. A checksum of config and tensors goes along, which `load` verifies.
     Prefix embeddings go into a folder `prefix`, to PEFT an adapter of its kind PROMPT_TUNING. The config says so, and
     PEFT, which can't have both at once, warns of what it doesn't know there.
     The files are moved into place when all are complete: on any failure an earlier adapter stays
@@ -46,7 +47,7 @@ def save(
         folder: where to; made if it isn't there. Other files in it are kept.
         params: the tree with its nodes, or only the adapter (`lora_jax.split(params)[1]`).
         names: the Hugging Face name of each leaf: `model.names`.
-        train: which other leaves were trained whole, as given to `lora_jax.split`: saved as `modules_to_save`
+        train: which other leaves were trained in full, as given to `lora_jax.split`: saved as `modules_to_save`
             (biases of adapted modules as `bias="lora_only"`). An adapter tree knows its own.
         base_model: the name or path of the base model, which PEFT's `AutoPeftModel` loads.
         task_type: PEFT's task, such as `"CAUSAL_LM"`.
@@ -61,8 +62,8 @@ def save(
 
     Raises:
         FileExistsError: `folder` holds an adapter and `overwrite` isn't set, or is a file.
-        ValueError: an argument of another kind, no adapter in `params`, a leaf that isn't in `names`, something that
-            PEFT's format can't express, or a value that isn't finite.
+        ValueError: an argument of another kind, nothing that trains in `params`, a leaf that isn't in `names`,
+            something that PEFT's format can't express, or a value that isn't finite.
         OSError: it can't be written (disk full); what was there before is whole.
 
     Example:
@@ -93,7 +94,7 @@ def save(
     if (folder / CONFIG_FILE).exists() and not overwrite:
         raise FileExistsError(f"{folder} already holds an adapter; pass overwrite=True to replace it")
     params, node = prefix.take(params)
-    tensors, config = _content.content(_trees.parts(params, train), names, portable, rows, fused)
+    tensors, config = _content.content(_trees.parts(params, train), names, portable, rows, fused, node is not None)
     _check_finite(tensors if node is None else {**tensors, prefix.PREFIX: np.asarray(node.value)})
     if node is not None:
         config = dataclasses.replace(config, lora_jax_prefix=_prefix.declared(node))
