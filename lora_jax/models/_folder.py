@@ -20,6 +20,8 @@ NOT_COPIED = re.compile(
     r"config\.json|.*\.safetensors\.index\.json|pytorch_model\.bin\.index\.json|adapter_config\.json"
 )
 
+_FOUND_BY = re.compile(r"(Class v|V)alidation error for (field|validator) '\w+': (\w+: )?")
+
 
 def find(path_or_hub_id: str | os.PathLike, *, weights: bool) -> Path:
     """The local folder of a model; a hub name is downloaded (or found in the hub's cache) first.
@@ -56,16 +58,27 @@ def read_config(folder: Path, families: Mapping[str, Family]) -> tuple[Family, A
     """
     path, values = folder / CONFIG, _settings.read(folder)
     try:
-        family = family_of(values.get("model_type"), values.get("architectures"), families)
+        if not isinstance(model_type := values.get("model_type"), str | None):
+            raise ValueError(f"model_type: {_settings.shown(model_type)} given, expected a model type's name")
+        family = family_of(model_type, values.get("architectures"), families)
         if values.get("quantization_config"):
             raise ValueError("a quantized model is not supported; use the float16, bfloat16 or float32 original")
         _settings.check(values, family.config_class)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    for name in ("dtype", "torch_dtype"):  # transformers looks either of the two spellings up in torch
+        if isinstance(values.get(name), str):
+            values[name] = values[name].removeprefix("torch.")
     try:
         return family, family.config_class(**values)  # `from_dict` writes it out for its log, which takes seconds
     except Exception as error:  # transformers checks with whatever exceptions its validators raise
-        raise ValueError(f"{path}: not a valid {family.config_class.__name__}: {_settings.one_line(error)}") from None
+        raise ValueError(f"{path}: not a valid {family.config_class.__name__}: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong, without where in transformers it was found."""
+    text = _settings.one_line(error, 1000)
+    return _settings.one_line(ValueError(_FOUND_BY.sub("", text)), 110)
 
 
 def family_of(model_type: Any, architectures: Any, families: Mapping[str, Family]) -> Family:
@@ -80,11 +93,11 @@ def family_of(model_type: Any, architectures: Any, families: Mapping[str, Family
     for name in architectures or of_type:
         if name in of_type:
             return of_type[name]
-    what = (
-        ", ".join(ascii(name[:60])[1:-1] for name in (architectures or ())[:3])
-        or f"model_type {_settings.shown(model_type)}"
-    )
-    raise ValueError(f"{what} is not supported; supported are {', '.join(sorted(families))}")
+    if of_type:
+        of = f"supported of model_type {model_type} are {', '.join(sorted(of_type))}"
+        raise ValueError(f"{ascii(architectures[0][:60])[1:-1]} is not supported; {of}")
+    types = sorted({family.config_class.model_type for family in families.values()})
+    raise ValueError(f"model_type {_settings.shown(model_type, 30)} is not supported; supported are {', '.join(types)}")
 
 
 def copy_text_files(source: Path, target: Path, patterns: Sequence[str] = TEXT_FILES) -> None:
