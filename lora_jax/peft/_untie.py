@@ -51,15 +51,15 @@ def untied(params: Any, names: Mapping[str, Weight], config: AdapterConfig) -> A
             continue
         if any(rows_of.path == tensor.path for rows_of, _ in _tokens.of(config, table)):
             raise ValueError(
-                f"trainable_token_indices: {tensor.module} shares its weight with {', '.join(tensor.tied)}, and one of "
-                "them is changed in another way too: not supported"
+                f"trainable_token_indices: {tensor.module} shares its weight with {tensor.tied[0]}, and one of them is "
+                "changed in another way too: not supported"
             )
         own = {head.name.rpartition(".")[0]: (path, head) for path, head in _untied(names[tensor.path])}
         for module in tensor.tied:
             if module not in own:
                 raise ValueError(
-                    f"the adapter changes one of the two uses of {tensor.path} ({tensor.module} and {module} share it),"
-                    " and names doesn't say where a head of its own goes: only ensure_weight_tying=true can be read"
+                    f"{tensor.path}: the adapter changes one use of this tied weight ({module} shares it), and "
+                    "names doesn't say where a head of its own goes"
                 )
             path, head = own[module]
             leaf = _tree.unbox(leaves[tensor.path])
