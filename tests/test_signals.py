@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,7 @@ def stopped(world, tmp_path, monkeypatch, capfd):  # noqa: F811
             add(self, step, *rest)
             if step == after:
                 os.kill(os.getpid(), number)
+                time.sleep(0.5)  # another thread takes it: before the last step is over
 
         with monkeypatch.context() as patch:
             patch.setattr(_log.Meter, "add", signalled)

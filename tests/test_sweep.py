@@ -81,7 +81,7 @@ def test_leaves_that_train_whole_train_beside_each():
         alone = solo(point, lora=lora)
         np.testing.assert_allclose(result.valid.loss, alone.after.loss, rtol=1e-5)
         np.testing.assert_allclose(
-            result.adapter["embed"]["kernel"], alone.params["embed"]["kernel"], rtol=0, atol=1e-5
+            result.adapter["embed"]["kernel"].value, alone.params["embed"]["kernel"].value, rtol=0, atol=1e-5
         )
         assert result.trainable == PARAMS["embed"]["kernel"].size + point.rank * (tiny.VOCABULARY + tiny.WIDTH)
 
