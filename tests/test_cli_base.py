@@ -6,8 +6,10 @@ import shutil
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from hostile_models import POINTER
+from safetensors.numpy import load_file, save_file
 from test_cli import refused as refused
 from test_cli import tiny_model, tiny_tokenizer
 from transformers import PreTrainedTokenizerFast
@@ -124,6 +126,42 @@ def test_one_that_is_not_here_is_named(project, refused, monkeypatch, named, wor
         assert words in message
         assert "give --model" in message
         assert len(message) < 250
+
+
+def with_nan(path):
+    tensors = load_file(path)
+    save_file({name: array * np.nan for name, array in tensors.items()}, path)
+
+
+DAMAGE = {
+    "pointer": (lambda path: path.write_text(POINTER), "a Git LFS pointer to 1,049 bytes"),
+    "cut short": (lambda path: path.write_bytes(path.read_bytes()[:-7]), "not a complete safetensors file"),
+    "empty": (lambda path: path.write_bytes(b""), "not a complete safetensors file"),
+    "not finite": (with_nan, "holds NaN or infinity"),
+    "integers": (
+        lambda path: save_file({"x.lora_A.weight": np.ones((2, 2), np.int32)}, path),
+        "'x.lora_A.weight' is I32; expected one of BF16, F16",
+    ),
+    "missing": (Path.unlink, "it holds no adapter_model.safetensors"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_file_is_said_where_no_base_is_named(project, refused, damage):
+    adapter = project / "runs" / "a"
+    change, words = DAMAGE[damage]
+    change(adapter / "adapter_model.safetensors")
+    message = refused("generate", "--adapter", adapter, "--prompt", "a")
+    assert words in message
+    assert "--model" not in message
+
+
+def test_an_edited_adapter_of_the_embedded_model_is_said(tmp_path, refused):
+    adapter = write_adapter(tmp_path, text_to_sql.BASE, None)
+    path = adapter / "adapter_config.json"
+    fields = json.loads(path.read_text())
+    path.write_text(json.dumps(fields | {"lora_alpha": fields["lora_alpha"] + 1}))
+    assert "checksum differs" in refused("generate", "--adapter", adapter, "--prompt", "a")
 
 
 def test_what_is_no_adapter_is_said_first(project, refused):

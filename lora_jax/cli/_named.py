@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import lora_jax
-from lora_jax.peft import _config
+from lora_jax.peft import _config, _file, _read
 
 EMBEDDED = "embedded"  # the name of the model in the package
 
@@ -56,9 +56,16 @@ def trains_tokens(adapter: Path) -> bool:
 
 
 def fits(adapter: Path, model: Any, axes: Any) -> bool:
-    """Whether the adapter is one of this model's, going by names and shapes."""
+    """Whether the adapter is one of this model's, going by names and shapes.
+
+    Raises:
+        OSError: a file is missing.
+        ValueError: it can't be an adapter of any model: damaged, not finite, or not what was saved.
+    """
+    _, path = _read.find(adapter)
+    _file.check(path)
     try:
         lora_jax.peft.load(adapter, model.params, names=model.names, axes=axes)
-    except ValueError:
+    except _read.Misfit:
         return False
     return True

@@ -10,6 +10,7 @@ import numpy as np
 import safetensors
 
 from lora_jax._untrusted import git_lfs_pointer
+from lora_jax.peft._config import DTYPES
 
 ADAPTER = "default"  # PEFT's name of an adapter that was given none
 _WRAPPER = re.compile(rf"\.(modules_to_save|original_module)(\.{ADAPTER})?(?=\.)")
@@ -29,6 +30,20 @@ def opened(path: Path) -> Iterator[Any]:
             yield file
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path}: not a complete safetensors file: {' '.join(str(error).split())}") from None
+
+
+def check(path: Path) -> None:
+    """Refuses a file that is no adapter of any model: not whole, or with tensors of other types or not finite.
+
+    Raises:
+        ValueError: what is wrong with it.
+    """
+    with opened(path) as file:
+        for name in file.keys():  # noqa: SIM118 - no mapping
+            if (dtype := file.get_slice(name).get_dtype()) not in DTYPES:
+                raise ValueError(f"{path}: {name[:60]!r} is {dtype}; expected one of {', '.join(sorted(DTYPES))}")
+            if not is_finite(file.get_tensor(name)):
+                raise ValueError(f"{path}: {name[:60]!r} holds NaN or infinity")
 
 
 def peft_name(name: str) -> str:

@@ -15,6 +15,10 @@ from lora_jax.peft._names import Tensor, Weight
 from lora_jax.peft._write import TENSORS_FILE
 
 
+class Misfit(ValueError):
+    """The adapter's names or shapes aren't this model's; whatever else is wrong with it is a plain ValueError."""
+
+
 class Expected(NamedTuple):
     """What a tensor of the file must look like, and what it is a part of."""
 
@@ -64,17 +68,27 @@ def load(
         raise ValueError(f"{min(tree.nodes)} already has an adapter; load into the base parameters, or merge it first")
     with _file.opened(path) as file:
         try:
-            names = _untie.names_of(names, tree.leaves)
-            params = _untie.untied(params, names, config)
-            tree = _trees.parts(params)
-            names = _untie.names_of(names, tree.leaves)
-            plan = _Plan(config, names, _names.tensors(names, tree.leaves), axes)
+            params, tree, plan = _planned(params, names, config, axes)
             arrays = _checked(file, plan, tree.leaves)
             values = plan.values(arrays, tree.leaves)
         except ValueError as error:
-            raise ValueError(f"{folder}: {error}") from None
+            kind = Misfit if isinstance(error, Misfit) else ValueError
+            raise kind(f"{folder}: {error}") from None
     new = _trees.put(params, plan.nodes(arrays, tree.leaves), _trees.filled(values, tree.leaves))
     return _prefix.load(folder, new, config)
+
+
+def _planned(
+    params: Any, names: Mapping[str, Weight], config: AdapterConfig, axes: Mapping[str, Axes] | None
+) -> tuple[Any, _trees.Parts, "_Plan"]:
+    """The base, with a leaf for each head that must be apart; the same by path; and what is to be read into it."""
+    try:
+        params = _untie.untied(params, _untie.names_of(names, _trees.parts(params).leaves), config)
+        tree = _trees.parts(params)
+        names = _untie.names_of(names, tree.leaves)
+        return params, tree, _Plan(config, names, _names.tensors(names, tree.leaves), axes)
+    except ValueError as error:
+        raise Misfit(str(error)) from None
 
 
 def find(folder: Path) -> tuple[AdapterConfig, Path]:
@@ -272,7 +286,9 @@ def _selected(tensor: Tensor, selects: Callable[[str], bool]) -> bool:
 def _checked(file: Any, plan: _Plan, leaves: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """The tensors of an open file by PEFT's names, once names, dtypes and shapes are right, and then their values."""
     slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-    _refuse(plan.problems({name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}))
+    wrong = plan.problems({name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()})
+    if wrong:
+        raise Misfit(_config.one_line(wrong))
     stored = {name: file.get_tensor(name) for name in slices}
     problems = [f"{name} holds NaN or infinity" for name, array in stored.items() if not _file.is_finite(array)]
     recorded = (file.metadata() or {}).get(_config.CHECKSUM)
