@@ -255,7 +255,8 @@ def test_analyze_writes_a_report(world, tmp_path, capsys):
     output = str(tmp_path / "report")
     argv = ["analyze", "--adapter", world["out"], "--output", output]
     assert main([*argv, "--model", world["model"], "--against", world["out"]]) == 0
-    said = capsys.readouterr().out
+    said, noted = capsys.readouterr()
+    assert "no base was read" not in noted
     for word in ("self_attn.q_proj", "factor", f"report: {output}/report.html", "next: python -m webbrowser"):
         assert word in said
     with open(f"{output}/report.json") as file:
@@ -272,6 +273,18 @@ def test_analyze_writes_a_report(world, tmp_path, capsys):
         assert kernel["amplification"]["w_norm"] == pytest.approx(w, rel=1e-5)
         assert kernel["update"]["norm"] == pytest.approx(delta, rel=1e-4)
         assert kernel["similarity"]["a"]["phi"][1][1] == pytest.approx(1)
+
+
+def test_analyze_says_that_no_base_was_read(world, tmp_path, capsys):
+    adapter = tmp_path / "a"
+    shutil.copytree(world["out"], adapter)
+    fields = json.loads((adapter / "adapter_config.json").read_text())
+    for named, words in (("org/base", "; the adapter names 'org/base'"), (None, "")):
+        (adapter / "adapter_config.json").write_text(json.dumps(fields | {"base_model_name_or_path": named}))
+        argv = ["analyze", "--adapter", str(adapter), "--output", str(tmp_path / f"report {named is None}")]
+        assert main(argv) == 0
+        noted = capsys.readouterr().err
+        assert f"no base was read, so nothing is compared with W{words}: --model reads it\n" in noted
 
 
 def test_analyze_needs_the_adapter_alone(tmp_path, capsys):

@@ -13,6 +13,7 @@ from rich.progress import track
 import lora_jax
 from lora_jax import LoRA, report, text_to_sql
 from lora_jax.cli import _base, _show
+from lora_jax.peft import _config
 
 EMBEDDED = "embedded"  # --model's name for the model in the package
 PEFT_CONFIG = "adapter_config.json"
@@ -76,11 +77,22 @@ def run(settings: Settings) -> None:
         )
     show = _show.results()
     show.print(summary(measured))
+    if settings.model is None:
+        _show.notes().print(_without_base(settings.adapter), markup=False, soft_wrap=True)
     page = settings.output / "report.html"
     show.print(f"report: {page}", markup=False, soft_wrap=True)
     show.print(
         f"next: {shlex.join(['python', '-m', 'webbrowser', str(page.absolute())])}", markup=False, soft_wrap=True
     )
+
+
+def _without_base(adapter: Path) -> str:
+    """What to say where the adapter was measured by itself."""
+    names = ""
+    if (adapter / PEFT_CONFIG).is_file():
+        named = _config.read_json(adapter / PEFT_CONFIG).get("base_model_name_or_path")
+        names = f"; the adapter names {_config.show(named)}" if named else ""
+    return f"no base was read, so nothing is compared with W{names}: --model reads it"
 
 
 def _check_alpha(settings: Settings) -> None:
