@@ -140,7 +140,7 @@ def world(tmp_path_factory):
 
 
 def test_train_tells_labels_and_samples_and_what_to_type_next(world):
-    for told in ("labels: no, so, yes. new and trained whole: classifier", "expected   ", "accuracy", "\nrow "):
+    for told in ("labels: no, so, yes. new and trained in full: classifier", "expected   ", "accuracy", "\nrow "):
         assert told in world["said"]
     assert f"next: lora-jax evaluate --model {world['model']} --adapter {world['out']} --data" in world["said"]
 

@@ -101,7 +101,7 @@ def test_a_tied_embedding_is_written_once(tied):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_low_precision_base_in_any_dtype(tmp_path, dtype, capsys):
-    """Merged in float32 and rounded once, as are leaves that trained whole; what the rounding costs is printed."""
+    """Merged in float32 and rounded once, leaves trained in full too; what the rounding costs is printed."""
     world = World(tmp_path, ("attention",), train=("norm",), dtype="bfloat16")
     assert world.merge("--dtype", dtype) == 0
     said = capsys.readouterr().out

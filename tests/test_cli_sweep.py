@@ -74,7 +74,7 @@ def test_labels_and_a_prefix_are_swept_as_they_are_trained(labelled, tmp_path, c
         sweep(labelled, *common, "--grid", "prefix-length=0,3", "--seeds", 2, "--output", out, "--save-adapters") == 0
     )
     said = capsys.readouterr().out
-    for word in ("labels: no, yes. new and trained whole: classifier", "accuracy", "prefix"):
+    for word in ("labels: no, yes. new and trained in full: classifier", "accuracy", "prefix"):
         assert word in said
     rows = list(csv.DictReader((out / "results.csv").read_text().splitlines()))
     assert [(row["prefix_length"], row["seed"]) for row in rows] == [("0", "0"), ("0", "1"), ("3", "0"), ("3", "1")]

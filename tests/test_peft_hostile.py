@@ -267,7 +267,7 @@ class World(NamedTuple):
 
 
 def with_every_option() -> World:
-    """DoRA, a module that was trained whole, rows of an embedding, and a prefix."""
+    """DoRA, a module that was trained in full, rows of an embedding, and a prefix."""
     params = adapted(with_magnitudes(QUERY, HEAD))
     params["norm"] = {name: leaf + 1 for name, leaf in params["norm"].items()}
     params["embed"]["embedding"] = params["embed"]["embedding"].at[jnp.array([3, 7])].set(0.5)

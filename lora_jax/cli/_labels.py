@@ -98,7 +98,7 @@ def save(folder: Path, labels: Labels | None) -> None:
 def new_parts(model: Any) -> str:
     """Which parts of the model are drawn anew, in words; nothing where none is."""
     parts = sorted({path.split("/")[0] for path in model.fresh})
-    return f"new and trained whole: {', '.join(parts)}" if parts else ""
+    return f"new and trained in full: {', '.join(parts)}" if parts else ""
 
 
 def with_head(config: lora_jax.LoRAConfig, model: Any) -> lora_jax.LoRAConfig:
@@ -129,7 +129,7 @@ def asked(rows: Sequence[Labelled], examples: Sequence[LabelledExample], labels:
 
 
 def tell(model: Any, params: Any, examples: Sequence[LabelledExample], labels: Labels, of: Task) -> list[str]:
-    """What the model tells of a few rows."""
+    """What the model says of a few rows."""
     if not examples or of.predict is None:
         return []
     batch = data.pad(examples, len(examples), max(len(example.input_ids) for example in examples))
