@@ -12,6 +12,10 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.pop("COLUMNS", None)  # workers are told a terminal's width, by which tables would fold
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Two workers, and the commands of one run of CI, compile many a program that another has compiled.
+COMPILED = pathlib.Path(__file__).parent.parent / ".pytest_cache" / "compiled"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(COMPILED))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # grain forks; tokenizers warns when it has already made threads
 
 # Tracing makes millions of small objects, few of them garbage: look less often.
