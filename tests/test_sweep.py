@@ -361,7 +361,7 @@ def test_an_adapted_function_brings_its_own_dropout():
         )
     )
     np.testing.assert_array_equal(raw.results[0].losses, own.results[0].losses)
-    with pytest.raises(ValueError, match=r"^dropout: the function is adapted already with 0.5, 0.1 is given"):
+    with pytest.raises(ValueError, match=r"^dropout: the function is adapted already with 0.5, and 0.1 is given"):
         sweep.run(
             lora_jax.adapt(tiny.small_apply, dropout=0.5),
             PARAMS,
