@@ -1,5 +1,6 @@
 """`lora-jax merge`: what it prints, what it refuses, and that merged is adapted, tied embeddings included."""
 
+import copy
 import json
 import re
 import shutil
@@ -181,6 +182,21 @@ def test_a_merge_that_is_wrong_is_not_kept(tmp_path, monkeypatch, refused):
     message = refused(world)
     assert "merged and adapted logits differ by" in message
     assert "0.001 is allowed" in message
+
+
+def test_what_is_not_finite_is_not_written(tied, tmp_path, refused):
+    """Also where nothing is compared: A B is beyond float32 here."""
+    model = models.load(tied.model, "float32")
+    axes = lora_jax.kernel_axes(model.apply, model.params, IDS)
+    params = peft.load(tied.adapter, model.params, names=model.names, axes=axes)
+    huge = copy.copy(tied)
+    huge.model, huge.adapter, huge.output = (tmp_path / name for name in ("model", "adapter", "merged"))
+    shutil.copytree(tied.model, huge.model)
+    base, adapter = lora_jax.split(params)
+    peft.save(huge.adapter, lora_jax.combine(base, jax.tree.map(lambda x: 1e25 * x, adapter)), names=model.names)
+    message = refused(huge, "--check", "never")
+    assert "finite" in message
+    assert "q_proj" in message or "embed_tokens" in message
 
 
 def test_a_tensor_that_was_not_written_whole_is_seen(tied, monkeypatch, refused):
