@@ -48,8 +48,7 @@ def test_memory_is_bounded(tokenizer, template):
     before = kib()
     assert "it needs more than 256 MiB of memory" in refused(tokenizer, template)
     _template.close()  # counts once it has ended
-    for most, earlier in zip(kib(), before, strict=True):
-        assert most <= max(earlier, 2**20)  # 1 GiB
+    assert max(kib()) < max(before) + 2**20  # 1 GiB; a child counts as large as what it was forked from
 
 
 def test_what_is_written_is_bounded(tokenizer):
