@@ -299,7 +299,7 @@ PREFIX_KINDS: dict[str, tuple[Callable, int]] = {
 
 # What a damage may leave as it was: a name or a description in a config, the order of what a file holds.
 LEAST = {
-    "a bit in the config": 0.6,  # fifteen of each world but the first
+    "a bit in the config": 0.7,
     "field": 0.9,
     "a bit in the tensors' file": 0.98,
     "a bit in the prefix": 0.8,
@@ -354,6 +354,7 @@ def test_each_is_refused_or_still_says_the_same(world, kind, tmp_path):
         assert time.monotonic() - started < SECONDS
         assert sorted(path.name for path in tmp_path.iterdir()) == ["hostile", "whole"]
         shutil.rmtree(hostile)
-    # The header's metadata come in any order, so that another bit of `"format": "pt"`, which harms nothing, is met.
-    spared = 2 if kind == "a bit in the tensors' file" and count < 100 else 0
+    # The untied one is the smallest, so that more of its bits are of names, and of the header's `"format": "pt"`, whose
+    # place changes from one writing to the next: neither harms anything.
+    spared = 2 if world == "untied" and kind in ("a bit in the tensors' file", "a bit in the config") else 0
     assert refused >= LEAST.get(kind, 1) * count - spared
