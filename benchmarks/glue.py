@@ -66,7 +66,9 @@ class Job:
     epochs: int
 
     def config(self, seed: int, rate: float) -> train.TrainConfig:
-        return train.TrainConfig(batch_size=32, epochs=self.epochs, max_length=128, learning_rate=rate, seed=seed)
+        return train.TrainConfig(
+            batch_size=32, num_train_epochs=self.epochs, max_length=128, learning_rate=rate, seed=seed
+        )
 
 
 def job(name: str, minilm: Path, folder: Path, epochs: int | None) -> Job:
@@ -114,7 +116,7 @@ def theirs(job: Job, method: str, seed: int, rate: float) -> dict[str, Any]:
 
     config = job.config(seed, rate)
     steps = config.total_steps(len(job.rows))
-    batches = data.batches(job.rows, config.batch_size, seed=config.row_order, epochs=job.epochs)
+    batches = data.batches(job.rows, config.batch_size, seed=config.shuffle_seed, epochs=job.epochs)
     rates = train.schedule(config, steps)
     return glue_peft.run(
         job.minilm,
@@ -127,7 +129,7 @@ def theirs(job: Job, method: str, seed: int, rate: float) -> dict[str, Any]:
         rank=RANK,
         alpha=ALPHA,
         weight_decay=config.weight_decay,
-        clip=config.clip,
+        clip=config.max_grad_norm,
     )
 
 

@@ -33,8 +33,8 @@ import safetensors.numpy
 
 STEPS, INTERVAL = 60, 7  # an interval that is no multiple of the lines': a checkpoint falls between two of them
 FLAGS = (
-    *("--rank", "2", "--alpha", "4", "--dropout", "0.1", "--batch-size", "4", "--steps", str(STEPS)),
-    *("--checkpoint-every", str(INTERVAL), "--log-every", "5", "--eval-every", "10"),
+    *("--rank", "2", "--alpha", "4", "--dropout", "0.1", "--batch-size", "4", "--max-steps", str(STEPS)),
+    *("--save-steps", str(INTERVAL), "--logging-steps", "5", "--eval-steps", "10"),
 )
 PROGRAM = """
 import sys, time

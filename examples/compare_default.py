@@ -74,7 +74,7 @@ def main(settings: Comparison) -> None:
         for seed in range(settings.seeds):
             began = time.perf_counter()
             config = TrainConfig(
-                batch_size=DEFAULTS.batch_size, steps=settings.steps, learning_rate=way.learning_rate, seed=seed
+                batch_size=DEFAULTS.batch_size, max_steps=settings.steps, learning_rate=way.learning_rate, seed=seed
             )
             result = train(model.apply, way.start(seed), encoded, config=config, train=way.whole)
             seconds.append(time.perf_counter() - began)

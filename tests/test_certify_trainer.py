@@ -32,7 +32,9 @@ def test_the_trainers_step_holds(model):
     make = lambda params: lora_jax.init(jax.random.key(0), params, config, axes=axes)
     base, adapter = lora_jax.split(jax.eval_shape(make, model.params))
     tx = make_optimizer(TrainConfig(), 10)
-    step = make_step(lora_jax.adapt(model.apply, dropout=0.1, on_materialize="error"), tx, accumulate=2)
+    step = make_step(
+        lora_jax.adapt(model.apply, dropout=0.1, on_materialize="error"), tx, gradient_accumulation_steps=2
+    )
 
     def plain(params, batch, key):
         return next_token_loss(model.apply(params, batch["input_ids"], batch["attention_mask"]), batch)[0]

@@ -21,7 +21,7 @@ from lora_jax.checkpoint import Checkpoints, TrainState, fingerprint, load_adapt
 from lora_jax.train import TrainConfig, train
 
 # 40 rows in batches of 8: a checkpoint after 4 of 5 batches lies inside an epoch, one after 8 inside another.
-CONFIG = TrainConfig(batch_size=8, steps=12, learning_rate=1e-2, log_every=1, dropout=0.3, checkpoint_every=4)
+CONFIG = TrainConfig(batch_size=8, max_steps=12, learning_rate=1e-2, logging_steps=1, dropout=0.3, save_steps=4)
 ROWS = tiny.examples(40)
 
 
@@ -114,7 +114,7 @@ def square_node(axes):
             {"config": dataclasses.replace(CONFIG, learning_rate=2e-2)},
             "setting learning_rate: 0.01 in the checkpoint, 0.02",
         ),
-        ({"config": dataclasses.replace(CONFIG, steps=20)}, "setting steps: 12 in the checkpoint, 20 here"),
+        ({"config": dataclasses.replace(CONFIG, max_steps=20)}, "setting max_steps: 12 in the checkpoint, 20 here"),
         ({"rows": ROWS[:-1] + tiny.examples(1, seed=7)}, "setting training rows: 40, "),
     ],
     ids=["base", "dtype", "targets", "rank", "rate", "steps", "rows"],
@@ -128,7 +128,7 @@ def test_a_checkpoint_of_another_run_is_refused(finished, changed, message):
 
 
 def test_what_decides_nothing_may_change(finished):
-    run(finished, resume=True, config=dataclasses.replace(CONFIG, log_every=3, eval_every=5, checkpoint_every=2))
+    run(finished, resume=True, config=dataclasses.replace(CONFIG, logging_steps=3, eval_steps=5, save_steps=2))
 
 
 def state_of(adapter, tx=None):
@@ -218,7 +218,7 @@ def test_a_fingerprint_sees_the_dtype_and_not_the_placement():
 @pytest.mark.bits
 def test_a_run_broken_off_again_before_its_first_line_keeps_its_lines(tmp_path, monkeypatch):
     """Between two lines, too: the first figures of a line are in the checkpoint."""
-    config = dataclasses.replace(CONFIG, log_every=3, steps=9)
+    config = dataclasses.replace(CONFIG, logging_steps=3, max_steps=9)
     run(tmp_path / "whole", config=config)
     with pytest.raises(Broken):
         run(tmp_path / "out", until=6, config=config)  # its checkpoint is of step 4, its newest line of step 6
@@ -240,7 +240,7 @@ def test_a_run_broken_off_again_before_its_first_line_keeps_its_lines(tmp_path, 
 def test_checkpoints_by_minutes(tmp_path, monkeypatch):
     clock = iter(range(0, 10**6, 61))  # each look at it is a minute later
     monkeypatch.setattr("lora_jax.train._save.time", types.SimpleNamespace(monotonic=lambda: next(clock)))
-    by_minutes = dataclasses.replace(CONFIG, checkpoint_every=0, save_minutes=4, steps=10)
+    by_minutes = dataclasses.replace(CONFIG, save_steps=0, save_minutes=4, max_steps=10)
     run(tmp_path / "often", config=by_minutes)
     assert sorted(int(path.name) for path in (tmp_path / "often" / "checkpoints").iterdir()) == [8, 10]
     run(tmp_path / "never", config=dataclasses.replace(by_minutes, save_minutes=0))

@@ -71,7 +71,7 @@ def write_rows(path, count=12):
     return str(path)
 
 
-TRAIN = ("--rank", "2", "--alpha", "4", "--steps", "2", "--batch-size", "4", "--learning-rate", "0.01")
+TRAIN = ("--rank", "2", "--alpha", "4", "--max-steps", "2", "--batch-size", "4", "--learning-rate", "0.01")
 
 
 @pytest.fixture(scope="module")

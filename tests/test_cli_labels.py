@@ -31,7 +31,7 @@ SIZES = {
     "initializer_range": 0.2,
     "pad_token_id": 0,
 }
-TRAIN = ("--rank", "2", "--alpha", "4", "--targets", "query", "value", "--steps", "2", "--batch-size", "4")
+TRAIN = ("--rank", "2", "--alpha", "4", "--targets", "query", "value", "--max-steps", "2", "--batch-size", "4")
 
 
 def encoder(folder, config_class=BertConfig, architecture="BertModel", **changes):

@@ -14,7 +14,7 @@ from lora_jax.cli import main
 
 pytestmark = pytest.mark.usefixtures(compiled_once.__name__)
 
-QUICK = ("--steps", "2", "--batch-size", "4", "--learning-rate", "0.01", "--memory", "4GB")
+QUICK = ("--max-steps", "2", "--batch-size", "4", "--learning-rate", "0.01", "--memory", "4GB")
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,16 @@ def test_labels_and_a_prefix_are_swept_as_they_are_trained(labelled, tmp_path, c
     assert declared == {"length": 3, "after": 1}  # behind the token that the head sees
     flags = ["--model", labelled["model"], "--data", labelled["data"]]
     for row, length in ((rows[1], 0), (rows[3], 3)):
-        words = [*common, *QUICK[:-2], "--prefix-length", length, "--seed", 1, "--keep", "last", "--overwrite"]
+        words = [
+            *common,
+            *QUICK[:-2],
+            "--prefix-length",
+            length,
+            "--seed",
+            1,
+            "--no-load-best-model-at-end",
+            "--overwrite",
+        ]
         words[words.index("q") : words.index("v") + 1] = ["query", "value"]
         assert main([str(word) for word in ("train", *flags, *words, "--output", alone)]) == 0
         found = []
@@ -104,7 +113,7 @@ def test_labels_and_a_prefix_are_swept_as_they_are_trained(labelled, tmp_path, c
         (["--grid", "rank=1", "--budget", 7], "budget: no point has 6 to 7 parameters"),
         (["--grid", "ranks=1"], "grid: no setting 'ranks'; the settings are rank, alpha, targets"),
         (["--memory", "much"], "memory: 'much' given, expected a size such as 4GB"),
-        (["--eval-every", 3], "eval_every: 3 given"),
+        (["--eval-steps", 3], "eval_steps: 3 given"),
         (["--grid", "rank=auto"], "rank: 'auto' given, which is the highest rank within a budget; give a budget"),
         (["--grid", "prefix-length=0,127"], "prefix_length: 127 given, expected 0 to 126 for 128 positions"),
         (["--prefix-length", -1], "prefix_length: -1 given, expected a whole number of 0 or more"),
@@ -134,8 +143,8 @@ def test_only_adapters_of_the_results_are_replaced(paths, tmp_path, monkeypatch)
     (saved / "stale").write_text("of the last run")
     told = json.loads((out / "results.json").read_text())
     assert told["lora"].keys() == {"dora", "dtype", "exclude", "init", "scaling", "train"}
-    assert told["train"]["keep"] == "last"
-    assert not told["train"].keys() & {"seed", "learning_rate", "order"}
+    assert told["train"]["load_best_model_at_end"] is False
+    assert not told["train"].keys() & {"seed", "learning_rate", "data_seed"}
     assert sweep(paths, *grid, "--overwrite") == 0
     assert not (saved / "stale").exists()
     assert (out / "adapters" / "mine" / "precious").read_text() == "kept"

@@ -173,7 +173,7 @@ def test_low_precision_keeps_a_float32_master(llama):
 
 def test_training_moves_it_and_the_loss(llama, tmp_path):
     rows = [data.Example(np.arange(2, 10 + i % 3, dtype=np.int32), np.arange(8 + i % 3) > 2) for i in range(8)]
-    config = train.TrainConfig(steps=4, batch_size=4, learning_rate=1e-2, checkpoint_every=2)
+    config = train.TrainConfig(max_steps=4, batch_size=4, learning_rate=1e-2, save_steps=2)
     params = adapted(llama)
     result = train.train(llama.apply, params, rows, rows, config, output=tmp_path)
     assert np.abs(result.params["prefix"].value - params["prefix"].value).max() > 1e-3
@@ -189,7 +189,7 @@ def test_a_sweep_trains_one_for_each_point(llama):
     rows = [data.Example(np.arange(2, 10, dtype=np.int32), np.arange(8) > 2) for _ in range(4)]
     params = prefix.init(jax.random.key(2), llama.params, LENGTH)
     points = [sweep.Point(rank=rank, alpha=4, targets=("q", "v")) for rank in (1, 2)]
-    config = train.TrainConfig(steps=2, batch_size=4, learning_rate=1e-2)
+    config = train.TrainConfig(max_steps=2, batch_size=4, learning_rate=1e-2)
     found = sweep.run(llama.apply, params, points, rows, config=config).results
     lora, alone = points[0].settings(None, config, leaf_paths(llama.params))
     key = jax.random.fold_in(jax.random.key(config.seed), 0)
@@ -236,7 +236,7 @@ def test_a_sweep_compares_lengths(llama):
         sweep.Point(rank=rank, alpha=4, targets=("q", "v"), prefix_length=length, seed=length)
         for rank, length in ((1, 0), (2, 2))
     ]
-    config = train.TrainConfig(steps=2, batch_size=4, learning_rate=1e-2, order=0)
+    config = train.TrainConfig(max_steps=2, batch_size=4, learning_rate=1e-2, data_seed=0)
     results = sweep.run(llama.apply, llama.params, points, rows, rows, config)
     for point, found in zip(points, results.results, strict=True):
         assert_as_alone(llama, point, found, rows, config)
@@ -268,7 +268,7 @@ def test_the_longest_prefix_may_be_of_a_point_that_is_not_trained(llama, length)
         sweep.Point(rank=1, alpha=1, targets=("q",), prefix_length=4),
         sweep.Point(rank=2, alpha=4, targets=("q", "v"), prefix_length=length),
     ]
-    config = train.TrainConfig(steps=2, batch_size=4, learning_rate=1e-2, order=0)
+    config = train.TrainConfig(max_steps=2, batch_size=4, learning_rate=1e-2, data_seed=0)
     (found,) = sweep.run(llama.apply, llama.params, points, rows, rows, config, score_batches=1, best=1).results
     assert found.point.rank == 2
     assert_as_alone(llama, found.point, found, rows, config)
@@ -279,7 +279,7 @@ def test_a_sweep_is_told_the_table(llama):
     """A model that calls its table otherwise trains as the one that it is."""
     rows = [data.Example(np.arange(2, 9, dtype=np.int32), np.arange(7) > 2)]
     point = sweep.Point(rank=1, alpha=4, targets=("q",), prefix_length=2)
-    config = train.TrainConfig(steps=2, batch_size=1, learning_rate=1e-2)
+    config = train.TrainConfig(max_steps=2, batch_size=1, learning_rate=1e-2)
     named = {**llama.params, "lookup": {"rows": llama.params["embed_tokens"]["embedding"]}}
     del named["embed_tokens"]
 
@@ -429,7 +429,7 @@ def test_positions_are_refused(llama):
 @pytest.mark.slow
 def test_from_the_command_line(tmp_path, capsys):
     model, rows, out = tiny_model(tmp_path / "m"), write_rows(tmp_path / "rows.jsonl"), str(tmp_path / "out")
-    flags = ["train", "--model", model, "--data", rows, "--output", out, "--steps", "2", "--prefix-length"]
+    flags = ["train", "--model", model, "--data", rows, "--output", out, "--max-steps", "2", "--prefix-length"]
     assert main([*flags, "127"]) == 2
     assert "prefix_length: 127 given, expected 0 to 126" in capsys.readouterr().err
     assert main([*flags, "4"]) == 0

@@ -22,7 +22,7 @@ from lora_jax.train import _log
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
-LONGER = [*TRAIN, "--steps", "9", "--log-every", "4", "--eval-every", "3", "--dropout", "0.2"]
+LONGER = [*TRAIN, "--max-steps", "9", "--logging-steps", "4", "--eval-steps", "3", "--dropout", "0.2"]
 
 
 def argv(world, output):  # noqa: F811
@@ -171,13 +171,13 @@ def test_merge_overwrites_what_it_has_written_and_nothing_else(world, refused, t
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--epochs", "1e300"], "epochs: 1e+300 given"),
-        (["--epochs", "2e9", "--batch-size", "4"], "steps, expected up to 2147483647"),
+        (["--num-train-epochs", "1e300"], "num_train_epochs: 1e+300 given"),
+        (["--num-train-epochs", "2e9", "--batch-size", "4"], "steps, expected up to 2147483647"),
         (["--batch-size", "1e9"], "--batch-size: '1e9' given, expected a whole number"),
         (["--batch-size", "1000000000"], "batch_size: 1000000000 given, expected 1 to 1048576"),
-        (["--batch-size", "1000000"], "batch_size: 1000000 (accumulate 1) given for 11 rows, expected at most 1024"),
-        (["--steps", "1e12"], "--steps: '1e12' given, expected a whole number"),
-        (["--steps", "1000000000000"], "steps: 1000000000000 given, expected 1 to 2147483647"),
+        (["--batch-size", "1000000"], "batch_size: 1000000 given for 11 rows, expected at most 1024"),
+        (["--max-steps", "1e12"], "--max-steps: '1e12' given, expected a whole number"),
+        (["--max-steps", "1000000000000"], "max_steps: 1000000000000 given, expected 1 to 2147483647"),
         (["--rank", "1e6"], "--rank: '1e6' given, expected a whole number"),
         (["--rank", "1000000"], "rank: 1000000 given, expected at most 65536"),
     ],

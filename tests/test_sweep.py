@@ -30,12 +30,12 @@ PARAMS = tiny.small_init(jax.random.key(0))
 IDS = jax.ShapeDtypeStruct((1, 8), "int32")
 AXES = lora_jax.kernel_axes(tiny.small_apply, PARAMS, IDS, IDS)
 ROWS, VALID = tiny.examples(24), tiny.examples(8, seed=1)
-CONFIG = TrainConfig(batch_size=4, steps=12, learning_rate=1e-2, clip=0.5)
+CONFIG = TrainConfig(batch_size=4, max_steps=12, learning_rate=1e-2, max_grad_norm=0.5)
 POINTS = [
     Point(rank=1, alpha=2, targets=("head",)),
     Point(rank=4, alpha=8, targets=("embed", "head"), learning_rate=3e-2, weight_decay=0.5, seed=1),
     Point(rank=2, alpha=8, targets=("head",), dropout=0.3, seed=2),
-    Point(rank=2, alpha=1, targets=("embed",), seed=2, order=0),
+    Point(rank=2, alpha=1, targets=("embed",), seed=2, data_seed=0),
 ]
 
 
@@ -48,7 +48,7 @@ def solo(point, config=CONFIG, lora=None):
     lora, config = point.settings(lora, config, leaf_paths(PARAMS))
     key = jax.random.fold_in(jax.random.key(config.seed), 0)
     params = lora_jax.init(key, PARAMS, lora, axes=AXES)
-    return train(tiny.small_apply, params, ROWS, VALID, dataclasses.replace(config, log_every=1), train=lora.train)
+    return train(tiny.small_apply, params, ROWS, VALID, dataclasses.replace(config, logging_steps=1), train=lora.train)
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +138,7 @@ def test_a_nan_stays_where_it_arises():
 def test_what_only_the_last_update_broke_has_failed(tmp_path):
     """Of one step: its loss and gradient are finite, the validation loss is not."""
     points = [Point(rank=2, alpha=4, targets=("head",), learning_rate=rate) for rate in (1e-2, 1e38)]
-    results = swept(points, dataclasses.replace(CONFIG, steps=1))
+    results = swept(points, dataclasses.replace(CONFIG, max_steps=1))
     assert [result.failed_at for result in results.results] == [None, 1]
     assert (results.results[1].valid, results.results[1].adapter) == (None, None)
     results.write(tmp_path)
@@ -161,7 +161,7 @@ def test_a_large_loss_is_written_without_its_perplexity(together, tmp_path):
 @pytest.mark.slow
 def test_patterns_are_shown_as_they_are():
     points = [Point(rank=1, alpha=1, targets=(target,)) for target in ("/[a-z]*d.kernel/", "/h[a-z]+.kernel/")]
-    shown = str(swept(points, dataclasses.replace(CONFIG, steps=1)))
+    shown = str(swept(points, dataclasses.replace(CONFIG, max_steps=1)))
     for point in points:
         assert point.targets[0] in shown
 
@@ -352,7 +352,7 @@ def classify(params, input_ids, attention_mask):
 
 def test_an_adapted_function_brings_its_own_dropout():
     points = [Point(rank=2, alpha=4, targets=("head",))]
-    config = dataclasses.replace(CONFIG, steps=2)
+    config = dataclasses.replace(CONFIG, max_steps=2)
     raw, own = (
         sweep.run(f, PARAMS, points, ROWS, config=c, lora=LoRAConfig(rank=1, alpha=1), memory=10**9)
         for f, c in (
@@ -381,7 +381,7 @@ def test_labels_are_swept_with_their_metrics_and_heads():
     }
     lora = LoRAConfig(rank=1, alpha=1, train=("classifier",))
     point = Point(rank=2, alpha=4, targets=("dense",), seed=1)
-    config = dataclasses.replace(CONFIG, keep="last")
+    config = dataclasses.replace(CONFIG, load_best_model_at_end=False)
 
     def fresh(seed):
         return {"classifier/kernel": jax.random.normal(jax.random.key(seed), (tiny.WIDTH, 2))}
@@ -407,8 +407,8 @@ def test_scores_say_what_gradients_promise_and_are_judged():
     points = [
         Point(rank=r, alpha=4, targets=t, seed=s) for r in (1, 12) for t in (("embed",), ("head",)) for s in (0, 1)
     ]
-    results = swept(points, dataclasses.replace(CONFIG, order=0), score_batches=2)
-    batches = _run._Rows(ROWS, [dataclasses.replace(CONFIG, order=0)], 2).first(2)
+    results = swept(points, dataclasses.replace(CONFIG, data_seed=0), score_batches=2)
+    batches = _run._Rows(ROWS, [dataclasses.replace(CONFIG, data_seed=0)], 2).first(2)
 
     def loss(params, batch):
         total, weight = LANGUAGE_MODELLING.objective(
@@ -428,7 +428,7 @@ def test_scores_say_what_gradients_promise_and_are_judged():
     assert results.rank_correlation() == pytest.approx(expected)
     assert "score" in [column.header for column in results.table().columns]
     first = max(rows, key=lambda row: row["score"])
-    few = swept(points, dataclasses.replace(CONFIG, order=0), score_batches=2, best=1)
+    few = swept(points, dataclasses.replace(CONFIG, data_seed=0), score_batches=2, best=1)
     assert [(row["targets"], row["rank"], row["repeats"]) for row in few.summary()] == [
         (first["targets"], first["rank"], 2)
     ]
@@ -441,8 +441,8 @@ def test_nothing_to_train_is_refused():
         swept([])
     with pytest.raises(ValueError, match=r"^no training examples"):
         sweep.run(tiny.small_apply, PARAMS, POINTS, [])
-    with pytest.raises(ValueError, match=r"^eval_every: 3 given"):
-        swept(POINTS, dataclasses.replace(CONFIG, eval_every=3))
+    with pytest.raises(ValueError, match=r"^eval_steps: 3 given"):
+        swept(POINTS, dataclasses.replace(CONFIG, eval_steps=3))
     with pytest.raises(ValueError, match=r"^overrides: 'head' given, but a point of a sweep has one rank"):
         swept(POINTS, lora=LoRAConfig(rank=1, alpha=1, targets=("head",), overrides=(Override(target="head", rank=2),)))
     with pytest.raises(ValueError, match=r"^best: 1 given, expected 1 or more, with score_batches"):

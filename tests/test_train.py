@@ -32,7 +32,7 @@ from lora_jax.train import (
 
 CONFIG = lora_jax.LoRAConfig(rank=4, alpha=8, targets=tiny.TARGETS)
 AXES = {name: lora_jax.Axes((0,), (1,), (2,)) for name in tiny.TARGETS}
-QUICK = TrainConfig(batch_size=8, steps=12, learning_rate=1e-2, log_every=1)
+QUICK = TrainConfig(batch_size=8, max_steps=12, learning_rate=1e-2, logging_steps=1)
 
 
 def adapted(dtype=jnp.float32):
@@ -165,15 +165,15 @@ def test_a_batch_without_targets_moves_nothing():
 # --- accumulation ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("accumulate", few([2, 8], [2]))
-def test_parts_of_a_batch_add_up_to_the_batch(accumulate):
+@pytest.mark.parametrize("gradient_accumulation_steps", few([2, 8], [2]))
+def test_parts_of_a_batch_add_up_to_the_batch(gradient_accumulation_steps):
     """Rows of very different numbers of targets: a mean of the parts' means would be off by far."""
     rows = tiny.examples(4, longest=4) + tiny.examples(4, seed=1, shortest=28, longest=30)
     tx = lora_jax.masked(optax.sgd(1.0))
     base, adapter = lora_jax.split(grown(adapted()))
     results = []
-    for parts in (1, accumulate):
-        step = jax.jit(make_step(lora_jax.adapt(tiny.apply), tx, accumulate=parts))
+    for parts in (1, gradient_accumulation_steps):
+        step = jax.jit(make_step(lora_jax.adapt(tiny.apply), tx, gradient_accumulation_steps=parts))
         results.append(step(adapter, tx.init(adapter), base, batch_of(rows)))
     (whole, _, metrics), (parted, _, parted_metrics) = results
     np.testing.assert_allclose(parted_metrics, metrics, rtol=1e-5)
@@ -186,7 +186,7 @@ def test_parts_of_a_batch_add_up_to_the_batch(accumulate):
 def test_a_run_in_parts_is_the_run():
     rows = tiny.examples(24)
     whole = train(tiny.apply, adapted(), rows, config=QUICK)
-    parted = train(tiny.apply, adapted(), rows, config=dataclasses.replace(QUICK, batch_size=2, accumulate=4))
+    parted = train(tiny.apply, adapted(), rows, config=dataclasses.replace(QUICK, gradient_accumulation_steps=4))
     np.testing.assert_allclose(losses(parted), losses(whole), rtol=1e-4)
 
 
@@ -198,7 +198,7 @@ def test_a_run_in_parts_is_the_run():
 def test_the_base_keeps_every_bit(dtype):
     params = adapted(dtype)
     before = jax.tree.map(np.array, params)
-    config = dataclasses.replace(QUICK, weight_decay=0.1, steps=40)
+    config = dataclasses.replace(QUICK, weight_decay=0.1, max_steps=40)
     result = train(tiny.apply, params, tiny.examples(40), config=config)
     same(params, before)  # what was given is still there, undonated and unchanged
     base, adapter = lora_jax.split(result.params)
@@ -237,7 +237,7 @@ def test_clipping_sees_the_adapter_only():
     grads = jax.jit(jax.grad(loss))(params)
     base, adapter = lora_jax.split(grads)
     grads = lora_jax.combine(jax.tree.map(lambda x: 1e6 * x, base), adapter)
-    tx = make_optimizer(dataclasses.replace(QUICK, clip=0.5), 10)
+    tx = make_optimizer(dataclasses.replace(QUICK, max_grad_norm=0.5), 10)
     updates, _ = tx.update(grads, tx.init(params), params)
     own = lora_jax.split(params)[1]
     alone, _ = tx.update(adapter, tx.init(own), own)
@@ -249,7 +249,7 @@ def test_weight_decay_is_for_matrices():
     node = lora_jax.LoRA(jnp.ones((3, 2)), jnp.ones((2, 4)), 2.0, magnitude=jnp.ones(4))
     marks = {"scale": jnp.ones((5, 4)), "bias": jnp.ones(4), "kernel": jnp.ones((4, 2))}
     adapter = {"q": {"kernel_lora": node}, "x": {name: trained(leaf) for name, leaf in marks.items()}}
-    tx = make_optimizer(dataclasses.replace(QUICK, weight_decay=0.1, clip=0.0), 10)
+    tx = make_optimizer(dataclasses.replace(QUICK, weight_decay=0.1, max_grad_norm=0.0), 10)
     updates, _ = tx.update(jax.tree.map(jnp.zeros_like, adapter), tx.init(adapter), adapter)
     moved = {jax.tree_util.keystr(path): bool(x.any()) for path, x in jax.tree.leaves_with_path(updates)}
     assert [name for name, moves in moved.items() if moves] == [
@@ -268,7 +268,7 @@ def test_clipping_scales_the_gradient_to_the_norm():
     updates = {}
     for clip in (0.0, 1.0):
         # Adam's eps makes the size of a gradient visible once it is comparable.
-        tx = make_optimizer(dataclasses.replace(config, clip=clip), 10)
+        tx = make_optimizer(dataclasses.replace(config, max_grad_norm=clip), 10)
         updates[clip] = [tx.update(g, tx.init(adapter), adapter)[0] for g in (grads, small)]
     close(*updates[1.0])
     assert optax.tree.norm(jax.tree.map(jnp.subtract, *updates[0.0])) > 0
@@ -305,7 +305,7 @@ def test_leaves_alone_train_without_a_node():
 
 def test_raw_and_adapted_functions_train_alike_and_one_that_uses_no_parameters_is_refused():
     params, rows = grown(adapted()), tiny.examples(8)
-    config = dataclasses.replace(QUICK, steps=2, dropout=0.5)
+    config = dataclasses.replace(QUICK, max_steps=2, dropout=0.5)
     raw = train(tiny.apply, params, rows, config=config)
     given = train(lora_jax.adapt(tiny.apply, dropout=0.5), params, rows, config=config)
     np.testing.assert_array_equal(losses(raw), losses(given))
@@ -396,7 +396,7 @@ def test_no_kernel_has_a_gradient():
 
 def test_the_seed_decides_everything():
     rows, valid = tiny.examples(24), tiny.examples(10, seed=5)
-    config = dataclasses.replace(QUICK, dropout=0.2, eval_every=5)
+    config = dataclasses.replace(QUICK, dropout=0.2, eval_steps=5)
     one, again = (train(tiny.small_apply, small(), rows, valid, config) for _ in range(2))
     assert losses(one) == losses(again)
     assert losses(one, "valid_loss") == losses(again, "valid_loss")
@@ -412,8 +412,8 @@ def test_dropout_is_drawn_anew_and_off_in_evaluation():
     batch = batch_of(tiny.examples(8))
     apply = lora_jax.adapt(tiny.small_apply, dropout=0.5)
 
-    def loss(key, batch=batch, accumulate=1):
-        step = jax.jit(make_step(apply, tx, accumulate=accumulate))
+    def loss(key, batch=batch, gradient_accumulation_steps=1):
+        step = jax.jit(make_step(apply, tx, gradient_accumulation_steps=gradient_accumulation_steps))
         return float(step(adapter, tx.init(adapter), base, batch, key)[2].loss)
 
     key = jax.random.key(0)
@@ -423,17 +423,17 @@ def test_dropout_is_drawn_anew_and_off_in_evaluation():
     parts = [loss(jax.random.fold_in(key, number), batch_of(row)) for number in range(2)]
     assert abs(parts[0] - parts[1]) > 1e-3
     np.testing.assert_allclose(loss(key, batch_of(row * 2), 2), np.mean(parts), rtol=1e-6)
-    still = dataclasses.replace(QUICK, dropout=0.5, steps=2, batch_size=1, learning_rate=1e-12)
+    still = dataclasses.replace(QUICK, dropout=0.5, max_steps=2, batch_size=1, learning_rate=1e-12)
     one, another = losses(train(tiny.small_apply, grown(small()), row, config=still))
     assert abs(one - another) > 1e-3
     rows = tiny.examples(8)
-    result = train(tiny.small_apply, grown(small()), rows, rows, dataclasses.replace(QUICK, dropout=0.5, steps=1))
+    result = train(tiny.small_apply, grown(small()), rows, rows, dataclasses.replace(QUICK, dropout=0.5, max_steps=1))
     assert result.before == evaluate(tiny.small_apply, grown(small()), rows, batch_size=8)
 
 
 def test_what_a_run_tells(tmp_path):
     rows, valid, told = tiny.examples(40), tiny.examples(10, seed=5), []
-    config = dataclasses.replace(QUICK, log_every=4, eval_every=6, steps=14, learning_rate=0.02)
+    config = dataclasses.replace(QUICK, logging_steps=4, eval_steps=6, max_steps=14, learning_rate=0.02)
     result = train(tiny.small_apply, small(), rows, valid, config, output=tmp_path / "a" / "b", on_log=told.append)
     lines = [json.loads(line) for line in (tmp_path / "a" / "b" / "metrics.jsonl").read_text().splitlines()]
     assert lines == result.history == told
@@ -452,7 +452,7 @@ def test_a_line_is_the_mean_over_its_steps(tmp_path):
     rows = tiny.examples(40)
     each = train(tiny.small_apply, small(), rows, config=QUICK)
     # Checkpoints fall between the lines, and take nothing from them.
-    config = dataclasses.replace(QUICK, log_every=6, checkpoint_every=4)
+    config = dataclasses.replace(QUICK, logging_steps=6, save_steps=4)
     lines = train(tiny.small_apply, small(), rows, config=config, output=tmp_path)
     weights = [batch["loss_weights"].sum() for batch in data.batches(rows, 8, seed=0, epochs=3)]
     expected = [np.average(losses(each)[i : i + 6], weights=weights[i : i + 6]) for i in (0, 6)]
@@ -463,7 +463,7 @@ def test_a_line_is_the_mean_over_its_steps(tmp_path):
 def test_progress(terminal):
     shown = io.StringIO()
     console = Console(file=shown, force_terminal=terminal, width=120)
-    config = dataclasses.replace(QUICK, steps=60)
+    config = dataclasses.replace(QUICK, max_steps=60)
     train(tiny.small_apply, small(), tiny.examples(16), tiny.examples(4), config, console=console)
     text = shown.getvalue()
     assert "validation loss" in text
@@ -485,7 +485,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path):
             tiny.small_apply,
             params,
             tiny.examples(16),
-            config=dataclasses.replace(QUICK, checkpoint_every=1),
+            config=dataclasses.replace(QUICK, save_steps=1),
             output=tmp_path,
         )
     assert not (tmp_path / "checkpoints").exists()  # nothing that a resumed run would start from
@@ -498,7 +498,7 @@ def test_runs_that_cannot_begin(tmp_path):
     with pytest.raises(ValueError, match="no training examples"):
         train(tiny.small_apply, small(), [])
     with pytest.raises(ValueError, match="need an output folder"):
-        train(tiny.small_apply, small(), rows, config=dataclasses.replace(QUICK, checkpoint_every=5))
+        train(tiny.small_apply, small(), rows, config=dataclasses.replace(QUICK, save_steps=5))
     with pytest.raises(FileNotFoundError, match="no checkpoint to resume from"):
         train(tiny.small_apply, small(), rows, output=tmp_path / "new", resume=True)
     assert not (tmp_path / "new").exists()
@@ -506,12 +506,12 @@ def test_runs_that_cannot_begin(tmp_path):
 
 def test_an_output_folder_that_holds_a_run(tmp_path):
     rows = tiny.examples(8)
-    config = dataclasses.replace(QUICK, steps=2, checkpoint_every=1)
+    config = dataclasses.replace(QUICK, max_steps=2, save_steps=1)
     train(tiny.small_apply, small(), rows, config=config, output=tmp_path)
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="holds a run already"):
         train(tiny.small_apply, small(), rows, config=config, output=tmp_path)
-    plain = dataclasses.replace(QUICK, steps=1)
+    plain = dataclasses.replace(QUICK, max_steps=1)
     train(tiny.small_apply, small(), rows, config=plain, output=tmp_path, overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "notes.txt"]
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
@@ -521,22 +521,22 @@ def test_an_output_folder_that_holds_a_run(tmp_path):
     ("name", "value"),
     [
         ("batch_size", 0),
-        ("accumulate", 0),
-        ("epochs", 0.0),
-        ("epochs", math.nan),
-        ("steps", 0),
+        ("gradient_accumulation_steps", 0),
+        ("num_train_epochs", 0.0),
+        ("num_train_epochs", math.nan),
+        ("max_steps", 0),
         ("max_length", 1),
         ("learning_rate", 0.0),
         ("learning_rate", math.inf),
-        ("warmup", 1.0),
-        ("final_share", 1.5),
+        ("warmup_steps", 1.5),
+        ("min_lr_rate", 1.5),
         ("weight_decay", -0.1),
-        ("clip", -1.0),
+        ("max_grad_norm", -1.0),
         ("dropout", 1.0),
         ("seed", -1),
-        ("log_every", 0),
-        ("eval_every", -1),
-        ("checkpoint_every", -1),
+        ("logging_steps", 0),
+        ("eval_steps", -1),
+        ("save_steps", -1),
     ],
 )
 def test_settings_out_of_range(name, value):
@@ -544,18 +544,24 @@ def test_settings_out_of_range(name, value):
         TrainConfig(**{name: value})
 
 
+def test_a_batch_is_of_the_whole_step():
+    assert TrainConfig(batch_size=12, gradient_accumulation_steps=3).micro_batch_size == 4
+    with pytest.raises(ValueError, match=r"^batch_size: 12 given.*a multiple of gradient_accumulation_steps \(5\)$"):
+        TrainConfig(batch_size=12, gradient_accumulation_steps=5)
+
+
 def test_the_number_of_steps():
-    assert TrainConfig(batch_size=8, epochs=1).total_steps(17) == 3
-    assert TrainConfig(batch_size=8, accumulate=2, epochs=2.5).total_steps(17) == 5
-    assert TrainConfig(batch_size=8, epochs=0.1).total_steps(17) == 1
-    assert TrainConfig(steps=7).total_steps(17) == 7
+    assert TrainConfig(batch_size=8, num_train_epochs=1).total_steps(17) == 3
+    assert TrainConfig(batch_size=16, gradient_accumulation_steps=2, num_train_epochs=2.5).total_steps(17) == 5
+    assert TrainConfig(batch_size=8, num_train_epochs=0.1).total_steps(17) == 1
+    assert TrainConfig(max_steps=7).total_steps(17) == 7
 
 
-@pytest.mark.parametrize(("warmup", "steps"), [(0.0, 1), (0.5, 1), (0.0, 20), (0.3, 20)])
+@pytest.mark.parametrize(("warmup", "steps"), [(0.0, 1), (0.5, 1), (0.0, 20), (0.3, 20), (1, 20), (6, 20), (30, 12)])
 def test_the_schedule_never_wastes_a_step(warmup, steps):
-    config = TrainConfig(learning_rate=2.0, warmup=warmup, final_share=0.1)
+    config = TrainConfig(learning_rate=2.0, warmup_steps=warmup, min_lr_rate=0.1)
     rates = [float(schedule(config, steps)(step)) for step in range(steps + 1)]
-    peak = round(warmup * steps) if steps > 1 else 0
+    peak = min(round(warmup * steps) if warmup < 1 else warmup, steps - 1)
     assert rates[peak] == max(rates) == 2.0
     assert min(rates[:-1]) > 0.1
     assert rates[-1] == pytest.approx(0.2)
@@ -583,7 +589,7 @@ def test_a_llama_from_a_folder(tmp_path, dtype):
     axes = lora_jax.kernel_axes(model.apply, model.params, ids, ids)
     lora = lora_jax.LoRAConfig(rank=4, alpha=16, targets="all-linear")
     params = lora_jax.init(jax.random.key(1), model.params, lora, axes=axes)
-    result = train(model.apply, params, tiny.examples(24), config=dataclasses.replace(QUICK, steps=30))
+    result = train(model.apply, params, tiny.examples(24), config=dataclasses.replace(QUICK, max_steps=30))
     assert losses(result)[-1] < losses(result)[0] - 0.1
     base = lora_jax.split(result.params)[0]
     same(base, model.params)

@@ -135,7 +135,7 @@ def test_undefined_figures_are_zero_and_nothing_warns():
 @pytest.mark.parametrize(("make", "outputs", "figure"), [(classes, 2, "accuracy"), (scores, 1, "pearson")])
 def test_labels_are_learned_and_the_rest_stays(make, outputs, figure):
     params = params_of(outputs)
-    config = TrainConfig(batch_size=16, steps=160, learning_rate=5e-2)
+    config = TrainConfig(batch_size=16, max_steps=160, learning_rate=5e-2)
     result = train(apply, params, make(128), make(64, seed=1), config, train=CONFIG.train)
     assert result.after.metrics[figure] > max(0.6, result.before.metrics[figure])
     np.testing.assert_array_equal(result.params["mix"]["kernel"], params["mix"]["kernel"])
@@ -148,7 +148,7 @@ def test_labels_are_learned_and_the_rest_stays(make, outputs, figure):
 # --- the best adapter ------------------------------------------------------------------------------------------------
 
 # Its validation rows contradict its training rows: the more it has learned, the worse it is.
-UNSTEADY = TrainConfig(batch_size=8, steps=12, learning_rate=0.1, warmup=0.0, eval_every=2, log_every=1)
+UNSTEADY = TrainConfig(batch_size=8, max_steps=12, learning_rate=0.1, warmup_steps=0.0, eval_steps=2, logging_steps=1)
 
 
 def contrary(seed=1):
@@ -173,14 +173,14 @@ def test_the_best_is_kept(best, highest):
 
 
 def test_or_the_last():
-    result = run(dataclasses.replace(UNSTEADY, keep="last"))
+    result = run(dataclasses.replace(UNSTEADY, load_best_model_at_end=False))
     assert result.kept_step == result.steps == 12
     assert evaluate(apply, result.params, contrary(), batch_size=8).loss == result.history[-1]["valid_loss"]
 
 
 @pytest.mark.slow
 def test_a_resumed_run_keeps_the_best_from_before(tmp_path):
-    config = dataclasses.replace(UNSTEADY, checkpoint_every=1)
+    config = dataclasses.replace(UNSTEADY, save_steps=1)
     whole = run(config, output=tmp_path / "whole")
 
     class Broken(Exception):

@@ -14,7 +14,7 @@ from lora_jax.data import Example, LabelledExample
 from lora_jax.train import TrainConfig, evaluate, train
 
 TABLE, PLACES = jnp.ones((5, 3)), jnp.ones((9, 3))
-CONFIG = TrainConfig(batch_size=2, steps=2, learning_rate=1e-2)
+CONFIG = TrainConfig(batch_size=2, max_steps=2, learning_rate=1e-2)
 
 LOOKUPS = {
     "index": lambda table, ids: table[ids],

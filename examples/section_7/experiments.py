@@ -137,7 +137,7 @@ def alpha(bench: Bench, seed: int) -> None:
     ]
 
     def make() -> dict[str, Any]:
-        found = swept(task, points, clip=0.0, steps=bench.scale.variant_steps)
+        found = swept(task, points, max_grad_norm=0.0, max_steps=bench.scale.variant_steps)
         return {"steps": bench.scale.variant_steps, "rows": [_row(task, result) for result in found.results]}
 
     bench.store("alpha").run(f"cola/{seed}", make)

@@ -52,7 +52,7 @@ class Task:
     def config(self, **settings: Any) -> TrainConfig:
         """Adam without decay: nothing but the learning rate and α scales a step."""
         size = self.size
-        own = {"steps": size.steps, "batch_size": size.batch_size, "learning_rate": size.learning_rate}
+        own = {"max_steps": size.steps, "batch_size": size.batch_size, "learning_rate": size.learning_rate}
         return TrainConfig(**{**own, "weight_decay": 0.0, "max_length": size.max_length, **settings})
 
     @functools.cached_property

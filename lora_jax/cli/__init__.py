@@ -92,7 +92,7 @@ def out_of_memory(text: str, there_is: int | None) -> str | None:
     """One line for what XLA says where a device's memory is full; None where it says something else.
 
     >>> out_of_memory("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 2147483648 bytes.", 1 << 30)
-    'out of device memory: 2.00 GiB asked for, 1.00 GiB there is in all; a smaller --batch-size (with --accumulate), ...
+    'out of device memory: 2.00 GiB asked for, 1.00 GiB there is in all; a smaller --batch-size, ...
     """
     if "RESOURCE_EXHAUSTED" not in text or not re.search(r"memory|allocat", text, re.IGNORECASE):
         return None
@@ -100,8 +100,8 @@ def out_of_memory(text: str, there_is: int | None) -> str | None:
     asked = "more" if found is None else _gib(int(found[1])) if found[1] else f"{found[2]} {found[3]}iB"
     there = "" if there_is is None else f", {_gib(there_is)} there is in all"
     return (
-        f"out of device memory: {asked} asked for{there}; a smaller --batch-size (with --accumulate), --remat or a "
-        "smaller --max-length need less"
+        f"out of device memory: {asked} asked for{there}; a smaller --batch-size, more --gradient-accumulation-steps,"
+        " --remat or a smaller --max-length need less"
     )
 
 

@@ -45,14 +45,14 @@ class Settings:
     """replace results that are in the output folder"""
     grid: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """NAME=VALUES, once for each setting that varies: rank, alpha, targets, learning_rate, weight_decay, dropout, seed,
-    order, prefix_length. Values stand between commas, or semicolons; of targets always semicolons, with commas inside
-    one set: "targets=q;v;q,v". q, k, v and o are the attention projections of any model; rank may be "auto" (the
+    data_seed, prefix_length. Commas or semicolons separate the values; for targets always semicolons, with commas
+    inside one set: "targets=q;v;q,v". q, k, v and o are the attention projections of any model; rank may be "auto" (the
     highest within the budget), alpha a multiple of the rank ("2r")"""
     budget: int | None = None
     """parameters in A and B: only points with at most as many are trained, and of those whose rank is a number only the
     ones with at least 90 percent of them"""
     seeds: int | None = None
-    """train each point with the seeds 0, 1, ...: as many as this. --order N gives them all one order of the rows"""
+    """train each point with the seeds 0, 1, ...: as many as this. --data-seed N gives them all one order of the rows"""
     score_batches: int = 0
     """score every point before training by the gradients of as many batches: how much the loss can fall at first"""
     best: int | None = None
@@ -79,7 +79,7 @@ def defaults(words: Sequence[str]) -> Settings:
         grid=() if own_grid else EMBEDDED_GRID,
         budget=None if own_grid else EMBEDDED_BUDGET,
         lora=dataclasses.replace(_base.LORA, rank=task.rank, alpha=task.alpha),
-        train=TrainConfig(learning_rate=task.learning_rate, batch_size=task.batch_size, steps=EMBEDDED_STEPS),
+        train=TrainConfig(learning_rate=task.learning_rate, batch_size=task.batch_size, max_steps=EMBEDDED_STEPS),
     )
 
 
@@ -98,7 +98,9 @@ def run(settings: Settings) -> None:
     if rows.names is not None:
         show.print(f"labels: {', '.join(rows.names)}. {_labels.new_parts(model)}", markup=False)
     show.print(
-        _base.execution_line(model, settings.train.batch_size, settings.train.max_length), markup=False, soft_wrap=True
+        _base.execution_line(model, settings.train.micro_batch_size, settings.train.max_length),
+        markup=False,
+        soft_wrap=True,
     )
     found = _rows.encode(rows, model, min(settings.train.max_length, model.max_length - longest))
     results = sweep.run(
@@ -211,7 +213,7 @@ def _write(settings: Settings, swept: _Swept) -> None:
         "data": " ".join(settings.data) or "embedded",
         "budget": settings.budget,
         "lora": _without(own, dataclasses.asdict(swept.lora)),
-        "train": _without(own, dataclasses.asdict(settings.train)) | {"keep": "last"},
+        "train": _without(own, dataclasses.asdict(settings.train)) | {"load_best_model_at_end": False},
     }
     replaced = _saved_before(settings.output)
     swept.results.write(settings.output, **told)

@@ -59,7 +59,7 @@ def defaults(words: Sequence[str]) -> Settings:
         train=TrainConfig(
             learning_rate=task.learning_rate,
             batch_size=task.batch_size,
-            steps=None if any(word.split("=")[0] == "--epochs" for word in words) else task.steps,
+            max_steps=None if any(word.split("=")[0] == "--num-train-epochs" for word in words) else task.steps,
         ),
     )
 
@@ -114,7 +114,9 @@ def _train(settings: Settings, stop: Callable[[], bool]) -> Callable[[], None]:
     if rows.names is not None:
         show.print(f"labels: {', '.join(rows.names)}. {_labels.new_parts(model)}", markup=False)
     show.print(
-        _base.execution_line(model, settings.train.batch_size, settings.train.max_length), markup=False, soft_wrap=True
+        _base.execution_line(model, settings.train.micro_batch_size, settings.train.max_length),
+        markup=False,
+        soft_wrap=True,
     )
     work = _work(settings, model, rows)
     params = lora_jax.init(key, model.params, lora, axes=_base.kernel_axes(model))
@@ -190,7 +192,7 @@ def _check(settings: Settings) -> None:
     if settings.resume and newest(settings.output / CHECKPOINTS) is None:
         raise FileNotFoundError(
             f"{settings.output}: no checkpoint to resume from (one is written every --save-minutes, or every "
-            "--checkpoint-every steps); leave --resume out"
+            "--save-steps); leave --resume out"
         )
 
 

@@ -193,6 +193,6 @@ _READERS: dict[str, Callable[[str], Any]] = {
     "weight_decay": _reader("weight_decay", float),
     "dropout": _reader("dropout", float),
     "seed": _reader("seed", int),
-    "order": _reader("order", int),
+    "data_seed": _reader("data_seed", int),
     "prefix_length": _reader("prefix_length", int),
 }

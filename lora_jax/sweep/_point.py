@@ -10,7 +10,7 @@ from lora_jax._paths import ATTENTION, attention_roles
 from lora_jax.train import TrainConfig
 
 # Settings by which repeats of one point differ; the spread of results is taken over them.
-REPEATS = ("seed", "order")
+REPEATS = ("seed", "data_seed")
 ROLES = ("q", "k", "v", "o")
 
 
@@ -26,8 +26,8 @@ class Point:
       learning_rate: peak learning rate.
       weight_decay: AdamW's.
       dropout: on what goes into the low-rank path.
-      seed: of A's first values, of dropout and, unless `order` is given, of the row order.
-      order: seed of the row order.
+      seed: of A's first values, of dropout and, unless `data_seed` is given, of the order of the examples.
+      data_seed: shuffle seed.
       prefix_length: tokens of a prefix (`lora_jax.prefix`) that trains beside A and B, as a run with that seed would
         begin it; 0 for none. None: as the tree has it.
 
@@ -42,7 +42,7 @@ class Point:
     weight_decay: float | None = None
     dropout: float | None = None
     seed: int | None = None
-    order: int | None = None
+    data_seed: int | None = None
     prefix_length: int | None = None
 
     def __post_init__(self) -> None:

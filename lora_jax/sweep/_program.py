@@ -93,7 +93,12 @@ def make_program(
             return apply(*args, dropout_key=pair, **keywords)
 
         tx = make_optimizer(config, steps, learning_rate=lane.learning_rate, weight_decay=lane.weight_decay)
-        one = make_step(prefix.note(forward), tx, objective=task.objective, accumulate=config.accumulate)
+        one = make_step(
+            prefix.note(forward),
+            tx,
+            objective=task.objective,
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+        )
         key = jax.random.fold_in(lane.key, number) if dropout else None
         return one(adapter, opt_state, base, batch, key)
 

@@ -26,7 +26,7 @@ class Result:
     """What one adapter came to. Losses and metrics are None where it failed."""
 
     point: Point
-    """Its settings, none of them None but perhaps `order`."""
+    """Its settings, none of them None but perhaps `data_seed`."""
 
     trainable: int
     """Numbers that trained: A, B, and leaves trained in full."""
@@ -84,7 +84,7 @@ class Results:
 
     @property
     def varied(self) -> list[str]:
-        """The settings, seeds and orders apart, that tell the points from one another; targets in any case."""
+        """The settings, seed and data_seed apart, that tell the points from one another; targets in any case."""
         points = [result.point.as_dict() for result in self.results]
         return [name for name in _settings() if name == "targets" or len({point[name] for point in points}) > 1]
 
@@ -103,7 +103,7 @@ class Results:
         ]
 
     def summary(self) -> list[dict[str, Any]]:
-        """One row for the repeats of each point: its settings without seed and order, and mean and standard deviation.
+        """One row for the repeats of each point: settings without seed and data_seed, mean and standard deviation.
 
         Failed adapters count in `failed` only, and figures that aren't finite (the perplexity of a large loss) not at
         all. The deviation is that of a sample, None for fewer than two.

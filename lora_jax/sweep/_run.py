@@ -63,7 +63,8 @@ def run(
     `lora_jax.init(jax.random.fold_in(jax.random.key(seed), 0), params, ...)`, then `lora_jax.train.train`. Adapters
     don't touch one another: one whose loss is no longer finite is reported as failed at its step, the others go on.
 
-    A sweep looks at the validation rows once, at its end, and gives each adapter's last state (`keep="last"`).
+    A sweep evaluates on the validation rows once, at its end, and gives each adapter's last state: what
+    `load_best_model_at_end=False` gives.
     Every adapter is computed at the highest rank and with every point's targets, so a grid of like ranks wastes least.
     Where row orders differ, a step's batches are padded to the longest among them.
 
@@ -76,7 +77,7 @@ def run(
       train_data: tokenised rows, of text or with labels.
       valid_data: rows for the loss and the metrics of each adapter after its last step.
       config: the settings of the runs; a point's own take the place of its learning rate, weight decay, dropout, seed
-        and order.
+        and data_seed.
       lora: exclude, scaling, init, dtype and train of the adapters; rank, alpha and targets are the points'.
       axes: how kernels are used; traced where not given.
       task: what the rows ask for, where it isn't `task_of(train_data)`.
@@ -107,7 +108,7 @@ def run(
     entries = [_entry(point, config, params) for point in points]
 
     examples = {"training example": train_data, "validation example": valid_data or ()}
-    check_examples(apply_fn, params, examples, config.rows_per_step)
+    check_examples(apply_fn, params, examples, config.batch_size)
 
     def starts_of(kept: Sequence[_Entry]) -> Starts:
         own = [entry.point for entry in kept]
@@ -129,7 +130,7 @@ def run(
         own_rows=rows.differ,
         own_prefix=len({entry.point.prefix_length for entry in entries}) > 1,
     )
-    valid: list[Any] = list(data.batches(valid_data, config.batch_size)) if valid_data else []
+    valid: list[Any] = list(data.batches(valid_data, config.micro_batch_size)) if valid_data else []
     bench = _Bench(program, starts, starts.base(), rows, valid, task)
     size = bench.at_once(entries, free_memory() if memory is None else memory)
 
@@ -137,7 +138,7 @@ def run(
     results: list[Result] = []
     with Log(steps * len(groups), 0, None, console, None) as log:
         for number, group in enumerate(groups):
-            for result in bench.round(group, size, _Progress(log, number * steps, config.log_every)):
+            for result in bench.round(group, size, _Progress(log, number * steps, config.logging_steps)):
                 results.append(result)
                 if on_result is not None:
                     on_result(result)
@@ -220,7 +221,7 @@ def check_selection(score_batches: int, best: int | None) -> None:
 
 def check_config(config: TrainConfig) -> None:
     """Refuse settings of long runs, which a sweep has no use for."""
-    for name in ("eval_every", "checkpoint_every"):
+    for name in ("eval_steps", "save_steps"):
         if getattr(config, name):
             raise ValueError(
                 f"{name}: {getattr(config, name)} given, but a sweep evaluates and saves at its end only; leave it out"
@@ -231,12 +232,12 @@ class _Rows:
     """The batches of every row order."""
 
     def __init__(self, examples: Sequence[data.AnyExample], configs: Sequence[TrainConfig], steps: int):
-        rows = configs[0].rows_per_step
+        rows = configs[0].batch_size
         epochs = -(-steps // -(-len(examples) // rows))
         self.steps, self._longest = steps, max(len(example.input_ids) for example in examples)
         self._orders: dict[int, Any] = {
             order: data.batches(examples, rows, seed=order, epochs=epochs)
-            for order in dict.fromkeys(config.row_order for config in configs)
+            for order in dict.fromkeys(config.shuffle_seed for config in configs)
         }
 
     @property
@@ -245,12 +246,12 @@ class _Rows:
 
     def batch(self, step: int, configs: Sequence[TrainConfig]) -> data.Batch:
         """The batch of one step: of all adapters, or with a leading axis one for each, padded to one length."""
-        found = {order: self._orders[order][step] for order in {config.row_order for config in configs}}
+        found = {order: self._orders[order][step] for order in {config.shuffle_seed for config in configs}}
         if not self.differ:
             return next(iter(found.values()))
         length = max(batch["input_ids"].shape[1] for batch in found.values())
         padded = {order: _to_length(batch, length) for order, batch in found.items()}
-        each = [padded[config.row_order] for config in configs]
+        each = [padded[config.shuffle_seed] for config in configs]
         return {name: np.stack([batch[name] for batch in each]) for name in each[0]}
 
     def first(self, count: int) -> list[data.Batch]:

@@ -1,7 +1,7 @@
 """Fine-tuning: the step as a pure function, and a run that logs, evaluates, saves and resumes.
 
     encoded = lora_jax.data.encode(lora_jax.data.load("data/", "train"), model.tokenizer, max_length=512)
-    result = train(model.apply, params, encoded.examples, config=TrainConfig(epochs=2), output="out")
+    result = train(model.apply, params, encoded.examples, config=TrainConfig(num_train_epochs=2), output="out")
 
 `make_step` is the step alone, for a loop of one's own.
 """

@@ -2,114 +2,124 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 MOST_STEPS = 2**31 - 1  # optimizers count them in 32 bits
 MOST_ROWS = 2**20
-# Rows that are missing in a batch are computed all the same: so many a step, or so many times those that there are.
+# Rows that are missing in a batch are computed all the same: so many a step, or so many times the rows that there are.
 MOST_SPARE, MOST_SPARE_TIMES = 1024, 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How to train: batches, optimizer, schedule, and how often to look.
+    """How to train: batches, optimizer, schedule, and how often to log, evaluate and save.
+
+    Names and meanings are those of transformers' `TrainingArguments` where it has the setting.
 
     Raises:
-      ValueError: a setting is out of its range.
+      ValueError: A setting is out of its range.
 
     Example:
-      >>> TrainConfig(batch_size=8, accumulate=4, epochs=2).total_steps(rows=1000)
+      >>> TrainConfig(batch_size=32, gradient_accumulation_steps=4, num_train_epochs=2).total_steps(rows=1000)
       64
     """
 
     batch_size: int = 16
-    """Rows computed at once."""
+    """Rows of an optimizer step, over all devices and all gradient_accumulation_steps."""
 
-    accumulate: int = 1
-    """Batches whose gradients are added up before each step: one batch that many times as large, in less memory."""
+    gradient_accumulation_steps: int = 1
+    """Parts that a batch is computed in, one after another, in less memory; batch_size must be a multiple of it."""
 
-    epochs: float = 3.0
+    num_train_epochs: float = 3.0
     """Passes over the training rows."""
 
-    steps: int | None = None
-    """Optimizer steps; takes the place of epochs."""
+    max_steps: int | None = None
+    """Optimizer steps; takes the place of num_train_epochs."""
 
     max_length: int = 512
-    """Tokens a row is cut to."""
+    """Tokens that a row is cut to."""
 
     learning_rate: float = 1e-3
-    """Peak learning rate of AdamW."""
+    """Peak learning rate."""
 
-    warmup: float = 0.05
-    """Share of the steps over which the learning rate rises to its peak."""
+    warmup_steps: float = 0.05
+    """Steps over which the learning rate rises to its peak; below 1, as a share of all steps."""
 
-    final_share: float = 0.1
+    min_lr_rate: float = 0.1
     """Share of the peak learning rate that the cosine decay ends at."""
 
     weight_decay: float = 0.01
-    """AdamW's decoupled weight decay, of trained weights only: the base never decays."""
+    """AdamW's decoupled weight decay of the trained weights; the base never decays."""
 
-    clip: float = 1.0
+    max_grad_norm: float = 1.0
     """Largest global norm of the trained weights' gradients; larger ones are scaled down to it. 0 for no clipping."""
 
     dropout: float = 0.0
-    """Dropout on what goes into the low-rank path."""
+    """Dropout on the inputs of the low-rank path."""
 
     seed: int = 0
-    """Seed of dropout and, unless order is given, of the row order."""
+    """Seed of dropout and, unless data_seed is given, of the shuffling of the training rows."""
 
-    order: int | None = None
-    """Seed of the row order, where it is to differ from seed."""
+    data_seed: int | None = None
+    """Seed of the shuffling of the training rows; defaults to seed."""
 
-    log_every: int = 10
+    logging_steps: int = 10
     """Steps between lines in metrics.jsonl."""
 
-    eval_every: int | None = None
-    """Steps between looks at the validation rows; 0 for before and after only. None is 0, and an epoch of labels."""
+    eval_steps: int | None = None
+    """Steps between evaluations on the validation rows. 0: only before and after training. None: only before and after
+    training; for labels also once an epoch."""
 
-    keep: Literal["best", "last"] = "best"
-    """The adapter that a run ends with: the best seen in a look at the validation rows, or the last."""
+    load_best_model_at_end: bool = True
+    """End with the adapter that was best on the validation rows, instead of the last one."""
 
     save_minutes: float = 10.0
-    """Minutes between checkpoints to resume from, where checkpoint_every isn't given; 0 for none."""
+    """Minutes between checkpoints to resume from, unless save_steps is given; 0 for none."""
 
-    checkpoint_every: int = 0
-    """Steps between checkpoints to resume from; 0 for save_minutes to decide."""
+    save_steps: int = 0
+    """Steps between checkpoints to resume from; 0 leaves it to save_minutes."""
 
     def __post_init__(self):
         ranges = {
             "batch_size": (1 <= self.batch_size <= MOST_ROWS, f"1 to {MOST_ROWS}"),
-            "accumulate": (1 <= self.accumulate <= MOST_ROWS, f"1 to {MOST_ROWS}"),
-            "epochs": (0 < self.epochs <= MOST_STEPS, f"more than 0 and at most {MOST_STEPS}"),
-            "steps": (self.steps is None or 1 <= self.steps <= MOST_STEPS, f"1 to {MOST_STEPS}"),
+            "gradient_accumulation_steps": (1 <= self.gradient_accumulation_steps <= MOST_ROWS, f"1 to {MOST_ROWS}"),
+            "num_train_epochs": (0 < self.num_train_epochs <= MOST_STEPS, f"more than 0 and at most {MOST_STEPS}"),
+            "max_steps": (self.max_steps is None or 1 <= self.max_steps <= MOST_STEPS, f"1 to {MOST_STEPS}"),
             "max_length": (2 <= self.max_length <= MOST_STEPS, f"2 to {MOST_STEPS}"),
             "learning_rate": (0 < self.learning_rate < math.inf, "more than 0"),
-            "warmup": (0 <= self.warmup < 1, "at least 0 and less than 1"),
-            "final_share": (0 <= self.final_share <= 1, "0 to 1"),
+            "warmup_steps": (
+                0 <= self.warmup_steps <= MOST_STEPS and (self.warmup_steps < 1 or self.warmup_steps % 1 == 0),
+                "a share below 1, or a whole number of steps",
+            ),
+            "min_lr_rate": (0 <= self.min_lr_rate <= 1, "0 to 1"),
             "weight_decay": (0 <= self.weight_decay < math.inf, "at least 0"),
-            "clip": (0 <= self.clip < math.inf, "at least 0"),
+            "max_grad_norm": (0 <= self.max_grad_norm < math.inf, "at least 0"),
             "dropout": (0 <= self.dropout < 1, "at least 0 and less than 1"),
             "seed": (0 <= self.seed < 2**32, "0 to 2**32 - 1"),
-            "order": (self.order is None or 0 <= self.order < 2**32, "0 to 2**32 - 1"),
-            "log_every": (1 <= self.log_every <= MOST_STEPS, f"1 to {MOST_STEPS}"),
-            "eval_every": (self.eval_every is None or 0 <= self.eval_every <= MOST_STEPS, f"0 to {MOST_STEPS}"),
-            "keep": (self.keep in ("best", "last"), "best or last"),
+            "data_seed": (self.data_seed is None or 0 <= self.data_seed < 2**32, "0 to 2**32 - 1"),
+            "logging_steps": (1 <= self.logging_steps <= MOST_STEPS, f"1 to {MOST_STEPS}"),
+            "eval_steps": (self.eval_steps is None or 0 <= self.eval_steps <= MOST_STEPS, f"0 to {MOST_STEPS}"),
+            "load_best_model_at_end": (isinstance(self.load_best_model_at_end, bool), "True or False"),
             "save_minutes": (0 <= self.save_minutes < math.inf, "at least 0"),
-            "checkpoint_every": (0 <= self.checkpoint_every <= MOST_STEPS, f"0 to {MOST_STEPS}"),
+            "save_steps": (0 <= self.save_steps <= MOST_STEPS, f"0 to {MOST_STEPS}"),
         }
         for name, (fits, expected) in ranges.items():
             if not fits:
                 raise ValueError(f"{name}: {getattr(self, name)} given, expected {expected}")
+        if self.batch_size % self.gradient_accumulation_steps:
+            raise ValueError(
+                f"batch_size: {self.batch_size} given, which is the whole step's, expected a multiple of"
+                f" gradient_accumulation_steps ({self.gradient_accumulation_steps})"
+            )
 
     @property
-    def rows_per_step(self) -> int:
-        """Rows whose gradients make one step."""
-        return self.batch_size * self.accumulate
+    def micro_batch_size(self) -> int:
+        """Rows computed at once."""
+        return self.batch_size // self.gradient_accumulation_steps
 
     @property
-    def row_order(self) -> int:
-        """Seed of the row order."""
-        return self.seed if self.order is None else self.order
+    def shuffle_seed(self) -> int:
+        """Seed of the shuffling of the training rows: data_seed, or seed."""
+        return self.seed if self.data_seed is None else self.data_seed
 
     def total_steps(self, rows: int) -> int:
         """Optimizer steps of a run over `rows` training rows.
@@ -117,20 +127,28 @@ class TrainConfig:
         Raises:
           ValueError: More than there can be, or batches that would be all but empty.
         """
-        if self.rows_per_step > max(MOST_SPARE, MOST_SPARE_TIMES * rows):
+        if self.batch_size > max(MOST_SPARE, MOST_SPARE_TIMES * rows):
             raise ValueError(
-                f"batch_size: {self.batch_size} (accumulate {self.accumulate}) given for {rows} rows, "
-                f"expected at most {max(MOST_SPARE, MOST_SPARE_TIMES * rows)} rows a step"
+                f"batch_size: {self.batch_size} given for {rows} rows, "
+                f"expected at most {max(MOST_SPARE, MOST_SPARE_TIMES * rows)}"
             )
-        if self.steps:
-            return self.steps
-        steps = self.epochs * math.ceil(rows / self.rows_per_step)
+        if self.max_steps:
+            return self.max_steps
+        steps = self.num_train_epochs * math.ceil(rows / self.batch_size)
         if not steps <= MOST_STEPS:
-            raise ValueError(f"epochs: {self.epochs:g} given, which are {steps:.3g} steps, expected up to {MOST_STEPS}")
+            raise ValueError(
+                f"num_train_epochs: {self.num_train_epochs:g} given, which are {steps:.3g} steps, "
+                f"expected up to {MOST_STEPS}"
+            )
         return max(1, math.ceil(steps))
 
-    def look_every(self, rows: int, labelled: bool) -> int:
-        """Steps between looks at the validation rows; 0 for before and after only."""
-        if self.eval_every is None:
-            return math.ceil(rows / self.rows_per_step) if labelled else 0
-        return self.eval_every
+    def warmup(self, steps: int) -> int:
+        """Steps of warm-up in a run of `steps`; at least one step is left after them."""
+        warmup = self.warmup_steps if self.warmup_steps >= 1 else round(self.warmup_steps * steps)
+        return min(int(warmup), steps - 1)
+
+    def evaluation_interval(self, rows: int, labelled: bool) -> int:
+        """Steps between evaluations on the validation rows; 0 for before and after training only."""
+        if self.eval_steps is None:
+            return math.ceil(rows / self.batch_size) if labelled else 0
+        return self.eval_steps

@@ -33,7 +33,7 @@ class TrainResult:
     """What a run leaves behind."""
 
     params: Any
-    """The tree that was given, with the trained adapter in it: the best one, or the last, as `keep` says."""
+    """The tree that was given, with the trained adapter in it: the best if `load_best_model_at_end`, else the last."""
 
     history: list[Record]
     """The lines of metrics.jsonl."""
@@ -85,10 +85,10 @@ def train(
       params: a tree that says what trains, as `lora_jax.init` or `lora_jax.peft.load` made it; or another, where
         `train` names it.
       train_data: tokenised rows (the `examples` of `lora_jax.data.encode` or `encode_labelled`).
-      valid_data: rows for loss and metrics before, after and every `eval_every` steps, and to choose the best adapter.
+      valid_data: rows for loss and metrics before, after and every `eval_steps` steps, and to choose the best adapter.
       config: the settings; `TrainConfig()` where not given.
       task: what the rows ask for, where it isn't `task_of(train_data)`.
-      output: a folder for `metrics.jsonl` and, every `save_minutes` or `checkpoint_every` steps, checkpoints. One run
+      output: a folder for `metrics.jsonl` and, every `save_minutes` or `save_steps`, checkpoints. One run
         at a time holds it.
       train: patterns of leaves trained in full that the tree doesn't mark, as for `lora_jax.split`; `("/.*/",)` without
         nodes is full fine-tuning.
@@ -116,16 +116,27 @@ def train(
     if not train_data:
         raise ValueError("no training examples")
     examples = {"training example": train_data, "validation example": valid_data or ()}
-    check_examples(apply_fn, combine(base, adapter), examples, config.rows_per_step)
+    check_examples(apply_fn, combine(base, adapter), examples, config.batch_size)
 
     task = task or task_of(train_data)
-    steps, every = config.total_steps(len(train_data)), config.look_every(len(train_data), task.metrics is not None)
+    steps, every = (
+        config.total_steps(len(train_data)),
+        config.evaluation_interval(len(train_data), task.metrics is not None),
+    )
     rate, tx = schedule(config, steps), make_optimizer(config, steps, train=train)
     drops = config.dropout or dropout_of(apply_fn)
-    step = make_step(apply_fn, tx, objective=task.objective, accumulate=config.accumulate, dropout=config.dropout)
+    step = make_step(
+        apply_fn,
+        tx,
+        objective=task.objective,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        dropout=config.dropout,
+    )
     step_fn = jax.jit(step, donate_argnums=(0, 1))
     batches = _iterate(train_data, config, steps)
-    validate = Evaluator(apply_fn, valid_data, config.batch_size, task) if valid_data else lambda params, stop: None
+    validate = (
+        Evaluator(apply_fn, valid_data, config.micro_batch_size, task) if valid_data else lambda params, stop: None
+    )
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(claimed(folder, config, resume, overwrite))
@@ -153,7 +164,7 @@ def train(
             """The line of the step that is done, where one is due, and the look at the validation rows."""
             nonlocal after
             look = state.step == steps or _due(state.step, every)
-            if look or _due(state.step, config.log_every):
+            if look or _due(state.step, config.logging_steps):
                 figures = meter.read() | {"learning_rate": float(np.asarray(rate(state.step - 1)))}
                 found = validate(combine(base, state.adapter), stop) if look else None
                 log.record(state.step, figures, found)
@@ -218,16 +229,16 @@ def _parts(params: Any, train: Any) -> tuple[Any, Any]:
 
 
 def _iterate(examples: Sequence[data.AnyExample], config: TrainConfig, steps: int) -> grain.DatasetIterator:
-    rows = config.rows_per_step
+    rows = config.batch_size
     epochs = -(-steps // -(-len(examples) // rows))
     # On the caller's thread: cutting a batch takes a fraction of a millisecond, and the device is busy meanwhile.
     options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    return iter(data.batches(examples, rows, seed=config.row_order, epochs=epochs).to_iter_dataset(options))
+    return iter(data.batches(examples, rows, seed=config.shuffle_seed, epochs=epochs).to_iter_dataset(options))
 
 
 def _better(state: TrainState, found: Evaluation, task: Task, config: TrainConfig) -> Kept | None:
     """The adapter to end with, should none be better: this one, copied because steps donate theirs, or the earlier."""
-    if config.keep == "last":
+    if not config.load_best_model_at_end:
         return None
     if state.kept is not None:
         figure, best = found.figure(task.best), _of_facts(state.kept.facts).figure(task.best)

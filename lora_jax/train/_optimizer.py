@@ -13,22 +13,22 @@ from lora_jax.train._config import TrainConfig
 
 
 def schedule(config: TrainConfig, steps: int, peak: Any = None) -> optax.Schedule:
-    """The learning rate of each step: a linear rise to the peak, then a cosine fall to `final_share` of it.
+    """The learning rate of each step: a linear rise to the peak, then a cosine fall to `min_lr_rate` of it.
 
-        lr(t) = peak · (t + 1) / (w + 1)                                          t < w = round(warmup · steps)
+        lr(t) = peak · (t + 1) / (w + 1)                                          t < w, w steps of warm-up
         lr(t) = peak · (f + (1 − f) · (1 + cos(π (t − w) / (steps − w))) / 2)     t ≥ w
 
     The first step already learns: a schedule that starts at 0 wastes it. `peak` is the config's learning rate unless
     given.
 
     Example:
-      >>> rate = schedule(TrainConfig(learning_rate=1.0, warmup=0.2, final_share=0.1), steps=10)
+      >>> rate = schedule(TrainConfig(learning_rate=1.0, warmup_steps=0.2, min_lr_rate=0.1), steps=10)
       >>> [round(float(rate(step)), 2) for step in (0, 1, 2, 6, 10)]
       [0.33, 0.67, 1.0, 0.55, 0.1]
     """
     peak = config.learning_rate if peak is None else peak
-    warmup = min(round(config.warmup * steps), steps - 1)
-    fall = optax.cosine_decay_schedule(peak, steps - warmup, alpha=config.final_share)
+    warmup = config.warmup(steps)
+    fall = optax.cosine_decay_schedule(peak, steps - warmup, alpha=config.min_lr_rate)
     if not warmup:
         return fall
     rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
@@ -54,8 +54,8 @@ def make_optimizer(
     """
     decay = config.weight_decay if weight_decay is None else weight_decay
     tx = optax.adamw(schedule(config, steps, learning_rate), weight_decay=decay, mask=decayed)
-    if config.clip:
-        tx = optax.chain(optax.clip_by_global_norm(config.clip), tx)
+    if config.max_grad_norm:
+        tx = optax.chain(optax.clip_by_global_norm(config.max_grad_norm), tx)
     return masked(tx, train)
 
 

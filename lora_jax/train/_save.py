@@ -19,7 +19,7 @@ CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
 
 # Settings that a resumed run may change: they decide what is seen, not what is learned.
-_FREE = ("log_every", "eval_every", "checkpoint_every", "save_minutes")
+_FREE = ("logging_steps", "eval_steps", "save_steps", "save_minutes")
 
 
 class Stopped(Exception):
@@ -74,8 +74,8 @@ class Saver:
         """
         if self._folder is None:
             return False
-        if self._config.checkpoint_every:
-            return last or step % self._config.checkpoint_every == 0
+        if self._config.save_steps:
+            return last or step % self._config.save_steps == 0
         minutes = self._config.save_minutes
         if not minutes:
             return False
@@ -108,7 +108,7 @@ class Saver:
 def claimed(folder: Path | None, config: TrainConfig, resume: bool, overwrite: bool) -> Iterator[None]:
     """Makes the output folder and holds it, and sees to it that no other run's files are mixed with this one's."""
     if folder is None:
-        if resume or config.checkpoint_every:
+        if resume or config.save_steps:
             raise ValueError("checkpoints need an output folder to be in")
         yield
         return
@@ -167,7 +167,9 @@ def fixed(
 ) -> dict[str, Any]:
     """What must be the same for a resumed run to go on with the same losses, and to end with the same adapter."""
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE}
-    rows = {"training rows": train_data} | ({"validation rows": valid_data or ()} if config.keep == "best" else {})
+    rows = {"training rows": train_data} | (
+        {"validation rows": valid_data or ()} if config.load_best_model_at_end else {}
+    )
     return settings | {name: f"{len(examples)}, {_digest(examples)}" for name, examples in rows.items()}
 
 

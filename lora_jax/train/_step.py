@@ -32,12 +32,12 @@ def make_step(
     tx: optax.GradientTransformation,
     *,
     objective: Objective = next_token_loss,
-    accumulate: int = 1,
+    gradient_accumulation_steps: int = 1,
     dropout: float = 0.0,
 ) -> Callable[..., tuple[Any, Any, StepMetrics]]:
     """A training step: the gradient is taken of the adapter, the base is an argument.
 
-        L(adapter) = Σ_i w_i loss_i / Σ_i w_i      over all targets of all `accumulate` parts of the batch
+        L(adapter) = Σ_i w_i loss_i / Σ_i w_i      over all targets of all parts of the batch
 
     Pure and not yet compiled, so that it can be jitted, sharded or vmapped. Jit it with `donate_argnums=(0, 1)`: the
     adapter and the optimizer's state are replaced. Never donate the base.
@@ -47,7 +47,7 @@ def make_step(
         the batch has them; it is adapted here. What `lora_jax.adapt` returned is taken as it is.
       tx: any optax optimizer, for what `split` gives as the adapter; its state comes from `tx.init(adapter)`.
       objective: from the model's output and the batch to the sum of the losses and the sum of their weights.
-      accumulate: parts that the batch is computed in, one after another. Its rows must divide by it.
+      gradient_accumulation_steps: parts that the batch is computed in, one after another. Its rows must divide by it.
       dropout: the rate on the low-rank path, in steps that are given a key.
 
     Returns:
@@ -87,14 +87,16 @@ def make_step(
             part_key = None if key is None else jax.random.fold_in(key, number)
             return jax.tree.map(jnp.add, sums, gradient(adapter, base, part, part_key)), None
 
-        # Part i gets rows i, i + accumulate, ...: where rows are spread over devices, each keeps its own.
-        parts = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
+        # Of n parts, part i gets rows i, i + n, ...: where rows are spread over devices, each keeps its own.
+        parts = jax.tree.map(lambda x: x.reshape(-1, gradient_accumulation_steps, *x.shape[1:]).swapaxes(0, 1), batch)
         zeros = jax.tree.map(jnp.zeros_like, ((jnp.float32(0), jnp.float32(0)), adapter))
-        return jax.lax.scan(add, zeros, (jnp.arange(accumulate), parts))[0]
+        return jax.lax.scan(add, zeros, (jnp.arange(gradient_accumulation_steps), parts))[0]
 
     def step(adapter, opt_state, base, batch, key=None):
         _check_used(lambda adapter: loss_sum(adapter, base, batch, key)[0], adapter)
-        (total, weight), grads = (gradient if accumulate == 1 else accumulated)(adapter, base, batch, key)
+        (total, weight), grads = (gradient if gradient_accumulation_steps == 1 else accumulated)(
+            adapter, base, batch, key
+        )
         mean = 1 / jnp.where(weight > 0, weight, 1)  # a batch without targets moves nothing, and is no nan
         grads = jax.tree.map(lambda g: g * mean.astype(g.dtype), grads)
         metrics = StepMetrics(total * mean, weight, optax.tree.norm(grads))
