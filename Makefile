@@ -50,7 +50,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv .venv
 
 .venv/.run: $(INPUTS) | $(BIN)/python
-	$(PIP) -c constraints.txt -e .
+	$(PIP) -c constraints.txt -e '.[all]'
 	touch $@
 
 .venv/.test: $(INPUTS) | $(BIN)/python

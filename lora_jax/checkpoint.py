@@ -5,6 +5,10 @@ as JSON the step, the data iterator's position, axes and scale of every adapted 
 Orbax writes to a temporary folder and renames it, so a checkpoint is whole or absent. No pickle is written or read.
 """
 
+from lora_jax._extras import require
+
+require(__name__, train=("orbax.checkpoint",))
+
 import contextlib
 import errno
 import hashlib

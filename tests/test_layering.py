@@ -12,6 +12,8 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # Modules of one group may import each other; a group imports the groups and the packages on its right.
 CORE = {"_paths", "_tree", "_forward", "_optim", "_sharding", "_certify", "_jaxprs", "_tables", "_finite"}
 GROUPS = {
+    "__main__": (set(), set()),
+    "_extras": (set(), set()),  # all import it
     "_disk": (set(), set()),
     "_paths": (set(), set()),
     "_tree": ({"_paths"}, {"jax", "numpy", "ml_dtypes"}),
@@ -90,7 +92,7 @@ def broken_arrows(path: Path, source: str | None = None) -> list[str]:
     for name in sorted(imports_of(path, source)):
         first = name.split(".")[0]
         if first == "lora_jax":
-            allowed = layers is None or group_of(name) in layers | {group}
+            allowed = layers is None or group_of(name) in layers | {group, "_extras"}
         else:
             allowed = first in sys.stdlib_module_names or first in packages
         if not allowed:

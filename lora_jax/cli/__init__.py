@@ -16,6 +16,10 @@ from importlib.metadata import version
 from types import ModuleType
 from typing import Any
 
+from lora_jax._extras import MissingExtra, require
+
+require("lora-jax", train=("rich", "tyro"))
+
 import tyro
 
 COMMANDS = {
@@ -65,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `lora-jax inspect | head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, OSError, MemoryError) as error:
+    except (ValueError, OSError, MemoryError, MissingExtra) as error:
         return _fail(error)
     except RuntimeError as error:
         if (line := out_of_memory(str(error), _device_bytes())) is None:

@@ -1,14 +1,19 @@
 """Examples as padded batches of few lengths, in an order that any step can be read from."""
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import grain
 import numpy as np
 
+from lora_jax._extras import require
 from lora_jax.data._encode import Example
 from lora_jax.data._encode_labelled import LabelledExample
+
+if TYPE_CHECKING:
+    import grain
 
 Batch = dict[str, np.ndarray]
 AnyExample = Example | LabelledExample
@@ -95,6 +100,9 @@ def batches(
         raise ValueError("no examples to make batches of")
     if batch_size < 1:
         raise ValueError(f"batch_size: {batch_size} given, expected at least 1")
+    require("data.batches", train=("grain",))
+    import grain  # here, because encoding and generating do without it
+
     lengths = np.array([len(example.input_ids) for example in examples])
     longest = int(lengths.max())
     order = grain.MapDataset.range(len(examples))

@@ -6,6 +6,10 @@ A `Model` holds what the rest of the library needs of one: `apply`, `params` and
     logits = model.apply(model.params, input_ids)
 """
 
+from lora_jax._extras import require
+
+require(__name__, hf=("flax", "huggingface_hub", "safetensors", "transformers"))
+
 import copy
 import math
 import os

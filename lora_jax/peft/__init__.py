@@ -7,6 +7,10 @@ Only LoRA is read (`peft_type` "LORA"), strictly: every field of the config is h
 that are missing, unexpected, misshapen or not finite are reported together. No pickle is ever read.
 """
 
+from lora_jax._extras import require
+
+require(__name__, hf=("regex", "safetensors"))
+
 from lora_jax.peft._modules import updates as updates
 from lora_jax.peft._read import load as load
 from lora_jax.peft._write import save as save

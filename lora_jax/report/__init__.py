@@ -6,6 +6,10 @@
 `lora-jax analyze` does this for folders and files.
 """
 
+from lora_jax._extras import require
+
+require(__name__, report=("jinja2", "markupsafe", "matplotlib"))
+
 from lora_jax.report._measure import Measured as Measured
 from lora_jax.report._measure import check_comparable as check_comparable
 from lora_jax.report._measure import measure as measure

@@ -7,6 +7,10 @@
 Each result is that of the same run alone, within float32 reordering: `Point.settings` gives its settings.
 """
 
+from lora_jax._extras import require
+
+require(__name__, train=("grain", "orbax.checkpoint", "rich", "sklearn"))
+
 from lora_jax.sweep._grid import grid as grid
 from lora_jax.sweep._grid import parse as parse
 from lora_jax.sweep._point import Point as Point

@@ -6,6 +6,10 @@
 `make_step` is the step alone, for a loop of one's own.
 """
 
+from lora_jax._extras import require
+
+require(__name__, train=("grain", "orbax.checkpoint", "rich", "sklearn"))
+
 from lora_jax.train._config import TrainConfig as TrainConfig
 from lora_jax.train._evaluate import Evaluation as Evaluation
 from lora_jax.train._evaluate import Evaluator as Evaluator
