@@ -31,7 +31,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import lora_jax
-from lora_jax import models, text_to_sql
+from lora_jax import models
+from lora_jax.demo import text_to_sql
 from lora_jax.sweep import Point
 from lora_jax.sweep._program import lanes, make_program
 from lora_jax.sweep._start import Starts

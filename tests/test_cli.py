@@ -21,9 +21,10 @@ from tokenizers import models as tokenizer_models
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 import lora_jax
-from lora_jax import models, peft, text_to_sql
+from lora_jax import models, peft
 from lora_jax.cli import COMMANDS, _base, _embedded, _rows, main
 from lora_jax.cli._base import Base
+from lora_jax.demo import text_to_sql
 from lora_jax.peft._read import labels_told
 
 pytestmark = pytest.mark.usefixtures("compiled_once")

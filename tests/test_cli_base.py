@@ -15,9 +15,10 @@ from test_cli import tiny_model, tiny_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 import lora_jax
-from lora_jax import models, peft, text_to_sql
+from lora_jax import models, peft
 from lora_jax.cli import main
 from lora_jax.cli._base import Base, kernel_axes
+from lora_jax.demo import text_to_sql
 
 
 def write_adapter(folder, base, named, **options):

@@ -38,7 +38,7 @@ GROUPS = {
     "report": (CORE | {"_disk", "analysis"}, {"jax", "numpy", "matplotlib", "jinja2", "markupsafe"}),
     "data": ({"_untrusted"}, {"numpy", "grain"}),
     "_render": (set(), {"transformers"}),  # a program that `data` runs
-    "text_to_sql": ({"data"}, {"numpy"}),
+    "demo": (set(), {"numpy"}),  # nothing but the command line imports it
     "train": (
         CORE | {"_disk", "data", "checkpoint", "prefix"},
         {"jax", "numpy", "grain", "optax", "rich", "scipy", "sklearn"},
@@ -116,6 +116,7 @@ def test_imports_follow_the_layers(path):
         ("train.py", "import flax.linen as nn"),
         ("peft.py", "def f():\n    from lora_jax import models"),
         ("data.py", "import jax"),
+        ("train/_loop.py", "from lora_jax.demo import text_to_sql"),
     ],
 )
 def test_a_broken_arrow_is_seen(module, source):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = ROOT / "examples" / "section_7"
+SCRIPTS = ROOT / "benchmarks" / "section_7"
 
 
 @pytest.fixture(scope="module")

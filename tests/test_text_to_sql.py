@@ -8,9 +8,10 @@ import sqlite3
 
 import pytest
 
-from lora_jax import generate, models, text_to_sql
-from lora_jax.text_to_sql import _pretraining, _query, _task, _topics
-from lora_jax.text_to_sql._query import KINDS, Column, Condition, Query, Table
+from lora_jax import generate, models
+from lora_jax.demo import text_to_sql
+from lora_jax.demo.text_to_sql import _pretraining, _query, _task, _topics
+from lora_jax.demo.text_to_sql._query import KINDS, Column, Condition, Query, Table
 
 FARMS = text_to_sql.Database("farms", ("crop", "hectares"), (("rye", 12), ("oats", 30), ("oats", 7)))
 TOPICS = {name: getattr(_topics, name) for name in ("PRETRAINING", "TRAIN", "VALID", "TEST")}

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import tyro
 
 import lora_jax
-from lora_jax import text_to_sql
 from lora_jax._tree import trained_paths
 from lora_jax.cli import _named, _show
+from lora_jax.demo import text_to_sql
 from lora_jax.peft import _write
 
 # `lora_jax.models` is reached through the package, which loads it at first use: `--help` needn't wait for transformers.

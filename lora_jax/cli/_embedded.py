@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lora_jax import data, text_to_sql
+from lora_jax import data
 from lora_jax.cli import _show
 from lora_jax.cli._base import Base
+from lora_jax.demo import text_to_sql
 from lora_jax.generate import GenerateConfig, generate_text
 
 ANSWERS = GenerateConfig(max_tokens=text_to_sql.DEFAULTS.max_tokens, batch_size=100)

@@ -11,8 +11,9 @@ import numpy as np
 from rich.progress import track
 
 import lora_jax
-from lora_jax import LoRA, report, text_to_sql
+from lora_jax import LoRA, report
 from lora_jax.cli import _base, _show
+from lora_jax.demo import text_to_sql
 from lora_jax.peft import _config
 
 EMBEDDED = "embedded"  # --model's name for the model in the package

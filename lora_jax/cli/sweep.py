@@ -14,9 +14,10 @@ import jax
 import tyro
 
 import lora_jax
-from lora_jax import sweep, text_to_sql
+from lora_jax import sweep
 from lora_jax.cli import _base, _embedded, _labels, _rows, _show
 from lora_jax.cli._rows import Rows
+from lora_jax.demo import text_to_sql
 from lora_jax.sweep import Point, Results
 from lora_jax.train import TrainConfig
 

@@ -13,12 +13,13 @@ import tyro
 from rich.table import Table
 
 import lora_jax
-from lora_jax import _disk, text_to_sql
+from lora_jax import _disk
 from lora_jax.checkpoint import newest
 from lora_jax.cli import _base, _data, _embedded, _labels, _rows, _samples, _show, inspect
 from lora_jax.cli._rows import Encoded, Rows
 from lora_jax.cli._signals import Signals, exit_code
 from lora_jax.data import Labels
+from lora_jax.demo import text_to_sql
 from lora_jax.train import Stopped, Task, TrainConfig, TrainResult, train
 from lora_jax.train._save import check_ours
 

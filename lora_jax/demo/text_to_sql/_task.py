@@ -17,9 +17,9 @@ import random
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from lora_jax.text_to_sql import _query, _score, _topics
-from lora_jax.text_to_sql._query import PLAIN, Column, Condition, Conventions, Query, Table
-from lora_jax.text_to_sql._score import Database
+from lora_jax.demo.text_to_sql import _query, _score, _topics
+from lora_jax.demo.text_to_sql._query import PLAIN, Column, Condition, Conventions, Query, Table
+from lora_jax.demo.text_to_sql._score import Database
 
 HOUSE = Conventions(cents=True, compact_dates=True, match="{column} = '{value}' COLLATE NOCASE", live="deleted = 0")
 

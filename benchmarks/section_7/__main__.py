@@ -1,7 +1,7 @@
 """Section 7 of the LoRA paper (Hu et al. 2021, arXiv 2106.09685) on models and data of your own.
 
-    python examples/section_7 --minilm DIR --llama DIR --glue DIR --wikisql DIR     # measures, then writes the page
-    python examples/section_7 --page --results DIR --output FILE                    # the page alone, from results
+    python benchmarks/section_7 --minilm DIR --llama DIR --glue DIR --wikisql DIR     # measures, then writes the page
+    python benchmarks/section_7 --page --results DIR --output FILE                    # the page alone, from results
 
 `--minilm` is all-MiniLM-L6-v2's folder, `--llama` a small Llama's; `--glue` holds GLUE's own files in the folders CoLA,
 MRPC, SST-2 and MNLI, `--wikisql` WikiSQL's questions and the tables' headers. What isn't given isn't run. Results are

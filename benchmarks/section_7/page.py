@@ -14,7 +14,7 @@ from results import TITLES, Results
 from settings import FULL, SMALL, tokens
 from statistics_of import LEVEL, layered
 
-COMMAND = "python examples/section_7 --minilm DIR --llama DIR --glue DIR --wikisql DIR --scale full"
+COMMAND = "python benchmarks/section_7 --minilm DIR --llama DIR --glue DIR --wikisql DIR --scale full"
 TIMES = "two_cores"
 DIRECTIONS = ("1", "4", "8", "64")
 LAYERED = (

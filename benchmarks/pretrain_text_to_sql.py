@@ -1,12 +1,12 @@
 """Pretrain the base that lora_jax ships: a Llama of 3.2M parameters on text that this repository generates.
 
-    python examples/pretrain_text_to_sql.py --output base
+    python benchmarks/pretrain_text_to_sql.py --output base
 
-writes a Hugging Face folder: config.json, tokenizer.json and float16 weights. `lora_jax/text_to_sql/base` was made so,
-with the defaults: 3 minutes on one H200; by its FLOPs, about a day on a laptop. Expect a loss of 0.8 nats a token, much
-of it random names and numbers, which can't be known, and 95 % on the task's questions where the database is a plain one
-(`examples/compare_default.py`). The text is the same everywhere; the weights differ in their last bits, as sums on a
-GPU do.
+writes a Hugging Face folder: config.json, tokenizer.json and float16 weights. `lora_jax/demo/text_to_sql/base` was
+made so, with the defaults: 3 minutes on one H200; by its FLOPs, about a day on a laptop. Expect a loss of 0.8 nats a
+token, much of it random names and numbers, which can't be known, and 95 % on the task's questions where the database
+is a plain one (`benchmarks/compare_default.py`). The text is the same everywhere; the weights differ in their last
+bits, as sums on a GPU do.
 """
 
 import collections
@@ -30,7 +30,7 @@ from tokenizers import decoders, pre_tokenizers, trainers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from lora_jax import models
-from lora_jax.text_to_sql import pretraining_documents
+from lora_jax.demo.text_to_sql import pretraining_documents
 
 PAD, EOS = "<pad>", "</s>"
 LENGTHS = (64, 128, 192, 256)  # documents are padded to one of these; the few longer ones are left out

@@ -8,8 +8,8 @@ its databases, which no note announces, and meets none of the task's schemas.
 import random
 from collections.abc import Iterator
 
-from lora_jax.text_to_sql import _query, _topics
-from lora_jax.text_to_sql._query import Column, Conventions, Table
+from lora_jax.demo.text_to_sql import _query, _topics
+from lora_jax.demo.text_to_sql._query import Column, Conventions, Table
 
 _TOPICS = _topics.tables(_topics.PRETRAINING)
 _COLUMNS = {kind: [c for table in _TOPICS for c in table.columns if c.kind == kind] for kind in _query.KINDS}

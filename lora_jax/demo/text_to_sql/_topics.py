@@ -4,7 +4,7 @@ The task's training, validation and held-out topics are apart from one another a
 held-out question asks about a table and columns that neither the base nor the adapter has met.
 """
 
-from lora_jax.text_to_sql._query import KINDS, Column, Table
+from lora_jax.demo.text_to_sql._query import KINDS, Column, Table
 
 PRETRAINING = """
 airlines: carrier hub_airport alliance | fleet_size daily_flights | ticket_price | licensed

@@ -6,18 +6,18 @@
     asked = text_to_sql.examples("test")                     # with the databases to answer from
     text_to_sql.execution_accuracy(answers, asked)
 
-Everything is generated from fixed seeds, the base's pretraining text too (`examples/pretrain_text_to_sql.py`).
+Everything is generated from fixed seeds, the base's pretraining text too (`benchmarks/pretrain_text_to_sql.py`).
 """
 
 from pathlib import Path
 from typing import NamedTuple
 
-from lora_jax.text_to_sql._pretraining import documents as pretraining_documents
-from lora_jax.text_to_sql._query import PLAIN as PLAIN
-from lora_jax.text_to_sql._query import Conventions as Conventions
-from lora_jax.text_to_sql._score import Database, execute, is_right, same_answer
-from lora_jax.text_to_sql._task import HOUSE as HOUSE
-from lora_jax.text_to_sql._task import Example, examples, execution_accuracy, rows
+from lora_jax.demo.text_to_sql._pretraining import documents as pretraining_documents
+from lora_jax.demo.text_to_sql._query import PLAIN as PLAIN
+from lora_jax.demo.text_to_sql._query import Conventions as Conventions
+from lora_jax.demo.text_to_sql._score import Database, execute, is_right, same_answer
+from lora_jax.demo.text_to_sql._task import HOUSE as HOUSE
+from lora_jax.demo.text_to_sql._task import Example, examples, execution_accuracy, rows
 
 __all__ = [
     "BASE",

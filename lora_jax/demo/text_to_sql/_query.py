@@ -7,7 +7,7 @@ conjunction of conditions.
 import random
 from typing import NamedTuple
 
-from lora_jax.text_to_sql import _words
+from lora_jax.demo.text_to_sql import _words
 
 KINDS = ("text", "number", "money", "date")
 

@@ -1,6 +1,6 @@
 """What the embedded default's figures mean: LoRA beside full fine-tuning, and on a base that knows nothing.
 
-    python examples/compare_default.py --seeds 3
+    python benchmarks/compare_default.py --seeds 3
 
 Each way is trained with several seeds on the same rows, with the same steps and batches; the seed decides the adapter's
 start, the order of the rows and, for the random base, its weights. About 20 minutes on two idle cores. Expect an
@@ -19,8 +19,9 @@ import jax.numpy as jnp
 import tyro
 
 import lora_jax
-from lora_jax import data, generate, models, text_to_sql
-from lora_jax.text_to_sql import DEFAULTS
+from lora_jax import data, generate, models
+from lora_jax.demo import text_to_sql
+from lora_jax.demo.text_to_sql import DEFAULTS
 from lora_jax.train import TrainConfig, train
 
 FULL_RATE = 1e-3  # of full fine-tuning
