@@ -116,6 +116,48 @@ def test_a_signal_ends_at_once_where_nothing_can_be_saved(when, code, line):
     assert "Traceback" not in done.stderr
 
 
+LAST_MOMENTS = """
+import contextlib, os, signal, sys
+from lora_jax.cli import _signals
+
+class Last:
+    def __del__(self, write=os.write, kill=os.kill, process=os.getpid(), number=signal.SIGTERM):
+        write(2, b"last\\n")  # Python takes its modules apart, and its own handlers are gone
+        kill(process, number)
+
+_signals.until_exit()
+with contextlib.suppress(ValueError), _signals.Signals(lambda name: "nothing", lambda name: name + ": cut off") as stop:
+    stop()
+    if sys.argv[1] == "failed":
+        raise ValueError
+    stop.done("the adapter is whole: out")
+if sys.argv[1] in ("done", "failed"):
+    os.kill(os.getpid(), signal.SIGTERM)
+    input()
+if sys.argv[1] == "gone":
+    last = Last()
+raise SystemExit(7)
+"""
+
+
+@pytest.mark.parametrize(
+    ("when", "code", "out", "err"),
+    [
+        ("done", 143, "", "lora-jax: SIGTERM: the adapter is whole: out\n"),
+        ("failed", 143, "", "lora-jax: SIGTERM: cut off\n"),
+        ("gone", 7, "", "last\n"),
+    ],
+)
+def test_a_signal_after_the_run_finds_a_handler_until_the_process_is_gone(when, code, out, err):
+    pipe = subprocess.PIPE
+    child = subprocess.Popen(
+        [sys.executable, "-c", LAST_MOMENTS, when], stdin=pipe, stdout=pipe, stderr=pipe, text=True
+    )
+    with child:
+        assert child.wait(60) == code
+        assert (child.stdout.read(), child.stderr.read()) == (out, err)
+
+
 def test_signals_are_as_before_after_a_run(world):  # noqa: F811
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

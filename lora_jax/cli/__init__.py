@@ -22,6 +22,8 @@ require("lora-jax", train=("rich", "tyro"))
 
 import tyro
 
+from lora_jax.cli import _signals
+
 COMMANDS = {
     "inspect": "which kernels would be adapted and what they cost, from the model's config alone",
     "train": "fine-tune a model with LoRA; without arguments, the embedded model on the embedded task",
@@ -41,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 2 for what the user can put right, 130 for Ctrl-C, 143 for SIGTERM.
 
     Args:
-        argv: the words after `lora-jax`; default `sys.argv[1:]`.
+        argv: the words after `lora-jax`; default `sys.argv[1:]`, the process's own: then signals are answered until
+            it ends, otherwise they are as before when this returns.
 
     Example:
         >>> main(["--version"])
@@ -57,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if words[0] not in COMMANDS:
         return _fail(ValueError(f"no command {words[0]!r}; the commands are {', '.join(COMMANDS)}"))
+    if argv is None:
+        _signals.until_exit()
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would tell everyone that torch isn't installed
     try:
         command = importlib.import_module(f"{__name__}.{words[0]}")

@@ -1,5 +1,6 @@
 """SIGINT and SIGTERM while a run trains: what is done is saved, or what can't be is said."""
 
+import atexit
 import contextlib
 import os
 import signal
@@ -9,6 +10,15 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 SHOW_CURSOR = b"\x1b[?25h"  # a progress bar has hidden it
+OURS = (signal.SIGINT, signal.SIGTERM)
+
+_of_process = False
+
+
+def until_exit() -> None:
+    """Make every later `Signals` stay in force after its block, until the process ends: the command is all it does."""
+    global _of_process
+    _of_process = True
 
 
 class Signals:
@@ -17,6 +27,10 @@ class Signals:
     Within it the first signal asks the run to stop and be saved; the second ends the process at once. So does the first
     one before `stop` has been asked for the first time: no step is done yet, so nothing can be saved. A thread sees to
     that, because Python's own handlers wait until a compilation is over.
+
+    After the block the signals are what they were before. After `until_exit` they still end the process, with a line
+    and their exit code, until Python shuts down (a second or two): there they change nothing, for nothing is left to
+    stop, and the exit code is the run's.
 
     Args:
       nothing: Says what is true where nothing was saved: the signal's name -> one line.
@@ -37,7 +51,7 @@ class Signals:
         if threading.current_thread() is not threading.main_thread():
             return self  # signals belong to the main thread
         with contextlib.ExitStack() as stack:
-            ours = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN]
+            ours = [number for number in OURS if signal.getsignal(number) != signal.SIG_IGN]
             reader, writer = os.pipe()
             os.set_blocking(writer, False)
             thread = threading.Thread(target=self._watch, args=(reader,), daemon=True)
@@ -51,8 +65,14 @@ class Signals:
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        self._stack.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        if not _of_process:
+            self._stack.close()
+            return
+        if kind is not None:
+            self._nothing = self._at_once
+        self._begun = False
+        atexit.register(_ignore)
 
     def done(self, line: str) -> None:
         """Says that all is saved: from here on a signal ends the process at once, with this line.
@@ -79,6 +99,11 @@ class Signals:
     def _end(self, number: signal.Signals, line: str) -> NoReturn:
         _say(line)
         os._exit(exit_code(number))
+
+
+def _ignore() -> None:
+    for number in OURS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def exit_code(number: signal.Signals) -> int:
