@@ -77,7 +77,7 @@ def main(settings: Comparison) -> None:
             config = TrainConfig(
                 batch_size=DEFAULTS.batch_size, max_steps=settings.steps, learning_rate=way.learning_rate, seed=seed
             )
-            result = train(model.apply, way.start(seed), encoded, config=config, train=way.whole)
+            result = train(model.apply, way.start(seed), encoded, config=config, also_train=way.whole)
             seconds.append(time.perf_counter() - began)
             right.append(float(accuracy(answers(model, result.params, house), house)))
         print(f"{way.name:21} {spread(right)}  {statistics.mean(seconds):.0f} s a run", flush=True)

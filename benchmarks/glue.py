@@ -94,12 +94,14 @@ def ours(job: Job, method: str, seed: int, rate: float) -> dict[str, Any]:
     if method in LORA:
         # A as PEFT starts it.
         settings = lora_jax.LoRAConfig(
-            rank=RANK, alpha=ALPHA, targets=LORA[method], init="kaiming_uniform", train=trained
+            rank=RANK, alpha=ALPHA, targets=LORA[method], init="kaiming_uniform", also_train=trained
         )
         ids = jax.ShapeDtypeStruct((1, 8), "int32")
         axes = lora_jax.kernel_axes(model.apply, params, ids, ids)
         params = lora_jax.init(jax.random.fold_in(key, 0), params, settings, axes=axes)
-    found = train.train(model.apply, params, job.rows, job.dev, job.config(seed, rate), task=job.task, train=trained)
+    found = train.train(
+        model.apply, params, job.rows, job.dev, job.config(seed, rate), task=job.task, also_train=trained
+    )
     assert found.after is not None
     return {
         **found.after.metrics,

@@ -23,8 +23,8 @@ PEFT_NAMES = {
     "target_modules": "targets",
     "target_parameters": "targets",
     "exclude_modules": "exclude",
-    "modules_to_save": "train",
-    "bias": "train=['q_proj/bias', ...]",
+    "modules_to_save": "also_train",
+    "bias": "also_train=['q_proj/bias', ...]",
     "rank_pattern": "overrides=[Override(target=..., rank=...)]",
     "alpha_pattern": "overrides=[Override(target=..., alpha=...)]",
     "layers_to_transform": "overrides, with rank 0 for a layer to leave alone",
@@ -134,7 +134,7 @@ class LoRAConfig:
       init: Of A; B starts at zero. `"gaussian"` is N(0, 1/rank²), as in PEFT; `"kaiming_uniform"` is U(±1/√inputs), the
         default of loralib and PEFT.
       dtype: Of A and B. Lower than float32 can keep them from moving at all under Adam.
-      train: Patterns of leaves trained in full: heads, biases, norms.
+      also_train: Patterns of leaves trained in full: heads, biases, norms.
       dora: Train the length of each output's kernel by itself, as a magnitude in the node (DoRA, Liu et al. 2024, arXiv
         2402.09353): W' = m ⊙ (W + ΔW) / ‖W + ΔW‖, with m = ‖W‖ at the start.
 
@@ -159,11 +159,11 @@ class LoRAConfig:
     scaling: Scaling = "standard"
     init: Initializer = "gaussian"
     dtype: str = "float32"
-    train: tuple[str, ...] = ()
+    also_train: tuple[str, ...] = ()
     dora: bool = False
 
     def __post_init__(self) -> None:
-        for field in ("targets", "exclude", "train"):
+        for field in ("targets", "exclude", "also_train"):
             object.__setattr__(self, field, _as_tuple(getattr(self, field)))
             check_patterns(getattr(self, field), field)
         object.__setattr__(self, "overrides", tuple(self.overrides))
@@ -172,8 +172,8 @@ class LoRAConfig:
         _check_alpha(self.alpha, "alpha")
         for field, known in (("scaling", Scaling), ("init", Initializer)):
             _check_choice(getattr(self, field), field, known.__args__)
-        if not self.targets and not self.train:
-            raise ValueError("targets: none given, and train is empty too; nothing would train")
+        if not self.targets and not self.also_train:
+            raise ValueError("targets: none given, and also_train is empty too; nothing would train")
         if not self.targets and (self.exclude or self.overrides):
             raise ValueError("targets: none given, but exclude or overrides are; they choose among the targets")
 

@@ -65,12 +65,12 @@ class Description:
         return f"{_table(head, rows)}\n{self.trainable:,} of {self.total:,} parameters train ({self.share:.2%})"
 
 
-def describe(params: Any, train: Any = ()) -> Description:
+def describe(params: Any, also_train: Any = ()) -> Description:
     """What trains: each adapted kernel with its shape, axes, rank, scale and count, and the share of the whole.
 
     Args:
       params: A tree that `init` made, of arrays or of ShapeDtypeStructs (then ranks and counts include padding).
-      train: Patterns of further leaves trained in full, or the `LoRAConfig` that `init` had.
+      also_train: Patterns of further leaves trained in full, or the `LoRAConfig` that `init` had.
 
     Returns:
       A table: `.rows`, `.trainable`, `.total`, `.share`; `print` shows it.
@@ -85,7 +85,7 @@ def describe(params: Any, train: Any = ()) -> Description:
     8,192 of 270,336 parameters train (3.03%)
     """
     plain, nodes = detach(params)
-    whole = trained_paths(params, train)
+    whole = trained_paths(params, also_train)
     rows, total = [], 0
     for path, leaf in leaves_with_paths(plain):
         array = unbox(leaf)

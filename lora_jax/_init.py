@@ -43,7 +43,7 @@ def init(key: jax.Array, params: Any, config: LoRAConfig, *, axes: Mapping[str, 
         f[inputs, outputs].
 
     Returns:
-      The tree with its nodes. A leaf that is trained in full (`config.train`) is marked as such, with a buffer of its
+      The tree with its nodes. A leaf that is trained in full (`config.also_train`) is marked so, with a buffer of its
       own: float32 where its own dtype is narrower.
 
     Warns:
@@ -64,10 +64,10 @@ def init(key: jax.Array, params: Any, config: LoRAConfig, *, axes: Mapping[str, 
     leaves = _by_path(params)
     kernels = _choose(leaves, config, axes)
     _check_places(params, kernels)
-    whole = match(config.train, leaves, what="train")
+    whole = match(config.also_train, leaves, what="also_train")
     both = sorted(set(whole) & set(kernels))
     if both:
-        raise ValueError(f"{both[0]}: is a target and trains whole too; take it out of train, or exclude it")
+        raise ValueError(f"{both[0]}: is a target and trains whole too; take it out of also_train, or exclude it")
     ranks = _ranks(kernels, config)
     _warn_of_ranks(kernels, {path: max(each) for path, (each, _) in ranks.items()})
     nodes = {path: _node(key, path, kernel, ranks[path], config) for path, kernel in kernels.items()}
@@ -108,7 +108,9 @@ def _choose(leaves: Mapping[str, Any], config: LoRAConfig, axes: Mapping[str, Ax
     for pattern in config.targets:
         hits = adaptable & set(match([pattern], leaves, what="targets", linear=linear))
         if not hits:
-            raise ValueError(f"targets: {pattern!r} matches no kernel, only biases, norms and such; name them in train")
+            raise ValueError(
+                f"targets: {pattern!r} matches no kernel, only biases, norms and such; name them in also_train"
+            )
         chosen |= hits
     excluded = match(config.exclude, leaves, what="exclude", linear=linear)
     if config.targets and chosen <= set(excluded):
@@ -299,5 +301,5 @@ def _master(path: str, leaf: Any) -> Any:
     """The leaf as it trains, marked."""
     dtype = jnp.dtype(unbox(leaf).dtype)
     if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"{path}: is {dtype.name}, and only floating-point leaves train; take it out of train")
+        raise ValueError(f"{path}: is {dtype.name}, and only floating-point leaves train; take it out of also_train")
     return leaf if isinstance(leaf, Trained) else trained(leaf)

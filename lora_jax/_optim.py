@@ -14,24 +14,24 @@ from lora_jax._tree import edit, is_adapter, nodes_of, rebox, split, trained_pat
 _LONGEST_WAIT = 256
 
 
-def mask(tree: Any, train: Any = ()) -> Any:
+def mask(tree: Any, also_train: Any = ()) -> Any:
     """Which leaves train, as booleans in the structure of `tree`: A, B, magnitudes, and what is trained in full.
 
     A scale is no leaf but where adapters of different scales are stacked, and never trains.
 
     Args:
       tree: A whole tree, or an adapter as `split` gives it: there every leaf outside the nodes is trained in full.
-      train: Patterns of further leaves trained in full, or the `LoRAConfig` that `init` had.
+      also_train: Patterns of further leaves trained in full, or the `LoRAConfig` that `init` had.
 
     Raises:
       ValueError: Nothing would train, or a pattern matches nothing.
 
     >>> node = LoRA(a=1.0, b=2.0, scale=3.0)
-    >>> mask({"kernel": 0.0, "kernel_lora": node, "bias": 0.0}, train=["bias"])
+    >>> mask({"kernel": 0.0, "kernel_lora": node, "bias": 0.0}, also_train=["bias"])
     {'kernel': False, 'kernel_lora': LoRA(a=True, b=True, scale=3.0, ...), 'bias': True}
     """
     everything = is_adapter(tree)
-    whole = trained_paths(tree, () if everything else train)
+    whole = trained_paths(tree, () if everything else also_train)
 
     def flag(path: str, leaf: Any) -> Any:
         if leaf is None:
@@ -45,11 +45,13 @@ def mask(tree: Any, train: Any = ()) -> Any:
 
     flags = edit(tree, leaf=flag)
     if not any(jax.tree.leaves(flags)):
-        raise ValueError("nothing would train: the tree has no LoRA nodes; call lora_jax.init, or name leaves in train")
+        raise ValueError(
+            "nothing would train: the tree has no LoRA nodes; call lora_jax.init, or name leaves in also_train"
+        )
     return flags
 
 
-def masked(tx: optax.GradientTransformation, train: Any = ()) -> optax.GradientTransformationExtraArgs:
+def masked(tx: optax.GradientTransformation, also_train: Any = ()) -> optax.GradientTransformationExtraArgs:
     """An optimizer for the adapter that leaves every other leaf as it is.
 
     `optax.masked` alone passes the raw gradients of the other leaves through; here they become zero. What `split` gives
@@ -58,7 +60,7 @@ def masked(tx: optax.GradientTransformation, train: Any = ()) -> optax.GradientT
 
     Args:
       tx: Any optimizer.
-      train: Patterns of further leaves trained in full, or the `LoRAConfig` that `init` had.
+      also_train: Patterns of further leaves trained in full, or the `LoRAConfig` that `init` had.
 
     Returns:
       A transformation for whole trees and for adapter trees. Its state holds nothing for leaves that don't train.
@@ -75,19 +77,19 @@ def masked(tx: optax.GradientTransformation, train: Any = ()) -> optax.GradientT
     """
 
     def frozen(tree: Any) -> Any:
-        return jax.tree.map(lambda trains: not trains, mask(tree, train))
+        return jax.tree.map(lambda trains: not trains, mask(tree, also_train))
 
-    both = optax.chain(optax.masked(tx, lambda tree: mask(tree, train)), optax.masked(optax.set_to_zero(), frozen))
+    both = optax.chain(optax.masked(tx, lambda tree: mask(tree, also_train)), optax.masked(optax.set_to_zero(), frozen))
 
     def init(params: Any) -> Any:
         if nodes_of(params):
-            check_padding(tx, params if is_adapter(params) else split(params, train)[1], train)
+            check_padding(tx, params if is_adapter(params) else split(params, also_train)[1], also_train)
         return both.init(params)
 
     return optax.GradientTransformationExtraArgs(init, both.update)
 
 
-def check_padding(tx: optax.GradientTransformation, adapter: Any, train: Any = ()) -> None:
+def check_padding(tx: optax.GradientTransformation, adapter: Any, also_train: Any = ()) -> None:
     """Refuse an optimizer that moves zero padding, or that lets it change what the other entries do.
 
     An adapter whose ranks differ between stack indices, or between stacked adapters, has zero columns in A and zero
@@ -99,7 +101,7 @@ def check_padding(tx: optax.GradientTransformation, adapter: Any, train: Any = (
     Args:
       tx: The optimizer.
       adapter: As `split` or `stack` gives it. Without padding, nothing is refused.
-      train: Patterns of further leaves trained in full, or the `LoRAConfig` that `init` had.
+      also_train: Patterns of further leaves trained in full, or the `LoRAConfig` that `init` had.
 
     Raises:
       ValueError: The adapter is padded, and `tx` doesn't leave padding alone.
@@ -114,7 +116,7 @@ def check_padding(tx: optax.GradientTransformation, adapter: Any, train: Any = (
     """
     for single in _singles(adapter):
         padded = sorted(path for path, node in nodes_of(single).items() if (used_ranks(node) < node.a.shape[-1]).any())
-        if padded and not _keeps_padding(optax.masked(tx, lambda tree: mask(tree, train)), single):
+        if padded and not _keeps_padding(optax.masked(tx, lambda tree: mask(tree, also_train)), single):
             raise ValueError(
                 f"{padded[0]}{SUFFIX}: ranks are padded with zeros, which this optimizer doesn't leave alone;"
                 " use sgd, adam, adamw, lion or lamb, or one rank throughout"

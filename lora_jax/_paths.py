@@ -87,7 +87,7 @@ def match(
       ValueError: A pattern matches no path at all (the nearest names are listed), or `"all-linear"` isn't known.
 
     >>> paths = ["layer_0/q_proj/kernel", "layer_0/q_proj/bias", "head/kernel"]
-    >>> match(["layer_0/q_proj/bias", "q_proj"], paths, what="train")
+    >>> match(["layer_0/q_proj/bias", "q_proj"], paths, what="also_train")
     {'layer_0/q_proj/kernel': 1, 'layer_0/q_proj/bias': 0}
     >>> match(["/.*/kernel/"], paths, what="targets")
     {'layer_0/q_proj/kernel': 0, 'head/kernel': 0}

@@ -222,18 +222,18 @@ def is_leaf(x: Any) -> bool:
     return x is not None and (is_node(x) or is_box(x) or _children(x) is None)
 
 
-def train_patterns(train: Any) -> tuple[str, ...]:
+def train_patterns(also_train: Any) -> tuple[str, ...]:
     """The patterns of extra trained leaves: given as such, or by the config that `init` had."""
-    if isinstance(train, str):
-        return (train,)
-    return tuple(getattr(train, "train", train))
+    if isinstance(also_train, str):
+        return (also_train,)
+    return tuple(getattr(also_train, "also_train", also_train))
 
 
-def trained_paths(tree: Any, train: Any = ()) -> set[str]:
-    """Paths of the leaves trained in full: those named by `train`, and in any case the wrapped ones."""
+def trained_paths(tree: Any, also_train: Any = ()) -> set[str]:
+    """Paths of the leaves trained in full: those named by `also_train`, and in any case the wrapped ones."""
     leaves = [(path, leaf) for path, leaf in leaves_with_paths(tree) if not isinstance(leaf, LoRA)]
     known = {path for path, leaf in leaves if isinstance(leaf, Trained)}
-    return known | set(match(train_patterns(train), [path for path, _ in leaves], what="train"))
+    return known | set(match(train_patterns(also_train), [path for path, _ in leaves], what="also_train"))
 
 
 def holders(tree: Any) -> dict[str, Mapping]:
@@ -253,12 +253,12 @@ def holders(tree: Any) -> dict[str, Mapping]:
 # Splitting ----------------------------------------------------------------------------------------------------------
 
 
-def split(params: Any, train: Any = ()) -> tuple[Any, Any]:
+def split(params: Any, also_train: Any = ()) -> tuple[Any, Any]:
     """What stays and what trains, as two trees: take gradients of the second, pass the first as an argument.
 
     Args:
       params: A tree that `init` made.
-      train: Patterns of further leaves trained in full, or the `LoRAConfig` that `init` had.
+      also_train: Patterns of further leaves trained in full, or the `LoRAConfig` that `init` had.
 
     Returns:
       `(base, adapter)`. The base has exactly the structure that the tree had before `init`, with None where a leaf
@@ -270,10 +270,10 @@ def split(params: Any, train: Any = ()) -> tuple[Any, Any]:
     >>> params = {"query": {"kernel": 1.0, "kernel_lora": LoRA(2.0, 3.0, 4.0)}, "head": {"kernel": 5.0}}
     >>> split(params)
     ({'query': {'kernel': 1.0}, 'head': {'kernel': 5.0}}, {'query': {'kernel_lora': LoRA(a=2.0, b=3.0, ...)}})
-    >>> split(params, train=["head"])[1]["head"]
+    >>> split(params, also_train=["head"])[1]["head"]
     {'kernel': 5.0}
     """
-    whole = trained_paths(params, train)
+    whole = trained_paths(params, also_train)
 
     def drop_nodes(path: str, mapping: Mapping, entries: dict[Any, Any]) -> dict[Any, Any]:
         return {key: child for key, child in entries.items() if not isinstance(child, LoRA)}
@@ -294,7 +294,7 @@ def combine(base: Any, adapter: Any) -> Any:
       ValueError: The adapter has a node or a leaf for which the base has no place.
 
     >>> params = {"query": {"kernel": 1.0, "kernel_lora": LoRA(2.0, 3.0, 4.0)}, "head": {"kernel": 5.0}}
-    >>> base, adapter = split(params, train=["head"])
+    >>> base, adapter = split(params, also_train=["head"])
     >>> jax.tree.structure(combine(base, adapter)) == jax.tree.structure(params)
     True
     """

@@ -219,7 +219,7 @@ def test_export_keeps_what_was_trained_whole(world, tmp_path):
     model = models.load(world["model"])
     params = peft.load(world["out"], model.params, names=model.names)
     params["norm"]["scale"] = params["norm"]["scale"] + 1
-    peft.save(tmp_path / "whole", params, names=model.names, train=["/norm/scale/"])
+    peft.save(tmp_path / "whole", params, names=model.names, also_train=["/norm/scale/"])
     arguments = ["export", "--model", world["model"], "--adapter", str(tmp_path / "whole")]
     assert main([*arguments, "--output", str(tmp_path / "anew")]) == 0
     again = peft.load(tmp_path / "anew", model.params, names=model.names)

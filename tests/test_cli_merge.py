@@ -26,17 +26,17 @@ EVERYTHING = ("attention", "embed_tokens", "lm_head")
 class World:
     """A model's folder, an adapter's, and the adapted logits."""
 
-    def __init__(self, folder, targets, *, train=(), dora=False, dtype="float32", **changes):
+    def __init__(self, folder, targets, *, also_train=(), dora=False, dtype="float32", **changes):
         config = LlamaConfig.from_dict(CASES["llama_tied"] | {"initializer_range": 0.2, "vocab_size": 258} | changes)
         drawn = models.init(config, jax.random.key(0), dtype)
         self.model, self.adapter, self.output = folder / "model", folder / "adapter", folder / "merged"
         models.save(self.model, drawn, drawn.params, tokenizer=tiny_tokenizer(), shard_bytes=50_000)
-        lora = lora_jax.LoRAConfig(rank=2, alpha=3, targets=targets, train=train, dora=dora)
+        lora = lora_jax.LoRAConfig(rank=2, alpha=3, targets=targets, also_train=also_train, dora=dora)
         axes = lora_jax.kernel_axes(drawn.apply, drawn.params, IDS)
         base, adapter = lora_jax.split(lora_jax.init(jax.random.key(1), drawn.params, lora, axes=axes), lora)
         moved = jax.tree.map(lambda leaf: leaf + 0.05 * jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape), adapter)
         params = lora_jax.combine(base, moved)
-        peft.save(self.adapter, params, names=drawn.names, train=lora)
+        peft.save(self.adapter, params, names=drawn.names, also_train=lora)
         self.base = drawn.apply(drawn.params, IDS)
         self.adapted = lora_jax.adapt(drawn.apply)(params, IDS)
         wide = models.load(self.model, "float32")
@@ -77,7 +77,7 @@ def tied(tmp_path_factory):
     [
         pytest.param(TIED, {}, id="tied", marks=pytest.mark.slow),
         pytest.param(EVERYTHING, {"tie_word_embeddings": False}, id="untied", marks=pytest.mark.slow),
-        pytest.param(("k_proj",), {"train": ("norm", "lm_head"), "tie_word_embeddings": False}, id="whole"),
+        pytest.param(("k_proj",), {"also_train": ("norm", "lm_head"), "tie_word_embeddings": False}, id="whole"),
         pytest.param(("q_proj",), {"dora": True}, id="dora", marks=pytest.mark.slow),
     ],
 )
@@ -103,7 +103,7 @@ def test_a_tied_embedding_is_written_once(tied):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_low_precision_base_in_any_dtype(tmp_path, dtype, capsys):
     """Merged in float32 and rounded once, leaves trained in full too; what the rounding costs is printed."""
-    world = World(tmp_path, ("attention",), train=("norm",), dtype="bfloat16")
+    world = World(tmp_path, ("attention",), also_train=("norm",), dtype="bfloat16")
     assert world.merge("--dtype", dtype) == 0
     said = capsys.readouterr().out
     survives = float(re.search(r"([\d.]+)% of the update survives", said)[1])
@@ -119,7 +119,7 @@ def test_a_low_precision_base_in_any_dtype(tmp_path, dtype, capsys):
 @pytest.mark.slow
 def test_a_model_rounded_as_it_is_read(tmp_path, capsys):
     """The base in bfloat16 as --model-dtype asks: what is merged, and what it is compared with."""
-    world = World(tmp_path, ("attention",), train=("norm",))
+    world = World(tmp_path, ("attention",), also_train=("norm",))
     assert world.merge("--model-dtype", "bfloat16", "--dtype", "float32") == 0
     assert "merged and adapted logits differ by" in capsys.readouterr().out
     rounded = models.load(world.model, "bfloat16")
@@ -238,7 +238,7 @@ def test_a_model_that_the_adapter_unties_is_merged_and_exported(way, tmp_path, c
     targets, train = (
         (("q_proj", "lm_head"), ()) if way == "the head adapted" else (("q_proj",), ("embed_tokens", "lm_head"))
     )
-    config = lora_jax.LoRAConfig(rank=2, alpha=3, targets=targets, train=train)
+    config = lora_jax.LoRAConfig(rank=2, alpha=3, targets=targets, also_train=train)
     axes = lora_jax.kernel_axes(untied.apply, untied.params, IDS)
     params = lora_jax.init(jax.random.key(1), untied.params, config, axes=axes)
     base, adapter = lora_jax.split(params)

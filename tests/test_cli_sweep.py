@@ -142,7 +142,7 @@ def test_only_adapters_of_the_results_are_replaced(paths, tmp_path, monkeypatch)
     (out / "adapters" / "mine" / "precious").write_text("kept")
     (saved / "stale").write_text("of the last run")
     told = json.loads((out / "results.json").read_text())
-    assert told["lora"].keys() == {"dora", "dtype", "exclude", "init", "scaling", "train"}
+    assert told["lora"].keys() == {"dora", "dtype", "exclude", "init", "scaling", "also_train"}
     assert told["train"]["load_best_model_at_end"] is False
     assert not told["train"].keys() & {"seed", "learning_rate", "data_seed"}
     assert sweep(paths, *grid, "--overwrite") == 0

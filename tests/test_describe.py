@@ -44,7 +44,7 @@ def test_published_counts_from_shapes_alone(layers, width, rank, targets, count)
 
 def test_rows_hold_what_is_known_of_each_kernel():
     overrides = [Override(target="q", rank=(1, 3), alpha=(2, 3))]
-    config = LoRAConfig(rank=2, alpha=4, targets=["q", "embed"], overrides=overrides, train=["head"])
+    config = LoRAConfig(rank=2, alpha=4, targets=["q", "embed"], overrides=overrides, also_train=["head"])
     params = {
         "embed": {"embedding": jnp.ones((9, 6))},
         "head": {"kernel": jnp.ones((6, 9), jnp.bfloat16)},
@@ -65,7 +65,7 @@ def test_rows_hold_what_is_known_of_each_kernel():
 
 def test_leaves_that_train_whole_are_named_or_known():
     params = {"q": {"kernel": jnp.ones((6, 8))}, "head": {"kernel": jnp.ones((6, 9))}}
-    config = LoRAConfig(rank=2, alpha=4, targets=["q"], train=["head"])
+    config = LoRAConfig(rank=2, alpha=4, targets=["q"], also_train=["head"])
     whole = lora_jax.init(KEY, params, config)
     assert lora_jax.describe(whole).trainable == lora_jax.describe(whole, config).trainable == 28 + 54
     assert lora_jax.describe(params, ["/.*/"]).share == 1.0
@@ -74,7 +74,7 @@ def test_leaves_that_train_whole_are_named_or_known():
 def test_the_text_is_a_table():
     overrides = [Override(target="q", rank=(1, 3))]
     params = {"q": {"kernel": jnp.ones((2, 6, 8))}, "head": {"kernel": jnp.ones((6, 9))}}
-    config = LoRAConfig(rank=2, alpha=3, targets=["q"], overrides=overrides, train=["head"])
+    config = LoRAConfig(rank=2, alpha=3, targets=["q"], overrides=overrides, also_train=["head"])
     whole = lora_jax.init(KEY, params, config, axes={"q": Axes((0,), (1,), (2,))})
     assert str(lora_jax.describe(whole)).splitlines() == [
         "leaf         shape                   rank  scale  trainable",

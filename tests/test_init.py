@@ -60,9 +60,12 @@ def adapted_paths(params, settings, axes=None):
         ({"dtype": "int8"}, "dtype: 'int8' given, expected a floating-point type"),
         ({"dtype": "flaot32"}, "dtype: 'flaot32' given"),
         ({"targets": ["/(/"]}, r"targets: '/\(/' is not a regular expression"),
-        ({"train": [""]}, "train: '' is not a name"),
-        ({"targets": ()}, "targets: none given, and train is empty too"),
-        ({"targets": (), "train": ["head"], "exclude": ["q"]}, "targets: none given, but exclude or overrides are"),
+        ({"also_train": [""]}, "also_train: '' is not a name"),
+        ({"targets": ()}, "targets: none given, and also_train is empty too"),
+        (
+            {"targets": (), "also_train": ["head"], "exclude": ["q"]},
+            "targets: none given, but exclude or overrides are",
+        ),
     ],
 )
 def test_a_bad_setting_is_a_one_line_error(settings, message):
@@ -93,7 +96,7 @@ def test_a_bad_override_is_a_one_line_error(settings, message):
             "LoRAConfig: r is here rank; lora_alpha is alpha; dropout is adapt's: adapt(fn, dropout=...) (these are",
         ),
         ({"rank": 8, "alpha": 8, "use_rslora": True}, "use_rslora is here scaling='rank_stabilized'"),
-        ({"rank": 8, "alpha": 8, "bias": "none"}, "bias is here train=['q_proj/bias', ...]"),
+        ({"rank": 8, "alpha": 8, "bias": "none"}, "bias is here also_train=['q_proj/bias', ...]"),
         (dict.fromkeys(PEFT_NAMES, 1), " more (these are PEFT's names)"),
     ],
 )
@@ -410,7 +413,7 @@ def test_an_override_of_nothing_targeted_is_an_error():
 
 def test_shapes_are_enough():
     params = jax.eval_shape(lambda: layer("q"))
-    whole = jax.eval_shape(lambda tree: lora_jax.init(KEY, tree, config(targets=["q"], train=["bias"])), params)
+    whole = jax.eval_shape(lambda tree: lora_jax.init(KEY, tree, config(targets=["q"], also_train=["bias"])), params)
     assert whole["q"]["kernel_lora"].a == jax.ShapeDtypeStruct((6, 2), jnp.float32)
     made = lora_jax.init(KEY, params, config(targets=["q"]))
     np.testing.assert_array_equal(
@@ -513,7 +516,7 @@ def test_axes_of_another_tree_say_by_what_the_paths_differ(name, target):
         ) as error:
             lora_jax.init(KEY, params, config(targets=[target]), axes=copied)
         assert len(str(error.value)) < 200
-    lora_jax.init(KEY, params, config(targets=(), train=["q"]), axes=axes)  # nothing asks for axes
+    lora_jax.init(KEY, params, config(targets=(), also_train=["q"]), axes=axes)  # nothing asks for axes
 
 
 def test_one_leaf_of_another_tree():
@@ -548,9 +551,9 @@ def test_a_second_init_is_an_error_over_a_node_and_fine_elsewhere():
 
 def test_a_target_cant_train_whole():
     with pytest.raises(ValueError, match=r"^q/kernel: is a target and trains whole too"):
-        lora_jax.init(KEY, layer("q"), config(targets=["q"], train=["q"]))
+        lora_jax.init(KEY, layer("q"), config(targets=["q"], also_train=["q"]))
     with pytest.raises(ValueError, match=r"^steps: is int32, and only floating-point leaves train"):
-        lora_jax.init(KEY, {**layer("q"), "steps": jnp.int32(0)}, config(targets=["q"], train=["steps"]))
+        lora_jax.init(KEY, {**layer("q"), "steps": jnp.int32(0)}, config(targets=["q"], also_train=["steps"]))
 
 
 def test_rules_beside_traced_axes_count_and_must_match():
@@ -566,5 +569,5 @@ def test_rules_beside_traced_axes_count_and_must_match():
 
 
 def test_train_alone_needs_no_targets():
-    whole = lora_jax.init(KEY, layer("q", dtype=jnp.bfloat16), config(targets=(), train=["q"]))
+    whole = lora_jax.init(KEY, layer("q", dtype=jnp.bfloat16), config(targets=(), also_train=["q"]))
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(lora_jax.split(whole)[1]))

@@ -109,7 +109,7 @@ def test_rounding_happens_once():
 
 def test_trained_leaves_come_out_as_they_are_now():
     params = {**one(jnp.bfloat16), "norm": {"scale": jnp.ones(3, jnp.bfloat16)}}
-    config = LoRAConfig(rank=2, alpha=4, targets=["kernel"], train=["norm"])
+    config = LoRAConfig(rank=2, alpha=4, targets=["kernel"], also_train=["norm"])
     whole = lora_jax.init(jax.random.key(0), {k: v for k, v in params.items() if k != "kernel_lora"}, config)
     base, adapter = lora_jax.split(whole)
     adapter["norm"] = jax.tree.map(lambda x: x + 1, adapter["norm"])

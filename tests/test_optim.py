@@ -65,12 +65,12 @@ def test_a_mask_of_a_whole_tree():
     node = flags["layers"]["kernel_lora"]
     assert (node.a, node.b, node.magnitude) == (True, True, None)
     assert flags["head"] == {"kernel": False}
-    assert lora_jax.mask(whole(), train=["head"])["head"] == {"kernel": True}
+    assert lora_jax.mask(whole(), also_train=["head"])["head"] == {"kernel": True}
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_an_adapter_tree_knows_its_extra_trained_leaves(dtype):
-    config = LoRAConfig(rank=2, alpha=4, targets=["layers"], train=["head"])
+    config = LoRAConfig(rank=2, alpha=4, targets=["layers"], also_train=["head"])
     tree = lora_jax.init(KEY, params(dtype), config, axes=AXES)
     _, adapter = lora_jax.split(tree, config)
     flags = lora_jax.mask(adapter)
@@ -121,8 +121,8 @@ def test_nothing_to_train_is_an_error():
         lora_jax.mask(params())
     with pytest.raises(ValueError, match=r"^nothing would train"):
         lora_jax.masked(optax.sgd(1.0)).init(params())
-    with pytest.raises(ValueError, match=r"^train: 'haed' matches no leaf; nearest: 'head'"):
-        lora_jax.mask(params(), train=["haed"])
+    with pytest.raises(ValueError, match=r"^also_train: 'haed' matches no leaf; nearest: 'head'"):
+        lora_jax.mask(params(), also_train=["haed"])
 
 
 # Training
@@ -156,10 +156,10 @@ def test_the_state_holds_the_adapters_moments_and_nothing_else():
 
 
 def test_whole_trees_and_adapter_trees_train_alike():
-    config = LoRAConfig(rank=2, alpha=4, targets=["layers"], train=["head"])
+    config = LoRAConfig(rank=2, alpha=4, targets=["layers"], also_train=["head"])
     tree = lora_jax.init(KEY, {k: v for k, v in params().items() if k != "steps"}, config, axes=AXES)
     base, adapter = lora_jax.split(tree, config)
-    whole_tx, adapter_tx = lora_jax.masked(optax.adamw(1e-2), train=config), lora_jax.masked(optax.adamw(1e-2))
+    whole_tx, adapter_tx = lora_jax.masked(optax.adamw(1e-2), also_train=config), lora_jax.masked(optax.adamw(1e-2))
     whole_state, adapter_state = whole_tx.init(tree), adapter_tx.init(adapter)
     for _ in range(3):
         updates, whole_state = whole_tx.update(jax.grad(loss)(tree), whole_state, tree)

@@ -188,7 +188,7 @@ def test_whole_modules_and_biases(tmp_path, dtype):
     if dtype != jnp.float32:
         leaves = {path: Trained(leaf, "bfloat16") for path, leaf in leaves.items()}
     params = attach(plain, {QUERY: node(QUERY, 2, 2.0)}, leaves)
-    peft.save(tmp_path / "a", params, names=NAMES, train=train)
+    peft.save(tmp_path / "a", params, names=NAMES, also_train=train)
     config, tensors = config_in(tmp_path / "a"), tensors_in(tmp_path / "a")
     layers = [f"model.layers.{layer}.norm" for layer in range(LAYERS)]
     assert config["modules_to_save"] == ["lm_head", *layers, "model.norm"]
@@ -212,7 +212,7 @@ def test_a_name_that_ends_others_is_given_with_its_prefix(tmp_path):
         "q/kernel": Weight("q.weight"),
     }
     params = attach(plain, {"q/kernel": LoRA(jnp.ones((4, 1)), jnp.ones((1, 4)), 1.0)})
-    peft.save(tmp_path / "a", params, names=names, train=["/norm/scale/"])
+    peft.save(tmp_path / "a", params, names=names, also_train=["/norm/scale/"])
     assert config_in(tmp_path / "a")["modules_to_save"] == ["base_model.model.norm"]
     assert [name for name in tensors_in(tmp_path / "a") if "norm" in name] == ["base_model.model.norm.weight"]
     assert same(peft.load(tmp_path / "a", plain, names=names), params)
@@ -220,7 +220,7 @@ def test_a_name_that_ends_others_is_given_with_its_prefix(tmp_path):
 
 def test_what_the_format_cannot_hold_is_said(tmp_path):
     with pytest.raises(ValueError, match="query/kernel is adapted and trained in full"):
-        peft.save(tmp_path / "a", adapted(), names=NAMES, train=["query/kernel"])
+        peft.save(tmp_path / "a", adapted(), names=NAMES, also_train=["query/kernel"])
     with pytest.raises(ValueError, match="no Hugging Face name for layers/attn/query/kernel"):
         peft.save(tmp_path / "a", adapted(), names={HEAD: NAMES[HEAD]})
     with pytest.raises(ValueError, match="pass the whole tree"):
@@ -265,7 +265,7 @@ def test_tied_factors_that_differ_are_refused(tmp_path):
 
 def test_tied_embeddings_trained_whole(tmp_path):
     moved = attach(adapted(tied=True), {}, {EMBEDDING: jnp.full((VOCABULARY, WIDTH), 0.3)})
-    peft.save(tmp_path / "a", moved, names=TIED, train=["embed"])
+    peft.save(tmp_path / "a", moved, names=TIED, also_train=["embed"])
     assert {"base_model.model.lm_head.weight", "base_model.model.model.embed.weight"} <= tensors_in(
         tmp_path / "a"
     ).keys()
@@ -431,7 +431,7 @@ def test_all_linear_leaves_embeddings_and_heads_out(tmp_path):
 
 
 def test_bias_all_has_every_bias(tmp_path):
-    peft.save(tmp_path / "a", adapted(), names=NAMES, train=["query/bias"])
+    peft.save(tmp_path / "a", adapted(), names=NAMES, also_train=["query/bias"])
     edit(tmp_path / "a", bias="all")
     assert "model.norm.bias is missing" in refusal(tmp_path / "a")
     edit(tmp_path / "a", lambda tensors: tensors | {"base_model.model.model.norm.bias": np.ones(WIDTH, np.float32)})
@@ -566,7 +566,7 @@ def test_every_bias_is_saved_as_such(tmp_path):
     params["norm"]["bias"] += 2
     biases = ("/.*[/]bias/",)
     for tree in (params, lora_jax.split(params, biases)[1]):
-        peft.save(tmp_path / "a", tree, names=NAMES, train=biases, overwrite=True)
+        peft.save(tmp_path / "a", tree, names=NAMES, also_train=biases, overwrite=True)
         config, tensors = config_in(tmp_path / "a"), tensors_in(tmp_path / "a")
         assert (config["bias"], config["modules_to_save"]) == ("all", None)
         assert {name for name in tensors if name.endswith("bias")} == {

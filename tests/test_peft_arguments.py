@@ -39,9 +39,9 @@ LOADED = {
     ),
 }
 SAVED = {name: case for name, case in LOADED.items() if name != "axes"} | {
-    "a pattern": (("a", adapted()), GOOD | {"train": 3}, r"^train: 3 given, expected patterns of leaves"),
-    "patterns": (("a", adapted()), GOOD | {"train": [3]}, r"^train: \[3\] given"),
-    "no patterns": (("a", adapted()), GOOD | {"train": None}, r"^train: None given"),
+    "a pattern": (("a", adapted()), GOOD | {"also_train": 3}, r"^also_train: 3 given, expected patterns of leaves"),
+    "patterns": (("a", adapted()), GOOD | {"also_train": [3]}, r"^also_train: \[3\] given"),
+    "no patterns": (("a", adapted()), GOOD | {"also_train": None}, r"^also_train: None given"),
     "tokens": (("a", adapted()), GOOD | {"tokens": [1]}, r"^tokens: \[1\] given, expected row numbers by the path"),
     "rows": (
         ("a", adapted()),

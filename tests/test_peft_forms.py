@@ -65,7 +65,7 @@ def test_one_tensor_under_two_names(tmp_path):
 def test_float64(tmp_path):
     params = adapted({QUERY: node(QUERY, 2, 2.0), EMBEDDING: node(EMBEDDING, 2, 1.0)})
     params["norm"] = {name: leaf + 1 for name, leaf in params["norm"].items()}
-    peft.save(tmp_path / "a", params, names=NAMES, train=["/norm"])
+    peft.save(tmp_path / "a", params, names=NAMES, also_train=["/norm"])
     copy = {f"{START}model.embed.base_layer.weight": np.array(base()["embed"]["embedding"])}
     edit(tmp_path / "a", lambda tensors: {name: x.astype(np.float64) for name, x in (tensors | copy).items()})
     assert same(peft.load(tmp_path / "a", base(), names=NAMES), params)
@@ -142,7 +142,7 @@ def test_biases_of_a_module_saved_whole_come_three_times(tmp_path):
     params = adapted()
     params["norm"] = {name: leaf + 1 for name, leaf in params["norm"].items()}
     params["layers"]["attn"]["query"]["bias"] += 2
-    peft.save(tmp_path / "a", params, names=NAMES, train=["/norm", "query/bias"])
+    peft.save(tmp_path / "a", params, names=NAMES, also_train=["/norm", "query/bias"])
     edit(tmp_path / "a", lambda tensors: beside(tensors, "model.norm"), bias="all", modules_to_save=["model.norm"])
     assert same(peft.load(tmp_path / "a", base(), names=NAMES), params)
     spoiled = tensors_in(tmp_path / "a")
@@ -275,7 +275,9 @@ def test_rows_or_a_prefix_alone(tmp_path):
 
 def alone(params, train):
     """Nothing but leaves that are trained in full, each moved."""
-    params = lora_jax.init(jax.random.key(0), params, lora_jax.LoRAConfig(rank=2, alpha=2, targets=(), train=(train,)))
+    params = lora_jax.init(
+        jax.random.key(0), params, lora_jax.LoRAConfig(rank=2, alpha=2, targets=(), also_train=(train,))
+    )
     rest, adapter = lora_jax.split(params)
     return lora_jax.combine(rest, jax.tree.map(lambda x: x + draw(str(x.shape), x.shape), adapter))
 

@@ -272,7 +272,7 @@ def with_every_option() -> World:
     params["norm"] = {name: leaf + 1 for name, leaf in params["norm"].items()}
     params["embed"]["embedding"] = params["embed"]["embedding"].at[jnp.array([3, 7])].set(0.5)
     params = prefix.put(params, np.ones((3, 8), np.float32), after=1)
-    return World(params, base(), NAMES, {"train": ("/norm",), "tokens": {EMBEDDING: [3, 7]}})
+    return World(params, base(), NAMES, {"also_train": ("/norm",), "tokens": {EMBEDDING: [3, 7]}})
 
 
 def untied() -> World:
@@ -280,7 +280,7 @@ def untied() -> World:
     plain = base(tied=True)
     tree = plain | {"lm_head": {"kernel": plain["embed"]["embedding"].T}}
     params = attach(tree, {HEAD: node(HEAD, 3, 1.0)}, {EMBEDDING: plain["embed"]["embedding"] + 1})
-    return World(params, plain, TIED, {"train": (f"/{EMBEDDING}/",)})
+    return World(params, plain, TIED, {"also_train": (f"/{EMBEDDING}/",)})
 
 
 WORLDS = {

@@ -190,7 +190,7 @@ def test_what_peft_made_reads_and_writes_as_the_same_function(name, tmp_path):
 
     biases = ("q_proj/bias", "v_proj/bias") if MADE[name].lora.get("lora_bias") else ()
     rows = _tokens.in_folder(tmp_path / "theirs", model.params, model.names)
-    peft.save(tmp_path / "ours", params, names=model.names, train=biases, tokens=rows)
+    peft.save(tmp_path / "ours", params, names=model.names, also_train=biases, tokens=rows)
     reference = importlib.import_module("peft")
     again = reference.PeftModel.from_pretrained(make.base_model(MADE[name]), tmp_path / "ours").eval()
     assert_agrees(make.logits(again), *refs)

@@ -44,7 +44,7 @@ class Setting(NamedTuple):
     expected: dict[str, np.ndarray]
 
     @property
-    def train(self) -> tuple[str, ...]:
+    def also_train(self) -> tuple[str, ...]:
         """The leaves that train whole, as patterns."""
         whole = {"lm_head": "lm_head", "model.norm": "/norm/scale/"}
         biases = {
@@ -128,7 +128,7 @@ def test_logits_of_the_base_and_of_the_merged_model(setting):
 
 def test_logits_gradients_and_three_steps(setting):
     ids = jnp.asarray(tokens())
-    base, adapter = lora_jax.split(setting.params, setting.train)
+    base, adapter = lora_jax.split(setting.params, setting.also_train)
     apply = lora_jax.adapt(setting.model.apply, on_materialize="error")
     tx = lora_jax.masked(optax.sgd(setting.case.learning_rate))
 
@@ -154,7 +154,7 @@ def test_logits_gradients_and_three_steps(setting):
 
 
 def test_what_peft_wrote_survives_a_round_trip(setting, tmp_path):
-    peft.save(tmp_path / "ours", setting.params, names=setting.model.names, train=setting.train)
+    peft.save(tmp_path / "ours", setting.params, names=setting.model.names, also_train=setting.also_train)
     again = peft.load(tmp_path / "ours", setting.model.params, names=setting.model.names)
     assert jax.tree.structure(again) == jax.tree.structure(setting.params)
     jax.tree.map(np.testing.assert_array_equal, again, setting.params)
@@ -170,7 +170,7 @@ def test_peft_loads_what_we_write(setting, tmp_path, portable):
     import peft as reference
 
     save = lambda: peft.save(
-        tmp_path / "ours", setting.params, names=setting.model.names, train=setting.train, portable=portable
+        tmp_path / "ours", setting.params, names=setting.model.names, also_train=setting.also_train, portable=portable
     )
     if portable and setting.case.lora.get("use_dora"):
         with pytest.raises(ValueError, match="no portable form"):
@@ -199,7 +199,7 @@ def test_peft_loads_what_we_write(setting, tmp_path, portable):
 def test_peft_model_loads_our_folder_without_a_warning(setting, tmp_path):
     import peft as reference
 
-    peft.save(tmp_path / "ours", setting.params, names=setting.model.names, train=setting.train)
+    peft.save(tmp_path / "ours", setting.params, names=setting.model.names, also_train=setting.also_train)
     make = oracle()
     model = reference.PeftModel.from_pretrained(make.base_model(setting.case), tmp_path / "ours")
     setting.agrees("adapted", make.logits(model))

@@ -44,13 +44,13 @@ def apart(nodes=None, leaves=None):
 def test_each_use_is_changed_by_itself(tmp_path, lora, whole):
     params = apart({path: node(path, 3, 0.5) for path in lora}, {path: VALUES[path] for path in whole})
     train = [f"/{path}/" for path in whole]
-    peft.save(tmp_path / "a", params, names=TIED, train=train)
+    peft.save(tmp_path / "a", params, names=TIED, also_train=train)
     config = config_in(tmp_path / "a")
     assert config["ensure_weight_tying"] is False
     assert config["modules_to_save"] == (sorted(OWN[path] for path in whole) or None)
     again = peft.load(tmp_path / "a", base(tied=True), names=TIED)
     assert same(again, params)
-    peft.save(tmp_path / "b", again, names=TIED, train=train)
+    peft.save(tmp_path / "b", again, names=TIED, also_train=train)
     assert same(tensors_in(tmp_path / "b"), tensors_in(tmp_path / "a"))
     assert config_in(tmp_path / "b") == config
     if HEAD in lora + whole:  # an adapter tree with the head in it says that it is untied
@@ -68,7 +68,7 @@ def test_what_ties_keeps_one_leaf(tmp_path):
     peft.save(tmp_path / "a", params, names=TIED)
     assert same(peft.load(tmp_path / "a", base(tied=True), names=TIED), params)
     moved = attach(adapted(tied=True), {}, {EMBEDDING: VALUES[EMBEDDING]})
-    peft.save(tmp_path / "b", moved, names=TIED, train=["embed"])
+    peft.save(tmp_path / "b", moved, names=TIED, also_train=["embed"])
     assert same(peft.load(tmp_path / "b", base(tied=True), names=TIED), moved)
 
 

@@ -67,7 +67,7 @@ def test_microsofts_adapter_becomes_pefts(real, tmp_path):
     assert sum(node.a.size + node.b.size for node in nodes.values()) == 294_912
     assert all(np.all(node.scale == 2) for node in nodes.values())
     head = ("/classifier/.*/",)
-    peft.save(tmp_path / "a", params, names=model.names, train=head, task_type="SEQ_CLS")
+    peft.save(tmp_path / "a", params, names=model.names, also_train=head, task_type="SEQ_CLS")
     again = peft.load(tmp_path / "a", model.params, names=model.names, axes=axes)
     assert jax.tree.structure(again) == jax.tree.structure(params)
     jax.tree.map(np.testing.assert_array_equal, again, params)

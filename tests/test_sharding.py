@@ -16,7 +16,7 @@ from lora_jax._tree import Trained
 
 P = PartitionSpec
 KEY = jax.random.key(0)
-CONFIG = LoRAConfig(rank=2, alpha=4, targets=["q", "heads", "embed"], train=["norm"])
+CONFIG = LoRAConfig(rank=2, alpha=4, targets=["q", "heads", "embed"], also_train=["norm"])
 AXES = {"heads": Axes((0,), (1,), (2, 3))}
 SPECS = {
     "q": {"kernel": P("data", "model"), "bias": P("model")},

@@ -17,7 +17,7 @@ AXES = {"layers": Axes((0,), (1,), (2,))}
 
 
 def adapter(seed, rank, alpha=4.0, **settings):
-    settings = {"targets": ["layers"], "train": ["norm"], **settings}
+    settings = {"targets": ["layers"], "also_train": ["norm"], **settings}
     whole = lora_jax.init(jax.random.key(seed), BASE, LoRAConfig(rank=rank, alpha=alpha, **settings), axes=AXES)
     tree = lora_jax.split(whole)[1]
     node = tree["layers"]["kernel_lora"]
@@ -93,7 +93,7 @@ def test_what_cant_be_stacked_is_refused():
     with pytest.raises(ValueError, match=r"^stack: a whole tree given"):
         lora_jax.stack([lora_jax.combine({**BASE, "norm": {"scale": None}}, ADAPTERS[0])])
     with pytest.raises(ValueError, match=r"^norm/scale: adapter 0 has it, adapter 1 doesn't"):
-        lora_jax.stack([ADAPTERS[0], adapter(0, 1, train=[])])
+        lora_jax.stack([ADAPTERS[0], adapter(0, 1, also_train=[])])
     node = ADAPTERS[0]["layers"]["kernel_lora"]
     for other in (
         node.replace(a=jnp.ones((2, 5, 1))),

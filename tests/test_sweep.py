@@ -48,7 +48,9 @@ def solo(point, config=CONFIG, lora=None):
     lora, config = point.settings(lora, config, leaf_paths(PARAMS))
     key = jax.random.fold_in(jax.random.key(config.seed), 0)
     params = lora_jax.init(key, PARAMS, lora, axes=AXES)
-    return train(tiny.small_apply, params, ROWS, VALID, dataclasses.replace(config, logging_steps=1), train=lora.train)
+    return train(
+        tiny.small_apply, params, ROWS, VALID, dataclasses.replace(config, logging_steps=1), also_train=lora.also_train
+    )
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +77,7 @@ def test_each_is_its_run_alone(together, index):
 
 @pytest.mark.slow
 def test_leaves_that_train_whole_train_beside_each():
-    lora = LoRAConfig(rank=1, alpha=1, train=("embed",))
+    lora = LoRAConfig(rank=1, alpha=1, also_train=("embed",))
     points = [Point(rank=r, alpha=r, targets=("head",), seed=r) for r in (1, 2)]
     for result, point in list(zip(swept(points, lora=lora).results, points, strict=True))[1:]:
         alone = solo(point, lora=lora)
@@ -379,7 +381,7 @@ def test_labels_are_swept_with_their_metrics_and_heads():
         "dense": {"kernel": jax.random.normal(keys[0], (tiny.WIDTH, tiny.WIDTH))},
         "classifier": {"kernel": jax.random.normal(keys[1], (tiny.WIDTH, 2))},
     }
-    lora = LoRAConfig(rank=1, alpha=1, train=("classifier",))
+    lora = LoRAConfig(rank=1, alpha=1, also_train=("classifier",))
     point = Point(rank=2, alpha=4, targets=("dense",), seed=1)
     config = dataclasses.replace(CONFIG, load_best_model_at_end=False)
 
@@ -392,7 +394,7 @@ def test_labels_are_swept_with_their_metrics_and_heads():
     lora, config = point.settings(lora, config, leaf_paths(params))
     params["classifier"]["kernel"] = fresh(1)["classifier/kernel"]
     adapted = lora_jax.init(jax.random.fold_in(jax.random.key(1), 0), params, lora)
-    alone = train(classify, adapted, rows, rows, config, train=lora.train)
+    alone = train(classify, adapted, rows, rows, config, also_train=lora.also_train)
     assert mine.valid.loss == pytest.approx(alone.after.loss, rel=1e-5)
     assert mine.valid.metrics == pytest.approx(alone.after.metrics, rel=1e-5)
     np.testing.assert_allclose(

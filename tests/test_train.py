@@ -277,7 +277,7 @@ def test_clipping_scales_the_gradient_to_the_norm():
 def test_full_fine_tuning_goes_through_the_same_loop():
     params = tiny.init(jax.random.key(0))
     before = jax.tree.map(np.array, params)
-    result = train(tiny.apply, params, tiny.examples(24), config=QUICK, train=("/.*/",))
+    result = train(tiny.apply, params, tiny.examples(24), config=QUICK, also_train=("/.*/",))
     same(params, before)
     assert jax.tree.structure(result.params) == jax.tree.structure(params)
     jax.tree.map(lambda x, y: np.testing.assert_array_less(0, np.abs(x - y).max()), result.params, before)
@@ -286,7 +286,7 @@ def test_full_fine_tuning_goes_through_the_same_loop():
 
 def test_a_head_trained_whole_beside_the_factors():
     params = lora_jax.init(
-        jax.random.key(1), tiny.init(jax.random.key(0)), dataclasses.replace(CONFIG, train=["head"]), axes=AXES
+        jax.random.key(1), tiny.init(jax.random.key(0)), dataclasses.replace(CONFIG, also_train=["head"]), axes=AXES
     )
     result = train(tiny.apply, params, tiny.examples(24), config=QUICK)
     assert np.abs(result.params["head"]["kernel"].value - params["head"]["kernel"].value).max() > 1e-3
@@ -295,11 +295,13 @@ def test_a_head_trained_whole_beside_the_factors():
 
 def test_leaves_alone_train_without_a_node():
     params = tiny.init(jax.random.key(0))
-    marked = lora_jax.init(jax.random.key(1), params, lora_jax.LoRAConfig(rank=1, alpha=1, targets=(), train=["head"]))
+    marked = lora_jax.init(
+        jax.random.key(1), params, lora_jax.LoRAConfig(rank=1, alpha=1, targets=(), also_train=["head"])
+    )
     result = train(tiny.apply, marked, tiny.examples(24), tiny.examples(8), config=QUICK)
     assert result.after.loss < result.before.loss
     same(params, tiny.init(jax.random.key(0)))  # a donated step deletes nothing of what was given
-    named = train(tiny.apply, params, tiny.examples(24), tiny.examples(8), config=QUICK, train=["head"])
+    named = train(tiny.apply, params, tiny.examples(24), tiny.examples(8), config=QUICK, also_train=["head"])
     np.testing.assert_array_equal(losses(result), losses(named))
 
 
@@ -373,9 +375,9 @@ def products(jaxpr):
             yield from products(inner)
 
 
-def kernel_gradients(params, train=()):
-    base, adapter = lora_jax.split(params, train)
-    tx = lora_jax.masked(optax.sgd(1.0), train)
+def kernel_gradients(params, also_train=()):
+    base, adapter = lora_jax.split(params, also_train)
+    tx = lora_jax.masked(optax.sgd(1.0), also_train)
     # 5 rows of 29: no activation has a kernel's shape.
     batch = batch_of(tiny.examples(5, longest=20), 29)
     step = make_step(lora_jax.adapt(tiny.apply, allow_none=True), tx)

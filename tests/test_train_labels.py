@@ -25,7 +25,7 @@ from lora_jax.train import (
 )
 
 WIDTH, VOCABULARY = 6, 11
-CONFIG = lora_jax.LoRAConfig(rank=2, alpha=4, targets=["mix"], train=["head"])
+CONFIG = lora_jax.LoRAConfig(rank=2, alpha=4, targets=["mix"], also_train=["head"])
 
 
 def params_of(outputs):
@@ -136,7 +136,7 @@ def test_undefined_figures_are_zero_and_nothing_warns():
 def test_labels_are_learned_and_the_rest_stays(make, outputs, figure):
     params = params_of(outputs)
     config = TrainConfig(batch_size=16, max_steps=160, learning_rate=5e-2)
-    result = train(apply, params, make(128), make(64, seed=1), config, train=CONFIG.train)
+    result = train(apply, params, make(128), make(64, seed=1), config, also_train=CONFIG.also_train)
     assert result.after.metrics[figure] > max(0.6, result.before.metrics[figure])
     np.testing.assert_array_equal(result.params["mix"]["kernel"], params["mix"]["kernel"])
     np.testing.assert_array_equal(result.params["embed"]["kernel"], params["embed"]["kernel"])
@@ -156,7 +156,7 @@ def contrary(seed=1):
 
 
 def run(config, **keywords):
-    return train(apply, params_of(2), classes(32), contrary(), config, train=CONFIG.train, **keywords)
+    return train(apply, params_of(2), classes(32), contrary(), config, also_train=CONFIG.also_train, **keywords)
 
 
 @pytest.mark.parametrize(("best", "highest"), [("accuracy", True), ("loss", False)])
@@ -204,7 +204,7 @@ def test_a_resumed_run_keeps_the_best_from_before(tmp_path):
             classes(32),
             contrary(seed=2),
             config,
-            train=CONFIG.train,
+            also_train=CONFIG.also_train,
             output=tmp_path / "broken",
             resume=True,
         )

@@ -54,7 +54,7 @@ def test_split_gives_the_tree_before_init(case):
 @given(trees(), st.booleans())
 def test_combine_undoes_split_with_extra_trained_leaves(case, named):
     params, axes = case
-    config = dataclasses.replace(CONFIG, train=("bias",))
+    config = dataclasses.replace(CONFIG, also_train=("bias",))
     whole = adapted(params, config, axes)
     base, adapter = lora_jax.split(whole, config if named else ["bias"])
     same(lora_jax.combine(base, adapter), whole)
@@ -104,7 +104,7 @@ def test_a_defaultdict_stays_one():
 
 def test_leaves_trained_in_full_are_marked_and_of_low_precision_kept_in_float32():
     params = {"query": dense(dtype=jnp.bfloat16), "norm": {"scale": jnp.ones(3, jnp.bfloat16)}, "head": dense()}
-    config = LoRAConfig(rank=2, alpha=4, targets=["query"], train=["norm", "head"])
+    config = LoRAConfig(rank=2, alpha=4, targets=["query"], also_train=["norm", "head"])
     whole = lora_jax.init(KEY, params, config)
     assert isinstance(whole["norm"]["scale"], Trained)
     assert whole["norm"]["scale"].value.dtype == jnp.float32
@@ -122,7 +122,7 @@ def test_leaves_trained_in_full_are_marked_and_of_low_precision_kept_in_float32(
 
 def test_a_donated_step_leaves_the_given_tree_and_the_merged_one():
     params = {"query": dense(), "head": dense()}
-    whole = lora_jax.init(KEY, params, LoRAConfig(rank=2, alpha=4, targets=["query"], train=["head"]))
+    whole = lora_jax.init(KEY, params, LoRAConfig(rank=2, alpha=4, targets=["query"], also_train=["head"]))
     base, adapter = lora_jax.split(whole)
     merged = lora_jax.merge(whole)
     moved = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)(adapter)
@@ -165,7 +165,7 @@ def test_a_boxed_kernel_counts_as_the_leaf(box):
 
 def test_a_boxed_low_precision_leaf_trains_whole():
     params = {"query": dense(), "norm": {"scale": nn.Partitioned(jnp.ones(3, jnp.bfloat16), names=("model",))}}
-    config = LoRAConfig(rank=2, alpha=4, targets=["query"], train=["norm"])
+    config = LoRAConfig(rank=2, alpha=4, targets=["query"], also_train=["norm"])
     whole = lora_jax.init(KEY, params, config)
     assert jax.tree.leaves(whole["norm"])[0].dtype == jnp.float32
     same(detach(whole)[0], params)
@@ -296,5 +296,5 @@ def test_two_values_for_one_leaf_are_refused():
 
 
 def test_a_train_pattern_that_matches_nothing_is_an_error():
-    with pytest.raises(ValueError, match=r"^train: 'heat' matches no leaf; nearest: 'head'"):
+    with pytest.raises(ValueError, match=r"^also_train: 'heat' matches no leaf; nearest: 'head'"):
         lora_jax.split({"head": dense()}, ["heat"])

@@ -47,7 +47,7 @@ class Task:
 
     def lora(self, **settings: Any) -> lora_jax.LoRAConfig:
         """loralib's start of A, U(±1/√in): unlike N(0, 1/r²) it doesn't change with the rank."""
-        return lora_jax.LoRAConfig(init="kaiming_uniform", train=self.head, **settings)
+        return lora_jax.LoRAConfig(init="kaiming_uniform", also_train=self.head, **settings)
 
     def config(self, **settings: Any) -> TrainConfig:
         """Adam without decay: nothing but the learning rate and α scales a step."""

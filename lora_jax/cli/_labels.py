@@ -111,7 +111,7 @@ def with_head(config: lora_jax.LoRAConfig, model: Any) -> lora_jax.LoRAConfig:
     head = f"/{model.head}/.*/"
     new = (head, *(path for path in model.fresh if not path.startswith(f"{model.head}/")))
     exclude = (*config.exclude, *new) if config.targets else ()  # RoBERTa's head holds a kernel that is all-linear too
-    return dataclasses.replace(config, train=(*config.train, *new), exclude=exclude)
+    return dataclasses.replace(config, also_train=(*config.also_train, *new), exclude=exclude)
 
 
 def task(source: Source, examples: Sequence[LabelledExample], labels: Labels) -> Task:

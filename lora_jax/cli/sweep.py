@@ -255,7 +255,7 @@ def _save(settings: Settings, swept: _Swept, number: int) -> str | None:
         result.adapter,
         # Adapters alone don't say whether the head is tied: it is as it was loaded.
         names={path: weight._replace(untied=()) for path, weight in swept.model.names.items()},
-        train=swept.lora.train,
+        also_train=swept.lora.also_train,
         base_model=settings.base.name,
         task_type=swept.rows.task_type,
         overwrite=True,  # whether it may be was asked before all else

@@ -44,11 +44,11 @@ def check_axes(axes: Any) -> None:
         raise ValueError(f"axes: {show(axes)} given, expected what lora_jax.kernel_axes(apply, params, ...) returns")
 
 
-def check_saved(*, train: Any, **words: Any) -> None:
+def check_saved(*, also_train: Any, **words: Any) -> None:
     """Raises ValueError for patterns or descriptive words of the wrong kind."""
-    patterns = [train] if isinstance(train, str) else getattr(train, "train", train)
+    patterns = [also_train] if isinstance(also_train, str) else getattr(also_train, "also_train", also_train)
     if not isinstance(patterns, Collection) or not all(isinstance(pattern, str) for pattern in patterns):
-        raise ValueError(f"train: {show(train)} given, expected patterns of leaves, or the LoRAConfig")
+        raise ValueError(f"also_train: {show(also_train)} given, expected patterns of leaves, or the LoRAConfig")
     for name, word in words.items():
         if word is not None and not isinstance(word, str | os.PathLike):
             raise ValueError(f"{name}: {show(word)} given, expected a string")

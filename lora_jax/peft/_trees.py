@@ -27,7 +27,7 @@ class Parts(NamedTuple):
     trained: set[str]
 
 
-def parts(params: Any, train: Any = ()) -> Parts:
+def parts(params: Any, also_train: Any = ()) -> Parts:
     """Takes a whole tree apart, or an adapter tree, whose leaves all train."""
     nodes = _tree.nodes_of(params)
     leaves = {
@@ -35,7 +35,7 @@ def parts(params: Any, train: Any = ()) -> Parts:
         for path, leaf in _tree.leaves_with_paths(params)
         if not isinstance(leaf, LoRA)
     }
-    trained = set(leaves) if _tree.is_adapter(params) else _tree.trained_paths(params, train)
+    trained = set(leaves) if _tree.is_adapter(params) else _tree.trained_paths(params, also_train)
     return Parts(nodes, leaves, trained)
 
 

@@ -22,7 +22,7 @@ def save(
     params: Any,
     *,
     names: Mapping[str, Weight],
-    train: Any = (),
+    also_train: Any = (),
     base_model: str | os.PathLike[str] | None = None,
     task_type: str | None = None,
     portable: bool = False,
@@ -47,14 +47,14 @@ def save(
         folder: where to; made if it isn't there. Other files in it are kept.
         params: the tree with its nodes, or only the adapter (`lora_jax.split(params)[1]`).
         names: the Hugging Face name of each leaf: `model.names`.
-        train: which other leaves were trained in full, as given to `lora_jax.split`: saved as `modules_to_save`
+        also_train: which other leaves were trained in full, as given to `lora_jax.split`: saved as `modules_to_save`
             (biases of adapted modules as `bias="lora_only"`). An adapter tree knows its own.
         base_model: the name or path of the base model, which PEFT's `AutoPeftModel` loads.
         task_type: PEFT's task, such as `"CAUSAL_LM"`.
         portable: fold the scale into B and pad to one rank, for tools that ignore patterns: alpha = r everywhere. DoRA
             has no such form.
         tokens: rows of embeddings that were trained, by the path of the leaf (`embed_tokens/embedding`). They alone are
-            saved of it, as `trainable_token_indices`, whether `train` names it or not.
+            saved of it, as `trainable_token_indices`, whether `also_train` names it or not.
         fused: write experts as transformers 5 holds them (`target_parameters`), which other tools may not read. Without
             it they have one entry each, unless PEFT would read those wrong: where ranks or alphas differ, some experts
             are left out, or gate is adapted without up.
@@ -87,14 +87,14 @@ def save(
     folder = _arguments.folder_of(folder)
     _arguments.check_tree(params)
     _arguments.check_names(names)
-    _arguments.check_saved(train=train, base_model=base_model, task_type=task_type)
+    _arguments.check_saved(also_train=also_train, base_model=base_model, task_type=task_type)
     rows = _arguments.rows_of(tokens)
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file; an adapter is saved as a folder")
     if (folder / CONFIG_FILE).exists() and not overwrite:
         raise FileExistsError(f"{folder} already holds an adapter; pass overwrite=True to replace it")
     params, node = prefix.take(params)
-    tensors, config = _content.content(_trees.parts(params, train), names, portable, rows, fused, node is not None)
+    tensors, config = _content.content(_trees.parts(params, also_train), names, portable, rows, fused, node is not None)
     _check_finite(tensors if node is None else {**tensors, prefix.PREFIX: np.asarray(node.value)})
     if node is not None:
         config = dataclasses.replace(config, lora_jax_prefix=_prefix.declared(node))

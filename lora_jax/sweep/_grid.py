@@ -31,8 +31,8 @@ def grid(
 
     With a `budget`, a point's A and B together must have at most that many numbers, and at least 90 % of them: the
     paper's table 5 compares sets of targets at one budget. Rank `"auto"` is the highest that the budget and the
-    smallest of the kernels allow, also where that is less than 90 % of it. Leaves that train whole (`lora.train`) and
-    prefixes aren't counted.
+    smallest of the kernels allow, also where that is less than 90 % of it. Prefixes, and leaves trained in full
+    (`lora.also_train`), aren't counted.
 
     Args:
       specs: a list of values for each setting of `Point` that is to vary. Besides numbers, rank may be `"auto"`, and

@@ -74,7 +74,7 @@ class Point:
         """The settings of this adapter's run alone, for `lora_jax.init` and `train`.
 
         Args:
-          lora: says what a point doesn't: exclude, scaling, init, dtype, train. A point has one rank and one alpha
+          lora: says what a point doesn't: exclude, scaling, init, dtype, also_train. A point has one rank and one alpha
             for all its targets, so overrides are refused.
           config: the settings of the runs.
           paths: the leaves of the tree, with which q, k, v and o are found.

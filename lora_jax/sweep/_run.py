@@ -78,7 +78,7 @@ def run(
       valid_data: rows for the loss and the metrics of each adapter after its last step.
       config: the settings of the runs; a point's own take the place of its learning rate, weight decay, dropout, seed
         and data_seed.
-      lora: exclude, scaling, init, dtype and train of the adapters; rank, alpha and targets are the points'.
+      lora: exclude, scaling, init, dtype and also_train of the adapters; rank, alpha and targets are the points'.
       axes: how kernels are used; traced where not given.
       task: what the rows ask for, where it isn't `task_of(train_data)`.
       fresh: from a seed to values of leaves trained in full, by path, in place of those in `params`: what each seed

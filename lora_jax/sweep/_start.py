@@ -81,7 +81,7 @@ class Starts:
     def base(self) -> Any:
         """What all share, with a place for whatever trains."""
         params = self._with_prefix(jax.random.key(0), self._params, self._longest)
-        return jax.tree.map(jnp.asarray, split(params, self._lora.train)[0])
+        return jax.tree.map(jnp.asarray, split(params, self._lora.also_train)[0])
 
     @property
     def shapes(self) -> Any:

@@ -66,7 +66,7 @@ def train(
     *,
     task: Task | None = None,
     output: str | Path | None = None,
-    train: Any = (),
+    also_train: Any = (),
     on_log: OnLog | None = None,
     console: Console | None = None,
     resume: bool = False,
@@ -83,15 +83,15 @@ def train(
       apply_fn: the model's own function, `apply_fn(params, input_ids, attention_mask) -> logits`, as for `make_step`.
         Of labelled rows it also gets `token_type_ids=` where they have them, and gives [batch, classes] or [batch, 1].
       params: a tree that says what trains, as `lora_jax.init` or `lora_jax.peft.load` made it; or another, where
-        `train` names it.
+        `also_train` names it.
       train_data: tokenised rows (the `examples` of `lora_jax.data.encode` or `encode_labelled`).
       valid_data: rows for loss and metrics before, after and every `eval_steps` steps, and to choose the best adapter.
       config: the settings; `TrainConfig()` where not given.
       task: what the rows ask for, where it isn't `task_of(train_data)`.
       output: a folder for `metrics.jsonl` and, every `save_minutes` or `save_steps`, checkpoints. One run
         at a time holds it.
-      train: patterns of leaves trained in full that the tree doesn't mark, as for `lora_jax.split`; `("/.*/",)` without
-        nodes is full fine-tuning.
+      also_train: patterns of leaves trained in full that the tree doesn't mark, as for `lora_jax.split`; without
+        nodes, `("/.*/",)` is full fine-tuning.
       on_log: called with every line of metrics.
       console: where progress is shown: a bar on a terminal, about twenty lines elsewhere. None shows nothing.
       resume: go on from the newest checkpoint in `output`; the same losses follow as without the break, bit for bit.
@@ -112,7 +112,7 @@ def train(
     began = time.perf_counter()
     config = config or TrainConfig()
     folder = None if output is None else Path(output)
-    base, adapter = _parts(params, train)
+    base, adapter = _parts(params, also_train)
     if not train_data:
         raise ValueError("no training examples")
     examples = {"training example": train_data, "validation example": valid_data or ()}
@@ -123,7 +123,7 @@ def train(
         config.total_steps(len(train_data)),
         config.evaluation_interval(len(train_data), task.metrics is not None),
     )
-    rate, tx = schedule(config, steps), make_optimizer(config, steps, train=train)
+    rate, tx = schedule(config, steps), make_optimizer(config, steps, also_train=also_train)
     drops = config.dropout or dropout_of(apply_fn)
     step = make_step(
         apply_fn,
@@ -220,11 +220,13 @@ def train(
     )
 
 
-def _parts(params: Any, train: Any) -> tuple[Any, Any]:
+def _parts(params: Any, also_train: Any) -> tuple[Any, Any]:
     """Base and adapter, on the device once and for all; the adapter is a copy, because steps donate theirs."""
-    base, adapter = split(params, train)
+    base, adapter = split(params, also_train)
     if not jax.tree.leaves(adapter):
-        raise ValueError("nothing to train: no LoRA node in params (lora_jax.init adds them), and train names no leaf")
+        raise ValueError(
+            "nothing to train: no LoRA node in params (lora_jax.init adds them), and also_train names no leaf"
+        )
     return jax.tree.map(jnp.asarray, base), jax.tree.map(jnp.array, adapter)
 
 

@@ -36,7 +36,7 @@ def schedule(config: TrainConfig, steps: int, peak: Any = None) -> optax.Schedul
 
 
 def make_optimizer(
-    config: TrainConfig, steps: int, *, train: Any = (), learning_rate: Any = None, weight_decay: Any = None
+    config: TrainConfig, steps: int, *, also_train: Any = (), learning_rate: Any = None, weight_decay: Any = None
 ) -> optax.GradientTransformation:
     """AdamW for the trained leaves of a tree or of an adapter; whatever else is in it neither moves nor has moments.
 
@@ -45,7 +45,7 @@ def make_optimizer(
     Args:
       config: learning rate, warm-up, decay and clipping.
       steps: of the whole run, for the schedule.
-      train: leaves trained in full, as given to `lora_jax.split`.
+      also_train: leaves trained in full, as given to `lora_jax.split`.
       learning_rate: the peak, in place of the config's. May be traced, so that under `vmap` each adapter has its own.
       weight_decay: likewise.
 
@@ -56,7 +56,7 @@ def make_optimizer(
     tx = optax.adamw(schedule(config, steps, learning_rate), weight_decay=decay, mask=decayed)
     if config.max_grad_norm:
         tx = optax.chain(optax.clip_by_global_norm(config.max_grad_norm), tx)
-    return masked(tx, train)
+    return masked(tx, also_train)
 
 
 def decayed(tree: Any) -> Any:
