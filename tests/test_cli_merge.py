@@ -104,11 +104,11 @@ def test_a_tied_embedding_is_written_once(tied):
 def test_a_low_precision_base_in_any_dtype(tmp_path, dtype, capsys):
     """Merged in float32 and rounded once, leaves trained in full too; what the rounding costs is printed."""
     world = World(tmp_path, ("attention",), also_train=("norm",), dtype="bfloat16")
-    assert world.merge("--dtype", dtype) == 0
+    assert world.merge("--output-dtype", dtype) == 0
     said = capsys.readouterr().out
     survives = float(re.search(r"([\d.]+)% of the update survives", said)[1])
     assert (survives == 100) == (dtype == "float32")
-    assert ("`--dtype float32` keeps all of it" in said) == (dtype != "float32")
+    assert ("`--output-dtype float32` keeps all of it" in said) == (dtype != "float32")
     assert json.loads((world.output / "config.json").read_text())["dtype"] == dtype
     for path, leaf in models.flatten(models.load(world.output).params).items():
         assert leaf.dtype == dtype
@@ -118,9 +118,9 @@ def test_a_low_precision_base_in_any_dtype(tmp_path, dtype, capsys):
 
 @pytest.mark.slow
 def test_a_model_rounded_as_it_is_read(tmp_path, capsys):
-    """The base in bfloat16 as --model-dtype asks: what is merged, and what it is compared with."""
+    """The base in bfloat16 as --dtype asks: what is merged, and what it is compared with."""
     world = World(tmp_path, ("attention",), also_train=("norm",))
-    assert world.merge("--model-dtype", "bfloat16", "--dtype", "float32") == 0
+    assert world.merge("--dtype", "bfloat16", "--output-dtype", "float32") == 0
     assert "merged and adapted logits differ by" in capsys.readouterr().out
     rounded = models.load(world.model, "bfloat16")
     wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), rounded.params)
@@ -128,7 +128,7 @@ def test_a_model_rounded_as_it_is_read(tmp_path, capsys):
     expected = lora_jax.merge(peft.load(world.adapter, wide, names=rounded.names, axes=axes))
     for path, leaf in models.flatten(models.load(world.output).params).items():
         np.testing.assert_allclose(leaf, models.flatten(expected)[path], atol=1e-6)
-    assert world.merge("--model-dtype", "bfloat16", "--overwrite") == 0
+    assert world.merge("--dtype", "bfloat16", "--overwrite") == 0
     assert "merged and adapted logits differ by" in capsys.readouterr().out
 
 

@@ -146,7 +146,7 @@ from lora_jax import models
 from lora_jax.cli import main
 
 def merge(model):
-    words = ["--adapter", f"{model}-adapter", "--output", f"{model}-merged", "--dtype", "bfloat16"]
+    words = ["--adapter", f"{model}-adapter", "--output", f"{model}-merged", "--output-dtype", "bfloat16"]
     assert main(["merge", "--model", model, *words, "--check", "never"]) == 0
 
 def held(model):

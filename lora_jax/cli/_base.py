@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +18,19 @@ from lora_jax.peft import _write
 
 # `lora_jax.models` is reached through the package, which loads it at first use: `--help` needn't wait for transformers.
 
-LORA = lora_jax.LoRAConfig(rank=8, alpha=16)
-LORA_EMBEDDED = lora_jax.LoRAConfig(rank=text_to_sql.DEFAULTS.rank, alpha=text_to_sql.DEFAULTS.alpha)
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 TRACED_TOKENS = 8  # of the abstract call that tells how each kernel is used
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAFlags(lora_jax.LoRAConfig):
+    """The settings of the adapter, where `--dtype` is the model's."""
+
+    dtype: Annotated[str, tyro.conf.arg(name="lora-dtype")] = "float32"
+
+
+LORA = LoRAFlags(rank=8, alpha=16)
+LORA_EMBEDDED = LoRAFlags(rank=text_to_sql.DEFAULTS.rank, alpha=text_to_sql.DEFAULTS.alpha)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +39,8 @@ class Base:
 
     model: str | None = None
     """Hugging Face folder, or the hub's owner/model; if not given, what the adapter names, or the embedded model"""
-    model_dtype: Literal["float32", "bfloat16"] | None = None
-    """of weights and activations; as in the files if not given (the embedded model: float32)"""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """of the model's weights and activations; as in the files if not given (the embedded model: float32)"""
     adapter_folder: tyro.conf.Suppress[Path | None] = None
     """whose tokenizer goes before the model's"""
 
@@ -73,7 +82,7 @@ class Base:
     @property
     def loaded_dtype(self) -> str | None:
         # The embedded weights are stored in half precision to be small, not to be computed with.
-        return self.model_dtype or ("float32" if self.model is None else None)
+        return self.dtype or ("float32" if self.model is None else None)
 
     @property
     def execution(self) -> dict[str, Any]:

@@ -18,7 +18,7 @@ class Settings:
     json: bool = False
     """print one JSON object, and nothing else, on standard output"""
     base: tyro.conf.OmitArgPrefixes[_base.Base] = _base.Base()
-    lora: tyro.conf.OmitArgPrefixes[lora_jax.LoRAConfig] = _base.LORA
+    lora: tyro.conf.OmitArgPrefixes[_base.LoRAFlags] = _base.LORA
 
 
 def defaults(words: Sequence[str]) -> Settings:

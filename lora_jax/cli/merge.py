@@ -29,8 +29,8 @@ class Settings:
     """folder of an adapter, as `lora-jax train` writes it"""
     output: Path
     """folder to write"""
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """of the merged weights; as in the model's files if not given. float32 loses nothing of the adapter"""
+    output_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """of the merged weights; the model's if not given. float32 loses nothing of the adapter"""
     check: Literal["auto", "always", "never"] = "auto"
     """compare merged and adapted logits on text before anything is kept; auto: of models up to 1e9 parameters, which
     are held whole for it in float32"""
@@ -48,7 +48,7 @@ def run(settings: Settings) -> None:
     labels = _labels.of_adapter(settings.adapter, settings.base)
     model = settings.base.load_streamed(labels and labels.names)
     rows = _compare.rows_of(model, settings.text) if _compares(settings, model) else None
-    new = merged(model, _base.with_adapter(model, settings.adapter), settings.dtype)
+    new = merged(model, _base.with_adapter(model, settings.adapter), settings.output_dtype)
     lines: list[str] = []
 
     def check(folder: Path) -> None:
@@ -60,13 +60,13 @@ def run(settings: Settings) -> None:
 
     with _show.working("merging"):
         lora_jax.models.save(
-            settings.output, model, new.tree(), dtype=settings.dtype, overwrite=settings.overwrite, check=check
+            settings.output, model, new.tree(), dtype=settings.output_dtype, overwrite=settings.overwrite, check=check
         )
     show = _show.results()
     report = new.report()
     show.print(str(report), markup=False, soft_wrap=True)
     if any(row.dtype != "float32" for row in report.rows):
-        show.print("`--dtype float32` keeps all of it, in larger files", markup=False)
+        show.print("`--output-dtype float32` keeps all of it, in larger files", markup=False)
     for line in lines:
         show.print(line, markup=False, soft_wrap=True)
     show.print(f"merged model: {settings.output}", markup=False)

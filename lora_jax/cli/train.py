@@ -46,7 +46,7 @@ class Settings:
     prefix_length: int = 0
     """tokens before each row whose embeddings train beside A and B; such an adapter can't be merged"""
     base: tyro.conf.OmitArgPrefixes[_base.Trained] = _base.Trained()
-    lora: tyro.conf.OmitArgPrefixes[lora_jax.LoRAConfig] = _base.LORA
+    lora: tyro.conf.OmitArgPrefixes[_base.LoRAFlags] = _base.LORA
     train: tyro.conf.OmitArgPrefixes[TrainConfig] = TrainConfig()
 
 
