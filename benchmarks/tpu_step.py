@@ -5,9 +5,9 @@
 
 bfloat16, each layer recomputed in the backward pass, rank 8 on q_proj and v_proj, 8 rows of 512 tokens a step, AdamW;
 once with every kernel cut over the chips for storage (`data`: gathered a layer at a time, rows spread), once with the
-products cut (`model`: tensor parallel). `lora_jax.certify` raises if the step computes a gradient of a kernel's shape,
-copies the base, or sends an array of a kernel's shape that full fine-tuning of the same model doesn't send; it is an
-error, too, if `adapt` has to materialise a kernel. Seen with jax 0.10.2 and libtpu 0.0.42.1, per chip of 16 GiB:
+products cut (`model`: tensor parallel). `lora_jax.testing.certify` raises if the step computes a gradient of a kernel's
+shape, copies the base, or sends an array of a kernel's shape that full fine-tuning of the same model doesn't send; it
+is an error, too, if `adapt` has to materialise a kernel. Seen with jax 0.10.2 and libtpu 0.0.42.1, per chip of 16 GiB:
 
     data   3243 MiB of arguments, 1047 MiB temporary; 0.740 of full fine-tuning's FLOPs; gathers one layer's
            [1, 4096, 4096] at a time, never the stack of 32
@@ -95,7 +95,10 @@ def main() -> None:
 
     for layout in settings.layouts:
         args = arguments(model, tx, layout, devices)
-        print(f"{layout}\n{lora_jax.certify(jax.jit(step, donate_argnums=(0, 1)), *args, plain=plain)}\n", flush=True)
+        print(
+            f"{layout}\n{lora_jax.testing.certify(jax.jit(step, donate_argnums=(0, 1)), *args, plain=plain)}\n",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

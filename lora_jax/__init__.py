@@ -4,8 +4,6 @@ import importlib
 import importlib.util
 from typing import Any
 
-from lora_jax._certify import Certificate as Certificate
-from lora_jax._certify import certify as certify
 from lora_jax._config import LoRAConfig as LoRAConfig
 from lora_jax._config import Override as Override
 from lora_jax._describe import describe as describe
@@ -42,6 +40,7 @@ _NAMESPACES = (
     "prefix",
     "report",
     "sweep",
+    "testing",
     "train",
 )
 

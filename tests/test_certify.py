@@ -67,12 +67,12 @@ def abstract(tree):
 
 def lines(step, *args, **kwargs):
     with pytest.raises(ValueError, match=r"\w") as error:
-        lora_jax.certify(step, *args, **kwargs)
+        lora_jax.testing.certify(step, *args, **kwargs)
     return str(error.value).split("\n")
 
 
 def test_the_recommended_loop_holds():
-    report = lora_jax.certify(train_step, *parts(), plain=loss)
+    report = lora_jax.testing.certify(train_step, *parts(), plain=loss)
     factors = LAYERS * 2 * RANK * (WIDTH + HIDDEN)
     assert (report.kernels, report.trained, report.base) == (2, factors, 16 * WIDTH + LAYERS * 2 * WIDTH * HIDDEN)
     assert report.state == 2 * factors + 1
@@ -112,15 +112,15 @@ def test_a_kernel_without_a_gradient_is_named():
     params = {**make_params(), "unused": jnp.ones((16, 40))}
     config = lora_jax.LoRAConfig(rank=RANK, alpha=4.0, targets=("in", "unused"))
     base, adapter = lora_jax.split(lora_jax.init(jax.random.key(1), params, config))
-    report = lora_jax.certify(train_step, adapter, TX.init(adapter), base, BATCH)
+    report = lora_jax.testing.certify(train_step, adapter, TX.init(adapter), base, BATCH)
     assert report.idle == ("unused",)
     assert "none at all for unused" in str(report)
-    assert lora_jax.certify(train_step, *parts()).idle == ()
+    assert lora_jax.testing.certify(train_step, *parts()).idle == ()
 
 
 def test_flops_are_those_of_every_iteration():
     """Counted by hand: of each layer, forward and backward to the activations, and three products for each factor."""
-    report = lora_jax.certify(train_step, *parts(), plain=loss)
+    report = lora_jax.testing.certify(train_step, *parts(), plain=loss)
     product = lambda rows, inner, columns: 2 * rows * inner * columns
     base = 2 * product(ROWS, WIDTH, HIDDEN)
     low = product(ROWS, WIDTH, RANK) + product(ROWS, RANK, HIDDEN)
@@ -133,24 +133,24 @@ def test_flops_are_those_of_every_iteration():
 
 @pytest.mark.parametrize("make", [jax.jit, functools.partial(jax.jit, donate_argnums=(0, 1)), lambda f: f])
 def test_jitted_donated_or_plain_functions(make):
-    assert lora_jax.certify(make(train_step), *parts()).trained > 0
+    assert lora_jax.testing.certify(make(train_step), *parts()).trained > 0
 
 
 def test_abstract_arguments_give_the_same_report():
-    concrete = lora_jax.certify(train_step, *parts(), plain=loss)
-    assert lora_jax.certify(train_step, *abstract(parts()), plain=loss) == concrete
+    concrete = lora_jax.testing.certify(train_step, *parts(), plain=loss)
+    assert lora_jax.testing.certify(train_step, *abstract(parts()), plain=loss) == concrete
 
 
 def test_the_report_prints():
-    printed = str(lora_jax.certify(train_step, *parts(), plain=loss))
+    printed = str(lora_jax.testing.certify(train_step, *parts(), plain=loss))
     assert len(printed.splitlines()) == 8
     assert "of the plain gradient's" in printed
 
 
 def test_remat_recomputes_and_holds():
     remat = functools.partial(loss, remat=jax.checkpoint)
-    report = lora_jax.certify(functools.partial(train_step, loss=remat), *parts(), plain=remat)
-    assert report.flops > lora_jax.certify(train_step, *parts()).flops
+    report = lora_jax.testing.certify(functools.partial(train_step, loss=remat), *parts(), plain=remat)
+    assert report.flops > lora_jax.testing.certify(train_step, *parts()).flops
 
 
 def test_a_state_object_holds():
@@ -166,12 +166,12 @@ def test_a_state_object_holds():
         return State(adapter, opt_state, state.step + 1)
 
     adapter, opt_state, base, batch = parts()
-    report = lora_jax.certify(step, State(adapter, opt_state, jnp.int32(0)), base, batch, plain=loss)
+    report = lora_jax.testing.certify(step, State(adapter, opt_state, jnp.int32(0)), base, batch, plain=loss)
     assert report.state == 2 * report.trained + 2
 
 
 def test_leaves_that_train_whole_hold():
-    report = lora_jax.certify(train_step, *parts(train=("in",)), plain=loss)
+    report = lora_jax.testing.certify(train_step, *parts(train=("in",)), plain=loss)
     assert report.trained == 16 * WIDTH + LAYERS * 2 * RANK * (WIDTH + HIDDEN)
 
 
@@ -184,7 +184,7 @@ def test_the_whole_tree_holds_if_donated():
         return optax.apply_updates(params, updates), state
 
     args = (adapted_tree(), TX.init(adapted_tree()), BATCH)
-    assert lora_jax.certify(jax.jit(step, donate_argnums=(0, 1)), *args, plain=loss).state > 0
+    assert lora_jax.testing.certify(jax.jit(step, donate_argnums=(0, 1)), *args, plain=loss).state > 0
     assert all("as large as a base leaf" in line for line in lines(step, *args))
 
 
@@ -204,7 +204,7 @@ def test_a_random_key_is_data():
         noisy = batch + jax.random.normal(key, batch.shape)
         return train_step(adapter, state, base, noisy)
 
-    assert lora_jax.certify(step, *parts(), jax.random.key(0)).flops > 0
+    assert lora_jax.testing.certify(step, *parts(), jax.random.key(0)).flops > 0
 
 
 def certify_alone(loss, params, axes, config, *data, **settings):
@@ -215,7 +215,7 @@ def certify_alone(loss, params, axes, config, *data, **settings):
         grads = jax.grad(lambda a: lora_jax.adapt(loss)(lora_jax.combine(base, a), *data))(adapter)
         return jax.tree.map(lambda leaf, grad: leaf - 0.1 * grad, adapter, grads)
 
-    return lora_jax.certify(step, *abstract((adapter, base, *data)), **settings)
+    return lora_jax.testing.certify(step, *abstract((adapter, base, *data)), **settings)
 
 
 def test_a_table_of_positions_that_is_read_whole_holds():
@@ -264,7 +264,7 @@ def test_a_frozen_first_factor_is_no_idle_kernel():
     labels = jax.tree.map_with_path(lambda path, _: "b" if path[-1].name == "b" else "frozen", adapter)
     tx = optax.multi_transform({"b": optax.adam(1e-3), "frozen": optax.set_to_zero()}, labels)
     step = functools.partial(train_step, tx=tx)
-    assert lora_jax.certify(step, adapter, tx.init(adapter), base, batch).idle == ()
+    assert lora_jax.testing.certify(step, adapter, tx.init(adapter), base, batch).idle == ()
 
 
 def test_materialising_fails():
@@ -330,7 +330,7 @@ def test_an_embedding_gradient_fails():
     base, adapter = lora_jax.split(lora_jax.init(jax.random.key(1), params, config))
     ids = np.arange(6)
     args = (adapter, TX.init(adapter), base, ids)
-    assert lora_jax.certify(functools.partial(train_step, loss=look_up), *args).kernels == 1
+    assert lora_jax.testing.certify(functools.partial(train_step, loss=look_up), *args).kernels == 1
 
     def step(adapter, state, base, ids):
         grads = jax.grad(lambda a: look_up(lora_jax.merge(lora_jax.combine(base, a)), ids))(adapter)
@@ -359,7 +359,7 @@ def test_a_copy_of_the_base_fails():
 
 
 def test_returning_the_base_untouched_holds():
-    assert lora_jax.certify(lambda a, s, b, x: (*train_step(a, s, b, x), b), *parts()).state > 0
+    assert lora_jax.testing.certify(lambda a, s, b, x: (*train_step(a, s, b, x), b), *parts()).state > 0
 
 
 def test_state_for_the_whole_base_fails():
@@ -377,7 +377,7 @@ def test_state_for_the_whole_base_fails():
 
 def test_no_adapter_at_all_fails():
     with pytest.raises(ValueError, match="no LoRA node in the step's arguments"):
-        lora_jax.certify(lambda p, x: loss(p, x), make_params(), BATCH)
+        lora_jax.testing.certify(lambda p, x: loss(p, x), make_params(), BATCH)
 
 
 def test_a_while_loop_is_reported_as_counted_once():
@@ -392,7 +392,7 @@ def test_a_while_loop_is_reported_as_counted_once():
         value = lora_jax.adapt(f)(lora_jax.combine(base, adapter), x)
         return jax.tree.map(lambda leaf: leaf + value, adapter)
 
-    report = lora_jax.certify(step, adapter, base, np.ones((ROWS, WIDTH), np.float32))
+    report = lora_jax.testing.certify(step, adapter, base, np.ones((ROWS, WIDTH), np.float32))
     assert [entry.split(" (")[0] for entry in report.uncounted] == ["while loop counted once"]
 
 
@@ -428,7 +428,7 @@ def test_a_sharded_base_holds(kernels):
     adapter, state, base, batch = parts()
     base = {"in": placed(base["in"], P()), "layers": placed(base["layers"], kernels)}
     args = (placed(adapter, P()), placed(state, P()), base, placed(batch, P("data")))
-    report = lora_jax.certify(train_step, *args, plain=loss)
+    report = lora_jax.testing.certify(train_step, *args, plain=loss)
     assert report.kernels == 2
     listed = re.findall(r"(?:(\d+) × )?all-gather", next(line for line in str(report).splitlines() if "sent" in line))
     assert sum(int(count or 1) for count in listed) == len(report.collectives)

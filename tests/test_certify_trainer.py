@@ -41,7 +41,7 @@ def test_the_trainers_step_holds(model):
 
     batch = {name: jax.ShapeDtypeStruct((6, 18), dtype) for name, dtype in ROWS.items()}
     args = adapter, jax.eval_shape(tx.init, adapter), base, batch, jax.eval_shape(lambda: jax.random.key(0))
-    report = lora_jax.certify(jax.jit(step, donate_argnums=(0, 1)), *args, plain=plain)
+    report = lora_jax.testing.certify(jax.jit(step, donate_argnums=(0, 1)), *args, plain=plain)
     assert report.kernels == 7
     assert report.state < 2 * report.trained + 8
     assert report.flops < report.plain_flops

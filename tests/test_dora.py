@@ -136,7 +136,7 @@ def test_an_output_without_a_kernel_makes_no_nan():
 @pytest.mark.slow
 def test_a_step_costs_what_lora_costs():
     adapter, state, base, batch = parts(DORA)
-    found = lora_jax.certify(train_step, adapter, state, base, batch, plain=loss)
+    found = lora_jax.testing.certify(train_step, adapter, state, base, batch, plain=loss)
     assert found.trained == lora_jax.describe(init()).trainable
     before = lora_jax.adapt(loss)(lora_jax.combine(base, adapter), batch)
     step = jax.jit(train_step)

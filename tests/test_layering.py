@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "lora_jax"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # Modules of one group may import each other; a group imports the groups and the packages on its right.
-CORE = {"_paths", "_tree", "_forward", "_optim", "_sharding", "_certify", "_jaxprs", "_tables", "_finite"}
+CORE = {"_paths", "_tree", "_forward", "_optim", "_sharding", "_jaxprs", "_tables", "_finite"}
 GROUPS = {
     "__main__": (set(), set()),
     "_extras": (set(), set()),  # all import it
@@ -21,7 +21,7 @@ GROUPS = {
     "_forward": ({"_tree", "_paths", "_jaxprs"}, {"jax", "numpy"}),
     "_optim": ({"_tree", "_paths"}, {"jax", "numpy", "optax"}),
     "_sharding": ({"_tree", "_paths"}, {"jax", "numpy"}),
-    "_certify": ({"_tree", "_paths", "_jaxprs"}, {"jax"}),
+    "testing": ({"_tree", "_paths", "_jaxprs"}, {"jax"}),
     "_tables": ({"_jaxprs"}, {"jax", "numpy"}),
     "_finite": ({"_tree", "_paths"}, {"jax"}),
     "lora_jax": (CORE, set()),

@@ -9,10 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax._certify.cost import Cost, cost_of
-from lora_jax._certify.hlo import Collective, collectives
-from lora_jax._certify.step import Step, dims, read_step
 from lora_jax._jaxprs import inner_jaxprs, opened, used_inputs
+from lora_jax.testing._cost import Cost, cost_of
+from lora_jax.testing._hlo import Collective, collectives
+from lora_jax.testing._step import Step, dims, read_step
 
 STATE_LIMIT = 4  # numbers of optimizer state for each trained one: Adam has 2, Adan 3
 
@@ -101,7 +101,7 @@ def certify(
     ...     grads = jax.grad(lambda a: lora_jax.adapt(loss)(lora_jax.combine(base, a), x))(adapter)
     ...     updates, state = tx.update(grads, state, adapter)
     ...     return optax.apply_updates(adapter, updates), state
-    >>> report = lora_jax.certify(step, adapter, tx.init(adapter), base, jnp.ones((128, 64)), plain=loss)
+    >>> report = lora_jax.testing.certify(step, adapter, tx.init(adapter), base, jnp.ones((128, 64)), plain=loss)
     >>> report.trained, report.state, report.flops < report.plain_flops
     (192, 385, True)
 

@@ -1,0 +1,7 @@
+"""Checks for tests, and for the start of an expensive run: they raise where a training step isn't what LoRA should be.
+
+lora_jax.testing.certify(step, adapter, opt_state, base, batch, plain=loss_fn)
+"""
+
+from lora_jax.testing._claims import Certificate as Certificate
+from lora_jax.testing._claims import certify as certify
