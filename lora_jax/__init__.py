@@ -1,33 +1,47 @@
 """LoRA for JAX as a pure parameter-tree transform."""
 
 import importlib
-import importlib.util
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lora_jax._config import LoRAConfig as LoRAConfig
-from lora_jax._config import Override as Override
-from lora_jax._describe import describe as describe
-from lora_jax._describe import merge_report as merge_report
-from lora_jax._forward import MaterializeWarning as MaterializeWarning
-from lora_jax._forward import adapt as adapt
-from lora_jax._forward import kernel_axes as kernel_axes
-from lora_jax._init import init as init
-from lora_jax._merge import delta as delta
-from lora_jax._merge import merge as merge
-from lora_jax._merge import unmerge as unmerge
-from lora_jax._node import Axes as Axes
-from lora_jax._node import KernelAxes as KernelAxes
-from lora_jax._node import LoRA as LoRA
-from lora_jax._optim import check_padding as check_padding
-from lora_jax._optim import mask as mask
-from lora_jax._optim import masked as masked
-from lora_jax._sharding import shardings as shardings
-from lora_jax._stack import stack as stack
-from lora_jax._stack import unstack as unstack
-from lora_jax._tree import combine as combine
-from lora_jax._tree import split as split
+from lora_jax._config import LoRAConfig, Override
+from lora_jax._describe import describe, merge_report
+from lora_jax._forward import MaterializeWarning, adapt, kernel_axes
+from lora_jax._init import init
+from lora_jax._merge import delta, merge, unmerge
+from lora_jax._node import Axes, KernelAxes, LoRA, Prefix, Trained
+from lora_jax._optim import check_padding, mask, masked
+from lora_jax._sharding import shardings
+from lora_jax._stack import stack, unstack
+from lora_jax._tree import combine, split
 
-# Loaded when first used: they bring in flax, transformers, grain and the like.
+__all__ = [
+    "Axes",
+    "KernelAxes",
+    "LoRA",
+    "LoRAConfig",
+    "MaterializeWarning",
+    "Override",
+    "Prefix",
+    "Trained",
+    "adapt",
+    "check_padding",
+    "combine",
+    "delta",
+    "describe",
+    "init",
+    "kernel_axes",
+    "mask",
+    "masked",
+    "merge",
+    "merge_report",
+    "shardings",
+    "split",
+    "stack",
+    "unmerge",
+    "unstack",
+]
+
+# Loaded when first used: most bring in flax, transformers, grain and the like, which needn't be installed.
 _NAMESPACES = (
     "analysis",
     "checkpoint",
@@ -36,7 +50,6 @@ _NAMESPACES = (
     "loralib",
     "models",
     "peft",
-    "plan",
     "prefix",
     "report",
     "sweep",
@@ -44,8 +57,30 @@ _NAMESPACES = (
     "train",
 )
 
+if TYPE_CHECKING:  # so that a misspelt name in one of them is an error
+    from lora_jax import analysis as analysis
+    from lora_jax import checkpoint as checkpoint
+    from lora_jax import data as data
+    from lora_jax import generate as generate
+    from lora_jax import loralib as loralib
+    from lora_jax import models as models
+    from lora_jax import peft as peft
+    from lora_jax import prefix as prefix
+    from lora_jax import report as report
+    from lora_jax import sweep as sweep
+    from lora_jax import testing as testing
+    from lora_jax import train as train
 
-def __getattr__(name: str) -> Any:
-    if name in _NAMESPACES and importlib.util.find_spec(f"{__name__}.{name}") is not None:
-        return importlib.import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    __version__: str
+else:
+
+    def __getattr__(name: str) -> Any:
+        if name in _NAMESPACES:
+            return importlib.import_module(f"{__name__}.{name}")
+        if name == "__version__":
+            return importlib.import_module("importlib.metadata").version(__name__)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *_NAMESPACES, "__version__"])

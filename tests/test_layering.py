@@ -45,7 +45,6 @@ GROUPS = {
     ),
     "generate": (CORE | {"data", "checkpoint", "prefix"}, {"jax", "numpy"}),
     "sweep": (CORE | {"_disk", "data", "prefix", "train", "analysis", "models"}, {"jax", "numpy", "rich"}),
-    "plan": ({"train", "analysis", "models"}, {"jax", "numpy"}),
     "cli": (None, {"jax", "numpy", "rich", "tyro"}),  # None: everything
 }
 TREE = {
@@ -73,7 +72,12 @@ def imports_of(path: Path, source: str | None = None) -> set[str]:
     """Absolute dotted names of all that `path` imports, anywhere in the file."""
     package = ".".join(path.relative_to(PACKAGE.parent).parent.parts)
     found = set()
-    for node in ast.walk(ast.parse(path.read_text() if source is None else source)):
+    tree = ast.parse(path.read_text() if source is None else source)
+    if path == PACKAGE / "__init__.py":  # the namespaces, which type checkers alone import
+        tree.body = [
+            node for node in tree.body if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+        ]
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):

@@ -57,3 +57,10 @@ def test_the_commands_are_understood(command, monkeypatch):
 
 def test_the_commands_are_found():
     assert {shlex.split(command)[1] for command in COMMANDS} == set(cli.COMMANDS)
+
+
+def test_a_fork_runs_what_ci_runs():
+    """The workflow's jobs are the steps of .ci/run."""
+    targets = re.findall(r"^make (\w+)$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
+    (listed,) = re.findall(r"^ +target: \[(.*)\]$", (ROOT / ".github/workflows/ci.yml").read_text(), re.MULTILINE)
+    assert listed.split(", ") == targets

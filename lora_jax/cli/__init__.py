@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Example:
         >>> main(["--version"])
-        lora-jax 0.1.0
+        lora-jax 0...
         0
     """
     words = list(sys.argv[1:] if argv is None else argv)
