@@ -1,9 +1,10 @@
 """What JAX's versions write differently in a jaxpr."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend import core as jex
 from jax.interpreters import partial_eval
 
@@ -52,3 +53,18 @@ def used_inputs(jaxpr: Any, outputs: Sequence[bool]) -> list[bool]:
     """
     _, used = partial_eval.dce_jaxpr(jaxpr.jaxpr, list(outputs), instantiate=False)
     return list(used)
+
+
+def differentiable_leaves(function: Callable[[Any], Any], tree: Any) -> list[bool]:
+    """Which leaves of a tree the function has a derivative by, in the order of `jax.tree.leaves`.
+
+    The others' is zero by construction, whatever the values: they aren't used, or `stop_gradient`, an integer or a
+    comparison comes between. Read from an abstract trace of the forward derivative, so nothing is computed.
+
+    >>> import jax
+    >>> differentiable_leaves(lambda p: p[0] * jax.lax.stop_gradient(p[1]), [1.0, 2.0, 3.0])
+    [True, False, False]
+    """
+    tangents = jax.tree.map(jnp.zeros_like, tree)
+    jaxpr = jax.make_jaxpr(lambda tree, tangents: jax.jvp(function, (tree,), (tangents,))[1])(tree, tangents)
+    return used_inputs(jaxpr, [True])[len(jax.tree.leaves(tree)) :]

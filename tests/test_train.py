@@ -324,6 +324,51 @@ def test_raw_and_adapted_functions_train_alike_and_one_that_uses_no_parameters_i
         train(lambda p, ids, mask: tiny.apply(own, ids, mask), params, rows, config=QUICK)
 
 
+@jax.custom_vjp
+def own_rule(x):
+    return 2 * x
+
+
+own_rule.defvjp(lambda x: (2 * x, None), lambda _, g: (2 * g,))
+CUT = {
+    "stopped": lambda p, x: jax.lax.stop_gradient(x @ p["one"]) @ p["two"],
+    "stopped_in_scan": lambda p, x: (
+        jax.lax.scan(lambda c, _: (jax.lax.stop_gradient(c @ p["one"]), c), x, None, 2)[0] @ p["two"]
+    ),
+    "compared": lambda p, x: jnp.where(x @ p["one"] > 0, x @ p["two"], 0.5),
+    "rounded": lambda p, x: (x @ p["one"]).astype(jnp.int32) + x @ p["two"],
+    "unused": lambda p, x: own_rule(x @ p["two"]),
+    "own_rule": lambda p, x: jax.checkpoint(lambda x: own_rule(jax.lax.stop_gradient(p["one"]).sum() * x))(
+        x @ p["two"]
+    ),
+}
+
+
+@pytest.mark.parametrize(("cut", "everything"), [*((cut, False) for cut in CUT), ("stopped", True)])
+def test_what_gets_no_gradient_by_construction_is_named(cut, everything):
+    def apply(params, ids, mask):
+        out = CUT[cut](params, jax.nn.one_hot(ids, 4))
+        return jax.lax.stop_gradient(out) if everything else out
+
+    params = {"one": jnp.full((4, 4), 0.5), "two": jnp.eye(4), "bias": jnp.ones(4)}
+    config = lora_jax.LoRAConfig(rank=1, alpha=1, targets=["one", "two"], train=["bias"])
+    base, adapter = lora_jax.split(lora_jax.init(jax.random.key(0), params, config))
+    batch = {"input_ids": jnp.array([[1, 2, 3]] * 2), "attention_mask": jnp.ones((2, 3), int)}
+    batch["loss_weights"] = batch["attention_mask"].astype(jnp.float32)
+    tx = optax.sgd(0.1)
+    step = jax.jit(make_step(apply, tx, accumulate=1 + everything))
+    if everything:
+        with pytest.raises(ValueError, match=r"^bias: the gradient is zero whatever the data, as for all that trains"):
+            step(adapter, tx.init(adapter), base, batch)
+        return
+    with pytest.warns(UserWarning, match=r"^bias, one_lora: the gradient is zero whatever the data") as said:
+        moved = step(adapter, tx.init(adapter), base, batch)[0]
+    assert len(said) == 1
+    assert len(str(said[0].message)) < 200
+    same((moved["bias"], moved["one_lora"].b), (adapter["bias"], adapter["one_lora"].b))
+    assert np.abs(moved["two_lora"].b).max() > 0
+
+
 # --- what a step costs -----------------------------------------------------------------------------------------------
 
 

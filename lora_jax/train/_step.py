@@ -11,7 +11,7 @@ from jax import Array
 
 from lora_jax import prefix
 from lora_jax._forward import ensure_adapted
-from lora_jax._jaxprs import used_inputs
+from lora_jax._jaxprs import differentiable_leaves
 from lora_jax._tree import combine, leaves_with_paths
 from lora_jax.train._loss import next_token_loss
 
@@ -55,7 +55,8 @@ def make_step(
 
     Raises:
       ValueError: a function that is adapted already with another `dropout`; at the call, one that uses nothing of what
-        trains, so that every gradient would be zero.
+        trains or stops its gradient, so that every gradient would be zero. Where that is so of some of it, a warning
+        names that.
 
     Example:
       >>> import lora_jax
@@ -107,16 +108,31 @@ def make_step(
 
 
 def _check_used(loss: Callable[[Any], Array], adapter: Any) -> None:
-    """Raise where a loss depends on no leaf of the adapter, as it does where a function closes over its parameters."""
+    """Raise where a loss has a derivative by nothing that trains; warn of what it has none by.
+
+    So it is where a function closes over its parameters, stops their gradient, or doesn't use some of them.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they come again where the gradient is taken
-        jaxpr = jax.make_jaxpr(loss)(adapter)
-    if not any(used_inputs(jaxpr, [True])):
-        path = next((path for path, _ in leaves_with_paths(adapter)), "adapter")
+        try:
+            reached = iter(differentiable_leaves(loss, adapter))
+        except Exception:  # whatever is wrong with the function is reported where the gradient is taken
+            return
+    used = {path: sum(next(reached) for _ in jax.tree.leaves(leaf)) for path, leaf in leaves_with_paths(adapter)}
+    idle = [path for path, used_here in used.items() if not used_here]
+    if not idle:
+        return
+    if len(idle) == len(used):
         raise ValueError(
-            f"{path}: the gradient is zero whatever the data, as for all that trains: the function doesn't use the"
-            " parameters that it is given; let it take them as its first argument"
+            f"{idle[0]}: the gradient is zero whatever the data, as for all that trains: the function doesn't use the"
+            " parameters it is given as its first argument, or stops their gradient"
         )
+    named = ", ".join(idle[:2]) + (f" and {len(idle) - 2} more" if len(idle) > 2 else "")
+    warnings.warn(
+        f"{named}: the gradient is zero whatever the data, for the function doesn't use this, or stops its gradient; "
+        "it stays as it is: exclude it where that isn't meant",
+        stacklevel=3,
+    )
 
 
 def apply_to_batch(apply_fn: Callable[..., Any], params: Any, batch: Batch, **keywords: Any) -> Any:
