@@ -158,6 +158,16 @@ def test_evaluate_prints_one_json_object(world, capsys):
     assert adapted["loss"] < base["loss"]
 
 
+def test_a_perplexity_beyond_all_numbers_is_null_in_json(world, tmp_path, capsys):
+    model = models.load(world["model"])
+    params = model.params | {"lm_head": jax.tree.map(lambda x: x * 1e4, model.params["lm_head"])}
+    models.save(tmp_path / "model", model, params)
+    assert main(["evaluate", "--model", str(tmp_path / "model"), "--data", world["data"], "--json"]) == 0
+    told = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert told["perplexity"] is None
+    assert 709.8 < told["loss"] < 1e6
+
+
 def test_what_has_no_effect_in_rows_is_reported_once(world, tmp_path, capsys):
     """Keys of messages that the chat template doesn't read; and a turn of weight 0 is none of the targets."""
     model, data = tmp_path / "model", tmp_path / "data"

@@ -58,6 +58,22 @@ def test_a_grid_under_a_budget(paths, tmp_path, capsys):
     assert f"{out}: holds results already (results.csv)" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("results.csv", "mine"),
+        ("adapters/mine", "mine"),
+        *(("results.json", text) for text in ("{", "[]", '{"points": []}', '{"points": [{"x": 1}]}', '{"points": 1}')),
+    ],
+)
+def test_what_is_not_of_a_sweep_is_not_overwritten(paths, tmp_path, capsys, name, text):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(text)
+    assert sweep(paths, "--rank", 1, "--output", tmp_path, "--overwrite") == 2
+    assert f"holds {name.split('/')[0]}, which is not of a sweep and would be lost" in capsys.readouterr().err
+    assert (tmp_path / name).read_text() == text
+
+
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory):
     """An encoder without a head, and rows with labels."""

@@ -239,7 +239,7 @@ def _points_before(output: Path) -> list[dict[str, Any]] | None:
     """The points that the results in `output` tell of; None where there are none, or none that a sweep wrote."""
     try:
         points = json.loads((output / "results.json").read_text())["points"]
-        return points if all(isinstance(point, dict) for point in points) else None
+        return points if points and all({"targets", "rank", "alpha"} <= set(point) for point in points) else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
