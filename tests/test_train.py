@@ -351,12 +351,12 @@ def test_what_gets_no_gradient_by_construction_is_named(cut, everything):
         return jax.lax.stop_gradient(out) if everything else out
 
     params = {"one": jnp.full((4, 4), 0.5), "two": jnp.eye(4), "bias": jnp.ones(4)}
-    config = lora_jax.LoRAConfig(rank=1, alpha=1, targets=["one", "two"], train=["bias"])
+    config = lora_jax.LoRAConfig(rank=1, alpha=1, targets=["one", "two"], also_train=["bias"])
     base, adapter = lora_jax.split(lora_jax.init(jax.random.key(0), params, config))
     batch = {"input_ids": jnp.array([[1, 2, 3]] * 2), "attention_mask": jnp.ones((2, 3), int)}
     batch["loss_weights"] = batch["attention_mask"].astype(jnp.float32)
     tx = optax.sgd(0.1)
-    step = jax.jit(make_step(apply, tx, accumulate=1 + everything))
+    step = jax.jit(make_step(apply, tx, gradient_accumulation_steps=1 + everything))
     if everything:
         with pytest.raises(ValueError, match=r"^bias: the gradient is zero whatever the data, as for all that trains"):
             step(adapter, tx.init(adapter), base, batch)
