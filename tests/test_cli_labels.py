@@ -63,7 +63,7 @@ def kernel(model):
 def test_a_bare_encoder_gets_a_head_from_the_key(tmp_path):
     folder = encoder(tmp_path / "bare")
     one, same, other = (models.load(folder, labels=("a", "b", "c"), key=jax.random.key(k)) for k in (1, 1, 2))
-    assert sorted(one.fresh) == ["classifier/bias", "classifier/kernel"]
+    assert sorted(one.newly_initialized) == ["classifier/bias", "classifier/kernel"]
     assert kernel(one).shape == (16, 3)
     assert one.config.id2label == {0: "a", 1: "b", 2: "c"}
     assert one.config.problem_type == "single_label_classification"
@@ -77,11 +77,11 @@ def test_a_bare_encoder_gets_a_head_from_the_key(tmp_path):
 @pytest.mark.slow
 def test_a_masked_language_model_gets_pooler_and_head(tmp_path):
     bert = models.load(encoder(tmp_path / "bert", architecture="BertForMaskedLM"), labels=("score",))
-    assert {path.split("/")[0] for path in bert.fresh} == {"classifier", "pooler"}
+    assert {path.split("/")[0] for path in bert.newly_initialized} == {"classifier", "pooler"}
     assert bert.config.problem_type == "regression"
     folder = encoder(tmp_path / "roberta", RobertaConfig, "RobertaForMaskedLM")
     roberta = models.load(folder, labels=("a", "b"))
-    assert {path.split("/")[0] for path in roberta.fresh} == {"classifier"}
+    assert {path.split("/")[0] for path in roberta.newly_initialized} == {"classifier"}
     assert (bert.max_length, roberta.max_length) == (64, 63)  # RoBERTa's positions begin behind the padding's id
 
 
@@ -98,7 +98,7 @@ def test_a_head_is_kept_where_it_tells_the_labels(tmp_path, names, asked, kept):
     named = {} if names is None else {"id2label": dict(enumerate(names))}
     folder = encoder(tmp_path / "with", architecture="BertForSequenceClassification", **named)
     model = models.load(folder, labels=tuple(asked), key=jax.random.key(7))
-    assert (model.fresh == ()) == kept
+    assert (model.newly_initialized == ()) == kept
     assert np.array_equal(kernel(model), kernel(models.load(folder))) == kept
 
 

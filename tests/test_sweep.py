@@ -385,14 +385,16 @@ def test_labels_are_swept_with_their_metrics_and_heads():
     point = Point(rank=2, alpha=4, targets=("dense",), seed=1)
     config = dataclasses.replace(CONFIG, load_best_model_at_end=False)
 
-    def fresh(seed):
+    def newly_initialized(seed):
         return {"classifier/kernel": jax.random.normal(jax.random.key(seed), (tiny.WIDTH, 2))}
 
     points = [dataclasses.replace(point, seed=0), point]
-    results = sweep.run(classify, params, points, rows, rows, config, lora=lora, memory=10**9, fresh=fresh)
+    results = sweep.run(
+        classify, params, points, rows, rows, config, lora=lora, memory=10**9, newly_initialized=newly_initialized
+    )
     mine = results.results[1]
     lora, config = point.settings(lora, config, leaf_paths(params))
-    params["classifier"]["kernel"] = fresh(1)["classifier/kernel"]
+    params["classifier"]["kernel"] = newly_initialized(1)["classifier/kernel"]
     adapted = lora_jax.init(jax.random.fold_in(jax.random.key(1), 0), params, lora)
     alone = train(classify, adapted, rows, rows, config, also_train=lora.also_train)
     assert mine.valid.loss == pytest.approx(alone.after.loss, rel=1e-5)

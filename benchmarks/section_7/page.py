@@ -176,7 +176,7 @@ def _similarities(found: Results) -> str:
         "pairs of them stand for seeds, and for random matrices, which are drawn for each layer, three draws.\n\n"
         + table(["", "between", *(f"i = {i}" for i in DIRECTIONS)], rows)
         + "\n\nOne seed draws the factors of rank 8 and of rank 64 apart, so what they share was learned. "
-        "`before and after training` is to be read at i = 64 alone: a fresh A has no directions larger than others, so its "
+        "`before and after training` is to be read at i = 64 alone: a newly initialised A has no directions larger than others, so its "
         "first few are arbitrary. 1 there says that A still spans what was drawn, which two seeds can't share; what it "
         "learned shows in the first directions."
     )

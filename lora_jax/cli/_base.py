@@ -164,7 +164,7 @@ def with_adapter(model: Any, adapter: Path | None) -> Any:
         return model.params
     params = lora_jax.peft.load(adapter, model.params, names=model.names, axes=kernel_axes(model))
     brought = trained_paths(params)
-    if lacking := [path for path in model.fresh if path not in brought]:
+    if lacking := [path for path in model.newly_initialized if path not in brought]:
         raise ValueError(f"{adapter}: {lacking[0]} is neither in it nor in the model: it was trained with another base")
     return params
 

@@ -97,7 +97,7 @@ def save(folder: Path, labels: Labels | None) -> None:
 
 def new_parts(model: Any) -> str:
     """Which parts of the model are drawn anew, in words; nothing where none is."""
-    parts = sorted({path.split("/")[0] for path in model.fresh})
+    parts = sorted({path.split("/")[0] for path in model.newly_initialized})
     return f"new and trained in full: {', '.join(parts)}" if parts else ""
 
 
@@ -109,7 +109,7 @@ def with_head(config: lora_jax.LoRAConfig, model: Any) -> lora_jax.LoRAConfig:
     if not model.head:
         return config
     head = f"/{model.head}/.*/"
-    new = (head, *(path for path in model.fresh if not path.startswith(f"{model.head}/")))
+    new = (head, *(path for path in model.newly_initialized if not path.startswith(f"{model.head}/")))
     exclude = (*config.exclude, *new) if config.targets else ()  # RoBERTa's head holds a kernel that is all-linear too
     return dataclasses.replace(config, also_train=(*config.also_train, *new), exclude=exclude)
 

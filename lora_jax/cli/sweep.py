@@ -114,7 +114,7 @@ def run(settings: Settings) -> None:
         lora=lora,
         axes=_base.kernel_axes(model),
         task=found.task,
-        fresh=_fresh(settings, model, rows) if model.fresh else None,
+        newly_initialized=_newly_initialized(settings, model, rows) if model.newly_initialized else None,
         prefix_after=_base.prefix_place(model),
         score_batches=settings.score_batches,
         best=settings.best,
@@ -185,14 +185,14 @@ def _points(settings: Settings, model: Any) -> tuple[list[Point], int]:
     return points, longest
 
 
-def _fresh(settings: Settings, model: Any, rows: Rows) -> Callable[[int], dict[str, Any]]:
+def _newly_initialized(settings: Settings, model: Any, rows: Rows) -> Callable[[int], dict[str, Any]]:
     """The parts of the model that are new, as `lora-jax train` with a seed draws them."""
 
     @functools.cache
     def drawn(seed: int) -> dict[str, Any]:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 0), 1)
         leaves = lora_jax.models.flatten(settings.base.load_streamed(rows.names, key).params)
-        return {path: jax.numpy.asarray(leaves[path].read(())) for path in model.fresh}
+        return {path: jax.numpy.asarray(leaves[path].read(())) for path in model.newly_initialized}
 
     return drawn
 

@@ -105,7 +105,7 @@ class Model:
             one; `dataclasses.replace(model, adapter=folder)` gives it.
         generates: whether it predicts next tokens: encoders don't.
         head: the part of `params` that tells labels; empty where none does. `label_names(config)` are these.
-        fresh: paths of the leaves that weren't in the folder and were drawn anew: a new head's.
+        newly_initialized: paths of the leaves that weren't in the folder: a new head's.
         max_length: the most tokens of a row.
     """
 
@@ -121,7 +121,7 @@ class Model:
     adapter: Path | None = None
     generates: bool = True
     head: str = ""
-    fresh: tuple[str, ...] = ()
+    newly_initialized: tuple[str, ...] = ()
     max_length: int = 0
 
     @cached_property
@@ -171,7 +171,7 @@ def load(
             it is what "auto" means.
         platform: what it will be compiled for: "cpu", "cuda", "rocm" or "tpu"; None is where JAX computes by default.
         labels: names of the labels that the model is to tell; one name is a score. The folder's own head is kept where
-            it tells these (or as many without names); else a new one is drawn, whose leaves are `fresh`.
+            it tells these (or as many without names); else a new one is drawn, whose leaves are `newly_initialized`.
         key: of a new head; `jax.random.key(0)` where not given.
 
     Raises:
@@ -219,14 +219,14 @@ def load_streamed(
     chosen = execution(attention, remat, layers, platform)
     folder = _folder.find(path_or_hub_id, weights=True)
     family, config = _folder.read_config(folder, FAMILIES)
-    fresh, ignored = (), family.ignored
+    new, ignored = (), family.ignored
     if labels is not None:
         family, config, kept = _heads.labelled(family, config, labels, FAMILIES)
-        fresh, ignored = _heads.absent(folder, family.names(config), family, kept), family.ignored + family.other_heads
+        new, ignored = _heads.absent(folder, family.names(config), family, kept), family.ignored + family.other_heads
     model = _abstract(family, config, dtype, compute_dtype, chosen, folder)
     leaves = _weights.stream(
         folder,
-        {path: leaf for path, leaf in flatten(model.params).items() if path not in fresh},
+        {path: leaf for path, leaf in flatten(model.params).items() if path not in new},
         model.names,
         dtype=dtype,
         ignored=ignored,
@@ -236,10 +236,10 @@ def load_streamed(
     found = next(iter(leaves.values())).dtype
     if dtype is None and found != _settings.param_dtype(config, None):  # the configuration's need not be the file's
         model = _abstract(family, config, found, compute_dtype, chosen, folder)
-    if fresh:
+    if new:
         drawn = family.module(config, compute_dtype, next(iter(leaves.values())).dtype, chosen)
-        leaves |= _drawn(drawn, jax.random.key(0) if key is None else key, fresh)
-    return replace(model, params=unflatten(leaves), fresh=fresh)
+        leaves |= _drawn(drawn, jax.random.key(0) if key is None else key, new)
+    return replace(model, params=unflatten(leaves), newly_initialized=new)
 
 
 def _drawn(module: Any, key: jax.Array, paths: Sequence[str]) -> dict[str, Streamed]:

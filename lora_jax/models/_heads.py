@@ -46,15 +46,15 @@ def labelled(
 
 
 def absent(folder: Path, names: Mapping[str, Weight], family: Family, head_kept: bool) -> tuple[str, ...]:
-    """The leaves that must be made anew: a head that isn't kept, and what the folder lacks before it.
+    """The leaves to initialise newly: a head that isn't kept, and what the folder lacks before it.
 
     A part is made anew only where nothing of it is in the files: half of one is a mistake.
     """
     held = set(TensorFiles(folder).tensors)
-    fresh = []
+    new = []
     for part in (family.head, *family.before_head):
         paths = [path for path in names if path.startswith(f"{part}/")]
         there = {names[path].name for path in paths} | {names[path].name.removeprefix(family.prefix) for path in paths}
         if not there & held or (part == family.head and not head_kept):
-            fresh += paths
-    return tuple(fresh)
+            new += paths
+    return tuple(new)

@@ -24,7 +24,7 @@ from lora_jax.sweep._point import Point
 from lora_jax.sweep._program import Lane, Program, at_once, bytes_needed, lanes, make_program, shapes, size_of
 from lora_jax.sweep._results import Result, Results, weighted
 from lora_jax.sweep._score import kernel_scores, score_of
-from lora_jax.sweep._start import Fresh, Starts, taken, trainable
+from lora_jax.sweep._start import NewValues, Starts, taken, trainable
 from lora_jax.train import Evaluation, StepMetrics, Task, TrainConfig, task_of
 from lora_jax.train._evaluate import evaluation_of
 from lora_jax.train._log import Log
@@ -45,7 +45,7 @@ def run(
     lora: LoRAConfig | None = None,
     axes: Mapping[str, Axes] | None = None,
     task: Task | None = None,
-    fresh: Fresh | None = None,
+    newly_initialized: NewValues | None = None,
     prefix_after: int = 0,
     prefix_embedding: str | None = None,
     score_batches: int = 0,
@@ -81,8 +81,8 @@ def run(
       lora: exclude, scaling, init, dtype and also_train of the adapters; rank, alpha and targets are the points'.
       axes: how kernels are used; traced where not given.
       task: what the rows ask for, where it isn't `task_of(train_data)`.
-      fresh: from a seed to values of leaves trained in full, by path, in place of those in `params`: what each seed
-        draws anew, such as a head. Without it all start from the same.
+      newly_initialized: from a seed to values of leaves trained in full, by path, in place of the ones in `params`:
+        what each seed initialises newly, such as a head. Without it all start from the same.
       prefix_after: tokens of each row that stand before a prefix: 1 for an encoder that pools the first one.
       prefix_embedding: pattern of the table that prefixes are drawn from, as for `lora_jax.prefix.init`.
       score_batches: training batches whose mean gradient scores every point before training
@@ -112,7 +112,7 @@ def run(
 
     def starts_of(kept: Sequence[_Entry]) -> Starts:
         own = [entry.point for entry in kept]
-        return Starts(params, own, lora, axes, fresh, after=prefix_after, embedding=prefix_embedding)
+        return Starts(params, own, lora, axes, newly_initialized, after=prefix_after, embedding=prefix_embedding)
 
     starts = starts_of(entries)
     steps = config.total_steps(len(train_data))

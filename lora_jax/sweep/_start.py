@@ -17,7 +17,7 @@ from lora_jax._stack import stack
 from lora_jax._tree import Axes, LoRA, Prefix, edit, kernel_path, leaf_paths, leaves_with_paths, nodes_of, split
 from lora_jax.sweep._point import Point
 
-Fresh = Callable[[int], Mapping[str, Any]]
+NewValues = Callable[[int], Mapping[str, Any]]
 """From a seed to new values of leaves trained in full, by path."""
 
 
@@ -32,7 +32,7 @@ class Starts:
       points: all that there will be.
       lora: what points don't say.
       axes: how kernels are used.
-      fresh: as for `run`.
+      newly_initialized: as for `run`.
       after: tokens of a row that stand before a prefix.
       embedding: pattern of the table that prefixes are drawn from.
 
@@ -46,13 +46,13 @@ class Starts:
         points: Sequence[Point],
         lora: LoRAConfig,
         axes: Mapping[str, Axes] | None,
-        fresh: Fresh | None = None,
+        newly_initialized: NewValues | None = None,
         *,
         after: int = 0,
         embedding: str | None = None,
     ):
         paths = leaf_paths(params)
-        self._params, self._fresh, self._lora = params, fresh, lora
+        self._params, self._newly_initialized, self._lora = params, newly_initialized, lora
         self._with_prefix = functools.partial(prefix.init, after=after, embedding=embedding)
         self._configs = {point: point.settings(lora, None, paths)[0] for point in points}
         self.rank = max(point.rank for point in points)
@@ -111,9 +111,9 @@ class Starts:
         return 0 if prefix.length(self._params) else point.prefix_length or 0
 
     def _params_of(self, seed: int) -> Any:
-        if self._fresh is None:
+        if self._newly_initialized is None:
             return self._params
-        new = self._fresh(seed)
+        new = self._newly_initialized(seed)
         return edit(self._params, leaf=lambda path, leaf: new.get(path, leaf))
 
     def stacked(self, adapters: Sequence[Any]) -> Any:
