@@ -76,6 +76,16 @@ def test_each_is_its_run_alone(together, index):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("optim", ["lion", "sgd", "rmsprop", "adagrad"])
+def test_each_optimizer_leaves_padded_ranks_alone(optim):
+    config = dataclasses.replace(CONFIG, optim=optim, lr_scheduler_type="linear", max_steps=4)
+    for result, point in zip(swept(POINTS[:2], config).results, POINTS[:2], strict=True):
+        expected = lora_jax.split(solo(point, config).params)[1]
+        for mine, other in zip(jax.tree.leaves(result.adapter), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(mine, other, rtol=0, atol=1e-4 * np.abs(other).max())
+
+
+@pytest.mark.slow
 def test_leaves_that_train_whole_train_beside_each():
     lora = LoRAConfig(rank=1, alpha=1, also_train=("embed",))
     points = [Point(rank=r, alpha=r, targets=("head",), seed=r) for r in (1, 2)]

@@ -260,6 +260,34 @@ def test_weight_decay_is_for_matrices():
     assert len(moved) == 6
 
 
+FIRST_STEPS = {
+    "adamw": np.sign,
+    "lion": np.sign,
+    "sgd": lambda g: g,
+    "rmsprop": lambda g: np.sign(g) / np.sqrt(0.1),
+    "adagrad": lambda g: g / np.sqrt(0.1 + g**2),
+}
+
+
+@pytest.mark.parametrize("optim", few(FIRST_STEPS, ["lion", "sgd"]))
+def test_each_optimizer_moves_what_trains(optim):
+    """−lr · (step + decay · w), by each one's formula for its first step; and what doesn't train stays."""
+    rng = np.random.default_rng(0)
+    node = lora_jax.LoRA(*(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((3, 2), (2, 4))), 2.0)
+    params = {"q": {"kernel": jnp.ones((3, 4)), "kernel_lora": node}}
+    grads = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), params)
+    config = TrainConfig(
+        optim=optim, learning_rate=0.01, lr_scheduler_type="constant", weight_decay=0.1, max_grad_norm=0.0
+    )
+    tx = make_optimizer(config, 10)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    assert not updates["q"]["kernel"].any()
+    for moved, g, w in zip(
+        *(jax.tree.leaves(tree["q"]["kernel_lora"]) for tree in (updates, grads, params)), strict=True
+    ):
+        np.testing.assert_allclose(moved, -0.01 * (FIRST_STEPS[optim](np.asarray(g)) + 0.1 * w), rtol=1e-4, atol=1e-7)
+
+
 def test_clipping_scales_the_gradient_to_the_norm():
     _, adapter = lora_jax.split(grown(adapted()))
     grads = jax.tree.map(lambda x: 100 * x, adapter)
@@ -577,6 +605,8 @@ def test_an_output_folder_that_holds_a_run(tmp_path):
         ("learning_rate", math.inf),
         ("warmup_steps", 1.5),
         ("min_lr_rate", 1.5),
+        ("lr_scheduler_type", "cosin"),
+        ("optim", "adafactor"),
         ("weight_decay", -0.1),
         ("max_grad_norm", -1.0),
         ("dropout", 1.0),
@@ -602,6 +632,22 @@ def test_the_number_of_steps():
     assert TrainConfig(batch_size=16, gradient_accumulation_steps=2, num_train_epochs=2.5).total_steps(17) == 5
     assert TrainConfig(batch_size=8, num_train_epochs=0.1).total_steps(17) == 1
     assert TrainConfig(max_steps=7).total_steps(17) == 7
+
+
+COSINE = (1 + math.cos(0.3 * math.pi)) / 2
+AFTER_WARMUP = {
+    "cosine_with_min_lr": [1, 2, 2 * (0.1 + 0.9 * COSINE), 0.2],
+    "cosine": [1, 2, 2 * COSINE, 0],
+    "linear": [1, 2, 1.4, 0],
+    "constant": [2, 2, 2, 2],
+    "constant_with_warmup": [1, 2, 2, 2],
+}
+
+
+@pytest.mark.parametrize("name", AFTER_WARMUP)
+def test_the_learning_rate_after_warmup(name):
+    rate = schedule(TrainConfig(learning_rate=2.0, warmup_steps=1, lr_scheduler_type=name), steps=11)
+    np.testing.assert_allclose([float(rate(step)) for step in (0, 1, 4, 11)], AFTER_WARMUP[name], atol=1e-6)
 
 
 @pytest.mark.parametrize(("warmup", "steps"), [(0.0, 1), (0.5, 1), (0.0, 20), (0.3, 20), (1, 20), (6, 20), (30, 12)])

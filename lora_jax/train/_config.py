@@ -2,11 +2,15 @@
 
 import math
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 MOST_STEPS = 2**31 - 1  # optimizers count them in 32 bits
 MOST_ROWS = 2**20
 # Rows that are missing in a batch are computed all the same: so many a step, or so many times the rows that there are.
 MOST_SPARE, MOST_SPARE_TIMES = 1024, 4
+
+Scheduler = Literal["cosine_with_min_lr", "cosine", "linear", "constant", "constant_with_warmup"]
+Optimizer = Literal["adamw", "lion", "sgd", "rmsprop", "adagrad"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +48,18 @@ class TrainConfig:
     warmup_steps: float = 0.05
     """Steps over which the learning rate rises to its peak; below 1, as a share of all steps."""
 
+    lr_scheduler_type: Scheduler = "cosine_with_min_lr"
+    """Learning rate after warm-up: a cosine decay to min_lr_rate of the peak or (cosine) to 0, a linear decay to 0, or
+    the peak throughout. constant alone has no warm-up."""
+
     min_lr_rate: float = 0.1
-    """Share of the peak learning rate that the cosine decay ends at."""
+    """Share of the peak learning rate that cosine_with_min_lr ends at."""
+
+    optim: Optimizer = "adamw"
+    """Optimizer, with optax's defaults beside the learning rate and weight_decay."""
 
     weight_decay: float = 0.01
-    """AdamW's decoupled weight decay of the trained weights; the base never decays."""
+    """Decoupled weight decay of the trained weights; the base never decays."""
 
     max_grad_norm: float = 1.0
     """Largest global norm of the trained weights' gradients; larger ones are scaled down to it. 0 for no clipping."""
@@ -90,7 +101,9 @@ class TrainConfig:
                 0 <= self.warmup_steps <= MOST_STEPS and (self.warmup_steps < 1 or self.warmup_steps % 1 == 0),
                 "a share below 1, or a whole number of steps",
             ),
+            "lr_scheduler_type": (self.lr_scheduler_type in get_args(Scheduler), " or ".join(get_args(Scheduler))),
             "min_lr_rate": (0 <= self.min_lr_rate <= 1, "0 to 1"),
+            "optim": (self.optim in get_args(Optimizer), " or ".join(get_args(Optimizer))),
             "weight_decay": (0 <= self.weight_decay < math.inf, "at least 0"),
             "max_grad_norm": (0 <= self.max_grad_norm < math.inf, "at least 0"),
             "dropout": (0 <= self.dropout < 1, "at least 0 and less than 1"),
@@ -144,6 +157,8 @@ class TrainConfig:
 
     def warmup(self, steps: int) -> int:
         """Steps of warm-up in a run of `steps`; at least one step is left after them."""
+        if self.lr_scheduler_type == "constant":
+            return 0
         warmup = self.warmup_steps if self.warmup_steps >= 1 else round(self.warmup_steps * steps)
         return min(int(warmup), steps - 1)
 

@@ -1,4 +1,4 @@
-"""AdamW with warm-up, cosine decay and clipping."""
+"""Optimizer, learning rate schedule and clipping."""
 
 from typing import Any
 
@@ -13,10 +13,13 @@ from lora_jax.train._config import TrainConfig
 
 
 def schedule(config: TrainConfig, steps: int, peak: Any = None) -> optax.Schedule:
-    """The learning rate of each step: a linear rise to the peak, then a cosine fall to `min_lr_rate` of it.
+    """The learning rate of each step: a linear rise to the peak, then what `lr_scheduler_type` says.
 
-        lr(t) = peak · (t + 1) / (w + 1)                                          t < w, w steps of warm-up
-        lr(t) = peak · (f + (1 − f) · (1 + cos(π (t − w) / (steps − w))) / 2)     t ≥ w
+        lr(t) = peak · (t + 1) / (w + 1)                            t < w, w steps of warm-up
+        lr(t) = peak · (f + (1 − f) · (1 + cos(π u)) / 2)           t ≥ w, u = (t − w) / (steps − w)
+                                                                    f = min_lr_rate, or 0 for "cosine"
+        lr(t) = peak · (1 − u)                                      for "linear"
+        lr(t) = peak                                                for "constant" (w = 0) and "constant_with_warmup"
 
     The first step already learns: a schedule that starts at 0 wastes it. `peak` is the config's learning rate unless
     given.
@@ -28,22 +31,34 @@ def schedule(config: TrainConfig, steps: int, peak: Any = None) -> optax.Schedul
     """
     peak = config.learning_rate if peak is None else peak
     warmup = config.warmup(steps)
-    fall = optax.cosine_decay_schedule(peak, steps - warmup, alpha=config.min_lr_rate)
+    fall = _after_warmup(config, peak, steps - warmup)
     if not warmup:
         return fall
     rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
     return optax.join_schedules([rise, fall], [warmup])
 
 
+def _after_warmup(config: TrainConfig, peak: Any, steps: int) -> optax.Schedule:
+    match config.lr_scheduler_type:
+        case "cosine_with_min_lr":
+            return optax.cosine_decay_schedule(peak, steps, alpha=config.min_lr_rate)
+        case "cosine":
+            return optax.cosine_decay_schedule(peak, steps)
+        case "linear":
+            return optax.linear_schedule(peak, 0, steps)
+        case "constant" | "constant_with_warmup":
+            return optax.constant_schedule(peak)
+
+
 def make_optimizer(
     config: TrainConfig, steps: int, *, also_train: Any = (), learning_rate: Any = None, weight_decay: Any = None
 ) -> optax.GradientTransformation:
-    """AdamW for the trained leaves of a tree or of an adapter; whatever else is in it neither moves nor has moments.
+    """The optimizer of a tree's or an adapter's trained leaves; other leaves neither move nor have moments.
 
     Weight decay leaves biases, the scales of norms and DoRA's magnitudes alone, as is the custom.
 
     Args:
-      config: learning rate, warm-up, decay and clipping.
+      config: optimizer, learning rate, its schedule, weight decay and clipping.
       steps: of the whole run, for the schedule.
       also_train: leaves trained in full, as given to `lora_jax.split`.
       learning_rate: the peak, in place of the config's. May be traced, so that under `vmap` each adapter has its own.
@@ -53,10 +68,26 @@ def make_optimizer(
       An optax transformation; its clipping sees the trained leaves' gradients only.
     """
     decay = config.weight_decay if weight_decay is None else weight_decay
-    tx = optax.adamw(schedule(config, steps, learning_rate), weight_decay=decay, mask=decayed)
+    tx = _optimizer(config, schedule(config, steps, learning_rate), decay)
     if config.max_grad_norm:
         tx = optax.chain(optax.clip_by_global_norm(config.max_grad_norm), tx)
     return masked(tx, also_train)
+
+
+def _optimizer(config: TrainConfig, rate: optax.Schedule, decay: Any) -> optax.GradientTransformation:
+    """Elementwise optimizers only: they leave the zeros alone that ranks are padded with."""
+    match config.optim:
+        case "adamw":
+            return optax.adamw(rate, weight_decay=decay, mask=decayed)
+        case "lion":
+            return optax.lion(rate, weight_decay=decay, mask=decayed)
+        case "sgd":
+            scaled = optax.identity()
+        case "rmsprop":
+            scaled = optax.scale_by_rms()
+        case "adagrad":
+            scaled = optax.scale_by_rss()
+    return optax.chain(scaled, optax.add_decayed_weights(decay, decayed), optax.scale_by_learning_rate(rate))
 
 
 def decayed(tree: Any) -> Any:
