@@ -1,5 +1,7 @@
 """Tokens of prompt and completion spell prompt + completion, with tokenizers of every kind."""
 
+import itertools
+
 import hypothesis
 import hypothesis.strategies as st
 import numpy as np
@@ -8,7 +10,7 @@ from tokenizers_of import BOS, CHAT, EOS, KINDS, byte_level, metaspace
 from transformers import ByT5Tokenizer
 
 from lora_jax import data
-from lora_jax.data import Chat, Completion, Labelled, Labels
+from lora_jax.data import Chat, Completion, Labelled, Labels, _joint
 
 PAIRS = [
     ("a:", "yes"),
@@ -109,6 +111,46 @@ def test_chats_have_the_templates_own_tokens(tokenizer):
         told = [tokenizer.decode(ids[a:b]) for a, b in zip(begins, ends, strict=True)]
         assert [text.strip() for text in told] == [f"{text}</s>" for _, text in turns[1:count:2]]
     assert found.crossing == 0
+
+
+class Counting:
+    """A tokenizer that counts the characters and tokens it is given."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.count = tokenizer, 0
+
+    def __call__(self, texts, **settings):
+        self.count += sum(map(len, texts))
+        return self.tokenizer(texts, **settings)
+
+    def decode(self, ids, **settings):
+        self.count += len(ids)
+        return self.tokenizer.decode(ids, **settings)
+
+
+def test_a_long_conversation_is_tokenised_in_proportion_to_its_length(tokenizer):
+    pieces = [f"<user>\n{'yes ab (a: ) ' * (turn % 7)}{'b' * turn}</s>\n<assistant>\n" for turn in range(60)]
+    counting = Counting(tokenizer)
+    (joint,) = _joint.Boundaries(counting, False).join([pieces])
+    assert counting.count < 6 * len("".join(pieces))
+    told = [tokenizer.decode(joint.ids[a:b]) for a, b in itertools.pairwise([*joint.starts, None])]
+    assert [text.replace(" ", "") for text in told] == [text.replace(" ", "") for text in pieces]
+
+
+@hypothesis.given(
+    pieces=st.lists(
+        st.text("ab: \n", max_size=12) | st.sampled_from(["</s>", "yes", "é", "  "]), min_size=3, max_size=12
+    )
+)
+@hypothesis.settings(max_examples=100)
+def test_boundaries_are_the_same_whether_all_that_precedes_is_tokenised_or_its_end(tokenizers, pieces):
+    for tokenizer, special in itertools.product(tokenizers, (False, True)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_joint, "NEAR", 10**9)
+            (whole,) = _joint.Boundaries(tokenizer, special).join([pieces])
+            patch.setattr(_joint, "NEAR", 8)
+            patch.setattr(_joint, "RUN", 3)
+            assert list(_joint.Boundaries(tokenizer, special).join([pieces])) == [whole]
 
 
 def test_a_tokenizer_without_offsets_that_closes():

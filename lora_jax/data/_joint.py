@@ -5,6 +5,10 @@ from typing import Any, NamedTuple
 
 from lora_jax.data._rows import check_text
 
+NEAR = 200  # characters before a boundary that decide which tokens are next to it, and many more
+RUN = 8  # equal tokens that show where one tokenisation is found in another
+DRIFT = 16  # tokens by which the two may be apart at the beginning
+
 
 class Joint(NamedTuple):
     """A row's tokens."""
@@ -44,13 +48,44 @@ class Boundaries:
 
     def _joint(self, pieces: Sequence[str], ids: list[int], alone: Sequence[list[int]]) -> Joint:
         starts, crossings, crossed = [0], 0, False
+        known = [True]  # of each piece, whether its text begins where its first token does
         for number, part in enumerate(alone, 1):
             start = starts[-1] + len(part)
             if crossed or ids[starts[-1] : start] != part:
-                start, crossed = self._end(ids, self._open(["".join(pieces[:number])])[0])
+                begin, part = self._before(pieces[:number], ids, starts, known)
+                start, crossed = self._end(ids[begin:], part)
+                start += begin
                 start, crossings = max(start, starts[-1]), crossings + crossed
             starts.append(start)
+            known.append(not crossed)
         return Joint(ids, starts, crossings)
+
+    def _before(
+        self, pieces: Sequence[str], ids: list[int], starts: Sequence[int], known: Sequence[bool]
+    ) -> tuple[int, list[int]]:
+        """The last tokens of the pieces' text, as it is alone, and the place of the first of them among `ids`.
+
+        Tokens depend on text nearby, so only its end is tokenised, from the first run of tokens on that `ids` have in
+        the same place of the text; of what precedes, `ids` are the tokens. Where it is short, or there is no such run,
+        all of it is.
+        """
+        back = len(pieces) - 1
+        while back and not (known[back] and sum(map(len, pieces[back:])) >= NEAR):
+            back -= 1
+        if back and hasattr(self._tokenizer, "decode"):
+            spelled = self._tokenizer.decode
+            (part,) = self._ids(["".join(pieces[back:])], False)
+            near = ids[starts[back] : starts[back] + 2 * DRIFT + RUN]
+            for skipped in range(min(DRIFT, len(part) - RUN)):
+                run = part[skipped : skipped + RUN]
+                found = [place for place in range(len(near) - RUN + 1) if near[place : place + RUN] == run]
+                # The same place: the same text is before it, but for the spaces that a tokenizer puts in front.
+                if found and spelled(run).strip():
+                    text = spelled(part[:skipped]).strip()
+                    found = [place for place in found if spelled(near[:place]).strip() == text]
+                    if len(found) == 1:
+                        return starts[back] + found[0], part[skipped:]
+        return 0, self._open(["".join(pieces)])[0]
 
     def _end(self, ids: list[int], part: list[int]) -> tuple[int, bool]:
         """How many `ids` spell no more than the text whose own tokens are `part`, and whether the next spans its end.
