@@ -19,7 +19,9 @@ CONFIG = TrainConfig(batch_size=2, max_steps=2, learning_rate=1e-2)
 LOOKUPS = {
     "index": lambda table, ids: table[ids],
     "take": lambda table, ids: jnp.take(table, ids, axis=0),
-    "clipped": lambda table, ids: jnp.take(table, ids, axis=0, mode="clip"),
+    "filled": lambda table, ids: table.at[ids].get(mode="fill"),
+    "promised": lambda table, ids: table.at[ids].get(mode="promise_in_bounds"),
+    "masked": lambda table, ids: table[jnp.where(jnp.arange(4) > 1, ids, 0)],
     "cast": lambda table, ids: table.astype(jnp.bfloat16)[ids[:, ::-1].astype(jnp.uint8)],
     "transposed": lambda table, ids: table.T[:, ids.reshape(-1)],
     "jit": lambda table, ids: jax.jit(lambda t, i: t[i])(table, ids),
@@ -34,6 +36,19 @@ OTHERS = {
     "hashed": lambda table, ids: table[ids % 5],
     "smaller": lambda table, ids: table[jnp.minimum(ids, 4)],
     "shifted": lambda table, ids: table[ids - 3],
+    "clip": lambda table, ids: table[jnp.clip(ids, 0, 4)],
+    "clamp": lambda table, ids: jax.jit(lambda t, i: t[jax.lax.clamp(0, i, 4)])(table, ids),
+    "where": lambda table, ids: table[jnp.where(ids < 5, ids, 0)],
+    "where_both": lambda table, ids: jnp.take(table, jnp.where((ids >= 5) | (ids < 0), 4, ids), axis=0),
+    "clipped": lambda table, ids: jnp.take(table, ids, axis=0, mode="clip"),
+    "clipped_index": lambda table, ids: table.at[ids].get(mode="clip"),
+    "filled": lambda table, ids: table.at[ids].get(mode="fill", fill_value=0),
+    "filled_integers": lambda table, ids: table.astype(int).at[ids].get(mode="fill", fill_value=0),
+}
+RAISED = {
+    "maximum": lambda table, ids: table[jnp.maximum(ids, 0)],
+    "clip": lambda table, ids: jnp.take(table, jnp.clip(ids, min=0), axis=0),
+    "where": lambda table, ids: table[jnp.where(ids < 0, 0, ids)],
 }
 
 
@@ -53,8 +68,21 @@ def test_other_lookups_bound_no_ids(lookup):
     assert vocabulary(lambda params, batch: lookup(params, batch["input_ids"]), TABLE, batch).rows == {}
 
 
+@pytest.mark.parametrize("lookup", RAISED.values(), ids=RAISED)
+def test_ids_below_zero_that_the_function_sees_to(lookup):
+    batch = {"input_ids": np.ones((2, 4), np.int32)}
+    both = [lookup, lambda table, ids: lookup(table, ids) + table[ids]]
+    limits, unsafe = (
+        vocabulary(lambda p, batch, f=f: f(p["a"], batch["input_ids"]), {"a": TABLE}, batch) for f in both
+    )
+    check_ids([[0, -1, -100]], limits, "row")
+    for wrong, rows in ((limits, [0, 5]), (unsafe, [0, -1])):
+        with pytest.raises(ValueError, match=f"row 1: token {rows[1]} is beyond a, a table of 5 rows"):
+            check_ids([rows], wrong, "row")
+
+
 def test_a_function_that_can_not_be_traced_bounds_nothing():
-    assert vocabulary(lambda params, batch: 1 / 0, TABLE, {"input_ids": np.ones((1, 1), np.int32)}) == ({}, None)
+    assert vocabulary(lambda params, batch: 1 / 0, TABLE, {"input_ids": np.ones((1, 1), np.int32)}) == ({}, None, False)
 
 
 def test_negative_ids_are_in_no_table():
