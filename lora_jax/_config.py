@@ -133,7 +133,8 @@ class LoRAConfig:
       scaling: `"standard"` as in the paper, or `"rank_stabilized"` (Kalajdzievski 2023, arXiv 2312.03732).
       init: Of A; B starts at zero. `"gaussian"` is N(0, 1/rank²), as in PEFT; `"kaiming_uniform"` is U(±1/√inputs), the
         default of loralib and PEFT.
-      dtype: Of A and B. Lower than float32 can keep them from moving at all under Adam.
+      dtype: Of A and B. In bfloat16 small updates of Adam's are rounded away. In float16 its eps of 1e-8 is 0, and the
+        second step nan: `init` warns, and a gradient of such factors is refused; without one they can be used.
       also_train: Patterns of leaves trained in full: heads, biases, norms.
       dora: Train the length of each output's kernel by itself, as a magnitude in the node (DoRA, Liu et al. 2024, arXiv
         2402.09353): W' = m ⊙ (W + ΔW) / ‖W + ΔW‖, with m = ‖W‖ at the start.

@@ -47,7 +47,8 @@ def init(key: jax.Array, params: Any, config: LoRAConfig, *, axes: Mapping[str, 
       own: float32 where its own dtype is narrower.
 
     Warns:
-      UserWarning: A rank above the kernel's own, the smaller of its two sides: it adds nothing.
+      UserWarning: A rank above the kernel's own, the smaller of its two sides: it adds nothing. Factors in float16 or
+        narrower, of which `adapt` refuses a gradient: Adam's eps of 1e-8 is 0 there.
 
     Raises:
       ValueError: Arguments of another kind or in another order; axes of another tree; a pattern that matches nothing; a
@@ -67,7 +68,7 @@ def init(key: jax.Array, params: Any, config: LoRAConfig, *, axes: Mapping[str, 
     whole = match(config.also_train, leaves, what="also_train")
     both = sorted(set(whole) & set(kernels))
     if both:
-        raise ValueError(f"{both[0]}: is a target and trains whole too; take it out of also_train, or exclude it")
+        raise ValueError(f"{both[0]}: is a target and trained in full too; take it out of also_train, or exclude it")
     ranks = _ranks(kernels, config)
     _warn_of_ranks(kernels, {path: max(each) for path, (each, _) in ranks.items()})
     nodes = {path: _node(key, path, kernel, ranks[path], config) for path, kernel in kernels.items()}

@@ -550,7 +550,7 @@ def test_a_second_init_is_an_error_over_a_node_and_fine_elsewhere():
 
 
 def test_a_target_cant_train_whole():
-    with pytest.raises(ValueError, match=r"^q/kernel: is a target and trains whole too"):
+    with pytest.raises(ValueError, match=r"^q/kernel: is a target and trained in full too"):
         lora_jax.init(KEY, layer("q"), config(targets=["q"], also_train=["q"]))
     with pytest.raises(ValueError, match=r"^steps: is int32, and only floating-point leaves train"):
         lora_jax.init(KEY, {**layer("q"), "steps": jnp.int32(0)}, config(targets=["q"], also_train=["steps"]))

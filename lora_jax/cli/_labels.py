@@ -102,9 +102,9 @@ def new_parts(model: Any) -> str:
 
 
 def with_head(config: lora_jax.LoRAConfig, model: Any) -> lora_jax.LoRAConfig:
-    """The settings under which the head, and what else of the model is new, trains whole and gets no factors.
+    """The settings under which the head, and what else of the model is new, is trained in full and gets no factors.
 
-    Those given, of a model without a head.
+    A model without a head keeps those given.
     """
     if not model.head:
         return config

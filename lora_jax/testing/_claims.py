@@ -217,7 +217,7 @@ def _gradients(cost: Cost, step: Step) -> Iterator[str]:
         for shape, origin in zip(product.operands, product.origins, strict=True):
             if origin in step.owners and math.prod(shape) in sizes:
                 forms.setdefault(dims(shape), [step.owners[origin]])
-    forms = {form: names for form, names in forms.items() if form not in step.trained_whole | step.factors}
+    forms = {form: names for form, names in forms.items() if form not in step.trained_in_full | step.factors}
     told = set()
     for product in cost.products:
         names = forms.get(dims(product.shape))

@@ -31,7 +31,7 @@ class Step(NamedTuple):
       shards: The kernels' forms, and those of one device's part of the base's leaves.
       base, state: Leaves of the base and of the optimizer's state.
       kept: Leaves of adapter and state: what a step may return anew.
-      trained_whole: Shapes of leaves that train whole, as `dims` gives them.
+      trained_in_full: Shapes of leaves trained in full, as `dims` gives them.
       trained: How many numbers train.
       data: For each flat argument, whether it is neither adapter, base nor state.
       plain: The parameters as they were before `init`; None where the step takes no base.
@@ -49,7 +49,7 @@ class Step(NamedTuple):
     base: list[Any]
     state: list[Any]
     kept: list[Any]
-    trained_whole: set[tuple[int, ...]]
+    trained_in_full: set[tuple[int, ...]]
     trained: int
     data: list[bool]
     plain: Any
@@ -117,7 +117,7 @@ def read_step(args: tuple[Any, ...], outputs: Any) -> Step:
         base=base,
         state=state,
         kept=[*whole, *factors, *state],
-        trained_whole={dims(leaf.shape) for leaf in whole},
+        trained_in_full={dims(leaf.shape) for leaf in whole},
         trained=sum(math.prod(leaf.shape) for leaf in [*whole, *factors]),
         data=data,
         plain=None if base_at is None else _plain(_subtree(args, base_at), adapter, at == base_at),
