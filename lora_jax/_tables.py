@@ -244,7 +244,7 @@ def _least(marks: Sequence[_Mark | None]) -> _Mark | None:
 
 
 def _is_zero(atom: Any) -> bool:
-    return isinstance(atom, jex.Literal) and np.all(np.asarray(atom.val) == 0)
+    return isinstance(atom, jex.Literal) and bool(np.all(np.asarray(atom.val) == 0))
 
 
 def _sees_to_others(eqn: Any) -> bool:
