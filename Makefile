@@ -41,6 +41,8 @@ check: .venv/.check  ## style, types, layering
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH="$(CURDIR)" pyright --verifytypes lora_jax --ignoreexternal | \
+		awk '/error:/ { print } /^Type completeness score/ { print; score = $$NF + 0 } END { exit score < 99 }'
 	$(BIN)/python -m pytest -q tests/test_layering.py
 
 clean:

@@ -5,7 +5,7 @@ import functools
 import math
 import numbers
 from collections.abc import Sequence
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import jax.numpy as jnp
 
@@ -90,6 +90,16 @@ class Override:
     rank: int | tuple[int, ...] | None = None
     alpha: float | tuple[float, ...] | None = None
 
+    if TYPE_CHECKING:  # what may be given; it is kept as the fields say
+
+        def __init__(
+            self,
+            *,
+            target: str,
+            rank: int | Sequence[int] | None = None,
+            alpha: float | Sequence[float] | None = None,
+        ) -> None: ...
+
     def __post_init__(self) -> None:
         check_patterns([self.target], "overrides")
         object.__setattr__(self, "rank", _tuple_if_sequence(self.rank))
@@ -162,6 +172,23 @@ class LoRAConfig:
     dtype: str = "float32"
     also_train: tuple[str, ...] = ()
     dora: bool = False
+
+    if TYPE_CHECKING:  # what may be given; it is kept as the fields say
+
+        def __init__(
+            self,
+            *,
+            rank: int,
+            alpha: float,
+            targets: str | Sequence[str] = ...,
+            exclude: str | Sequence[str] = ...,
+            overrides: Sequence[Override] = ...,
+            scaling: Scaling = ...,
+            init: Initializer = ...,
+            dtype: str | Any = ...,
+            also_train: str | Sequence[str] = ...,
+            dora: bool = ...,
+        ) -> None: ...
 
     def __post_init__(self) -> None:
         for field in ("targets", "exclude", "also_train"):

@@ -80,7 +80,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: str | Path, *, keep: int = 2):
-        self.folder = Path(folder).absolute()
+        self.folder: Path = Path(folder).absolute()
         self.folder.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
             stack.enter_context(_disk.hold(self.folder))

@@ -35,7 +35,7 @@ class GenerateConfig:
     batch_size: int = 16
     """prompts that are completed together"""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check(self.max_tokens, self.temperature, self.top_p)
         if self.batch_size < 1:
             raise ValueError(f"batch_size: {self.batch_size} given, expected at least 1")

@@ -7,11 +7,12 @@ import contextvars
 import functools
 import numbers
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 NOTE = "_lora_jax_adapted"
 DEPTH = 50  # wrappers that are looked through; what wraps itself has no end
 UNSET: Any = None
+OnMaterialize = Literal["warn", "error", "allow"]
 
 _tracing = contextvars.ContextVar("tracing", default=False)
 
@@ -27,7 +28,7 @@ class Settings(NamedTuple):
         rate = self.dropout
         if rate is not UNSET and not (isinstance(rate, numbers.Real) and 0.0 <= float(rate) < 1.0):
             raise ValueError(f"dropout {self.dropout!r} is not a rate in [0, 1); pass, say, dropout=0.1")
-        if self.on_materialize not in (UNSET, "warn", "error", "allow"):
+        if self.on_materialize not in (UNSET, *OnMaterialize.__args__):
             raise ValueError(f"on_materialize {self.on_materialize!r} is not one of 'warn', 'error', 'allow'")
 
     def filled(self) -> Settings:

@@ -16,7 +16,7 @@ from lora_jax._forward import dropout as dropping
 from lora_jax._forward.carry import carry
 from lora_jax._forward.interpret import Frame, Session, evaluate
 from lora_jax._forward.lowrank import LowRank
-from lora_jax._forward.settings import UNSET, Settings, note, noted, tracing
+from lora_jax._forward.settings import UNSET, OnMaterialize, Settings, note, noted, tracing
 from lora_jax._tree import LoRA, detach, leaf_paths, refuse_prefix, trained_paths
 
 RULES = {
@@ -37,7 +37,7 @@ def adapt(
     apply_fn: Callable[..., Any],
     *,
     dropout: float | None = None,
-    on_materialize: str | None = None,
+    on_materialize: OnMaterialize | None = None,
     allow_none: bool | None = None,
 ) -> Callable[..., Any]:
     """Give a function the low-rank updates that lie beside the kernels in its arguments.

@@ -15,11 +15,11 @@ class Source:
     path: Path
     glue: str | None = None
 
-    def rows(self, split: str) -> list[Row]:
+    def rows(self, split: data.Split) -> list[Row]:
         return data.load(self.path, split, glue=self.glue)
 
     @property
-    def held_out(self) -> str:
+    def held_out(self) -> data.Split:
         """The split to evaluate on: GLUE publishes no labels of its test rows."""
         return "test" if self.glue is None else "valid"
 

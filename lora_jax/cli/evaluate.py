@@ -93,7 +93,7 @@ def _of_labels(settings: Settings, source: Source, rows: list[Labelled]) -> dict
     }
 
 
-def _rows(source: Source | None, split: str | None) -> Sequence[Row]:
+def _rows(source: Source | None, split: data.Split | None) -> Sequence[Row]:
     if source is None:
         return _embedded.rows(split or "test")
     if source.path.is_dir():

@@ -126,9 +126,8 @@ def _train(settings: Settings, stop: Callable[[], bool]) -> Callable[[], None]:
         params = lora_jax.prefix.init(
             jax.random.key(settings.train.seed), params, settings.prefix_length, after=_base.prefix_place(model)
         )
-        show.print(
-            f"prefix: {settings.prefix_length} tokens, {lora_jax.prefix.take(params)[1].value.size:,} parameters"
-        )
+        size = sum(leaf.size for leaf in jax.tree.leaves(lora_jax.prefix.take(params)[1]))
+        show.print(f"prefix: {settings.prefix_length} tokens, {size:,} parameters")
     before = work.look(params)
     if before.accuracy is not None:
         show.print(f"before training: {_show.percent(before.accuracy)} of {len(before.texts)} held-out questions right")

@@ -30,6 +30,7 @@ from lora_jax.data._glue import glue_task as glue_task
 from lora_jax.data._jsonl import read_jsonl as read_jsonl
 from lora_jax.data._labels import Labels as Labels
 from lora_jax.data._labels import labels_of as labels_of
+from lora_jax.data._load import Split as Split
 from lora_jax.data._load import load as load
 from lora_jax.data._rows import Chat as Chat
 from lora_jax.data._rows import Completion as Completion

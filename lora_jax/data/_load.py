@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -10,7 +10,8 @@ from lora_jax.data import _glue
 from lora_jax.data._jsonl import read_jsonl
 from lora_jax.data._rows import Row
 
-SPLITS = ("train", "valid", "test")
+Split = Literal["train", "valid", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
 
 
 class _Layout(NamedTuple):
@@ -22,7 +23,7 @@ class _Layout(NamedTuple):
 
 def load(
     path: str | Path,
-    split: str | None = None,
+    split: Split | None = None,
     *,
     glue: str | None = None,
     valid_share: float = 0.1,

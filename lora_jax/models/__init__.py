@@ -42,7 +42,7 @@ from lora_jax.models import (
     mistral,
     qwen,
 )
-from lora_jax.models._execution import Attention, Choice, Execution, Layers, Remat, execution
+from lora_jax.models._execution import Attention, Choice, Execution, Layers, Platform, Remat, execution
 from lora_jax.models._family import Family, Weight, flatten, unflatten
 from lora_jax.models._files import TensorFiles
 from lora_jax.models._folder import find
@@ -146,14 +146,14 @@ class Model:
 
 
 def load(
-    path_or_hub_id: str | os.PathLike,
+    path_or_hub_id: str | os.PathLike[str],
     dtype: Any = None,
     *,
     compute_dtype: Any = None,
     attention: Attention = "auto",
     remat: Remat = "auto",
     layers: Layers = "auto",
-    platform: str | None = None,
+    platform: Platform | None = None,
     labels: Sequence[str] | None = None,
     key: jax.Array | None = None,
 ) -> Model:
@@ -198,14 +198,14 @@ def load(
 
 
 def load_streamed(
-    path_or_hub_id: str | os.PathLike,
+    path_or_hub_id: str | os.PathLike[str],
     dtype: Any = None,
     *,
     compute_dtype: Any = None,
     attention: Attention = "auto",
     remat: Remat = "auto",
     layers: Layers = "auto",
-    platform: str | None = None,
+    platform: Platform | None = None,
     labels: Sequence[str] | None = None,
     key: jax.Array | None = None,
 ) -> Model:
@@ -257,14 +257,14 @@ def _drawn(module: Any, key: jax.Array, paths: Sequence[str]) -> dict[str, Strea
 
 
 def load_abstract(
-    path_or_hub_id: str | os.PathLike,
+    path_or_hub_id: str | os.PathLike[str],
     dtype: Any = None,
     *,
     compute_dtype: Any = None,
     attention: Attention = "auto",
     remat: Remat = "auto",
     layers: Layers = "auto",
-    platform: str | None = None,
+    platform: Platform | None = None,
     labels: Sequence[str] | None = None,
 ) -> Model:
     """Like `load`, from `config.json` alone: every leaf is a `jax.ShapeDtypeStruct`, and no weights are made or read.
@@ -288,7 +288,7 @@ def init(
     attention: Attention = "auto",
     remat: Remat = "auto",
     layers: Layers = "auto",
-    platform: str | None = None,
+    platform: Platform | None = None,
 ) -> Model:
     """A model with random weights: normal with the configuration's `initializer_range`, norms at one, biases at zero.
 
@@ -309,7 +309,7 @@ def init(
 
 
 def save(
-    folder: str | os.PathLike,
+    folder: str | os.PathLike[str],
     model: Model,
     params: Mapping[str, Any],
     *,
@@ -397,7 +397,7 @@ def _transposed(leaf: Any) -> Any:
     return leaf.T
 
 
-def check_free(folder: str | os.PathLike, *, overwrite: bool) -> None:
+def check_free(folder: str | os.PathLike[str], *, overwrite: bool) -> None:
     """Refuses a folder that `save` can't write to, before anything is computed for it.
 
     Raises:

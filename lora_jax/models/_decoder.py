@@ -55,7 +55,7 @@ class DecoderSpec:
     sliding_rope: Rope | None = None  # of the sliding layers, where it differs
     experts: ExpertsSpec | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_activation(self.activation)
         check_ratios(num_attention_heads=self.num_heads, num_key_value_heads=self.num_kv_heads)
 

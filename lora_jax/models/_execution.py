@@ -15,6 +15,7 @@ import jax.numpy as jnp
 Attention = Literal["auto", "xla", "blockwise", "cudnn", "splash"]
 Remat = Literal["auto", "none", "lean", "full"]
 Layers = Literal["auto", "scan", "unrolled"]
+Platform = Literal["cpu", "cuda", "rocm", "tpu"]
 
 KERNELS = ("cudnn", "splash")  # take the number of a row's real tokens, which come first, and no mask
 MOST_SCORES = 2**28  # bytes of float32 scores, above which they are held for one block of queries at a time
@@ -74,7 +75,7 @@ def execution(attention: str, remat: str, layers: str, platform: str | None) -> 
         if value not in get_args(names):
             raise ValueError(f"{name}: {value!r} given, expected one of {', '.join(get_args(names))}")
     platform = default_platform() if platform is None else {"gpu": "cuda"}.get(platform, platform)
-    if platform not in ("cpu", "cuda", "rocm", "tpu"):
+    if platform not in get_args(Platform):
         raise ValueError(f"platform: {platform!r} given, expected cpu, cuda, rocm or tpu")
     if attention == "cudnn" and platform != "cuda":
         raise ValueError(f"attention: 'cudnn' given on {platform}, expected a CUDA GPU; take 'auto' or 'xla'")

@@ -25,7 +25,7 @@ class ExpertsSpec:
     intermediate_size: int
     normalized: bool
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 1 <= self.top_k <= self.count:
             raise ValueError(f"num_experts_per_tok: {self.top_k} given, expected 1 to {self.count}, all experts")
 

@@ -23,7 +23,7 @@ NOT_COPIED = re.compile(
 _FOUND_BY = re.compile(r"(Class v|V)alidation error for (field|validator) '\w+': (\w+: )?")
 
 
-def find(path_or_hub_id: str | os.PathLike, *, weights: bool) -> Path:
+def find(path_or_hub_id: str | os.PathLike[str], *, weights: bool) -> Path:
     """The local folder of a model; a hub name is downloaded (or found in the hub's cache) first.
 
     Raises:

@@ -4,6 +4,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax import Array
 
 ACTIVATIONS = {
     "silu": nn.silu,
@@ -51,11 +52,11 @@ class Embed(nn.Module):
     init_std: float
     param_dtype: Any
 
-    def setup(self):
+    def setup(self) -> None:
         init = nn.initializers.normal(self.init_std)
-        self.embedding = self.param("embedding", init, (self.count, self.features), self.param_dtype)
+        self.embedding: Array = self.param("embedding", init, (self.count, self.features), self.param_dtype)
 
-    def __call__(self, ids, dtype=None, more=None):
+    def __call__(self, ids: Array, dtype: Any = None, more: Array | None = None) -> Array:
         # Ids out of range give NaN (jnp.take's default), so they can't pass unseen.
         x = jnp.take(self.embedding, ids if more is None else jnp.maximum(ids, 0), axis=0)
         x = x.astype(dtype or self.embedding.dtype)
@@ -63,5 +64,6 @@ class Embed(nn.Module):
             x = jnp.where(ids[..., None] < 0, jnp.take(more, jnp.maximum(-1 - ids, 0), axis=0).astype(x.dtype), x)
         return x
 
-    def attend(self, x):
+    def attend(self, x: Array) -> Array:
+        """The product of [..., features] with every vector of the table."""
         return x @ self.embedding.T.astype(x.dtype)

@@ -8,6 +8,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax import Array
 from transformers import BertConfig, RobertaConfig
 
 from lora_jax.models import _attention
@@ -77,7 +78,15 @@ class Embeddings(nn.Module):
     param_dtype: Any
 
     @nn.compact
-    def __call__(self, input_ids, attention_mask, token_type_ids, positions, dtype, more):
+    def __call__(
+        self,
+        input_ids: Array,
+        attention_mask: Array | None,
+        token_type_ids: Array | None,
+        positions: Array | None,
+        dtype: Any,
+        more: Array | None,
+    ) -> tuple[Array, Embed]:
         spec = self.spec
 
         def table(name, count):
@@ -103,7 +112,7 @@ class SelfAttention(nn.Module):
     choice: Choice
 
     @nn.compact
-    def __call__(self, x, mask, lengths):
+    def __call__(self, x: Array, mask: Array | None, lengths: Array | None) -> Array:
         heads = self.spec.num_heads
 
         def project(name):
@@ -121,7 +130,7 @@ class Output(nn.Module):
     param_dtype: Any
 
     @nn.compact
-    def __call__(self, y, x):
+    def __call__(self, y: Array, x: Array) -> Array:
         return layer_norm(self, "LayerNorm", x + dense(self, "dense", self.spec.hidden_size, y))
 
 
@@ -133,7 +142,7 @@ class Attention(nn.Module):
     choice: Choice
 
     @nn.compact
-    def __call__(self, x, mask, lengths):
+    def __call__(self, x: Array, mask: Array | None, lengths: Array | None) -> Array:
         attended = SelfAttention(self.spec, self.param_dtype, self.choice, name="self")(x, mask, lengths)
         return Output(self.spec, self.param_dtype, name="output")(attended, x)
 
@@ -145,7 +154,7 @@ class Intermediate(nn.Module):
     param_dtype: Any
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Array) -> Array:
         return ACTIVATIONS[self.spec.activation](dense(self, "dense", self.spec.intermediate_size, x))
 
 
@@ -157,7 +166,7 @@ class Layer(nn.Module):
     choice: Choice
 
     @nn.compact
-    def __call__(self, x, own, context):
+    def __call__(self, x: Array, own: None, context: tuple[Array | None, Array | None]) -> tuple[Array, None]:
         x = Attention(self.spec, self.param_dtype, self.choice, name="attention")(x, *context)
         hidden = Intermediate(self.spec, self.param_dtype, name="intermediate")(x)
         return Output(self.spec, self.param_dtype, name="output")(hidden, x), None
@@ -170,7 +179,7 @@ class Pooler(nn.Module):
     param_dtype: Any
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Array) -> Array:
         return jnp.tanh(dense(self, "dense", self.spec.hidden_size, x[:, 0]))
 
 
@@ -181,7 +190,7 @@ class MaskedLMHead(nn.Module):
     param_dtype: Any
 
     @nn.compact
-    def __call__(self, x, words):
+    def __call__(self, x: Array, words: Embed) -> Array:
         spec = self.spec
         x = layer_norm(self, "LayerNorm", ACTIVATIONS[self.activation](dense(self, "dense", spec.hidden_size, x)))
         bias = self.param("bias", nn.initializers.zeros, (spec.vocab_size,), self.param_dtype)
@@ -193,7 +202,8 @@ class MaskedLMHead(nn.Module):
         return logits + bias.astype(x.dtype)
 
     @property
-    def activation(self):
+    def activation(self) -> str:
+        """The name of the activation between the two products."""
         return "gelu" if self.spec.first_position is not None else self.spec.activation  # RoBERTa's is fixed
 
 
@@ -204,7 +214,7 @@ class ClassificationHead(nn.Module):
     param_dtype: Any
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Array) -> Array:
         x = jnp.tanh(dense(self, "dense", self.spec.hidden_size, x[:, 0]))
         return dense(self, "out_proj", self.spec.num_labels, x)
 
@@ -226,7 +236,15 @@ class Encoder(nn.Module):
         return choose(self.execution, Case(rows, length, heads, self.spec.hidden_size // heads, dtype))
 
     @nn.compact
-    def __call__(self, input_ids, attention_mask=None, *, token_type_ids=None, positions=None, more_embeddings=None):
+    def __call__(
+        self,
+        input_ids: Array,
+        attention_mask: Array | None = None,
+        *,
+        token_type_ids: Array | None = None,
+        positions: Array | None = None,
+        more_embeddings: Array | None = None,
+    ) -> Array:
         spec, roberta = self.spec, self.spec.first_position is not None
         embeddings = Embeddings(spec, self.param_dtype, name="embeddings")
         x, words = embeddings(input_ids, attention_mask, token_type_ids, positions, self.dtype, more_embeddings)

@@ -8,6 +8,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax import Array
 from transformers import GPT2Config
 
 from lora_jax.models import _attention
@@ -68,7 +69,7 @@ class Attention(nn.Module):
     choice: Choice
 
     @nn.compact
-    def __call__(self, x, past, context):
+    def __call__(self, x: Array, past: Any, context: dict[str, Any]) -> tuple[Array, Any]:
         spec = self.spec
         head_dim = spec.hidden_size // spec.num_heads
         fused = dense(self, "c_attn", 3 * spec.hidden_size, x)
@@ -91,7 +92,7 @@ class MLP(nn.Module):
     param_dtype: Any
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Array) -> Array:
         hidden = ACTIVATIONS[self.spec.activation](dense(self, "c_fc", self.spec.intermediate_size, x))
         return dense(self, "c_proj", self.spec.hidden_size, hidden)
 
@@ -104,7 +105,7 @@ class Layer(nn.Module):
     choice: Choice
 
     @nn.compact
-    def __call__(self, x, past, context):
+    def __call__(self, x: Array, past: Any, context: dict[str, Any]) -> tuple[Array, Any]:
         attention = Attention(self.spec, self.param_dtype, self.choice, name="attn")
         attended, new = attention(layer_norm(self, "ln_1", x), past, context)
         x = x + attended
@@ -125,7 +126,15 @@ class GPT2(nn.Module):
         return choose(self.execution, Case(rows, length, heads, self.spec.hidden_size // heads, dtype, **call))
 
     @nn.compact
-    def __call__(self, input_ids, attention_mask=None, *, positions=None, cache=None, more_embeddings=None):
+    def __call__(
+        self,
+        input_ids: Array,
+        attention_mask: Array | None = None,
+        *,
+        positions: Array | None = None,
+        cache: _attention.Cache | None = None,
+        more_embeddings: Array | None = None,
+    ) -> Any:
         spec = self.spec
         positions, cache, past = _attention.begin(input_ids, attention_mask, positions, cache)
         tokens = Embed(spec.vocab_size, spec.hidden_size, spec.init_std, self.param_dtype, name="wte")

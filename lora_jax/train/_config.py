@@ -89,7 +89,7 @@ class TrainConfig:
     save_steps: int = 0
     """Steps between checkpoints to resume from; 0 leaves it to save_minutes."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         ranges = {
             "batch_size": (1 <= self.batch_size <= MOST_ROWS, f"1 to {MOST_ROWS}"),
             "gradient_accumulation_steps": (1 <= self.gradient_accumulation_steps <= MOST_ROWS, f"1 to {MOST_ROWS}"),

@@ -26,7 +26,9 @@ class Stopped(Exception):
     """A run that was asked to stop: its steps so far are in a checkpoint, whole and on the disk."""
 
     def __init__(self, step: int, steps: int, checkpoint: Path | None):
-        self.step, self.steps, self.checkpoint = step, steps, checkpoint
+        self.step: int = step
+        self.steps: int = steps
+        self.checkpoint: Path | None = checkpoint
         saved = "nothing was saved" if checkpoint is None else f"saved in {checkpoint}"
         super().__init__(f"stopped after step {step} of {steps}: {saved}")
 
