@@ -25,7 +25,7 @@ from lora_jax import models, peft
 from lora_jax.cli import COMMANDS, _base, _embedded, _rows, main
 from lora_jax.cli._base import Base
 from lora_jax.demo import text_to_sql
-from lora_jax.peft._read import labels_told
+from lora_jax.peft import adapter_folder
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -507,7 +507,7 @@ def test_disk_full_while_saving(refused, world, tmp_path, monkeypatch, command):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("lora_jax.peft._write._write", full)
+    monkeypatch.setattr("lora_jax.peft._save._write", full)
     monkeypatch.setattr("lora_jax.models._shards.write", full)
     flags = ["--data", world["data"], *TRAIN] if command == "train" else ["--adapter", world["out"]]
     argv = [command, "--model", world["model"], *flags, "--output", str(tmp_path / "out"), "--overwrite"]
@@ -570,7 +570,7 @@ def test_a_head_that_holds_nothing_tells_no_labels(tmp_path):
     fields = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["query"]}
     (tmp_path / "adapter_config.json").write_text(json.dumps(fields))
     (tmp_path / "adapter_model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
-    assert labels_told(tmp_path, 16) is None
+    assert adapter_folder.labels(tmp_path, 16) is None
 
 
 def test_unknown_command(refused):

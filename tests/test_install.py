@@ -40,12 +40,13 @@ def tokens_fn(weights, ids, mask=None, *, more_embeddings=None):
 tree = lora_jax.prefix.init(
     jax.random.key(0), {{"embedding": jnp.ones((7, 4)), "out": jnp.ones((4, 3))}}, length=2, embedding="embedding")
 assert lora_jax.prefix.adapt(tokens_fn)(tree, jnp.array([[1, 2, 3]])).shape == (1, 3, 3)
+updates = lora_jax.loralib.updates({str(ROOT / "tests/golden/loralib/adapter.bin")!r}, alpha=6, enable_lora=(1, 0, 1))
+assert len(updates) == 7
 lora_jax.data.Completion("2 + 2 = ", "4"), lora_jax.generate.GenerateConfig()
 """
 NEEDS = {
     "models": "hf",
     "peft": "hf",
-    "loralib": "hf",
     "train": "train",
     "checkpoint": "train",
     "sweep": "train",

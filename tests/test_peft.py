@@ -520,9 +520,9 @@ def test_a_folder_that_is_a_mounted_disk_is_written_within(folder, monkeypatch):
 
 def fail_at(call, nth):
     """What to patch so that the nth call reports a full disk."""
-    from lora_jax.peft import _write
+    from lora_jax.peft import _save
 
-    real = _write._write if call == "write" else getattr(os, call)
+    real = _save._write if call == "write" else getattr(os, call)
     calls = []
 
     def fake(*arguments):
@@ -531,7 +531,7 @@ def fail_at(call, nth):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return real(*arguments)
 
-    return (_write, "_write", fake) if call == "write" else (os, call, fake)
+    return (_save, "_write", fake) if call == "write" else (os, call, fake)
 
 
 def test_a_full_disk_leaves_nothing_where_nothing_was(tmp_path, monkeypatch):

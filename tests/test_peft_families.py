@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 
 import lora_jax
 from lora_jax import models, peft
-from lora_jax.peft import _tokens
+from lora_jax.peft import adapter_folder
 
 pytestmark = [
     pytest.mark.oracle,
@@ -276,7 +276,7 @@ def test_options_beyond_llama(setting, option, tmp_path):
     read = lambda name: peft.load(tmp_path / name, model.params, names=model.names, axes=setting.axes)
     params = read("theirs")
     assert_agrees(setting.outputs(params), *refs)
-    rows = _tokens.in_folder(tmp_path / "theirs", model.params, model.names)
+    rows = adapter_folder.token_rows(tmp_path / "theirs", model.params, model.names)
     peft.save(tmp_path / "ours", params, names=model.names, tokens=rows)
     jax.tree.map(np.testing.assert_array_equal, read("ours"), params)
     assert_agrees(read_by_peft(setting, tmp_path / "ours")[0] + forgotten, *refs)

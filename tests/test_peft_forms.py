@@ -15,7 +15,7 @@ from test_peft_options import with_magnitudes
 
 import lora_jax
 from lora_jax import peft
-from lora_jax.peft import _patterns
+from lora_jax.peft import _module_patterns
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 1049\n"
 START = "base_model.model."
@@ -123,8 +123,8 @@ def test_patterns_of_every_kind(tmp_path, fields):
 def test_patterns_that_take_too_long_are_refused(tmp_path, monkeypatch):
     peft.save(tmp_path / "a", adapted(), names=NAMES)
     edit(tmp_path / "a", target_modules=".*query")
-    monkeypatch.setattr(_patterns, "SECONDS", 0)
-    monkeypatch.setattr(_patterns, "SECONDS_A_NAME", 0)
+    monkeypatch.setattr(_module_patterns, "SECONDS", 0)
+    monkeypatch.setattr(_module_patterns, "SECONDS_A_NAME", 0)
     with pytest.raises(ValueError, match=r"a: its patterns take too long to match with this model's names"):
         peft.load(tmp_path / "a", base(), names=NAMES)
 

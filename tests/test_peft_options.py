@@ -33,7 +33,7 @@ from test_peft_reference import llama, oracle
 import lora_jax
 from lora_jax import peft
 from lora_jax._tree import nodes_of
-from lora_jax.peft import _config, _tokens
+from lora_jax.peft import _config_file, adapter_folder
 
 ROWS = "base_model.model.model.embed.token_adapter.trainable_tokens_delta"
 PAGE = Path(__file__).parent.parent / "docs" / "peft.md"
@@ -142,13 +142,13 @@ def table() -> dict[str, str]:
 
 def test_the_page_says_what_the_code_does():
     verdicts = table()
-    honoured = set(_config._FIELDS) - {"lora_jax_prefix"} | {"init_lora_weights"}  # ours is told below the table
+    honoured = set(_config_file._FIELDS) - {"lora_jax_prefix"} | {"init_lora_weights"}  # ours is told below the table
     assert {name for name, verdict in verdicts.items() if verdict == "honoured"} == honoured
-    assert {name for name, verdict in verdicts.items() if verdict == "described"} == _config.DESCRIPTIVE
+    assert {name for name, verdict in verdicts.items() if verdict == "described"} == _config_file.DESCRIPTIVE
     for name in (name for name, verdict in verdicts.items() if verdict == "refused"):
         fields = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, name: ["on"]}
         with pytest.raises(ValueError, match=f"{name}: is not supported"):
-            _config.parse(fields, "config")
+            _config_file.parse(fields, "config")
 
 
 @pytest.mark.oracle
@@ -189,7 +189,7 @@ def test_what_peft_made_reads_and_writes_as_the_same_function(name, tmp_path):
     assert_agrees(np.asarray(ours), *refs)
 
     biases = ("q_proj/bias", "v_proj/bias") if MADE[name].lora.get("lora_bias") else ()
-    rows = _tokens.in_folder(tmp_path / "theirs", model.params, model.names)
+    rows = adapter_folder.token_rows(tmp_path / "theirs", model.params, model.names)
     peft.save(tmp_path / "ours", params, names=model.names, also_train=biases, tokens=rows)
     reference = importlib.import_module("peft")
     again = reference.PeftModel.from_pretrained(make.base_model(MADE[name]), tmp_path / "ours").eval()

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_jax.peft import _patterns
-from lora_jax.peft._patterns import Budget, fullmatch, layer, names_end, names_part
+from lora_jax.peft import _module_patterns as _patterns
+from lora_jax.peft._module_patterns import Budget, fullmatch, layer, names_end, names_part
 
 ATOMS = ["a", "b", ".", r"\.", "[ab]", "[^a]", "[a-b.]", r"\d", "1", r"\w", r"\S", "^", "$", r"\b", r"\B", r"\A", r"\Z"]
 ATOMS += ["{", "{e<=1}", "{}", "[{]", "B", r"(?<=a)", r"(?<!b1)", "(?#{)", "]", "}"]

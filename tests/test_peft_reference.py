@@ -22,8 +22,9 @@ from transformers import LlamaConfig
 
 import lora_jax
 from lora_jax import models, peft
-from lora_jax.peft._names import factor_names, magnitude_name, tensors
-from lora_jax.peft._trees import parts, shapes
+from lora_jax._huggingface.tensors import tensors
+from lora_jax._huggingface.trees import parts, shapes
+from lora_jax.peft._tensor_names import factor_names, magnitude_name
 
 # PEFT's own: a deprecated name that it asks transformers for, and that it copies adapted embeddings into the file.
 pytestmark = [

@@ -14,7 +14,7 @@ import lora_jax
 from lora_jax._tree import trained_paths
 from lora_jax.cli import _named, _show
 from lora_jax.demo import text_to_sql
-from lora_jax.peft import _write
+from lora_jax.peft import adapter_folder
 
 # `lora_jax.models` is reached through the package, which loads it at first use: `--help` needn't wait for transformers.
 
@@ -200,7 +200,7 @@ def check_free(folder: Path, overwrite: bool, *sources: str | Path | None) -> No
 
 def check_adapter_ours(folder: Path) -> None:
     """Refuses to overwrite an adapter that isn't of this library."""
-    if (folder / ADAPTER[0]).exists() and not _write.written_here(folder):
+    if (folder / ADAPTER[0]).exists() and not adapter_folder.saved_here(folder):
         raise FileExistsError(
             f"{folder}: holds {ADAPTER[0]}, which was not written here and would be lost; pass another --output"
         )

@@ -14,7 +14,7 @@ from lora_jax._untrusted import git_lfs_pointer, not_a_file, read_json
 from lora_jax.cli._base import Base
 from lora_jax.cli._data import Source
 from lora_jax.data import Labelled, LabelledExample, Labels
-from lora_jax.peft import _read
+from lora_jax.peft import adapter_folder
 from lora_jax.train import Task, apply_to_batch, task_of
 
 FILE = "labels.json"
@@ -83,7 +83,7 @@ def of_adapter(adapter: Path, base: Base) -> Labels | None:
     saved = load(adapter)
     if saved is not None or not adapter.is_dir() or (model := base.abstract()).head:
         return saved
-    count = _read.labels_told(adapter, model.config.hidden_size)
+    count = adapter_folder.labels(adapter, model.config.hidden_size)
     return None if count is None else Labels(tuple(map(str, range(count))))
 
 

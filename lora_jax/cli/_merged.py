@@ -9,9 +9,9 @@ import numpy as np
 
 import lora_jax
 from lora_jax._describe import MergeReport, Norms, norms_of, report_of
+from lora_jax._huggingface import trees
 from lora_jax._merge import check_mergeable
 from lora_jax._node import LoRA, at_index
-from lora_jax.peft import _trees
 
 BLOCK = 2**20  # numbers compared at once
 
@@ -51,7 +51,7 @@ def merged(model: Any, params: Any, dtype: Any = None) -> Merged:
         ValueError: prefix embeddings in `params`.
     """
     check_mergeable(params)
-    tree, norms = _trees.parts(params), {}
+    tree, norms = trees.parts(params), {}
     if len(tree.leaves) > len(lora_jax.models.flatten(model.params)):
         model = lora_jax.models.untied(model)
     leaves = {}

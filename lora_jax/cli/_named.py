@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import lora_jax
-from lora_jax.peft import _config, _file, _read
+from lora_jax._huggingface.messages import show
+from lora_jax.peft import adapter_folder
 
 EMBEDDED = "embedded"  # the name of the model in the package
 
@@ -19,16 +20,15 @@ def base_of(adapter: Path) -> str | None:
         FileNotFoundError: it isn't an adapter, or what it names is neither here nor on the hub.
         ValueError: its configuration can't be read.
     """
-    _config.read(adapter)
-    named = _config.read_json(adapter / _config.CONFIG_FILE).get("base_model_name_or_path")
+    named = adapter_folder.base_model(adapter)
     if named is not None and not isinstance(named, str):
-        raise ValueError(f"{adapter}: its base_model_name_or_path is {_config.show(named)}, no name: give --model")
+        raise ValueError(f"{adapter}: its base_model_name_or_path is {show(named)}, no name: give --model")
     if not named or (named == EMBEDDED and not Path(named).is_dir()):
         return named or None
     found = _found(adapter, named)
     if found is None:
         raise FileNotFoundError(
-            f"{adapter}: its base model is {_config.show(named)}, which is neither a folder here nor to be had from "
+            f"{adapter}: its base model is {show(named)}, which is neither a folder here nor to be had from "
             "the hub: give --model with where it is"
         )
     return found
@@ -49,10 +49,7 @@ def _found(adapter: Path, named: str) -> str | None:
 
 def trains_tokens(adapter: Path) -> bool:
     """Whether it holds rows of an embedding, as where tokens were added to the vocabulary."""
-    if not (adapter / _config.CONFIG_FILE).is_file():
-        return False
-    config = _config.read(adapter)
-    return bool(config.trainable_token_indices) or any("embed" in name for name in config.modules_to_save)
+    return adapter_folder.has_config(adapter) and adapter_folder.trains_embeddings(adapter)
 
 
 def fits(adapter: Path, model: Any, axes: Any) -> bool:
@@ -62,10 +59,9 @@ def fits(adapter: Path, model: Any, axes: Any) -> bool:
         OSError: a file is missing.
         ValueError: it can't be an adapter of any model: damaged, not finite, or not what was saved.
     """
-    _, path = _read.find(adapter)
-    _file.check(path)
+    adapter_folder.check(adapter)
     try:
         lora_jax.peft.load(adapter, model.params, names=model.names, axes=axes)
-    except _read.Misfit:
+    except adapter_folder.Misfit:
         return False
     return True

@@ -12,9 +12,10 @@ from rich.progress import track
 
 import lora_jax
 from lora_jax import LoRA, report
+from lora_jax._huggingface import messages
 from lora_jax.cli import _base, _show
 from lora_jax.demo import text_to_sql
-from lora_jax.peft import _config
+from lora_jax.peft import adapter_folder
 
 EMBEDDED = "embedded"  # --model's name for the model in the package
 PEFT_CONFIG = "adapter_config.json"
@@ -90,9 +91,9 @@ def run(settings: Settings) -> None:
 def _without_base(adapter: Path) -> str:
     """What to say where the adapter was measured by itself."""
     names = ""
-    if (adapter / PEFT_CONFIG).is_file():
-        named = _config.read_json(adapter / PEFT_CONFIG).get("base_model_name_or_path")
-        names = f"; the adapter names {_config.show(named)}" if named else ""
+    if adapter_folder.has_config(adapter):
+        named = adapter_folder.base_model(adapter)
+        names = f"; the adapter names {messages.show(named)}" if named else ""
     return f"no base was read, so nothing is compared with W{names}: --model reads it"
 
 

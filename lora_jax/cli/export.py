@@ -10,7 +10,7 @@ from lora_jax import _disk
 from lora_jax.checkpoint import Saved, load_adapter
 from lora_jax.cli import _base, _labels, _show
 from lora_jax.data import Labels
-from lora_jax.peft import _tokens, _write
+from lora_jax.peft import adapter_folder
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "prefix", _labels.FILE)
 
@@ -47,7 +47,7 @@ def run(settings: Settings) -> None:
         settings.output,
         overwrite=settings.overwrite,
         what="an adapter written here",
-        ours=lambda path: path.name in ADAPTER_FILES and _write.written_here(settings.output),
+        ours=lambda path: path.name in ADAPTER_FILES and adapter_folder.saved_here(settings.output),
     )
     if settings.adapter is not None:
         _of_adapter(settings, settings.adapter)
@@ -68,7 +68,7 @@ def _of_adapter(settings: Settings, adapter: Path) -> None:
         task_type="SEQ_CLS" if model.head else "CAUSAL_LM" if model.generates else None,
         portable=settings.portable,
         fused=settings.fused,
-        tokens=_tokens.in_folder(adapter, model.params, model.names),
+        tokens=adapter_folder.token_rows(adapter, model.params, model.names),
         overwrite=settings.overwrite,
     )
     _labels.save(settings.output, _labels.load(adapter))

@@ -6,10 +6,6 @@ loralib saves with `torch.save`: a zip of tensors and a pickle that says how to 
 whatever the file says; here the pickle is only looked at, and a file that holds more than tensors is refused.
 """
 
-from lora_jax._extras import require
-
-require(__name__, hf=("regex", "safetensors"))
-
 from lora_jax.loralib._load import load as load
-from lora_jax.loralib._modules import updates as updates
-from lora_jax.loralib._zip import read as read
+from lora_jax.loralib._torch_zip import read as read
+from lora_jax.loralib._updates import updates as updates

@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lora_jax._huggingface import trees
+from lora_jax._huggingface.factors import Factors, nodes_of
+from lora_jax._huggingface.messages import one_line
+from lora_jax._huggingface.tensors import Tensor, Weight, axes_of, tensors, widths
 from lora_jax._tree import Axes
-from lora_jax.loralib._zip import read
-from lora_jax.peft import _names, _trees
-from lora_jax.peft._config import one_line
-from lora_jax.peft._factors import Factors, node_of
-from lora_jax.peft._names import Tensor, Weight
+from lora_jax.loralib._torch_zip import read
 
 MAX_ALPHA = 1e9
 
@@ -55,17 +55,15 @@ def load(
     check_alpha(alpha)
     enable_lora = check_enabled(enable_lora)
     arrays = read(path)
-    tree = _trees.parts(params)
-    if tree.nodes:
-        raise ValueError(f"{min(tree.nodes)} already has an adapter; load into the base parameters, or merge it first")
-    table = _names.tensors(names, tree.leaves)
+    leaves = trees.base_leaves(params)
+    table = tensors(names, leaves)
     modules = sorted({name.removesuffix(".lora_A").removesuffix(".lora_B") for name in arrays if ".lora_" in name})
-    problems, by_path = [], {}
+    problems, factors, kernel_axes = [], [], {}
     for module in modules:
         try:
             tensor = _kernel(module, table)
-            factors = _factors(tensor, arrays, _names.axes_of(tensor, axes), alpha, enable_lora)
-            by_path.setdefault(tensor.path, []).append(factors)
+            kernel_axes[tensor.path] = axes_of(tensor, axes)
+            factors.append(_factors(tensor, arrays, kernel_axes[tensor.path], alpha, enable_lora))
         except ValueError as error:
             problems.append(f"{module}: {error}")
     whole = {name: array for name, array in arrays.items() if ".lora_" not in name}
@@ -75,12 +73,8 @@ def load(
         problems.append("it holds no lora_A and lora_B")
     if problems:
         raise ValueError(f"{path}: {one_line(problems)}")
-    nodes = {
-        kernel: node_of(group, tree.leaves[kernel].shape, _names.axes_of(group[0].tensor, axes))
-        for kernel, group in by_path.items()
-    }
-    replaced = _trees.filled(((table[name], array) for name, array in whole.items()), tree.leaves)
-    return _trees.put(params, nodes, replaced)
+    replaced = trees.filled(((table[name], array) for name, array in whole.items()), leaves)
+    return trees.put(params, nodes_of(factors, leaves, kernel_axes), replaced)
 
 
 def check_alpha(alpha: float) -> None:
@@ -119,7 +113,7 @@ def _kernel(module: str, table: Mapping[str, Tensor]) -> Tensor:
 def _factors(
     tensor: Tensor, arrays: Mapping[str, np.ndarray], axes: Axes, alpha: float, enable_lora: Sequence[bool] | None
 ) -> Factors:
-    inputs, outputs = _names.widths(tensor, axes)
+    inputs, outputs = widths(tensor, axes)
     pair = [arrays.get(f"{tensor.module}.lora_{factor}") for factor in "AB"]
     if any(array is None or array.ndim != 2 or not array.size for array in pair):
         raise ValueError("lora_A and lora_B must both be there, as matrices")

@@ -11,6 +11,6 @@ from lora_jax._extras import require
 
 require(__name__, hf=("regex", "safetensors"))
 
-from lora_jax.peft._modules import updates as updates
-from lora_jax.peft._read import load as load
-from lora_jax.peft._write import save as save
+from lora_jax.peft._load import load as load
+from lora_jax.peft._save import save as save
+from lora_jax.peft._updates import updates as updates

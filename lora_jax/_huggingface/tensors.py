@@ -1,4 +1,4 @@
-"""Where each Hugging Face tensor lives in our tree.
+"""Where each tensor of a Hugging Face model is in our tree.
 
 `names` maps a tree path to the tensor's name, one `{}` for each stack axis: `layers/self_attn/q_proj/kernel` is
 `model.layers.{}.self_attn.q_proj.weight`, so index 3 of the stacked leaf is `model.layers.3.self_attn.q_proj.weight`.
@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 from lora_jax._tree import Axes
-from lora_jax.peft._config import PREFIX
 
-# The linear layer that PEFT's "all-linear" leaves out. Heads that tell labels it leaves out where they are saved whole.
+# The linear layer that PEFT's "all-linear" leaves out; a classification head is left out where it is trained in full.
 HEAD = "lm_head"
 
 
@@ -29,13 +28,15 @@ class Tensor(NamedTuple):
     """One tensor of the Hugging Face model, and its place in our tree.
 
     Attributes:
-        path: the leaf's path.
-        index: the position on the leaf's stack axes, `()` when it has none.
-        module: dotted name of the module, such as `model.layers.3.self_attn.q_proj`.
+        path: Path of the leaf.
+        index: Position on the leaf's stack axes, `()` where it has none.
+        module: Dotted name of the module, such as `model.layers.3.self_attn.q_proj`.
         parameter: `weight` or `bias`.
-        transpose: the checkpoint has (out, in) where the tree has (in, out).
-        shape: the leaf's shape behind the stack axes.
-        tied: other modules that hold the same tensor: the output head of a model with tied embeddings.
+        transpose: Whether the checkpoint has (out, in) where the tree has (in, out).
+        shape: Shape of the leaf behind the stack axes.
+        tied: Other modules that hold the same tensor: the output head of a model with tied embeddings.
+        held_in: Name of the parameter that holds it in transformers' model, where that isn't its own name in files: of
+            an expert's kernel, such as `model.layers.3.mlp.experts.gate_up_proj`. Otherwise empty.
     """
 
     path: str
@@ -45,6 +46,7 @@ class Tensor(NamedTuple):
     transpose: bool
     shape: tuple[int, ...]
     tied: tuple[str, ...]
+    held_in: str = ""
 
     @property
     def is_embedding(self) -> bool:
@@ -52,7 +54,7 @@ class Tensor(NamedTuple):
 
     @property
     def is_linear(self) -> bool:
-        """One of those that `"all-linear"` selects."""
+        """Whether `"all-linear"` selects it."""
         return self.takes_lora and not self.is_embedding and self.module != HEAD
 
     @property
@@ -60,22 +62,40 @@ class Tensor(NamedTuple):
         return self.parameter == "weight" and len(self.shape) > 1
 
     @property
+    def modules(self) -> tuple[str, ...]:
+        """Every module that holds it."""
+        return self.module, *self.tied
+
+    @property
     def saved_shape(self) -> tuple[int, ...]:
-        """The tensor's shape in a checkpoint."""
+        """Shape of the tensor in a checkpoint."""
         return self.shape[::-1] if self.transpose else self.shape
+
+    def saved(self, part: Any) -> Any:
+        """This part of the leaf as a checkpoint has it; also the way back."""
+        return part.T if self.transpose else part
 
 
 def tensors(names: Mapping[str, Weight], leaves: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Every tensor of the model by its full name, from the leaves (arrays or their shapes) by path."""
+    """Every tensor of the model by its full name, from the leaves (arrays or their shapes) by path.
+
+    A leaf (3, 8, 6) named `layers.{}.query.weight` has one `{}`, so its first axis is the stack: three tensors with
+    index (0,), (1,) and (2,), each of shape (8, 6).
+    """
     found = {}
-    for path in names.keys() & leaves.keys():
-        weight, shape = names[path], tuple(leaves[path].shape)
+    for path, weight in names.items():
+        if path not in leaves:
+            continue
+        shape = tuple(leaves[path].shape)
         depth = weight.name.count("{}")
+        tied = tuple(other.rpartition(".")[0] for other in getattr(weight, "tied", ()))
+        held_in = getattr(weight, "parameter", "")
         for index in itertools.product(*map(range, shape[:depth])):
             name = weight.name.format(*index)
             module, _, parameter = name.rpartition(".")
-            tied = tuple(other.rpartition(".")[0] for other in getattr(weight, "tied", ()))
-            found[name] = Tensor(path, index, module, parameter, weight.transpose, shape[depth:], tied)
+            # Experts' kernels have two indices and transformers' parameter one: format ignores the second.
+            inside = held_in.format(*index)
+            found[name] = Tensor(path, index, module, parameter, weight.transpose, shape[depth:], tied, inside)
     return found
 
 
@@ -84,12 +104,16 @@ def modules(names: Mapping[str, Weight], table: Mapping[str, Tensor]) -> set[str
     present = {tensor.path for tensor in table.values()}
     absent = {path: weight for path, weight in names.items() if path not in present}
     others = [name for weight in absent.values() for name in (weight.name, *getattr(weight, "tied", ()))]
-    found = {module for tensor in table.values() for module in (tensor.module, *tensor.tied)}
+    found = {module for tensor in table.values() for module in tensor.modules}
     return found | {name.replace("{}", "0").rpartition(".")[0] for name in others}
 
 
 def axes_of(tensor: Tensor, axes: Mapping[str, Axes] | None) -> Axes:
-    """The axes of the whole leaf that `tensor` is a part of: as given, or a matrix behind its stack axes."""
+    """Axes of the whole leaf that `tensor` is a part of: as given, or those of a matrix behind its stack axes.
+
+    Raises:
+        ValueError: The leaf is no stack of matrices and `axes` hasn't its path, or what it has doesn't fit the name.
+    """
     depth = len(tensor.index)
     if axes is not None and tensor.path in axes:
         check_axes(tensor, axes[tensor.path])
@@ -99,6 +123,7 @@ def axes_of(tensor: Tensor, axes: Mapping[str, Axes] | None) -> Axes:
             f"{tensor.path}: a kernel of shape {tensor.shape} has no obvious inputs and outputs: "
             "pass axes=lora_jax.kernel_axes(...)"
         )
+    # (3, 8, 6) with one stack axis: stack (0,), inputs (1,), outputs (2,).
     return Axes(tuple(range(depth)), (depth,), (depth + 1,))
 
 
@@ -109,31 +134,16 @@ def check_axes(tensor: Tensor, axes: Axes) -> None:
         raise ValueError(f"{tensor.path}: stack axes {axes.stack}, where its name has {depth} {{}}, for the first axes")
 
 
-def factor_names(tensor: Tensor) -> tuple[str, str]:
-    """The names of A and B in the file."""
-    start = PREFIX + tensor.module
-    if tensor.is_embedding:
-        return f"{start}.lora_embedding_A", f"{start}.lora_embedding_B"
-    return f"{start}.lora_A.weight", f"{start}.lora_B.weight"
-
-
-def magnitude_name(tensor: Tensor) -> str:
-    """The name of DoRA's magnitude in the file."""
-    return f"{PREFIX}{tensor.module}.lora_magnitude_vector"
-
-
-def head_factor_names(head: str) -> tuple[str, str]:
-    """The names of A and B of a head that shares the embedding's weight: its A is the embedding's Bᵀ, its B the Aᵀ."""
-    return f"{PREFIX}{head}.lora_A.weight", f"{PREFIX}{head}.lora_B.weight"
-
-
 def looks_up(tensor: Tensor, axes: Axes) -> bool:
     """Whether `a` is on the embedding's vocabulary side, PEFT's side of A; a tied kernel may be seen from the head."""
     return axes.inputs == (len(tensor.index),)
 
 
 def widths(tensor: Tensor, axes: Axes) -> tuple[int, int]:
-    """The outer dimensions of A and B in the file: how many numbers go in and come out."""
+    """The outer dimensions of A and B in the file: how many numbers go in and come out.
+
+    A DenseGeneral kernel (8, 4, 2) with inputs (0,) and outputs (1, 2) has widths (8, 8).
+    """
     if tensor.is_embedding:
         return tensor.shape[0], tensor.shape[1]
     start = len(tensor.index)

@@ -1,15 +1,14 @@
 """Rows of an embedding that were trained, and no others: PEFT's `trainable_token_indices`."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
-from lora_jax.peft import _config, _names, _trees
-from lora_jax.peft._config import PREFIX, AdapterConfig
-from lora_jax.peft._names import Tensor, Weight
-from lora_jax.peft._trees import Parts
+from lora_jax._huggingface.messages import show
+from lora_jax._huggingface.tensors import Tensor
+from lora_jax._huggingface.trees import Parts
+from lora_jax.peft._adapter_config import AdapterConfig
 
 # The modules that PEFT means by rows without a name: what transformers' get_input_embeddings returns.
 _INPUT_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings")
@@ -17,9 +16,12 @@ _INPUT_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings")
 Rows = tuple[int, ...]
 
 
-def tensor_name(embedding: Tensor) -> str:
-    """The name of the rows' values in the file. The head of a tied model follows: PEFT saves the rows once."""
-    return f"{PREFIX}{embedding.module}.token_adapter.trainable_tokens_delta"
+class TokenRows(NamedTuple):
+    """Rows of an embedding, and their values (rows, features)."""
+
+    tensor: Tensor
+    rows: Rows
+    value: np.ndarray
 
 
 def of(config: AdapterConfig, table: Mapping[str, Tensor]) -> list[tuple[Tensor, Rows]]:
@@ -45,20 +47,14 @@ def of(config: AdapterConfig, table: Mapping[str, Tensor]) -> list[tuple[Tensor,
     return found
 
 
-def in_folder(folder: Path, params: Any, names: Mapping[str, Weight]) -> dict[str, Rows]:
-    """The rows that the adapter in `folder` brings, by the path of their leaf: `tokens` of `save`."""
-    table = _names.tensors(names, _trees.parts(params).leaves)
-    return {tensor.path: rows for tensor, rows in of(_config.read(folder), table)}
-
-
-def saved(tokens: Mapping[str, Sequence[int]], tree: Parts, table: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-    """The values of the rows by the name of their tensor.
+def saved(tokens: Mapping[str, Sequence[int]], tree: Parts, table: Mapping[str, Tensor]) -> list[TokenRows]:
+    """The rows to save, with their values.
 
     Raises:
-        ValueError: a path that is no embedding, or one that has factors too, or rows that it hasn't.
+        ValueError: A path that is no embedding, or one that has factors too, or rows that it hasn't.
     """
     embeddings = {tensor.path: tensor for tensor in table.values() if tensor.is_embedding and not tensor.index}
-    values = {}
+    found = []
     for path, rows in tokens.items():
         if path not in embeddings or path not in tree.leaves:
             raise ValueError(f"tokens: {path} is no embedding in these parameters; there {_are(embeddings)}")
@@ -66,18 +62,12 @@ def saved(tokens: Mapping[str, Sequence[int]], tree: Parts, table: Mapping[str, 
             raise ValueError(f"tokens: {path} is adapted as well: PEFT's format can't hold both")
         count = embeddings[path].shape[0]
         if not rows or len(set(rows)) < len(rows) or not all(0 <= row < count for row in rows):
-            raise ValueError(f"tokens: {path}: rows {_config.show(rows)}, expected some of 0 to {count - 1}, each once")
+            raise ValueError(f"tokens: {path}: rows {show(rows)}, expected some of 0 to {count - 1}, each once")
         value = np.asarray(tree.leaves[path])[list(rows)]
         if not np.isfinite(value.astype(np.float32)).all():
             raise ValueError(f"{path}: the leaf holds NaN or infinity: it is not saved")
-        values[tensor_name(embeddings[path])] = value
-    return values
-
-
-def named(tokens: Mapping[str, Sequence[int]], table: Mapping[str, Tensor]) -> dict[str, Rows] | None:
-    """`trainable_token_indices` of the config: rows by the embedding's full name."""
-    modules = {tensor.path: tensor.module for tensor in table.values() if tensor.is_embedding}
-    return {modules[path]: tuple(map(int, rows)) for path, rows in tokens.items()} or None
+        found.append(TokenRows(embeddings[path], tuple(map(int, rows)), value))
+    return found
 
 
 def _are(embeddings: Mapping[str, Tensor]) -> str:

@@ -9,6 +9,30 @@ from typing import Any
 import jax
 
 
+def of_load(folder: Any, params: Any, names: Any, axes: Any) -> Path:
+    """Checks the arguments of `load`; returns the path of the folder."""
+    path = folder_of(folder)
+    check_tree(params)
+    check_names(names)
+    if axes is not None and not isinstance(axes, Mapping):
+        raise ValueError(f"axes: {show(axes)} given, expected what lora_jax.kernel_axes(apply, params, ...) returns")
+    return path
+
+
+def of_save(
+    folder: Any, params: Any, names: Any, also_train: Any, tokens: Any, **words: Any
+) -> tuple[Path, dict[str, list[int]]]:
+    """Checks the arguments of `save`; returns the folder's path, and row numbers by the path of their embedding."""
+    path = folder_of(folder)
+    check_tree(params)
+    check_names(names)
+    _check_patterns(also_train)
+    for name, word in words.items():
+        if word is not None and not isinstance(word, str | os.PathLike):
+            raise ValueError(f"{name}: {show(word)} given, expected a string")
+    return path, rows_of(tokens)
+
+
 def folder_of(folder: Any) -> Path:
     """The path of an adapter's folder.
 
@@ -38,20 +62,11 @@ def check_names(names: Any) -> None:
             raise ValueError(f"names: {show(path)}: {show(weight)} given, expected a models.Weight(name, transpose)")
 
 
-def check_axes(axes: Any) -> None:
-    """Raises ValueError for anything that isn't None or a mapping."""
-    if axes is not None and not isinstance(axes, Mapping):
-        raise ValueError(f"axes: {show(axes)} given, expected what lora_jax.kernel_axes(apply, params, ...) returns")
-
-
-def check_saved(*, also_train: Any, **words: Any) -> None:
-    """Raises ValueError for patterns or descriptive words of the wrong kind."""
+def _check_patterns(also_train: Any) -> None:
+    """Raises ValueError for anything but patterns or a config."""
     patterns = [also_train] if isinstance(also_train, str) else getattr(also_train, "also_train", also_train)
     if not isinstance(patterns, Collection) or not all(isinstance(pattern, str) for pattern in patterns):
         raise ValueError(f"also_train: {show(also_train)} given, expected patterns of leaves, or the LoRAConfig")
-    for name, word in words.items():
-        if word is not None and not isinstance(word, str | os.PathLike):
-            raise ValueError(f"{name}: {show(word)} given, expected a string")
 
 
 def rows_of(tokens: Any) -> dict[str, list[int]]:

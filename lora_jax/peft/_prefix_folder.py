@@ -12,12 +12,14 @@ import numpy as np
 import safetensors.numpy
 
 from lora_jax import _disk, prefix
+from lora_jax._huggingface.messages import show
 from lora_jax._tree import Prefix
-from lora_jax.peft import _config, _file
-from lora_jax.peft._config import CONFIG_FILE, DTYPES, AdapterConfig
+from lora_jax.peft import _safetensors_file
+from lora_jax.peft._adapter_config import CHECKSUM, AdapterConfig, checksum
+from lora_jax.peft._config_file import CONFIG_FILE, read_json
 
 FOLDER = prefix.PREFIX
-TENSORS_FILE = f"{FOLDER}/adapter_model.safetensors"
+TENSORS_FILE = f"{FOLDER}/{_safetensors_file.TENSORS_FILE}"
 FILES = (TENSORS_FILE, f"{FOLDER}/{CONFIG_FILE}")
 TENSOR = "prompt_embeddings"
 KIND = "PROMPT_TUNING"
@@ -44,7 +46,7 @@ def files(node: Prefix | None, config: AdapterConfig, **descriptive: Any) -> dic
         "prompt_tuning_init": "RANDOM",
         **descriptive,
     }
-    metadata = {"format": "pt", _config.CHECKSUM: _config.checksum(config, {TENSOR: value})}
+    metadata = {"format": "pt", CHECKSUM: checksum(config, {TENSOR: value})}
     tensors = safetensors.numpy.save({TENSOR: value}, metadata)
     return dict(zip(FILES, (tensors, (_disk.to_json(fields, indent=2, sort_keys=True) + "\n").encode()), strict=True))
 
@@ -69,18 +71,18 @@ def load(folder: Path, params: Any, config: AdapterConfig) -> Any:
 
 
 def _checked(path: Path, expected: Mapping[str, int], config: AdapterConfig) -> np.ndarray:
-    with _file.opened(path) as file:
-        if list(file.keys()) != [TENSOR]:
-            raise ValueError(f"{path}: holds {list(file.keys())[:3]}, expected {TENSOR}")
-        if (dtype := file.get_slice(TENSOR).get_dtype()) not in DTYPES:
-            raise ValueError(f"{path}: {TENSOR} is {dtype}; expected one of {', '.join(sorted(DTYPES))}")
-        value, metadata = file.get_tensor(TENSOR), file.metadata() or {}
+    with _safetensors_file.opened(path) as file:
+        if [*file.header] != [TENSOR]:
+            raise ValueError(f"{path}: holds {[*file.header][:3]}, expected {TENSOR}")
+        if wrong := _safetensors_file.wrong_dtype(file.header[TENSOR][0]):
+            raise ValueError(f"{path}: {TENSOR} is {wrong}")
+        value, metadata = file.array(TENSOR), file.metadata
     if value.ndim != 2 or value.shape[0] != expected["length"]:
         raise ValueError(f"{path}: {TENSOR} has shape {value.shape}, expected {expected['length']} rows")
-    if not _file.is_finite(value):
+    if not _safetensors_file.is_finite(value):
         raise ValueError(f"{path}: {TENSOR} holds NaN or infinity")
-    recorded = metadata.get(_config.CHECKSUM)
-    if recorded is not None and recorded != _config.checksum(config, {TENSOR: value}):
+    recorded = metadata.get(CHECKSUM)
+    if recorded is not None and recorded != checksum(config, {TENSOR: value}):
         raise ValueError(f"{path}: not what was saved with this adapter (the checksum differs)")
     return value
 
@@ -90,8 +92,8 @@ def _check_told(folder: Path, shape: tuple[int, ...]) -> None:
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise ValueError(f"{path}: missing; restore it, or save the adapter anew")
-    fields = _config.read_json(path)
+    fields = read_json(path)
     for name, expected in zip(("peft_type", "num_virtual_tokens", "token_dim"), (KIND, *shape), strict=True):
         told = fields.get(name) if isinstance(fields, dict) else None
         if told != expected or isinstance(told, bool):
-            raise ValueError(f"{path}: {name}: {_config.show(told)} given, expected {expected!r} as {TENSOR} has it")
+            raise ValueError(f"{path}: {name}: {show(told)} given, expected {expected!r} as {TENSOR} has it")

@@ -1,15 +1,14 @@
 """A node as the factors of single modules, and back: a stack of layers is one node, and as many modules."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax._huggingface.tensors import Tensor, check_axes, looks_up
 from lora_jax._tree import Axes, LoRA
-from lora_jax.peft import _names
-from lora_jax.peft._names import Tensor
 
 
 class Factors(NamedTuple):
@@ -29,16 +28,26 @@ class Factors(NamedTuple):
         return self.a.shape[1]
 
 
-def factors_of(path: str, node: LoRA, table: Mapping[str, Tensor]) -> list[Factors]:
-    """The node's factors, one entry for each index of its stack that is adapted, without padded ranks."""
+def factors_of(path: str, node: LoRA, tensors: Sequence[Tensor]) -> list[Factors]:
+    """The node's factors, one entry for each index of its stack that is adapted, without padded ranks.
+
+    Args:
+        path: Path of the node's kernel, for messages.
+        node: The node; a stack of 3 layers has a (3, in, rank), b (3, rank, out) and scale (3,).
+        tensors: The tensors that the kernel is made of, one for each index of its stack.
+
+    Raises:
+        ValueError: The axes don't fit the name, a factor isn't finite, or PEFT's format has no such magnitude.
+    """
     a, b, scale = (np.asarray(x) for x in jax.device_get((node.a, node.b, node.scale)))
     magnitude = None if node.magnitude is None else np.asarray(jax.device_get(node.magnitude))
     rank = a.shape[-1]
     found = []
-    for tensor in table.values():
-        if tensor.path != path or scale[tensor.index] == 0:  # scale 0: only its neighbours in the stack are adapted
+    for tensor in tensors:
+        if scale[tensor.index] == 0:  # only its neighbours in the stack are adapted
             continue
-        _names.check_axes(tensor, node.axes)
+        check_axes(tensor, node.axes)
+        # DenseGeneral's a (8, rank) and b (rank, 4, 2) become (8, rank) and (rank, 8).
         a_i = a[tensor.index].reshape(-1, rank)
         b_i = b[tensor.index].reshape(rank, -1)
         m_i = None if magnitude is None else magnitude[tensor.index].reshape(-1)
@@ -47,12 +56,13 @@ def factors_of(path: str, node: LoRA, table: Mapping[str, Tensor]) -> list[Facto
         used = (a_i != 0).any(0) | (b_i != 0).any(1)
         if used.any():  # a column of zeros that meets a row of zeros is padding, up to the stack's largest rank
             a_i, b_i = a_i[:, used], b_i[used]
-        if m_i is not None and (tensor.tied or (tensor.is_embedding and not _names.looks_up(tensor, node.axes))):
+        from_the_head = tensor.is_embedding and not looks_up(tensor, node.axes)
+        if m_i is not None and (tensor.tied or from_the_head):
             raise ValueError(
                 f"{path}: has a magnitude for both uses of a tied embedding, or one a token; PEFT's format has one a"
                 " feature, of the look-up alone: merge it, or leave it out of the targets"
             )
-        if tensor.is_embedding and not _names.looks_up(tensor, node.axes):
+        if from_the_head:  # ΔWᵀ = (a b)ᵀ = bᵀ aᵀ
             a_i, b_i = b_i.T, a_i.T
         found.append(Factors(tensor, a_i, b_i, float(scale[tensor.index]), m_i))
     return found
@@ -61,7 +71,8 @@ def factors_of(path: str, node: LoRA, table: Mapping[str, Tensor]) -> list[Facto
 def node_of(factors: Sequence[Factors], shape: tuple[int, ...], axes: Axes) -> LoRA:
     """The inverse of `factors_of`: the node of a kernel of this shape, float32, padded to the largest rank.
 
-    Layers that no entry is for get scale 0.
+    Layers without an entry get scale 0. Of a kernel (3, 8, 6) with ranks 2 and 4 in layers 0 and 2, a is (3, 8, 4):
+    layer 0 has two columns of zeros, layer 1 nothing else.
     """
     stack, inputs, outputs = (tuple(shape[axis] for axis in group) for group in axes)
     rank = max(found.rank for found in factors)
@@ -71,7 +82,7 @@ def node_of(factors: Sequence[Factors], shape: tuple[int, ...], axes: Axes) -> L
     magnitude = np.zeros((*stack, int(np.prod(outputs))), np.float32)  # 0, as the factors', where no entry is for
     for found in factors:
         one_a, one_b = found.a, found.b
-        if found.tensor.is_embedding and not _names.looks_up(found.tensor, axes):
+        if found.tensor.is_embedding and not looks_up(found.tensor, axes):
             one_a, one_b = one_b.T, one_a.T
         a[found.tensor.index][:, : found.rank] = one_a
         b[found.tensor.index][: found.rank] = one_b
@@ -86,3 +97,22 @@ def node_of(factors: Sequence[Factors], shape: tuple[int, ...], axes: Axes) -> L
         magnitude=jnp.asarray(magnitude.reshape(*stack, *outputs)) if dora else None,
         axes=axes,
     )
+
+
+def nodes_of(factors: Sequence[Factors], leaves: Mapping[str, Any], axes: Mapping[str, Axes]) -> dict[str, LoRA]:
+    """The nodes that these factors make up, by the path of their kernel.
+
+    Args:
+        factors: Of any kernels, in any order.
+        leaves: The kernels by path.
+        axes: The kernels' axes by path.
+    """
+    by_path: dict[str, list[Factors]] = {}
+    for found in factors:
+        by_path.setdefault(found.tensor.path, []).append(found)
+    return {path: node_of(group, leaves[path].shape, axes[path]) for path, group in by_path.items()}
+
+
+def module_node(a: Any, b: Any, scale: float) -> LoRA:
+    """The node of one module by itself, from A (rank, in) and B (out, rank) as files have them."""
+    return LoRA(jnp.asarray(a.T, jnp.float32), jnp.asarray(b.T, jnp.float32), jnp.float32(scale))

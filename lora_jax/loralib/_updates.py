@@ -5,11 +5,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from lora_jax._huggingface.factors import module_node
+from lora_jax._huggingface.messages import one_line
 from lora_jax._tree import LoRA
 from lora_jax.loralib._load import block_diagonal, blocks_of, check_alpha, check_enabled
-from lora_jax.loralib._zip import read
-from lora_jax.peft._config import one_line
-from lora_jax.peft._modules import node
+from lora_jax.loralib._torch_zip import read
 
 
 def updates(
@@ -49,8 +49,8 @@ def _node(a: np.ndarray, b: np.ndarray, alpha: float, enable_lora: Sequence[bool
         raise ValueError("holds NaN or infinity")
     rank = b.shape[1]
     if len(a) == rank:
-        return node(a, b, alpha / rank)
+        return module_node(a, b, alpha / rank)
     groups = max(len(a) // rank, 1)
     projections = len(enable_lora) if enable_lora is not None else groups
     blocks = blocks_of(len(a), b.shape, len(b) // groups * projections, enable_lora)
-    return node(a, block_diagonal(b, blocks).T, alpha / rank)
+    return module_node(a, block_diagonal(b, blocks).T, alpha / rank)

@@ -6,27 +6,19 @@ rest, fields that a newer PEFT adds included, is refused unless it is off (null,
 don't know may change what the adapter computes.
 """
 
-import functools
-import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lora_jax import _disk
+from lora_jax._huggingface.messages import one_line, show
 from lora_jax._untrusted import git_lfs_pointer
-from lora_jax.peft import _patterns
+from lora_jax.peft import _module_patterns
+from lora_jax.peft._adapter_config import AdapterConfig
 
-PREFIX = "base_model.model."  # of every name in an adapter: PEFT's wrapper, then the model
 CONFIG_FILE = "adapter_config.json"
-CHECKSUM = "lora_jax.sha256"  # the key of the checksum in the metadata of the tensors' file
-# PEFT's word as target_modules for an adapter without factors: it refuses to load one that targets nothing otherwise.
-NO_MODULE = "dummy-target-modules"
-DTYPES = frozenset({"F16", "BF16", "F32", "F64"})  # that an adapter's tensors may have, as safetensors calls them
 MAX_BYTES = 16 * 2**20
 MAX_RANK = 65_536  # what an embedding of a large vocabulary could hold; the tensors bound it much tighter
 
@@ -47,101 +39,9 @@ DESCRIPTIVE = frozenset(
         "task_type",
     }
 )
-# Fields that came after the first checksums were written: these are of adapters that leave them off.
-_NOT_IN_OLD_CHECKSUMS = frozenset(
-    {"use_dora", "lora_bias", "trainable_token_indices", "lora_jax_prefix", "target_parameters"}
-)
 # Initialisations that leave the base as it was, and those that edit it (pissa_niter_N too).
 KEEPS_BASE = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 EDITS_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdapterConfig:
-    """The part of PEFT's `LoraConfig` that decides which modules are adapted and how they are scaled.
-
-    Fields carry PEFT's names and defaults; lists are tuples.
-    """
-
-    r: int = 8
-    lora_alpha: float = 8.0
-    target_modules: tuple[str, ...] | str | None = None
-    target_parameters: tuple[str, ...] = ()
-    exclude_modules: tuple[str, ...] | str | None = None
-    layers_to_transform: tuple[int, ...] | None = None
-    layers_pattern: tuple[str, ...] = ()
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-    modules_to_save: tuple[str, ...] = ()
-    bias: str = "none"
-    use_rslora: bool = False
-    fan_in_fan_out: bool = False
-    ensure_weight_tying: bool = False
-    use_dora: bool = False
-    lora_bias: bool = False
-    trainable_token_indices: Mapping[str, tuple[int, ...]] | tuple[int, ...] | None = None
-    lora_jax_prefix: Mapping[str, int] | None = None  # ours: the adapter goes with prefix embeddings (`_prefix`)
-
-    @functools.cached_property
-    def budget(self) -> _patterns.Budget:
-        """What may still be spent on matching its patterns."""
-        return _patterns.Budget()
-
-    @functools.cached_property
-    def _ranks(self) -> dict[str, int]:
-        return {}
-
-    def targets(self, module: str, *, linear: bool = False) -> bool:
-        """Whether PEFT would adapt `module` (its `check_target_module_exists`).
-
-        Args:
-            module: dotted name, without PEFT's `base_model.model.` prefix.
-            linear: the module is a linear layer other than `lm_head`: what `"all-linear"` selects.
-        """
-        if self._named(self.exclude_modules, module):
-            return False
-        if any(_patterns.names_part(saved, module, self.budget) for saved in self.modules_to_save):
-            return False
-        if isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear":
-            return linear
-        if isinstance(self.target_modules, str) or self.target_modules is None or module in self.target_modules:
-            return self._named(self.target_modules, module)
-        return self._named(self.target_modules, module) and self._in_layers(module)
-
-    def _named(self, patterns: tuple[str, ...] | str | None, module: str) -> bool:
-        """A string is a regular expression of the whole name; a list holds names and endings of names."""
-        if isinstance(patterns, str):
-            return _patterns.fullmatch(patterns, module, self.budget)
-        return any(module == name or module.endswith(f".{name}") for name in patterns or ())
-
-    def _in_layers(self, module: str) -> bool:
-        if not self.layers_to_transform:
-            return True
-        return _patterns.layer(self.layers_pattern, module, self.budget) in self.layers_to_transform
-
-    def rank(self, module: str) -> int:
-        """The rank of `module`: that of the first pattern that names it, or `r`."""
-        if module not in self._ranks:
-            self._ranks[module] = self._by_pattern(self.rank_pattern, module, self.r)
-        return self._ranks[module]
-
-    def scale(self, module: str) -> float:
-        """alpha/rank, or alpha/√rank with `use_rslora` (Kalajdzievski 2023, arXiv 2312.03732)."""
-        rank = self.rank(module)
-        alpha = self._by_pattern(self.alpha_pattern, module, self.lora_alpha)
-        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
-
-    def _by_pattern(self, patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-        for pattern, value in patterns.items():
-            if _patterns.names_end(pattern, module, self.budget):
-                return value
-        return default
-
-    def saves(self, module: str) -> bool:
-        """Whether `modules_to_save` holds `module` or one around it: PEFT goes by the name's ending, dot or no dot."""
-        parts = module.split(".")
-        around = [".".join(parts[: n + 1]) for n in range(len(parts))]
-        return any(f"{PREFIX}{name}".endswith(saved) for name in around for saved in self.modules_to_save)
 
 
 def read(folder: Path) -> AdapterConfig:
@@ -235,32 +135,6 @@ def _whole(number: float) -> float:
     return int(number) if number == int(number) else number
 
 
-def checksum(config: AdapterConfig, tensors: Mapping[str, np.ndarray]) -> str:
-    """SHA-256 of all that decides what the adapter computes.
-
-    An alpha that was altered or a flipped bit in a mantissa gives another adapter that looks as good as the right one.
-    """
-    said = {name: value for name, value in asdict(config).items() if value or name not in _NOT_IN_OLD_CHECKSUMS}
-    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
-    for name, array in sorted(tensors.items()):
-        digest.update(f"{name}:{array.dtype}:{array.shape}:".encode())
-        digest.update(array.tobytes())
-    return digest.hexdigest()
-
-
-def one_line(problems: Iterable[str], limit: int = 8) -> str:
-    """The problems joined by `; `, the first `limit` of them spelled out and the rest counted."""
-    shown = list(problems)
-    more = f"; and {len(shown) - limit} more" if len(shown) > limit else ""
-    return "; ".join(" ".join(problem.split()) for problem in shown[:limit]) + more
-
-
-def show(value: Any) -> str:
-    """`value` as Python writes it, cut where it is long."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
 def _initial(value: Any) -> None:
     name = value.lower() if isinstance(value, str) else value  # as PEFT reads some of them
     if isinstance(name, str) and name.startswith(EDITS_BASE):
@@ -309,14 +183,14 @@ def _names(value: Any) -> tuple[str, ...]:
 def _patterned(value: Any) -> tuple[str, ...] | str | None:
     """A regular expression, or a list of names; a pattern is tried once, so that its faults are found here."""
     if isinstance(value, str):
-        _patterns.check([value])
+        _module_patterns.check([value])
         return value
     return None if value is None else _names(value)
 
 
 def _saved(value: Any) -> tuple[str, ...]:
     names = _names(value)
-    _patterns.check(names, _patterns.part)
+    _module_patterns.check(names, _module_patterns.part)
     return names
 
 
@@ -331,7 +205,7 @@ def _layers(value: Any) -> tuple[int, ...] | None:
 
 def _layers_pattern(value: Any) -> tuple[str, ...]:
     names = _names(value or None)
-    _patterns.check(names, _patterns.layers)
+    _module_patterns.check(names, _module_patterns.layers)
     return names
 
 
@@ -362,7 +236,7 @@ def _pattern_values(check: Callable[[Any], Any]) -> Callable[[Any], dict[str, An
     def checked(value: Any) -> dict[str, Any]:
         if value is not None and not isinstance(value, dict):
             raise ValueError("expected an object of patterns and numbers")
-        _patterns.check(value or {}, _patterns.end)
+        _module_patterns.check(value or {}, _module_patterns.end)
         return {pattern: check(number) for pattern, number in (value or {}).items()}
 
     return checked

@@ -10,11 +10,15 @@ import numpy as np
 import safetensors.numpy
 
 from lora_jax import _disk, prefix
-from lora_jax.peft import _arguments, _config, _content, _prefix, _trees
-from lora_jax.peft._config import CONFIG_FILE
-from lora_jax.peft._names import Weight
-
-TENSORS_FILE = "adapter_model.safetensors"
+from lora_jax._huggingface import trees
+from lora_jax._huggingface.tensors import Weight
+from lora_jax.peft import _check_arguments, _config_file, _prefix_folder
+from lora_jax.peft._adapter_config import CHECKSUM, checksum
+from lora_jax.peft._collect import collect
+from lora_jax.peft._config_file import CONFIG_FILE
+from lora_jax.peft._derived_config import config_of
+from lora_jax.peft._named_tensors import named
+from lora_jax.peft._safetensors_file import TENSORS_FILE
 
 
 def save(
@@ -84,26 +88,30 @@ def save(
 
     The format: https://huggingface.co/docs/peft/developer_guides/checkpoint
     """
-    folder = _arguments.folder_of(folder)
-    _arguments.check_tree(params)
-    _arguments.check_names(names)
-    _arguments.check_saved(also_train=also_train, base_model=base_model, task_type=task_type)
-    rows = _arguments.rows_of(tokens)
+    folder, rows = _check_arguments.of_save(
+        folder, params, names, also_train, tokens, base_model=base_model, task_type=task_type
+    )
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file; an adapter is saved as a folder")
     if (folder / CONFIG_FILE).exists() and not overwrite:
         raise FileExistsError(f"{folder} already holds an adapter; pass overwrite=True to replace it")
     params, node = prefix.take(params)
-    tensors, config = _content.content(_trees.parts(params, also_train), names, portable, rows, fused, node is not None)
+    saved = collect(
+        trees.parts(params, also_train), names, portable=portable, tokens=rows, fused=fused, prefixed=node is not None
+    )
+    config, tensors = config_of(saved), named(saved)
     _check_finite(tensors if node is None else {**tensors, prefix.PREFIX: np.asarray(node.value)})
     if node is not None:
-        config = dataclasses.replace(config, lora_jax_prefix=_prefix.declared(node))
+        config = dataclasses.replace(config, lora_jax_prefix=_prefix_folder.declared(node))
     descriptive = {"base_model_name_or_path": base_model and os.fspath(base_model), "task_type": task_type}
-    text = _config.to_json(config, **descriptive)
     # transformers asks for the format: "pt" says that tensors are named and laid out as PyTorch's are.
-    metadata = {"format": "pt", _config.CHECKSUM: _config.checksum(config, tensors)}
-    files = {TENSORS_FILE: safetensors.numpy.save(tensors, metadata), **_prefix.files(node, config, **descriptive)}
-    _place(folder, {**files, CONFIG_FILE: text.encode()})
+    metadata = {"format": "pt", CHECKSUM: checksum(config, tensors)}
+    files = {
+        TENSORS_FILE: safetensors.numpy.save(tensors, metadata),
+        **_prefix_folder.files(node, config, **descriptive),
+        CONFIG_FILE: _config_file.to_json(config, **descriptive).encode(),
+    }
+    _place(folder, files)
 
 
 def _place(folder: Path, files: Mapping[str, bytes | None]) -> None:
@@ -133,15 +141,3 @@ def _check_finite(tensors: Mapping[str, Any]) -> None:
                 f"{name}: has values that aren't finite, so the adapter isn't written; train anew with a lower "
                 "learning_rate or alpha"
             )
-
-
-def written_here(folder: Path) -> bool:
-    """Whether the adapter in a folder is one that `save` has written."""
-    path = folder / TENSORS_FILE
-    if not path.is_file():
-        return False
-    try:
-        with safetensors.safe_open(path, "np") as file:
-            return _config.CHECKSUM in (file.metadata() or {})
-    except (OSError, safetensors.SafetensorError):
-        return False

@@ -11,9 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lora_jax.peft._config import PREFIX, AdapterConfig
-from lora_jax.peft._factors import Factors
-from lora_jax.peft._names import Tensor, Weight
+from lora_jax._huggingface.factors import Factors
+from lora_jax._huggingface.tensors import Tensor, Weight
+from lora_jax.peft._adapter_config import AdapterConfig
+from lora_jax.peft._tensor_names import PREFIX, linear_factor_names
 
 
 class Parameter(NamedTuple):
@@ -55,31 +56,24 @@ class Fused(NamedTuple):
         return self.a.shape[2]
 
 
-def parameters(names: Mapping[str, Weight], table: Mapping[str, Tensor]) -> dict[str, Parameter]:
-    """The parameters that hold the model's matrices, by name; those of one module in the order in which it has them."""
-    by_path: dict[str, list[Tensor]] = {}
-    for tensor in sorted(table.values(), key=lambda tensor: tensor.index):
-        if tensor.takes_lora and not tensor.is_embedding and len(tensor.shape) == 2 and tensor.transpose:
-            by_path.setdefault(tensor.path, []).append(tensor)
+def parameters(table: Mapping[str, Tensor]) -> dict[str, Parameter]:
+    """The parameters that hold the model's matrices, by name; those of one module in the order in which it has them.
+
+    `experts.gate_up_proj` of layer 0 has the parts ((gate of expert 0, of 1, ...), (up of expert 0, of 1, ...)).
+    """
     found: dict[str, dict[str, list[Tensor]]] = {}
-    for path, weight in names.items():  # in the table's order, gate before up
-        name = held_in(weight) or weight.name
-        for tensor in by_path.get(path, ()):
-            holds = found.setdefault(name.format(*tensor.index), {})
-            holds.setdefault(path, []).append(tensor)
+    for tensor in table.values():  # in the order of names, gate before up
+        if tensor.takes_lora and not tensor.is_embedding and len(tensor.shape) == 2 and tensor.transpose:
+            name = tensor.held_in or f"{tensor.module}.{tensor.parameter}"
+            found.setdefault(name, {}).setdefault(tensor.path, []).append(tensor)
     return {name: Parameter(name, tuple(map(tuple, holds.values()))) for name, holds in found.items()}
 
 
-def held_in(weight: Weight) -> str:
-    """The name of the parameter that holds this leaf, where that isn't the leaf's own in files."""
-    return getattr(weight, "parameter", "")
-
-
-def targeted(config: AdapterConfig, names: Mapping[str, Weight], table: Mapping[str, Tensor]) -> list[Parameter]:
-    """What `target_parameters` names: whole names, or endings of them.
+def targeted(config: AdapterConfig, table: Mapping[str, Tensor]) -> list[Parameter]:
+    """The parameters that `target_parameters` names, by whole names or endings of them.
 
     Raises:
-        ValueError: nothing of this model; or with an option that PEFT has not for parameters.
+        ValueError: It names nothing of this model, or comes with an option that PEFT hasn't for parameters.
     """
     endings = config.target_parameters
     if not endings:
@@ -87,7 +81,7 @@ def targeted(config: AdapterConfig, names: Mapping[str, Weight], table: Mapping[
     for option in ("use_dora", "lora_bias", "fan_in_fan_out"):
         if getattr(config, option):
             raise ValueError(f"target_parameters: not together with {option}")
-    known = parameters(names, table).values()
+    known = parameters(table).values()
     found = [it for it in known if any(it.name == end or it.name.endswith(f".{end}") for end in endings)]
     if not found:
         raise ValueError(f"target_parameters: {' or '.join(endings)} names no matrix of this model")
@@ -105,8 +99,8 @@ def factor_names(adapted: Iterable[Parameter]) -> dict[str, tuple[str, str]]:
         modules.setdefault(parameter.name.rpartition(".")[0], []).append(parameter.name)
     for module, of_module in modules.items():
         for depth, name in enumerate(reversed(of_module)):
-            stem = PREFIX + module + depth * ".base_layer"
-            found[name] = f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"
+            # Of gate_up_proj and down_proj: experts.base_layer.lora_A.weight and experts.lora_A.weight.
+            found[name] = linear_factor_names(PREFIX + module + depth * ".base_layer")
     return found
 
 
@@ -143,7 +137,7 @@ def fused(
     rank and one alpha/r. With alpha over √r it would give gate and up √2 times their scale: that calls for `always`.
     For parameters it has no DoRA, so that the entries are all that can be written.
     """
-    held = {path: held_in(weight) for path, weight in names.items() if held_in(weight)}
+    held = {path: name for path, weight in names.items() if (name := getattr(weight, "parameter", ""))}
     own = {found.tensor.module: found for found in factors if found.tensor.path in held}
     if not own or any(found.magnitude is not None for found in own.values()):
         return []
@@ -156,7 +150,7 @@ def fused(
         return []
     if absent:
         raise ValueError(f"{absent[0]} is in one parameter with what is adapted: pass the whole tree, base included")
-    return [it for it in (fuse(parameter, own) for parameter in parameters(names, table).values()) if it is not None]
+    return [it for it in (fuse(parameter, own) for parameter in parameters(table).values()) if it is not None]
 
 
 def fuse(parameter: Parameter, factors: Mapping[str, Factors]) -> Fused | None:

@@ -1,0 +1,125 @@
+"""The file of an adapter's tensors against the table of those expected: names, shapes and dtypes, and then values."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from lora_jax._huggingface.messages import one_line
+from lora_jax.peft._adapter_config import CHECKSUM, AdapterConfig, checksum
+from lora_jax.peft._expected import AdaptedModule, Expected, Slot, TrainedLeaf
+from lora_jax.peft._safetensors_file import TensorsFile, is_finite, wrong_dtype
+from lora_jax.peft._tensor_names import head_factor_names, is_original, peft_name
+from lora_jax.peft.adapter_folder import Misfit
+
+
+def read(
+    file: TensorsFile, expected: Expected, config: AdapterConfig, leaves: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
+    """The array of each expected tensor by PEFT's name, float64 as float32.
+
+    Args:
+        file: The open file; no array is read before all names, shapes and dtypes are right.
+        expected: The table of what it must hold.
+        config: The adapter's, which the file's checksum covers too.
+        leaves: The base's leaves by path: copies of them may be in the file.
+
+    Raises:
+        Misfit: Tensors are missing, unexpected, misshapen or of a wrong dtype; all of them in one line.
+        ValueError: Values aren't finite, aren't what was saved, or contradict one another.
+    """
+    known = {name: _known(name, expected) for name in file.header}
+    bare = config.lora_jax_prefix is not None and not expected.slots and not file.header  # the prefix is all of it
+    if wrong := _misfits(file, expected, known, bare):
+        raise Misfit(one_line(wrong))
+    stored = file.arrays()
+    problems = [f"{name} holds NaN or infinity" for name, array in stored.items() if not is_finite(array)]
+    recorded = file.metadata.get(CHECKSUM)
+    if recorded is not None and recorded != checksum(config, stored):
+        problems.append("config or tensors are not what was saved (their checksum differs): damaged, or edited by hand")
+    _refuse(problems)
+    arrays, problems = _by_peft_name(stored, known)
+    for name in arrays.keys() - expected.slots.keys():
+        if not _same(arrays[name], expected.copies[name], leaves):
+            problems.append(f"{name} differs from this base model's: the adapter belongs to another, or has changed it")
+    problems += _contradictions(arrays, expected)
+    _refuse(problems)
+    return arrays
+
+
+def _known(name: str, expected: Expected) -> str:
+    """PEFT's name of the tensor that the file has under `name`: the same, where it is in the table."""
+    if name in expected.slots or name in expected.copies:
+        return name
+    other = peft_name(name)
+    return other if other in expected.slots else name
+
+
+def _misfits(file: TensorsFile, expected: Expected, known: Mapping[str, str], bare: bool) -> list[str]:
+    there = {known[name] for name in file.header if not is_original(name)}
+    problems = [f"{name} is missing" for name in expected.slots if name not in there]
+    for name, (dtype, shape) in file.header.items():
+        slot = expected.slots.get(known[name]) or expected.copies.get(name)
+        if slot is None:
+            problems.append(f"{name[:200]!r} is unexpected")
+        elif shape != slot.shape:
+            problems.append(f"{name} has shape {shape} in the file, {slot.shape} expected")
+        elif wrong := wrong_dtype(dtype):
+            problems.append(f"{name} is {wrong}")
+    if not expected.slots.keys() & there and not bare:
+        problems.insert(0, "not one tensor of this model is in it: it is an adapter for another model")
+    return problems
+
+
+def _by_peft_name(
+    stored: Mapping[str, np.ndarray], known: Mapping[str, str]
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """The arrays by PEFT's names; the faults where one tensor is there under two names and differs."""
+    arrays: dict[str, np.ndarray] = {}
+    under: dict[str, str] = {}
+    problems = []
+    for name, array in stored.items():
+        if is_original(name):
+            continue
+        if array.dtype == np.float64:  # as wide as factors and trained leaves are here and in PEFT
+            array = array.astype(np.float32)
+        called = known[name]
+        if not np.array_equal(arrays.setdefault(called, array), array):
+            problems.append(f"{under[called]} and {name} are one tensor, and differ")
+        under.setdefault(called, name)
+    return arrays, problems
+
+
+def _contradictions(arrays: Mapping[str, np.ndarray], expected: Expected) -> Iterator[str]:
+    """Faults of tensors that are one parameter here: modules that share a leaf, and tied heads' factors."""
+    first: dict[TrainedLeaf, str] = {}
+    for name, slot in expected.slots.items():
+        if isinstance(slot.goes_to, TrainedLeaf):
+            other = first.setdefault(slot.goes_to, name)
+            if not np.array_equal(arrays[name], arrays[other]):
+                yield f"{name} and {other} are one parameter of this model, and differ"
+    names: dict[AdaptedModule, dict[str, str]] = {}
+    for name, slot in expected.slots.items():
+        if isinstance(slot.goes_to, AdaptedModule) and slot.goes_to.tensor.tied:
+            names.setdefault(slot.goes_to, {})[slot.part] = name
+    for module, of in names.items():
+        for head in module.tensor.tied:
+            head_a, head_b = head_factor_names(head)
+            # ΔWᵀ = Aᵀ Bᵀ: the head's A is the embedding's Bᵀ, its B the Aᵀ.
+            if not (
+                np.array_equal(arrays[head_a], arrays[of["B"]].T) and np.array_equal(arrays[head_b], arrays[of["A"]].T)
+            ):
+                yield f"{head_a} and {head_b} are not those of {module.tensor.module}, which shares the weight"
+
+
+def _refuse(problems: list[str]) -> None:
+    if problems:
+        raise ValueError(one_line(problems))
+
+
+def _same(array: np.ndarray, slot: Slot, leaves: Mapping[str, Any]) -> bool:
+    """Whether it is the base's own."""
+    assert isinstance(slot.goes_to, TrainedLeaf)
+    tensor = slot.goes_to.tensor
+    base = np.asarray(leaves[tensor.path])[tensor.index]
+    return np.array_equal(array, tensor.saved(base).astype(array.dtype))

@@ -1,0 +1,76 @@
+"""An adapter read from PEFT's format, strictly: what is expected, whether the file has it, and where it goes."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from lora_jax._huggingface import trees
+from lora_jax._huggingface.tensors import Weight
+from lora_jax._tree import Axes
+from lora_jax.peft import _check_arguments, _check_tensors, _prefix_folder, _safetensors_file
+from lora_jax.peft._adapter_config import AdapterConfig
+from lora_jax.peft._expected import Expected, expected
+from lora_jax.peft._place import place
+from lora_jax.peft._tied_heads import Base, untied
+from lora_jax.peft.adapter_folder import Misfit, find
+
+
+def load(
+    folder: str | os.PathLike[str],
+    params: Any,
+    *,
+    names: Mapping[str, Weight],
+    axes: Mapping[str, Axes] | None = None,
+) -> Any:
+    """The tree `params` with the adapter in `folder` put into it.
+
+    Every adapted module becomes a part of the node beside its kernel: `a = lora_Aᵀ`, `b = lora_Bᵀ`, scale = alpha/r.
+    Layers of a stacked leaf may differ in rank (padded with zeros) and alpha; those that the adapter leaves alone get
+    scale 0. Leaves that were trained in full (`modules_to_save`, biases) are replaced by their trained values; so are
+    rows of an embedding (`trainable_token_indices`), and the biases that take up B's (`lora_bias`). With `use_dora` the
+    nodes have magnitudes. Prefix embeddings that go with the adapter are put in (`lora_jax.prefix`). Where the adapter
+    changes one use of a tied embedding, or both in two ways, the head gets a leaf of its own: the model then uses it.
+
+    Args:
+        folder: a local folder with `adapter_config.json` and `adapter_model.safetensors`.
+        params: the base model's parameters, without nodes.
+        names: the Hugging Face name of each leaf: `model.names`.
+        axes: how kernels that aren't plain matrices are used, from `lora_jax.kernel_axes`.
+
+    Returns:
+        `params` with nodes; factors are float32. `names` fits this tree too, an untied head's leaf included.
+
+    Raises:
+        FileNotFoundError: no adapter is there.
+        ValueError: the files are damaged, an option isn't supported, or tensors are missing, unexpected, misshapen, of
+            a wrong type or not finite. All such faults are reported together, in one line.
+
+    Example: see `save`.
+    """
+    folder = _check_arguments.of_load(folder, params, names, axes)
+    config, path = find(folder)
+    leaves = trees.base_leaves(params)
+    with _safetensors_file.opened(path) as file:
+        try:
+            base, table = _expected(names, leaves, config, axes)
+            arrays = _check_tensors.read(file, table, config, base.leaves)
+        except Misfit as error:
+            raise Misfit(f"{folder}: {error}") from None
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from None
+    return _prefix_folder.load(folder, place(params, base, table, arrays), config)
+
+
+def _expected(
+    names: Mapping[str, Weight], leaves: Mapping[str, Any], config: AdapterConfig, axes: Mapping[str, Axes] | None
+) -> tuple[Base, Expected]:
+    """The base, untied where the adapter calls for it, and the tensors that the adapter must have for it.
+
+    Raises:
+        Misfit: The config and the model don't go together.
+    """
+    try:
+        base = untied(names, leaves, config)
+        return base, expected(config, base.table, axes)
+    except ValueError as error:
+        raise Misfit(str(error)) from None

@@ -1,0 +1,90 @@
+"""The names that PEFT gives to an adapter's tensors in `adapter_model.safetensors`.
+
+Of the module `layers.3.q_proj` the file has `base_model.model.layers.3.q_proj.lora_A.weight` and `lora_B.weight`; of an
+embedding `lora_embedding_A` and `lora_embedding_B`; of a module trained in full its own `weight` and `bias`.
+"""
+
+import re
+
+from lora_jax._huggingface.tensors import Tensor
+
+PREFIX = "base_model.model."  # of every name in an adapter: PEFT's wrapper, then the model
+ADAPTER = "default"  # PEFT's name of an adapter that was given none
+ENDINGS = {  # of A's name, and then of B's
+    ".lora_A.weight": ".lora_B.weight",
+    ".lora_embedding_A": ".lora_embedding_B",
+}
+_WRAPPER = re.compile(rf"\.(modules_to_save|original_module)(\.{ADAPTER})?(?=\.)")
+
+
+def factor_names(tensor: Tensor) -> tuple[str, str]:
+    """The names of A and B."""
+    start = PREFIX + tensor.module
+    if tensor.is_embedding:
+        return f"{start}.lora_embedding_A", f"{start}.lora_embedding_B"
+    return linear_factor_names(start)
+
+
+def linear_factor_names(start: str) -> tuple[str, str]:
+    """The names of A and B of a linear layer, from PEFT's name of the module."""
+    return f"{start}.lora_A.weight", f"{start}.lora_B.weight"
+
+
+def head_factor_names(head: str) -> tuple[str, str]:
+    """The names of A and B of a head that shares the embedding's weight: its A is the embedding's Bᵀ, its B the Aᵀ."""
+    return linear_factor_names(PREFIX + head)
+
+
+def magnitude_name(tensor: Tensor) -> str:
+    """The name of DoRA's magnitude."""
+    return f"{PREFIX}{tensor.module}.lora_magnitude_vector"
+
+
+def factor_bias_name(tensor: Tensor) -> str:
+    """The name of the bias of B (`lora_bias`)."""
+    return f"{PREFIX}{tensor.module}.lora_B.bias"
+
+
+def token_rows_name(embedding: Tensor) -> str:
+    """The name of the trained rows. The head of a tied model follows: PEFT saves the rows once."""
+    return f"{PREFIX}{embedding.module}.token_adapter.trainable_tokens_delta"
+
+
+def trained_names(tensor: Tensor) -> list[str]:
+    """The names of a tensor that is trained in full: one for each module that holds it."""
+    return [f"{PREFIX}{module}.{tensor.parameter}" for module in tensor.modules]
+
+
+def wrapped_bias_name(tensor: Tensor) -> str:
+    """The name of the bias of a module that has factors too: PEFT has wrapped the module."""
+    return f"{PREFIX}{tensor.module}.base_layer.bias"
+
+
+def base_names(tensor: Tensor) -> list[str]:
+    """The names under which PEFT may copy the base's own tensor into the file."""
+    return [f"{PREFIX}{module}{inner}.{tensor.parameter}" for module in tensor.modules for inner in ("", ".base_layer")]
+
+
+def peft_name(name: str) -> str:
+    """The name that PEFT gives to a tensor that was saved under its name in the model, with the adapter's own in it.
+
+    >>> peft_name("m.q_proj.lora_A.default.weight"), peft_name("m.classifier.modules_to_save.default.dense.bias")
+    ('m.q_proj.lora_A.weight', 'm.classifier.dense.bias')
+    >>> peft_name("m.embed.lora_embedding_A.default"), peft_name("m.q_proj.lora_magnitude_vector.default.weight")
+    ('m.embed.lora_embedding_A', 'm.q_proj.lora_magnitude_vector')
+    """
+    name = name.removesuffix(f".{ADAPTER}")
+    stem, _, last = name.rpartition(".")
+    name = f"{stem.removesuffix(f'.{ADAPTER}')}.{last}" if stem else name
+    if name.endswith(".lora_magnitude_vector.weight"):
+        name = name.removesuffix(".weight")
+    return _WRAPPER.sub("", name)
+
+
+def is_original(name: str) -> bool:
+    """Whether it is the base's own tensor of a module that was trained in full: beside the trained one, for nothing.
+
+    >>> is_original("base_model.model.classifier.original_module.bias")
+    True
+    """
+    return ".original_module." in name
