@@ -10,8 +10,9 @@ import optax
 from lora_jax._node import SUFFIX, LoRA, Trained, pad_rank, used_ranks
 from lora_jax._tree import edit, is_adapter, nodes_of, rebox, split, trained_paths
 
-# Steps to wait for an optimizer that accumulates gradients to move: a few of its moves are looked at.
-_LONGEST_WAIT = 256
+# Sizes of the random gradients of each step that an optimizer is tried with: clipping shows at some sizes only, and a
+# warm-up that begins at zero doesn't move at the first.
+_TRIED_SIZES = (1.0, 1e3, 1e-3, 1.0)
 
 
 def mask(tree: Any, also_train: Any = ()) -> Any:
@@ -95,8 +96,9 @@ def check_padding(tx: optax.GradientTransformation, adapter: Any, also_train: An
     An adapter whose ranks differ between stack indices, or between stacked adapters, has zero columns in A and zero
     rows in B. Their gradients are zero, and an elementwise optimizer keeps them so (sgd, adam, adamw, lion, lamb).
     Others don't: noisy_sgd and yogi move them, adafactor, muon and clipping by a block's rms see the whole array.
-    No name tells which kind `tx` is, so a few of its steps are taken here on random gradients, for the adapter as it is
-    and for the same padded once more. `masked` calls this where values can be seen: outside `jax.jit` and `jax.vmap`.
+    No name tells which kind `tx` is, so four of its steps are taken here on random gradients, for the adapter as it is
+    and for the same padded once more. An optimizer that moves
+    nothing in four steps is not refused. `masked` calls this where values can be seen: outside `jax.jit` and `jax.vmap`.
 
     Args:
       tx: The optimizer.
@@ -144,12 +146,12 @@ def _keeps_padding(tx: optax.GradientTransformationExtraArgs, adapter: Any) -> b
     update = jax.jit(lambda grads, state, params: tx.update(grads, state, params, value=jnp.float32(1)))
     params = noise(1.0)
     sides = [(params, tx.init(params)), (_padded_once_more(params), tx.init(_padded_once_more(params)))]
-    moves = 0
-    for _ in range(_LONGEST_WAIT):
-        grads = noise((1.0, 1e3, 1e-3)[moves % 3])  # clipping shows at some sizes only
+    parts = _parts_of_a_step(tx, params)
+    for size in _TRIED_SIZES:
+        grads = noise(size)
         results = []
         for given, (params, state) in zip((grads, _padded_once_more(grads)), sides, strict=True):
-            updates, state = update(given, state, params)
+            updates, state = update(given, _at_its_last_part(state, parts), params)
             results.append((updates, (optax.apply_updates(params, updates), state)))
         (few, more), sides = [updates for updates, _ in results], [side for _, side in results]
         pairs = list(zip(*(jax.tree.leaves(tree) for tree in (few, _cut_like(more, few), real)), strict=True))
@@ -157,10 +159,40 @@ def _keeps_padding(tx: optax.GradientTransformationExtraArgs, adapter: Any) -> b
             return False
         if not all(np.allclose(x, y, rtol=1e-4, atol=1e-6 * float(jnp.abs(x).max())) for x, y, _ in pairs):
             return False
-        moves += any(bool(jnp.any(move != 0)) for move, _, _ in pairs)
-        if moves == 6:
-            break
     return True
+
+
+def _is_accumulation(x: Any) -> bool:
+    return isinstance(x, optax.MultiStepsState)
+
+
+def _parts_of_a_step(tx: optax.GradientTransformationExtraArgs, params: Any) -> list[jax.Array]:
+    """How many gradients each `optax.MultiSteps` within `tx` accumulates, less one: its count before it moves.
+
+    Only its own function knows. It counts modulo that number, so that the last count follows -2: (-2 + 1) % k = k - 1.
+    Nothing else of the step is asked for, so that XLA computes nothing else.
+    """
+
+    def counts(state: Any) -> list[jax.Array]:
+        nodes = jax.tree.leaves(state, is_leaf=_is_accumulation)
+        return [node.mini_step for node in nodes if _is_accumulation(node)]
+
+    state = tx.init(params)
+    before = [jnp.full_like(count, -2) for count in counts(state)]
+    if not before:
+        return []
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    return jax.jit(lambda s: counts(tx.update(zeros, s, params, value=jnp.float32(1))[1]))(
+        _at_its_last_part(state, before)
+    )
+
+
+def _at_its_last_part(state: Any, parts: list[jax.Array]) -> Any:
+    """The state with these counts in its accumulations: the next gradient moves the parameters."""
+    left = iter(parts)
+    return jax.tree.map(
+        lambda x: x._replace(mini_step=next(left)) if _is_accumulation(x) else x, state, is_leaf=_is_accumulation
+    )
 
 
 def _real_entries(path: str, leaf: Any) -> Any:

@@ -248,6 +248,15 @@ def test_other_optimizers_are_refused_where_ranks_are_padded(name):
         tx.init(lora_jax.combine(base, padded()))
 
 
+@pytest.mark.parametrize("parts", few([2, 1000], [1000]))
+def test_however_many_gradients_make_a_step(parts):
+    """Padding is tried with four steps, accumulated or not."""
+    accumulated = lambda tx: optax.chain(optax.MultiSteps(tx, parts).gradient_transformation())
+    lora_jax.check_padding(accumulated(optax.adam(0.1)), padded())
+    with pytest.raises(ValueError, match=r"^head/kernel_lora: ranks are padded with zeros"):
+        lora_jax.check_padding(accumulated(OTHERS["yogi"]), padded())
+
+
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_optimizers_are_fine_without_padding(name):
     _, adapter = lora_jax.split(whole())
