@@ -10,7 +10,7 @@ CORE := paths tree init merge optim stack describe sharding kernel_axes dropout 
 	forward others_get_wrong battery forward_properties
 VERSIONED := stack sharding transforms frameworks forward forward_properties
 
-.PHONY: run test slow oracle real oldest browser check clean
+.PHONY: run test slow oracle real oldest browser mutants check clean
 
 run: .venv/.run  ## fine-tune the embedded model on the embedded task
 	$(BIN)/lora-jax train
@@ -29,6 +29,9 @@ real: .venv/.oracle  ## published weights against their references: make real DA
 
 browser: .venv/.browser  ## reports, opened in headless Chromium
 	$(BIN)/python -m pytest --browser tests/test_report_browser.py
+
+mutants: .venv/.test  ## faults put into the core one at a time, each of which a test must find; 7 minutes on two cores
+	$(BIN)/python tests/mutate.py
 
 # Of the battery's checks, those that a version of JAX can break; gradients, vmap and loops meet in the properties.
 # Of the long tail, what meets meshes, frameworks and loops.

@@ -25,6 +25,9 @@ collect_ignore_glob = ["golden/*"]  # scripts that run the references, which are
 
 # Compilation makes the first example of a property slow: a deadline would only measure that.
 hypothesis.settings.register_profile("lora_jax", deadline=None, derandomize=True, max_examples=30)
+# For `make mutants`: that an example fails is enough there.
+phases = [phase for phase in hypothesis.Phase if phase not in (hypothesis.Phase.shrink, hypothesis.Phase.explain)]
+hypothesis.settings.register_profile("unshrunk", hypothesis.settings.get_profile("lora_jax"), phases=phases)
 hypothesis.settings.load_profile("lora_jax")
 
 

@@ -71,6 +71,13 @@ def test_norms_from_thin_products_are_the_merged_kernels(kernel_axes):
     np.testing.assert_allclose(unscaled * wide, expected, rtol=1e-3, atol=1e-4)
 
 
+def test_what_a_kernel_is_padded_with_has_no_gain():
+    node = LoRA(jnp.ones((3, 1)), jnp.full((1, 2), 0.5), 1.0, magnitude=jnp.array([3.0, 5.0]))
+    params, x = {"w": jnp.arange(6.0).reshape(3, 2), "w_lora": node}, jnp.arange(3.0)
+    fn = lambda p, x: x @ jnp.pad(p["w"], ((0, 0), (0, 2)), constant_values=1.0)
+    np.testing.assert_allclose(lora_jax.adapt(fn)(params, x), fn(lora_jax.merge(params), x), rtol=1e-5)
+
+
 def test_merge_delta_and_reports():
     params = moved(init())
     merged = lora_jax.merge(params)

@@ -47,6 +47,24 @@ def test_equals_merged():
     np.testing.assert_allclose(lora_jax.adapt(mlp)(PARAMS, X), mlp(lora_jax.merge(PARAMS), X), rtol=1e-5, atol=1e-5)
 
 
+MOVED = {
+    "three axes in a circle": (
+        lambda w, x: jnp.einsum("td,edf->etf", x, w.transpose(1, 2, 0)), (5, 3, 6), Axes((1,), (2,), (0,)), (4, 6)
+    ),
+    "a stack that is summed over": (
+        lambda w, x: jnp.einsum("etd,edf->tf", x, w), (3, 6, 5), Axes((0,), (1,), (2,)), (3, 4, 6)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_axes_are_followed(name):
+    fn, shape, axes, rows = MOVED[name]
+    params, x = {"w": normal(*shape), "w_lora": node(shape, axes)}, normal(*rows)
+    adapted = lora_jax.adapt(lambda p, x: fn(p["w"], x), on_materialize="error")(params, x)
+    np.testing.assert_allclose(adapted, fn(lora_jax.merge(params)["w"], x), rtol=1e-5, atol=1e-4)
+
+
 # Transparent to JAX ---------------------------------------------------------------------------------------------------
 
 
@@ -309,6 +327,24 @@ def test_jvp():
     ours, merged = of_nodes(mlp)
     got, expected = (jax.jvp(fn, (NODES,), (tangents,)) for fn in (ours, merged))
     np.testing.assert_allclose(got, expected, rtol=1e-4)
+
+
+@jax.custom_jvp
+def doubled(w, x):
+    return 2 * x @ w
+
+
+@doubled.defjvp
+def _(primals, tangents):
+    (w, x), (dw, dx) = primals, tangents
+    return doubled(w, x), 2 * dx @ w + 2 * x @ dw
+
+
+def test_a_functions_own_derivative_by_its_activations():
+    fn = lambda params, x: jnp.sum(doubled(params["w"], jnp.tanh(x)) ** 2)
+    params = {"w": PARAMS["w"], "w_lora": PARAMS["w_lora"]}
+    ours = jax.grad(lora_jax.adapt(fn, on_materialize="error"), argnums=1)(params, X)
+    np.testing.assert_allclose(ours, jax.grad(fn, argnums=1)(lora_jax.merge(params), X), rtol=1e-4, atol=1e-4)
 
 
 def test_one_gradient_only_for_the_factors():

@@ -84,6 +84,11 @@ CASES = {
     "embedding of heads, through a loop": (
         lambda p, ids: lax.fori_loop(0, 3, lambda i, c: c * 2, p[ids]), F(9, 2, 4), (IDS,), Axes((), (0,), (1, 2))
     ),
+    "a part of an axis": (lambda p, x: jnp.einsum("tn,dnh->tdh", x, p.reshape(4, 3, 2)), F(4, 6), (F(5, 3),), TORCH),
+    "embedding of heads, with itself": (
+        lambda p, ids: jnp.einsum("tnh,snh->nts", jnp.tanh(p[ids]), jnp.tanh(p[ids])),
+        F(9, 2, 4), (IDS,), Axes((), (0,), (1, 2)),
+    ),
     "embedding of heads": (lambda p, ids: jnp.tanh(p[ids]), F(9, 2, 4), (IDS,), Axes((), (0,), (1, 2))),
 }  # fmt: skip
 
@@ -205,6 +210,12 @@ def test_two_heads():
     fn = lambda p, x: (jnp.tanh(x @ p["w"]) @ p["mean"], jnp.tanh(x @ p["w"]) @ p["variance"])
     axes = lora_jax.kernel_axes(fn, {"w": F(4, 4), "mean": F(4, 2), "variance": F(4, 2)}, X)
     assert axes.heads == {"mean", "variance"}
+    assert lora_jax.kernel_axes(lambda p, x: x @ p["w"] + x @ p["v"], {"w": F(4, 4), "v": F(4, 4)}, X).heads == set()
+
+
+def test_a_head_in_a_loop():
+    fn = lambda p, x: lax.fori_loop(0, 3, lambda i, total: total + x @ p["w"], jnp.zeros((3, 6)))
+    assert lora_jax.kernel_axes(fn, {"w": F(4, 6)}, X).heads == {"w"}
 
 
 def test_disagreement_shows_both_uses():

@@ -82,6 +82,16 @@ def test_an_adapter_tree_knows_its_extra_trained_leaves(dtype):
     assert isinstance(tree["head"]["kernel"], Trained)
 
 
+def test_what_split_was_told_to_train_trains():
+    params = {
+        "kernel": jnp.ones((4, 6)),
+        "kernel_lora": LoRA(jnp.ones((4, 1)), jnp.ones((1, 6)), 1.0),
+        "bias": jnp.ones(6),
+    }
+    _, adapter = lora_jax.split(params, ["bias"])
+    assert lora_jax.mask(adapter)["bias"] is True
+
+
 def test_a_magnitude_trains():
     node = LoRA(jnp.ones((2, 1)), jnp.ones((1, 3)), jnp.ones(()), magnitude=jnp.ones(3))
     flags = lora_jax.mask({"kernel_lora": with_scale_as_data(node)})["kernel_lora"]
@@ -255,6 +265,15 @@ def test_however_many_gradients_make_a_step(parts):
     lora_jax.check_padding(accumulated(optax.adam(0.1)), padded())
     with pytest.raises(ValueError, match=r"^head/kernel_lora: ranks are padded with zeros"):
         lora_jax.check_padding(accumulated(OTHERS["yogi"]), padded())
+
+
+@pytest.mark.parametrize("name", ["adafactor", "yogi"])
+def test_one_column_of_padding_in_one_layer_is_enough(name):
+    a = jnp.array([[[1.0, 1.0], [1.0, 1.0]], [[1.0, 0.0], [1.0, 0.0]]])  # two layers, of rank 2 and 1
+    node = LoRA(a, jnp.swapaxes(a, 1, 2), 1.0, axes=Axes(stack=(0,), inputs=(1,), outputs=(2,)))
+    lora_jax.check_padding(optax.adam(1e-3), {"w_lora": node})
+    with pytest.raises(ValueError, match=r"^w_lora: ranks are padded with zeros"):
+        lora_jax.check_padding(OTHERS[name], {"w_lora": node})
 
 
 @pytest.mark.parametrize("name", OTHERS)

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import lora_jax
-from lora_jax import Axes, LoRAConfig
+from lora_jax import Axes, LoRA, LoRAConfig
 
 BASE = {
     "layers": {"kernel": jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 4)), jnp.float32)},
@@ -80,6 +80,11 @@ def test_training_a_stack_is_training_each_alone():
     together = lora_jax.unstack(jax.jit(jax.vmap(train))(stacked))
     for tree, after in zip(ADAPTERS, together, strict=True):
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4), jax.jit(train)(tree), after)
+
+
+def test_a_rank_that_is_zero_among_others_is_no_padding():
+    one = {"w_lora": LoRA(jnp.array([[1.0, 0.0, 1.0]]), jnp.array([[1.0], [0.0], [1.0]]), 1.0)}
+    assert [tree["w_lora"].a.shape for tree in lora_jax.unstack(lora_jax.stack([one, one]))] == [(1, 3), (1, 3)]
 
 
 def test_under_jit_the_padding_stays():
