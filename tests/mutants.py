@@ -155,8 +155,8 @@ CONTROL_FLOW = [
     ),
     Mutant(
         "_forward/control.py",
-        "return (number + 1 if any_draw else None), ",
-        "return (number if any_draw else None), ",
+        "return (number + 1 if issued.counts else None), ",
+        "return (number if issued.counts else None), ",
         "every step of a while loop drops the same elements",
         _in("dropout", "another_mask_for_each_step_of_a_loop[while]"),
     ),

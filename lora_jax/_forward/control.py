@@ -15,10 +15,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax._forward import dropout
-from lora_jax._forward.interpret import Event, Frame, Rules, Session, as_jaxpr, evaluate, source_of
+from lora_jax._forward.interpret import Event, Frame, Rules, Session, as_jaxpr, source_of
 from lora_jax._forward.layout import factor_spec
 from lora_jax._forward.lowrank import RANK, Factor, LowRank
-from lora_jax._jaxprs import opened, scan_counts
+from lora_jax._jaxprs import opened
+from lora_jax._walk import CALLS, Loop
 
 RULES = Rules()
 
@@ -41,7 +42,7 @@ class Body:
     def run(self, values: Sequence[Any]) -> list[Any]:
         """Evaluate on values in the sub-jaxpr's own slots; outputs are made whole if `whole` names a primitive."""
         frame = Frame(self.session, self.names, self.events)
-        outputs = evaluate(self.jaxpr, self.consts, values, frame)
+        outputs = frame.evaluate(self.jaxpr, self.consts, values)
         if not self.whole:
             return outputs
         return [frame.materialize(v, self.whole, "its output") if isinstance(v, LowRank) else v for v in outputs]
@@ -194,28 +195,42 @@ def _bound(eqn: Any, function: Callable, prevent_cse: bool | tuple[bool, ...]) -
 
 @RULES("closed_call", "core_call", "core_closed_call")
 def _closed_call(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
-    jaxpr, consts = opened(eqn.params["call_jaxpr"])
-    return evaluate(jaxpr, consts, values, frame)
+    jaxpr, consts = opened(eqn.params[CALLS[eqn.primitive.name]])
+    return frame.evaluate(jaxpr, consts, values)
 
 
-def _make_whole(frame: Frame, eqn: Any, value: Any) -> Any:
-    return frame.materialize(value, eqn.primitive.name, source_of(eqn)) if isinstance(value, LowRank) else value
+class _Issued:
+    """A loop about to be issued again: its operands in slots of its own, its body as a function of a step's values.
 
+    The carry of the new loop has the values that change. A kernel that the body hands on untouched is left out of it,
+    as a constant in all but name; any other kernel in the carry is materialised, for its factors would change too.
+    With init = [W, h] and a body that gives [W, h W], `fixed` is {0: W} and the carry is [h].
+    """
 
-def _loop_body(frame: Frame, jaxpr: Any, inside: Inside, primitive: str) -> Body:
-    return Body(frame.session, *opened(jaxpr), inside.names, None, whole=primitive)
+    def __init__(self, frame: Frame, eqn: Any, values: Sequence[Any]):
+        self.inside = enter(frame, values)
+        self.loop = Loop.of(eqn, self.inside.values)
+        init, primitive = self.loop.carry, eqn.primitive.name
+        kept = [keep and isinstance(value, LowRank) for value, keep in zip(init, self.loop.kept, strict=True)]
+        self.fixed = {i: init[i] for i, keep in enumerate(kept) if keep}
+        self.moving = [i for i, keep in enumerate(kept) if not keep]
+        given = Loop.of(eqn, values).carry  # in the caller's slots, whose leaves an event names
+        self.start = [
+            frame.materialize(given[i], primitive, source_of(eqn)) if isinstance(given[i], LowRank) else init[i]
+            for i in self.moving
+        ]
+        # Each step drops other elements: steps are counted where there is dropout.
+        self.counts = any(isinstance(v, LowRank) and v.draw is not None for v in self.inside.values)
+        self.body = Body(frame.session, *opened(self.loop.body), self.inside.names, None, whole=primitive)
 
+    def full(self, carry: Sequence[Any]) -> list[Any]:
+        """The whole carry, in order, of the kernels that stay and the values that change."""
+        state = self.fixed | dict(zip(self.moving, carry, strict=True))
+        return [state[i] for i in range(len(state))]
 
-def _unchanged_carry(jaxpr: Any, first: int, values: Sequence[Any]) -> list[int]:
-    """Kernels in the carry that the body hands on untouched: constants in all but name."""
-    inputs = jaxpr.invars[first : first + len(values)]
-    return [i for i, v in enumerate(values) if isinstance(v, LowRank) and jaxpr.outvars[i] is inputs[i]]
-
-
-def _full(fixed: dict[int, Any], moving: Sequence[int], carry: Sequence[Any]) -> list[Any]:
-    """The whole carry, in order, of the kernels that stay and the values that change."""
-    state = fixed | dict(zip(moving, carry, strict=True))
-    return [state[i] for i in range(len(state))]
+    def step(self, body: Body, number: Any, consts: Sequence[Any], carry: Sequence[Any], slices: Sequence[Any]) -> Any:
+        """A body's outputs at one step."""
+        return body.run([_at_step(value, number) for value in [*consts, *self.full(carry), *slices]])
 
 
 def _at_step(value: Any, step: Any) -> Any:
@@ -228,35 +243,23 @@ def _at_step(value: Any, step: Any) -> Any:
 @RULES("scan")
 def _scan(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
     """A kernel that is scanned over hands each step a slice of W and of each factor that has the scanned axis."""
-    params = eqn.params
-    n_consts, n_carry = scan_counts(eqn)
-    jaxpr = params["jaxpr"]
-    inside = enter(frame, values)
-    consts, init, xs = (
-        inside.values[:n_consts],
-        inside.values[n_consts : n_consts + n_carry],
-        inside.values[n_consts + n_carry :],
-    )
-    fixed = {i: init[i] for i in _unchanged_carry(jaxpr.jaxpr, n_consts, init)}
-    body = _loop_body(frame, jaxpr, inside, "scan")
-    moving = [i for i in range(n_carry) if i not in fixed]
-    start = [_make_whole(frame, eqn, values[n_consts + i]) for i in moving]
-    scanned = [_scanned(x) if isinstance(x, LowRank) else x for x in xs]
+    issued, params = _Issued(frame, eqn, values), eqn.params
+    loop = issued.loop
+    scanned = [_scanned(x) if isinstance(x, LowRank) else x for x in loop.xs]
 
     def step(carry: list[Any], x: tuple[Any, list[Any]]) -> tuple[list[Any], list[Any]]:
         number, slices = x
         here = [
             _step_kernel(whole, part) if isinstance(whole, LowRank) else part
-            for whole, part in zip(xs, slices, strict=True)
+            for whole, part in zip(loop.xs, slices, strict=True)
         ]
-        outputs = body.run([_at_step(value, number) for value in [*consts, *_full(fixed, moving, carry), *here]])
-        return [outputs[i] for i in moving], outputs[n_carry:]
+        outputs = issued.step(issued.body, number, loop.consts, carry, here)
+        return [outputs[i] for i in issued.moving], outputs[len(loop.carry) :]
 
     options = {key: params[key] for key in ("reverse", "unroll", "_split_transpose") if key in params}
-    any_draw = any(isinstance(v, LowRank) and v.draw is not None for v in inside.values)
-    numbers = jnp.arange(params["length"]) if any_draw else None
-    carry, ys = lax.scan(step, start, (numbers, scanned), length=params["length"], **options)
-    return leave(frame, [*_full(fixed, moving, carry), *ys], inside, body)
+    numbers = jnp.arange(params["length"]) if issued.counts else None
+    carry, ys = lax.scan(step, issued.start, (numbers, scanned), length=params["length"], **options)
+    return leave(frame, [*issued.full(carry), *ys], issued.inside, issued.body)
 
 
 def _scanned(kernel: LowRank) -> tuple[Any, list[Any]]:
@@ -285,30 +288,21 @@ def _step_kernel(whole: LowRank, part: tuple[Any, list[Any]]) -> LowRank:
 
 @RULES("while")
 def _while(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
-    params = eqn.params
-    n_cond, n_body = params["cond_nconsts"], params["body_nconsts"]
-    inside = enter(frame, values)
-    cond_consts, body_consts = inside.values[:n_cond], inside.values[n_cond : n_cond + n_body]
-    init = inside.values[n_cond + n_body :]
-    fixed = {i: init[i] for i in _unchanged_carry(params["body_jaxpr"].jaxpr, n_body, init)}
-    moving = [i for i in range(len(init)) if i not in fixed]
-    start = [_make_whole(frame, eqn, values[n_cond + n_body + i]) for i in moving]
-    body = _loop_body(frame, params["body_jaxpr"], inside, "while")
-    test = _loop_body(frame, params["cond_jaxpr"], inside, "while")
+    issued = _Issued(frame, eqn, values)
+    loop, body = issued.loop, issued.body
+    test = Body(frame.session, *opened(loop.test), issued.inside.names, None, whole="while")
     test.events = body.events
-    any_draw = any(isinstance(v, LowRank) and v.draw is not None for v in inside.values)
 
     def keep_going(state: tuple[Any, list[Any]]) -> Any:
-        number, carry = state
-        return test.run([_at_step(value, number) for value in [*cond_consts, *_full(fixed, moving, carry)]])[0]
+        return issued.step(test, state[0], loop.test_consts, state[1], [])[0]
 
     def step(state: tuple[Any, list[Any]]) -> tuple[Any, list[Any]]:
         number, carry = state
-        outputs = body.run([_at_step(value, number) for value in [*body_consts, *_full(fixed, moving, carry)]])
-        return (number + 1 if any_draw else None), [outputs[i] for i in moving]
+        outputs = issued.step(body, number, loop.consts, carry, [])
+        return (number + 1 if issued.counts else None), [outputs[i] for i in issued.moving]
 
-    _, carry = lax.while_loop(keep_going, step, (jnp.int32(0) if any_draw else None, start))
-    return leave(frame, _full(fixed, moving, carry), inside, body)
+    _, carry = lax.while_loop(keep_going, step, (jnp.int32(0) if issued.counts else None, issued.start))
+    return leave(frame, issued.full(carry), issued.inside, body)
 
 
 @RULES("cond")

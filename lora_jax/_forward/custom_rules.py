@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax._forward.control import Body, enter, leave
-from lora_jax._forward.interpret import Frame, bind, evaluate
+from lora_jax._forward.interpret import Frame, bind
 from lora_jax._forward.lowrank import LowRank
 from lora_jax._jaxprs import opened
 
@@ -49,7 +49,7 @@ def custom_jvp(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | Non
         inner = Frame(frame.session, inside.names, body.events)
 
         def transformed(directions: Sequence[Any]) -> list[Any]:
-            outputs = evaluate(closed.jaxpr, closed.consts, [*at, *directions], inner)
+            outputs = inner.evaluate(closed.jaxpr, closed.consts, [*at, *directions])
             return [inner.materialize(v, body.whole, "its output") if isinstance(v, LowRank) else v for v in outputs]
 
         # The tangent of W + a b is dW + da b, along which the rest moves too, plus a db: both linear in what moves.

@@ -1,8 +1,8 @@
 """The evaluator: runs a jaxpr in which some values are kernels with a low-rank update.
 
-Equations that touch no such value run as they are, in stretches, through `jax.core.eval_jaxpr`. The others go to the
-rule of their primitive. Where there is no rule, or the rule finds no low-rank form, the kernel is materialised and the
-frame takes note, so that the user can be told.
+`lora_jax._walk.walk` reads the jaxpr for a `Frame`. Equations that touch no kernel run as they are, in stretches,
+through `jax.core.eval_jaxpr`. The others go to the rule of their primitive. Where there is no rule, or the rule finds
+no low-rank form, the kernel is materialised and the frame takes note, so that the user is told.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from jax.extend import source_info_util
 
 from lora_jax._forward import dropout
 from lora_jax._forward.lowrank import LowRank, dense, is_vector
+from lora_jax._walk import walk
 
 # Equations that tell along which axes a multiplier varies.
 KEPT_PRODUCERS = frozenset({"broadcast_in_dim", "convert_element_type"})
@@ -68,6 +69,38 @@ class Frame:
     events: dict[Event, None] = field(default_factory=dict)
     uses: dict[tuple[int, ...], int] = field(default_factory=dict)
     producers: dict[Any, Any] = field(default_factory=dict)
+
+    def evaluate(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+        """The outputs of `jaxpr` on `args`, of which some are `LowRank`; outputs may be `LowRank` too."""
+        self.producers.update((eqn.outvars[0], eqn) for eqn in jaxpr.eqns if eqn.primitive.name in KEPT_PRODUCERS)
+        return walk(jaxpr, consts, args, self)
+
+    def constant(self, literal: Any) -> Any:
+        return literal.val
+
+    def follows(self, value: Any) -> bool:
+        return isinstance(value, LowRank)
+
+    def equation(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
+        """The rule of the equation's primitive; materialise the kernels where there is none."""
+        found = self.session.rules.get(eqn.primitive.name)
+        self.session.within.append(eqn)
+        try:
+            with _context(eqn):
+                outputs = None if found is None else found(self, eqn, values)
+                return materialized(self, eqn, values) if outputs is None else outputs
+        finally:
+            self.session.within.pop()
+
+    def stretch(self, eqns: Sequence[Any], read: Callable[[Any], Any], used: Callable[[Any], bool]) -> Any:
+        """Equations without adapted kernels run as they are, as one jaxpr: `eval_jaxpr` has a cost of its own."""
+        made: dict[Any, None] = {}
+        needed: dict[Any, None] = {}
+        for eqn in eqns:
+            needed |= {var: None for var in eqn.invars if not isinstance(var, jex.Literal) and var not in made}
+            made |= dict.fromkeys(eqn.outvars)
+        live = [var for var in made if used(var)]
+        return zip(live, core.eval_jaxpr(as_jaxpr(eqns, list(needed), live), (), *map(read, needed)), strict=True)
 
     def paths(self, origin: Sequence[int]) -> list[str]:
         return list(dict.fromkeys(path for slot in origin for path in self.names[slot]))
@@ -118,90 +151,10 @@ def as_jaxpr(eqns: Sequence[Any], inputs: Sequence[Any], outputs: Sequence[Any])
     return jex.Jaxpr((), inputs, outputs, eqns, effects, info)
 
 
-def evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], frame: Frame) -> list[Any]:
-    """The outputs of `jaxpr` on `args`, of which some are `LowRank`; outputs may be `LowRank` too."""
-    env: dict[Any, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
-    adapted = {var for var, value in env.items() if isinstance(value, LowRank)}
-    last = _last_uses(jaxpr)
-    frame.producers.update((eqn.outvars[0], eqn) for eqn in jaxpr.eqns if eqn.primitive.name in KEPT_PRODUCERS)
-    position, count = 0, len(jaxpr.eqns)
-    while position < count:
-        eqn = jaxpr.eqns[position]
-        if any(not isinstance(var, jex.Literal) and var in adapted for var in eqn.invars):
-            outputs = apply_rule(eqn, [_read(env, var) for var in eqn.invars], frame)
-            for var, value in zip(eqn.outvars, outputs, strict=True):
-                env[var] = value
-                if isinstance(value, LowRank):
-                    adapted.add(var)
-            stop = position + 1
-        else:
-            stop = position + 1
-            while stop < count and not any(
-                not isinstance(var, jex.Literal) and var in adapted for var in jaxpr.eqns[stop].invars
-            ):
-                stop += 1
-            _run(jaxpr.eqns[position:stop], stop, env, last)
-        _forget(jaxpr.eqns[position:stop], stop, env, last)
-        position = stop
-    return [_read(env, var) for var in jaxpr.outvars]
-
-
-def _read(env: dict[Any, Any], var: Any) -> Any:
-    return var.val if isinstance(var, jex.Literal) else env[var]
-
-
-def _forget(eqns: Sequence[Any], stop: int, env: dict[Any, Any], last: dict[Any, int]) -> None:
-    """Let go of what isn't used any more: outside `jit`, of its memory."""
-    for eqn in eqns:
-        for var in eqn.invars:
-            if not isinstance(var, jex.Literal) and last[var] < stop:
-                env.pop(var, None)
-
-
-def _last_uses(jaxpr: Any) -> dict[Any, int]:
-    last: dict[Any, int] = {}
-    for position, eqn in enumerate(jaxpr.eqns):
-        for var in eqn.invars:
-            if not isinstance(var, jex.Literal):
-                last[var] = position
-    for var in jaxpr.outvars:
-        if not isinstance(var, jex.Literal):
-            last[var] = len(jaxpr.eqns)
-    return last
-
-
 @functools.cache
 def _debug_info() -> Any:
     """A jaxpr must say where it is from; older versions of JAX have no public name for that."""
     return jax.make_jaxpr(lambda: ())().jaxpr.debug_info
-
-
-def _run(eqns: Sequence[Any], stop: int, env: dict[Any, Any], last: dict[Any, int]) -> None:
-    """Evaluate a stretch of equations without adapted kernels, keeping what is used at `stop` or after it."""
-    made: dict[Any, None] = {}
-    needed: dict[Any, None] = {}
-    for eqn in eqns:
-        for var in eqn.invars:
-            if not isinstance(var, jex.Literal) and var not in made:
-                needed[var] = None
-        for var in eqn.outvars:
-            made[var] = None
-    live = [var for var in made if last.get(var, -1) >= stop]
-    outputs = core.eval_jaxpr(as_jaxpr(eqns, list(needed), live), (), *(env[var] for var in needed))
-    for var, value in zip(live, outputs, strict=True):
-        env[var] = value
-
-
-def apply_rule(eqn: Any, values: Sequence[Any], frame: Frame) -> list[Any]:
-    """The rule of the equation's primitive; materialise the kernels where there is none."""
-    found = frame.session.rules.get(eqn.primitive.name)
-    frame.session.within.append(eqn)
-    try:
-        with _context(eqn):
-            outputs = None if found is None else found(frame, eqn, values)
-            return materialized(frame, eqn, values) if outputs is None else outputs
-    finally:
-        frame.session.within.pop()
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ import numpy as np
 from lora_jax._forward import arithmetic, consumers, control, convolution, custom_rules, layout
 from lora_jax._forward import dropout as dropping
 from lora_jax._forward.carry import carry
-from lora_jax._forward.interpret import Frame, Session, evaluate
+from lora_jax._forward.interpret import Frame, Session
 from lora_jax._forward.lowrank import LowRank
 from lora_jax._forward.settings import UNSET, OnMaterialize, Settings, note, noted, tracing
 from lora_jax._tree import LoRA, detach, leaf_paths, refuse_prefix, trained_paths
@@ -158,7 +158,7 @@ def _adapted(apply_fn: Callable[..., Any], settings: Settings) -> Callable[..., 
             for slot, (place, (path, node)) in enumerate(nodes.items())
         }
         values = [kernels[i] if i in kernels else leaves[i] for i in arrays]
-        outputs = evaluate(jaxpr.jaxpr, jaxpr.consts, values, frame)
+        outputs = frame.evaluate(jaxpr.jaxpr, jaxpr.consts, values)
         outputs = [
             frame.materialize(v, "output", "the function's output") if isinstance(v, LowRank) else v for v in outputs
         ]
