@@ -256,8 +256,8 @@ AXES = [
     ),
     Mutant(
         "_forward/tracks.py",
-        "return [track for track in _combine(eqn, inputs) if track.where is None]",
-        "return _combine(eqn, inputs)",
+        "[track for track in _combined(eqn, infos) if track.where is None]",
+        "_combined(eqn, infos)",
         "a function of rows that were looked up counts as a kernel",
         "tests/test_kernel_axes.py::test_axes",
     ),
@@ -269,7 +269,7 @@ AXES = [
         "tests/test_kernel_axes.py::test_a_function_of_a_kernel_is_a_kernel",
     ),
     Mutant(
-        "_forward/axes.py",
+        "_forward/tracks.py",
         "labels=track.labels[1:]",
         "labels=track.labels[:-1]",
         "a scan slices the last axis",
@@ -283,9 +283,9 @@ AXES = [
         _in("kernel_axes", "embeddings_and_heads", "heads_are_known_from_a_loss_too"),
     ),
     Mutant(
-        "_forward/axes.py",
-        "Info(old.tracks if keep else (), old.reach | reader.close(new).reach, old.data or new.data)",
-        "Info(old.tracks if keep else (), old.reach, old.data or new.data)",
+        "_forward/tracks.py",
+        "return one if one == other else _merged([self.close(one), self.close(other)])",
+        "return one",
         "what a loop's body does to its carry isn't followed round",
         "tests/test_kernel_axes.py::test_a_head_in_a_loop",
     ),
@@ -295,6 +295,20 @@ AXES = [
         "alone = {use for info in outputs for use in info.reach}",
         "a sum of several products makes heads of all of them",
         "tests/test_kernel_axes.py::test_two_heads",
+    ),
+    Mutant(
+        "_walk.py",
+        "            if changing == carry:",
+        "            if True:",
+        "what a loop's body does to its carry is followed for one step",
+        "tests/test_kernel_axes.py::test_a_head_in_a_loop",
+    ),
+    Mutant(
+        "_forward/interpret.py",
+        "        if unknown:\n",
+        "        if False:\n",
+        "a primitive can be added that the forward knows and kernel_axes doesn't",
+        "tests/test_kernel_axes.py::test_the_axes_know_the_primitives_that_the_forward_knows",
     ),
 ]
 

@@ -13,14 +13,25 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core as jex
 
-from lora_jax._forward.interpret import Frame, Rules, bind
+from lora_jax._forward import tracks
+from lora_jax._forward.interpret import Frame, Rule, Rules, bind
 from lora_jax._forward.layout import drop, plain, stretch
 from lora_jax._forward.lowrank import ANY_AXIS, RANK, Factor, LowRank, dense
 
 RULES = Rules()
 
+# No low-rank form exists of these, and the forward materialises. What they make of a kernel is a kernel still.
+RULES |= dict.fromkeys(
+    (
+        *("abs", "ceil", "clamp", "exp", "exp2", "floor", "integer_pow", "log", "logistic", "max", "min", "pow"),
+        *("round", "rsqrt", "sign", "sqrt", "square", "tanh"),
+    ),
+    Rule(None, tracks.weight_function),
+)
+RULES |= dict.fromkeys(("dynamic_update_slice", "scatter", "select_n"), Rule(None, tracks.combine))
 
-@RULES("neg")
+
+@RULES("neg", labels=tracks.same)
 def _neg(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
     kernel = values[0]
     return [kernel.with_factors(plain(eqn, values)[0], _negated(kernel.a), kernel.b)]
@@ -30,13 +41,13 @@ def _negated(factor: Factor) -> Factor:
     return Factor(-factor.value, factor.axes)
 
 
-@RULES("mul")
+@RULES("mul", labels=tracks.combine)
 def _mul(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
     side = 0 if isinstance(values[0], LowRank) else 1
     return _scaled(frame, eqn, values, side, lax.mul)
 
 
-@RULES("div")
+@RULES("div", labels=tracks.combine)
 def _div(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
     return _scaled(frame, eqn, values, 0, lax.div) if isinstance(values[0], LowRank) else None
 
@@ -89,7 +100,7 @@ def _stretched_axes(kernel: LowRank, shape: Sequence[int]) -> list[int]:
     return [k for k, size in enumerate(kernel.shape) if size != shape[k]]
 
 
-@RULES("add", "add_any", "sub")
+@RULES("add", "add_any", "sub", labels=tracks.combine)
 def _add(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
     """Adding an array changes W alone; adding two kernels joins their factors. Under a gain neither does.
 
@@ -107,7 +118,7 @@ def _add(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
     return _summed(eqn, values, [left, right])
 
 
-@RULES("complex")
+@RULES("complex", labels=tracks.combine)
 def _complex(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
     """The sum of a real part and i times another."""
     real, imaginary = values
@@ -148,7 +159,7 @@ def _along(factors: Sequence[Factor], axis: int) -> Factor:
     return Factor(lax.concatenate(values, axes.index(axis)), axes)
 
 
-@RULES("reduce_sum")
+@RULES("reduce_sum", labels=tracks.reduce_sum)
 def _reduce_sum(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
     """A sum over an input or an output is a sum of its factor; the kernels of a stack add up by joining their ranks."""
     kernel, axes = values[0], eqn.params["axes"]
@@ -170,7 +181,7 @@ def _reduce_sum(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | No
     return [replace(kernel, w=plain(eqn, values)[0], a=add_up(kernel.a), b=add_up(kernel.b), gain=gain)]
 
 
-@RULES("concatenate")
+@RULES("concatenate", labels=tracks.combine)
 def _concatenate(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
     """Kernels joined along an input or output are one kernel of the summed rank; along a stack, a longer stack.
 
@@ -223,7 +234,7 @@ def _gains_along(values: Sequence[Any], axis: int) -> list[Factor] | None:
     return [gain(value) for value in values]
 
 
-@RULES("stack")
+@RULES("stack", labels=tracks.stack)
 def _stack(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
     axis = eqn.params["axis"]
     names = {k: k + (k >= axis) for k in range(len(eqn.outvars[0].aval.shape) - 1)}

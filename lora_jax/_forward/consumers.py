@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax._forward import dropout
+from lora_jax._forward import dropout, tracks
 from lora_jax._forward.interpret import Frame, Rules, bind, source_of
 from lora_jax._forward.lowrank import RANK, Factor, LowRank, gained, is_vector, narrow, product
 
@@ -42,7 +42,7 @@ def cast(factor: Factor, dtype: Any) -> Factor:
     return Factor(factor.value.astype(dtype), factor.axes)
 
 
-@RULES("dot_general")
+@RULES("dot_general", labels=tracks.dot_general)
 def _dot_general(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
     """x W + (x a) b, whichever axes are contracted: the factor that has them meets the activations first."""
     if values[0] is values[1]:
@@ -127,7 +127,7 @@ def _one_kernel(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
     return values
 
 
-@RULES("gather")
+@RULES("gather", labels=tracks.gather)
 def _gather(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
     """Looking up rows of W looks up rows of the factor that has the axis.
 
@@ -211,7 +211,7 @@ def _look_up(factor: Factor, indices: Any, params: Any, batch: Sequence[int], na
     return Factor(value, (*batch, *(k if k == RANK else names[k] for k in left)))
 
 
-@RULES("ragged_dot_general")
+@RULES("ragged_dot_general", labels=tracks.ragged_dot)
 def _ragged_dot(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
     """Experts: both factors have the group axis, so the update is two ragged products."""
     x, kernel, sizes = values[:3]

@@ -11,17 +11,20 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax._forward import dropout
+from lora_jax._forward import dropout, tracks
 from lora_jax._forward.consumers import add, cast, compute_dtype, scaled
-from lora_jax._forward.interpret import Frame, bind
+from lora_jax._forward.interpret import Frame, Rules, bind
 from lora_jax._forward.layout import stretch
 from lora_jax._forward.lowrank import RANK, Factor, LowRank, product
+
+RULES = Rules()
 
 # Names, beyond the kernel's axes, for the dimensions of activations.
 GROUP, FEATURE, BATCH = 1000, 1001, 1002
 
 
-def convolve(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
+@RULES("conv_general_dilated", labels=tracks.convolve)
+def _convolve(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
     """x * W + (x * A) B: the factor with the spatial axes is convolved with, the other is a product at each point."""
     x, kernel = values
     params = eqn.params

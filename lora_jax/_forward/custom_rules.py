@@ -14,12 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax._forward.control import Body, enter, leave
-from lora_jax._forward.interpret import Frame, bind
+from lora_jax._forward.interpret import Frame, Rules, bind
 from lora_jax._forward.lowrank import LowRank
 from lora_jax._jaxprs import opened
 
+RULES = Rules()
 
-def custom_jvp(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
+
+@RULES("custom_jvp_call")
+def _custom_jvp(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
     """The same function and rule, on kernels that stay factored."""
     if not all(jnp.issubdtype(var.aval.dtype, jnp.inexact) for var in eqn.outvars):
         return None

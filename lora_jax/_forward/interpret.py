@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax import core
@@ -20,18 +20,42 @@ from jax.extend import source_info_util
 
 from lora_jax._forward import dropout
 from lora_jax._forward.lowrank import LowRank, dense, is_vector
-from lora_jax._walk import walk
+from lora_jax._walk import HOLDERS, walk
 
 # Equations that tell along which axes a multiplier varies.
 KEPT_PRODUCERS = frozenset({"broadcast_in_dim", "convert_element_type"})
 
 
-class Rules(dict[str, Callable[..., list[Any] | None]]):
-    """Rules by primitive name; `@RULES("transpose")` adds the function below it."""
+class Rule(NamedTuple):
+    """What is known of a primitive.
 
-    def __call__(self, *names: str) -> Callable:
+    Attributes:
+      values: `(frame, eqn, values)` to the outputs on W plus low rank; None, or None returned, materialises W + ΔW.
+      labels: `(reader, eqn, infos)` to what `kernel_axes` knows of the outputs; None for calls, loops and branches,
+        through which `lora_jax._walk` takes it.
+    """
+
+    values: Callable[..., list[Any] | None] | None
+    labels: Callable[..., Any] | None
+
+
+class Rules(dict[str, Rule]):
+    """Rules by primitive name; `@RULES("transpose", labels=tracks.transpose)` adds the function below it.
+
+    One table for the forward and for `kernel_axes`: a primitive is in it with both rules, or not at all.
+
+    >>> Rules()("exp")
+    Traceback (most recent call last):
+    TypeError: exp: no rule for its labels given; kernel_axes must know what the forward knows
+    """
+
+    def __call__(self, *names: str, labels: Callable[..., Any] | None = None) -> Callable:
+        unknown = [name for name in names if labels is None and name not in HOLDERS]
+        if unknown:
+            raise TypeError(f"{unknown[0]}: no rule for its labels given; kernel_axes must know what the forward knows")
+
         def add(rule: Callable) -> Callable:
-            self.update(dict.fromkeys(names, rule))
+            self.update(dict.fromkeys(names, Rule(rule, labels)))
             return rule
 
         return add
@@ -50,7 +74,7 @@ class Event:
 class Session:
     """What one call of an adapted function shares among its jaxprs; `within` are the equations that a rule is at."""
 
-    rules: dict[str, Callable]
+    rules: Mapping[str, Rule]
     on_materialize: str = "warn"
     cache: dict[Any, Any] = field(default_factory=dict)
     within: list[Any] = field(default_factory=list)
@@ -87,7 +111,7 @@ class Frame:
         self.session.within.append(eqn)
         try:
             with _context(eqn):
-                outputs = None if found is None else found(self, eqn, values)
+                outputs = None if found is None or found.values is None else found.values(self, eqn, values)
                 return materialized(self, eqn, values) if outputs is None else outputs
         finally:
             self.session.within.pop()

@@ -15,6 +15,7 @@ import numpy as np
 from jax import lax
 from jax.extend import core as jex
 
+from lora_jax._forward import tracks
 from lora_jax._forward.dropout import varying_mesh_axes
 from lora_jax._forward.interpret import Frame, Rules, bind
 from lora_jax._forward.lowrank import ANY_AXIS, RANK, Factor, LowRank, narrow
@@ -31,7 +32,7 @@ def plain(eqn: Any, values: Sequence[Any]) -> list[Any]:
     return bind(eqn, [value.w if isinstance(value, LowRank) else value for value in values])
 
 
-@RULES("convert_element_type")
+@RULES("convert_element_type", labels=tracks.same)
 def _convert(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
     """A cast of W leaves the factors alone: they are cast once, to the activation's dtype, where they are used.
 
@@ -43,7 +44,7 @@ def _convert(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
     return _each_factor(values[0], plain(eqn, values)[0], lambda factor: factor)
 
 
-@RULES("reduce_precision")
+@RULES("reduce_precision", labels=tracks.same)
 def _reduce_precision(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
     """As a cast to a dtype of as many bits."""
     bits = 1 + eqn.params["exponent_bits"] + eqn.params["mantissa_bits"]
@@ -51,13 +52,13 @@ def _reduce_precision(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any
 
 
 # Marked as differing from shard to shard is W alone: a factor that doesn't differ is marked where it meets what does.
-@RULES("copy", "copy_p", "name", "device_put", "pvary", "pcast")
+@RULES("copy", "copy_p", "name", "device_put", "pvary", "pcast", labels=tracks.each)
 def _unchanged(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
     outputs = plain(eqn, values)
     return [replace(v, w=w) if isinstance(v, LowRank) else w for v, w in zip(values, outputs, strict=True)]
 
 
-@RULES("ppermute")
+@RULES("ppermute", labels=tracks.each)
 def _ppermute(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
     """Each shard's factors go where its part of W goes, those that all shards share too: who receives nothing has 0."""
     kernel = values[0]
@@ -75,7 +76,7 @@ def _varying_as(w: Any, factor: Factor) -> Factor:
     return Factor(value, factor.axes)
 
 
-@RULES("optimization_barrier", "stop_gradient")
+@RULES("optimization_barrier", "stop_gradient", labels=tracks.each)
 def _elementwise(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
     """Equations that take any number of arrays of any shape: the factors go through as well."""
     draws = [value.draw if isinstance(value, LowRank) else None for value in values]
@@ -89,7 +90,7 @@ def _elementwise(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
     return [out if draw is None else replace(out, draw=draw) for out, draw in zip(outputs, draws, strict=True)]
 
 
-@RULES("transpose")
+@RULES("transpose", labels=tracks.transpose)
 def _transpose(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
     names = {old: new for new, old in enumerate(eqn.params["permutation"])}
     return _each_factor(values[0], plain(eqn, values)[0], lambda factor: factor.rename(names))
@@ -103,7 +104,7 @@ def drop(factor: Factor, axes: Sequence[int]) -> Factor:
     return Factor(lax.squeeze(factor.value, gone), tuple(axis for axis in factor.axes if axis not in axes))
 
 
-@RULES("squeeze")
+@RULES("squeeze", labels=tracks.squeeze)
 def _squeeze(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
     gone = eqn.params["dimensions"]
     left = [axis for axis in range(len(values[0].shape)) if axis not in gone]
@@ -111,7 +112,7 @@ def _squeeze(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
     return _each_factor(values[0], plain(eqn, values)[0], lambda factor: drop(factor, gone).rename(names))
 
 
-@RULES("broadcast_in_dim")
+@RULES("broadcast_in_dim", labels=tracks.broadcast)
 def _broadcast(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
     """New axes, and axes stretched from size one, are in neither factor: ΔW is constant along them."""
     kernel, shape = values[0], eqn.params["shape"]
@@ -123,7 +124,7 @@ def _broadcast(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | Non
     return _each_factor(kernel, plain(eqn, values)[0], lambda factor: drop(factor, stretched).rename(names))
 
 
-@RULES("slice")
+@RULES("slice", labels=tracks.same)
 def _slice(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
     start, limit = eqn.params["start_indices"], eqn.params["limit_indices"]
     strides = eqn.params["strides"] or (1,) * len(start)
@@ -138,7 +139,7 @@ def _slice(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
     return _each_factor(values[0], plain(eqn, values)[0], cut)
 
 
-@RULES("dynamic_slice")
+@RULES("dynamic_slice", labels=tracks.dynamic_slice)
 def _dynamic_slice(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
     kernel, *starts = values
     sizes = eqn.params["slice_sizes"]
@@ -154,7 +155,7 @@ def _dynamic_slice(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] |
     return _each_factor(kernel if fixed else kernel.picked(), plain(eqn, values)[0], cut)
 
 
-@RULES("split")
+@RULES("split", labels=tracks.same)
 def _split(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
     kernel, axis, sizes = values[0], eqn.params["axis"], eqn.params["sizes"]
 
@@ -173,7 +174,7 @@ def _pieces(kernel: LowRank, wholes: Sequence[Any], parts: Callable[[Factor], li
     return [replace(kernel, w=w, a=a[i], b=b[i], gain=gains[i]) for i, w in enumerate(wholes)]
 
 
-@RULES("unstack")
+@RULES("unstack", labels=tracks.unstack)
 def _unstack(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
     kernel, axis = values[0], eqn.params["axis"]
     names = {k: k - (k > axis) for k in range(len(kernel.shape)) if k != axis}
@@ -189,7 +190,7 @@ def _unstack(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
     return _pieces(kernel, plain(eqn, values), parts)
 
 
-@RULES("tile")
+@RULES("tile", labels=tracks.same)
 def _tile(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
     times = eqn.params["reps"]
 
@@ -199,7 +200,7 @@ def _tile(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
     return _each_factor(values[0], plain(eqn, values)[0], repeat)
 
 
-@RULES("rev")
+@RULES("rev", labels=tracks.same)
 def _rev(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
     flipped = eqn.params["dimensions"]
 
@@ -210,7 +211,7 @@ def _rev(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
     return _each_factor(values[0], plain(eqn, values)[0], flip)
 
 
-@RULES("pad")
+@RULES("pad", labels=tracks.same)
 def _pad(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
     """Whatever W is padded with, ΔW is padded with zeros, which zeros in either factor give, and a gain with ones."""
     kernel, config = values[0], eqn.params["padding_config"]
@@ -241,30 +242,13 @@ def _spread(factor: Factor, axes: Sequence[int], shape: Sequence[int]) -> Factor
     return Factor(lax.broadcast_in_dim(factor.value, sizes, range(factor.value.ndim)), (*factor.axes, *axes))
 
 
-def reshape_groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[tuple[int, ...], tuple[int, ...]]] | None:
-    """Which axes of the old shape become which of the new: the finest such grouping, axes of size one left out."""
-    before = [k for k, size in enumerate(old) if size != 1]
-    after = [k for k, size in enumerate(new) if size != 1]
-    groups, i, j = [], 0, 0
-    while i < len(before) and j < len(after):
-        first_i, first_j, left, right = i, j, old[before[i]], new[after[j]]
-        i, j = i + 1, j + 1
-        while left != right:
-            if left < right:
-                left, i = left * old[before[i]], i + 1
-            else:
-                right, j = right * new[after[j]], j + 1
-        groups.append((tuple(before[first_i:i]), tuple(after[first_j:j])))
-    return groups if i == len(before) and j == len(after) else None
-
-
-@RULES("reshape")
+@RULES("reshape", labels=tracks.reshape)
 def _reshape(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
     """Axes merge and split inside one side of the kernel; a merge of an input with an output has no low-rank form."""
     kernel, shape = values[0], eqn.params["new_sizes"]
     if eqn.params["dimensions"] is not None or 0 in shape:
         return None
-    groups = reshape_groups(kernel.shape, shape)
+    groups = tracks.reshape_groups(kernel.shape, shape)
     if groups is None:
         return None
     for before, _ in groups:
@@ -309,7 +293,7 @@ def stretch(factor: Factor, axes: Sequence[int], shape: Sequence[int]) -> Factor
     return Factor(value, (*axes, *factor.axes))
 
 
-@RULES("sharding_constraint")
+@RULES("sharding_constraint", labels=tracks.same)
 def _sharding_constraint(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
     """The factors follow the kernel's placement along the axes that they have; the rank isn't sharded."""
     kernel, sharding = values[0], eqn.params["sharding"]
@@ -332,7 +316,7 @@ def factor_spec(spec: Any, axes: Sequence[int]) -> jax.sharding.PartitionSpec:
     return jax.sharding.PartitionSpec(*(None if axis == RANK else full.get(axis) for axis in axes))
 
 
-@RULES("reshard")
+@RULES("reshard", labels=tracks.same)
 def _reshard(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
     kernel, sharding = values[0], eqn.params["dst_sharding"]
 
@@ -343,7 +327,7 @@ def _reshard(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
     return _each_factor(kernel, plain(eqn, values)[0], place)
 
 
-@RULES("all_gather", "all_gather_invariant")
+@RULES("all_gather", "all_gather_invariant", labels=tracks.all_gather)
 def _all_gather(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
     """Gathering a kernel's shards gathers those of the factors that have the axis; the shards must share the others."""
     kernel, axis = values[0], eqn.params["all_gather_dimension"]

@@ -3,17 +3,20 @@
 Every kernel's axes carry labels (their own numbers) that follow the layout equations: a merged axis has the labels of
 its parts, both parts of a split axis have its label. The consumer sorts the labels into inputs (contracted or looked
 up), outputs (left free) and stack (batched, scanned over, or indexed away before the product).
+
+A rule takes `(reader, eqn, infos)` and returns what is known of the outputs, or None where the value stops being a
+kernel. Each is registered with the forward's rule of the same primitive, in the one table of both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from lora_jax._forward.interpret import source_of
-from lora_jax._forward.layout import reshape_groups
+from lora_jax._forward.interpret import Rule, source_of
 from lora_jax._tree import Axes
+from lora_jax._walk import Analysis
 
 Labels = tuple[frozenset[int], ...]
 NONE: frozenset[int] = frozenset()
@@ -74,10 +77,11 @@ class Use:
 
 
 @dataclass(eq=False)
-class Reader:
-    """Collects the uses while a jaxpr is walked. `shapes` are the kernels' own."""
+class Reader(Analysis[Info]):
+    """Collects the uses while a jaxpr is walked. `shapes` are the kernels' own, `rules` those of all primitives."""
 
     shapes: dict[str, tuple[int, ...]]
+    rules: Mapping[str, Rule]
     uses: dict[Use, None] = field(default_factory=dict)
     embeddings: set[str] = field(default_factory=set)
     feeding: set[Use] = field(default_factory=set)
@@ -113,147 +117,190 @@ class Reader:
         self.embeddings.add(track.path)
         return self.use(track, track.where, track.looked_up, NONE.union(*track.labels), NONE)
 
+    # How a walk is taken: see `Analysis`.
 
-def equation(eqn: Any, inputs: Sequence[Info], reader: Reader) -> list[Info]:
-    reach = frozenset().union(*(info.reach for info in inputs)) if inputs else frozenset()
-    data = any(info.data for info in inputs)
-    plain = [Info(reach=reach, data=data)] * len(eqn.outvars)
-    if not any(info.tracks for info in inputs):
-        return plain
-    name = eqn.primitive.name
-    if name in CONSUMERS:
-        uses = CONSUMERS[name](eqn, inputs, reader)
-        if uses is not None:
-            if not uses:
-                return plain
-            reader.feeding |= reach
-            return [Info(reach=frozenset(uses), data=True)] * len(eqn.outvars)
-    if name in LOOK_UPS and inputs[0].tracks:
-        return LOOK_UPS[name](eqn, inputs, reader)
-    move = LAYOUT.get(name)
-    tracks = [] if move is None else move(eqn, inputs)
-    if not tracks:
-        reach = frozenset().union(*(reader.close(info).reach for info in inputs))
-        return [Info(reach=reach, data=data)] * len(eqn.outvars)
-    return [Info(tuple(tracks), reach, data)] * len(eqn.outvars)
+    def constant(self, var: Any) -> Info:
+        return Info()
 
+    def transfer(self, eqn: Any, facts: Sequence[Info]) -> Sequence[Info]:
+        if any(info.tracks for info in facts):
+            rule = self.rules.get(eqn.primitive.name)
+            outputs = None if rule is None or rule.labels is None else rule.labels(self, eqn, facts)
+            if outputs is not None:
+                return outputs
+            facts = [self.close(info) for info in facts]
+        return [_merged(facts)] * len(eqn.outvars)
 
-# Layout: the tracks of the (or each) output; an empty list where the value stops being a kernel.
+    def joined(self, one: Info, other: Info) -> Info:
+        return one if one == other else _merged([self.close(one), self.close(other)])
 
+    def chosen(self, index: Info, branches: Sequence[Info]) -> Info:
+        return _merged([self.close(info) for info in branches])
 
-def _relabel(eqn: Any, inputs: Sequence[Info], labels: Callable[[Labels], Labels]) -> list[Track]:
-    return [replace(track, labels=labels(track.labels)) for track in inputs[0].tracks]
+    def carried(self, fact: Info) -> Info:
+        return self.close(fact)
+
+    def sliced(self, fact: Info) -> Info:
+        """The scanned axis is a stack: its label is in no product."""
+        return fact._replace(tracks=tuple(replace(track, labels=track.labels[1:]) for track in fact.tracks))
 
 
-def _transpose(eqn: Any, inputs: Sequence[Info]) -> list[Track]:
-    return _relabel(eqn, inputs, lambda labels: tuple(labels[k] for k in eqn.params["permutation"]))
+LabelRule = Callable[[Reader, Any, Sequence[Info]], Sequence[Info] | None]
 
 
-def _squeeze(eqn: Any, inputs: Sequence[Info]) -> list[Track]:
-    gone = eqn.params["dimensions"]
-    return _relabel(eqn, inputs, lambda labels: tuple(each for k, each in enumerate(labels) if k not in gone))
+def _merged(infos: Sequence[Info]) -> Info:
+    """What is known of an array that several go into, and that is no kernel."""
+    return Info((), frozenset().union(*(info.reach for info in infos)), any(info.data for info in infos))
 
 
-def _broadcast(eqn: Any, inputs: Sequence[Info]) -> list[Track]:
-    places = eqn.params["broadcast_dimensions"]
-
-    def spread(labels: Labels) -> Labels:
-        new = [NONE] * len(eqn.params["shape"])
-        for place, each in zip(places, labels, strict=True):
-            new[place] = each
-        return tuple(new)
-
-    return _relabel(eqn, inputs, spread)
+def _tracked(eqn: Any, infos: Sequence[Info], tracks: Sequence[Track]) -> Sequence[Info] | None:
+    """The kernels that each output is, beside what is known of the operands."""
+    return [_merged(infos)._replace(tracks=tuple(tracks))] * len(eqn.outvars) if tracks else None
 
 
-def _reshape(eqn: Any, inputs: Sequence[Info]) -> list[Track]:
+# Layout: how the labels of the first operand, or of all, become those of the output.
+
+
+def _moved(move: Callable[[Any, Labels], Labels]) -> LabelRule:
+    """The rule of an equation that moves the axes of its first operand."""
+
+    def rule(reader: Reader, eqn: Any, infos: Sequence[Info]) -> Sequence[Info] | None:
+        return _tracked(eqn, infos, [replace(track, labels=move(eqn, track.labels)) for track in infos[0].tracks])
+
+    return rule
+
+
+@_moved
+def same(eqn: Any, labels: Labels) -> Labels:
+    """Cut, cast or padded, an axis is still the one that it was."""
+    return labels
+
+
+@_moved
+def transpose(eqn: Any, labels: Labels) -> Labels:
+    return tuple(labels[k] for k in eqn.params["permutation"])
+
+
+@_moved
+def squeeze(eqn: Any, labels: Labels) -> Labels:
+    return tuple(each for k, each in enumerate(labels) if k not in eqn.params["dimensions"])
+
+
+@_moved
+def reduce_sum(eqn: Any, labels: Labels) -> Labels:
+    """Kernels that are added up are a stack."""
+    return tuple(each for k, each in enumerate(labels) if k not in eqn.params["axes"])
+
+
+@_moved
+def unstack(eqn: Any, labels: Labels) -> Labels:
+    axis = eqn.params["axis"]
+    return labels[:axis] + labels[axis + 1 :]
+
+
+@_moved
+def all_gather(eqn: Any, labels: Labels) -> Labels:
+    """Shards put together along their own axis, or side by side along a new one."""
+    axis = eqn.params["all_gather_dimension"]
+    new = () if eqn.params["tiled"] else (NONE,)
+    return (*labels[:axis], *new, *labels[axis:])
+
+
+@_moved
+def broadcast(eqn: Any, labels: Labels) -> Labels:
+    new = [NONE] * len(eqn.params["shape"])
+    for place, each in zip(eqn.params["broadcast_dimensions"], labels, strict=True):
+        new[place] = each
+    return tuple(new)
+
+
+def reshape(reader: Reader, eqn: Any, infos: Sequence[Info]) -> Sequence[Info] | None:
+    """[8, 4·6] split into [8, 4, 6]: labels ({0}, {1}) become ({0}, {1}, {1}). Merged again: ({0}, {1})."""
     shape = eqn.params["new_sizes"]
     groups = reshape_groups(eqn.invars[0].aval.shape, shape)
     if groups is None:
-        return []
+        return None
 
-    def regroup(labels: Labels) -> Labels:
+    def regroup(eqn: Any, labels: Labels) -> Labels:
         new = [NONE] * len(shape)
         for before, after in groups:
             for k in after:
                 new[k] = NONE.union(*(labels[i] for i in before))
         return tuple(new)
 
-    return _relabel(eqn, inputs, regroup)
+    return _moved(regroup)(reader, eqn, infos)
 
 
-def _reduce_sum(eqn: Any, inputs: Sequence[Info]) -> list[Track]:
-    """Kernels that are added up are a stack."""
-    axes = eqn.params["axes"]
-    return _relabel(eqn, inputs, lambda labels: tuple(each for k, each in enumerate(labels) if k not in axes))
+def reshape_groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[tuple[int, ...], tuple[int, ...]]] | None:
+    """Which axes of the old shape become which of the new: the finest such grouping, axes of size one left out.
+
+    >>> reshape_groups((8, 1, 24), (8, 4, 6)), reshape_groups((8, 6), (6, 8))
+    ([((0,), (0,)), ((2,), (1, 2))], [((0, 1), (0, 1))])
+    """
+    before = [k for k, size in enumerate(old) if size != 1]
+    after = [k for k, size in enumerate(new) if size != 1]
+    groups, i, j = [], 0, 0
+    while i < len(before) and j < len(after):
+        first_i, first_j, left, right = i, j, old[before[i]], new[after[j]]
+        i, j = i + 1, j + 1
+        while left != right:  # the product that is behind takes the next axis in
+            if left < right:
+                left, i = left * old[before[i]], i + 1
+            else:
+                right, j = right * new[after[j]], j + 1
+        groups.append((tuple(before[first_i:i]), tuple(after[first_j:j])))
+    return groups if i == len(before) and j == len(after) else None
 
 
-def _unstack(eqn: Any, inputs: Sequence[Info]) -> list[Track]:
+def stack(reader: Reader, eqn: Any, infos: Sequence[Info]) -> Sequence[Info] | None:
     axis = eqn.params["axis"]
-    return _relabel(eqn, inputs, lambda labels: labels[:axis] + labels[axis + 1 :])
+    tracks = [] if any(info.data for info in infos) else [track for info in infos for track in info.tracks]
+    opened = [replace(track, labels=(*track.labels[:axis], NONE, *track.labels[axis:])) for track in tracks]
+    return _tracked(eqn, infos, opened)
 
 
-def _stack(eqn: Any, inputs: Sequence[Info]) -> list[Track]:
-    axis = eqn.params["axis"]
-    tracks = [] if any(info.data for info in inputs) else [track for info in inputs for track in info.tracks]
-    return [replace(track, labels=(*track.labels[:axis], NONE, *track.labels[axis:])) for track in tracks]
+def each(reader: Reader, eqn: Any, infos: Sequence[Info]) -> Sequence[Info]:
+    """Any number of operands, each of which goes through by itself."""
+    return infos
 
 
-def _same(eqn: Any, inputs: Sequence[Info]) -> list[Track]:
-    return list(inputs[0].tracks)
+def combine(reader: Reader, eqn: Any, infos: Sequence[Info]) -> Sequence[Info] | None:
+    return _tracked(eqn, infos, _combined(eqn, infos))
 
 
-def _all_gather(eqn: Any, inputs: Sequence[Info]) -> list[Track]:
-    """Shards put together along their own axis, or side by side along a new one."""
-    axis = eqn.params["all_gather_dimension"]
-    new = () if eqn.params["tiled"] else (NONE,)
-    return _relabel(eqn, inputs, lambda labels: (*labels[:axis], *new, *labels[axis:]))
-
-
-def _combine(eqn: Any, inputs: Sequence[Info]) -> list[Track]:
+def _combined(eqn: Any, infos: Sequence[Info]) -> list[Track]:
     """What is made of weights alone is a kernel still; what data goes into is an activation.
 
     Of a kernel that meets a part of itself, such as its own norms, the whole counts.
     """
     ndim = len(eqn.outvars[0].aval.shape)
-    if any(info.data for info in inputs):
+    if any(info.data for info in infos):
         return []
-    tracks = [track for info in inputs for track in info.tracks if len(track.labels) == ndim]
+    tracks = [track for info in infos for track in info.tracks if len(track.labels) == ndim]
     whole = {track.path: NONE for track in tracks}
     for track in tracks:
         whole[track.path] = max(whole[track.path], track.every, key=len)
     return [track for track in tracks if not track.every < whole[track.path]]
 
 
-def _weight_function(eqn: Any, inputs: Sequence[Info]) -> list[Track]:
+def weight_function(reader: Reader, eqn: Any, infos: Sequence[Info]) -> Sequence[Info] | None:
     """A function of a weight is a weight; of what was looked up, an activation."""
-    return [track for track in _combine(eqn, inputs) if track.where is None]
+    return _tracked(eqn, infos, [track for track in _combined(eqn, infos) if track.where is None])
 
 
-LAYOUT: dict[str, Callable[[Any, Sequence[Info]], list[Track]]] = {
-    "transpose": _transpose,
-    "squeeze": _squeeze,
-    "broadcast_in_dim": _broadcast,
-    "reshape": _reshape,
-    "reduce_sum": _reduce_sum,
-    "unstack": _unstack,
-    "stack": _stack,
-    **dict.fromkeys(("mul", "div", "add", "sub", "add_any", "complex", "concatenate", "select_n"), _combine),
-    **dict.fromkeys(("scatter", "dynamic_update_slice"), _combine),
-    **dict.fromkeys(("all_gather", "all_gather_invariant"), _all_gather),
-    **dict.fromkeys(("convert_element_type", "name", "reduce_precision", "stop_gradient", "neg"), _same),
-    **dict.fromkeys(("slice", "rev", "pad", "tile", "split", "sharding_constraint", "reshard"), _same),
-    # No low-rank form exists of these: the forward materialises, and the kernel is one still.
-    **dict.fromkeys(("abs", "ceil", "exp", "exp2", "floor", "integer_pow", "log", "logistic"), _weight_function),
-    **dict.fromkeys(("round", "rsqrt", "sign", "sqrt", "square", "tanh"), _weight_function),
-    **dict.fromkeys(("clamp", "max", "min", "pow"), _weight_function),
-}
+# Consumers: the kernel's uses. A product that uses none has an activation's output all the same.
 
 
-# Consumers: the uses; None if this is no product of a kernel with something else.
+def _used(reader: Reader, eqn: Any, infos: Sequence[Info], found: Sequence[Use | None]) -> Sequence[Info]:
+    uses = frozenset(use for use in found if use is not None)
+    if not uses:
+        return [_merged(infos)] * len(eqn.outvars)
+    reader.feeding |= _merged(infos).reach
+    return [Info(reach=uses, data=True)] * len(eqn.outvars)
 
 
 def _sorted_use(reader: Reader, eqn: Any, track: Track, inputs: Sequence[int], stack: Sequence[int]) -> Use | None:
+    """The use of a kernel whose axes `inputs` are contracted and `stack` batched; the others are left free."""
     labels = track.labels
     contracted = NONE.union(*(labels[k] for k in inputs))
     batched = NONE.union(*(labels[k] for k in stack))
@@ -261,41 +308,40 @@ def _sorted_use(reader: Reader, eqn: Any, track: Track, inputs: Sequence[int], s
     return reader.use(track, Place.of(eqn), contracted, free, batched)
 
 
-def _dot_general(eqn: Any, inputs: Sequence[Info], reader: Reader) -> list[Use]:
+def dot_general(reader: Reader, eqn: Any, infos: Sequence[Info]) -> Sequence[Info]:
     contracting, batch = eqn.params["dimension_numbers"]
     found = [
         _sorted_use(reader, eqn, track, contracting[side], batch[side])
         for side in (0, 1)
-        for track in inputs[side].tracks
+        for track in infos[side].tracks
     ]
-    return [use for use in found if use is not None]
+    return _used(reader, eqn, infos, found)
 
 
-def _conv(eqn: Any, inputs: Sequence[Info], reader: Reader) -> list[Use]:
+def convolve(reader: Reader, eqn: Any, infos: Sequence[Info]) -> Sequence[Info]:
     _, contracted, *spatial = eqn.params["dimension_numbers"].rhs_spec
-    found = [_sorted_use(reader, eqn, track, (contracted, *spatial), ()) for track in inputs[1].tracks]
-    return [use for use in found if use is not None]
+    found = [_sorted_use(reader, eqn, track, (contracted, *spatial), ()) for track in infos[1].tracks]
+    return _used(reader, eqn, infos, found)
 
 
-def _ragged_dot(eqn: Any, inputs: Sequence[Info], reader: Reader) -> list[Use]:
+def ragged_dot(reader: Reader, eqn: Any, infos: Sequence[Info]) -> Sequence[Info]:
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     (_, contracting), (_, batch) = numbers.dot_dimension_numbers
     stack = (*numbers.rhs_group_dimensions, *batch)
-    found = [_sorted_use(reader, eqn, track, contracting, stack) for track in inputs[1].tracks]
-    return [use for use in found if use is not None]
+    found = [_sorted_use(reader, eqn, track, contracting, stack) for track in infos[1].tracks]
+    return _used(reader, eqn, infos, found)
 
 
-CONSUMERS: dict[str, Callable[[Any, Sequence[Info], Reader], list[Use] | None]] = {
-    "dot_general": _dot_general,
-    "conv_general_dilated": _conv,
-    "ragged_dot_general": _ragged_dot,
-}
+# Look-ups of the first operand.
 
 
-def _kept_or_embedding(eqn: Any, inputs: Sequence[Info], tracks: Sequence[Track], reader: Reader) -> list[Info]:
+def _kept_or_embedding(
+    reader: Reader, eqn: Any, infos: Sequence[Info], tracks: Sequence[Track]
+) -> Sequence[Info] | None:
     """Rows looked up are an embedding's; matrices picked by an index stay kernels until something consumes them."""
-    shape = eqn.outvars[0].aval.shape
-    reach = frozenset().union(*(info.reach for info in inputs))
+    if not tracks:
+        return None
+    shape, reach = eqn.outvars[0].aval.shape, _merged(infos).reach
     kept, found = [], []
     for track in tracks:
         extent = [k for k, labels in enumerate(track.labels) if labels and shape[k] > 1]
@@ -304,16 +350,16 @@ def _kept_or_embedding(eqn: Any, inputs: Sequence[Info], tracks: Sequence[Track]
         else:
             kept.append(track)
     uses = [use for use in found if use is not None]
-    return [Info(tuple(kept), reach.union(uses), bool(found) or inputs[0].data)]
+    return [Info(tuple(kept), reach.union(uses), bool(found) or infos[0].data)]
 
 
-def _gather(eqn: Any, inputs: Sequence[Info], reader: Reader) -> list[Info]:
+def gather(reader: Reader, eqn: Any, infos: Sequence[Info]) -> Sequence[Info] | None:
     numbers = eqn.params["dimension_numbers"]
     gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
     shape, sizes = eqn.invars[0].aval.shape, eqn.params["slice_sizes"]
     indexed = {k for k in numbers.start_index_map if k in gone or sizes[k] == 1 < shape[k]}
     picked = []
-    for track in inputs[0].tracks:
+    for track in infos[0].tracks:
         labels = [NONE] * len(eqn.outvars[0].aval.shape)
         left = [NONE if k in indexed else each for k, each in enumerate(track.labels) if k not in gone]
         for place, each in zip(numbers.offset_dims, left, strict=True):
@@ -323,10 +369,10 @@ def _gather(eqn: Any, inputs: Sequence[Info], reader: Reader) -> list[Info]:
             labels[batch[place]] = track.labels[axis]
         looked_up = track.looked_up.union(*(track.labels[k] for k in indexed))
         picked.append(Track(track.path, tuple(labels), looked_up, Place.of(eqn) if looked_up else None))
-    return _kept_or_embedding(eqn, inputs, picked, reader)
+    return _kept_or_embedding(reader, eqn, infos, picked)
 
 
-def _dynamic_slice(eqn: Any, inputs: Sequence[Info], reader: Reader) -> list[Info]:
+def dynamic_slice(reader: Reader, eqn: Any, infos: Sequence[Info]) -> Sequence[Info] | None:
     """An axis cut to one index at run time is looked up."""
     shape, sizes = eqn.invars[0].aval.shape, eqn.params["slice_sizes"]
     gone = {k for k, size in enumerate(sizes) if size == 1 and shape[k] > 1}
@@ -337,12 +383,6 @@ def _dynamic_slice(eqn: Any, inputs: Sequence[Info], reader: Reader) -> list[Inf
             track.looked_up.union(*(track.labels[k] for k in gone)),
             Place.of(eqn) if gone else track.where,
         )
-        for track in inputs[0].tracks
+        for track in infos[0].tracks
     ]
-    return _kept_or_embedding(eqn, inputs, picked, reader)
-
-
-LOOK_UPS: dict[str, Callable[[Any, Sequence[Info], Reader], list[Info]]] = {
-    "gather": _gather,
-    "dynamic_slice": _dynamic_slice,
-}
+    return _kept_or_embedding(reader, eqn, infos, picked)

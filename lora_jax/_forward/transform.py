@@ -24,8 +24,8 @@ RULES = {
     **arithmetic.RULES,
     **consumers.RULES,
     **control.RULES,
-    "conv_general_dilated": convolution.convolve,
-    "custom_jvp_call": custom_rules.custom_jvp,
+    **convolution.RULES,
+    **custom_rules.RULES,
 }
 
 
