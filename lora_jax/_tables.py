@@ -5,6 +5,7 @@ there are is read from an abstract trace, so it needn't be said, and costs nothi
 """
 
 import enum
+import functools
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ import jax
 import numpy as np
 from jax.extend import core as jex
 
-from lora_jax._jaxprs import inner_jaxprs, opened
+from lora_jax._walk import Analysis
 
 # Equations that give some of their operand's integers on, and perhaps others that are no larger than these may be.
 _SAME_IDS = frozenset(
@@ -59,20 +60,6 @@ _SAME_TABLE = frozenset(
         "transpose",
     }
 )
-_CALLS = frozenset(
-    {
-        "checkpoint",
-        "closed_call",
-        "core_call",
-        "custom_jvp_call",
-        "custom_vjp_call",
-        "custom_vjp_call_jaxpr",
-        "jit",
-        "pjit",
-        "remat",
-        "remat2",
-    }
-)
 
 
 class Vocabulary(NamedTuple):
@@ -92,8 +79,8 @@ class Vocabulary(NamedTuple):
 def vocabulary(function: Callable[[Any, Any], Any], params: Any, batch: dict[str, Any]) -> Vocabulary:
     """Traces `function(params, batch)` and finds the leaves of `params` that `batch["input_ids"]` are looked up in.
 
-    Found are lookups by the ids themselves; not found are those by what is computed from them (positions, hashes), in
-    a loop, or by a product with one-hot vectors. Nor are those of a function that sees to ids beyond its table itself:
+    Found are lookups by the ids themselves; not found are those by what is computed from them (positions, hashes), or
+    by a product with one-hot vectors. Nor are those of a function that sees to ids beyond its table itself:
     by `clip` or `minimum`, by a `where` that looks at the ids, or in the lookup, by `mode="clip"` or a `fill_value`.
     A function that can't be traced has none.
 
@@ -112,8 +99,9 @@ def vocabulary(function: Callable[[Any, Any], Any], params: Any, batch: dict[str
     given, _ = jax.tree_util.tree_flatten_with_path(params)
     marks: list[_Mark | None] = [_Table(jax.tree_util.keystr(path, simple=True, separator="/")) for path, _ in given]
     marks += [_Of.IDS if name == "input_ids" else None for name in sorted(batch)]  # as a dict is flattened
-    found: list[_Lookup] = []
-    _walk(jaxpr.jaxpr, marks, found)
+    lookups = _Lookups()
+    lookups.outputs(jaxpr, marks)
+    found = lookups.found
     rows = {
         path: min(one.rows for one in found if one.path == path) for path in dict.fromkeys(one.path for one in found)
     }
@@ -183,24 +171,24 @@ class _Lookup(NamedTuple):
     raised: bool
 
 
-def _walk(jaxpr: Any, marks: Sequence[_Mark | None], found: list[_Lookup]) -> list[_Mark | None]:
-    """Marks of the outputs; lookups are noted in `found`."""
-    known: dict[Any, _Mark] = {var: mark for var, mark in zip(jaxpr.invars, marks, strict=True) if mark is not None}
+class _Lookups(Analysis[_Mark | None]):
+    """Follows ids and tables; lookups are noted in `found`."""
 
-    def of(atom: Any) -> _Mark | None:
-        return None if isinstance(atom, jex.Literal) else known.get(atom)
+    def __init__(self) -> None:
+        self.found: list[_Lookup] = []
 
-    for eqn in jaxpr.eqns:
-        inputs, name = [of(atom) for atom in eqn.invars], eqn.primitive.name
-        if not any(inputs):
-            continue
-        inner = next((j for j in inner_jaxprs(eqn) if len(opened(j)[0].invars) == len(inputs)), None)
-        if name in _CALLS and inner is not None:
-            outputs = _walk(opened(inner)[0], inputs, found)
-        else:
-            outputs = [_result(eqn, inputs, found)] * len(eqn.outvars)
-        known |= {var: mark for var, mark in zip(eqn.outvars, outputs, strict=True) if mark is not None}
-    return [of(atom) for atom in jaxpr.outvars]
+    def constant(self, var: Any) -> None:
+        return None
+
+    def transfer(self, eqn: Any, facts: Sequence[_Mark | None]) -> Sequence[_Mark | None]:
+        return [_result(eqn, facts, self.found) if any(facts) else None] * len(eqn.outvars)
+
+    def joined(self, one: _Mark | None, other: _Mark | None) -> _Mark | None:
+        """Ids in one step of a loop or in one branch alone are no ids of a batch any more."""
+        return one if one == other else _Of.OTHER if isinstance(one, _Of) or isinstance(other, _Of) else None
+
+    def chosen(self, index: _Mark | None, branches: Sequence[_Mark | None]) -> _Mark | None:
+        return functools.reduce(self.joined, branches) if index is None else _Of.OTHER
 
 
 def _result(eqn: Any, inputs: Sequence[_Mark | None], found: list[_Lookup]) -> _Mark | None:

@@ -312,6 +312,58 @@ AXES = [
     ),
 ]
 
+TESTING = [
+    Mutant(
+        "testing/_cost.py",
+        "        return Flow(self.times * runs)",
+        "        return Flow(self.times)",
+        "a loop's products count once",
+        _in("certify", "flops_are_those_of_every_iteration"),
+    ),
+    Mutant(
+        "testing/_cost.py",
+        "        most = max((flow.cost for",
+        "        most = min((flow.cost for",
+        "the cheapest branch is counted",
+        _in("certify", "of_branches_the_most_expensive_is_counted"),
+    ),
+    Mutant(
+        "testing/_cost.py",
+        "data = (not left.data and right.data, right.data) if scatter",
+        "data = (left.data, right.data) if scatter",
+        "an embedding's whole gradient isn't seen",
+        _in("certify", "an_embedding_gradient_fails"),
+    ),
+    Mutant(
+        "testing/_cost.py",
+        'if name == "gather" and math.prod(',
+        "if False and math.prod(",
+        "rows of a table that are looked up count as the table",
+        _in("certify", "a_table_of_positions_that_is_read_whole_holds"),
+    ),
+    Mutant(
+        "testing/_cost.py",
+        "        return Value(one.data or other.data, one.origin if",
+        "        return Value(one.data, one.origin if",
+        "data that a loop brings into its carry isn't followed round",
+        _in("certify", "a_gradient_of_what_a_loop_adds_up_fails"),
+    ),
+    Mutant(
+        "testing/_claims.py",
+        "    if size > STATE_LIMIT * step.trained:",
+        "    if False:",
+        "an optimizer's state for the whole base isn't seen",
+        _in("certify", "state_for_the_whole_base_fails"),
+    ),
+    Mutant(
+        "_tables.py",
+        "        return one if one == other else _Of.OTHER if",
+        "        return one if one else _Of.OTHER if",
+        "ids that a loop has changed are checked as those of the batch",
+        _in("vocabulary", "other_lookups_bound_no_ids"),
+    ),
+]
+
 INIT = [
     Mutant(
         "_init.py",
@@ -759,4 +811,4 @@ TRAINING = [
     ),
 ]
 
-MUTANTS = [*FORWARD, *CONTROL_FLOW, *AXES, *INIT, *TREE, *MERGE, *OPTIM, *STACK, *PEFT, *TRAINING]
+MUTANTS = [*FORWARD, *CONTROL_FLOW, *AXES, *TESTING, *INIT, *TREE, *MERGE, *OPTIM, *STACK, *PEFT, *TRAINING]

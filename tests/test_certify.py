@@ -380,10 +380,8 @@ def test_no_adapter_at_all_fails():
         lora_jax.testing.certify(lambda p, x: loss(p, x), make_params(), BATCH)
 
 
-def test_a_while_loop_is_reported_as_counted_once():
-    def f(params, x):
-        return jnp.mean(lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, c[1] @ params["w"]), (0, x))[1])
-
+def certified(f):
+    """The report of a step that runs `f(params, x)` and moves the adapter by its value."""
     params = {"w": jnp.ones((WIDTH, WIDTH))}
     config = lora_jax.LoRAConfig(rank=RANK, alpha=1.0, targets=("w",))
     base, adapter = lora_jax.split(lora_jax.init(jax.random.key(1), params, config))
@@ -392,8 +390,30 @@ def test_a_while_loop_is_reported_as_counted_once():
         value = lora_jax.adapt(f)(lora_jax.combine(base, adapter), x)
         return jax.tree.map(lambda leaf: leaf + value, adapter)
 
-    report = lora_jax.testing.certify(step, adapter, base, np.ones((ROWS, WIDTH), np.float32))
+    return lora_jax.testing.certify(step, adapter, base, np.ones((ROWS, WIDTH), np.float32))
+
+
+def test_a_while_loop_is_reported_as_counted_once():
+    def f(params, x):
+        return jnp.mean(lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, c[1] @ params["w"]), (0, x))[1])
+
+    report = certified(f)
     assert [entry.split(" (")[0] for entry in report.uncounted] == ["while loop counted once"]
+
+
+def test_a_gradient_of_what_a_loop_adds_up_fails():
+    def f(params, x):
+        total = lax.fori_loop(0, 3, lambda i, total: total + x, jnp.zeros_like(x))
+        return jnp.mean(x @ params["w"]) + jnp.mean(x.T @ total)
+
+    with pytest.raises(ValueError, match=r"^w: its gradient is computed whole"):
+        certified(f)
+
+
+def test_of_branches_the_most_expensive_is_counted():
+    product = lambda params, x: jnp.mean(x @ params["w"])
+    branch = lambda params, x: lax.cond(x[0, 0] > 0, product, lambda params, x: jnp.mean(x), params, x)
+    assert certified(branch).flops == certified(product).flops > 0
 
 
 # Meshes ------------------------------------------------------------------------------------------------------------

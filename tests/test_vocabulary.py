@@ -26,6 +26,8 @@ LOOKUPS = {
     "transposed": lambda table, ids: table.T[:, ids.reshape(-1)],
     "jit": lambda table, ids: jax.jit(lambda t, i: t[i])(table, ids),
     "remat": lambda table, ids: jax.checkpoint(lambda t, i: t[i])(table, ids),
+    "loop": lambda table, ids: jax.lax.map(lambda row: table[row], ids),
+    "branch": lambda table, ids: jax.lax.cond(table[0, 0] > 0, lambda: table[ids], lambda: 2 * table[ids]),
     "padded": lambda table, ids: (
         table[jnp.where(jnp.pad(ids, ((0, 0), (1, 0))) > 3, 0, 1)] + table[jnp.maximum(ids, 0)][:, :1]
     ),
@@ -37,6 +39,9 @@ OTHERS = {
     "smaller": lambda table, ids: table[jnp.minimum(ids, 4)],
     "shifted": lambda table, ids: table[ids - 3],
     "clip": lambda table, ids: table[jnp.clip(ids, 0, 4)],
+    "clip_in_a_loop": lambda table, ids: jax.lax.map(lambda row: table[jnp.clip(row, 0, 4)], ids),
+    "made_smaller_by_a_loop": lambda table, ids: table[jax.lax.fori_loop(0, 3, lambda _, ids: ids // 2, ids)],
+    "chosen_by_a_branch": lambda table, ids: table[jax.lax.cond(ids.max() < 5, lambda: ids, lambda: 0 * ids)],
     "clamp": lambda table, ids: jax.jit(lambda t, i: t[jax.lax.clamp(0, i, 4)])(table, ids),
     "where": lambda table, ids: table[jnp.where(ids < 5, ids, 0)],
     "where_both": lambda table, ids: jnp.take(table, jnp.where((ids >= 5) | (ids < 0), 4, ids), axis=0),

@@ -12,7 +12,8 @@ from jax.extend import core as jex
 from jax.extend import source_info_util
 from jax.interpreters import partial_eval
 
-from lora_jax._jaxprs import inner_jaxprs, opened, scan_counts
+from lora_jax._jaxprs import inner_jaxprs, opened
+from lora_jax._walk import Analysis
 
 
 class Product(NamedTuple):
@@ -41,10 +42,6 @@ class Value(NamedTuple):
     data: bool
     origin: int | None = None
 
-    def joined(self, other: "Value") -> "Value":
-        """What is known of an array that is either."""
-        return Value(self.data or other.data, self.origin if self.origin == other.origin else None)
-
 
 class Cost(NamedTuple):
     """The products of a program, and what could not be counted: calls of foreign code, loops of unknown length."""
@@ -65,116 +62,75 @@ def cost_of(jaxpr: Any, data: Sequence[bool]) -> Cost:
       data: For each input, whether it depends on data: batches and random keys do, parameters and the state don't.
     """
     live, used = partial_eval.dce_jaxpr(jaxpr.jaxpr, [True] * len(jaxpr.out_avals), instantiate=False)
-    cost = Cost([], [])
-    _walk(live, [Value(flag, i) for i, flag in enumerate(data) if used[i]], 1, cost)
-    return Cost(cost.products, sorted(set(cost.uncounted)))
+    flow = Flow()
+    flow.outputs(live, [Value(flag, i) for i, flag in enumerate(data) if used[i]])
+    return Cost(flow.cost.products, sorted(set(flow.cost.uncounted)))
 
 
-def _walk(jaxpr: Any, values: Sequence[Value], times: int, cost: Cost) -> list[Value]:
-    """Add the products of `jaxpr` run `times` times; what is known of its outputs."""
-    known: dict[Any, Value] = dict(zip(jaxpr.invars, values, strict=True))
-    # A large constant is as likely a batch that was closed over as a parameter; a number, and one a layer, is neither.
-    known.update({var: Value(sum(size > 1 for size in var.aval.shape) > 1) for var in jaxpr.constvars})
+class Flow(Analysis[Value]):
+    """Follows data and arguments through a program that runs `times` times, and adds its products to `cost`."""
 
-    def read(var: Any) -> Value:
-        return Value(False) if isinstance(var, jex.Literal) else known[var]
+    def __init__(self, times: int = 1):
+        self.times, self.cost = times, Cost([], [])
 
-    for eqn in jaxpr.eqns:
-        known.update(zip(eqn.outvars, _equation(eqn, [read(var) for var in eqn.invars], times, cost), strict=True))
-    return [read(var) for var in jaxpr.outvars]
+    def constant(self, var: Any) -> Value:
+        # A large constant is as likely a batch that was closed over as a parameter; a number, and one a layer, neither.
+        return Value(not isinstance(var, jex.Literal) and sum(size > 1 for size in var.aval.shape) > 1)
 
+    def joined(self, one: Value, other: Value) -> Value:
+        return Value(one.data or other.data, one.origin if one.origin == other.origin else None)
 
-def _equation(eqn: Any, values: list[Value], times: int, cost: Cost) -> list[Value]:
-    name = eqn.primitive.name
-    data = any(value.data for value in values)
-    if name in FLOPS:
-        _add_product(eqn, values, times * FLOPS[name](eqn), cost)
-        return [Value(data)]
-    if name == "scan":
-        return _scan(eqn, values, times * eqn.params["length"], cost)
-    if name == "while":
-        return _while(eqn, values, times, cost)
-    if name == "cond":
-        return _cond(eqn, values, times, cost)
-    if name == "optimization_barrier":
-        return values
-    if name == "gather" and math.prod(eqn.invars[1].aval.shape[:-1]) > 1:
-        return [Value(data)]  # rows that are looked up are activations
-    if name in ("pallas_call", "ffi_call", "custom_call", "tpu_custom_call"):
-        cost.uncounted.append(name)
-        return [Value(data)] * len(eqn.outvars)
-    # A call: its jaxpr's inputs are the equation's. Of anything else (a solver, a reduction) the parts count once.
-    times = times * math.prod(_manual_sizes(eqn)) if name == "shard_map" else times
-    for inner, _ in map(opened, inner_jaxprs(eqn)):
-        if len(inner.invars) == len(values):
-            outputs = _walk(inner, values, times, cost)
-            if len(outputs) == len(eqn.outvars):
+    def chosen(self, index: Value, branches: Sequence[Value]) -> Value:
+        return Value(any(value.data for value in (index, *branches)))
+
+    def inside(self, runs: int) -> "Flow":
+        return Flow(self.times * runs)
+
+    def ended(self, alternatives: Sequence["Flow"]) -> None:
+        """Of branches, the most expensive one counts."""
+        most = max((flow.cost for flow in alternatives), key=lambda cost: cost.flops)
+        self.cost.products.extend(most.products)
+        self.cost.uncounted.extend(most.uncounted)
+
+    def equation(self, eqn: Any, facts: list[Value]) -> Sequence[Value]:
+        before = len(self.cost.products)
+        outputs = super().equation(eqn, facts)
+        if eqn.primitive.name == "while" and len(self.cost.products) > before:
+            self.cost.uncounted.append(f"while loop counted once ({source_info_util.summarize(eqn.source_info)})")
+        return outputs
+
+    def transfer(self, eqn: Any, facts: list[Value]) -> Sequence[Value]:
+        name, data = eqn.primitive.name, any(value.data for value in facts)
+        if name in FLOPS:
+            self.cost.products.append(_product(eqn, facts, self.times * FLOPS[name](eqn)))
+            return [Value(data)]
+        if name == "optimization_barrier":
+            return facts
+        if name == "gather" and math.prod(eqn.invars[1].aval.shape[:-1]) > 1:
+            return [Value(data)]  # rows that are looked up are activations
+        if name in ("pallas_call", "ffi_call", "custom_call", "tpu_custom_call"):
+            self.cost.uncounted.append(name)
+            return [Value(data)] * len(eqn.outvars)
+        # Of anything else that holds jaxprs (a solver, a reduction) the parts count once.
+        for inner, _ in map(opened, inner_jaxprs(eqn)):
+            called = len(inner.invars) == len(facts)
+            outputs = self.outputs(inner, facts if called else [Value(data)] * len(inner.invars))
+            if called and len(outputs) == len(eqn.outvars):
                 return outputs
-        else:
-            _walk(inner, [Value(data)] * len(inner.invars), times, cost)
-    largest = max(zip(eqn.invars, values, strict=True), key=lambda pair: math.prod(pair[0].aval.shape), default=None)
-    return [Value(data, None if data or largest is None else largest[1].origin)] * len(eqn.outvars)
+        largest = max(zip(eqn.invars, facts, strict=True), key=lambda pair: math.prod(pair[0].aval.shape), default=None)
+        return [Value(data, None if data or largest is None else largest[1].origin)] * len(eqn.outvars)
 
 
-def _manual_sizes(eqn: Any) -> list[int]:
-    """Sizes of the mesh axes that a shard_map's body is written for: it runs once a device along these."""
-    mesh = eqn.params["mesh"]
-    return [mesh.shape[axis] for axis in eqn.params.get("manual_axes", mesh.axis_names)]
-
-
-def _scan(eqn: Any, values: list[Value], times: int, cost: Cost) -> list[Value]:
-    consts, carries = scan_counts(eqn)
-    body = eqn.params["jaxpr"].jaxpr
-    return _walk(body, _settled(body, values, consts, carries), times, cost)
-
-
-def _settled(body: Any, values: list[Value], first: int, count: int) -> list[Value]:
-    """What is known once what a step does to its carry has gone round."""
-    while True:
-        outputs = _walk(body, values, 0, Cost([], []))
-        carry = [old.joined(new) for old, new in zip(values[first : first + count], outputs[:count], strict=True)]
-        settled = values[:first] + carry + values[first + count :]
-        if settled == values:
-            return values
-        values = settled
-
-
-def _while(eqn: Any, values: list[Value], times: int, cost: Cost) -> list[Value]:
-    cond, body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-    carry = values[cond + body :]
-    inner = eqn.params["body_jaxpr"].jaxpr
-    settled = _settled(inner, values[cond : cond + body] + carry, body, len(carry))
-    before = len(cost.products)
-    _walk(eqn.params["cond_jaxpr"].jaxpr, values[:cond] + settled[body:], times, cost)
-    _walk(inner, settled, times, cost)
-    if len(cost.products) > before:
-        cost.uncounted.append(f"while loop counted once ({source_info_util.summarize(eqn.source_info)})")
-    return settled[body:]
-
-
-def _cond(eqn: Any, values: list[Value], times: int, cost: Cost) -> list[Value]:
-    """The dearest branch."""
-    branches = [Cost([], []) for _ in eqn.params["branches"]]
-    outputs = [
-        _walk(jaxpr.jaxpr, values[1:], times, branch)
-        for jaxpr, branch in zip(eqn.params["branches"], branches, strict=True)
-    ]
-    dearest = max(branches, key=lambda branch: branch.flops)
-    cost.products.extend(dearest.products)
-    cost.uncounted.extend(dearest.uncounted)
-    return [Value(any(value.data for value in (values[0], *column))) for column in zip(*outputs, strict=True)]
-
-
-def _add_product(eqn: Any, values: list[Value], flops: int, cost: Cost) -> None:
+def _product(eqn: Any, facts: list[Value], flops: int) -> Product:
     # A scatter adds its third operand into its first: rows of an embedding's gradient.
     scatter = eqn.primitive.name == "scatter-add"
     places = (0, 2) if scatter else (0, 1)
-    left, right = (values[i] for i in places)
+    left, right = (facts[i] for i in places)
     shapes = tuple(eqn.invars[i].aval.shape for i in places)
     # Into zeros, it is a gradient; into an array that depends on data (a cache), it is not.
     data = (not left.data and right.data, right.data) if scatter else (left.data, right.data)
     source = source_info_util.summarize(eqn.source_info)
-    cost.products.append(Product(eqn.outvars[0].aval.shape, shapes, data, (left.origin, right.origin), flops, source))
+    return Product(eqn.outvars[0].aval.shape, shapes, data, (left.origin, right.origin), flops, source)
 
 
 def _dot_general(eqn: Any) -> int:
