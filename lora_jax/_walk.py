@@ -71,9 +71,10 @@ def walk(jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Any], how: Any) -> 
             if how.follows(value):
                 followed.add(var)
         # Let go of what isn't used any more: outside `jit`, of its memory.
-        for var in (var for eqn in eqns[position:stop] for var in eqn.invars):
-            if not isinstance(var, jex.Literal) and last[var] < stop:
-                known.pop(var, None)
+        for eqn in eqns[position:stop]:
+            for var in eqn.invars:
+                if not isinstance(var, jex.Literal) and last[var] < stop:
+                    known.pop(var, None)
         position = stop
     return [read(var) for var in jaxpr.outvars]
 
@@ -82,7 +83,9 @@ def _last_uses(jaxpr: Any) -> dict[Any, int]:
     """The position of the last equation that reads each variable; outputs are read after all of them."""
     last: dict[Any, int] = {}
     for position, eqn in enumerate(jaxpr.eqns):
-        last.update((var, position) for var in eqn.invars if not isinstance(var, jex.Literal))
+        for var in eqn.invars:
+            if not isinstance(var, jex.Literal):
+                last[var] = position
     last.update((var, len(jaxpr.eqns)) for var in jaxpr.outvars if not isinstance(var, jex.Literal))
     return last
 

@@ -21,14 +21,12 @@ from lora_jax._forward.lowrank import ANY_AXIS, RANK, Factor, LowRank, dense
 RULES = Rules()
 
 # No low-rank form exists of these, and the forward materialises. What they make of a kernel is a kernel still.
-RULES |= dict.fromkeys(
-    (
-        *("abs", "ceil", "clamp", "exp", "exp2", "floor", "integer_pow", "log", "logistic", "max", "min", "pow"),
-        *("round", "rsqrt", "sign", "sqrt", "square", "tanh"),
-    ),
-    Rule(None, tracks.weight_function),
+NONLINEAR = (
+    *("abs", "ceil", "clamp", "exp", "exp2", "floor", "integer_pow", "log", "logistic", "max", "min", "pow"),
+    *("round", "rsqrt", "sign", "sqrt", "square", "tanh"),
 )
-RULES |= dict.fromkeys(("dynamic_update_slice", "scatter", "select_n"), Rule(None, tracks.combine))
+RULES.update(dict.fromkeys(NONLINEAR, Rule(None, tracks.weight_function)))
+RULES.update(dict.fromkeys(("dynamic_update_slice", "scatter", "select_n"), Rule(None, tracks.combine)))
 
 
 @RULES("neg", labels=tracks.same)
@@ -59,18 +57,23 @@ def _scaled(
     kernel, multiplier = values[side], values[1 - side]
     if isinstance(multiplier, LowRank) or not jnp.issubdtype(jnp.result_type(multiplier), jnp.inexact):
         return None
+    # W[in, out] * g[out] scales b, W * g[in, 1] scales a, and W * 2 scales the smaller of the two. A mask m[in, out]
+    # varies along both: m ⊙ (a b) has no low rank. Along an axis in neither factor any multiplier may vary.
     shape = eqn.outvars[0].aval.shape
-    varying = varying_axes(eqn.invars[1 - side], frame.producers)
+    varying = varying_axes(eqn.invars[1 - side], frame.producers)  # {1} for g[out] that was broadcast to [in, out]
     a, b = _stretched(kernel, shape)
     free = {k for k in range(len(shape)) if k not in a.axes and k not in b.axes}
     target = next((f for f in sorted((a, b), key=lambda f: f.value.size) if varying <= {*f.axes} | free), None)
     if target is None:
         return None
+    # W[1, out] * g[in, 1]: ΔW was constant along the axis that is stretched, and gets it: [in, 1, rank] of [1, rank].
     new = [k for k in sorted(varying) if k not in target.axes]
     axes = (*new, *target.axes)
     value = lax.expand_dims(target.value, range(len(new)))
     if jnp.iscomplexobj(multiplier):
         value = value.astype(jnp.result_type(value, multiplier))
+    # The multiplier as an array of the axes along which it varies, in the factor's order; of the others the first entry
+    # stands for all. A g[out] that was broadcast to [in, out] is cut back to [1, out] and squeezed to [out].
     cut = jnp.asarray(multiplier, value.dtype)
     if cut.ndim:
         for k in range(cut.ndim):
@@ -83,7 +86,7 @@ def _scaled(
     places = [d for d, k in enumerate(axes) if k in varying]
     scaled = Factor(operation(jnp.broadcast_to(value, full), lax.broadcast_in_dim(cut, full, places)), axes)
     differs = kernel.differs
-    if not isinstance(eqn.invars[1 - side], jex.Literal):
+    if not isinstance(eqn.invars[1 - side], jex.Literal):  # what isn't a number may be another in each shard
         differs = (ANY_AXIS, differs[1]) if target is a else (differs[0], ANY_AXIS)
     a, b = (scaled, b) if target is a else (a, scaled)
     gain = None if kernel.gain is None else drop(kernel.gain, _stretched_axes(kernel, shape))
@@ -108,10 +111,11 @@ def _add(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
     the sum itself.
     """
     shape, kernels = eqn.outvars[0].aval.shape, [value for value in values if isinstance(value, LowRank)]
-    if any(kernel.shape != shape for kernel in kernels):
+    if any(kernel.shape != shape for kernel in kernels):  # positions[1, T, d] + x[B, T, d]
         if len(kernels) > 1:
             return None
         return bind(eqn, [dense(v) if isinstance(v, LowRank) else v for v in values])
+    # (W + a b) + C = (W + C) + a b, and (W + a b) - (V + c d) = (W - V) + [a c] [b; -d], of rank r + r'.
     left, right = values
     if isinstance(right, LowRank) and eqn.primitive.name == "sub":
         right = right.with_factors(right.w, _negated(right.a), right.b)
@@ -121,6 +125,7 @@ def _add(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
 @RULES("complex", labels=tracks.combine)
 def _complex(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
     """The sum of a real part and i times another."""
+    # W + i (V + a b) = (W + i V) + a (i b).
     real, imaginary = values
     if isinstance(imaginary, LowRank):
         b = Factor(lax.complex(jnp.zeros_like(imaginary.b.value), imaginary.b.value), imaginary.b.axes)
@@ -132,7 +137,7 @@ def _summed(eqn: Any, values: Sequence[Any], terms: Sequence[Any]) -> list[Any] 
     """The equation on the plain kernels, with the sum of the terms' updates: all the factors, side by side."""
     kernels = [term for term in terms if isinstance(term, LowRank)]
     if any(kernel.gain is not None for kernel in kernels):
-        return None
+        return None  # g (W + a b) + C isn't g' (W + C + a b) for any g'
     first, *more = kernels
     if any({*k.a.axes} != {*first.a.axes} or {*k.b.axes} != {*first.b.axes} for k in more):
         return None
@@ -143,6 +148,8 @@ def _summed(eqn: Any, values: Sequence[Any], terms: Sequence[Any]) -> list[Any] 
 
 
 def _joined(kernels: Sequence[LowRank], w: Any, a: Factor, b: Factor, gain: Factor | None = None) -> LowRank:
+    # The leaves of all parts are named if the whole is materialised later; the mask of dropout is the first's, for the
+    # joined factors meet the activations as one.
     origin = tuple(dict.fromkeys(slot for kernel in kernels for slot in kernel.origin))
     differs = tuple(frozenset().union(*(kernel.differs[i] for kernel in kernels)) for i in (0, 1))
     return LowRank(w, a, b, kernels[0].draw, origin, gain, (differs[0], differs[1]))
@@ -163,12 +170,15 @@ def _along(factors: Sequence[Factor], axis: int) -> Factor:
 def _reduce_sum(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
     """A sum over an input or an output is a sum of its factor; the kernels of a stack add up by joining their ranks."""
     kernel, axes = values[0], eqn.params["axes"]
+    # Along an axis in neither factor, the sum would be ΔW times its length: rare, and not done.
     if any(kernel.shape[k] != 1 and kernel.only(k) == "none" for k in axes):
         return None
     if kernel.gain is not None and any(k in kernel.gain.axes and kernel.shape[k] != 1 for k in axes):
         return None
     left = [k for k in range(len(kernel.shape)) if k not in axes]
     names = {old: new for new, old in enumerate(left)}
+    # W[in, out] over out: a (Σ b), with b[rank] and no axis left. W[e, in, out] over e: Σ_e a_e b_e = [a_1 … a_E] [b_1;
+    # …; b_E], so the stack joins the rank: a[e, in, r] becomes a[in, e·r].
     joined = [k for k in axes if kernel.only(k) == "both"]
 
     def add_up(factor: Factor) -> Factor:
@@ -177,6 +187,7 @@ def _reduce_sum(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | No
         value = jnp.sum(factor.ordered([*kept, *gone, *joined, RANK]), range(len(kept), len(kept) + len(gone)))
         return Factor(value.reshape(*value.shape[: len(kept)], -1), (*kept, RANK)).rename(names)
 
+    # A gain that varies along what is summed was refused above; the axes that it loses here have size one.
     gain = None if kernel.gain is None else drop(kernel.gain, axes).rename(names)
     return [replace(kernel, w=plain(eqn, values)[0], a=add_up(kernel.a), b=add_up(kernel.b), gain=gain)]
 
@@ -193,16 +204,19 @@ def _concatenate(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | N
     others = {(frozenset({*k.a.axes} - {axis}), frozenset({*k.b.axes} - {axis})) for k in kernels}
     gains = _gains_along(values, axis)
     if len(sides) != 1 or len(others) != 1 or gains is None:
-        return None
+        return None  # as of a kernel and a transposed one: the axis is an input of one and an output of the other
+    # [W | V] along the outputs: [a c] with the blocks [[b, 0], [0, d]], of rank r + r'. Of parts of one kernel, which
+    # share a: a [b1 | b2], of rank r. Along a stack both factors are as long as it, and the rank is the larger one.
     w, gain = plain(eqn, values)[0], _along(gains, axis) if gains else None
     side = sides.pop()
     if side in ("both", "none"):
         a, b = (_stack_factor(values, kernels, axis, which) for which in ("a", "b"))
         return [_joined(kernels, w, a, b, gain)]
-    other = "b" if side == "a" else "a"
+    other = "b" if side == "a" else "a"  # the factor that isn't cut by the axis
     first, *more = (getattr(kernel, other) for kernel in kernels)
     if all(factor.value is first.value and factor.axes == first.axes for factor in more):
         return [_joined(kernels, w, **{side: _stack_factor(values, kernels, axis, side), other: first}, gain=gain)]
+    # Zeros stand for what isn't adapted: with U a plain array, [U | W] has b = [0 | b].
     lengths = [(value.w if isinstance(value, LowRank) else value).shape[axis] for value in values]
     starts = [sum(lengths[:i]) for i in range(len(values))]
     across = {
@@ -220,6 +234,7 @@ def _concatenate(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | N
 
 def _gains_along(values: Sequence[Any], axis: int) -> list[Factor] | None:
     """The gain of each value, 1 where it has none; empty if none has one, None if they can't be joined along `axis`."""
+    # [g ⊙ W | V] has the gain [g | 1] along the outputs; along the inputs, where g doesn't vary, it would have two.
     found = {v.gain.axes for v in values if isinstance(v, LowRank) and v.gain is not None}
     if not found:
         return []
@@ -236,6 +251,7 @@ def _gains_along(values: Sequence[Any], axis: int) -> list[Factor] | None:
 
 @RULES("stack", labels=tracks.stack)
 def _stack(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
+    # W[in, out] twice at axis 0: axes 0 and 1 are called 1 and 2, and both factors get the new axis 0, as a stack has.
     axis = eqn.params["axis"]
     names = {k: k + (k >= axis) for k in range(len(eqn.outvars[0].aval.shape) - 1)}
 
@@ -257,6 +273,7 @@ def _stack(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
 
 def _placed(factor: Factor, axis: int, start: int, length: int) -> Factor:
     """The factor with zeros before and after along an axis."""
+    # b[2, 3] at start 4 of 10: four columns of zeros, b, and three more.
     after = length - start - factor.size(axis)
     widths = [(start, after, 0) if k == axis else (0, 0, 0) for k in factor.axes]
     return Factor(lax.pad(factor.value, jnp.zeros((), factor.value.dtype), widths), factor.axes)
@@ -264,6 +281,7 @@ def _placed(factor: Factor, axis: int, start: int, length: int) -> Factor:
 
 def _stack_factor(values: Sequence[Any], kernels: Sequence[LowRank], axis: int, which: str) -> Factor:
     """One factor for the whole stack: ranks padded with zeros to the largest, zeros where a kernel isn't adapted."""
+    # Ranks 2 and 3: a[in, 2] gets a column of zeros, and the stack's a is [2, in, 3].
     rank = max(kernel.a.size(RANK) for kernel in kernels)
     model = getattr(kernels[0], which)
     model = model if axis in model.axes else stretch(model, [axis], kernels[0].shape)
@@ -283,6 +301,7 @@ def varying_axes(var: Any, producers: dict[Any, Any]) -> set[int]:
     """The axes along which a value can vary, as far as the equation that made it tells."""
     if isinstance(var, jex.Literal):
         return set()
+    # g[out] broadcast to [in, out] by the equation before varies along axis 1 alone, whatever its shape says.
     varying = {k for k, size in enumerate(var.aval.shape) if size != 1}
     eqn = producers.get(var)
     if eqn is None:

@@ -51,36 +51,45 @@ def _dot_general(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | N
     side = 0 if isinstance(values[0], LowRank) else 1
     kernel, x = values[side], values[1 - side]
     (contracting, batch) = eqn.params["dimension_numbers"]
+    # x[t, in] W[in, out]: places = {0: 1}, for W's axis 0 meets x's dimension 1. Contracted is {0}, which is a's: a is
+    # first. In y[t, out] Wᵀ the contracted axis is 1, which is b's, and b is first.
     places = dict(zip(contracting[side] + batch[side], contracting[1 - side] + batch[1 - side], strict=True))
     contracted = set(contracting[side])
     order = _first_and_second(kernel, contracted)
     gain = kernel.gain
     if order is None or (gain is not None and not contracted.isdisjoint(gain.axes) and not set(gain.axes) <= {*places}):
         return None
-    if gain is not None and not contracted.isdisjoint(gain.axes):  # the kernel is used from its other side
+    if gain is not None and not contracted.isdisjoint(gain.axes):
+        # The kernel is used from its other side, and y (g ⊙ W)ᵀ = (y ⊙ g) Wᵀ: the gain goes to what comes in.
         x, gain = gained(x, gain, places), None
+    # x W is the equation itself: at init, where b is 0, the outputs have the base's bits.
     base = bind(eqn, [kernel.w, x] if side == 0 else [x, kernel.w])[0]
     dtype = compute_dtype(x, kernel)
     first, second = (cast(factor, dtype) for factor in order)
 
     # Names of x's dimensions: the kernel's axis where they meet, a number beyond the kernel's axes where they don't.
+    # x[t, in] has the names (2, 0). Then x a, of (2, 0) and (0, RANK), has (2, RANK), and (x a) b has (2, 1): [t, out].
     beyond = len(kernel.shape)
     met = {place: axis for axis, place in places.items()}
     activations = Factor(x.astype(dtype), tuple(met.get(d, beyond + d) for d in range(x.ndim)))
     activations = Factor(dropout.drop(activations.value, frame.fresh_draw(kernel)), activations.axes)
     activations = _sum_over(activations, [k for k in contracted if kernel.only(k) == "none"])
 
+    # The result's dimensions by name, as dot_general orders them: batch, then what is left of its left operand, then of
+    # its right. Here [t, out]: x is on the left, and the names are [2, 1].
     free = [k for k in range(beyond) if k not in places]
     x_free = [k for k in activations.axes if k >= beyond]
     output = list(batch[side]) + (free + x_free if side == 0 else x_free + free)
     options = {key: eqn.params[key] for key in ("precision", "preferred_element_type")}
     options["place"] = _placement(eqn.params.get("out_sharding"), output)
+    # A stack that is contracted, Σ_e x_e W_e of W[e, in, out], is in both factors. It waits for the second product:
+    # Σ_e (x_e a_e) b_e isn't (Σ_e x_e a_e) b.
     waiting = [k for k in contracted if k in second.axes]
     hidden = _oriented(activations, first, side, keep=[*output, *waiting, RANK], **options)
     delta = _oriented(cast(hidden, dtype), second, side, keep=output, **options)
     present = [k for k in output if k in delta.axes]
     value = delta.ordered(present)
-    if present != output:
+    if present != output:  # an axis that neither factor has: ΔW is constant along it
         value = lax.broadcast_in_dim(value, base.shape, [output.index(k) for k in present])
     return scaled(add(base, value), gain, {k: place for place, k in enumerate(output)})
 
@@ -137,8 +146,11 @@ def _gather(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     if not isinstance(kernel, LowRank):
         return None
+    # E[9, 4] at ids[3]: looked up is axis 0, slice_sizes are (1, 4), and the result [3, 4] has the ids' dimension and
+    # axis 1, at offset_dims = (1,).
     looked_up = numbers.start_index_map
     aside = {*looked_up, *numbers.operand_batching_dims}
+    # An axis that is cut without being indexed isn't followed, and along a constant axis no factor can be indexed.
     if any(size != kernel.shape[k] for k, size in enumerate(sizes) if k not in aside):
         return None
     if any(kernel.only(k) == "none" for k in aside):
@@ -147,6 +159,8 @@ def _gather(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
     names = _names_after(numbers, w.ndim, len(kernel.shape))
     batch = [d for d in range(w.ndim) if d not in numbers.offset_dims]
     picked = kernel.picked().moved(w, lambda factor: _look_up(factor, indices, eqn.params, batch, names))
+    # W[layers, in, out] at a layer is still a kernel: both factors have been indexed. Rows of E are activations: a has
+    # become a[ids], [3, rank], b is [rank, 4] as before.
     if not any(kernel.only(k) == "a" and sizes[k] == 1 for k in looked_up):
         return [picked]
     axes = [k for k in range(w.ndim) if picked.only(k) != "none"]
@@ -156,6 +170,7 @@ def _gather(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
 
 def _names_after(numbers: Any, ndim: int, kernel_ndim: int) -> dict[int, int]:
     """Where each of the kernel's axes that isn't indexed away is in the gather's result."""
+    # E[9, 4] at ids[3]: axis 0 is gone, and axis 1 is dimension 1 of the result, so names = {1: 1}.
     batch = [d for d in range(ndim) if d not in numbers.offset_dims]
     gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
     left = [k for k in range(kernel_ndim) if k not in gone]
@@ -166,6 +181,7 @@ def _names_after(numbers: Any, ndim: int, kernel_ndim: int) -> dict[int, int]:
 
 def _is_whole(factor: Factor, axis: int, params: Any) -> bool:
     """Whether an indexed axis is taken whole, as under vmap of dynamic_slice: its index can only be zero."""
+    # The modes in which an index that is too large is moved back to where the slice fits: here to 0.
     inside = params["mode"] in (lax.GatherScatterMode.CLIP, lax.GatherScatterMode.PROMISE_IN_BOUNDS)
     return inside and params["slice_sizes"][axis] == factor.size(axis)
 
@@ -173,6 +189,7 @@ def _is_whole(factor: Factor, axis: int, params: Any) -> bool:
 def _look_up(factor: Factor, indices: Any, params: Any, batch: Sequence[int], names: dict[int, int]) -> Factor:
     """The same gather on a factor, by the indices of its own axes; without any, only the names change."""
     numbers = params["dimension_numbers"]
+    # Of indices [..., 2] into W[layers, in, out] at (layer, input), b has an axis for the first column alone.
     columns = [
         i for i, k in enumerate(numbers.start_index_map) if k in factor.axes and not _is_whole(factor, k, params)
     ]
@@ -188,6 +205,7 @@ def _look_up(factor: Factor, indices: Any, params: Any, batch: Sequence[int], na
     ]
     collapsed = [k for k in factor.axes if k in numbers.collapsed_slice_dims]
     left = [k for k in factor.axes if k not in collapsed and k not in numbers.operand_batching_dims]
+    # The result has the indices' dimensions in front, as many as `rank`, and then those of the factor that are left.
     rank = indices.ndim - 1
     own = lax.GatherDimensionNumbers(
         offset_dims=tuple(range(rank, rank + len(left))),
@@ -206,6 +224,7 @@ def _look_up(factor: Factor, indices: Any, params: Any, batch: Sequence[int], na
         indices_are_sorted=params["indices_are_sorted"],
         unique_indices=params["unique_indices"],
         mode=params["mode"],
+        # Beyond the table W has its own fill value, to which ΔW adds 0 and a gain is 1.
         fill_value=None if params["fill_value"] is None else int(RANK not in factor.axes),
     )
     return Factor(value, (*batch, *(k if k == RANK else names[k] for k in left)))
@@ -219,11 +238,12 @@ def _ragged_dot(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | No
     numbers = params["ragged_dot_dimension_numbers"]
     (x_contracting, contracting), (x_batch, _) = numbers.dot_dimension_numbers
     group = numbers.rhs_group_dimensions
+    # x[t, in], W[e, in, out], sizes[e]: rows in groups, each of which meets its expert. hidden is x a_e, [t, rank].
     order = _first_and_second(kernel, set(contracting)) if isinstance(kernel, LowRank) else None
     if isinstance(x, LowRank) or order is None or x_batch or len(group) != 1 or kernel.only(group[0]) != "both":
         return None
     if any(k in order[1].axes for k in contracting):
-        return None
+        return None  # a ragged product can't leave a contracted axis for the second factor
     beyond = len(kernel.shape)
     ragged = beyond + numbers.lhs_ragged_dimensions[0]
     gain = _by_row(kernel.gain, sizes, group[0], ragged, x.shape[ragged - beyond])
@@ -241,6 +261,7 @@ def _ragged_dot(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | No
     options = {key: params[key] for key in ("precision", "preferred_element_type", "group_offset")}
     hidden = _ragged(Factor(x, names), first, sizes, group[0], ragged, **options)
     delta = _ragged(cast(hidden, dtype), second, sizes, group[0], ragged, **options)
+    # A ragged product gives [rows, outputs]: the group axis is gone, each row has met its own.
     free = [k for k in range(beyond) if k not in contracting and k not in group]
     output = [*(beyond + d for d in x_free), *free]
     return scaled(add(base, delta.ordered(output)), gain, {k: place for place, k in enumerate(output)})
@@ -250,6 +271,7 @@ def _by_row(gain: Factor | None, sizes: Any, group: int, ragged: int, rows: int)
     """The gain that each row of a ragged product meets: its group's."""
     if gain is None or group not in gain.axes:
         return gain
+    # g[e, out] with sizes (2, 1): g[0], g[0], g[1], which is [t, out].
     rest = [k for k in gain.axes if k != group]
     value = jnp.repeat(gain.ordered([group, *rest]), sizes, axis=0, total_repeat_length=rows)
     return Factor(value, (ragged, *rest))

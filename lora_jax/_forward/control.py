@@ -41,6 +41,7 @@ class Body:
 
     def run(self, values: Sequence[Any]) -> list[Any]:
         """Evaluate on values in the sub-jaxpr's own slots; outputs are made whole if `whole` names a primitive."""
+        # A frame of its own for each run, in which uses of a kernel are counted anew, whoever calls.
         frame = Frame(self.session, self.names, self.events)
         outputs = frame.evaluate(self.jaxpr, self.consts, values)
         if not self.whole:
@@ -58,6 +59,8 @@ class Inside:
 
 
 def enter(frame: Frame, values: Sequence[Any]) -> Inside:
+    # Kernels of the slots (5,) and (2,) enter as (0,) and (1,), so that two layers find the same transformed function.
+    # Each call is one more use of its kernels: the draws are folded out here, and within the body counted from 1 again.
     inner, origins = [], []
     for value in values:
         if isinstance(value, LowRank):
@@ -70,6 +73,7 @@ def enter(frame: Frame, values: Sequence[Any]) -> Inside:
 def leave(frame: Frame, outputs: Sequence[Any], inside: Inside, body: Body) -> list[Any]:
     """The outputs in the caller's slots, and the body's events told to the caller."""
 
+    # Slot 1 of the body, in the example of `enter`, is slot 2 of the caller again.
     def outer(origin: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(slot for inner in origin for slot in inside.origins[inner])
 
@@ -92,11 +96,14 @@ def _call_once_transformed(
 ) -> list[Any]:
     inside = enter(frame, values)
     leaves, treedef = jax.tree.flatten(inside.values)
+    # The same jaxpr with other kernels adapted has another treedef; with other settings (a sharding), other parameters.
+    # An `id` is no other jaxpr's as long as this one lives, which the cache sees to.
     key = (eqn.primitive.name, id(jaxpr), treedef, _hashable(eqn.params))
     if key not in frame.session.cache:
         body = Body(frame.session, *opened(jaxpr), inside.names, treedef, whole=whole)
-        frame.session.cache[key] = body, wrap(body, inside)
-    body, function = frame.session.cache[key]
+        frame.session.cache[key] = body, wrap(body, inside), jaxpr
+    # At a later call JAX finds its own trace of `function`, and the body isn't run.
+    body, function, _ = frame.session.cache[key]
     return leave(frame, function(*leaves), inside, body)
 
 
@@ -117,7 +124,7 @@ def _named(body: Body, name: str) -> Callable:
     def function(*leaves: Any) -> list[Any]:
         return body(*leaves)
 
-    function.__name__ = function.__qualname__ = name
+    function.__name__ = function.__qualname__ = name  # as profiles and compiled programs show it
     return function
 
 
@@ -130,12 +137,14 @@ def _jit(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
         function = _named(body, params["name"])
         options: dict[str, Any] = {"keep_unused": params["keep_unused"], "inline": params["inline"]}
         if any(map(_specified, params["in_shardings"])):
+            # One for each leaf: W's own, and for a and b the parts of it that name their axes.
             options["in_shardings"] = tuple(
                 leaf
                 for value, sharding in zip(inside.values, params["in_shardings"], strict=True)
                 for leaf in _leaf_shardings(value, sharding)
             )
         if any(map(_specified, params["out_shardings"])):
+            # One for each output, which of a kernel says nothing of a and b: it comes out whole.
             body.whole = eqn.primitive.name
             options["out_shardings"] = [s if _specified(s) else None for s in params["out_shardings"]]
         if params.get("compiler_options_kvs"):
@@ -153,9 +162,10 @@ def _leaf_shardings(value: Any, sharding: Any) -> list[Any]:
     """One sharding for each array of a value: the factors follow the kernel."""
     if not isinstance(value, LowRank):
         return [sharding if _specified(sharding) else None]
+    # As a pytree a kernel is W, a, b, a gain if there is one, and the key and rate of its dropout.
     extra = len(jax.tree.leaves(value.draw))
     factors = value.factors
-    if not isinstance(sharding, jax.sharding.NamedSharding):
+    if not isinstance(sharding, jax.sharding.NamedSharding):  # it names no axes: a and b go where JAX puts them
         return [sharding if _specified(sharding) else None] + [None] * (len(factors) + extra)
     placed = [jax.sharding.NamedSharding(sharding.mesh, factor_spec(sharding.spec, factor.axes)) for factor in factors]
     return [sharding, *placed] + [None] * extra
@@ -166,7 +176,7 @@ def _remat(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
     params = eqn.params
 
     def wrap(body: Body, inside: Inside) -> Callable:
-        prevent_cse = params["prevent_cse"]
+        prevent_cse = params["prevent_cse"]  # one for all operands, or one each: then each leaf has its operand's
         if not isinstance(prevent_cse, bool):
             prevent_cse = [
                 each for value, each in zip(inside.values, prevent_cse, strict=True) for _ in jax.tree.leaves(value)
@@ -183,6 +193,7 @@ def _bound(eqn: Any, function: Callable, prevent_cse: bool | tuple[bool, ...]) -
     """The equation on another function: a gradient taken inside has its own form of remat, which must not be lost."""
 
     def call(*leaves: Any) -> Any:
+        # Constants that tracing found come first among the operands, and need no guard against being found equal.
         closed, shapes = jax.make_jaxpr(function, return_shape=True)(*leaves)
         inner = closed.jaxpr
         jaxpr = as_jaxpr(inner.eqns, [*inner.constvars, *inner.invars], inner.outvars)
@@ -214,7 +225,8 @@ class _Issued:
         kept = [keep and isinstance(value, LowRank) for value, keep in zip(init, self.loop.kept, strict=True)]
         self.fixed = {i: init[i] for i, keep in enumerate(kept) if keep}
         self.moving = [i for i, keep in enumerate(kept) if not keep]
-        given = Loop.of(eqn, values).carry  # in the caller's slots, whose leaves an event names
+        # In the caller's slots, whose leaves the message about a kernel in the carry names.
+        given = Loop.of(eqn, values).carry
         self.start = [
             frame.materialize(given[i], primitive, source_of(eqn)) if isinstance(given[i], LowRank) else init[i]
             for i in self.moving
@@ -225,6 +237,7 @@ class _Issued:
 
     def full(self, carry: Sequence[Any]) -> list[Any]:
         """The whole carry, in order, of the kernels that stay and the values that change."""
+        # With fixed = {0: W} and moving = [1]: [h] becomes [W, h], what the body takes.
         state = self.fixed | dict(zip(self.moving, carry, strict=True))
         return [state[i] for i in range(len(state))]
 
@@ -243,6 +256,8 @@ def _at_step(value: Any, step: Any) -> Any:
 @RULES("scan")
 def _scan(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
     """A kernel that is scanned over hands each step a slice of W and of each factor that has the scanned axis."""
+    # W[layers, in, out] with a[layers, in, r] and b[layers, r, out]: step i sees W[i], a[i], b[i]. A factor without the
+    # scanned axis (a shared one) isn't sliced: it is None among the slices, and each step sees all of it.
     issued, params = _Issued(frame, eqn, values), eqn.params
     loop = issued.loop
     scanned = [_scanned(x) if isinstance(x, LowRank) else x for x in loop.xs]
@@ -256,6 +271,7 @@ def _scan(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
         outputs = issued.step(issued.body, number, loop.consts, carry, here)
         return [outputs[i] for i in issued.moving], outputs[len(loop.carry) :]
 
+    # A number goes with each slice, at whichever end the scan begins: only that they differ matters.
     options = {key: params[key] for key in ("reverse", "unroll", "_split_transpose") if key in params}
     numbers = jnp.arange(params["length"]) if issued.counts else None
     carry, ys = lax.scan(step, issued.start, (numbers, scanned), length=params["length"], **options)
@@ -265,6 +281,7 @@ def _scan(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
 def _scanned(kernel: LowRank) -> tuple[Any, list[Any]]:
     """What is sliced at each step: W, and each factor that has axis 0, with that axis in front."""
 
+    # b[r, layers, out], as a transpose of W may have left it, is scanned over as b[layers, r, out].
     def leading(factor: Factor) -> Any:
         if 0 not in factor.axes:
             return None
@@ -275,6 +292,7 @@ def _scanned(kernel: LowRank) -> tuple[Any, list[Any]]:
 
 def _step_kernel(whole: LowRank, part: tuple[Any, list[Any]]) -> LowRank:
     """The kernel of one step, its axes counted without the scanned one."""
+    # (0, 1, RANK) of a in the stack is (0, RANK) at a step: W's axis 0 is gone, and its axis 1 is 0.
     w, slices = part
     values = iter(slices)
 
@@ -290,6 +308,7 @@ def _step_kernel(whole: LowRank, part: tuple[Any, list[Any]]) -> LowRank:
 def _while(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
     issued = _Issued(frame, eqn, values)
     loop, body = issued.loop, issued.body
+    # The condition may use kernels too. What it materialises is told with what the body does, in one go.
     test = Body(frame.session, *opened(loop.test), issued.inside.names, None, whole="while")
     test.events = body.events
 
@@ -309,13 +328,14 @@ def _while(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
 def _cond(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
     index, *operands = values
     if isinstance(index, LowRank):
-        return None
+        return None  # nothing of low rank decides: the kernel is materialised
+    # Every branch takes all operands, W and its factors. It gives arrays: which kernel comes out is known when it runs.
     inside = enter(frame, operands)
     leaves, treedef = jax.tree.flatten(inside.values)
     bodies = [
         Body(frame.session, *opened(branch), inside.names, treedef, whole="cond") for branch in eqn.params["branches"]
     ]
-    for body in bodies:
+    for body in bodies:  # all branches are traced, whichever runs: what any of them materialises is told once
         body.events = bodies[0].events
     outputs = lax.switch(index, bodies, *leaves)
     return leave(frame, outputs, inside, bodies[0])
@@ -329,6 +349,8 @@ def _shard_map(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
     inside = dataclasses.replace(inside, values=list(map(_on_shards, inside.values, params["in_specs"])))
     leaves, treedef = jax.tree.flatten(inside.values)
     body = Body(frame.session, *opened(params["jaxpr"]), inside.names, treedef, whole="shard_map")
+    # W[in, out] by P("x", None): a[in, r] is cut by P("x", None) as well, b[r, out] by P(None, None): each shard has
+    # all of b. x a is then a part of a sum over x, as x W is, and the function's own psum serves both.
     specs = []
     for value, spec in zip(inside.values, params["in_specs"], strict=True):
         specs.append(spec)
@@ -350,6 +372,7 @@ def _on_shards(value: Any, spec: Any) -> Any:
     """A kernel that knows along which axes of the mesh its factors are cut."""
     if not isinstance(value, LowRank):
         return value
+    # By P("x", ("y", "z")) W differs along x, y and z, its a along x alone and its b along y and z.
     differs = [
         known.union(*(part if isinstance(part, tuple) else (part,) for part in factor_spec(spec, factor.axes) if part))
         for known, factor in zip(value.differs, (value.a, value.b), strict=True)

@@ -121,8 +121,10 @@ class Frame:
         made: dict[Any, None] = {}
         needed: dict[Any, None] = {}
         for eqn in eqns:
-            needed |= {var: None for var in eqn.invars if not isinstance(var, jex.Literal) and var not in made}
-            made |= dict.fromkeys(eqn.outvars)
+            for var in eqn.invars:
+                if not isinstance(var, jex.Literal) and var not in made:
+                    needed[var] = None
+            made.update(dict.fromkeys(eqn.outvars))
         live = [var for var in made if used(var)]
         return zip(live, core.eval_jaxpr(as_jaxpr(eqns, list(needed), live), (), *map(read, needed)), strict=True)
 
