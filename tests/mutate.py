@@ -1,4 +1,4 @@
-"""Applies the faults of `mutants.py` one at a time and runs the tests named beside each: `make mutants`.
+"""Applies the faults of `mutants` one at a time and runs the tests named beside each: `make mutants`.
 
 Every fault must fail one of its tests. Each worker has a copy of the package and of the tests in a temporary folder, so
 that the checkout stays as it is. Exit status 1: a fault survived, a line isn't in the package exactly once (it has

@@ -219,6 +219,8 @@ class _Issued:
     """
 
     def __init__(self, frame: Frame, eqn: Any, values: Sequence[Any]):
+        # Of layers in a scan, with x the carry: consts are what the body closes over, xs the stacked kernels, and each
+        # step takes [*consts, x, *its slices].
         self.inside = enter(frame, values)
         self.loop = Loop.of(eqn, self.inside.values)
         init, primitive = self.loop.carry, eqn.primitive.name
@@ -332,6 +334,7 @@ def _cond(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
     # Every branch takes all operands, W and its factors. It gives arrays: which kernel comes out is known when it runs.
     inside = enter(frame, operands)
     leaves, treedef = jax.tree.flatten(inside.values)
+    # As `lax.switch` wants them: functions of the same flat arrays, those of kernels among them.
     bodies = [
         Body(frame.session, *opened(branch), inside.names, treedef, whole="cond") for branch in eqn.params["branches"]
     ]

@@ -1,0 +1,163 @@
+"""Faults of what is read, written and trained."""
+
+from mutants.mutant import Mutant, tests_in
+
+PEFT = [
+    Mutant(
+        "peft/_factors.py",
+        "if tensor.path != path or scale[tensor.index] == 0:",
+        "if tensor.path != path:",
+        "layers that aren't adapted are in the file",
+        tests_in("peft", "a_subset_of_layers_is_named_in_full"),
+    ),
+    Mutant(
+        "peft/_factors.py",
+        "        scale[found.tensor.index] = found.scale",
+        "        scale[found.tensor.index] = 1.0",
+        "the adapter of a file has scale 1",
+        tests_in("peft", "what_is_saved_is_what_is_loaded"),
+    ),
+    Mutant(
+        "peft/_factors.py",
+        "            a_i, b_i = a_i[:, used], b_i[used]",
+        "            pass",
+        "padding of a stack's other layers is written as ranks",
+        "tests/test_peft.py::test_the_first_pattern_that_fits_wins",
+    ),
+    Mutant(
+        "peft/_read.py",
+        'problems = [f"{name} is missing" for name in self.expected if name not in there]',
+        "problems = []",
+        "a file that lacks tensors isn't refused by them",
+        tests_in("peft", "all_faults_of_the_tensors_are_reported_together"),
+    ),
+    Mutant(
+        "peft/_read.py",
+        "            elif shape != expected.shape:",
+        "            elif False:",
+        "a tensor of another shape isn't refused by it",
+        tests_in("peft", "all_faults_of_the_tensors_are_reported_together"),
+    ),
+    Mutant(
+        "peft/_read.py",
+        "* np.float32(self.config.scale(tensor.module))",
+        "",
+        "the bias of B is added without the scale",
+        tests_in("peft_options", "the_bias_of_b_goes_into_the_modules_own"),
+    ),
+    Mutant(
+        "peft/_read.py",
+        "            embedding[list(rows)] = arrays[name]",
+        "            embedding[: len(rows)] = arrays[name]",
+        "trained rows of an embedding are put first",
+        tests_in("peft_options", "rows_of_an_embedding_are_saved_and_loaded"),
+    ),
+    Mutant(
+        "peft/_content.py",
+        "        scaled = (b.astype(np.float32) * np.float32(scale)).astype(b.dtype)",
+        "        scaled = b",
+        "a portable file has lost its scale",
+        tests_in("peft", "portable_has_one_rank_and_no_scale"),
+    ),
+    Mutant(
+        "peft/_content.py",
+        "return np.ascontiguousarray(value.T if tensor.transpose else value)",
+        "return np.ascontiguousarray(value)",
+        "a whole module is saved transposed",
+        tests_in("peft", "whole_modules_and_biases"),
+    ),
+    Mutant(
+        "peft/_read.py",
+        'problems.append(f"{name[:200]!r} is unexpected")',
+        "pass",
+        "a file with tensors that nothing asks for is loaded without them",
+        "tests/test_peft.py::test_all_faults_of_the_tensors_are_reported_together",
+    ),
+]
+
+TRAINING = [
+    Mutant(
+        "train/_step.py",
+        "mean = 1 / jnp.where(weight > 0, weight, 1)",
+        "mean = 1 / weight",
+        "a batch without targets makes nan of all that trains",
+        tests_in("train", "a_batch_without_targets_moves_nothing"),
+    ),
+    Mutant(
+        "train/_step.py",
+        "part_key = None if key is None else jax.random.fold_in(key, number)",
+        "part_key = key",
+        "all parts of a batch drop the same elements",
+        "--slow tests/test_train.py::test_dropout_is_drawn_anew_and_off_in_evaluation",
+    ),
+    Mutant(
+        "train/_step.py",
+        "metrics = StepMetrics(total * mean, weight, optax.tree.norm(grads))",
+        "metrics = StepMetrics(total * mean, weight, optax.tree.norm(grads) / mean)",
+        "the norm that is reported is that of the sum",
+        "tests/test_train.py::test_the_step_is_the_one_written_by_hand_and_costs_the_same",
+    ),
+    Mutant(
+        "train/_step.py",
+        "return jax.tree.map(jnp.add, sums, gradient(adapter, base, part, part_key)), None",
+        "return gradient(adapter, base, part, part_key), None",
+        "of a batch in parts only the last one counts",
+        tests_in("train", "parts_of_a_batch_add_up_to_the_batch"),
+    ),
+    Mutant(
+        "train/_loss.py",
+        "return jnp.pad(x[:, 1:], ((0, 0), (0, 1)))",
+        "return x",
+        "each token predicts itself",
+        tests_in("train", "each_token_is_predicted_from_those_before_it"),
+    ),
+    Mutant(
+        "train/_loss.py",
+        "jnp.where(weights > 0, losses * weights, 0.0)",
+        "losses * weights",
+        "what padding holds can make the loss nan",
+        tests_in("train", "what_padding_holds_is_not_seen"),
+    ),
+    Mutant(
+        "train/_loss.py",
+        "((softmax - onehot) * cotangent[..., None])",
+        "(softmax * cotangent[..., None])",
+        "the gradient doesn't know the target",
+        tests_in("train", "cross_entropy_and_its_gradient"),
+    ),
+    Mutant(
+        "train/_optimizer.py",
+        "jnp.ndim(x) > 1 and not is_vector(path)",
+        "jnp.ndim(x) > 1",
+        "weight decay shrinks the stacked scales of norms",
+        tests_in("train", "weight_decay_is_for_matrices"),
+    ),
+    Mutant(
+        "checkpoint.py",
+        "jnp.sum(bits * (2 * position + 1), dtype=jnp.uint32)",
+        "jnp.sum(bits, dtype=jnp.uint32)",
+        "two bases with their entries in another order look alike",
+        tests_in("checkpoint", "a_fingerprint_sees_every_change"),
+    ),
+    Mutant(
+        "checkpoint.py",
+        '        ("adapter axes of", facts["axes"], _axes(template.adapter)),\n',
+        "",
+        "a square kernel's adapter is resumed transposed",
+        tests_in("checkpoint", "a_square_kernel_with_other_axes_is_refused"),
+    ),
+    Mutant(
+        "checkpoint.py",
+        '    if facts["fingerprint"] != template.fingerprint:',
+        "    if False:",
+        "a run goes on with another base",
+        tests_in("checkpoint", "a_checkpoint_of_another_run_is_refused"),
+    ),
+    Mutant(
+        "checkpoint.py",
+        "    return max(steps, default=None)",
+        "    return min(steps, default=None)",
+        "a run is resumed from its oldest checkpoint",
+        "tests/test_checkpoint.py::test_the_adapter_of_a_checkpoint",
+    ),
+]
