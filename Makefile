@@ -30,7 +30,7 @@ real: .venv/.oracle  ## published weights against their references: make real DA
 browser: .venv/.browser  ## reports, opened in headless Chromium
 	$(BIN)/python -m pytest --browser tests/test_report_browser.py
 
-mutants: .venv/.test  ## faults put into the core one at a time, each of which a test must find; 7 minutes on two cores
+mutants: .venv/.test  ## faults put into the core one at a time, each of which a test must find; 5 minutes on two cores
 	$(BIN)/python tests/mutate.py
 
 # Of the battery's checks, those that a version of JAX can break; gradients, vmap and loops meet in the properties.
