@@ -46,7 +46,7 @@ def walk(jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Any], how: Any) -> 
       consts, inputs: values of its `constvars` and `invars`.
       how: the interpretation. `equation(eqn, values)` gives the values of the outputs; `constant(literal)` the value of
         a literal; `follows(value)` says whether equations on it are asked for; `stretch(eqns, read, used)` gives
-        pairs of a variable and its value, of those variables for which `used` is true.
+        pairs of a variable and its value, at least of the variables for which `used` is true.
     """
     known: dict[Any, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *inputs], strict=True))
     followed = {var for var, value in known.items() if how.follows(value)}
@@ -151,17 +151,20 @@ class Analysis(Generic[Fact]):
         return fact
 
     def inside(self, runs: int) -> Analysis[Fact]:
-        """Who is taken through a jaxpr that runs so many times; facts of a loop may have to be found in several."""
+        """The analysis that is taken through a jaxpr which runs so many times: this one, or one that starts anew.
+
+        A loop's body is walked several times until its facts are known, and what the last walk found counts.
+        """
         return self
 
     def ended(self, alternatives: Sequence[Any]) -> None:
-        """Those of `inside` that were taken to the end, of which one counts."""
+        """Take over what was found inside: by one analysis, or by one for each branch, of which one runs."""
 
     def follows(self, fact: Fact) -> bool:
         return True
 
     def stretch(self, eqns: Sequence[Any], read: Callable[[Any], Fact], used: Any) -> Iterator[tuple[Any, Fact]]:
-        """Equations without operands, or on literals alone."""
+        """Equations on no input, as `iota` and what is made of it; the walk takes up each pair before the next."""
         for eqn in eqns:
             yield from zip(eqn.outvars, self.equation(eqn, [read(var) for var in eqn.invars]), strict=True)
 
@@ -171,7 +174,7 @@ class Analysis(Generic[Fact]):
         return walk(jaxpr, [self.constant(var) for var in jaxpr.constvars], facts, self)
 
     def equation(self, eqn: Any, facts: list[Fact]) -> Sequence[Fact]:
-        """What is known of an equation's outputs."""
+        """What is known of an equation's outputs: of those that hold jaxprs, what a walk through these says."""
         name = eqn.primitive.name
         if name in CALLS:
             return self._called([eqn.params[CALLS[name]]], facts, math.prod(_manual_sizes(eqn)))[0]
@@ -189,7 +192,10 @@ class Analysis(Generic[Fact]):
         return outputs
 
     def _loop(self, loop: Loop, runs: int) -> list[Fact]:
-        """The body is walked until no more becomes known of its carry: a fact goes round one step at each walk."""
+        """The body is walked until no more becomes known of its carry: a fact goes round one step at each walk.
+
+        With a body (x, y) -> (y, x + data), x depends on data after two walks; the third finds nothing new.
+        """
         changing = [fact if kept else self.carried(fact) for fact, kept in zip(loop.carry, loop.kept, strict=True)]
         slices = [self.sliced(fact) for fact in loop.xs]
         while True:
