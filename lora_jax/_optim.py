@@ -97,8 +97,8 @@ def check_padding(tx: optax.GradientTransformation, adapter: Any, also_train: An
     rows in B. Their gradients are zero, and an elementwise optimizer keeps them so (sgd, adam, adamw, lion, lamb).
     Others don't: noisy_sgd and yogi move them, adafactor, muon and clipping by a block's rms see the whole array.
     No name tells which kind `tx` is, so four of its steps are taken here on random gradients, for the adapter as it is
-    and for the same padded once more. An optimizer that moves
-    nothing in four steps is not refused. `masked` calls this where values can be seen: outside `jax.jit` and `jax.vmap`.
+    and for the same padded once more. An optimizer that moves nothing in four steps is not refused. `masked` calls this
+    where values can be seen: outside `jax.jit` and `jax.vmap`.
 
     Args:
       tx: The optimizer.
