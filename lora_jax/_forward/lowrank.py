@@ -124,11 +124,18 @@ def product(
 
     The result's dimensions are the batch, what is left of `lhs`, what is left of `rhs`, as `dot_general` orders them;
     `place` gives its sharding, or None to leave that to JAX.
+
+    On a CPU, what is left of each operand is one dimension while they meet: h [2, 128, r] times b [r, out] is computed
+    as [256, r] times [r, out]. The derivative by b then is hᵀ dy, of two matrices, which XLA computes as they lie; with
+    tokens in two dimensions it writes a transposed copy of dy first, of the full width, and takes twice the time.
     """
     shared = [axis for axis in lhs.axes if axis in rhs.axes]
     batch = [axis for axis in shared if axis in keep]
     contracted = [axis for axis in shared if axis not in keep]
     axes = batch + [k for k in lhs.axes if k not in shared] + [k for k in rhs.axes if k not in shared]
+    if not batch and _on_one_cpu(lhs.value, rhs.value) and (flat := _flat(lhs, rhs, contracted)) is not None:
+        shape = [factor.size(axis) for factor in (lhs, rhs) for axis in factor.axes if axis not in shared]
+        return Factor(lax.reshape(lax.dot_general(*flat, **options), shape), tuple(axes))
     dimensions = (
         ([lhs.axes.index(k) for k in contracted], [rhs.axes.index(k) for k in contracted]),
         ([lhs.axes.index(k) for k in batch], [rhs.axes.index(k) for k in batch]),
@@ -137,6 +144,30 @@ def product(
     if sharding is not None:
         options["out_sharding"] = sharding
     return Factor(lax.dot_general(lhs.value, rhs.value, dimensions, **options), tuple(axes))
+
+
+def _on_one_cpu(*values: Any) -> bool:
+    """Whether merging dimensions costs nothing: no mesh may cut one of them."""
+    return jax.default_backend() == "cpu" and all(jax.typeof(value).sharding.mesh.empty for value in values)
+
+
+def _flat(lhs: Factor, rhs: Factor, contracted: Sequence[int]) -> tuple[Any, Any, Any] | None:
+    """The operands as matrices and their `dot_general` dimensions; None where they are, or where it would move data."""
+    inner = math.prod(lhs.size(k) for k in contracted)
+    if lhs.value.ndim == rhs.value.ndim == 2 or not contracted or not inner:
+        return None
+    matrices, dimensions = [], []
+    for factor in (lhs, rhs):
+        outer = [k for k in factor.axes if k not in contracted]
+        if factor.axes == (*outer, *contracted):
+            matrices.append(lax.reshape(factor.value, (factor.value.size // inner, inner)))
+            dimensions.append([1])
+        elif factor.axes == (*contracted, *outer):
+            matrices.append(lax.reshape(factor.value, (inner, factor.value.size // inner)))
+            dimensions.append([0])
+        else:
+            return None
+    return (*matrices, (tuple(dimensions), ([], [])))
 
 
 def wide(dtype: Any) -> Any:
