@@ -259,12 +259,15 @@ def _maker(kernel: _Kernel, ranks: tuple[int, ...], initializer: str, dtype: str
         if kernel.embedding:
             drawn = jax.random.normal(key, b_shape)
             a, b = jnp.zeros(a_shape), jnp.where(used.reshape(*used.shape, *(1 for _ in outputs)), drawn, 0)
-        elif initializer == "gaussian":
-            std = 1 / np.maximum(each, 1).reshape(*stack, *(1 for _ in inputs), 1)
-            a, b = jnp.where(used_a, jax.random.normal(key, a_shape) * std, 0), jnp.zeros(b_shape)
         else:
-            bound = 1 / math.sqrt(math.prod(inputs))
-            drawn = jax.random.uniform(key, a_shape, minval=-bound, maxval=bound)
+            bound = 1 / math.sqrt(math.prod(inputs))  # of Kaiming's uniform distribution with a = √5
+            if initializer == "kaiming_uniform":
+                drawn = jax.random.uniform(key, a_shape, minval=-bound, maxval=bound)
+            elif initializer == "kaiming_normal":
+                drawn = jax.random.normal(key, a_shape) * (bound / math.sqrt(3))  # U(±c) has the variance c²/3
+            else:
+                std = 1 / np.maximum(each, 1).reshape(*stack, *(1 for _ in inputs), 1)
+                drawn = jax.random.normal(key, a_shape) * std
             a, b = jnp.where(used_a, drawn, 0), jnp.zeros(b_shape)
         return a.astype(dtype), b.astype(dtype)
 

@@ -56,7 +56,7 @@ def adapted_paths(params, settings, axes=None):
         ({"alpha": float("nan")}, "alpha: nan given"),
         ({"alpha": "16"}, "alpha: '16' given"),
         ({"scaling": "rslora"}, "scaling: 'rslora' given, expected 'standard' or 'rank_stabilized'"),
-        ({"init": "zeros"}, "init: 'zeros' given, expected 'gaussian' or 'kaiming_uniform'"),
+        ({"init": "zeros"}, "init: 'zeros' given, expected 'kaiming_normal', 'kaiming_uniform' or 'gaussian'"),
         ({"dtype": "int8"}, "dtype: 'int8' given, expected a floating-point type"),
         ({"dtype": "flaot32"}, "dtype: 'flaot32' given"),
         ({"targets": ["/(/"]}, r"targets: '/\(/' is not a regular expression"),
@@ -313,6 +313,19 @@ def test_the_start_is_that_of_peft_and_loralib(reference, case):
         np.testing.assert_allclose(ours.std(), theirs.std(), rtol=0.03)
 
 
+@pytest.mark.filterwarnings("ignore:.* the rank of the kernel itself:UserWarning")
+@pytest.mark.parametrize(("kind", "inputs"), [("linear", 400), ("conv", 5 * 10 * 8)])
+def test_the_default_is_gaussian_with_the_variance_of_loralibs(kind, inputs):
+    params, axes = LAYERS[kind]
+    whole = lora_jax.init(KEY, {kind: params}, LoRAConfig(rank=16, alpha=24, targets=[kind]), axes={kind: axes})
+    (node,) = detach(whole)[1].values()
+    a = np.asarray(node.a).ravel() * np.sqrt(3 * inputs)  # of 6,400 draws from N(0, 1)
+    assert abs(a.mean()) < 0.05
+    assert abs(a.std() - 1) < 0.04
+    assert abs((a**4).mean() - 3) < 0.3  # a uniform distribution's is 1.8
+    assert not node.b.any()
+
+
 def test_a_kernels_factors_depend_on_its_path_alone():
     few = lora_jax.init(KEY, layer("a", "b"), config(targets=["a"]))
     more = lora_jax.init(KEY, {**layer("0"), **layer("a", "b", "c")}, config(targets=["b", "a", "c"]))
@@ -375,7 +388,8 @@ def test_each_layer_starts_by_its_own_rank():
     axes = {"q/kernel": Axes((0,), (1,), (2,))}
     overrides = [Override(target="q", rank=(2, 32))]
     params = {"q": {"kernel": jnp.zeros((2, 500, 8))}}
-    node = lora_jax.init(KEY, params, config(targets=["q"], overrides=overrides), axes=axes)["q"]["kernel_lora"]
+    settings = config(targets=["q"], overrides=overrides, init="gaussian")
+    node = lora_jax.init(KEY, params, settings, axes=axes)["q"]["kernel_lora"]
     np.testing.assert_allclose([node.a[0, :, :2].std(), node.a[1].std()], [1 / 2, 1 / 32], rtol=0.1)
 
 
