@@ -51,4 +51,4 @@ class Defaults(NamedTuple):
 
 
 # The attention kernels at rank 7 are 1.9 % of all parameters.
-DEFAULTS = Defaults(rank=7, alpha=14.0, learning_rate=5e-3, batch_size=8, steps=300, max_tokens=96)
+DEFAULTS = Defaults(rank=7, alpha=14.0, learning_rate=1e-2, batch_size=8, steps=300, max_tokens=96)
