@@ -141,10 +141,10 @@ class LoRAConfig:
       exclude: Patterns of kernels to leave alone.
       overrides: Other ranks and alphas for some of the targets; the first that matches a kernel counts.
       scaling: `"standard"` as in the paper, or `"rank_stabilized"` (Kalajdzievski 2023, arXiv 2312.03732).
-      init: Distribution of A at the start, where B is zero. `"kaiming_normal"` is N(0, 1/(3·inputs)): Gaussian, as in the
-        paper (section 4.1; it gives no size), with the variance of `"kaiming_uniform"`, U(±1/√inputs), the default of
-        loralib and PEFT (Kaiming's with a = √5). `"gaussian"` is N(0, 1/rank²), PEFT's option of that name. An embedding
-        starts with A = 0 and B from N(0, 1) under all three, as in loralib and PEFT.
+      init: Distribution of A at the start, where B is zero. `"kaiming_normal"` is N(0, 1/(3·inputs)): Gaussian as in
+        the paper (section 4.1; it gives no size), with the variance of `"kaiming_uniform"`, U(±1/√inputs), the default
+        of loralib and PEFT (Kaiming's with a = √5). `"gaussian"` is N(0, 1/rank²), PEFT's option of that name. An
+        embedding starts with A = 0 and B from N(0, 1) under all three, as in loralib and PEFT.
       dtype: Of A and B. In bfloat16 small updates of Adam's are rounded away. In float16 its eps of 1e-8 is 0, and the
         second step nan: `init` warns, and a gradient of such factors is refused; without one they can be used.
       also_train: Patterns of leaves trained in full: heads, biases, norms.
