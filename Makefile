@@ -10,7 +10,7 @@ CORE := paths tree init merge optim stack describe sharding kernel_axes dropout 
 	forward others_get_wrong battery forward_properties
 VERSIONED := stack sharding transforms frameworks forward forward_properties
 
-.PHONY: run test slow oracle real oldest browser mutants check clean
+.PHONY: run test slow oracle real oldest bench browser mutants check clean
 
 run: .venv/.run  ## fine-tune the embedded model on the embedded task
 	$(BIN)/lora-jax train
@@ -26,6 +26,9 @@ oracle: .venv/.oracle  ## the comparisons with torch and PEFT, live
 
 real: .venv/.oracle  ## published weights against their references: make real DATA=DIR, see tests/test_real_weights.py
 	$(BIN)/python -m pytest --real $(DATA) tests/test_real_weights.py
+
+bench: .venv/.oracle  ## a training step beside PEFT's, in turn: make bench DEVICE=gpu where torch and jax see one
+	$(BIN)/python benchmarks/step.py --device $(or $(DEVICE),cpu)
 
 browser: .venv/.browser  ## reports, opened in headless Chromium
 	$(BIN)/python -m pytest --browser tests/test_report_browser.py

@@ -1,4 +1,4 @@
-"""Our side of gpu_step.py, which starts it: ROW and settings of `models.init` as `name=value,...`."""
+"""Our side of step.py, which starts it: ROW and settings of `models.init` as `name=value,...`."""
 
 import os
 import sys
@@ -10,7 +10,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 import jax
 import jax.numpy as jnp
 import numpy as np
-from gpu_step import RANKS, SHAPES, TARGETS, Row, Worker, serve
+from step import RANKS, SHAPES, TARGETS, Row, Worker, serve
 
 import lora_jax
 from lora_jax import models
@@ -35,7 +35,7 @@ def ceiling(size: int = 8192) -> float:
 def make() -> Worker:
     row = Row.read(sys.argv[1])
     how: dict[str, Any] = dict(pair.split("=") for pair in sys.argv[2].split(",") if pair)
-    model = models.init(row.config(), jax.random.key(0), jnp.bfloat16, **how)
+    model = models.init(row.config(), jax.random.key(0), row.dtype, **how)
     ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
     axes = lora_jax.kernel_axes(model.apply, model.params, ids)
     config = lora_jax.LoRAConfig(rank=RANKS[row.targets], alpha=16, targets=TARGETS[row.targets])

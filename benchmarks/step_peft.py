@@ -1,4 +1,4 @@
-"""PEFT's side of gpu_step.py, which starts it: ROW and `eager` or `compile`, with `flash` the causal flash kernel."""
+"""PEFT's side of step.py, which starts it: ROW and `eager` or `compile`, with `flash` the causal flash kernel."""
 
 import sys
 import time
@@ -7,7 +7,7 @@ import warnings
 import peft
 import torch
 import transformers
-from gpu_step import RANKS, SHAPES, TARGETS, Row, Worker, serve
+from step import RANKS, SHAPES, TARGETS, Row, Worker, serve
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -47,7 +47,7 @@ def ceiling(size: int = 8192) -> float:
 def make() -> Worker:
     row, how = Row.read(sys.argv[1]), sys.argv[2].split(",")
     torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_dtype(getattr(torch, row.dtype))
     with torch.device(DEVICE):
         base = transformers.LlamaForCausalLM._from_config(row.config(), attn_implementation="sdpa")
     if "flash" in how:

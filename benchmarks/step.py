@@ -1,11 +1,12 @@
-"""A training step on a GPU, ours beside PEFT's: seconds, share of the matrix units' rate, memory.
+"""A training step, ours beside PEFT's: seconds, share of the matrix units' rate, memory.
 
-    python benchmarks/gpu_step.py                                # the four rows below
-    python benchmarks/gpu_step.py --rows 1b:4x2048:qv --contenders ours ours:remat=full peft:compile
-    python benchmarks/gpu_step.py --tiny                         # two layers on any machine, to see that it runs
+    make bench DEVICE=cpu                                        # or: python benchmarks/step.py --device cpu
+    make bench DEVICE=gpu                                        # the rows and contenders of the tables below
+    python benchmarks/step.py --rows 1b:4x2048:qv --contenders ours ours:remat=full peft:compile
+    python benchmarks/step.py --tiny                             # two layers on any machine, to see that it runs
 
-Every contender is a process of its own that holds a model of random bfloat16 weights; they take their steps in turn, in
-`--rounds` rounds of `--steps`, so that all meet the same machine. A step is timed until the device is done with it; the
+Every contender is a process of its own that holds a model of random weights, in bfloat16 (`small`: float32); they take
+their steps in turn, in `--rounds` rounds of `--steps`, so that all meet the same machine. A step is timed until the device is done with it; the
 table has the median of the rounds' medians, and the lowest and highest of those. `ours` is `models.init`, `adapt`
 and `make_step` with no setting but those that it names, and gets a mask of padding; `peft` gets none. `peft:flash` has
 transformers' attention replaced by the flash kernel with a causal flag, which transformers doesn't choose by itself.
@@ -56,6 +57,16 @@ SHAPES = {
         "vocab_size": 128256,
         "tie_word_embeddings": False,
     },
+    "small": {  # in float32, for a CPU
+        "hidden_size": 512,
+        "intermediate_size": 1376,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "vocab_size": 32000,
+        "tie_word_embeddings": True,
+    },
     "tiny": {
         "hidden_size": 64,
         "intermediate_size": 128,
@@ -71,9 +82,16 @@ TARGETS = {
     "qv": ("q_proj", "v_proj"),
     "all": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
 }
-RANKS = {"qv": 8, "all": 16}
-ROWS = ("1b:4x2048:qv", "1b:4x2048:all", "1b:1x8192:qv", "8b:2x2048:qv")
-CONTENDERS = ("ours", "peft:eager", "peft:compile", "peft:flash,compile")
+TARGETS["all8"] = TARGETS["all"]
+RANKS = {"qv": 8, "all": 16, "all8": 8}
+ROWS = {
+    "gpu": ("1b:4x2048:qv", "1b:4x2048:all", "1b:1x8192:qv", "8b:2x2048:qv"),
+    "cpu": ("small:4x256:qv", "small:4x256:all8"),
+}
+CONTENDERS = {
+    "gpu": ("ours", "peft:eager", "peft:compile", "peft:flash,compile"),
+    "cpu": ("ours", "peft:eager", "peft:compile"),
+}
 WARM_UP = 3  # steps that are not timed
 
 
@@ -95,6 +113,11 @@ class Row(NamedTuple):
         from transformers import LlamaConfig
 
         return LlamaConfig(**SHAPES[self.shape], max_position_embeddings=131072, rms_norm_eps=1e-5, use_cache=False)
+
+    @property
+    def dtype(self) -> str:
+        """Of the base's weights."""
+        return "float32" if self.shape == "small" else "bfloat16"
 
     def flops(self) -> float:
         """Of one step with a frozen base: each product's forward and its gradient of x, causal attention, A and B."""
@@ -140,7 +163,7 @@ class Process:
 
     def __init__(self, contender: str, row: str, log: Any):
         self.name, (who, _, how) = contender, contender.partition(":")
-        script = Path(__file__).with_name(f"gpu_step_{who}.py")
+        script = Path(__file__).with_name(f"step_{who}.py")
         command = [sys.executable, str(script), row, how]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
         self.medians, self.facts, self.failed = [], {}, False
@@ -222,8 +245,9 @@ def card() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", default=list(ROWS), help="SHAPE:BATCHxLENGTH:TARGETS")
-    parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS))
+    parser.add_argument("--device", choices=ROWS, default="gpu", help="whose rows and contenders, if none are given")
+    parser.add_argument("--rows", nargs="+", help="SHAPE:BATCHxLENGTH:TARGETS")
+    parser.add_argument("--contenders", nargs="+")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=10, help="of a round")
     parser.add_argument(
@@ -231,10 +255,12 @@ def main() -> None:
     )
     parser.add_argument("--tiny", action="store_true")
     settings = parser.parse_args()
+    settings.rows = settings.rows or ROWS[settings.device]
+    settings.contenders = settings.contenders or CONTENDERS[settings.device]
     if settings.tiny:
         settings.rows, settings.rounds, settings.steps = ["tiny:2x64:qv"], 2, 2
     results, named = [], card()
-    with (settings.output / "gpu_step.jsonl").open("a") as file, (settings.output / "gpu_step.log").open("a") as log:
+    with (settings.output / "step.jsonl").open("a") as file, (settings.output / "step.log").open("a") as log:
         for row in settings.rows:
             found = run(row, settings, log)
             results += found
