@@ -6,10 +6,11 @@
     python benchmarks/step.py --tiny                             # two layers on any machine, to see that it runs
 
 Every contender is a process of its own that holds a model of random weights, in bfloat16 (`small`: float32); they take
-their steps in turn, in `--rounds` rounds of `--steps`, so that all meet the same machine. A step is timed until the device is done with it; the
-table has the median of the rounds' medians, and the lowest and highest of those. `ours` is `models.init`, `adapt`
-and `make_step` with no setting but those that it names, and gets a mask of padding; `peft` gets none. `peft:flash` has
-transformers' attention replaced by the flash kernel with a causal flag, which transformers doesn't choose by itself.
+their steps in turn, in `--rounds` rounds of `--steps`, so that all meet the same machine. A step is timed until the
+device is done with it; the table has the median of the rounds' medians, and the lowest and highest of those. `ours` is
+`models.init`, `adapt` and `make_step` with no setting but those that it names, and gets a mask of padding; `peft` gets
+none. `peft:flash` has transformers' attention replaced by the flash kernel with a causal flag, which transformers
+doesn't choose by itself.
 
 Needs torch, transformers and PEFT beside jax; about 3 minutes a row on an H200, most of it compilation. The figures to
 expect there (driver 580.159, jax 0.11.2, torch 2.11.0, PEFT 0.21.0, transformers 5.17.0; a product of matrices runs at
