@@ -258,6 +258,8 @@ def main() -> None:
     settings = parser.parse_args()
     settings.rows = settings.rows or ROWS[settings.device]
     settings.contenders = settings.contenders or CONTENDERS[settings.device]
+    if settings.device == "cpu":
+        os.environ |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     if settings.tiny:
         settings.rows, settings.rounds, settings.steps = ["tiny:2x64:qv"], 2, 2
     results, named = [], card()
