@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import LlamaConfig
 
 from lora_jax import models
-from lora_jax.models import _files, _shards, _weights
+from lora_jax.models import _families, _files, _shards, _weights
 
 NAME = "llama_tied"
 WEIGHTS = "model.safetensors"
@@ -134,7 +134,7 @@ def test_a_tied_base_may_store_the_head_alone(tmp_path, name):
     with np.load(GOLDEN) as golden:
         shapes = json.loads(str(golden[f"{name}/tensors"]))
     model = models.load(write_folder(tmp_path / "both", name, shapes))
-    copies = models.FAMILIES[CASES[name]["architectures"][0]].copies(model.config)
+    copies = _families.FAMILIES[CASES[name]["architectures"][0]].copies(model.config)
     renamed = {original: copy for copy, original in copies.items()}
     folder = write_folder(tmp_path / "head", name, shapes)
     tensors = load_file(folder / WEIGHTS)

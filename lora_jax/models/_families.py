@@ -1,0 +1,10 @@
+"""The table of all families of models."""
+
+from lora_jax.models import bert, gemma, gpt2, granite, llama, mistral, qwen
+
+FAMILIES = {
+    family.architecture: family
+    for module in (llama, mistral, qwen, gemma, granite, gpt2, bert)
+    for family in module.FAMILIES
+}
+SUPPORTED = tuple(sorted(FAMILIES))

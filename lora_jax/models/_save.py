@@ -1,0 +1,112 @@
+"""Models written as Hugging Face folders."""
+
+import copy
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from transformers import PreTrainedTokenizerBase
+
+from lora_jax import _disk
+from lora_jax.models import _family, _folder, _generation, _shards, _weights
+from lora_jax.models._families import FAMILIES
+from lora_jax.models._family import flatten
+from lora_jax.models._files import TensorFiles
+from lora_jax.models._model import Model
+from lora_jax.models._tokenizer import copy as copy_tokenizer
+from lora_jax.models._untied import untied
+from lora_jax.models._weights import Streamed
+
+WRITTEN = "a model written here"
+
+
+def save(
+    folder: str | os.PathLike[str],
+    model: Model,
+    params: Mapping[str, Any],
+    *,
+    dtype: Any = None,
+    overwrite: bool = False,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    shard_bytes: int = 5 * 10**9,
+    check: Callable[[Path], None] | None = None,
+) -> None:
+    """Write `params` as a Hugging Face folder: configuration, tokenizer, safetensors. It appears whole or not at all.
+
+    Where leaves are `Streamed`, tensors are made one at a time, and the shards are those of the model's own folder.
+
+    Args:
+        folder: made, with its parents.
+        model: says what the weights are called; its folder's generation files and its tokenizer are copied.
+        params: a tree like `model.params` (merge an adapted one first), or like that of the `untied` model.
+        dtype: of the written weights; None keeps each leaf's.
+        overwrite: replace a folder that `save` has written, or the model's own; it stays until the new one is whole.
+        tokenizer: written instead of the model's own.
+        shard_bytes: above this size the weights are split into several files with an index.
+        check: called with the complete new folder before it takes its place; what it raises leaves all as it was.
+
+    Raises:
+        FileExistsError: the folder holds something, and `overwrite` is False; or it holds what `save` hasn't written.
+        ValueError: `params` has other leaves or shapes than `model.params`, or a value in it isn't finite.
+    """
+    folder = Path(folder)
+    leaves = flatten(dict(params))
+    if leaves.keys() & _family.untied(model.names).keys():
+        model = untied(model)
+    _check_leaves(leaves, flatten(model.params))
+    config = copy.deepcopy(model.config)
+    config.architectures = [_folder.family_of(config.model_type, config.architectures, FAMILIES).architecture]
+    config.dtype = str(jnp.dtype(dtype or next(iter(leaves.values())).dtype))
+    ours = _shards.ours(folder, model.folder)
+    with _disk.replacing(folder, overwrite=overwrite, what=WRITTEN, ours=ours) as temporary:
+        config.save_pretrained(temporary)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        if model.folder is not None:
+            patterns = _folder.TEXT_FILES if tokenizer is None else (_generation.GENERATION,)
+            _folder.copy_text_files(model.folder, temporary, patterns)
+            if tokenizer is None and model.adapter is not None:
+                copy_tokenizer(model.adapter, temporary)
+        layout = _layout(model, leaves)
+        _shards.write(temporary, leaves, model.names, dtype=dtype, shard_bytes=shard_bytes, layout=layout)
+        if check is not None:
+            check(temporary)
+
+
+def check_free(folder: str | os.PathLike[str], *, overwrite: bool) -> None:
+    """Refuses a folder that `save` can't write to, before anything is computed for it.
+
+    Raises:
+        FileExistsError: as `save`, of another model than the folder's own.
+    """
+    folder = Path(folder)
+    _disk.check_free(folder, overwrite=overwrite, what=WRITTEN, ours=_shards.ours(folder, None))
+
+
+def _layout(model: Model, leaves: Mapping[str, Any]) -> dict[str, Path] | None:
+    """Which file of the model's folder holds each tensor, in the files' order; None where no leaf is streamed."""
+    if model.folder is None or not any(isinstance(leaf, Streamed) for leaf in leaves.values()):
+        return None
+    files = TensorFiles(model.folder)
+    family = _folder.family_of(model.config.model_type, model.config.architectures, FAMILIES)
+    cut = _weights.missing_prefix(files, family.prefix)
+    names = [name for path, leaf in leaves.items() for _, name, _ in _weights.entries(model.names[path], leaf.shape)]
+    written_as = {name.removeprefix(cut): name for name in names}
+    layout = {written_as[name]: stored.file for name, stored in files.tensors.items() if name in written_as}
+    last = next(reversed(layout.values()))
+    return layout | {name: last for name in names if name not in layout}  # a new head's
+
+
+def _check_leaves(leaves: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    problems = [f"{path} is missing" for path in expected if path not in leaves]
+    problems += [f"{path} is unexpected" for path in leaves if path not in expected]
+    problems += [
+        f"{path} has shape {leaves[path].shape}, expected {leaf.shape}"
+        for path, leaf in expected.items()
+        if path in leaves and leaves[path].shape != leaf.shape
+    ]
+    if problems:
+        hint = " (merge the adapter first)" if any("_lora/" in problem for problem in problems) else ""
+        raise ValueError(f"params don't fit the model: {'; '.join(problems[: _weights.MOST_SHOWN])}{hint}")
