@@ -56,7 +56,7 @@ def main(settings: Comparison) -> None:
         return lora_jax.init(jax.random.key(seed), params, CONFIG, axes=axes)
 
     def random_base(seed: int) -> Any:
-        return models.init(model.config, jax.random.key(1000 + seed)).params
+        return models.init(jax.random.key(1000 + seed), model.config).params
 
     ways = (
         Way("LoRA", lambda seed: adapted(model.params, seed), (), DEFAULTS.learning_rate),

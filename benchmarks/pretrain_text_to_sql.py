@@ -75,7 +75,7 @@ def main(settings: Pretraining) -> None:
         pad_token_id=tokenizer.token_to_id(PAD),
     )
     compute_dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    model = models.init(config, jax.random.key(settings.seed), compute_dtype=compute_dtype)
+    model = models.init(jax.random.key(settings.seed), config, compute_dtype=compute_dtype)
     params = train(settings, model, buckets)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD)
     models.save(settings.output, model, params, dtype=jnp.float16, tokenizer=fast)

@@ -35,7 +35,7 @@ def ceiling(size: int = 8192) -> float:
 def make() -> Worker:
     row = Row.read(sys.argv[1])
     how: dict[str, Any] = dict(pair.split("=") for pair in sys.argv[2].split(",") if pair)
-    model = models.init(row.config(), jax.random.key(0), row.dtype, **how)
+    model = models.init(jax.random.key(0), row.config(), row.dtype, **how)
     ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
     axes = lora_jax.kernel_axes(model.apply, model.params, ids)
     config = lora_jax.LoRAConfig(rank=RANKS[row.targets], alpha=16, targets=TARGETS[row.targets])

@@ -89,7 +89,7 @@ def paper_amplification(w, delta, rank):
 def test_amplification_reads_as_the_paper_does():
     rng = np.random.default_rng(4)
     w, a, b = (rng.standard_normal(shape) for shape in [(20, 30), (20, 3), (3, 30)])
-    found = analysis.amplification(w, node(a, b, 2.0), jax.random.key(0))
+    found = analysis.amplification(jax.random.key(0), w, node(a, b, 2.0))
     a32, b32 = np.float32(a).astype(float), np.float32(b).astype(float)
     projected, own, factor = paper_amplification(w.T, (2 * a32 @ b32).T, 3)
     np.testing.assert_allclose([found.projected, found.projected_own, found.factor], [projected, own, factor], 1e-6)
@@ -100,7 +100,7 @@ def test_amplification_finds_a_planted_factor():
     rng = np.random.default_rng(5)
     u, v = orthonormal(rng, 48, 48), orthonormal(rng, 32, 32)
     w = (u[:, :32] * np.linspace(4, 0.25, 32)) @ v.T
-    found = analysis.amplification(w, node(u[:, 31:32] * 5, v[:, 31:32].T), jax.random.key(0))
+    found = analysis.amplification(jax.random.key(0), w, node(u[:, 31:32] * 5, v[:, 31:32].T))
     np.testing.assert_allclose(found.factor, 20.0, rtol=1e-5)
     assert found.projected_own == pytest.approx(4.0)
     assert found.delta_norm == pytest.approx(5.0, rel=1e-6)
@@ -110,7 +110,7 @@ def test_amplification_of_a_random_projection():
     """For an isotropic W each of the r × r entries has W's own mean square."""
     w = np.random.default_rng(6).standard_normal((256, 256))
     a, b = np.random.default_rng(7).standard_normal((2, 256, 16))
-    found = analysis.amplification(w, node(a, b.T), jax.random.key(1))
+    found = analysis.amplification(jax.random.key(1), w, node(a, b.T))
     assert found.projected_random == pytest.approx(16.0, rel=0.15)
 
 
@@ -121,8 +121,8 @@ def test_amplification_of_stacked_kernels_with_unequal_ranks():
     a, b = rng.standard_normal((3, 10, 4)), rng.standard_normal((3, 4, 12))
     a[1, :, 2:], b[1, 2:] = 0, 0
     lora = node(a, b, np.array([1.0, 2.0, 0.0]), Axes(stack=(1,), inputs=(0,), outputs=(2,)))
-    found = analysis.amplification(w, lora, jax.random.key(0))
-    alone = analysis.amplification(w[:, 1], node(a[1, :, :2], b[1, :2], 2.0), jax.random.key(0))
+    found = analysis.amplification(jax.random.key(0), w, lora)
+    alone = analysis.amplification(jax.random.key(0), w[:, 1], node(a[1, :, :2], b[1, :2], 2.0))
     assert found.projected.shape == (3,)
     assert np.isnan(found.factor[2])
     np.testing.assert_allclose([found.projected[1], found.factor[1]], [alone.projected, alone.factor], rtol=1e-6)
@@ -172,13 +172,13 @@ def test_no_decomposition_is_of_an_updates_size(monkeypatch):
     analysis.subspace_similarity(*(analysis.matrices(lora)[0],) * 2)
     assert sizes
     w = rng.standard_normal((310, 300))
-    analysis.amplification(w, lora, jax.random.key(0))
+    analysis.amplification(jax.random.key(0), w, lora)
     assert max(min(size) for size in sizes) <= 3 + _svd.OVERSAMPLED
 
 
 def test_amplification_refuses_another_kernels_node():
     with pytest.raises(ValueError, match="does not fit"):
-        analysis.amplification(np.ones((4, 4)), node(np.ones((5, 2)), np.ones((2, 4))), jax.random.key(0))
+        analysis.amplification(jax.random.key(0), np.ones((4, 4)), node(np.ones((5, 2)), np.ones((2, 4))))
 
 
 def test_spectrum_of_an_update_comes_from_its_factors():
@@ -250,7 +250,7 @@ def scored(rank, batches, seed=1):
     def loss(params, batch):
         return (apply(params, batch[0]) * batch[1]).sum()
 
-    return analysis.gradient_scores(loss, params, batches, rank=rank, key=jax.random.key(seed))
+    return analysis.gradient_scores(jax.random.key(seed), loss, params, batches, rank=rank)
 
 
 def linear_batches(tokens, count=2):
@@ -311,4 +311,4 @@ def test_what_cannot_be_scored_is_said():
     with pytest.raises(ValueError, match=r"gradient of .*kernel .* not finite"):
         scored(1, [(np.full((1, 12), np.inf, np.float32), np.ones((1, 9), np.float32))])
     with pytest.raises(ValueError, match="there is no node"):
-        analysis.gradient_scores(linear, {"w": jnp.eye(2)}, [], rank=1, key=jax.random.key(0))
+        analysis.gradient_scores(jax.random.key(0), linear, {"w": jnp.eye(2)}, [], rank=1)

@@ -67,7 +67,7 @@ def batch(ids, mask):
 @functools.cache
 def adapter_of(name, dtype):
     """A base and an adapter whose B isn't zero."""
-    model = models.init(CONFIGS[name], jax.random.key(0), jnp.float32)
+    model = models.init(jax.random.key(0), CONFIGS[name], jnp.float32)
     axes = lora_jax.kernel_axes(model.apply, model.params, jax.ShapeDtypeStruct((1, 8), jnp.int32))
     base, adapter = lora_jax.split(lora_jax.init(jax.random.key(1), model.params, LORA, axes=axes))
     rng = np.random.default_rng(2)
@@ -77,7 +77,7 @@ def adapter_of(name, dtype):
 
 def gradient(name, dtype=jnp.float32, **how):
     """The loss and the gradient of A and B as a function of a batch."""
-    model = models.init(CONFIGS[name], jax.random.key(0), dtype, **how)
+    model = models.init(jax.random.key(0), CONFIGS[name], dtype, **how)
     base, adapter = adapter_of(name, dtype)
     apply = lora_jax.adapt(model.apply, on_materialize="error")
 
@@ -156,7 +156,7 @@ def test_remat_policies_agree_and_save_memory():
 
 def saved(remat):
     """The shapes and dtypes that a step's forward loop over the layers hands to its backward loop."""
-    model = models.init(CONFIGS["llama"], jax.random.key(0), jnp.bfloat16, remat=remat)
+    model = models.init(jax.random.key(0), CONFIGS["llama"], jnp.bfloat16, remat=remat)
     base, adapter = adapter_of("llama", jnp.bfloat16)
     apply = lora_jax.adapt(model.apply, on_materialize="error")
     loss = lambda adapter: jnp.sum(apply(lora_jax.combine(base, adapter), *rows()))
@@ -286,7 +286,7 @@ def test_kernel_axes_sees_through_cudnn(cudnn):
     axes = [
         lora_jax.kernel_axes(model.apply, model.params, ids)
         for model in (
-            models.init(CONFIGS["llama"], jax.random.key(0), jnp.bfloat16, platform=p) for p in ("cuda", "cpu")
+            models.init(jax.random.key(0), CONFIGS["llama"], jnp.bfloat16, platform=p) for p in ("cuda", "cpu")
         )
     ]
     assert axes[0] == axes[1]

@@ -61,7 +61,7 @@ def tiny_model(folder, **changes):
         }
         | changes
     )
-    model = models.init(config, jax.random.key(0))
+    model = models.init(jax.random.key(0), config)
     models.save(folder, model, model.params, tokenizer=tiny_tokenizer())
     return str(folder)
 

@@ -35,7 +35,7 @@ TRAIN = ("--rank", "2", "--alpha", "4", "--targets", "query", "value", "--max-st
 
 
 def encoder(folder, config_class=BertConfig, architecture="BertModel", **changes):
-    model = models.init(config_class(**SIZES, architectures=[architecture], **changes), jax.random.key(0))
+    model = models.init(jax.random.key(0), config_class(**SIZES, architectures=[architecture], **changes))
     models.save(folder, model, model.params, tokenizer=tiny_tokenizer())
     return str(folder)
 

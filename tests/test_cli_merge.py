@@ -28,7 +28,7 @@ class World:
 
     def __init__(self, folder, targets, *, also_train=(), dora=False, dtype="float32", **changes):
         config = LlamaConfig.from_dict(CASES["llama_tied"] | {"initializer_range": 0.2, "vocab_size": 258} | changes)
-        drawn = models.init(config, jax.random.key(0), dtype)
+        drawn = models.init(jax.random.key(0), config, dtype)
         self.model, self.adapter, self.output = folder / "model", folder / "adapter", folder / "merged"
         models.save(self.model, drawn, drawn.params, tokenizer=tiny_tokenizer(), shard_bytes=50_000)
         lora = lora_jax.LoRAConfig(rank=2, alpha=3, targets=targets, also_train=also_train, dora=dora)

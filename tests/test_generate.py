@@ -56,7 +56,7 @@ def model():
         initializer_range=0.3,
         eos_token_id=EOS,
     )
-    drawn = models.init(config, jax.random.key(0))
+    drawn = models.init(jax.random.key(0), config)
     return Tokenized(**{name: getattr(drawn, name) for name in drawn.__dataclass_fields__})
 
 
@@ -355,7 +355,7 @@ def spaced():
         initializer_range=0.3,
         eos_token_id=2,
     )
-    return models.init(config, jax.random.key(0)), tokenizer
+    return models.init(jax.random.key(0), config), tokenizer
 
 
 @pytest.fixture

@@ -191,7 +191,7 @@ def test_abstract_model_is_the_loaded_one_without_weights(setting):
     loaded, abstract = setting.model, models.load_abstract(setting.folder, "float32")
     assert jax.tree.map(jnp.shape, loaded.params) == jax.tree.map(lambda leaf: leaf.shape, abstract.params)
     assert models.flatten(loaded.params).keys() == loaded.names.keys()
-    drawn = jax.eval_shape(lambda key: models.init(loaded.config, key).params, jax.random.key(0))
+    drawn = jax.eval_shape(lambda key: models.init(key, loaded.config).params, jax.random.key(0))
     assert jax.tree.map(jnp.shape, drawn) == jax.tree.map(jnp.shape, loaded.params)
 
 

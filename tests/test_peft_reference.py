@@ -67,7 +67,7 @@ class Setting(NamedTuple):
 
 def llama(case: Case) -> models.Model:
     """Our model with the case's weights."""
-    model = models.init(LlamaConfig(**model_config(case)), jax.random.key(0))
+    model = models.init(jax.random.key(0), LlamaConfig(**model_config(case)))
     leaves = models.flatten(model.params)
     for name, tensor in tensors(model.names, leaves).items():
         leaf = np.array(leaves[tensor.path])

@@ -113,7 +113,7 @@ CONFIGS = {
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_models_function_uses_a_head_that_is_there(name, tmp_path):
-    model = models.init(CONFIGS[name], jax.random.key(0))
+    model = models.init(jax.random.key(0), CONFIGS[name])
     ids = jnp.arange(5)[None]
     plain = model.apply(model.params, ids)
     untied = models.untied(model)
@@ -145,7 +145,7 @@ def _written(folder, model):
 
 
 def test_analyze_knows_both_uses(tmp_path):
-    model = models.init(CONFIGS["llama"], jax.random.key(0))
+    model = models.init(jax.random.key(0), CONFIGS["llama"])
     updates = {
         "lm_head": lora_jax.LoRA(jnp.ones((8, 2)), jnp.ones((2, 24)), 1.0),
         "model.embed_tokens": lora_jax.LoRA(jnp.ones((24, 2)), jnp.ones((2, 8)), 1.0),

@@ -43,12 +43,12 @@ BERT.architectures = ["BertForSequenceClassification"]
 
 @pytest.fixture(scope="module")
 def llama():
-    return models.init(LLAMA, jax.random.key(0))
+    return models.init(jax.random.key(0), LLAMA)
 
 
 @pytest.fixture(scope="module")
 def bert():
-    return models.init(BERT, jax.random.key(0))
+    return models.init(jax.random.key(0), BERT)
 
 
 def adapted(model, after=0, length=LENGTH):
@@ -93,7 +93,7 @@ def test_a_prefix_of_known_tokens_is_those_tokens(config):
     """Rows of the table as a prefix give what the tokens themselves give, whatever the model makes of embeddings."""
     if config.model_type == "gemma":
         config = importlib.import_module("transformers").GemmaConfig(**LLAMA.to_diff_dict() | {"head_dim": 8})
-    model = models.init(config, jax.random.key(0))
+    model = models.init(jax.random.key(0), config)
     after = 1 if config.model_type == "bert" else 0
     known = jnp.array([5, 9, 7])
     table = next(x for path, x in models.flatten(model.params).items() if path.split("/")[-2] in prefix.EMBEDDINGS)
@@ -161,7 +161,7 @@ def test_gradients_reach_the_prefix_and_the_factors_only(llama):
 
 
 def test_low_precision_keeps_a_float32_master(llama):
-    model = models.init(LLAMA, jax.random.key(0), jnp.bfloat16)
+    model = models.init(jax.random.key(0), LLAMA, jnp.bfloat16)
     params = adapted(model)
     assert params["prefix"].value.dtype == jnp.float32
     assert params["prefix"].dtype == "bfloat16"

@@ -57,7 +57,7 @@ def test_minilm_gives_the_references_embeddings(real):
 def test_microsofts_adapter_becomes_pefts(real, tmp_path):
     (file,) = (real / "roberta_base_lora_mnli").glob("*.bin")
     reference, torch = importlib.import_module("peft"), importlib.import_module("torch")
-    model = models.init(ROBERTA_BASE, jax.random.key(0))
+    model = models.init(jax.random.key(0), ROBERTA_BASE)
     ids = jax.ShapeDtypeStruct((1, 8), "int32")
     axes = lora_jax.kernel_axes(model.apply, model.params, ids, ids)
     params = loralib.load(file, model.params, names=model.names, alpha=16, axes=axes)

@@ -29,7 +29,7 @@ def same(left, right):
 
 @pytest.fixture(scope="module")
 def drawn():
-    return models.init(LlamaConfig.from_dict(CASES["llama_tied"]), jax.random.key(0))
+    return models.init(jax.random.key(0), LlamaConfig.from_dict(CASES["llama_tied"]))
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_a_folder_may_be_written_over_itself(drawn, folder):
 def test_names_of_another_age_are_written_as_today(tmp_path):
     """A bare model's file lacks the prefix, and one from TensorFlow calls a norm's weights otherwise."""
     config = BertConfig.from_dict(CASES["bert_masked_lm"])
-    drawn = models.init(config, jax.random.key(0))
+    drawn = models.init(jax.random.key(0), config)
     models.save(tmp_path / "model", drawn, drawn.params)
     path = tmp_path / "model" / "model.safetensors"
     tensors = load_file(path)
@@ -167,11 +167,11 @@ print(resident("VmHWM") - before)
 def large_model(folder, layers):
     """A folder written from nothing held, and an adapter for it."""
     config = LlamaConfig(**LARGE | {"num_hidden_layers": layers})
-    shapes = jax.eval_shape(lambda key: models.init(config, key).params, jax.random.key(0))
+    shapes = jax.eval_shape(lambda key: models.init(key, config).params, jax.random.key(0))
     model = models.Model(
         config=config,
         params=shapes,
-        names=models.init(LlamaConfig(**LARGE | {"num_hidden_layers": 1}), jax.random.key(0)).names,
+        names=models.init(jax.random.key(0), LlamaConfig(**LARGE | {"num_hidden_layers": 1})).names,
         apply=None,
         init_cache=None,
     )

@@ -675,7 +675,7 @@ def test_a_llama_from_a_folder(tmp_path, dtype):
         num_key_value_heads=2,
         tie_word_embeddings=True,
     )
-    fresh = lora_jax.models.init(config, jax.random.key(0))
+    fresh = lora_jax.models.init(jax.random.key(0), config)
     lora_jax.models.save(tmp_path / "model", fresh, fresh.params, dtype=dtype)
     model = lora_jax.models.load(tmp_path / "model")
     ids = jax.ShapeDtypeStruct((1, 4), jnp.int32)

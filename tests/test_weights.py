@@ -27,7 +27,7 @@ GOLDEN = Path(__file__).parent / "golden" / "models.npz"
 @pytest.fixture(scope="module")
 def drawn():
     """A model with random weights."""
-    return models.init(LlamaConfig.from_dict(CASES[NAME]), jax.random.key(0))
+    return models.init(jax.random.key(0), LlamaConfig.from_dict(CASES[NAME]))
 
 
 @pytest.fixture

@@ -141,7 +141,7 @@ def random_projections(
 ) -> list[list[float]]:
     """‖UᵀWVᵀ‖ with random U and V of the node's rank, by draw and layer."""
     keys = jax.random.split(_key(task, path, f"projection {node.a.shape[-1]}"), RANDOM_DRAWS)
-    return [analysis.amplification(w, node, one, own=own).projected_random.tolist() for one in keys]
+    return [analysis.amplification(one, w, node, own=own).projected_random.tolist() for one in keys]
 
 
 def _key(task: str, path: str, purpose: str) -> jax.Array:
@@ -183,7 +183,7 @@ def _amplification(
     w: np.ndarray, own: analysis.Spectrum, each: Sequence[lora_jax.LoRA]
 ) -> dict[str, list[list[float]]]:
     """Table 7 but for the random matrices: by seed, or once where W alone is asked."""
-    found = [analysis.amplification(w, node, jax.random.key(0), own=own) for node in each]
+    found = [analysis.amplification(jax.random.key(0), w, node, own=own) for node in each]
     return {
         **{name: [getattr(one, name).tolist() for one in found] for name in ("projected", "delta_norm", "factor")},
         **{name: [getattr(found[0], name).tolist()] for name in ("projected_own", "w_norm")},
@@ -221,7 +221,7 @@ def scores(task: Task, params: Any, *, seed: int, count: int) -> dict[str, analy
         }
         for batch in found
     ]  # fmt: skip
-    return analysis.gradient_scores(loss_fn, params, padded, rank=8, key=jax.random.key(seed))
+    return analysis.gradient_scores(jax.random.key(seed), loss_fn, params, padded, rank=8)
 
 
 def scale_of(node: lora_jax.LoRA, scale: float) -> lora_jax.LoRA:

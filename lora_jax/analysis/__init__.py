@@ -1,9 +1,9 @@
 """What ΔW is to W: the measures of section 7 of the LoRA paper (Hu et al. 2021, arXiv 2106.09685).
 
     phi = lora_jax.analysis.subspace_similarity(node.a, other.a)        # figures 3 and 4
-    table7 = lora_jax.analysis.amplification(kernel, node, key)
+    table7 = lora_jax.analysis.amplification(key, kernel, node)
     found = lora_jax.analysis.spectrum(node)                            # or of a kernel
-    scores = lora_jax.analysis.gradient_scores(loss_fn, params, batches, rank=8, key=key)   # before training
+    scores = lora_jax.analysis.gradient_scores(key, loss_fn, params, batches, rank=8)   # before training
 
 The first three run on the host in float64, from the factors alone where that is possible: the singular vectors of ΔW
 come from thin QR decompositions of A and B and one rank × rank SVD, so a 4096 × 4096 kernel costs what a 4096 × rank

@@ -32,7 +32,7 @@ class Amplification(NamedTuple):
             return np.where(self.delta_norm > 0, self.delta_norm / self.projected, np.nan)
 
 
-def amplification(w: ArrayLike, lora: LoRA, key: jax.Array, *, own: Spectrum | None = None) -> Amplification:
+def amplification(key: jax.Array, w: ArrayLike, lora: LoRA, *, own: Spectrum | None = None) -> Amplification:
     """Whether ΔW strengthens directions that W has but does not stress (section 7.3, table 7; appendix H.4).
 
     With ΔW = U S Vᵀ thin and of rank r, the projection of W onto ΔW's subspace is UᵀWV, and
@@ -40,9 +40,9 @@ def amplification(w: ArrayLike, lora: LoRA, key: jax.Array, *, own: Spectrum | N
     that ΔW has: fewer than the adapter's rank where it is padded.
 
     Args:
+      key: draws the random baseline.
       w: the kernel as it lies in the tree, any float dtype.
       lora: the node beside it.
-      key: draws the random baseline.
       own: the kernel's spectrum, where it is known already. Without it W's top r singular values are sought, which
         takes nearly all of the time: for 4096 × 4096 and rank 64 one to four seconds on two cores.
 
@@ -56,7 +56,7 @@ def amplification(w: ArrayLike, lora: LoRA, key: jax.Array, *, own: Spectrum | N
     >>> from lora_jax import Axes, LoRA
     >>> w = jnp.diag(jnp.array([4.0, 1.0, 0.5]))
     >>> node = LoRA(a=jnp.eye(3)[:, 2:], b=jnp.eye(3)[2:], scale=jnp.float32(5.0), axes=Axes())
-    >>> result = amplification(w, node, jax.random.key(0))
+    >>> result = amplification(jax.random.key(0), w, node)
     >>> float(result.projected), float(result.projected_own), float(result.factor)
     (0.5, 4.0, 10.0)
     """

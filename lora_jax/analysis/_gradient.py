@@ -34,7 +34,7 @@ class GradientScore(NamedTuple):
 
 
 def gradient_scores(
-    loss_fn: Callable[[Any, Any], jax.Array], params: Any, batches: Iterable[Any], *, rank: int, key: jax.Array
+    key: jax.Array, loss_fn: Callable[[Any, Any], jax.Array], params: Any, batches: Iterable[Any], *, rank: int
 ) -> dict[str, GradientScore]:
     """A score for each kernel that has a node, from one backward pass over some batches: what to adapt under a budget.
 
@@ -51,11 +51,11 @@ def gradient_scores(
     turns, nor what kernels do together.
 
     Args:
+      key: draws the sketches.
       loss_fn: `(params, batch)` to the mean loss of the adapted function: it calls what `lora_jax.adapt` gave.
       params: a tree that `init` made, with nodes beside all kernels to be scored. The factors' values don't matter.
       batches: of one shape; their gradients are averaged.
       rank: r, of the adapters in question.
-      key: draws the sketches.
 
     Returns:
       A score by kernel path. What several kernels promise together, under one norm of all their updates, is the root of
@@ -69,7 +69,7 @@ def gradient_scores(
     >>> apply = lora_jax.adapt(lambda p, x: (0.1 * x @ p["small"] + x @ p["large"]).sum())
     >>> config = lora_jax.LoRAConfig(rank=1, alpha=1, targets=("small", "large"))
     >>> params = lora_jax.init(jax.random.key(0), base, config)
-    >>> scores = gradient_scores(apply, params, [jnp.ones((2, 4))], rank=1, key=jax.random.key(1))
+    >>> scores = gradient_scores(jax.random.key(1), apply, params, [jnp.ones((2, 4))], rank=1)
     >>> {path: round(float(score.best), 4) for path, score in scores.items()}
     {'large': 8.0, 'small': 0.8}
     """

@@ -154,8 +154,8 @@ def load_abstract(
 
 
 def init(
-    config: PretrainedConfig,
     key: jax.Array,
+    config: PretrainedConfig,
     dtype: Any = jnp.float32,
     *,
     compute_dtype: Any = None,
@@ -169,7 +169,7 @@ def init(
     >>> from transformers import LlamaConfig
     >>> config = LlamaConfig(vocab_size=32, hidden_size=8, intermediate_size=16, num_hidden_layers=2,
     ...                      num_attention_heads=2, num_key_value_heads=1)
-    >>> model = init(config, jax.random.key(0))
+    >>> model = init(jax.random.key(0), config)
     >>> model.params["layers"]["self_attn"]["q_proj"]["kernel"].shape
     (2, 8, 8)
     >>> model.apply(model.params, jnp.ones((1, 3), jnp.int32)).shape

@@ -25,7 +25,7 @@ def untied(model: Model) -> Model:
     >>> config = LlamaConfig(vocab_size=32, hidden_size=8, intermediate_size=16, num_hidden_layers=1,
     ...                      num_attention_heads=2, tie_word_embeddings=True)
     >>> from lora_jax import models
-    >>> model = untied(models.init(config, jax.random.key(0)))
+    >>> model = untied(models.init(jax.random.key(0), config))
     >>> model.params["lm_head"]["kernel"].shape, model.config.tie_word_embeddings
     ((8, 32), False)
     """

@@ -160,7 +160,7 @@ def _measured(
             scale=float(lora.scale),
             update=spectrum(lora),
             weight=w_spectrum,
-            amplification=None if w is None else amplification(w, lora, key, own=w_spectrum),
+            amplification=None if w is None else amplification(key, w, lora, own=w_spectrum),
             right=right,
             left=left,
         )

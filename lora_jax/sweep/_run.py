@@ -193,7 +193,7 @@ def _scored(
     best: int | None,
 ) -> tuple[dict[str, GradientScore], list[_Entry]]:
     """Every kernel's score, and the entries with theirs; of the `best` settings alone where that is given."""
-    kernels = kernel_scores(apply_fn, starts, batches, task, jax.random.key(0))
+    kernels = kernel_scores(jax.random.key(0), apply_fn, starts, batches, task)
     scored = [entry._replace(score=score_of(entry.point, starts.shape(entry.point), kernels)) for entry in entries]
     settings = dict.fromkeys(entry.point.repeated for entry in sorted(scored, key=lambda entry: -(entry.score or 0)))
     kept = set(list(settings)[:best])

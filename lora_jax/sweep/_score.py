@@ -17,7 +17,7 @@ from lora_jax.train import Task, apply_to_batch
 
 
 def kernel_scores(
-    apply_fn: Callable[..., Any], starts: Starts, batches: Sequence[Batch], task: Task, key: jax.Array
+    key: jax.Array, apply_fn: Callable[..., Any], starts: Starts, batches: Sequence[Batch], task: Task
 ) -> dict[str, GradientScore]:
     """A score of the highest rank for every kernel that any point targets."""
     apply = with_prefix(ensure_adapted(apply_fn))
@@ -26,7 +26,7 @@ def kernel_scores(
         total, weight = task.objective(apply_to_batch(apply, params, batch), batch)
         return total / weight
 
-    return gradient_scores(loss_fn, starts.everywhere(), batches, rank=starts.rank, key=key)
+    return gradient_scores(key, loss_fn, starts.everywhere(), batches, rank=starts.rank)
 
 
 def score_of(point: Point, adapter: Any, kernels: Mapping[str, GradientScore]) -> float:
