@@ -34,8 +34,8 @@ import lora_jax
 from lora_jax import models
 from lora_jax.demo import text_to_sql
 from lora_jax.sweep import Point
-from lora_jax.sweep._program import lanes, make_program
-from lora_jax.sweep._start import Starts
+from lora_jax.sweep._program import make_program, point_settings
+from lora_jax.sweep._start import AdapterFactory
 from lora_jax.train import LANGUAGE_MODELLING, TrainConfig, make_optimizer, make_step
 
 ADAPTERS, RANK, STEPS = 8, 8, 30  # STEPS of the schedule
@@ -55,14 +55,14 @@ def batches(vocabulary, rows, length, steps):
 class Together:
     """All adapters in one program."""
 
-    def __init__(self, model, starts, config):
+    def __init__(self, model, factory, config):
         self.program = make_program(model.apply, config, STEPS, task=LANGUAGE_MODELLING, dropout=False, own_rows=True)
-        self.adapters = starts.stacked([starts.alone(point, point.seed) for point in POINTS])
-        self.states, self.lanes = self.program.init(self.adapters), lanes([config] * ADAPTERS)
+        self.adapters = factory.stacked([factory.alone(point, point.seed) for point in POINTS])
+        self.states, self.point_settings = self.program.init(self.adapters), point_settings([config] * ADAPTERS)
 
     def step(self, base, batch, number):
         self.adapters, self.states, metrics = self.program.step(
-            self.adapters, self.states, self.lanes, base, batch, np.int32(number)
+            self.adapters, self.states, self.point_settings, base, batch, np.int32(number)
         )
         return np.asarray(metrics.loss)
 
@@ -70,10 +70,10 @@ class Together:
 class InTurn:
     """The same adapters, one after another, by the step that `lora_jax.train` runs."""
 
-    def __init__(self, model, starts, config):
+    def __init__(self, model, factory, config):
         tx = make_optimizer(config, STEPS)
         self.compiled = jax.jit(make_step(lora_jax.adapt(model.apply), tx), donate_argnums=(0, 1))
-        adapters = [jax.tree.map(jnp.array, starts.alone(point, point.seed)) for point in POINTS]
+        adapters = [jax.tree.map(jnp.array, factory.alone(point, point.seed)) for point in POINTS]
         self.state = [(adapter, tx.init(adapter)) for adapter in adapters]
 
     def step(self, base, batch, number):
@@ -97,10 +97,10 @@ def main():
     model = models.load(options.model, "float32")
     axes = lora_jax.kernel_axes(model.apply, model.params, jax.ShapeDtypeStruct((1, 8), jnp.int32))
     config = TrainConfig(learning_rate=1e-3)
-    starts = Starts(model.params, POINTS, lora_jax.LoRAConfig(rank=1, alpha=1), axes)
+    factory = AdapterFactory(model.params, POINTS, lora_jax.LoRAConfig(rank=1, alpha=1), axes)
     print(f"{ADAPTERS} adapters of rank {RANK} on q and v, {options.length} tokens a row")
     for rows in options.batch_sizes:
-        sides = {"in turn": InTurn(model, starts, config), "together": Together(model, starts, config)}
+        sides = {"in turn": InTurn(model, factory, config), "together": Together(model, factory, config)}
         seconds, cpu, last = {name: [] for name in sides}, {name: [] for name in sides}, {}
         for number, batch in enumerate(batches(model.config.vocab_size, rows, options.length, options.steps + 1), 1):
             for name, side in sides.items():  # interleaved: whatever else the machine does meets both alike

@@ -31,7 +31,7 @@ def tiny_model(folder: Path) -> Path:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = LlamaConfig(vocab_size=len(WORDS), num_key_value_heads=2, initializer_range=0.3, **sizes)
-    model = models.init(config=config, key=jax.random.key(0))
+    model = models.init(jax.random.key(0), config)
     models.save(folder, model, model.params, tokenizer=tokenizer)
     return folder
 

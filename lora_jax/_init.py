@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, NamedSharding
 
@@ -264,7 +265,9 @@ def _maker(kernel: _Kernel, ranks: tuple[int, ...], initializer: str, dtype: str
             if initializer == "kaiming_uniform":
                 drawn = jax.random.uniform(key, a_shape, minval=-bound, maxval=bound)
             elif initializer == "kaiming_normal":
-                drawn = jax.random.normal(key, a_shape) * (bound / math.sqrt(3))  # U(±c) has the variance c²/3
+                # U(±c) has the variance c²/3. The barrier keeps XLA from merging the factor with one inside `normal` in
+                # some programs and not in others: alone and within a larger program, A has the same bits.
+                drawn = lax.optimization_barrier(jax.random.normal(key, a_shape)) * (bound / math.sqrt(3))
             else:
                 std = 1 / np.maximum(each, 1).reshape(*stack, *(1 for _ in inputs), 1)
                 drawn = jax.random.normal(key, a_shape) * std

@@ -35,7 +35,7 @@ MARGIN = 2**20  # bytes of a checkpoint beside its arrays
 _PARTIAL = re.compile(r"\d+\.orbax-checkpoint-tmp.*")
 
 
-class Kept(NamedTuple):
+class BestAdapter(NamedTuple):
     """An adapter set aside, the best so far, with what is to be known of it."""
 
     adapter: Any
@@ -52,7 +52,7 @@ class TrainState(NamedTuple):
     position: dict[str, Any]  # of the data iterator: its get_state()
     fingerprint: str  # of the base the adapter was trained on
     settings: dict[str, Any]  # of the run, JSON values
-    kept: Kept | None = None
+    kept: BestAdapter | None = None
     progress: dict[str, Any] | None = None  # what the run has seen so far and hasn't told yet: JSON values
     base: dict[str, str] | None = None  # dtype and shape of each leaf of the base, as `shapes` gives them
     about: dict[str, Any] | None = None  # JSON values for those who read the checkpoint without the run
@@ -182,7 +182,7 @@ class Checkpoints:
             raise FileNotFoundError(f"{self.folder}: no checkpoint to resume from")
         where = self.folder / str(self.latest)
         facts = _read(self._manager, self.latest)
-        template = template._replace(kept=facts["kept"] and Kept(template.adapter, facts["kept"]))
+        template = template._replace(kept=facts["kept"] and BestAdapter(template.adapter, facts["kept"]))
         wanted = _named(_trees(template))
         _check(facts, template, _shapes(wanted), where)
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), wanted)

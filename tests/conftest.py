@@ -21,7 +21,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # grain forks; tokenizers warns 
 # Tracing makes millions of small objects, few of them garbage: look less often.
 gc.set_threshold(200_000, 50, 100)
 
-collect_ignore_glob = ["golden/*"]  # scripts that run the references, which aren't installed for the tests
+# Scripts that run the references, which aren't installed for the tests; what pyright alone reads.
+collect_ignore_glob = ["golden/*", "typed.py"]
 
 # Compilation makes the first example of a property slow: a deadline would only measure that.
 hypothesis.settings.register_profile("lora_jax", deadline=None, derandomize=True, max_examples=30)

@@ -40,7 +40,7 @@ def test_kernels_are_named_by_layer_and_kind(measured):
     assert {(one.layer, one.kind) for one in measured} == {
         (layer, kind) for layer in range(LAYERS) for kind in ("self_attn.q_proj", "self_attn.v_proj")
     }
-    two_stacks = report.places_of(dict.fromkeys(("encoder.layers.0.q", "decoder.layers.0.q")))
+    two_stacks = report.positions_of(dict.fromkeys(("encoder.layers.0.q", "decoder.layers.0.q")))
     assert [place.kind for place in two_stacks.values()] == ["encoder.layers.q", "decoder.layers.q"]
 
 

@@ -63,7 +63,7 @@ def update_of(tensors):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_factors_in_float16_are_refused_where_they_are_trained(dtype, rate):
     """Whatever the rate, and for the true reason; `init` has warned, and what isn't trained is computed."""
-    model = models.init(LlamaConfig(**SHAPE), jax.random.key(0))
+    model = models.init(jax.random.key(0), LlamaConfig(**SHAPE))
     config = lora_jax.LoRAConfig(rank=2, alpha=4, targets=("q_proj",), dtype=dtype)
     axes = lora_jax.kernel_axes(model.apply, model.params, IDS)
     with warnings.catch_warnings(record=True) as said:
@@ -82,7 +82,7 @@ def test_factors_in_float16_are_refused_where_they_are_trained(dtype, rate):
 
 
 def test_a_module_trained_in_full_is_there_after_loading_and_saving(tmp_path):
-    model = models.init(LlamaConfig(**SHAPE), jax.random.key(0))
+    model = models.init(jax.random.key(0), LlamaConfig(**SHAPE))
     head = drawn(48, 16, seed=9)
     tensors = written(tmp_path / "theirs", {"lm_head.weight": head}, modules_to_save=["lm_head"])
     params = peft.load(tmp_path / "theirs", model.params, names=model.names)
@@ -100,13 +100,13 @@ def test_a_module_trained_in_full_is_there_after_loading_and_saving(tmp_path):
 
 def test_both_uses_of_a_tied_embedding_have_copies_of_their_own(tmp_path):
     """`modules_to_save=["embed_tokens", "lm_head"]`, as people set it who add tokens: the model isn't tied any more."""
-    model = models.init(Qwen2Config(**SHAPE, tie_word_embeddings=True), jax.random.key(0))
+    model = models.init(jax.random.key(0), Qwen2Config(**SHAPE, tie_word_embeddings=True))
     embedding, head = drawn(48, 16, seed=8), drawn(48, 16, seed=9)
     tensors = {"model.embed_tokens.weight": embedding, "lm_head.weight": head}
     tensors = written(tmp_path / "theirs", tensors, modules_to_save=["embed_tokens", "lm_head"])
     params = peft.load(tmp_path / "theirs", model.params, names=model.names)
 
-    untied = models.init(Qwen2Config(**SHAPE, tie_word_embeddings=False), jax.random.key(0))
+    untied = models.init(jax.random.key(0), Qwen2Config(**SHAPE, tie_word_embeddings=False))
     leaves = dict(models.flatten(model.params))
     leaves |= {"embed_tokens/embedding": jnp.asarray(embedding), "lm_head/kernel": jnp.asarray(head.T)}
     leaves[QUERY] += update_of(tensors)
@@ -119,7 +119,7 @@ def test_both_uses_of_a_tied_embedding_have_copies_of_their_own(tmp_path):
 
 def test_a_token_that_was_added_to_the_tokenizer_alone(tmp_path):
     tokenizer = byte_level()
-    model = models.init(LlamaConfig(**SHAPE | {"vocab_size": len(tokenizer)}), jax.random.key(0))
+    model = models.init(jax.random.key(0), LlamaConfig(**SHAPE | {"vocab_size": len(tokenizer)}))
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|new|>"]})
     models.save(tmp_path / "model", model, model.params, tokenizer=tokenizer)
     model = models.load(tmp_path / "model", "float32")

@@ -21,7 +21,7 @@ from lora_jax._paths import attention_roles
 from lora_jax._tree import leaf_paths
 from lora_jax.data import LabelledExample
 from lora_jax.sweep import Point, _program, _run
-from lora_jax.sweep._start import Starts
+from lora_jax.sweep._start import AdapterFactory
 from lora_jax.train import LANGUAGE_MODELLING, TrainConfig, make_optimizer, make_step, train
 
 pytestmark = pytest.mark.usefixtures(compiled_once.__name__)
@@ -228,16 +228,16 @@ def test_one_base_meets_the_rows_of_all():
     points = [Point(rank=2, alpha=4, targets=("q", "v"), seed=seed) for seed in range(count)]
     axes = lora_jax.kernel_axes(tiny.apply, params, IDS, IDS)
     lora, _ = points[0].settings(None, None, leaf_paths(params))
-    starts = Starts(params, points, LoRAConfig(rank=1, alpha=1), axes)
-    alone = jax.eval_shape(lambda: starts.alone(points[0], 0))
+    factory = AdapterFactory(params, points, LoRAConfig(rank=1, alpha=1), axes)
+    alone = jax.eval_shape(lambda: factory.alone(points[0], 0))
     batch = {name: jax.ShapeDtypeStruct((4, 16), "int32") for name in ("input_ids", "attention_mask")}
     batch["loss_weights"] = jax.ShapeDtypeStruct((4, 16), "float32")
     base, _ = lora_jax.split(params)
     program = _program.make_program(tiny.apply, CONFIG, 10, task=LANGUAGE_MODELLING, dropout=False, own_rows=True)
     adapters = _program.shapes(alone, (count,))
-    lane = _program.lanes([CONFIG] * count)
+    settings = _program.point_settings([CONFIG] * count)
     states = jax.eval_shape(program.init, adapters)
-    together = program.step.lower(adapters, states, lane, base, _program.shapes(batch, (count,)), np.int32(1))
+    together = program.step.lower(adapters, states, settings, base, _program.shapes(batch, (count,)), np.int32(1))
     tx = make_optimizer(CONFIG, 10)
     step = jax.jit(make_step(lora_jax.adapt(tiny.apply), tx))
     one = step.lower(alone, jax.eval_shape(tx.init, alone), base, batch)

@@ -17,7 +17,7 @@ import numpy as np
 from settings import ALPHA, LEARNER, NOTHING, Scale
 from store import Store
 from tasks import Task
-from variants import Lane, started, tail, train_lanes
+from variants import Variant, started, tail, train_variants
 
 import lora_jax
 from lora_jax import sweep, train
@@ -155,23 +155,23 @@ def place(bench: Bench, seed: int) -> None:
     def with_scale(scale: float, a: float = 1.0) -> Any:
         return measures.edit_nodes(adapter, lambda path, node: measures.scale_of(node.replace(a=node.a * a), scale))
 
-    lanes = {
-        "at every forward": Lane(with_scale(SCALED), rate, rate, rate),
-        "as a learning rate of B": Lane(with_scale(1.0), rate, rate, rate * SCALED),
-        "as a learning rate of A and B": Lane(with_scale(1.0), rate, rate * SCALED, rate * SCALED),
-        "once, in the start of A": Lane(with_scale(1.0, SCALED), rate, rate, rate),
-        "nowhere": Lane(with_scale(1.0), rate, rate, rate),
+    variants = {
+        "at every forward": Variant(with_scale(SCALED), rate, rate, rate),
+        "as a learning rate of B": Variant(with_scale(1.0), rate, rate, rate * SCALED),
+        "as a learning rate of A and B": Variant(with_scale(1.0), rate, rate * SCALED, rate * SCALED),
+        "once, in the start of A": Variant(with_scale(1.0, SCALED), rate, rate, rate),
+        "nowhere": Variant(with_scale(1.0), rate, rate, rate),
     }
 
     def make() -> dict[str, Any]:
-        losses, _ = train_lanes(task, base, list(lanes.values()), steps=bench.scale.variant_steps, seed=seed)
+        losses, _ = train_variants(task, base, list(variants.values()), steps=bench.scale.variant_steps, seed=seed)
         apart = np.abs(losses / losses[0] - 1)
         return {
             "steps": bench.scale.variant_steps,
             "rows": [
                 {"place": name, "train_loss": loss, "apart": float(most), "apart_first_ten": float(early)}
                 for name, loss, most, early in zip(
-                    lanes, tail(losses), apart.max(axis=1), apart[:, :10].max(axis=1), strict=True
+                    variants, tail(losses), apart.max(axis=1), apart[:, :10].max(axis=1), strict=True
                 )
             ],
         }
@@ -212,8 +212,8 @@ def prefix(bench: Bench, seed: int) -> None:
             params = lora_jax.prefix.init(jax.random.key(seed), params, length, after=1)
         base, adapter = lora_jax.split(params, task.head)
         # A prefix has embeddings' size, about 0.05, and learns as slowly as A and B do at this rate.
-        losses, (trained,) = train_lanes(
-            task, base, [Lane(adapter, rate, rate, rate)], steps=task.size.steps, seed=seed
+        losses, (trained,) = train_variants(
+            task, base, [Variant(adapter, rate, rate, rate)], steps=task.size.steps, seed=seed
         )
         whole, node = lora_jax.prefix.take(lora_jax.combine(base, trained))
         whole = lora_jax.merge(whole)
@@ -249,18 +249,18 @@ def kernels(bench: Bench, seed: int) -> None:
         base, adapter = started(task, seed, rank=8, alpha=ALPHA, targets=everything)
         # With a head of zeros no gradient reaches a kernel: the head trains alone first.
         alone = measures.edit_nodes(adapter, lambda path, node: measures.scale_of(node, 0.0))
-        _, (warm,) = train_lanes(task, base, [Lane(alone, rate, 0.0, 0.0)], steps=steps, seed=100 + seed)
+        _, (warm,) = train_variants(task, base, [Variant(alone, rate, 0.0, 0.0)], steps=steps, seed=100 + seed)
         params = lora_jax.combine(base, warm)
         scores = measures.scores(task, params, seed=seed, count=8)
         adapter = measures.with_leaves(adapter, warm)
-        names, lanes = ["none"], [Lane(measures.with_leaves(alone, warm), rate, rate, rate)]
+        names, variants = ["none"], [Variant(measures.with_leaves(alone, warm), rate, rate, rate)]
         for path, node in measures.nodes(adapter).items():
             for layer in range(node.scale.shape[0]):
                 one = measures.edit_nodes(adapter, lambda p, n, path=path, layer=layer: n.replace(
                     scale=np.where((np.arange(len(n.scale)) == layer) & (p == path), n.scale, 0.0)))  # fmt: skip
                 names.append(f"{path} {layer}")
-                lanes.append(Lane(one, rate, rate, rate))
-        losses, _ = train_lanes(task, base, lanes, steps=steps, seed=seed)
+                variants.append(Variant(one, rate, rate, rate))
+        losses, _ = train_variants(task, base, variants, steps=steps, seed=seed)
         found = dict(zip(names, tail(losses), strict=True))
         rows = [
             {

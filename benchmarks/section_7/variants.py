@@ -16,7 +16,7 @@ import lora_jax
 from lora_jax import train
 
 
-class Lane(NamedTuple):
+class Variant(NamedTuple):
     """One adapter and its learning rates; whatever is neither A nor B has `rate`."""
 
     adapter: Any
@@ -25,18 +25,20 @@ class Lane(NamedTuple):
     rate_b: float
 
 
-def train_lanes(task: Task, base: Any, lanes: Sequence[Lane], *, steps: int, seed: int) -> tuple[np.ndarray, list[Any]]:
+def train_variants(
+    task: Task, base: Any, variants: Sequence[Variant], *, steps: int, seed: int
+) -> tuple[np.ndarray, list[Any]]:
     """Trains all on the same rows with Adam at constant rates; its ε is so small that no gradient's size matters.
 
     Args:
       task: whose rows and loss.
       base: the first part of `lora_jax.split`.
-      lanes: adapters of one structure.
+      variants: adapters of one structure.
       steps: of each.
       seed: of the row order.
 
     Returns:
-      The losses before each step, [lanes, steps], and the trained adapters.
+      The losses before each step, [variants, steps], and the trained adapters.
     """
     tx = lora_jax.masked(optax.scale_by_adam(eps=1e-30), task.head)
     apply = lora_jax.prefix.adapt(lora_jax.adapt(task.apply, allow_none=True))
@@ -52,8 +54,8 @@ def train_lanes(task: Task, base: Any, lanes: Sequence[Lane], *, steps: int, see
         return optax.apply_updates(adapter, updates), state, loss
 
     step = jax.jit(jax.vmap(one, in_axes=(0, 0, 0, None, None)), donate_argnums=(0, 1))
-    adapters = lora_jax.stack([lane.adapter for lane in lanes])
-    rates = {name: jnp.array([getattr(lane, name) for lane in lanes]) for name in ("rate", "rate_a", "rate_b")}
+    adapters = lora_jax.stack([variant.adapter for variant in variants])
+    rates = {name: jnp.array([getattr(variant, name) for variant in variants]) for name in ("rate", "rate_a", "rate_b")}
     states, losses = jax.jit(jax.vmap(tx.init))(adapters), []
     for batch in batches(task, seed, steps):
         adapters, states, loss = step(adapters, states, rates, base, batch)

@@ -17,7 +17,7 @@ from lora_jax._node import SUFFIX, check_node
 from lora_jax._tree import LoRA
 
 
-def carry(path: str, w: Any, node: LoRA, draw: dropout.Draw | None, slot: int) -> LowRank:
+def carry(path: str, w: Any, node: LoRA, draw: dropout.DropoutDraw | None, slot: int) -> LowRank:
     """A kernel and its node as one value; the scale, which never trains, goes into b.
 
     Factors narrower than float32 are widened first: a scale rounded to bfloat16 would be off by up to 0.4 % for every

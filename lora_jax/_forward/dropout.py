@@ -9,23 +9,23 @@ import jax
 import jax.numpy as jnp
 
 
-class Draw(NamedTuple):
+class DropoutDraw(NamedTuple):
     """What a kernel's mask is drawn from. Both are arrays: adapters of different rates run as one program."""
 
     key: Any
     rate: Any  # f32[]
 
 
-def draw_for(key: Any, rate: Any, path: str) -> Draw:
+def draw_for(key: Any, rate: Any, path: str) -> DropoutDraw:
     """The draw of one kernel: its key is folded from a hash of its path that is the same in every process."""
-    return fold(Draw(key, jnp.asarray(rate, jnp.float32)), zlib.crc32(path.encode()))
+    return fold(DropoutDraw(key, jnp.asarray(rate, jnp.float32)), zlib.crc32(path.encode()))
 
 
-def fold(draw: Draw, number: Any) -> Draw:
+def fold(draw: DropoutDraw, number: Any) -> DropoutDraw:
     return draw._replace(key=jax.random.fold_in(draw.key, number))
 
 
-def drop(x: jax.Array, draw: Draw | None) -> jax.Array:
+def drop(x: jax.Array, draw: DropoutDraw | None) -> jax.Array:
     """x with each element zeroed with probability `rate`, the others scaled so that the expectation stays x.
 
     Each index of the first axis has a key of its own: what a row loses depends neither on the rows beside it nor on

@@ -131,7 +131,7 @@ class Frame:
     def paths(self, origin: Sequence[int]) -> list[str]:
         return list(dict.fromkeys(path for slot in origin for path in self.names[slot]))
 
-    def fresh_draw(self, kernel: LowRank) -> dropout.Draw | None:
+    def fresh_draw(self, kernel: LowRank) -> dropout.DropoutDraw | None:
         """What dropout is drawn from at one more use of a kernel."""
         if kernel.draw is None:
             return None

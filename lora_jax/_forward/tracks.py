@@ -22,7 +22,7 @@ Labels = tuple[frozenset[int], ...]
 NONE: frozenset[int] = frozenset()
 
 
-class Place(NamedTuple):
+class EquationSite(NamedTuple):
     """An equation: its primitive, the user's line, and what tells it from others."""
 
     primitive: str
@@ -30,7 +30,7 @@ class Place(NamedTuple):
     equation: int
 
     @classmethod
-    def of(cls, eqn: Any) -> Place:
+    def of(cls, eqn: Any) -> EquationSite:
         return cls(eqn.primitive.name, source_of(eqn), id(eqn))
 
     def __str__(self) -> str:
@@ -44,7 +44,7 @@ class Track:
     path: str
     labels: Labels
     looked_up: frozenset[int] = NONE
-    where: Place | None = None
+    where: EquationSite | None = None
 
     @property
     def every(self) -> frozenset[int]:
@@ -66,7 +66,7 @@ class Use:
 
     path: str
     axes: Axes
-    where: Place
+    where: EquationSite
 
     def __str__(self) -> str:
         return f"{self.where}: {self.axes}"
@@ -87,7 +87,7 @@ class Reader(Analysis[Info]):
     feeding: set[Use] = field(default_factory=set)
 
     def use(
-        self, track: Track, where: Place, inputs: frozenset[int], outputs: frozenset[int], stack: frozenset[int]
+        self, track: Track, where: EquationSite, inputs: frozenset[int], outputs: frozenset[int], stack: frozenset[int]
     ) -> Use | None:
         """Note a use. A label on several sides counts as input before output before stack; one on none as stack."""
         shape = self.shapes[track.path]
@@ -305,7 +305,7 @@ def _sorted_use(reader: Reader, eqn: Any, track: Track, inputs: Sequence[int], s
     contracted = NONE.union(*(labels[k] for k in inputs))
     batched = NONE.union(*(labels[k] for k in stack))
     free = NONE.union(*(labels[k] for k in range(len(labels)) if k not in inputs and k not in stack))
-    return reader.use(track, Place.of(eqn), contracted, free, batched)
+    return reader.use(track, EquationSite.of(eqn), contracted, free, batched)
 
 
 def dot_general(reader: Reader, eqn: Any, infos: Sequence[Info]) -> Sequence[Info]:
@@ -368,7 +368,7 @@ def gather(reader: Reader, eqn: Any, infos: Sequence[Info]) -> Sequence[Info] | 
         for axis, place in zip(numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True):
             labels[batch[place]] = track.labels[axis]
         looked_up = track.looked_up.union(*(track.labels[k] for k in indexed))
-        picked.append(Track(track.path, tuple(labels), looked_up, Place.of(eqn) if looked_up else None))
+        picked.append(Track(track.path, tuple(labels), looked_up, EquationSite.of(eqn) if looked_up else None))
     return _kept_or_embedding(reader, eqn, infos, picked)
 
 
@@ -381,7 +381,7 @@ def dynamic_slice(reader: Reader, eqn: Any, infos: Sequence[Info]) -> Sequence[I
             track.path,
             tuple(NONE if k in gone else each for k, each in enumerate(track.labels)),
             track.looked_up.union(*(track.labels[k] for k in gone)),
-            Place.of(eqn) if gone else track.where,
+            EquationSite.of(eqn) if gone else track.where,
         )
         for track in infos[0].tracks
     ]

@@ -168,7 +168,7 @@ def _adapted(apply_fn: Callable[..., Any], settings: Settings) -> Callable[..., 
     return note(adapted, apply_fn, settings)
 
 
-def _draws(dropout_key: Any, rate: Any) -> Callable[[str], dropping.Draw | None]:
+def _draws(dropout_key: Any, rate: Any) -> Callable[[str], dropping.DropoutDraw | None]:
     """What each kernel's mask is drawn from; a pair brings a rate of its own, and a rate of 0 draws nothing."""
     key, rate = dropout_key if isinstance(dropout_key, tuple) else (dropout_key if rate else None, rate)
     return lambda path: None if key is None else dropping.draw_for(key, rate, path)

@@ -129,7 +129,7 @@ def _checkpoint(path: Path) -> Path | None:
 def _chosen(updates: dict[str, LoRA], settings: Settings) -> dict[str, LoRA]:
     if settings.layers is None:
         return updates
-    layers = {name: place.layer for name, place in report.places_of(updates).items()}
+    layers = {name: place.layer for name, place in report.positions_of(updates).items()}
     chosen = {name: node for name, node in updates.items() if layers[name] in settings.layers}
     if missing := sorted(set(settings.layers) - set(layers.values())):
         raise ValueError(f"layers: the adapter changes nothing in layer {missing[0]}")

@@ -65,15 +65,15 @@ def defaults(words: Sequence[str]) -> Settings:
     )
 
 
-class Work(NamedTuple):
+class Workload(NamedTuple):
     """What is learned, from what."""
 
     rows: Encoded
     asked: list[tuple[str, str]]  # held-out rows to show, each with what is expected
-    look: Callable[[Any], "Look"]  # parameters -> what a model makes of them
+    predict: Callable[[Any], "Predictions"]  # from parameters
 
 
-class Look(NamedTuple):
+class Predictions(NamedTuple):
     """What a model makes of held-out rows at one moment."""
 
     texts: list[str]
@@ -119,7 +119,7 @@ def _train(settings: Settings, stop: Callable[[], bool]) -> Callable[[], None]:
         markup=False,
         soft_wrap=True,
     )
-    work = _work(settings, model, rows)
+    workload = _workload(settings, model, rows)
     params = lora_jax.init(key, model.params, lora, axes=_base.kernel_axes(model))
     if settings.prefix_length:
         # The run's key itself: training folds steps into it, and init takes fold 0.
@@ -128,16 +128,16 @@ def _train(settings: Settings, stop: Callable[[], bool]) -> Callable[[], None]:
         )
         size = sum(leaf.size for leaf in jax.tree.leaves(lora_jax.prefix.take(params)[1]))
         show.print(f"prefix: {settings.prefix_length} tokens, {size:,} parameters")
-    before = work.look(params)
+    before = workload.predict(params)
     if before.accuracy is not None:
         show.print(f"before training: {_show.percent(before.accuracy)} of {len(before.texts)} held-out questions right")
     result = train(
         model.apply,
         params,
-        work.rows.train,
-        work.rows.valid,
+        workload.rows.train,
+        workload.rows.valid,
         settings.train,
-        task=work.rows.task,
+        task=workload.rows.task,
         output=settings.output,
         console=_show.notes(),
         resume=settings.resume,
@@ -158,14 +158,14 @@ def _train(settings: Settings, stop: Callable[[], bool]) -> Callable[[], None]:
         task_type=rows.task_type,
         overwrite=True,  # whether it may be was asked before all else
     )
-    return lambda: _tell(settings, work, result, before, time.perf_counter() - began)
+    return lambda: _tell(settings, workload, result, before, time.perf_counter() - began)
 
 
-def _tell(settings: Settings, work: Work, result: TrainResult, before: "Look", seconds: float) -> None:
+def _tell(settings: Settings, workload: Workload, result: TrainResult, before: "Predictions", seconds: float) -> None:
     """What came of it, and what to type next."""
     show = _show.results()
-    after = work.look(result.params)
-    _samples.show(show, _samples_of(work.asked, before, after))
+    after = workload.predict(result.params)
+    _samples.show(show, _samples_of(workload.asked, before, after))
     show.print(_comparison(result, before, after))
     if result.kept_step != result.steps:
         show.print(f"best at step {result.kept_step} of {result.steps}: that adapter is kept")
@@ -173,7 +173,7 @@ def _tell(settings: Settings, work: Work, result: TrainResult, before: "Look", s
         f"{seconds:.0f} s in all, {result.seconds:.0f} s of them training at {result.tokens_per_second:,.0f} tokens/s"
     )
     show.print(f"adapter: {settings.output}", markup=False)
-    show.print(f"next: {_next_command(settings, work)}", markup=False, soft_wrap=True)
+    show.print(f"next: {_next_command(settings, workload)}", markup=False, soft_wrap=True)
 
 
 def _check(settings: Settings) -> None:
@@ -206,43 +206,43 @@ def _say(line: str) -> None:
     _show.notes().print(f"lora-jax: {line}", markup=False, soft_wrap=True)
 
 
-def _work(settings: Settings, model: Any, rows: Rows) -> Work:
+def _workload(settings: Settings, model: Any, rows: Rows) -> Workload:
     found = _rows.encode(rows, model, min(settings.train.max_length, model.max_length - settings.prefix_length))
     if rows.source is None:
         asked = [(row.prompt, row.completion) for row in _embedded.rows("test")[: _samples.SHOWN]]
-        return Work(found, asked, lambda params: _answers(model, params))
+        return Workload(found, asked, lambda params: _answers(model, params))
     if rows.labels is not None and found.task is not None:
         return _work_of_labels(model, rows, found, rows.labels, found.task)
     valid: Any = found.valid  # of text, where there are no labels
     prompts = _samples.prompts_of(model, valid)
 
-    def complete(params: Any) -> Look:
+    def complete(params: Any) -> Predictions:
         texts = _samples.complete(model, params, prompts)
-        return Look(texts, [None] * len(texts), None)
+        return Predictions(texts, [None] * len(texts), None)
 
-    return Work(found, [(cut.text, cut.expected) for cut in prompts], complete)
+    return Workload(found, [(cut.text, cut.expected) for cut in prompts], complete)
 
 
-def _work_of_labels(model: Any, rows: Rows, found: Encoded, labels: Labels, task: Task) -> Work:
+def _work_of_labels(model: Any, rows: Rows, found: Encoded, labels: Labels, task: Task) -> Workload:
     shown: Any = found.valid[: _samples.SHOWN]
     asked = _labels.asked(_data.labelled(rows.read["valid"])[: _samples.SHOWN], shown, labels)
 
-    def look(params: Any) -> Look:
+    def predict(params: Any) -> Predictions:
         told = _labels.tell(model, params, shown, labels, task)
         right = [
             None if labels.regression else text == expected for text, (_, expected) in zip(told, asked, strict=True)
         ]
-        return Look(told, right, None)
+        return Predictions(told, right, None)
 
-    return Work(found, asked, look)
+    return Workload(found, asked, predict)
 
 
-def _answers(model: Any, params: Any) -> Look:
+def _answers(model: Any, params: Any) -> Predictions:
     answers = _embedded.answer(model, params, "test")
-    return Look(answers.texts, answers.right, answers.accuracy)
+    return Predictions(answers.texts, answers.right, answers.accuracy)
 
 
-def _samples_of(asked: list[tuple[str, str]], before: Look, after: Look) -> list[_samples.Sample]:
+def _samples_of(asked: list[tuple[str, str]], before: Predictions, after: Predictions) -> list[_samples.Sample]:
     answers = list(zip(before.texts, before.right, after.texts, after.right, strict=True))
     return [
         _samples.Sample(prompt, expected, {"before": (text, right), "after": (new_text, new_right)})
@@ -250,7 +250,7 @@ def _samples_of(asked: list[tuple[str, str]], before: Look, after: Look) -> list
     ]
 
 
-def _comparison(result: TrainResult, before: Look, after: Look) -> Table:
+def _comparison(result: TrainResult, before: Predictions, after: Predictions) -> Table:
     rows = []
     if result.before is not None and result.after is not None:
         rows.append(("validation loss", f"{result.before.loss:.4f}", f"{result.after.loss:.4f}"))
@@ -263,10 +263,10 @@ def _comparison(result: TrainResult, before: Look, after: Look) -> Table:
     return _show.table(("", "before>", "after>"), rows)
 
 
-def _next_command(settings: Settings, work: Work) -> str:
+def _next_command(settings: Settings, workload: Workload) -> str:
     model = [] if settings.base.model is None else ["--model", settings.base.model]
     adapter = ["--adapter", str(settings.output)]
-    if work.rows.task is not None:
+    if workload.rows.task is not None:
         return shlex.join(["lora-jax", "evaluate", *model, *adapter, "--data", *settings.data])
-    prompt = work.asked[0][0] if work.asked else "..."
+    prompt = workload.asked[0][0] if workload.asked else "..."
     return shlex.join(["lora-jax", "generate", *model, *adapter, "--prompt", prompt])

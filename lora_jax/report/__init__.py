@@ -13,7 +13,7 @@ require(__name__, report=("jinja2", "markupsafe", "matplotlib"))
 from lora_jax.report._measure import Measured as Measured
 from lora_jax.report._measure import check_comparable as check_comparable
 from lora_jax.report._measure import measure as measure
-from lora_jax.report._measure import places_of as places_of
+from lora_jax.report._measure import positions_of as positions_of
 from lora_jax.report._summary import Kind as Kind
 from lora_jax.report._summary import by_kind as by_kind
 from lora_jax.report._write import check_free as check_free

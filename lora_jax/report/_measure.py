@@ -84,7 +84,7 @@ def measure(
     """
     if against is not None:
         check_comparable(updates, against)
-    places = places_of(updates)
+    places = positions_of(updates)
     for name in sorted(updates, key=lambda name: (places[name].kind, places[name].layer or 0, name)):
         # A kernel's draws are its own, whatever else the adapter changes.
         key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
@@ -107,21 +107,22 @@ def check_comparable(updates: Mapping[str, LoRA], against: Mapping[str, LoRA]) -
             raise ValueError(f"{name}: {ours} in --adapter, {theirs} in --against: they belong to different models")
 
 
-class Place(NamedTuple):
+class ModulePosition(NamedTuple):
     layer: int | None
     kind: str
 
 
-def places_of(names: Mapping[str, object]) -> dict[str, Place]:
+def positions_of(names: Mapping[str, object]) -> dict[str, ModulePosition]:
     """Where each module stands. What is before the number is told where several stacks have layers.
 
-    >>> places_of({"model.layers.3.self_attn.q_proj": 0, "lm_head": 0})
-    {'model.layers.3.self_attn.q_proj': Place(layer=3, kind='self_attn.q_proj'), 'lm_head': Place(layer=None, ...)}
+    >>> positions_of({"model.layers.3.self_attn.q_proj": 0, "lm_head": 0})
+    {'model.layers.3.self_attn.q_proj': ModulePosition(layer=3, kind='self_attn.q_proj'),
+     'lm_head': ModulePosition(layer=None, ...)}
     """
     cut = {name: _cut(name) for name in names}
     stacks = {before for before, layer, _ in cut.values() if layer is not None}
     return {
-        name: Place(layer, f"{before}.{behind}" if len(stacks) > 1 and layer is not None else behind)
+        name: ModulePosition(layer, f"{before}.{behind}" if len(stacks) > 1 and layer is not None else behind)
         for name, (before, layer, behind) in cut.items()
     }
 
@@ -141,7 +142,7 @@ def _shape(node: LoRA) -> tuple[int, int]:
 
 def _measured(
     name: str,
-    place: Place,
+    place: ModulePosition,
     lora: LoRA,
     weight: Callable[[str], ArrayLike] | None,
     other: LoRA | None,

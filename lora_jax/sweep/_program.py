@@ -15,7 +15,7 @@ from lora_jax._tree import combine
 from lora_jax.train import Task, TrainConfig, make_loss_sums, make_optimizer, make_step
 
 
-class Lane(NamedTuple):
+class PointSettings(NamedTuple):
     """What one adapter trains with, as data; of several, with a leading axis."""
 
     learning_rate: Any  # f32[]
@@ -25,13 +25,13 @@ class Lane(NamedTuple):
     prefix: Any  # i32[], tokens of its prefix
 
 
-def lanes(configs: Sequence[TrainConfig], prefixes: Sequence[int] = ()) -> Lane:
+def point_settings(configs: Sequence[TrainConfig], prefixes: Sequence[int] = ()) -> PointSettings:
     """The adapters' data, with a leading axis."""
     rates = {
         name: jnp.asarray([getattr(config, name) for config in configs], jnp.float32)
         for name in ("learning_rate", "weight_decay", "dropout")
     }
-    return Lane(
+    return PointSettings(
         **rates,
         key=jnp.stack([jax.random.key(config.seed) for config in configs]),
         prefix=jnp.asarray(prefixes or [0] * len(configs), jnp.int32),
@@ -45,11 +45,11 @@ class Program(NamedTuple):
     """`(adapters) -> opt_states`"""
 
     step: Callable[..., Any]
-    """`(adapters, opt_states, lanes, base, batch, number) -> (adapters, opt_states, StepMetrics [K])`; the first two
+    """`(adapters, opt_states, settings, base, batch, number) -> (adapters, opt_states, StepMetrics [K])`; the first two
     arguments are donated"""
 
     loss_sums: Callable[..., Any]
-    """`(adapters, lanes, base, batch) -> (sums of losses [K], sums of weights [K])`, and predictions [K, rows] where
+    """`(adapters, settings, base, batch) -> (sums of losses [K], sums of weights [K])`, and predictions [K, rows] where
     the task predicts"""
 
 
@@ -63,7 +63,7 @@ def make_program(
     own_rows: bool,
     own_prefix: bool = False,
 ) -> Program:
-    """The program for adapters that share `config` in all but what a `Lane` holds.
+    """The program for adapters that share `config` in all but what a `PointSettings` holds.
 
         x W + scale_k (x_k A_k) B_k      for all adapters k at once: W is one array, and meets the rows of all of them
                                          in one product
@@ -81,29 +81,29 @@ def make_program(
     """
     adapted = ensure_adapted(apply_fn)
 
-    def applied(lane):
-        return prefix.adapt(adapted, used=lane.prefix if own_prefix else None)
+    def applied(settings):
+        return prefix.adapt(adapted, used=settings.prefix if own_prefix else None)
 
-    def step(adapter, opt_state, lane, base, batch, number):
-        apply = applied(lane)
+    def step(adapter, opt_state, settings, base, batch, number):
+        apply = applied(settings)
 
         @functools.wraps(apply)  # so that it is known to be adapted
         def forward(*args, dropout_key=None, **keywords):
-            pair = None if dropout_key is None else (dropout_key, lane.dropout)
+            pair = None if dropout_key is None else (dropout_key, settings.dropout)
             return apply(*args, dropout_key=pair, **keywords)
 
-        tx = make_optimizer(config, steps, learning_rate=lane.learning_rate, weight_decay=lane.weight_decay)
+        tx = make_optimizer(config, steps, learning_rate=settings.learning_rate, weight_decay=settings.weight_decay)
         one = make_step(
             prefix.note(forward),
             tx,
             objective=task.objective,
             gradient_accumulation_steps=config.gradient_accumulation_steps,
         )
-        key = jax.random.fold_in(lane.key, number) if dropout else None
+        key = jax.random.fold_in(settings.key, number) if dropout else None
         return one(adapter, opt_state, base, batch, key)
 
-    def loss_sums(adapter, lane, base, batch):
-        return make_loss_sums(applied(lane), task.objective, task.predict)(combine(base, adapter), batch)
+    def loss_sums(adapter, settings, base, batch):
+        return make_loss_sums(applied(settings), task.objective, task.predict)(combine(base, adapter), batch)
 
     vmapped = jax.vmap(step, in_axes=(0, 0, 0, None, 0 if own_rows else None, None))
     return Program(

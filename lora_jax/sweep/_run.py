@@ -21,10 +21,19 @@ from lora_jax._forward import dropout_of, kernel_axes
 from lora_jax._tree import Axes
 from lora_jax.analysis import GradientScore
 from lora_jax.sweep._point import Point
-from lora_jax.sweep._program import Lane, Program, at_once, bytes_needed, lanes, make_program, shapes, size_of
+from lora_jax.sweep._program import (
+    PointSettings,
+    Program,
+    at_once,
+    bytes_needed,
+    make_program,
+    point_settings,
+    shapes,
+    size_of,
+)
 from lora_jax.sweep._results import Result, Results, weighted
 from lora_jax.sweep._score import kernel_scores, score_of
-from lora_jax.sweep._start import NewValues, Starts, taken, trainable
+from lora_jax.sweep._start import AdapterFactory, NewValues, taken, trainable
 from lora_jax.train import Evaluation, StepMetrics, Task, TrainConfig, task_of
 from lora_jax.train._evaluate import evaluation_of
 from lora_jax.train._log import Log
@@ -110,17 +119,19 @@ def run(
     examples = {"training example": train_data, "validation example": valid_data or ()}
     check_examples(apply_fn, params, examples, config.batch_size)
 
-    def starts_of(kept: Sequence[_Entry]) -> Starts:
+    def factory_of(kept: Sequence[_Entry]) -> AdapterFactory:
         own = [entry.point for entry in kept]
-        return Starts(params, own, lora, axes, newly_initialized, after=prefix_after, embedding=prefix_embedding)
+        return AdapterFactory(
+            params, own, lora, axes, newly_initialized, after=prefix_after, embedding=prefix_embedding
+        )
 
-    starts = starts_of(entries)
+    factory = factory_of(entries)
     steps = config.total_steps(len(train_data))
     rows = _Rows(train_data, [entry.config for entry in entries], steps)
     scores: dict[str, GradientScore] = {}
     if score_batches:
-        scores, entries = _scored(apply_fn, starts, entries, rows.first(score_batches), task, best)
-        starts = starts_of(entries)  # padded to the ranks and prefixes of those that are left
+        scores, entries = _scored(apply_fn, factory, entries, rows.first(score_batches), task, best)
+        factory = factory_of(entries)  # padded to the ranks and prefixes of those that are left
     program = make_program(
         apply_fn,
         config,
@@ -131,14 +142,14 @@ def run(
         own_prefix=len({entry.point.prefix_length for entry in entries}) > 1,
     )
     valid: list[Any] = list(data.batches(valid_data, config.micro_batch_size)) if valid_data else []
-    bench = _Bench(program, starts, starts.base(), rows, valid, task)
-    size = bench.at_once(entries, free_memory() if memory is None else memory)
+    shared = _Shared(program, factory, factory.base(), rows, valid, task)
+    size = shared.at_once(entries, free_memory() if memory is None else memory)
 
     groups = [entries[start : start + size] for start in range(0, len(entries), size)]
     results: list[Result] = []
     with Log(steps * len(groups), 0, None, console, None) as log:
         for number, group in enumerate(groups):
-            for result in bench.round(group, size, _Progress(log, number * steps, config.logging_steps)):
+            for result in shared.round(group, size, _Progress(log, number * steps, config.logging_steps)):
                 results.append(result)
                 if on_result is not None:
                     on_result(result)
@@ -180,21 +191,21 @@ def _entry(point: Point, config: TrainConfig, params: Any) -> _Entry:
     return _Entry(dataclasses.replace(point, **given, prefix_length=point.prefix_length or there), own)
 
 
-def _lanes(entries: Sequence[_Entry]) -> Lane:
-    return lanes([entry.config for entry in entries], [entry.point.prefix_length or 0 for entry in entries])
+def _settings_of(entries: Sequence[_Entry]) -> PointSettings:
+    return point_settings([entry.config for entry in entries], [entry.point.prefix_length or 0 for entry in entries])
 
 
 def _scored(
     apply_fn: Callable[..., Any],
-    starts: Starts,
+    factory: AdapterFactory,
     entries: Sequence[_Entry],
     batches: Sequence[data.Batch],
     task: Task,
     best: int | None,
 ) -> tuple[dict[str, GradientScore], list[_Entry]]:
     """Every kernel's score, and the entries with theirs; of the `best` settings alone where that is given."""
-    kernels = kernel_scores(jax.random.key(0), apply_fn, starts, batches, task)
-    scored = [entry._replace(score=score_of(entry.point, starts.shape(entry.point), kernels)) for entry in entries]
+    kernels = kernel_scores(jax.random.key(0), apply_fn, factory, batches, task)
+    scored = [entry._replace(score=score_of(entry.point, factory.shape(entry.point), kernels)) for entry in entries]
     settings = dict.fromkeys(entry.point.repeated for entry in sorted(scored, key=lambda entry: -(entry.score or 0)))
     kept = set(list(settings)[:best])
     return kernels, [entry for entry in scored if entry.point.repeated in kept]
@@ -289,11 +300,11 @@ class _Progress(NamedTuple):
             self.log.record(self.before + step, {"loss": mean})
 
 
-class _Bench(NamedTuple):
+class _Shared(NamedTuple):
     """What all rounds share."""
 
     program: Program
-    starts: Starts
+    factory: AdapterFactory
     base: Any
     rows: _Rows
     valid: list[data.Batch]
@@ -301,15 +312,15 @@ class _Bench(NamedTuple):
 
     def at_once(self, entries: Sequence[_Entry], memory: int) -> int:
         """How many adapters a round has."""
-        lane = jax.eval_shape(lambda: _lanes(entries[:1]))
+        settings = jax.eval_shape(lambda: _settings_of(entries[:1]))
 
         def needed(count: int) -> int:
-            adapters = shapes(self.starts.shapes, (count,))
+            adapters = shapes(self.factory.shapes, (count,))
             states = jax.eval_shape(self.program.init, adapters)
-            lane_shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype), lane)
+            settings_shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype), settings)
             batch = self.rows.longest_batch(count)
             number = jax.ShapeDtypeStruct((), jnp.int32)
-            return bytes_needed(self.program.step, adapters, states, lane_shapes, shapes(self.base), batch, number)
+            return bytes_needed(self.program.step, adapters, states, settings_shapes, shapes(self.base), batch, number)
 
         return at_once(len(entries), size_of(self.base), needed, memory)
 
@@ -317,8 +328,8 @@ class _Bench(NamedTuple):
         """Trains up to `size` adapters at once; a last round is filled up, so that it is the same program."""
         began = time.perf_counter()
         filled = [*group, *[group[-1]] * (size - len(group))]
-        begun = {entry: self.starts.alone(entry.point, entry.config.seed) for entry in group}
-        adapters = self.starts.stacked([begun[entry] for entry in filled])
+        begun = {entry: self.factory.alone(entry.point, entry.config.seed) for entry in group}
+        adapters = self.factory.stacked([begun[entry] for entry in filled])
         metrics, adapters = self._train(adapters, filled, progress)
         valid = self._validate(adapters, filled)
         adapters = jax.device_get(adapters)
@@ -329,11 +340,15 @@ class _Bench(NamedTuple):
 
     def _train(self, adapters: Any, entries: Sequence[_Entry], progress: _Progress) -> tuple[StepMetrics, Any]:
         """Every step's metrics, each [steps, adapters], and the trained adapters."""
-        states, lane, configs = self.program.init(adapters), _lanes(entries), [entry.config for entry in entries]
+        states, settings, configs = (
+            self.program.init(adapters),
+            _settings_of(entries),
+            [entry.config for entry in entries],
+        )
         in_flight, seen = None, []
         for step in range(1, self.rows.steps + 1):
             batch = self.rows.batch(step - 1, configs)
-            adapters, states, metrics = self.program.step(adapters, states, lane, self.base, batch, np.int32(step))
+            adapters, states, metrics = self.program.step(adapters, states, settings, self.base, batch, np.int32(step))
             # Fetched one step late: the device never waits for the host.
             if in_flight is not None:
                 seen.append(self._fetched(in_flight, first=not seen))
@@ -358,8 +373,8 @@ class _Bench(NamedTuple):
 
     def _validate(self, adapters: Any, entries: Sequence[_Entry]) -> Callable[[int], Evaluation]:
         """What each adapter, by its place, makes of the validation rows."""
-        lane = _lanes(entries)
-        sums = jax.device_get([self.program.loss_sums(adapters, lane, self.base, batch) for batch in self.valid])
+        settings = _settings_of(entries)
+        sums = jax.device_get([self.program.loss_sums(adapters, settings, self.base, batch) for batch in self.valid])
         labels = [(batch.get("labels"), batch["loss_weights"] > 0) for batch in self.valid]
         return lambda index: evaluation_of(self.task, [[x[index] for x in found] for found in sums], labels)
 

@@ -12,12 +12,12 @@ from lora_jax.analysis import GradientScore, gradient_scores
 from lora_jax.data import Batch
 from lora_jax.prefix import adapt as with_prefix
 from lora_jax.sweep._point import Point
-from lora_jax.sweep._start import Starts
+from lora_jax.sweep._start import AdapterFactory
 from lora_jax.train import Task, apply_to_batch
 
 
 def kernel_scores(
-    key: jax.Array, apply_fn: Callable[..., Any], starts: Starts, batches: Sequence[Batch], task: Task
+    key: jax.Array, apply_fn: Callable[..., Any], factory: AdapterFactory, batches: Sequence[Batch], task: Task
 ) -> dict[str, GradientScore]:
     """A score of the highest rank for every kernel that any point targets."""
     apply = with_prefix(ensure_adapted(apply_fn))
@@ -26,7 +26,7 @@ def kernel_scores(
         total, weight = task.objective(apply_to_batch(apply, params, batch), batch)
         return total / weight
 
-    return gradient_scores(key, loss_fn, starts.everywhere(), batches, rank=starts.rank)
+    return gradient_scores(key, loss_fn, factory.everywhere(), batches, rank=factory.rank)
 
 
 def score_of(point: Point, adapter: Any, kernels: Mapping[str, GradientScore]) -> float:

@@ -21,7 +21,7 @@ NewValues = Callable[[int], Mapping[str, Any]]
 """From a seed to new values of leaves trained in full, by path."""
 
 
-class Starts:
+class AdapterFactory:
     """Makes the points' adapters, alone and stacked: always of the same shapes, whichever points are asked for.
 
     A kernel that a point doesn't target has zero factors and scale 0 there. Their gradients are zero, and weight decay

@@ -17,7 +17,7 @@ from lora_jax import data
 from lora_jax._finite import unfinite_leaf, why_unfinite
 from lora_jax._forward import dropout_of
 from lora_jax._tree import combine, split
-from lora_jax.checkpoint import Kept, TrainState
+from lora_jax.checkpoint import BestAdapter, TrainState
 from lora_jax.train._config import TrainConfig
 from lora_jax.train._evaluate import Evaluation, Evaluator
 from lora_jax.train._log import Log, Meter, OnLog, Record
@@ -238,7 +238,7 @@ def _iterate(examples: Sequence[data.AnyExample], config: TrainConfig, steps: in
     return iter(data.batches(examples, rows, seed=config.shuffle_seed, epochs=epochs).to_iter_dataset(options))
 
 
-def _better(state: TrainState, found: Evaluation, task: Task, config: TrainConfig) -> Kept | None:
+def _better(state: TrainState, found: Evaluation, task: Task, config: TrainConfig) -> BestAdapter | None:
     """The adapter to end with, should none be better: this one, copied because steps donate theirs, or the earlier."""
     if not config.load_best_model_at_end:
         return None
@@ -246,7 +246,7 @@ def _better(state: TrainState, found: Evaluation, task: Task, config: TrainConfi
         figure, best = found.figure(task.best), _of_facts(state.kept.facts).figure(task.best)
         if not (figure > best if task.highest else figure < best):
             return state.kept
-    return Kept(jax.tree.map(jnp.array, state.adapter), {"step": state.step, **found._asdict()})
+    return BestAdapter(jax.tree.map(jnp.array, state.adapter), {"step": state.step, **found._asdict()})
 
 
 def _of_facts(facts: Mapping[str, Any]) -> Evaluation:
