@@ -312,6 +312,24 @@ def test_gradient_and_the_scale_has_none():
     assert all(float(n.scale) == 0.0 for n in got.values())
 
 
+@pytest.mark.parametrize("tokens", [(2, 3), (2, 3, 4)])
+def test_on_a_cpu_low_rank_products_are_of_matrices(tokens):
+    """With tokens in two dimensions, XLA writes a transposed copy of the gradient by the output for each B."""
+
+    def loss(nodes, x):
+        return jnp.sum(lora_jax.adapt(mlp)(PLAIN | nodes, x) ** 2)
+
+    x = normal(*tokens, 6)
+    traced = jax.jit(jax.grad(loss)).trace(NODES, x).jaxpr
+    equations = [eqn for eqn in jax.tree.leaves(traced.eqns) if eqn.primitive.name == "dot_general"]
+    thin = [eqn for eqn in equations if any(2 in v.aval.shape[-2:] and v.aval.ndim == 2 for v in eqn.invars)]
+    assert len(thin) >= 8
+    assert all(v.aval.ndim == 2 for eqn in thin for v in eqn.invars)
+    flat = jax.grad(loss)(NODES, x.reshape(-1, 6))
+    for ours, expected in zip(factors(jax.grad(loss)(NODES, x)), factors(flat), strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_gradient_of_gradient():
     def hvp(fn):
         g = lambda nodes: sum(jnp.sum(x**2) for x in factors(jax.grad(fn)(nodes)))
