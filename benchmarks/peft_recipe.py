@@ -6,8 +6,9 @@ The embedded Llama is trained on the embedded task with rank 8, alpha 16 on q an
 PEFT (its default initialiser) and by this library, on the same batches. A seed draws A; the table has ‖ΔW‖ of all
 adapted kernels together, the mean over the seeds and their standard deviation, and the loss of the last step.
 
-Needs torch and PEFT (`make oracle` installs them). Hardware: four CPU cores, 3 minutes with three seeds. Expect `kaiming_normal` and
-`kaiming_uniform` to move as PEFT does within the spread of the seeds, and `gaussian` several times as far.
+Needs torch and PEFT (`make oracle` installs them). Hardware: four CPU cores, 3 minutes with three seeds. Expect
+`kaiming_normal` and `kaiming_uniform` to move as PEFT does within the spread of the seeds, and `gaussian` several times
+as far.
 """
 
 import argparse

@@ -3,12 +3,13 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from lora_jax._axes import Axes, KernelAxes
 from lora_jax._config import LoRAConfig, Override
 from lora_jax._describe import describe, merge_report
 from lora_jax._forward import MaterializeWarning, adapt, kernel_axes
 from lora_jax._init import init
 from lora_jax._merge import delta, merge, unmerge
-from lora_jax._node import Axes, KernelAxes, LoRA, Prefix, Trained
+from lora_jax._node import LoRA, Prefix, Trained
 from lora_jax._optim import check_padding, mask, masked
 from lora_jax._sharding import shardings
 from lora_jax._stack import stack, unstack

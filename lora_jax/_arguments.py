@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax._axes import Axes, KernelAxes, TracedAxes
 from lora_jax._config import LoRAConfig
-from lora_jax._node import Axes, KernelAxes, TracedAxes
 from lora_jax._paths import match
 
 # What to pass in place of a framework's model, by the package that the model's class comes from.

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from lora_jax._dora import changed, difference
-from lora_jax._node import Axes, LoRA, check_node, used_ranks
+from lora_jax._axes import Axes
+from lora_jax._node import LoRA, check_node, used_ranks
 from lora_jax._tree import detach, leaves_with_paths, trained_paths, unbox
+from lora_jax._update import changed, difference
 
 
 class Row(NamedTuple):

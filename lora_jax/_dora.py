@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lora_jax._node import Axes, LoRA, update_of
+from lora_jax._axes import Axes
+from lora_jax._node import LoRA
 
 _EXACT = lax.Precision.HIGHEST
 
@@ -27,26 +28,12 @@ def magnitude_of(kernel: jax.Array, axes: Axes) -> jax.Array:
     return jnp.sqrt(_squares(kernel, axes))
 
 
-def changed(kernel: jax.Array, node: LoRA) -> jax.Array:
-    """The kernel with its adapter in it, W + ΔW or DoRA's W', in the kernel's dtype: what `merge` rounds.
-
-    >>> node = LoRA(jnp.ones((2, 1)), jnp.ones((1, 2)), jnp.float32(1), magnitude=jnp.array([10.0, 5.0]))
-    >>> changed(jnp.array([[2.0, -1.0], [3.0, 0.0]]), node)
-    Array([[6., 0.],
-           [8., 5.]], dtype=float32)
-    """
-    moved = kernel + update_of(node, kernel.dtype)
-    if node.magnitude is None:
-        return moved
-    gain = _gain(node, _squares(moved, node.axes)).astype(kernel.dtype)
+def along(kernel: jax.Array, node: LoRA) -> jax.Array:
+    """W' = m ⊙ V / ‖V‖ of the kernel V = W + ΔW, in its dtype."""
+    gain = _gain(node, _squares(kernel, node.axes)).astype(kernel.dtype)
     kept = [axis for group in (node.axes.stack, node.axes.outputs) for axis in group]
     gain = gain.transpose(sorted(range(len(kept)), key=kept.__getitem__))
-    return moved * jnp.expand_dims(gain, node.axes.inputs)
-
-
-def difference(kernel: jax.Array, node: LoRA) -> jax.Array:
-    """W' - W in the kernel's dtype: ΔW itself where there is no magnitude, not what rounding W + ΔW leaves of it."""
-    return update_of(node, kernel.dtype) if node.magnitude is None else changed(kernel, node) - kernel
+    return kernel * jnp.expand_dims(gain, node.axes.inputs)
 
 
 def gain_of(kernel: jax.Array, node: LoRA) -> jax.Array:

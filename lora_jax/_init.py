@@ -16,9 +16,10 @@ from jax.core import Tracer
 from jax.sharding import AbstractMesh, NamedSharding
 
 from lora_jax._arguments import check_arguments, known_elsewhere, read_axes
+from lora_jax._axes import Axes, TracedAxes
 from lora_jax._config import LoRAConfig, Override
 from lora_jax._dora import magnitude_of
-from lora_jax._node import SUFFIX, Axes, LoRA, TracedAxes, Trained, place, trained
+from lora_jax._node import SUFFIX, LoRA, Trained, place, trained
 from lora_jax._paths import is_vector, match
 from lora_jax._tree import attach, holders, leaves_with_paths, unbox
 

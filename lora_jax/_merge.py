@@ -6,8 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax._dora import changed, difference
-from lora_jax._node import LoRA, check_node, update_of
+from lora_jax._node import LoRA, check_node
 from lora_jax._tree import (
     combine,
     detach,
@@ -19,6 +18,7 @@ from lora_jax._tree import (
     trained_paths,
     unbox,
 )
+from lora_jax._update import changed, difference, update_of
 
 
 def merge(params: Any, *, dtype: Any = None) -> Any:

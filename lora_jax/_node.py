@@ -2,8 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Collection, Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,110 +11,13 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
+from lora_jax._axes import Axes
+
 SUFFIX = "_lora"
 PREFIX = "prefix"  # where a tree of parameters has its prefix embeddings
 
 
-class Axes(NamedTuple):
-    """What each axis of a kernel W is for; together the three groups name every axis of W once, in any order.
-
-    Attributes:
-      stack: Axes along which W is many kernels (layers, experts): each index has factors and a scale of its own.
-      inputs: Axes contracted with the activation; of an embedding, the axis that is looked up.
-      outputs: Axes of the result.
-
-    >>> Axes()  # a Flax Dense kernel, f32[in, out]
-    Axes(stack=(), inputs=(0,), outputs=(1,))
-    >>> Axes(stack=(0,), inputs=(1,), outputs=(2, 3))  # DenseGeneral under nn.scan, f32[layers, in, heads, head]
-    Axes(stack=(0,), inputs=(1,), outputs=(2, 3))
-    """
-
-    stack: tuple[int, ...] = ()
-    inputs: tuple[int, ...] = (0,)
-    outputs: tuple[int, ...] = (1,)
-
-
 _MATRIX = Axes()
-
-
-class TracedAxes(Axes):
-    """Axes of one leaf as a trace showed them, and the kernel's roles. Equal to the `Axes` of the same numbers.
-
-    Attributes:
-      embedding: Whether the kernel is looked up (gather).
-      head: Whether its product reaches the function's output through no other kernel.
-    """
-
-    embedding: bool
-    head: bool
-
-    def __new__(cls, stack: Any, inputs: Any, outputs: Any, *, embedding: bool = False, head: bool = False) -> Any:
-        entry = super().__new__(cls, tuple(stack), tuple(inputs), tuple(outputs))
-        entry.embedding, entry.head = embedding, head
-        return entry
-
-    @classmethod
-    def of(cls, axes: Any, *, embedding: bool = False, head: bool = False) -> "TracedAxes":
-        """The entry for these axes, with the roles given and those that it has."""
-        roles = embedding or getattr(axes, "embedding", False), head or getattr(axes, "head", False)
-        return cls(*axes, embedding=roles[0], head=roles[1])
-
-    def _replace(self, **changes: Any) -> "TracedAxes":
-        return TracedAxes.of(Axes(*self)._replace(**changes), embedding=self.embedding, head=self.head)
-
-    def __repr__(self) -> str:
-        roles = "".join(f", {role}=True" for role in ("embedding", "head") if getattr(self, role))
-        return f"{Axes(*self)!r}"[:-1] + roles + ")"
-
-
-class KernelAxes(dict[str, Axes]):
-    """How a function uses its kernels: leaf path to `Axes`, as `lora_jax.kernel_axes` reads them off a trace.
-
-    What each kernel is belongs to its entry: a part of the dict, and a plain dict made from it, say the same of the
-    kernels that they have.
-
-    Attributes:
-      embeddings: Paths of kernels that are looked up (gather).
-      heads: Paths of kernels whose product reaches the function's output through no other kernel.
-
-    >>> axes = KernelAxes({"embed/embedding": Axes(), "up/kernel": Axes()}, embeddings=["embed/embedding"])
-    >>> {path: entry for path, entry in axes.items() if path != "up/kernel"}
-    {'embed/embedding': Axes(stack=(), inputs=(0,), outputs=(1,), embedding=True)}
-    """
-
-    def __init__(
-        self, axes: Mapping[str, Axes] = {}, *, embeddings: Collection[str] = (), heads: Collection[str] = ()
-    ) -> None:
-        super().__init__(
-            {
-                path: TracedAxes.of(entry, embedding=path in embeddings, head=path in heads)
-                for path, entry in axes.items()
-            }
-        )
-
-    @property
-    def embeddings(self) -> frozenset[str]:
-        return frozenset(path for path, entry in self.items() if getattr(entry, "embedding", False))
-
-    @property
-    def heads(self) -> frozenset[str]:
-        return frozenset(path for path, entry in self.items() if getattr(entry, "head", False))
-
-    def copy(self) -> "KernelAxes":
-        return KernelAxes(self)
-
-    def __or__(self, other: Any) -> Any:
-        return self._joined(self, other) if isinstance(other, Mapping) else NotImplemented
-
-    def __ror__(self, other: Any) -> Any:
-        return self._joined(other, self) if isinstance(other, Mapping) else NotImplemented
-
-    @staticmethod
-    def _joined(first: Mapping[str, Axes], second: Mapping[str, Axes]) -> "KernelAxes":
-        joined = KernelAxes()
-        for part in (first, second):
-            joined.update(part)  # entries that no trace gave stay what they are: rules
-        return joined
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -373,26 +276,6 @@ def check_node(path: str, kernel: Any, node: LoRA) -> None:
             f"{path}{SUFFIX}: magnitude {tuple(node.magnitude.shape)} doesn't fit a kernel {tuple(kernel.shape)} with"
             f" {node.axes}; expected {stack + outputs}"
         )
-
-
-def update_of(node: LoRA, dtype: Any = jnp.float32) -> jax.Array:
-    """ΔW = scale · A B of one node, in the order of the kernel's axes; what a magnitude makes of it is `_dora`'s.
-
-    >>> node = LoRA(jnp.ones((3, 2)), jnp.ones((2, 5)), 0.5, axes=Axes(inputs=(1,), outputs=(0,)))
-    >>> update_of(node).shape
-    (5, 3)
-    """
-    stack, inputs, _ = (len(group) for group in node.axes)
-    batch = tuple(range(stack))
-    scale = jnp.expand_dims(jnp.asarray(node.scale, dtype), range(stack, stack + inputs + 1))
-    product = jax.lax.dot_general(
-        node.a.astype(dtype) * scale,
-        node.b.astype(dtype),
-        (((stack + inputs,), (stack,)), (batch, batch)),
-        precision=jax.lax.Precision.HIGHEST,
-    )
-    order = [axis for group in node.axes for axis in group]
-    return product.transpose([order.index(axis) for axis in range(len(order))])
 
 
 def at_index(node: LoRA, index: tuple[int, ...]) -> LoRA:

@@ -5,13 +5,7 @@ from typing import Any
 
 import jax
 
-from lora_jax._node import PREFIX as PREFIX
-from lora_jax._node import SUFFIX
-from lora_jax._node import Axes as Axes
-from lora_jax._node import KernelAxes as KernelAxes
-from lora_jax._node import LoRA as LoRA
-from lora_jax._node import Prefix as Prefix
-from lora_jax._node import Trained as Trained
+from lora_jax._node import SUFFIX, LoRA, Prefix, Trained
 from lora_jax._paths import component, match, path_of
 
 

@@ -29,7 +29,8 @@ import orbax.checkpoint as ocp
 from jax import Array
 
 from lora_jax import _disk
-from lora_jax._tree import SUFFIX, LoRA, Prefix, Trained, nodes_of
+from lora_jax._node import SUFFIX, LoRA, Prefix, Trained
+from lora_jax._tree import nodes_of
 
 MARGIN = 2**20  # bytes of a checkpoint beside its arrays
 _PARTIAL = re.compile(r"\d+\.orbax-checkpoint-tmp.*")

@@ -19,9 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax._node import PREFIX as PREFIX
+from lora_jax._node import LoRA, Prefix, Trained
 from lora_jax._paths import match
-from lora_jax._tree import PREFIX as PREFIX
-from lora_jax._tree import LoRA, Prefix, Trained, leaves_with_paths, unbox
+from lora_jax._tree import leaves_with_paths, unbox
 
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings")
 """Where the models of `lora_jax.models` look tokens up."""

@@ -9,7 +9,8 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from lora_jax import Axes, LoRA, _tree
-from lora_jax._tree import Trained, attach
+from lora_jax._node import Trained
+from lora_jax._tree import attach
 
 LAYERS, WIDTH, VOCABULARY = 3, 8, 12
 

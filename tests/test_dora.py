@@ -15,7 +15,8 @@ from trees import kernels
 
 import lora_jax
 from lora_jax import Axes, LoRA, LoRAConfig
-from lora_jax._dora import changed, gain_of
+from lora_jax._dora import gain_of
+from lora_jax._update import changed
 
 DORA = dataclasses.replace(CONFIG, dora=True)
 AXES = {"up": Axes((0,), (1,), (2,)), "down": Axes((0,), (1,), (2,))}

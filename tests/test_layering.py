@@ -51,6 +51,8 @@ GROUPS = {
 }
 TREE = {
     "_node",
+    "_axes",
+    "_update",
     "_arguments",
     "_config",
     "_init",

@@ -9,8 +9,8 @@ from marks import few
 
 import lora_jax
 from lora_jax import Axes, LoRA, LoRAConfig, Override
-from lora_jax._node import pad_rank, with_scale_as_data
-from lora_jax._tree import Trained, detach
+from lora_jax._node import Trained, pad_rank, with_scale_as_data
+from lora_jax._tree import detach
 
 KEY = jax.random.key(0)
 AXES = {"layers/kernel": Axes((0,), (1,), (2,))}

@@ -31,7 +31,8 @@ from peft_trees import (
 
 import lora_jax
 from lora_jax import Axes, LoRA, peft
-from lora_jax._tree import Trained, attach, nodes_of
+from lora_jax._node import Trained
+from lora_jax._tree import attach, nodes_of
 
 
 @pytest.fixture

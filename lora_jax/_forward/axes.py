@@ -8,10 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lora_jax._axes import KernelAxes
 from lora_jax._forward.settings import noted
 from lora_jax._forward.tracks import Info, Reader, Track, Use
 from lora_jax._forward.transform import RULES, is_array, trace
-from lora_jax._tree import KernelAxes, detach, leaf_paths
+from lora_jax._tree import detach, leaf_paths
 
 
 def kernel_axes(apply_fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> KernelAxes:

@@ -13,8 +13,7 @@ from lora_jax._dora import gain_of
 from lora_jax._forward import dropout
 from lora_jax._forward.layout import drop
 from lora_jax._forward.lowrank import RANK, Factor, LowRank, wide
-from lora_jax._node import SUFFIX, check_node
-from lora_jax._tree import LoRA
+from lora_jax._node import SUFFIX, LoRA, check_node
 
 
 def carry(path: str, w: Any, node: LoRA, draw: dropout.DropoutDraw | None, slot: int) -> LowRank:

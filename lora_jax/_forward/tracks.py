@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+from lora_jax._axes import Axes
 from lora_jax._forward.interpret import Rule, source_of
-from lora_jax._tree import Axes
 from lora_jax._walk import Analysis
 
 Labels = tuple[frozenset[int], ...]

@@ -17,7 +17,8 @@ from lora_jax._forward.carry import carry
 from lora_jax._forward.interpret import Frame, Session
 from lora_jax._forward.lowrank import LowRank
 from lora_jax._forward.settings import UNSET, OnMaterialize, Settings, note, noted, tracing
-from lora_jax._tree import LoRA, detach, leaf_paths, refuse_prefix, trained_paths
+from lora_jax._node import LoRA
+from lora_jax._tree import detach, leaf_paths, refuse_prefix, trained_paths
 
 RULES = {
     **layout.RULES,

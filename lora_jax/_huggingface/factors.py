@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax._axes import Axes
 from lora_jax._huggingface.tensors import Tensor, check_axes, looks_up
-from lora_jax._tree import Axes, LoRA
+from lora_jax._node import LoRA
 
 
 class Factors(NamedTuple):

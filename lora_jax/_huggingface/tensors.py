@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
-from lora_jax._tree import Axes
+from lora_jax._axes import Axes
 
 # The linear layer that PEFT's "all-linear" leaves out; a classification head is left out where it is trained in full.
 HEAD = "lm_head"

@@ -9,8 +9,7 @@ import numpy as np
 
 from lora_jax import _tree
 from lora_jax._huggingface.tensors import Tensor
-from lora_jax._node import trained
-from lora_jax._tree import LoRA, Trained
+from lora_jax._node import LoRA, Trained, trained
 
 
 class Parts(NamedTuple):

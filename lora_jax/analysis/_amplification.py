@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from numpy.typing import ArrayLike
 
-from lora_jax._tree import LoRA
+from lora_jax._node import LoRA
 from lora_jax.analysis._spectrum import Spectrum
 from lora_jax.analysis._svd import Float, Sides, as_matrices, thin_svd, top_singular_values
 

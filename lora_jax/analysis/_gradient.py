@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax._tree import LoRA, combine, edit, kernel_path, nodes_of, split
+from lora_jax._node import LoRA
+from lora_jax._tree import combine, edit, kernel_path, nodes_of, split
 from lora_jax.analysis._svd import Float, host, singular_values
 
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from lora_jax._tree import Axes, LoRA
+from lora_jax._axes import Axes
+from lora_jax._node import LoRA
 from lora_jax.analysis._svd import Float, as_matrices, singular_values, thin_svd
 
 

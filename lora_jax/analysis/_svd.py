@@ -6,7 +6,8 @@ import jax
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from lora_jax._tree import Axes, LoRA
+from lora_jax._axes import Axes
+from lora_jax._node import LoRA
 
 Float = NDArray[np.float64]
 

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lora_jax._axes import Axes
 from lora_jax._huggingface import trees
 from lora_jax._huggingface.factors import Factors, nodes_of
 from lora_jax._huggingface.messages import one_line
 from lora_jax._huggingface.tensors import Tensor, Weight, axes_of, tensors, widths
-from lora_jax._tree import Axes
 from lora_jax.loralib._torch_zip import read
 
 MAX_ALPHA = 1e9

@@ -7,7 +7,7 @@ import numpy as np
 
 from lora_jax._huggingface.factors import module_node
 from lora_jax._huggingface.messages import one_line
-from lora_jax._tree import LoRA
+from lora_jax._node import LoRA
 from lora_jax.loralib._load import block_diagonal, blocks_of, check_alpha, check_enabled
 from lora_jax.loralib._torch_zip import read
 

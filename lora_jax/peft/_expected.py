@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from lora_jax._axes import Axes
 from lora_jax._huggingface.tensors import Tensor, axes_of, looks_up, widths
-from lora_jax._tree import Axes
 from lora_jax.peft import _fused_experts, _tensor_names, _token_rows
 from lora_jax.peft._adapter_config import AdapterConfig
 from lora_jax.peft._fused_experts import Parameter

@@ -4,9 +4,9 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from lora_jax._axes import Axes
 from lora_jax._huggingface import trees
 from lora_jax._huggingface.tensors import Weight
-from lora_jax._tree import Axes
 from lora_jax.peft import _check_arguments, _check_tensors, _prefix_folder, _safetensors_file
 from lora_jax.peft._adapter_config import AdapterConfig
 from lora_jax.peft._expected import Expected, expected

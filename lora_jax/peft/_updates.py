@@ -9,7 +9,7 @@ import numpy as np
 
 from lora_jax._huggingface.factors import module_node
 from lora_jax._huggingface.messages import one_line
-from lora_jax._tree import LoRA
+from lora_jax._node import LoRA
 from lora_jax.peft import _check_arguments
 from lora_jax.peft._adapter_config import AdapterConfig
 from lora_jax.peft._safetensors_file import DTYPES, is_finite, opened

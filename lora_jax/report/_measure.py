@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from numpy.typing import ArrayLike
 
-from lora_jax._tree import LoRA
+from lora_jax._node import LoRA
 from lora_jax.analysis import (
     Amplification,
     Spectrum,

@@ -7,9 +7,10 @@ from typing import Any
 
 import jax
 
+from lora_jax._axes import Axes
 from lora_jax._config import LoRAConfig
 from lora_jax._init import init
-from lora_jax._tree import Axes, leaf_paths, nodes_of
+from lora_jax._tree import leaf_paths, nodes_of
 from lora_jax.sweep._point import Point
 
 AUTO = "auto"  # the highest rank within the budget

@@ -15,10 +15,10 @@ import numpy as np
 from rich.console import Console
 
 from lora_jax import data, prefix
+from lora_jax._axes import Axes
 from lora_jax._config import LoRAConfig
 from lora_jax._finite import unfinite_leaf
 from lora_jax._forward import dropout_of, kernel_axes
-from lora_jax._tree import Axes
 from lora_jax.analysis import GradientScore
 from lora_jax.sweep._point import Point
 from lora_jax.sweep._program import (

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lora_jax._node import LoRA
 from lora_jax._optim import masked
 from lora_jax._paths import is_vector
-from lora_jax._tree import LoRA, edit
+from lora_jax._tree import edit
 from lora_jax.train._config import TrainConfig
 
 
