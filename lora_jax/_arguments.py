@@ -1,6 +1,5 @@
 """The arguments of `init`: the right things in the right places, or one line that says what to pass instead."""
 
-import warnings
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -36,10 +35,9 @@ def check_arguments(key: Any, params: Any, config: Any) -> None:
     if not isinstance(params, Mapping) and (callable(params) or jax.tree_util.all_leaves([params])):
         raise ValueError(f"params: {_kind(params)} given, expected a tree of arrays in mappings")
     if not has_adams_eps(config.dtype):
-        warnings.warn(
+        raise ValueError(
             f"dtype: A and B in {config.dtype} can't be trained, for Adam's eps of 1e-8 is 0 there and its second step"
-            " nan; take 'float32' or 'bfloat16' (the base may be float16)",
-            stacklevel=3,
+            " nan; take 'float32' or 'bfloat16' (the base may be float16)"
         )
 
 

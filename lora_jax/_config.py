@@ -146,7 +146,7 @@ class LoRAConfig:
         of loralib and PEFT (Kaiming's with a = √5). `"gaussian"` is N(0, 1/rank²), PEFT's option of that name. An
         embedding starts with A = 0 and B from N(0, 1) under all three, as in loralib and PEFT.
       dtype: Of A and B. In bfloat16 small updates of Adam's are rounded away. In float16 its eps of 1e-8 is 0, and the
-        second step nan: `init` warns, and a gradient of such factors is refused; without one they can be used.
+        second step nan: `init` refuses it. A base in float16, and an adapter that was saved in it, are fine.
       also_train: Patterns of leaves trained in full: heads, biases, norms.
       dora: Train the length of each output's kernel by itself, as a magnitude in the node (DoRA, Liu et al. 2024, arXiv
         2402.09353): W' = m ⊙ (W + ΔW) / ‖W + ΔW‖, with m = ‖W‖ at the start.

@@ -49,12 +49,11 @@ def init(key: jax.Array, params: Any, config: LoRAConfig, *, axes: Mapping[str, 
       own: float32 where its own dtype is narrower.
 
     Warns:
-      UserWarning: A rank above the kernel's own, the smaller of its two sides: it adds nothing. Factors in float16 or
-        narrower, of which `adapt` refuses a gradient: Adam's eps of 1e-8 is 0 there.
+      UserWarning: A rank above the kernel's own, the smaller of its two sides: it adds nothing.
 
     Raises:
-      ValueError: Arguments of another kind or in another order; axes of another tree; a pattern that matches nothing; a
-        kernel that isn't floating-point, that has more than two axes and no rule, that is adapted already, that has no
+      ValueError: Arguments of another kind or in another order; factors in float16 or narrower, where Adam's eps of
+        1e-8 is 0 and its second step nan; axes of another tree; a pattern that matches nothing; a kernel that isn't floating-point, that has more than two axes and no rule, that is adapted already, that has no
         string key in a mapping to be beside, or that is trained in full too.
 
     >>> params = {"query": {"kernel": jnp.ones((4, 6))}, "out": {"kernel": jnp.ones((6, 4))}}

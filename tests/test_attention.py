@@ -117,7 +117,7 @@ def test_forms_agree_in_an_encoder(form):
     """Queries that are padding see the real tokens too, as in XLA's form: the first token may be pooled."""
     sizes = {name: size for name, size in SIZES.items() if name != "num_key_value_heads"}
     config = BertConfig(**sizes, architectures=["BertModel"])
-    make = functools.partial(models.init, config, jax.random.key(0))
+    make = functools.partial(models.init, jax.random.key(0), config)
     ids, mask = (rows[:5] for rows in rows())
     params = make().params
     found, expected = (jax.jit(make(attention=one).apply)(params, ids, mask) for one in (form, "xla"))
@@ -128,7 +128,7 @@ def test_forms_agree_in_an_encoder(form):
 def test_softcaps_agree():
     """Of Gemma 2, whose scores are capped and whose layers are of two kinds."""
     sizes = SIZES | {"sliding_window": 5, "attn_logit_softcapping": 2.0, "head_dim": 8}
-    make = functools.partial(models.init, Gemma2Config(**sizes), jax.random.key(0))
+    make = functools.partial(models.init, jax.random.key(0), Gemma2Config(**sizes))
     ids, mask = rows()
     params = make().params
     found = {one: jax.jit(make(attention=one).apply)(params, ids, mask) for one in ("xla", "blockwise", "splash")}

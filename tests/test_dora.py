@@ -113,7 +113,8 @@ def test_magnitudes_are_part_of_the_adapter():
 @pytest.mark.slow
 def test_stack_indices_that_are_not_adapted_stay_as_they_are():
     """Rank 0 is padding throughout: no gain, no gradient, and the kernel bit for bit."""
-    config = dataclasses.replace(DORA, overrides=(lora_jax.Override(target="up", rank=(2, 0, 1)),))
+    overrides = (lora_jax.Override(target="up", rank=(2, 0, 1)),)
+    config = dataclasses.replace(DORA, overrides=overrides, init="gaussian")  # no unit of the third layer is idle
     params = moved(init(config))
     up = params["layers"]["up_lora"]
     up = up.replace(

@@ -263,7 +263,7 @@ def test_factors_come_in_the_dtype_asked_for():
 
 @pytest.mark.parametrize("dtype", ["float16", "float8_e4m3fn"])
 def test_a_dtype_that_adam_cant_train_is_said_to_be_one(dtype):
-    with pytest.warns(UserWarning, match=rf"^dtype: A and B in {dtype} can't be trained, for Adam's eps of 1e-8 is 0"):
+    with pytest.raises(ValueError, match=rf"^dtype: A and B in {dtype} can't be trained, for Adam's eps of 1e-8 is 0"):
         lora_jax.init(KEY, layer("q"), config(targets=["q"], dtype=dtype))
     lora_jax.init(KEY, layer("q", dtype=dtype), config(targets=["q"]))  # a base may be
 
