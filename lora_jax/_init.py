@@ -53,8 +53,9 @@ def init(key: jax.Array, params: Any, config: LoRAConfig, *, axes: Mapping[str, 
 
     Raises:
       ValueError: Arguments of another kind or in another order; factors in float16 or narrower, where Adam's eps of
-        1e-8 is 0 and its second step nan; axes of another tree; a pattern that matches nothing; a kernel that isn't floating-point, that has more than two axes and no rule, that is adapted already, that has no
-        string key in a mapping to be beside, or that is trained in full too.
+        1e-8 is 0 and its second step nan; axes of another tree; a pattern that matches nothing; a kernel that isn't
+        floating-point, that has more than two axes and no rule, that is adapted already, that has no string key in a
+        mapping to be beside, or that is trained in full too.
 
     >>> params = {"query": {"kernel": jnp.ones((4, 6))}, "out": {"kernel": jnp.ones((6, 4))}}
     >>> params = init(jax.random.key(0), params, LoRAConfig(rank=2, alpha=4, targets=["query"]))
