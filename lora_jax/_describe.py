@@ -52,7 +52,7 @@ class Description:
 
     @property
     def share(self) -> float:
-        """Of the whole, what trains."""
+        """Fraction of all parameters that is trainable."""
         return self.trainable / self.total if self.total else 0.0
 
     def __str__(self) -> str:
@@ -124,7 +124,7 @@ class MergedRow:
 
     Attributes:
       path: The kernel's.
-      dtype: Of the merged kernel.
+      dtype: Dtype of the merged kernel.
       relative: ‖ΔW‖ / ‖W‖ (Frobenius).
       survives: 1 - ‖ΔW - what was added‖ / ‖ΔW‖, and 0 at least.
     """
@@ -162,7 +162,7 @@ def merge_report(params: Any, *, dtype: Any = None) -> MergeReport:
 
     Args:
       params: A tree that `init` made.
-      dtype: Of the merged kernels, as given to `merge`.
+      dtype: Dtype of the merged kernels, as given to `merge`.
 
     >>> node = LoRA(jnp.ones((2, 1)), jnp.ones((1, 2)), jnp.float32(1e-3))
     >>> params = {"kernel": jnp.ones((2, 2), jnp.bfloat16), "kernel_lora": node}

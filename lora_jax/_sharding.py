@@ -1,4 +1,4 @@
-"""Where the factors live: beside their kernels."""
+"""Place the factors beside their kernels."""
 
 import dataclasses
 from typing import Any

@@ -47,7 +47,7 @@ class Family(NamedTuple):
         copies: `config -> {name: name}`, tensors that files may hold as copies of another (a tied head).
         heads: for a copy that is used by itself where a tree has it: the path of that leaf, a dense layer's kernel.
         prefix: of the names; files of the bare model (its base class in transformers) lack it.
-        head: the part of the tree that tells labels; empty where none does.
+        head: path of the classification head in the tree; empty where none does.
         before_head: parts just before it, which files of other heads may lack.
         other_heads: regular expressions of names of the heads that a new one takes the place of.
         positions: `config -> int`, the most tokens of a row.
