@@ -51,7 +51,7 @@ def has_adams_eps(dtype: Any) -> bool:
 
 
 def read_axes(axes: Any, paths: Collection[str], *, used: bool) -> tuple[dict[str, TracedAxes] | None, dict[str, Axes]]:
-    """The axes that a trace gave, by leaf; and those that patterns give, by the leaf that each matches.
+    """The axes that a trace gave, by leaf; and the axes that patterns give, by the leaf that each matches.
 
     Entries know that they are exact, so that a plain dict made from a `KernelAxes` says the same.
 

@@ -64,7 +64,7 @@ def _knows_peft(config: type[Config]) -> type[Config]:
 
 
 def _renamed(theirs: Sequence[str]) -> str:
-    """What PEFT's names are here, as many as fit into a line.
+    """Translate PEFT's names into ours, as many as fit into a line.
 
     >>> _renamed(["r", "lora_alpha"])
     "r is here rank; lora_alpha is alpha (these are PEFT's names)"

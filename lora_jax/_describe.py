@@ -67,7 +67,7 @@ class Description:
 
 
 def describe(params: Any, also_train: Any = ()) -> Description:
-    """What trains: each adapted kernel with its shape, axes, rank, scale and count, and the share of the whole.
+    """List what trains: each adapted kernel with its shape, axes, rank, scale and count, and the trainable share.
 
     Args:
       params: A tree that `init` made, of arrays or of ShapeDtypeStructs (then ranks and counts include padding).
@@ -137,7 +137,7 @@ class MergedRow:
 
 @dataclasses.dataclass(frozen=True)
 class MergeReport:
-    """What a merge keeps.
+    """Report of how much of each update a merge keeps.
 
     Attributes:
       rows: One for each adapted kernel.
@@ -154,7 +154,7 @@ class MergeReport:
 
 
 def merge_report(params: Any, *, dtype: Any = None) -> MergeReport:
-    """What share of ΔW a merge keeps, given that W' is rounded to the kernel's dtype.
+    """Report the share of ΔW that a merge keeps, given that W' is rounded to the kernel's dtype.
 
         survives = 1 - ‖ΔW - (round(W + ΔW) - round(W))‖ / ‖ΔW‖
 

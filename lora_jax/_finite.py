@@ -23,7 +23,7 @@ def unfinite_leaf(tree: Any) -> str | None:
 
 
 def why_unfinite(tree: Any) -> str:
-    """What to do about a loss or logits that aren't finite, given the parameters that they are of."""
+    """Explain a loss or logits that aren't finite by the parameters that they were computed from."""
     leaf = unfinite_leaf(tree)
     if leaf is not None:
         return f"{leaf} holds nan or inf: the file is damaged, or what wrote it overflowed"

@@ -106,7 +106,7 @@ def _check_same(number: int, table: dict[str, Any], first: dict[str, Any]) -> No
 
 
 def _form(leaf: Any) -> Any:
-    """What must agree: the structure, axes included, and all sizes but the rank."""
+    """The properties that must agree: the structure, axes included, and all sizes but the rank."""
     if not isinstance(leaf, LoRA):
         return jax.tree.structure(leaf), [jnp.shape(array) for array in jax.tree.leaves(leaf)]
     stack = len(leaf.axes.stack)

@@ -23,7 +23,7 @@ _KINDS = {
 
 
 def not_a_file(path: Path) -> str:
-    """What `path` is instead of a regular file, in words; empty where it is one. Links are followed.
+    """Describe what `path` is instead of a regular file; empty where it is one. Links are followed.
 
     Raises:
         FileNotFoundError: there is nothing.
@@ -38,7 +38,7 @@ def not_a_file(path: Path) -> str:
 
 
 def git_lfs_pointer(path: Path) -> str:
-    """What to say of a file that is a Git LFS pointer: what it is, and how to get the file; empty where it is none.
+    """Describe a file that is a Git LFS pointer: what it is, and how to get the file; empty where it is none.
 
     A clone without git-lfs leaves three lines of text in the place of each large file. Never blocks: only a regular
     file is opened, and of that the first kilobyte.
@@ -64,7 +64,7 @@ def git_lfs_pointer(path: Path) -> str:
 
 
 def read_json(path: Path, most_bytes: int) -> Any:
-    """What a JSON file holds, if it is no larger than `most_bytes`.
+    """Read a JSON file, if it is no larger than `most_bytes`.
 
     Raises:
         OSError: it can't be read.

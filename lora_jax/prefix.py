@@ -188,7 +188,7 @@ def _inserted(apply_fn, used, plain, node, input_ids, attention_mask=None, *, to
 
 
 def _shifted(node: Prefix, used: Any, rows: jax.Array) -> jax.Array:
-    """Rows [B, T + length] with the part of the prefix that isn't used taken out, and as much padding behind them."""
+    """Rows [B, T + length] with the part of the prefix that isn't used removed, and as much padding behind them."""
     if used is None:
         return rows
     places = jnp.arange(rows.shape[1])
@@ -198,7 +198,7 @@ def _shifted(node: Prefix, used: Any, rows: jax.Array) -> jax.Array:
 
 
 def _own(node: Prefix, used: Any, output: jax.Array) -> jax.Array:
-    """What an output [B, T + length, ...] has at the rows' own tokens."""
+    """Entries of an output [B, T + length, ...] at the rows' own tokens."""
     if used is not None:
         places = jnp.arange(output.shape[1] - len(node.value))
         return jnp.take(output, jnp.where(places < node.after, places, places + used), axis=1, mode="clip")

@@ -19,7 +19,7 @@ class Amplification(NamedTuple):
     projected_own: Float
     """The same with W's own top r singular vectors: the most that r directions of W can hold."""
     projected_random: Float
-    """The same with those of a random Gaussian matrix of W's shape."""
+    """The same with the singular vectors of a random Gaussian matrix of W's shape."""
     w_norm: Float
     """‖W‖_F."""
     delta_norm: Float

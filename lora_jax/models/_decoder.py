@@ -51,7 +51,7 @@ class DecoderSpec:
     logit_softcap: float | None = None
     logit_divisor: float | None = None
     window: int | None = None  # how far the sliding layers look back
-    sliding: tuple[bool, ...] = ()  # which layers those are; () for all where there is a window
+    sliding: tuple[bool, ...] = ()  # which layers slide; () for all where there is a window
     sliding_rope: Rope | None = None  # of the sliding layers, where it differs
     experts: ExpertsSpec | None = None
 

@@ -1,4 +1,4 @@
-"""A head that tells labels: the folder's own where it fits, a new one where there is none or it tells others."""
+"""A classification head: the folder's own where it fits, a new one where there is none or its labels differ."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from lora_jax.models._files import TensorFiles
 
 
 def label_names(config: Any) -> tuple[str, ...]:
-    """What a configuration calls its labels, in the order of their numbers; bare numbers where it only counts them.
+    """Names of a configuration's labels, in the order of their numbers; bare numbers where it only counts them.
 
     >>> from transformers import BertConfig
     >>> label_names(BertConfig(id2label={0: "no", 1: "yes"})), label_names(BertConfig(num_labels=3))

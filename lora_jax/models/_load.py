@@ -44,8 +44,8 @@ def load(
         layers: "scan", one loop; "unrolled", none, takes longer to compile and saves 5 to 9 % of a step on CUDA, where
             it is what "auto" means.
         platform: what it will be compiled for: "cpu", "cuda", "rocm" or "tpu"; None is where JAX computes by default.
-        labels: names of the labels that the model is to tell; one name is a score. The folder's own head is kept where
-            it tells these (or as many without names); else a new one is drawn, whose leaves are `newly_initialized`.
+        labels: names of the labels that the model is to predict; one name is a score. The folder's own head is kept
+            where its labels are these (or as many without names); else a new one's leaves are `newly_initialized`.
         key: of a new head; `jax.random.key(0)` where not given.
 
     Raises:

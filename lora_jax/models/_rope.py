@@ -247,7 +247,7 @@ def rotation(rope: Rope, positions: jax.Array, dtype: Any) -> tuple[jax.Array, j
 
 
 def _frequencies(rope: Rope, positions: jax.Array) -> jax.Array:
-    """Those of rows as long as the longest one."""
+    """Frequencies for rows as long as the longest one."""
     usual = jnp.asarray(rope.frequencies, jnp.float32)
     if not rope.long and not rope.growth:
         return usual

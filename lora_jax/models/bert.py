@@ -20,7 +20,7 @@ from lora_jax.models._settings import check_ratios
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderSpec:
-    """What a BERT or RoBERTa consists of."""
+    """Sizes and settings of a BERT or RoBERTa."""
 
     vocab_size: int
     hidden_size: int

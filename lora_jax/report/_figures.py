@@ -151,7 +151,7 @@ def label(of: Measured | str) -> str:
 
 
 def _mean(found: Sequence[Overlap]) -> Overlap:
-    """Over the kernels of one kind; those of other ranks than most are cut to the directions that all have."""
+    """Mean over the kernels of one kind; kernels of other ranks than most are cut to the directions that all have."""
     rows, columns = (min(one.phi.shape[axis] for one in found) for axis in (0, 1))
     parts = ([part[:rows, :columns] for part in parts] for parts in zip(*found, strict=True))
     phi, noise = (np.mean(np.stack(part), axis=0) for part in parts)
