@@ -119,7 +119,7 @@ def _is_key(x: Any) -> bool:
 
 
 def _model(x: Any) -> str | None:
-    """What a framework's model is and what to pass in its place; None of anything else."""
+    """Describe a framework's model and what to pass in its place; None for anything else."""
     if isinstance(x, Mapping | jax.Array):
         return None
     for base in type(x).__mro__:

@@ -116,7 +116,7 @@ class Override:
 @_knows_peft
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoRAConfig:
-    """What to adapt and how.
+    """Settings of what to adapt and how.
 
         y = x W + scale · (x A) B,    scale = alpha / rank  ("standard")  or  alpha / √rank  ("rank_stabilized")
 

@@ -1,4 +1,4 @@
-"""What JAX's versions write differently in a jaxpr."""
+"""Differences between JAX's versions in how a jaxpr is written."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
