@@ -201,7 +201,7 @@ class Analysis(Generic[Fact]):
         while True:
             carry, inside = changing, self.inside(runs)
             outputs = inside.outputs(loop.body, [*loop.consts, *carry, *slices])
-            changing = [self.joined(old, new) for old, new in zip(carry, outputs, strict=False)]
+            changing = [self.joined(old, new) for old, new in zip(carry, outputs[: len(carry)], strict=True)]
             if changing == carry:
                 break
         self.ended([inside])
