@@ -104,7 +104,7 @@ CASES = {
     "biases": Case(
         learning_rate=1.05,
         model={"attention_bias": True},
-        lora={"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "bias": "all"},
+        lora={"r": 4, "lora_alpha": 2, "target_modules": "all-linear", "bias": "all"},
     ),
     "dora": Case(
         learning_rate=0.65,

@@ -203,7 +203,8 @@ def by_name(tree, adapter, setting, folder):
 
 @pytest.mark.parametrize("setting", CHOSEN, indirect=True)
 def test_gradients_steps_and_the_merged_model(setting, tmp_path):
-    rate = lambda gradients: 0.3 / max(float(abs(gradient).max()) for gradient in gradients.values())
+    # Steps as long as moves of 1e-2 need: three of them amplify the rounding of the first.
+    rate = lambda gradients: 0.2 / max(float(abs(gradient).max()) for gradient in gradients.values())
     refs = [train_by_peft(setting, dtype, rate, tmp_path / dtype) for dtype in ("float32", "float64")]
     params = peft.load(tmp_path / "float32", setting.model.params, names=setting.model.names, axes=setting.axes)
     models.save(tmp_path / "merged", setting.model, lora_jax.merge(params))
