@@ -56,7 +56,9 @@ class Together:
     """All adapters in one program."""
 
     def __init__(self, model, factory, config):
-        self.program = make_program(model.apply, config, STEPS, task=LANGUAGE_MODELLING, dropout=False, own_rows=True)
+        self.program = make_program(
+            model.apply, config, STEPS, task=LANGUAGE_MODELLING, dropout=False, own_batches=True
+        )
         self.adapters = factory.stacked([factory.alone(point, point.seed) for point in POINTS])
         self.states, self.point_settings = self.program.init(self.adapters), point_settings([config] * ADAPTERS)
 

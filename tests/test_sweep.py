@@ -20,7 +20,8 @@ from lora_jax import LoRAConfig, Override, sweep
 from lora_jax._paths import attention_roles
 from lora_jax._tree import leaf_paths
 from lora_jax.data import LabelledExample
-from lora_jax.sweep import Point, _program, _run
+from lora_jax.sweep import Point, _memory, _program, _round
+from lora_jax.sweep._batches import ShuffledBatches
 from lora_jax.sweep._start import AdapterFactory
 from lora_jax.train import LANGUAGE_MODELLING, TrainConfig, make_optimizer, make_step, train
 
@@ -114,13 +115,13 @@ def test_magnitudes_train_beside_each():
 
 @pytest.mark.slow
 def test_rounds_change_nothing(together, monkeypatch):
-    asked, measure = [], _run.bytes_needed
+    asked, measure = [], _round.bytes_needed
 
     def measured(*arguments):
         asked.append(measure(*arguments))
         return asked[-1]
 
-    monkeypatch.setattr(_run, "bytes_needed", measured)
+    monkeypatch.setattr(_round, "bytes_needed", measured)
     swept(POINTS)
     split_up = swept(POINTS, memory=asked[0] - 1)
     assert split_up.rounds == 2
@@ -179,20 +180,20 @@ def test_patterns_are_shown_as_they_are():
 
 
 def test_memory_is_known_on_every_system(monkeypatch):
-    assert 2**28 < _run.free_memory() < 2**45
+    assert 2**28 < _memory.free_memory() < 2**45
 
     def unknown(name):
         raise ValueError("unrecognized configuration name")
 
-    monkeypatch.setattr(_run.pathlib.Path, "exists", lambda self: False)
-    monkeypatch.setattr(_run.os, "sysconf", unknown)
-    assert _run._available() == _run.SMALL_MACHINE
+    monkeypatch.setattr(_memory.pathlib.Path, "exists", lambda self: False)
+    monkeypatch.setattr(_memory.os, "sysconf", unknown)
+    assert _memory._available() == _memory.SMALL_MACHINE
 
 
 def test_padding_and_what_isnt_targeted_stay_zero(monkeypatch):
     stacks = []
-    taken = _run.taken
-    monkeypatch.setattr(_run, "taken", lambda stacked, *rest: (stacks.append(stacked), taken(stacked, *rest))[1])
+    taken = _round.taken
+    monkeypatch.setattr(_round, "taken", lambda stacked, *rest: (stacks.append(stacked), taken(stacked, *rest))[1])
     swept(POINTS)
     for name in ("embed", "head"):
         node = stacks[0][name]["kernel_lora"]
@@ -233,11 +234,11 @@ def test_one_base_meets_the_rows_of_all():
     batch = {name: jax.ShapeDtypeStruct((4, 16), "int32") for name in ("input_ids", "attention_mask")}
     batch["loss_weights"] = jax.ShapeDtypeStruct((4, 16), "float32")
     base, _ = lora_jax.split(params)
-    program = _program.make_program(tiny.apply, CONFIG, 10, task=LANGUAGE_MODELLING, dropout=False, own_rows=True)
-    adapters = _program.shapes(alone, (count,))
+    program = _program.make_program(tiny.apply, CONFIG, 10, task=LANGUAGE_MODELLING, dropout=False, own_batches=True)
+    adapters = _memory.shapes(alone, (count,))
     settings = _program.point_settings([CONFIG] * count)
     states = jax.eval_shape(program.init, adapters)
-    together = program.step.lower(adapters, states, settings, base, _program.shapes(batch, (count,)), np.int32(1))
+    together = program.step.lower(adapters, states, settings, base, _memory.shapes(batch, (count,)), np.int32(1))
     tx = make_optimizer(CONFIG, 10)
     step = jax.jit(make_step(lora_jax.adapt(tiny.apply), tx))
     one = step.lower(alone, jax.eval_shape(tx.init, alone), base, batch)
@@ -422,7 +423,7 @@ def test_scores_say_what_gradients_promise_and_are_judged():
         Point(rank=r, alpha=4, targets=t, seed=s) for r in (1, 12) for t in (("embed",), ("head",)) for s in (0, 1)
     ]
     results = swept(points, dataclasses.replace(CONFIG, data_seed=0), score_batches=2)
-    batches = _run._Rows(ROWS, [dataclasses.replace(CONFIG, data_seed=0)], 2).first(2)
+    batches = ShuffledBatches(ROWS, [dataclasses.replace(CONFIG, data_seed=0)], 2).first(2)
 
     def loss(params, batch):
         total, weight = LANGUAGE_MODELLING.objective(

@@ -91,7 +91,7 @@ def run(settings: Settings) -> None:
     model = settings.base.abstract(labels=rows.names)
     points, longest = _points(settings, model)
     show = _show.results()
-    labels = dict.fromkeys(point.repeated.label for point in points)
+    labels = dict.fromkeys(point.without_seeds.label for point in points)
     show.print(f"{len(points)} adapters: {'; '.join(labels)}", markup=False, soft_wrap=True)
 
     model = settings.base.load(labels=rows.names)

@@ -64,8 +64,8 @@ class Point:
         return " ".join([",".join(self.targets), *(f"{name} {value:g}" for name, value in given.items())])
 
     @property
-    def repeated(self) -> "Point":
-        """What this point shares with its repeats."""
+    def without_seeds(self) -> "Point":
+        """The point without seed and data_seed: its repeats share all else."""
         return dataclasses.replace(self, **dict.fromkeys(REPEATS))
 
     def settings(

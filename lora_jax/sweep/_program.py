@@ -1,13 +1,11 @@
 """The compiled program: the step and the loss of one adapter, under `vmap` over all of them."""
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from lora_jax import prefix
 from lora_jax._forward import ensure_adapted
@@ -60,7 +58,7 @@ def make_program(
     *,
     task: Task,
     dropout: bool,
-    own_rows: bool,
+    own_batches: bool,
     own_prefix: bool = False,
 ) -> Program:
     """The program for adapters that share `config` in all but what a `PointSettings` holds.
@@ -76,7 +74,7 @@ def make_program(
       steps: of each.
       task: what is trained for and predicted.
       dropout: whether any adapter has dropout.
-      own_rows: whether each adapter has rows of its own: the batch then has a leading axis too.
+      own_batches: whether each adapter has rows of its own: the batch then has a leading axis too.
       own_prefix: whether prefixes are of several lengths: what an adapter doesn't use is then padding.
     """
     adapted = ensure_adapted(apply_fn)
@@ -105,60 +103,9 @@ def make_program(
     def loss_sums(adapter, settings, base, batch):
         return make_loss_sums(applied(settings), task.objective, task.predict)(combine(base, adapter), batch)
 
-    vmapped = jax.vmap(step, in_axes=(0, 0, 0, None, 0 if own_rows else None, None))
+    vmapped = jax.vmap(step, in_axes=(0, 0, 0, None, 0 if own_batches else None, None))
     return Program(
         init=jax.jit(jax.vmap(make_optimizer(config, steps).init)),
         step=jax.jit(vmapped, donate_argnums=(0, 1)),
         loss_sums=jax.jit(jax.vmap(loss_sums, in_axes=(0, 0, None, None))),
     )
-
-
-def bytes_needed(step: Callable[..., Any], *arguments: Any) -> int:
-    """Memory of the compiled step: arguments, results and what is kept between forward and backward pass.
-
-    0 where the backend doesn't tell.
-    """
-    stats = step.lower(*arguments).compile().memory_analysis()
-    if stats is None:
-        return 0
-    return (
-        stats.argument_size_in_bytes
-        + stats.output_size_in_bytes
-        + stats.temp_size_in_bytes
-        - stats.alias_size_in_bytes  # donated arguments, which results take the place of
-    )
-
-
-def at_once(count: int, fixed: int, needed: Callable[[int], int], memory: int) -> int:
-    """How many of `count` adapters are trained at once, so that all rounds are equal and none needs more than `memory`.
-
-    What each adapter needs is found from compiled programs (`needed`), where it grows in proportion to their number.
-
-    Raises:
-      ValueError: not even one fits.
-
-    >>> at_once(10, 100, lambda adapters: 100 + 50 * adapters, memory=320)
-    4
-    >>> at_once(10, 100, lambda adapters: 100 + 50 * adapters, memory=10_000)
-    10
-    """
-    size = count
-    while (bytes_here := needed(size)) > memory:
-        if size == 1:
-            raise ValueError(
-                f"memory: {memory / 1e9:.3g} GB may be taken, and one adapter alone needs {bytes_here / 1e9:.3g} GB;"
-                " give more, or lower batch_size or max_length"
-            )
-        each = max(1.0, (bytes_here - fixed) / size)
-        size = max(1, min(size - 1, int((memory - fixed) / each)))
-    return math.ceil(count / math.ceil(count / size))
-
-
-def size_of(tree: Any) -> int:
-    """Bytes of all arrays."""
-    return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def shapes(tree: Any, lead: tuple[int, ...] = ()) -> Any:
-    """The tree's arrays as shapes, each with more leading axes."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((*lead, *x.shape), x.dtype), tree)

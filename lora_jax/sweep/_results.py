@@ -110,7 +110,7 @@ class Results:
         """
         groups: dict[Point, list[Result]] = {}
         for result in self.results:
-            groups.setdefault(result.point.repeated, []).append(result)
+            groups.setdefault(result.point.without_seeds, []).append(result)
         return [_summary_row(point, group, self.names) for point, group in groups.items()]
 
     def rank_correlation(self, figure: str = "valid_loss") -> float | None:
