@@ -192,8 +192,13 @@ def test_memory_is_known_on_every_system(monkeypatch):
 
 def test_padding_and_what_isnt_targeted_stay_zero(monkeypatch):
     stacks = []
-    taken = _round.taken
-    monkeypatch.setattr(_round, "taken", lambda stacked, *rest: (stacks.append(stacked), taken(stacked, *rest))[1])
+    unstacked = _round.unstacked
+
+    def recorded(stacked, *rest):
+        stacks.append(stacked)
+        return unstacked(stacked, *rest)
+
+    monkeypatch.setattr(_round, "unstacked", recorded)
     swept(POINTS)
     for name in ("embed", "head"):
         node = stacks[0][name]["kernel_lora"]
@@ -309,7 +314,7 @@ def test_words_are_read_as_a_grid():
         (["targets=q;nope"], {}, "targets: 'nope' matches no leaf"),
         (["targets=q;"], {}, "targets: none given"),
         (["rank=auto"], {}, "rank: 'auto' given, which is the highest rank within a budget; give a budget"),
-        (["rank=1", "targets=q"], {"budget": 96}, "budget: no point has 86 to 96 parameters; at rank 1 the cheapest"),
+        (["rank=1", "targets=q"], {"budget": 96}, "budget: no point has 86 to 96 parameters; at rank 1 the smallest"),
         (["rank=auto"], {"budget": 10}, "budget: no point has 9 to 10 parameters"),
         (["seed=1"], {"seeds": 3}, "seeds: given together with seed in the grid"),
         ([], {"seeds": 0}, "seeds: 0 given, expected at least 1"),

@@ -1,10 +1,11 @@
 """Many adapters in one program: a grid of ranks, targets, learning rates, seeds, ... over one copy of the base.
 
     points = grid({"targets": [("q",), ("q", "v")], "rank": [1, 8]}, model.params, seeds=3)
-    results = run(model.apply, model.params, points, train_rows, valid_rows, config=TrainConfig(max_steps=200))
+    config = TrainConfig(max_steps=200)
+    results = run(model.apply, model.params, points, train_examples, valid_examples, config)
     print(results)
 
-Each result is that of the same run alone, within float32 reordering: `Point.settings` gives its settings.
+Each adapter's result equals that of a run alone, within float32 reordering; `Point.settings` gives that run's settings.
 """
 
 from lora_jax._extras import require

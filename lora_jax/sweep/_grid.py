@@ -1,4 +1,4 @@
-"""Grids: from lists of settings to points, under a budget of parameters where one is given."""
+"""Grids: points made from lists of settings, within a budget of parameters if one is given."""
 
 import dataclasses
 import itertools
@@ -14,7 +14,7 @@ from lora_jax._tree import leaf_paths, nodes_of
 from lora_jax.sweep._point import Point
 
 AUTO = "auto"  # the highest rank within the budget
-LEAST_SHARE = 0.9  # of the budget that a point must use, to be compared with the others under it
+LEAST_SHARE = 0.9  # share of the budget that a point must use, so that points within one budget are comparable
 
 Specs = Mapping[str, Sequence[Any]]
 
@@ -28,21 +28,21 @@ def grid(
     budget: int | None = None,
     seeds: int | None = None,
 ) -> list[Point]:
-    """Every combination of the given settings, as points for `run`.
+    """Combine the given settings in every way and return the combinations as points for `run`.
 
-    With a `budget`, a point's A and B together must have at most that many numbers, and at least 90 % of them: the
-    paper's table 5 compares sets of targets at one budget. Rank `"auto"` is the highest that the budget and the
-    smallest of the kernels allow, also where that is less than 90 % of it. Prefixes, and leaves trained in full
-    (`lora.also_train`), aren't counted.
+    With a `budget`, only points whose A and B together have at most that many parameters, and at least 90 % of that
+    number, are returned: the paper's table 5 compares sets of targets at one budget. Rank `"auto"` is the highest rank
+    that the budget and the smallest of the kernels allow, even if it uses less than 90 % of the budget. Prefixes and
+    leaves trained in full (`lora.also_train`) aren't counted.
 
     Args:
-      specs: a list of values for each setting of `Point` that is to vary. Besides numbers, rank may be `"auto"`, and
+      specs: a list of values for each setting of `Point` that varies. Besides numbers, rank may be `"auto"`, and
         alpha a multiple of the rank: `"2r"`.
       params: the model's tree, of arrays or `ShapeDtypeStruct`s.
-      lora: rank, alpha and targets where `specs` don't give them; its other settings as for `run`: no overrides.
+      lora: rank, alpha and targets where `specs` don't give them; its other settings as for `run`, without overrides.
       axes: how kernels are used, as for `lora_jax.init`.
-      budget: numbers in A and B.
-      seeds: repeats each point with the seeds 0, ..., seeds - 1.
+      budget: most parameters in A and B.
+      seeds: number of times that each point is repeated, with the seeds 0, ..., seeds - 1.
 
     Raises:
       ValueError: an unknown setting, or a value out of its range; targets that match nothing; rank `"auto"` without a
@@ -59,40 +59,41 @@ def grid(
     """
     lora = lora or LoRAConfig(rank=8, alpha=16)
     lists = _checked(specs, seeds)
-    costs = _Costs(params, lora, axes)
+    counts = _ParameterCounts(params, lora, axes)
     points = []
     for values in itertools.product(*lists.values()):
-        chosen: dict[str, Any] = {"rank": lora.rank, "alpha": lora.alpha, "targets": lora.targets}
-        chosen |= dict(zip(lists, values, strict=True))
-        each = costs.of_rank_one(Point(rank=1, alpha=1, targets=chosen["targets"]))
-        if chosen["rank"] == AUTO:
+        settings: dict[str, Any] = {"rank": lora.rank, "alpha": lora.alpha, "targets": lora.targets}
+        settings |= dict(zip(lists, values, strict=True))
+        per_rank = counts.at_rank_one(Point(rank=1, alpha=1, targets=settings["targets"]))
+        if settings["rank"] == AUTO:
             if budget is None:
                 raise ValueError("rank: 'auto' given, which is the highest rank within a budget; give a budget")
-            chosen["rank"] = min(budget // each, costs.highest_rank(chosen["targets"]))
-            fits = chosen["rank"] > 0
+            settings["rank"] = min(budget // per_rank, counts.highest_rank(settings["targets"]))
+            fits = settings["rank"] > 0
         else:
-            fits = budget is None or LEAST_SHARE * budget <= chosen["rank"] * each <= budget
+            fits = budget is None or LEAST_SHARE * budget <= settings["rank"] * per_rank <= budget
         if fits:
-            chosen["alpha"] = _alpha(chosen["alpha"], chosen["rank"])
-            points.append(Point(**chosen))
+            settings["alpha"] = _alpha(settings["alpha"], settings["rank"])
+            points.append(Point(**settings))
     if not points:
-        cheapest = min(costs.known.values())
+        fewest = min(counts.known.values())
         raise ValueError(
-            f"budget: no point has {LEAST_SHARE * (budget or 0):,.0f} to {budget:,} parameters; at rank 1 the cheapest"
-            f" targets have {cheapest:,}. Give other ranks, 'auto' for the highest within the budget, or another budget"
+            f"budget: no point has {LEAST_SHARE * (budget or 0):,.0f} to {budget:,} parameters; at rank 1 the smallest"
+            f" targets have {fewest:,}. Give other ranks, 'auto' for the highest within the budget, or another budget"
         )
     return list(dict.fromkeys(points))
 
 
-class _Costs:
-    """How many numbers A and B have at rank 1, for the targets that were asked for."""
+class _ParameterCounts:
+    """Counts the parameters of A and B at rank 1, once for each set of targets."""
 
     def __init__(self, params: Any, lora: LoRAConfig, axes: Mapping[str, Axes] | None):
         self.known: dict[tuple[str, ...], int] = {}
         self._smallest: dict[tuple[str, ...], int] = {}
         self._params, self._lora, self._axes, self._paths = params, lora, axes, leaf_paths(params)
 
-    def of_rank_one(self, point: Point) -> int:
+    def at_rank_one(self, point: Point) -> int:
+        """Number of parameters of A and B at rank 1, for the point's targets."""
         if point.targets not in self.known:
             config, _ = point.settings(self._lora, None, self._paths)
             adapted = jax.eval_shape(
@@ -100,12 +101,12 @@ class _Costs:
             )
             nodes = nodes_of(adapted).values()
             self.known[point.targets] = sum(node.a.size + node.b.size for node in nodes)
-            sides = [factor.size // node.scale.size for node in nodes for factor in (node.a, node.b)]
-            self._smallest[point.targets] = min(sides)
+            sizes = [factor.size // node.scale.size for node in nodes for factor in (node.a, node.b)]
+            self._smallest[point.targets] = min(sizes)
         return self.known[point.targets]
 
     def highest_rank(self, targets: tuple[str, ...]) -> int:
-        """Above the smaller side of a kernel, a rank adds nothing: of targets whose cost is known."""
+        """The smallest size of any targeted kernel; a higher rank adds nothing. `at_rank_one` comes first."""
         return self._smallest[targets]
 
 
@@ -117,7 +118,7 @@ def _checked(specs: Specs, seeds: int | None) -> dict[str, list[Any]]:
         if isinstance(values, str) or not isinstance(values, Sequence):
             raise ValueError(f"grid: {name}: {values!r} given, expected a list of values")
         if not values:
-            raise ValueError(f"grid: {name} has no values")
+            raise ValueError(f"grid: {name} has no values; give at least one")
     lists = {name: list(values) for name, values in specs.items()}
     if seeds is not None:
         if seeds < 1:
@@ -131,7 +132,7 @@ def _checked(specs: Specs, seeds: int | None) -> dict[str, list[Any]]:
 
 
 def _alpha(value: Any, rank: int) -> float:
-    """A number, or a multiple of the rank, such as "2r"."""
+    """Convert an alpha that may be a multiple of the rank, such as "2r", to a number."""
     if not isinstance(value, str):
         return value
     if not value.endswith("r"):
@@ -143,13 +144,13 @@ def _alpha(value: Any, rank: int) -> float:
 
 
 def parse(words: Sequence[str]) -> dict[str, list[Any]]:
-    """Settings from words like `"rank=1,2,4"` and `"targets=q;v;q,v"`, for `grid`.
+    """Read the settings for `grid` from words such as `"rank=1,2,4"` and `"targets=q;v;q,v"`.
 
-    Values are separated by commas, or by semicolons where there are any. Of targets each value is a list: semicolons
-    separate the values, commas the patterns within one.
+    Values are separated by semicolons if there are any, else by commas. Each value of `targets` is itself a list:
+    semicolons separate the values, and commas the patterns within one value.
 
     Raises:
-      ValueError: a word without "=", a setting given twice or not at all known, a value that isn't a number.
+      ValueError: a word without "=", an unknown setting, a setting given twice, a value that isn't a number.
 
     >>> parse(["targets=q;v;q,v", "rank=1,8,auto", "alpha=2r", "learning_rate=1e-3;1e-2"])
     {'targets': [('q',), ('v',), ('q', 'v')], 'rank': [1, 8, 'auto'], 'alpha': ['2r'], 'learning_rate': [0.001, 0.01]}
@@ -169,17 +170,17 @@ def parse(words: Sequence[str]) -> dict[str, list[Any]]:
     return specs
 
 
-def _number(kind: Callable[[str], Any], text: str, name: str, given: str) -> Any:
+def _number(convert: Callable[[str], Any], text: str, name: str, given: str) -> Any:
     try:
-        return kind(text)
+        return convert(text)
     except ValueError:
-        expected = "a whole number" if kind is int else "a number"
+        expected = "a whole number" if convert is int else "a number"
         other = {"rank": ", or 'auto'", "alpha": ", or a multiple of the rank such as '2r'"}.get(name, "")
         raise ValueError(f"grid: {name}: {given!r} given, expected {expected}{other}") from None
 
 
-def _reader(name: str, kind: Callable[[str], Any]) -> Callable[[str], Any]:
-    return lambda text: _number(kind, text, name, text)
+def _reader(name: str, convert: Callable[[str], Any]) -> Callable[[str], Any]:
+    return lambda text: _number(convert, text, name, text)
 
 
 def _read_targets(text: str) -> tuple[str, ...]:

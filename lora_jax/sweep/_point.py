@@ -9,27 +9,27 @@ from lora_jax._config import LoRAConfig
 from lora_jax._paths import ATTENTION, attention_roles
 from lora_jax.train import TrainConfig
 
-# Settings by which repeats of one point differ; the spread of results is taken over them.
+# The settings in which repeats of one point differ; standard deviations are taken over repeats.
 REPEATS = ("seed", "data_seed")
 ROLES = ("q", "k", "v", "o")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Point:
-    """The settings of one adapter. What is None is as the run's `TrainConfig` says.
+    """The settings of one adapter. A setting that is None has the value of the run's `TrainConfig`.
 
     Attributes:
       rank: columns of A and rows of B.
       alpha: numerator of the scale.
-      targets: patterns as in `LoRAConfig.targets`; besides, `"q"`, `"k"`, `"v"` and `"o"` stand for the attention
+      targets: patterns as in `LoRAConfig.targets`; in addition `"q"`, `"k"`, `"v"` and `"o"` stand for the attention
         projections, whatever the model calls them.
       learning_rate: peak learning rate.
-      weight_decay: AdamW's.
-      dropout: on what goes into the low-rank path.
-      seed: of A's first values, of dropout and, unless `data_seed` is given, of the order of the examples.
+      weight_decay: AdamW's weight decay.
+      dropout: dropout rate on the inputs of the low-rank path.
+      seed: seed of A's initial values, of dropout and, unless `data_seed` is given, of the order of the examples.
       data_seed: shuffle seed.
-      prefix_length: tokens of a prefix (`lora_jax.prefix`) that trains beside A and B, as a run with that seed would
-        begin it; 0 for none. None: as the tree has it.
+      prefix_length: tokens of a prefix (`lora_jax.prefix`) that trains beside A and B, initialised as in a run alone
+        with that seed; 0 for none. None: the prefix that the tree has, if any.
 
     >>> Point(rank=4, alpha=8, targets=("q", "v"), seed=1).label
     'q,v rank 4 alpha 8 seed 1'
@@ -48,14 +48,14 @@ class Point:
     def __post_init__(self) -> None:
         targets = (self.targets,) if isinstance(self.targets, str) else tuple(self.targets)
         object.__setattr__(self, "targets", targets)
-        self.settings()  # their checks are the point's
+        self.settings()  # LoRAConfig and TrainConfig check the values
         length = self.prefix_length
         if length is not None and (isinstance(length, bool) or not isinstance(length, numbers.Integral) or length < 0):
             raise ValueError(f"prefix_length: {length!r} given, expected a whole number of 0 or more")
 
     @property
     def label(self) -> str:
-        """The settings that are given, in words."""
+        """The settings that are not None, as one line of text."""
         given = {
             field.name.replace("_", " "): getattr(self, field.name)
             for field in dataclasses.fields(self)
@@ -71,16 +71,16 @@ class Point:
     def settings(
         self, lora: LoRAConfig | None = None, config: TrainConfig | None = None, paths: Collection[str] | None = None
     ) -> tuple[LoRAConfig, TrainConfig]:
-        """The settings of this adapter's run alone, for `lora_jax.init` and `train`.
+        """The settings with which this adapter trains in a run alone, for `lora_jax.init` and `train`.
 
         Args:
-          lora: says what a point doesn't: exclude, scaling, init, dtype, also_train. A point has one rank and one alpha
-            for all its targets, so overrides are refused.
+          lora: the settings that a point doesn't have: exclude, scaling, init, dtype, also_train. A point has one rank
+            and one alpha for all its targets, so overrides are refused.
           config: the settings of the runs.
-          paths: the leaves of the tree, with which q, k, v and o are found.
+          paths: the paths of the tree's leaves, among which q, k, v and o are found.
 
         Raises:
-          ValueError: a setting out of its range; overrides; q, k or v of a model that holds them in one kernel.
+          ValueError: a setting out of its range; overrides; q, k or v for a model that has them in one kernel.
         """
         lora, config = lora or LoRAConfig(rank=1, alpha=1), config or TrainConfig()
         if lora.overrides:
@@ -97,12 +97,12 @@ class Point:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """The settings by name; targets as one string."""
+        """The settings by name, with the targets as one string."""
         return {**dataclasses.asdict(self), "targets": ",".join(self.targets)}
 
 
 def resolve(targets: Sequence[str], paths: Collection[str]) -> tuple[str, ...]:
-    """The targets with q, k, v and o replaced by the modules that they stand for.
+    """Replace q, k, v and o among the targets by the modules that they stand for.
 
     >>> resolve(["q", "mlp"], ["attn/query/kernel", "attn/key/kernel", "attn/value/kernel", "mlp/kernel"])
     ('attn/query', 'mlp')

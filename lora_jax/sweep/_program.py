@@ -1,4 +1,4 @@
-"""The compiled program: the step and the loss of one adapter, under `vmap` over all of them."""
+"""The compiled program: one adapter's step and loss, under `vmap` over all adapters."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -14,17 +14,17 @@ from lora_jax.train import Task, TrainConfig, make_loss_sums, make_optimizer, ma
 
 
 class PointSettings(NamedTuple):
-    """What one adapter trains with, as data; of several, with a leading axis."""
+    """One adapter's settings as arrays; for K adapters each has a leading axis of size K."""
 
     learning_rate: Any  # f32[]
     weight_decay: Any  # f32[]
     dropout: Any  # f32[]
-    key: Any  # of dropout
-    prefix: Any  # i32[], tokens of its prefix
+    key: Any  # dropout's key
+    prefix: Any  # i32[], number of tokens of the prefix
 
 
 def point_settings(configs: Sequence[TrainConfig], prefixes: Sequence[int] = ()) -> PointSettings:
-    """The adapters' data, with a leading axis."""
+    """The adapters' settings, each with a leading axis."""
     rates = {
         name: jnp.asarray([getattr(config, name) for config in configs], jnp.float32)
         for name in ("learning_rate", "weight_decay", "dropout")
@@ -37,7 +37,7 @@ def point_settings(configs: Sequence[TrainConfig], prefixes: Sequence[int] = ())
 
 
 class Program(NamedTuple):
-    """Functions of stacked adapters, each compiled once for each length of the batches."""
+    """Functions of K stacked adapters, each compiled once for each length of the batches."""
 
     init: Callable[..., Any]
     """`(adapters) -> opt_states`"""
@@ -47,8 +47,8 @@ class Program(NamedTuple):
     arguments are donated"""
 
     loss_sums: Callable[..., Any]
-    """`(adapters, settings, base, batch) -> (sums of losses [K], sums of weights [K])`, and predictions [K, rows] where
-    the task predicts"""
+    """`(adapters, settings, base, batch) -> (sums of losses [K], sums of weights [K])`, and predictions [K, examples]
+    if the task has them"""
 
 
 def make_program(
@@ -61,47 +61,47 @@ def make_program(
     own_batches: bool,
     own_prefix: bool = False,
 ) -> Program:
-    """The program for adapters that share `config` in all but what a `PointSettings` holds.
+    """Make the program for adapters that share `config` except for the settings in `PointSettings`.
 
-        x W + scale_k (x_k A_k) B_k      for all adapters k at once: W is one array, and meets the rows of all of them
-                                         in one product
+        x_k W + scale_k (x_k A_k) B_k    for all adapters k at once: W is one array, multiplied once by the inputs of
+                                         all adapters
 
-    Nothing of one adapter enters what is computed for another: they meet in no sum. So a NaN stays where it arises.
+    No sum mixes the values of two adapters, so a NaN in one of them can't reach another.
 
     Args:
       apply_fn: the model's own function.
-      config: of the runs.
-      steps: of each.
+      config: the settings of the runs.
+      steps: number of steps of each run.
       task: what is trained for and predicted.
       dropout: whether any adapter has dropout.
-      own_batches: whether each adapter has rows of its own: the batch then has a leading axis too.
-      own_prefix: whether prefixes are of several lengths: what an adapter doesn't use is then padding.
+      own_batches: whether each adapter has batches of its own, so that a batch has a leading axis, too.
+      own_prefix: whether prefixes have several lengths, so that the shorter ones are padded.
     """
     adapted = ensure_adapted(apply_fn)
 
-    def applied(settings):
+    def with_prefix(settings):
         return prefix.adapt(adapted, used=settings.prefix if own_prefix else None)
 
     def step(adapter, opt_state, settings, base, batch, number):
-        apply = applied(settings)
+        apply = with_prefix(settings)
 
-        @functools.wraps(apply)  # so that it is known to be adapted
+        @functools.wraps(apply)  # which marks it as adapted
         def forward(*args, dropout_key=None, **keywords):
-            pair = None if dropout_key is None else (dropout_key, settings.dropout)
-            return apply(*args, dropout_key=pair, **keywords)
+            key_and_rate = None if dropout_key is None else (dropout_key, settings.dropout)
+            return apply(*args, dropout_key=key_and_rate, **keywords)
 
         tx = make_optimizer(config, steps, learning_rate=settings.learning_rate, weight_decay=settings.weight_decay)
-        one = make_step(
+        one_step = make_step(
             prefix.note(forward),
             tx,
             objective=task.objective,
             gradient_accumulation_steps=config.gradient_accumulation_steps,
         )
         key = jax.random.fold_in(settings.key, number) if dropout else None
-        return one(adapter, opt_state, base, batch, key)
+        return one_step(adapter, opt_state, base, batch, key)
 
     def loss_sums(adapter, settings, base, batch):
-        return make_loss_sums(applied(settings), task.objective, task.predict)(combine(base, adapter), batch)
+        return make_loss_sums(with_prefix(settings), task.objective, task.predict)(combine(base, adapter), batch)
 
     vmapped = jax.vmap(step, in_axes=(0, 0, 0, None, 0 if own_batches else None, None))
     return Program(

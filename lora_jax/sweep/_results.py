@@ -1,4 +1,4 @@
-"""What the points came to: one by one, and over their repeats; as text, as CSV and as JSON."""
+"""Results: the metrics of each point and of its repeats, as text, as CSV and as JSON."""
 
 import csv
 import dataclasses
@@ -23,39 +23,39 @@ from lora_jax.train._metrics import regression_metrics
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Result:
-    """What one adapter came to. Losses and metrics are None where it failed."""
+    """The result of one adapter. Its losses and metrics are None if it failed."""
 
     point: Point
-    """Its settings, none of them None but perhaps `data_seed`."""
+    """The adapter's settings; only `data_seed` may be None."""
 
     trainable: int
-    """Numbers that trained: A, B, and leaves trained in full."""
+    """Number of trained parameters: those of A, B, and leaves trained in full."""
 
     train_loss: float | None
-    """Over the last tenth of the steps, each target counted alike."""
+    """Mean loss of the last tenth of the steps, in which every target counts alike."""
 
     valid: Evaluation | None
-    """Loss and metrics on the validation rows after the last step; None without such rows."""
+    """Loss and metrics on the validation examples after the last step; None without such examples."""
 
     seconds: float
-    """Its share of its round's time."""
+    """The adapter's share of its round's time."""
 
     failed_at: int | None
-    """The first step at which the loss or its gradient wasn't finite, or the last one where only what its update made
-    isn't; None where all is."""
+    """The first step whose loss or gradient wasn't finite; the last step if only the adapter or its validation loss
+    after training isn't; None if everything is finite."""
 
     losses: np.ndarray
-    """f32[steps], each before the step's update."""
+    """f32[steps]: each step's loss, before its update."""
 
     adapter: Any
-    """The trained adapter, as `lora_jax.split` gives it; None where it failed."""
+    """The trained adapter, as `lora_jax.split` returns it; None if it failed."""
 
     score: float | None = None
-    """What its kernels' gradients promised before training, where that was asked for."""
+    """The adapter's score before training, by its kernels' gradients; None if points weren't scored."""
 
     @property
-    def figures(self) -> dict[str, float]:
-        """Losses and metrics by name, those that there are: `train_loss`, `valid_loss`, `valid_accuracy`, ..."""
+    def metrics(self) -> dict[str, float]:
+        """The losses and metrics that there are, by name: `train_loss`, `valid_loss`, `valid_accuracy`, ..."""
         found = {} if self.train_loss is None else {"train_loss": self.train_loss}
         if self.valid is not None:
             found |= {"valid_loss": self.valid.loss}
@@ -65,37 +65,39 @@ class Result:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Results:
-    """All points' results, in the order of the points."""
+    """The results of a sweep."""
 
     results: tuple[Result, ...]
+    """One result for each point, in the order of the points."""
+
     rounds: int
-    """Rounds that were needed to keep within the memory."""
+    """Number of rounds, one after another, in which the adapters trained."""
 
     seconds: float
-    """Of the whole sweep."""
+    """Time of the whole sweep."""
 
     scores: Mapping[str, GradientScore] = dataclasses.field(default_factory=dict)
-    """Of each kernel by path, at the highest rank of the points; empty where none were asked for."""
+    """Each kernel's score by path, at the highest rank of the points; empty if points weren't scored."""
 
     @property
-    def names(self) -> list[str]:
-        """The figures that any of the results has."""
-        return list(dict.fromkeys(name for result in self.results for name in result.figures))
+    def metric_names(self) -> list[str]:
+        """Names of the losses and metrics that any of the results has."""
+        return list(dict.fromkeys(name for result in self.results for name in result.metrics))
 
     @property
     def varied(self) -> list[str]:
-        """The settings, seed and data_seed apart, that tell the points from one another; targets in any case."""
+        """Names of the settings in which points differ, without seed and data_seed; targets are always among them."""
         points = [result.point.as_dict() for result in self.results]
         return [name for name in _settings() if name == "targets" or len({point[name] for point in points}) > 1]
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row for each point: its settings and what it came to, None where there is nothing."""
+        """One row for each point: its settings and its result, with None for a metric that it doesn't have."""
         return [
             {
                 **result.point.as_dict(),
                 "trainable": result.trainable,
                 **({} if result.score is None else {"score": result.score}),
-                **{name: result.figures.get(name) for name in self.names},
+                **{name: result.metrics.get(name) for name in self.metric_names},
                 "failed_at": result.failed_at,
                 "seconds": result.seconds,
             }
@@ -105,21 +107,21 @@ class Results:
     def summary(self) -> list[dict[str, Any]]:
         """One row for the repeats of each point: settings without seed and data_seed, mean and standard deviation.
 
-        Failed adapters count in `failed` only, and figures that aren't finite (the perplexity of a large loss) not at
-        all. The deviation is that of a sample, None for fewer than two.
+        Failed adapters count in `failed` only, and metrics that aren't finite (the perplexity of a large loss) are left
+        out. The deviation is the sample's, None for fewer than two repeats.
         """
         groups: dict[Point, list[Result]] = {}
         for result in self.results:
             groups.setdefault(result.point.without_seeds, []).append(result)
-        return [_summary_row(point, group, self.names) for point, group in groups.items()]
+        return [_summary_row(point, group, self.metric_names) for point, group in groups.items()]
 
-    def rank_correlation(self, figure: str = "valid_loss") -> float | None:
-        """Spearman's correlation of the scores with a figure, over the settings; repeats are averaged first.
+    def rank_correlation(self, metric: str = "valid_loss") -> float | None:
+        """Spearman's correlation of the scores with a metric, over the settings; repeats are averaged first.
 
-        Scores say how much the loss may fall, so with a loss -1 is a perfect order, and with accuracy 1 is. None where
+        Scores estimate how much the loss may fall: with a loss, -1 is a perfect order; with accuracy, 1 is. None if
         fewer than three settings have both.
         """
-        pairs = [(row["score"], row.get(figure)) for row in self.summary() if row.get("score") is not None]
+        pairs = [(row["score"], row.get(metric)) for row in self.summary() if row.get("score") is not None]
         pairs = np.array([pair for pair in pairs if None not in pair], np.float64)
         return regression_metrics(pairs[:, 0], pairs[:, 1])["spearman"] if len(pairs) > 2 else None
 
@@ -129,36 +131,36 @@ class Results:
         return text.get()
 
     def table(self) -> Table:
-        """The summary for a terminal: settings that differ between points, and figures as mean ± deviation."""
+        """The summary for a terminal: settings that differ between points, and metrics as mean ± deviation."""
         rows, varied = self.summary(), self.varied
-        where = " on the validation rows" if "valid_loss" in self.names else ""
+        where = " on the validation examples" if "valid_loss" in self.metric_names else ""
         table = Table(title=f"{len(self.results)} adapters{where}, mean ± standard deviation over repeats")
         for name in varied:
             table.add_column(name.replace("_", " "), justify="left" if name == "targets" else "right")
         scored = ["score"] if self.scores else []
-        for name in ("trainable", *scored, *self.names, "repeats"):
+        for name in ("trainable", *scored, *self.metric_names, "repeats"):
             table.add_column(_heading(name), justify="right")
         for row in rows:
-            # Text, for targets may be patterns with brackets.
+            # As Text, because targets may be patterns with brackets, which rich reads as markup.
             settings = [Text(row[name]) if name == "targets" else f"{row[name]:g}" for name in varied]
-            figures = [
+            metrics = [
                 f"{row['trainable']:,}",
                 *(f"{row[name]:.3g}" for name in scored),
-                *(_spread(row, name) for name in self.names),
+                *(_spread(row, name) for name in self.metric_names),
             ]
             failed = f" ({row['failed']} failed)" if row["failed"] else ""
-            table.add_row(*settings, *figures, f"{row['repeats']}{failed}")
+            table.add_row(*settings, *metrics, f"{row['repeats']}{failed}")
         return table
 
     def write(self, folder: str | os.PathLike[str], columns: Sequence[dict[str, Any]] = (), **settings: Any) -> None:
-        """Writes `results.csv`, a line for each point, and `results.json`, which holds the summary too.
+        """Write `results.csv`, a line for each point, and `results.json`, which has the summary, too.
 
-        Figures that aren't finite are empty in the one and null in the other.
+        Metrics that aren't finite are empty in results.csv and null in results.json.
 
         Args:
-          folder: made if it isn't there.
-          columns: more entries for each point's row.
-          settings: more entries of results.json.
+          folder: created if it doesn't exist.
+          columns: further entries for each point's row.
+          settings: further entries of results.json.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -169,7 +171,7 @@ class Results:
         writer = csv.DictWriter(text, points[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(points)
-        whole = {
+        content = {
             **settings,
             "rounds": self.rounds,
             "seconds": self.seconds,
@@ -177,18 +179,21 @@ class Results:
             "points": points,
             "summary": self.summary(),
         }
-        _disk.write(folder / "results.json", _disk.to_json(whole, indent=1) + "\n")
+        _disk.write(folder / "results.json", _disk.to_json(content, indent=1) + "\n")
         _disk.write(folder / "results.csv", text.getvalue())
 
     def _scores(self) -> dict[str, Any]:
-        """Of results.json: the kernels' scores, and how well those of the settings ordered what came of them."""
+        """Entries of results.json: the kernels' scores, and how the settings' scores correlate with each metric."""
         if not self.scores:
             return {}
         kernels = {
             path: {name: np.asarray(value).tolist() for name, value in score._asdict().items() if name != "values"}
             for path, score in self.scores.items()
         }
-        return {"scores": kernels, "rank_correlation": {name: self.rank_correlation(name) for name in self.names}}
+        return {
+            "scores": kernels,
+            "rank_correlation": {name: self.rank_correlation(name) for name in self.metric_names},
+        }
 
 
 def _settings() -> list[str]:
@@ -202,14 +207,15 @@ def _summary_row(point: Point, group: Sequence[Result], names: Sequence[str]) ->
     if group[0].score is not None:
         row["score"] = group[0].score
     for name in names:
-        values = [found for result in group if math.isfinite(found := result.figures.get(name, math.nan))]
+        values = [found for result in group if math.isfinite(found := result.metrics.get(name, math.nan))]
         row[name] = float(np.mean(values)) if values else None
         row[f"{name}_std"] = float(np.std(values, ddof=1)) if len(values) > 1 else None
     return row
 
 
 def _heading(name: str) -> str:
-    """
+    """The heading of a metric's column.
+
     >>> _heading("valid_loss"), _heading("valid_matthews_correlation")
     ('validation loss', 'matthews correlation')
     """
@@ -224,6 +230,6 @@ def _spread(row: dict[str, Any], name: str) -> str:
 
 
 def weighted(losses: Iterable[float], weights: Iterable[float]) -> float:
-    """The mean over all targets of several steps."""
+    """Mean loss over all targets of several steps; a step's weight is its number of targets."""
     losses, weights = np.asarray(losses, np.float64), np.asarray(weights, np.float64)
     return float(np.sum(losses * weights) / max(np.sum(weights), 1))

@@ -16,7 +16,7 @@ from lora_jax.sweep._memory import adapters_per_round, bytes_needed, shapes, siz
 from lora_jax.sweep._planned import PlannedRun, settings_of
 from lora_jax.sweep._program import Program
 from lora_jax.sweep._results import Result, weighted
-from lora_jax.sweep._start import AdapterFactory, taken, trainable
+from lora_jax.sweep._start import AdapterFactory, count_trainable, unstacked
 from lora_jax.train import Evaluation, StepMetrics, Task
 from lora_jax.train._evaluate import evaluation_of
 from lora_jax.train._log import Log
@@ -129,7 +129,7 @@ class RoundTrainer(NamedTuple):
         losses, weights, norms = (values[:, index] for values in metrics)
         broken = ~np.isfinite(losses) | ~np.isfinite(norms)
         failed_at = int(np.argmax(broken)) + 1 if broken.any() else None
-        adapter, valid = taken(adapters, index, initial), evaluation(index) if self.validation else None
+        adapter, valid = unstacked(adapters, index, initial), evaluation(index) if self.validation else None
         # No training loss shows the result of the last update: the adapter itself and its validation loss do.
         after_last = [*jax.tree.leaves(adapter), *([valid.loss] if valid else ())]
         if failed_at is None and not all(np.isfinite(value).all() for value in after_last):
@@ -139,7 +139,7 @@ class RoundTrainer(NamedTuple):
         return Result(
             point=run.point,
             score=run.score,
-            trainable=trainable(initial),
+            trainable=count_trainable(initial),
             train_loss=weighted(losses[-tail:], weights[-tail:]) if fine else None,
             valid=valid if fine else None,
             seconds=seconds,

@@ -1,4 +1,4 @@
-"""What the points promise before training, from the gradients of the base."""
+"""Scores of the points before training, from the gradients of the base."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -19,7 +19,7 @@ from lora_jax.train import Task, apply_to_batch
 def kernel_scores(
     key: jax.Array, apply_fn: Callable[..., Any], factory: AdapterFactory, batches: Sequence[Batch], task: Task
 ) -> dict[str, GradientScore]:
-    """A score of the highest rank for every kernel that any point targets."""
+    """Score every kernel that any point targets, at the highest rank of the points."""
     apply = with_prefix(ensure_adapted(apply_fn))
 
     def loss_fn(params: Any, batch: Any) -> jax.Array:
@@ -30,8 +30,8 @@ def kernel_scores(
 
 
 def score_of(point: Point, adapter: Any, kernels: Mapping[str, GradientScore]) -> float:
-    """What an update of norm 1 and of the point's rank, spread over its kernels as is best, takes off the loss.
+    """By how much the best update of norm 1 with the point's rank and targets lowers the loss, to first order.
 
-    √Σ_k Σ_{i≤r} σ_i(G_k)²      over the kernels k that the point targets
+    √Σ_k Σ_{i≤r} σ_i(G_k)²      over the kernels k that the point targets, with G_k the loss's gradient for k
     """
     return float(np.sqrt(sum(np.sum(kernels[path].at_rank(point.rank) ** 2) for path in nodes_of(adapter))))

@@ -1,4 +1,4 @@
-"""Adapters as they are before training: each point's own, and all as one tree for `vmap`."""
+"""Initial adapters: each point's own, and all of them stacked as one tree for `vmap`."""
 
 import dataclasses
 import functools
@@ -19,22 +19,23 @@ from lora_jax._tree import edit, kernel_path, leaf_paths, leaves_with_paths, nod
 from lora_jax.sweep._point import Point
 
 NewValues = Callable[[int], Mapping[str, Any]]
-"""From a seed to new values of leaves trained in full, by path."""
+"""Returns, for a seed, newly initialised values of leaves trained in full, by path."""
 
 
 class AdapterFactory:
-    """Makes the points' adapters, alone and stacked: always of the same shapes, whichever points are asked for.
+    """Makes the points' adapters, alone and stacked. Stacked, they have the same shapes whichever points they are of.
 
-    A kernel that a point doesn't target has zero factors and scale 0 there. Their gradients are zero, and weight decay
-    of zero is zero: they stay so. A prefix shorter than the longest has zeros behind it, which nothing looks up.
+    A kernel that a point doesn't target has zero factors and scale 0 in its adapter. Their gradients are zero, and the
+    weight decay of zero is zero, so they remain zero. A prefix shorter than the longest is padded with zeros, which no
+    token position uses.
 
     Args:
       params: the base's tree.
-      points: all that there will be.
-      lora: what points don't say.
+      points: all points for which adapters will be made.
+      lora: the settings that points don't have.
       axes: how kernels are used.
       newly_initialized: as for `run`.
-      after: tokens of a row that stand before a prefix.
+      after: tokens of an example that stay before a prefix.
       embedding: pattern of the table that prefixes are drawn from.
 
     Raises:
@@ -57,16 +58,17 @@ class AdapterFactory:
         self._with_prefix = functools.partial(prefix.init, after=after, embedding=embedding)
         self._configs = {point: point.settings(lora, None, paths)[0] for point in points}
         self.rank = max(point.rank for point in points)
-        everything = tuple(dict.fromkeys(target for config in self._configs.values() for target in config.targets))
-        self._union = dataclasses.replace(lora, rank=1, alpha=1, targets=everything)
+        all_targets = tuple(dict.fromkeys(target for config in self._configs.values() for target in config.targets))
+        self._union = dataclasses.replace(lora, rank=1, alpha=1, targets=all_targets)
         self._axes = axes
 
         @functools.cache
         def maker(config: LoRAConfig, length: int) -> Any:
-            """One compilation for all seeds."""
+            """A function from a key to an adapter, compiled once for all seeds."""
 
             def make(key: jax.Array, params: Any) -> Any:
-                # As the command line's: the prefix has the seed's key, A a fold of it. Training folds in steps, from 1.
+                # As `lora-jax train` does: the seed's key draws the prefix, and fold 0 of it draws A. Training folds in
+                # the steps, which begin at 1.
                 adapted = init(jax.random.fold_in(key, 0), params, config, axes=axes)
                 return split(self._with_prefix(key, adapted, length), config)[1]
 
@@ -75,18 +77,18 @@ class AdapterFactory:
         self._maker = maker
         self._longest = max(map(self._length_of, points))
         self._all = jax.eval_shape(maker(self._union, self._longest), jax.random.key(0), params)
-        # Every point is seen to match before any trains.
+        # Shapes suffice to find a point whose targets match nothing, before any point trains.
         for config, length in dict.fromkeys((self._configs[point], self._length_of(point)) for point in points):
             jax.eval_shape(maker(config, length), jax.random.key(0), params)
 
     def base(self) -> Any:
-        """What all share, with a place for whatever trains."""
+        """The base that all adapters share, with None where a leaf is in the adapters."""
         params = self._with_prefix(jax.random.key(0), self._params, self._longest)
         return jax.tree.map(jnp.asarray, split(params, self._lora.also_train)[0])
 
     @property
     def shapes(self) -> Any:
-        """What each adapter has in the stack."""
+        """The shapes of one adapter as it is in the stack."""
 
         def leaf_of(path: str, leaf: Any) -> Any:
             return with_scale_as_data(pad_rank(leaf, self.rank)) if isinstance(leaf, LoRA) else leaf
@@ -94,21 +96,21 @@ class AdapterFactory:
         return jax.eval_shape(lambda tree: edit(tree, leaf=leaf_of), self._all)
 
     def shape(self, point: Point) -> Any:
-        """The adapter of one point as shapes."""
+        """The shapes of one point's own adapter."""
         make = self._maker(self._configs[point], self._length_of(point))
         return jax.eval_shape(make, jax.random.key(0), self._params)
 
     def everywhere(self) -> Any:
-        """The whole tree, with nodes of rank 1 for every kernel that any point targets."""
+        """The complete tree, with a node of rank 1 for every kernel that any point targets."""
         return init(jax.random.key(0), self._params, self._union, axes=self._axes)
 
     def alone(self, point: Point, seed: int) -> Any:
-        """The adapter of one point, as a run of its own would start with it."""
+        """The adapter with which a run of this point alone starts."""
         make = self._maker(self._configs[point], self._length_of(point))
         return make(jax.random.key(seed), self._params_of(seed))
 
     def _length_of(self, point: Point) -> int:
-        """Of the prefix to begin with, where the tree has none that all points begin with."""
+        """Length of the prefix to draw for the point: 0 if the tree has a prefix, from which all points start."""
         return 0 if prefix.length(self._params) else point.prefix_length or 0
 
     def _params_of(self, seed: int) -> Any:
@@ -118,7 +120,7 @@ class AdapterFactory:
         return edit(self._params, leaf=lambda path, leaf: new.get(path, leaf))
 
     def stacked(self, adapters: Sequence[Any]) -> Any:
-        """Adapters of several points as one tree, a node for every kernel that any point targets."""
+        """Stack several points' adapters as one tree, with a node for every kernel that any point targets."""
         return stack([self._filled(adapter) for adapter in adapters])
 
     def _filled(self, adapter: Any) -> Any:
@@ -126,17 +128,17 @@ class AdapterFactory:
 
         def leaf_of(path: str, leaf: Any) -> Any:
             if isinstance(leaf, Prefix):
-                return _lengthened(own.get(path), leaf)
+                return _padded(own.get(path), leaf)
             if not isinstance(leaf, LoRA):
                 return own[path]
             node = nodes.get(kernel_path(path)) or jax.tree.map(_zeros, leaf).replace(scale=0.0)
-            return with_scale_as_data(pad_rank(node, self.rank))  # whichever points meet: one program for all
+            return with_scale_as_data(pad_rank(node, self.rank))  # the same structure for any points
 
         return edit(self._all, leaf=leaf_of)
 
 
-def _lengthened(own: Prefix | None, like: Prefix) -> Prefix:
-    """The prefix with zeros behind it."""
+def _padded(own: Prefix | None, like: Prefix) -> Prefix:
+    """Pad a prefix with zeros to the length of `like`."""
     value = jnp.zeros((0, *like.value.shape[1:])) if own is None else own.value
     return dataclasses.replace(like, value=jnp.pad(value, ((0, len(like.value) - len(value)), (0, 0))))
 
@@ -145,15 +147,15 @@ def _zeros(like: jax.ShapeDtypeStruct) -> jax.Array:
     return jnp.zeros(like.shape, like.dtype)
 
 
-def trainable(adapter: Any) -> int:
-    """Numbers that train: all but the scales."""
+def count_trainable(adapter: Any) -> int:
+    """Number of parameters that train: all but the scales."""
     leaves = [leaf for _, leaf in leaves_with_paths(adapter)]
     arrays = [leaf.replace(scale=None) if isinstance(leaf, LoRA) else leaf for leaf in leaves]
     return int(sum(np.size(array) for array in jax.tree.leaves(arrays)))
 
 
-def taken(stacked: Any, index: int, like: Any) -> Any:
-    """One adapter out of the stack, with the nodes and the rank that `like` has."""
+def unstacked(stacked: Any, index: int, like: Any) -> Any:
+    """One adapter of the stack, cut to the nodes and the rank of `like`."""
     leaves, nodes = dict(leaves_with_paths(stacked)), nodes_of(stacked)
 
     def cut(array: Any, small: Any) -> Any:
