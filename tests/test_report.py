@@ -11,7 +11,7 @@ from report_cases import FEATURES, LAYERS, NAMES, OUTPUTS, Planted, node
 
 from lora_jax import report
 from lora_jax.analysis import Amplification, spectrum
-from lora_jax.report._summary import of_amplification
+from lora_jax.report._summary import amplification_sentence
 
 
 @pytest.fixture(scope="module")
@@ -165,14 +165,14 @@ def test_a_kernel_of_zeros_has_no_share():
     real = Amplification(*(np.float32(x) for x in (1.0, 2.0, 0.5, 4.0, 2.0)))
     update = spectrum(np.eye(3))
     both = [
-        report.Measured(
+        report.KernelMeasurements(
             name=str(i), layer=i, kind="q", shape=(3, 3), rank=3, scale=1.0, update=update, amplification=one
         )
         for i, one in enumerate((found, real))
     ]
     (row,) = report.by_kind(both)
     assert row.relative == pytest.approx(0.5)
-    assert "hold 25 % of ‖W‖ on average, W's own top directions 50 %, random ones 12 %" in of_amplification(both)
+    assert "hold 25 % of ‖W‖ on average, W's own top directions 50 %, random ones 12 %" in amplification_sentence(both)
 
 
 @pytest.mark.parametrize(

@@ -169,7 +169,7 @@ def weights_of(model: str, updates: Mapping[str, LoRA]) -> Callable[[str], Any]:
     return weight_of
 
 
-def summary(measured: list[report.Measured]) -> Any:
+def summary(measured: list[report.KernelMeasurements]) -> Any:
     """Means by kind of kernel."""
     rows = report.by_kind(measured)
     columns = ["kernels of", "number>", "rank>", "‖ΔW‖>", "effective rank>", "rank at 90 %>"]

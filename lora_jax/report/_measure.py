@@ -1,4 +1,4 @@
-"""All measures of each adapted kernel, one kernel at a time."""
+"""`measure`: the measures of section 7 for each adapted kernel, one kernel at a time."""
 
 import math
 import zlib
@@ -22,27 +22,28 @@ from lora_jax.analysis import (
 
 
 class Overlap(NamedTuple):
-    """φ of two adapters' factors of one kernel, and φ of two random factors of their size."""
+    """φ between two adapters' factors of one kernel, and φ between two random factors of the same sizes."""
 
     phi: np.ndarray
     random: np.ndarray
 
 
-class Measured(NamedTuple):
-    """What was found of one kernel; None where there is no W, or no second adapter.
+class KernelMeasurements(NamedTuple):
+    """The measures of one kernel. A measure that needs W, or a second adapter, is None without it.
 
     Attributes:
-        name: of the module.
-        layer: the first number in the name; None where it has none.
-        kind: the name behind that number, such as `self_attn.q_proj`.
-        shape: inputs and outputs.
-        rank: of the adapter.
+        name: the module's name.
+        layer: the first number in the name; None if there is no number.
+        kind: the part of the name after that number, such as `self_attn.q_proj`.
+        shape: sizes of inputs and outputs.
+        rank: the adapter's rank.
         scale: alpha/rank.
-        update: of ΔW.
-        weight: of W.
-        amplification: of W by ΔW (table 7).
-        right: of the two adapters' A, whose directions are ΔW's right singular vectors in the paper (figures 3 and 4).
-        left: of their B.
+        update: ΔW's spectrum.
+        weight: W's spectrum.
+        amplification: amplification of W by ΔW (table 7).
+        right: overlap of the two adapters' A, whose directions are ΔW's right singular vectors in the paper (figures 3
+            and 4).
+        left: overlap of the two adapters' B.
     """
 
     name: str
@@ -64,17 +65,17 @@ def measure(
     weight: Callable[[str], ArrayLike] | None = None,
     against: Mapping[str, LoRA] | None = None,
     seed: int = 0,
-) -> Iterator[Measured]:
-    """Measure each kernel's update, in the order of layers; W is asked for and let go kernel by kernel.
+) -> Iterator[KernelMeasurements]:
+    """Measure each kernel's update, by kind and in the order of layers. One W is in memory at a time.
 
     Args:
-        updates: a node by module name, without stack axes; `peft.updates` and `loralib.updates` read such from files.
-        weight: gives a module's W, (inputs, outputs).
+        updates: nodes by module name, without stack axes; `peft.updates` and `loralib.updates` read them from files.
+        weight: returns a module's W, f[inputs, outputs], given the module's name.
         against: the updates of another adapter of the same modules.
-        seed: of the random baselines.
+        seed: seed of the random baselines.
 
     Raises:
-        ValueError: the adapters don't change the same modules, or something is not finite or doesn't fit.
+        ValueError: the adapters don't change the same modules, or a value isn't finite, or a shape doesn't fit.
 
     >>> import jax.numpy as jnp
     >>> node = LoRA(jnp.eye(4)[:, :2], jnp.eye(2, 3), jnp.float32(2))
@@ -84,23 +85,31 @@ def measure(
     """
     if against is not None:
         check_comparable(updates, against)
-    places = positions_of(updates)
-    for name in sorted(updates, key=lambda name: (places[name].kind, places[name].layer or 0, name)):
-        # A kernel's draws are its own, whatever else the adapter changes.
+    positions = positions_of(updates)
+    for name in sorted(updates, key=lambda name: (positions[name].kind, positions[name].layer or 0, name)):
+        # The key depends on the name alone: a kernel's baselines are the same whatever else the adapter changes.
         key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
-        yield _measured(name, places[name], updates[name], weight, None if against is None else against[name], key)
+        yield _measure_kernel(
+            name, positions[name], updates[name], weight, None if against is None else against[name], key
+        )
 
 
 def check_comparable(updates: Mapping[str, LoRA], against: Mapping[str, LoRA]) -> None:
-    """Raise ValueError, one line, unless both adapters change the same modules of the same sizes."""
+    """Refuse two adapters that don't change the same modules of the same sizes.
+
+    Raises:
+        ValueError: the modules that only one adapter changes, or the sizes that differ.
+    """
     only, other = sorted(updates.keys() - against.keys()), sorted(against.keys() - updates.keys())
     if only or other:
-        told = [
+        differences = [
             f"{len(names)} only in {where} ({names[0]}{', ...' if len(names) > 1 else ''})"
             for names, where in ((only, "--adapter"), (other, "--against"))
             if names
         ]
-        raise ValueError(f"the two adapters change different modules: {' and '.join(told)}; compare two of one model")
+        raise ValueError(
+            f"the two adapters change different modules: {' and '.join(differences)}; compare two adapters of one model"
+        )
     for name, node in updates.items():
         ours, theirs = _shape(node), _shape(against[name])
         if ours != theirs:
@@ -108,12 +117,14 @@ def check_comparable(updates: Mapping[str, LoRA], against: Mapping[str, LoRA]) -
 
 
 class ModulePosition(NamedTuple):
+    """A module's layer, and the kind that it shares with the same module of other layers."""
+
     layer: int | None
     kind: str
 
 
 def positions_of(names: Mapping[str, object]) -> dict[str, ModulePosition]:
-    """Where each module stands. What is before the number is told where several stacks have layers.
+    """Layer and kind of each module. If several stacks have layers, a kind begins with its stack's name.
 
     >>> positions_of({"model.layers.3.self_attn.q_proj": 0, "lm_head": 0})
     {'model.layers.3.self_attn.q_proj': ModulePosition(layer=3, kind='self_attn.q_proj'),
@@ -140,22 +151,22 @@ def _shape(node: LoRA) -> tuple[int, int]:
     return inputs, outputs
 
 
-def _measured(
+def _measure_kernel(
     name: str,
-    place: ModulePosition,
+    position: ModulePosition,
     lora: LoRA,
     weight: Callable[[str], ArrayLike] | None,
     other: LoRA | None,
     key: jax.Array,
-) -> Measured:
+) -> KernelMeasurements:
     try:
         w = None if weight is None else np.asarray(weight(name))
         w_spectrum = None if w is None else spectrum(w, lora.axes)
         right, left = (None, None) if other is None else _overlaps(lora, other, key)
-        return Measured(
+        return KernelMeasurements(
             name=name,
-            layer=place.layer,
-            kind=place.kind,
+            layer=position.layer,
+            kind=position.kind,
             shape=_shape(lora),
             rank=int(lora.a.shape[-1]),
             scale=float(lora.scale),
@@ -170,9 +181,9 @@ def _measured(
 
 
 def _overlaps(lora: LoRA, other: LoRA, key: jax.Array) -> list[Overlap]:
-    found = []
+    overlaps = []
     for side, (ours, theirs) in enumerate(zip(matrices(lora), matrices(other), strict=True)):
         features, rank = ours.shape
-        noise = random_similarity(jax.random.fold_in(key, side), features, rank, theirs.shape[-1])
-        found.append(Overlap(subspace_similarity(ours, theirs), noise))
-    return found
+        random = random_similarity(jax.random.fold_in(key, side), features, rank, theirs.shape[-1])
+        overlaps.append(Overlap(subspace_similarity(ours, theirs), random))
+    return overlaps

@@ -1,4 +1,4 @@
-"""The page: one HTML file that holds its figures and needs nothing from elsewhere."""
+"""The report's page: one HTML file that contains its figures and loads nothing."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,39 +9,39 @@ import jinja2
 from markupsafe import Markup
 
 from lora_jax.report import _figures, _summary
-from lora_jax.report._figures import Drawn
-from lora_jax.report._measure import Measured
+from lora_jax.report._figures import RenderedFigure
+from lora_jax.report._measure import KernelMeasurements
 
 
 class Page(NamedTuple):
-    """The page, and its figures for those who want them as files."""
+    """The page, and its figures to be written as files."""
 
     html: str
-    figures: list[Drawn]
+    figures: list[RenderedFigure]
 
 
 class Section(NamedTuple):
     """A part of the page.
 
     Attributes:
-        anchor: where links lead.
-        title: of the part.
-        read: one sentence that says how to read it.
-        shows: one that says what it shows here.
-        figures: seen at once.
-        folded: by title, seen on request.
+        anchor: the id to which links lead.
+        title: the section's heading.
+        read: how to read the figures, in a sentence.
+        shows: the result that the figures show, in a sentence.
+        figures: figures that are always visible.
+        folded: further figures with their titles, which open with a click.
     """
 
     anchor: str
     title: str
     read: str
     shows: str
-    figures: list[Drawn]
-    folded: list[tuple[str, Drawn]]
+    figures: list[RenderedFigure]
+    folded: list[tuple[str, RenderedFigure]]
 
 
-def render(measured: Sequence[Measured], *, title: str, sources: Mapping[str, str]) -> Page:
-    """The page of these measures. Names and sources are escaped: they come from files."""
+def render(measured: Sequence[KernelMeasurements], *, title: str, sources: Mapping[str, str]) -> Page:
+    """Render the page. Names and sources are escaped, because they come from files."""
     sections = list(_sections(measured))
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("lora_jax.report", "."),
@@ -64,13 +64,13 @@ def render(measured: Sequence[Measured], *, title: str, sources: Mapping[str, st
     return Page(html, [figure for part in sections for figure in (*part.figures, *(one for _, one in part.folded))])
 
 
-def _sections(measured: Sequence[Measured]) -> Any:
+def _sections(measured: Sequence[KernelMeasurements]) -> Any:
     yield Section(
         "update",
         "The spectrum of ΔW",
-        "A line that falls steeply is an update that needs fewer directions than its rank gives it; a flat one uses "
-        "them all. Lines go from the first layer (blue) to the last (red).",
-        _summary.of_updates(measured),
+        "A line that falls steeply is an update that needs fewer directions than its rank allows; an update with a "
+        "flat line uses them all. Colours go from the first layer (blue) to the last (red).",
+        _summary.updates_sentence(measured),
         [_figures.spectra(measured, "update")],
         [],
     )
@@ -78,18 +78,18 @@ def _sections(measured: Sequence[Measured]) -> Any:
         yield Section(
             "weight",
             "The spectrum of W",
-            "Beside the update's spectrum this says whether W itself is short of rank: a line that reaches the far "
-            "right high up is a kernel that uses all its directions.",
-            _summary.of_weights(measured),
+            "Compared with the update's spectrum, this shows whether W itself has a low rank: a kernel whose line is "
+            "still high at the right end uses all its directions.",
+            _summary.weights_sentence(measured),
             [_figures.spectra(measured, "weight")],
             [],
         )
         yield Section(
             "amplification",
             "What ΔW amplifies",
-            "The factor ‖ΔW‖ / ‖UᵀWVᵀ‖ (table 7) is how many times larger the update is than what W already does in "
-            "the update's directions U and V: large where ΔW strengthens what W has but does not stress.",
-            _summary.of_amplification(measured),
+            "The factor ‖ΔW‖ / ‖UᵀWVᵀ‖ (table 7) is how many times larger the update is than W in the update's "
+            "directions U and V: it is large where ΔW strengthens directions that W has but doesn't emphasise.",
+            _summary.amplification_sentence(measured),
             [_figures.factors(measured), _figures.projections(measured)],
             [],
         )
@@ -102,17 +102,18 @@ def _sections(measured: Sequence[Measured]) -> Any:
         yield Section(
             "overlap",
             "What the two adapters share",
-            "φ(i, j) (figures 3 and 4) is how much of one adapter's first i directions and the other's first j, "
-            "whichever are fewer, lies within the others: bright in the upper left corner alone means that only the "
-            "top directions agree; compare with the panel of random factors.",
-            _summary.of_overlap(measured),
+            "φ(i, j) (figures 3 and 4) compares one adapter's first i directions with the other's first j: it is the "
+            "share of the fewer that lies within the span of the others. If only the upper left corner is bright, only "
+            "the top directions agree; compare with the panel of random factors.",
+            _summary.overlap_sentence(measured),
             [_figures.overlaps(measured, "right"), _figures.overlaps(measured, "left")],
             folded,
         )
 
 
 def number(value: float | None) -> str:
-    """
+    """A number of the page's tables as text; a dash for None and for what isn't finite.
+
     >>> number(0.123456), number(1234.5), number(None), number(float("nan"))
     ('0.123', '1,234', '–', '–')
     """

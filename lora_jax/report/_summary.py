@@ -1,4 +1,4 @@
-"""What is told of many kernels at once: means by kind, and the sentences that say what the figures show."""
+"""Summaries of many kernels: means by kind, and a sentence on each section's figures."""
 
 import math
 from collections.abc import Sequence
@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lora_jax.report._measure import Measured
+from lora_jax.report._measure import KernelMeasurements
 
 
-class Kind(NamedTuple):
-    """Means over the kernels of one kind; None where there is no W, or no second adapter."""
+class KindSummary(NamedTuple):
+    """Means over the kernels of one kind. A mean that needs W, or a second adapter, is None without it."""
 
     kind: str
     kernels: int
@@ -23,13 +23,14 @@ class Kind(NamedTuple):
     similarity: float | None
 
 
-def by_kind(measured: Sequence[Measured]) -> list[Kind]:
-    """One row for each kind of kernel, in the order in which they were measured."""
-    return [_kind(kind, kernels) for kind, kernels in grouped(measured).items()]
+def by_kind(measured: Sequence[KernelMeasurements]) -> list[KindSummary]:
+    """Summarise the kernels of each kind, in the order in which they were measured."""
+    return [_summarise(kind, kernels) for kind, kernels in grouped(measured).items()]
 
 
-def grouped(measured: Sequence[Measured]) -> dict[str, list[Measured]]:
-    groups: dict[str, list[Measured]] = {}
+def grouped(measured: Sequence[KernelMeasurements]) -> dict[str, list[KernelMeasurements]]:
+    """The kernels by kind."""
+    groups: dict[str, list[KernelMeasurements]] = {}
     for one in measured:
         groups.setdefault(one.kind, []).append(one)
     return groups
@@ -40,31 +41,31 @@ def norm(values: np.ndarray) -> float:
     return float(np.linalg.norm(values))
 
 
-def _kind(kind: str, kernels: list[Measured]) -> Kind:
-    found = [one.amplification for one in kernels if one.amplification is not None]
+def _summarise(kind: str, kernels: list[KernelMeasurements]) -> KindSummary:
+    amplifications = [one.amplification for one in kernels if one.amplification is not None]
     overlaps = [one.right for one in kernels if one.right is not None]
     ranks = sorted({one.rank for one in kernels})
-    return Kind(
+    return KindSummary(
         kind=kind,
         kernels=len(kernels),
         rank=str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}",
         delta_norm=float(np.mean([norm(one.update.singular_values) for one in kernels])),
         effective_rank=float(np.mean([one.update.effective_rank for one in kernels])),
         rank_90=float(np.mean([one.update.energy_rank(0.9) for one in kernels])),
-        relative=_mean_of_numbers([ratio(one.delta_norm, one.w_norm) for one in found]),
-        factor=_mean_of_numbers([float(one.factor) for one in found]),
+        relative=_mean_of_numbers([ratio(one.delta_norm, one.w_norm) for one in amplifications]),
+        factor=_mean_of_numbers([float(one.factor) for one in amplifications]),
         similarity=float(np.mean([one.phi[0, 0] for one in overlaps])) if overlaps else None,
     )
 
 
 def _mean_of_numbers(values: Sequence[float]) -> float | None:
-    """Kernels that the adapter hasn't moved have no factor, and those of zeros no ratio."""
+    """Mean of the finite values: a kernel whose update is zero has no factor, and a kernel of zeros no ratio."""
     numbers = [value for value in values if np.isfinite(value)]
     return float(np.mean(numbers)) if numbers else None
 
 
 def ratio(part: Any, whole: Any) -> float:
-    """NaN where there is no whole.
+    """The part's share of the whole; NaN if the whole is zero.
 
     >>> ratio(1, 2), ratio(1, 0)
     (0.5, nan)
@@ -72,34 +73,37 @@ def ratio(part: Any, whole: Any) -> float:
     return float(part / whole) if whole else math.nan
 
 
-def of_updates(measured: Sequence[Measured]) -> str:
+def updates_sentence(measured: Sequence[KernelMeasurements]) -> str:
+    """Effective rank of the updates against the rank that they have."""
     rank = np.mean([one.rank for one in measured])
     effective = np.mean([one.update.effective_rank for one in measured])
     most = np.mean([one.update.energy_rank(0.9) for one in measured])
     return (
-        f"Of rank {rank:.3g}, the updates use an effective rank of {effective:.3g} on average; "
+        f"The updates have rank {rank:.3g} and an effective rank of {effective:.3g} on average; "
         f"{most:.3g} directions hold 90 % of their energy."
     )
 
 
-def of_weights(measured: Sequence[Measured]) -> str:
+def weights_sentence(measured: Sequence[KernelMeasurements]) -> str:
+    """Effective rank of the kernels against their size."""
     spectra = [one.weight for one in measured if one.weight is not None]
-    full = np.mean([len(found.singular_values) for found in spectra])
-    effective = np.mean([found.effective_rank for found in spectra])
-    return f"Of {full:.4g} directions, the kernels have an effective rank of {effective:.4g} on average."
+    full = np.mean([len(one.singular_values) for one in spectra])
+    effective = np.mean([one.effective_rank for one in spectra])
+    return f"The kernels have {full:.4g} directions and an effective rank of {effective:.4g} on average."
 
 
-def of_amplification(measured: Sequence[Measured]) -> str:
-    found = [one.amplification for one in measured if one.amplification is not None]
-    factors = [float(one.factor) for one in found if np.isfinite(one.factor)]
+def amplification_sentence(measured: Sequence[KernelMeasurements]) -> str:
+    """The median factor, and the shares of W's norm from which it comes."""
+    amplifications = [one.amplification for one in measured if one.amplification is not None]
+    factors = [float(one.factor) for one in amplifications if np.isfinite(one.factor)]
     if not factors:
         return "The adapter changes nothing yet: every update is zero."
     shares = [
-        100 * np.mean([ratio(part, one.w_norm) for one, part in zip(found, parts, strict=True) if one.w_norm])
+        100 * np.mean([ratio(part, one.w_norm) for one, part in zip(amplifications, parts, strict=True) if one.w_norm])
         for parts in (
-            [one.projected for one in found],
-            [one.projected_own for one in found],
-            [one.projected_random for one in found],
+            [one.projected for one in amplifications],
+            [one.projected_own for one in amplifications],
+            [one.projected_random for one in amplifications],
         )
     ]
     return (
@@ -109,13 +113,15 @@ def of_amplification(measured: Sequence[Measured]) -> str:
     )
 
 
-def of_overlap(measured: Sequence[Measured]) -> str:
-    told = []
+def overlap_sentence(measured: Sequence[KernelMeasurements]) -> str:
+    """φ of the first directions, of all directions and of random ones, for A and for B."""
+    sentences = []
     for name, overlaps in (("A", [one.right for one in measured]), ("B", [one.left for one in measured])):
-        first = np.mean([found.phi[0, 0] for found in overlaps if found is not None])
-        last = np.mean([found.phi[-1, -1] for found in overlaps if found is not None])
-        noise = np.mean([found.random[-1, -1] for found in overlaps if found is not None])
-        told.append(
-            f"Of {name}, the first directions share {first:.2f}, all of them {last:.2f}, random ones {noise:.2f}."
+        first = np.mean([one.phi[0, 0] for one in overlaps if one is not None])
+        last = np.mean([one.phi[-1, -1] for one in overlaps if one is not None])
+        random = np.mean([one.random[-1, -1] for one in overlaps if one is not None])
+        sentences.append(
+            f"In {name}, φ is {first:.2f} for the first directions, {last:.2f} for all of them"
+            f" and {random:.2f} for random ones."
         )
-    return " ".join(told)
+    return " ".join(sentences)

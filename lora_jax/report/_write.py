@@ -1,4 +1,4 @@
-"""The report's files: report.json, report.html and the figures, all of them or none."""
+"""`write`: the report's files, report.json, report.html and the figures."""
 
 import math
 import os
@@ -12,11 +12,11 @@ import numpy as np
 from lora_jax import _disk
 from lora_jax.analysis import Spectrum
 from lora_jax.report import _page
-from lora_jax.report._measure import Measured, Overlap
+from lora_jax.report._measure import KernelMeasurements, Overlap
 from lora_jax.report._summary import norm
 
-FORMAT = 1  # of report.json
-DIGITS = 6
+FORMAT = 1  # version of report.json's format
+DIGITS = 6  # significant digits in report.json
 OURS = re.compile(
     r"report\.(json|html)|(spectra_(update|weight)|amplification|projections|overlap_[AB](_by_layer_\d+)?)\.png"
 )
@@ -24,24 +24,25 @@ OURS = re.compile(
 
 def write(
     folder: str | os.PathLike[str],
-    measured: Sequence[Measured],
+    measured: Sequence[KernelMeasurements],
     *,
     title: str,
     sources: Mapping[str, str] | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write report.json, report.html and PNGs; the folder appears whole or not at all.
+    """Write report.json, report.html and PNGs. The folder has all of them, or is as it was before.
 
     Args:
-        folder: made, with its parents.
-        measured: what `measure` found, at least one kernel.
-        title: of the page.
-        sources: what was analysed, shown and kept as it is: `{"adapter": "out", "model": "DIR"}`.
-        overwrite: replace the report that the folder holds.
+        folder: created, with its parents, if it doesn't exist.
+        measured: the results of `measure`, for at least one kernel.
+        title: the page's title.
+        sources: the folders that were analysed, to be shown and written as they are:
+            `{"adapter": "out", "model": "DIR"}`.
+        overwrite: replace a report that is in the folder.
 
     Raises:
-        FileExistsError: the folder holds a report, and `overwrite` is False; or it holds anything else.
-        ValueError: nothing was measured.
+        FileExistsError: there is a report in the folder and `overwrite` is False, or there is anything else.
+        ValueError: no kernel was measured.
 
     >>> import tempfile, jax.numpy as jnp
     >>> from lora_jax import LoRA, report
@@ -53,7 +54,7 @@ def write(
     """
     folder = Path(folder)
     if not measured:
-        raise ValueError("no kernel was measured: there is nothing to report")
+        raise ValueError("measured: no kernel given, expected the results of measure()")
     check_free(folder, overwrite=overwrite)
     sources = dict(sources or {})
     page = _page.render(measured, title=title, sources=sources)
@@ -66,7 +67,7 @@ def write(
 
 
 def check_free(folder: Path, *, overwrite: bool) -> None:
-    """Refuse a folder that a report can't be written to, before anything is measured for it.
+    """Refuse a folder that a report can't be written to; call this before measuring.
 
     Raises:
         FileExistsError: as `write`.
@@ -78,8 +79,8 @@ def _is_ours(path: Path) -> bool:
     return OURS.fullmatch(path.name) is not None and (path.parent / "report.json").is_file()
 
 
-def as_json(one: Measured) -> dict[str, Any]:
-    """One kernel's measures as plain numbers, six digits each; null where there is no number."""
+def as_json(one: KernelMeasurements) -> dict[str, Any]:
+    """One kernel's measures as plain numbers of six digits; None where there is no finite number."""
     return {
         "name": one.name,
         "layer": one.layer,
@@ -97,23 +98,24 @@ def as_json(one: Measured) -> dict[str, Any]:
     }
 
 
-def _spectrum(found: Spectrum) -> dict[str, Any]:
+def _spectrum(spectrum: Spectrum) -> dict[str, Any]:
     return {
-        "norm": plain(norm(found.singular_values)),
-        "effective_rank": plain(found.effective_rank),
-        "stable_rank": plain(found.stable_rank),
-        "rank_90": int(found.energy_rank(0.9)),
-        "rank_99": int(found.energy_rank(0.99)),
-        "singular_values": plain(found.singular_values),
+        "norm": plain(norm(spectrum.singular_values)),
+        "effective_rank": plain(spectrum.effective_rank),
+        "stable_rank": plain(spectrum.stable_rank),
+        "rank_90": int(spectrum.energy_rank(0.9)),
+        "rank_99": int(spectrum.energy_rank(0.99)),
+        "singular_values": plain(spectrum.singular_values),
     }
 
 
-def _overlap(found: Overlap | None) -> dict[str, Any] | None:
-    return None if found is None else {"phi": plain(found.phi), "random": plain(found.random)}
+def _overlap(overlap: Overlap | None) -> dict[str, Any] | None:
+    return None if overlap is None else {"phi": plain(overlap.phi), "random": plain(overlap.random)}
 
 
 def plain(value: Any) -> Any:
-    """
+    """Convert an array or a number to what JSON can hold, rounded; None for what isn't finite.
+
     >>> plain(np.array([1 / 3, np.nan]))
     [0.333333, None]
     """
