@@ -103,7 +103,7 @@ def square_node(axes):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"params": params_of(seed=1)}, "trained on another base: of the same shapes, but with other values"),
+        ({"params": params_of(seed=1)}, r"the base has the same shapes but other values \(fingerprint "),
         ({"params": params_of(dtype=jnp.bfloat16)}, r"base embed/kernel: float32\[.*\] in the checkpoint, bfloat16\["),
         ({"params": params_of(target="embed")}, "adapter axes of embed/kernel_lora: absent in the checkpoint, "),
         (
@@ -252,7 +252,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(tmp_path, monk
         checkpoints.save(state_of({"a": jnp.ones(3)}))
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    expected = f"{tmp_path / '6'}: not saved: {os.strerror(errno.ENOSPC)}; checkpoint 5 is whole"
+    expected = f"{tmp_path / '6'}: not saved: {os.strerror(errno.ENOSPC)}; checkpoint 5 is complete"
     with Checkpoints(tmp_path) as checkpoints, pytest.raises(OSError, match=expected):
         checkpoints.save(state_of({"a": jnp.ones(3)})._replace(step=6))
     assert [path.name for path in tmp_path.iterdir()] == ["5"]

@@ -169,7 +169,7 @@ def train(
                 found = validate(combine(base, state.adapter), stop) if look else None
                 log.record(state.step, figures, found)
                 if found is not None:
-                    after, state = found, state._replace(kept=_better(state, found, task, config))
+                    after, state = found, state._replace(best=_better(state, found, task, config))
                 meter.restart()
             return state
 
@@ -200,13 +200,13 @@ def train(
                 if stopped:
                     raise Stopped(step, steps, saver.save(state))
                 saver.save(state)
-        if after is None and state.kept is None:
+        if after is None and state.best is None:
             after = validate(combine(base, state.adapter), lambda: False)
 
     kept_step = steps
-    if state.kept is not None:
-        kept_step, after = state.kept.facts["step"], _of_facts(state.kept.facts)
-        state = state._replace(adapter=state.kept.adapter)
+    if state.best is not None:
+        kept_step, after = state.best.facts["step"], _of_facts(state.best.facts)
+        state = state._replace(adapter=state.best.adapter)
     speeds = [line["tokens_per_second"] for line in log.history if "tokens_per_second" in line]
     return TrainResult(
         params=combine(base, state.adapter),
@@ -242,10 +242,10 @@ def _better(state: TrainState, found: Evaluation, task: Task, config: TrainConfi
     """The adapter to end with, should none be better: this one, copied because steps donate theirs, or the earlier."""
     if not config.load_best_model_at_end:
         return None
-    if state.kept is not None:
-        figure, best = found.figure(task.best), _of_facts(state.kept.facts).figure(task.best)
+    if state.best is not None:
+        figure, best = found.figure(task.best), _of_facts(state.best.facts).figure(task.best)
         if not (figure > best if task.highest else figure < best):
-            return state.kept
+            return state.best
     return BestAdapter(jax.tree.map(jnp.array, state.adapter), {"step": state.step, **found._asdict()})
 
 

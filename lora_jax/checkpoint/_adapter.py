@@ -1,0 +1,92 @@
+"""The adapter of a checkpoint, read without the run that saved it."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from lora_jax._node import SUFFIX, LoRA, Prefix, Trained
+from lora_jax.checkpoint._folder import find
+from lora_jax.checkpoint._orbax import read_arrays, read_facts
+
+
+class Saved(NamedTuple):
+    """The adapter of a checkpoint, and what the run has saved about it."""
+
+    adapter: Any  # a nested dict with LoRA nodes and the leaves trained in full: `lora_jax.split`'s, without its Nones
+    step: int  # steps that this adapter has seen
+    steps: int  # steps done at the checkpoint
+    about: dict[str, Any]  # the run's `about`
+
+
+def load_adapter(folder: str | Path) -> Saved:
+    """Load the adapter of a run's newest checkpoint: the best one so far, or the last. The run may be going on.
+
+    Args:
+      folder: The folder of a run, of its checkpoints, or of one checkpoint.
+
+    Raises:
+      FileNotFoundError: There is no checkpoint.
+      ValueError: This library hasn't written the checkpoint.
+
+    Example:
+      >>> import tempfile
+      >>> import jax.numpy as jnp
+      >>> import lora_jax
+      >>> from lora_jax.checkpoint import Checkpoints, TrainState
+      >>> node = lora_jax.LoRA(jnp.ones((3, 2)), jnp.ones((2, 3)), jnp.float32(0.5))
+      >>> state = TrainState({"query": {"kernel_lora": node}}, (), jax.random.key(0), 7, {}, "f", {})
+      >>> folder = tempfile.mkdtemp()
+      >>> with Checkpoints(folder) as checkpoints:
+      ...     checkpoints.save(state)
+      >>> saved = load_adapter(folder)
+      >>> saved.step, saved.adapter["query"]["kernel_lora"].a.shape
+      (7, (3, 2))
+    """
+    folder, step = find(Path(folder).absolute())
+    with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+        try:
+            facts = read_facts(manager, step)
+            here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+            arrays = read_arrays(manager, step, {name: _abstract(text, here) for name, text in facts["arrays"].items()})
+            best = facts["kept"]
+            prefix, seen = ("adapter/", facts["step"]) if best is None else ("kept/", best["step"])
+            leaves = {name.removeprefix(prefix): x for name, x in arrays.items() if name.startswith(prefix)}
+            adapter = _tree_of(leaves, facts["axes"], facts["scales"], facts["whole"])
+        except (KeyError, TypeError, ValueError, FileNotFoundError) as error:
+            reason = " ".join(str(error).split())[:80]
+            raise ValueError(f"{folder / str(step)}: not a checkpoint of a run of this library ({reason})") from None
+    return Saved(adapter, seen, facts["step"], facts["about"] or {})
+
+
+def _tree_of(leaves: dict[str, Any], axes: dict[str, Any], scales: dict[str, Any], in_full: dict[str, Any]) -> Any:
+    """The adapter whose leaves by path are `leaves`, with its nodes; the rest is as `facts_of` saves it."""
+    adapter: dict[str, Any] = {}
+    for path, groups in axes.items():
+        parts = {part: leaves.pop(f"{path}/{part}", None) for part in ("a", "b", "scale", "magnitude")}
+        if parts["scale"] is None:
+            parts["scale"] = np.asarray(scales[path.removesuffix(SUFFIX)], np.float32)
+        entries = {name: part for name, part in parts.items() if part is not None}
+        named = dict(zip(("stack", "inputs", "outputs"), groups, strict=True))
+        _put(adapter, path, LoRA.from_dict({**entries, "axes": named}))
+    for path, (dtype, after) in in_full.items():
+        value = leaves.pop(f"{path}/value")
+        _put(adapter, path, Trained(value, dtype) if after is None else Prefix(value, dtype, after))
+    for path, leaf in leaves.items():
+        _put(adapter, path, leaf)
+    return adapter
+
+
+def _abstract(text: str, sharding: Any) -> jax.ShapeDtypeStruct:
+    """The inverse of the text of `shapes`, such as `float32[2, 3]`."""
+    dtype, sizes = text.removesuffix("]").split("[")
+    return jax.ShapeDtypeStruct([int(size) for size in sizes.split(",") if size.strip()], dtype, sharding=sharding)
+
+
+def _put(tree: dict[str, Any], path: str, leaf: Any) -> None:
+    *parents, name = path.split("/")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+    tree[name] = leaf

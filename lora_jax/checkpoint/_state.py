@@ -1,0 +1,66 @@
+"""The state of a training loop, and its arrays by path."""
+
+from typing import Any, NamedTuple
+
+import jax
+from jax import Array
+
+
+class BestAdapter(NamedTuple):
+    """The best adapter so far, and the evaluation that found it."""
+
+    adapter: Any
+    facts: dict[str, Any]  # JSON values: its step and its evaluation
+
+
+class TrainState(NamedTuple):
+    """All that a training loop needs to go on, except for the base."""
+
+    adapter: Any
+    opt_state: Any
+    key: Array  # the run's random key; each step folds its number into it
+    step: int  # steps done
+    position: dict[str, Any]  # of the data iterator: its get_state()
+    fingerprint: str  # of the base that the adapter is trained on
+    settings: dict[str, Any]  # of the run, JSON values; a resumed run must have the same
+    best: BestAdapter | None = None
+    progress: dict[str, Any] | None = None  # the evaluation before training and the unfinished log line, JSON values
+    base: dict[str, str] | None = None  # dtype and shape of each leaf of the base, as `shapes` gives them
+    about: dict[str, Any] | None = None  # JSON values for readers of the adapter, such as the model's name
+
+
+def arrays_of(state: TrainState) -> dict[str, Any]:
+    """The arrays of a state by path, such as `adapter/query/kernel_lora/a`."""
+    return by_path(_trees(state))
+
+
+def with_arrays(state: TrainState, arrays: dict[str, Any]) -> TrainState:
+    """`state` with other arrays, named as `arrays_of` names its own."""
+    trees = _trees(state)
+    trees = jax.tree.unflatten(jax.tree.structure(trees), [arrays[name] for name in by_path(trees)])
+    return state._replace(
+        adapter=trees["adapter"],
+        opt_state=trees["opt_state"],
+        key=jax.random.wrap_key_data(trees["key"], impl=jax.random.key_impl(state.key)),
+        best=state.best and state.best._replace(adapter=trees["kept"]),
+    )
+
+
+def _trees(state: TrainState) -> dict[str, Any]:
+    trees = {"adapter": state.adapter, "key": jax.random.key_data(state.key), "opt_state": state.opt_state}
+    return trees if state.best is None else trees | {"kept": state.best.adapter}  # "kept": its name in files
+
+
+def by_path(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree by path: a flat dict doesn't depend on the containers, such as optax's states."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def shapes(tree: Any) -> dict[str, str]:
+    """Dtype and shape of each leaf by path, as text.
+
+    >>> shapes({"w": jax.numpy.ones((2, 3))})
+    {'w': 'float32[2, 3]'}
+    """
+    return {name: f"{x.dtype}{list(x.shape)}" for name, x in by_path(tree).items()}
