@@ -106,7 +106,7 @@ def ours(job: Job, method: str, seed: int, rate: float) -> dict[str, Any]:
     return {
         **found.after.metrics,
         "loss": found.after.loss,
-        "kept_step": found.kept_step,
+        "adapter_step": found.adapter_step,
         "steps": found.steps,
         "trainable": lora_jax.describe(found.params, trained).trainable,
     }

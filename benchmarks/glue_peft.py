@@ -62,7 +62,7 @@ def run(
             looks.append((number, _look(model, dev, task)))
     best = max(looks, key=lambda look: look[1][task.best])
     count = sum(p.numel() for p in trained)
-    return {**best[1], "kept_step": best[0], "steps": looks[-1][0], "trainable": count, "device": _device()}
+    return {**best[1], "adapter_step": best[0], "steps": looks[-1][0], "trainable": count, "device": _device()}
 
 
 def _device() -> str:

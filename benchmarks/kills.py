@@ -40,12 +40,12 @@ FLAGS = (
 PROGRAM = """
 import sys, time
 from lora_jax import checkpoint, cli
-from lora_jax.train import _log, _loop
+from lora_jax.train import _loop, _meter
 
 def said(name):
     print(f"phase {name} {time.time()}", file=sys.stderr, flush=True)
 
-step, save, wait = _log.Meter.add, checkpoint.Checkpoints.save, checkpoint.Checkpoints.wait
+step, save, wait = _meter.Meter.add, checkpoint.Checkpoints.save, checkpoint.Checkpoints.wait
 train, restore = _loop.make_step, checkpoint.Checkpoints.restore
 
 def add(self, number, *rest):
@@ -73,7 +73,7 @@ def restoring(self, template):
     said(f"resumed:{state.step}")
     return state
 
-_log.Meter.add, checkpoint.Checkpoints.save, checkpoint.Checkpoints.wait = add, saving, waiting
+_meter.Meter.add, checkpoint.Checkpoints.save, checkpoint.Checkpoints.wait = add, saving, waiting
 _loop.make_step, checkpoint.Checkpoints.restore = making, restoring
 sys.exit(cli.main())
 """

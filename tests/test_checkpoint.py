@@ -115,7 +115,7 @@ def square_node(axes):
             "setting learning_rate: 0.01 in the checkpoint, 0.02",
         ),
         ({"config": dataclasses.replace(CONFIG, max_steps=20)}, "setting max_steps: 12 in the checkpoint, 20 here"),
-        ({"rows": ROWS[:-1] + tiny.examples(1, seed=7)}, "setting training rows: 40, "),
+        ({"rows": ROWS[:-1] + tiny.examples(1, seed=7)}, "setting training examples: 40, "),
     ],
     ids=["base", "dtype", "targets", "rank", "rate", "steps", "rows"],
 )
@@ -227,7 +227,7 @@ def test_a_run_broken_off_again_before_its_first_line_keeps_its_lines(tmp_path, 
         raise Broken
 
     with monkeypatch.context() as patch:
-        patch.setattr("lora_jax.train._log.Meter.go_on", broken)
+        patch.setattr("lora_jax.train._meter.Meter.resume", broken)
         with pytest.raises(Broken):
             run(tmp_path / "out", config=config, resume=True)
     assert [line["step"] for line in lines(tmp_path / "out")] == [0, 3]
@@ -271,7 +271,7 @@ def test_what_a_killed_run_began_is_removed_and_who_holds_the_folder_is_said(tmp
 def test_the_adapter_of_a_checkpoint(finished):
     result = run(finished, resume=True)
     saved = load_adapter(finished)
-    assert (saved.step, saved.steps) == (result.kept_step, 12)
+    assert (saved.step, saved.steps) == (result.adapter_step, 12)
     node, expected = saved.adapter["head"]["kernel_lora"], result.params["head"]["kernel_lora"]
     assert (node.axes, np.asarray(node.scale)) == (expected.axes, np.asarray(expected.scale))
     np.testing.assert_array_equal(node.a, expected.a)

@@ -18,7 +18,7 @@ from test_cli import TRAIN, compiled_once, refused, tiny_model, world  # noqa: F
 import lora_jax
 from lora_jax import models, peft
 from lora_jax.cli import main
-from lora_jax.train import _log
+from lora_jax.train import _meter
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -47,7 +47,7 @@ def stopped(world, tmp_path, monkeypatch, capfd):  # noqa: F811
     """Runs until a signal that comes after a step, and gives what was said."""
 
     def run(number, after):
-        output, add = tmp_path / "out", _log.Meter.add
+        output, add = tmp_path / "out", _meter.Meter.add
 
         def signalled(self, step, *rest):
             add(self, step, *rest)
@@ -56,7 +56,7 @@ def stopped(world, tmp_path, monkeypatch, capfd):  # noqa: F811
                 time.sleep(0.5)  # another thread takes it: before the last step is over
 
         with monkeypatch.context() as patch:
-            patch.setattr(_log.Meter, "add", signalled)
+            patch.setattr(_meter.Meter, "add", signalled)
             assert main(argv(world, output)) == 128 + number
         return output, capfd.readouterr().err
 
@@ -214,10 +214,10 @@ def test_merge_overwrites_what_it_has_written_and_nothing_else(world, refused, t
     ("flags", "message"),
     [
         (["--num-train-epochs", "1e300"], "num_train_epochs: 1e+300 given"),
-        (["--num-train-epochs", "2e9", "--batch-size", "4"], "steps, expected up to 2147483647"),
+        (["--num-train-epochs", "2e9", "--batch-size", "4"], "steps, expected at most 2147483647 steps"),
         (["--batch-size", "1e9"], "--batch-size: '1e9' given, expected a whole number"),
         (["--batch-size", "1000000000"], "batch_size: 1000000000 given, expected 1 to 1048576"),
-        (["--batch-size", "1000000"], "batch_size: 1000000 given for 11 rows, expected at most 1024"),
+        (["--batch-size", "1000000"], "batch_size: 1000000 given for 11 examples, expected at most 1024"),
         (["--max-steps", "1e12"], "--max-steps: '1e12' given, expected a whole number"),
         (["--max-steps", "1000000000000"], "max_steps: 1000000000000 given, expected 1 to 2147483647"),
         (["--rank", "1e6"], "--rank: '1e6' given, expected a whole number"),

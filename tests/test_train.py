@@ -386,7 +386,9 @@ def test_what_gets_no_gradient_by_construction_is_named(cut, everything):
     tx = optax.sgd(0.1)
     step = jax.jit(make_step(apply, tx, gradient_accumulation_steps=1 + everything))
     if everything:
-        with pytest.raises(ValueError, match=r"^bias: the gradient is zero whatever the data, as for all that trains"):
+        with pytest.raises(
+            ValueError, match=r"^bias: the gradient is zero whatever the data, as for every leaf that trains"
+        ):
             step(adapter, tx.init(adapter), base, batch)
         return
     with pytest.warns(UserWarning, match=r"^bias, one_lora: the gradient is zero whatever the data") as said:
@@ -506,7 +508,7 @@ def test_dropout_is_drawn_anew_and_off_in_evaluation():
     assert result.before == evaluate(tiny.small_apply, grown(small()), rows, batch_size=8)
 
 
-def test_what_a_run_tells(tmp_path):
+def test_what_a_run_reports(tmp_path):
     rows, valid, told = tiny.examples(40), tiny.examples(10, seed=5), []
     config = dataclasses.replace(QUICK, logging_steps=4, eval_steps=6, max_steps=14, learning_rate=0.02)
     result = train(tiny.small_apply, small(), rows, valid, config, output=tmp_path / "a" / "b", on_log=told.append)

@@ -165,16 +165,16 @@ def test_the_best_is_kept(best, highest):
     result = run(UNSTEADY, task=task)
     looks = {line["step"]: line[f"valid_{best}"] for line in result.history if line["step"] and "valid_loss" in line}
     figure = max(looks.values()) if highest else min(looks.values())
-    assert result.kept_step == next(step for step, found in looks.items() if found == figure)  # the first of equals
-    assert result.kept_step < result.steps, "a run that ends with its best shows nothing"
-    assert result.after.figure(best) == figure
+    assert result.adapter_step == next(step for step, found in looks.items() if found == figure)  # the first of equals
+    assert result.adapter_step < result.steps, "a run that ends with its best shows nothing"
+    assert result.after.metric(best) == figure
     again = evaluate(apply, result.params, contrary(), batch_size=8, task=task)
     assert again == result.after
 
 
 def test_or_the_last():
     result = run(dataclasses.replace(UNSTEADY, load_best_model_at_end=False))
-    assert result.kept_step == result.steps == 12
+    assert result.adapter_step == result.steps == 12
     assert evaluate(apply, result.params, contrary(), batch_size=8).loss == result.history[-1]["valid_loss"]
 
 
@@ -187,17 +187,17 @@ def test_a_resumed_run_keeps_the_best_from_before(tmp_path):
         pass
 
     def stop(line):
-        if line["step"] == whole.kept_step + 1:
+        if line["step"] == whole.adapter_step + 1:
             raise Broken
 
     with pytest.raises(Broken):
         run(config, output=tmp_path / "broken", on_log=stop)
     resumed = run(config, output=tmp_path / "broken", resume=True)
-    assert resumed.kept_step == whole.kept_step
+    assert resumed.adapter_step == whole.adapter_step
     assert resumed.after == whole.after
     for x, y in zip(jax.tree.leaves(resumed.params), jax.tree.leaves(whole.params), strict=True):
         np.testing.assert_array_equal(x, y)
-    with pytest.raises(ValueError, match="validation rows"):
+    with pytest.raises(ValueError, match="validation examples"):
         train(
             apply,
             params_of(2),

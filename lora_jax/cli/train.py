@@ -167,8 +167,8 @@ def _tell(settings: Settings, workload: Workload, result: TrainResult, before: "
     after = workload.predict(result.params)
     _samples.show(show, _samples_of(workload.asked, before, after))
     show.print(_comparison(result, before, after))
-    if result.kept_step != result.steps:
-        show.print(f"best at step {result.kept_step} of {result.steps}: that adapter is kept")
+    if result.adapter_step != result.steps:
+        show.print(f"best at step {result.adapter_step} of {result.steps}: that adapter is kept")
     show.print(
         f"{seconds:.0f} s in all, {result.seconds:.0f} s of them training at {result.tokens_per_second:,.0f} tokens/s"
     )

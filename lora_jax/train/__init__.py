@@ -3,7 +3,7 @@
     encoded = lora_jax.data.encode(lora_jax.data.load("data/", "train"), model.tokenizer, max_length=512)
     result = train(model.apply, params, encoded.examples, config=TrainConfig(num_train_epochs=2), output="out")
 
-`make_step` is the step alone, for a loop of one's own.
+`make_step` is the step alone, for a loop of your own.
 """
 
 from lora_jax._extras import require
@@ -14,13 +14,13 @@ from lora_jax.train._config import TrainConfig as TrainConfig
 from lora_jax.train._evaluate import Evaluation as Evaluation
 from lora_jax.train._evaluate import Evaluator as Evaluator
 from lora_jax.train._evaluate import evaluate as evaluate
-from lora_jax.train._log import Record as Record
 from lora_jax.train._loop import TrainResult as TrainResult
 from lora_jax.train._loop import train as train
 from lora_jax.train._loss import classification_loss as classification_loss
 from lora_jax.train._loss import cross_entropy as cross_entropy
 from lora_jax.train._loss import next_token_loss as next_token_loss
 from lora_jax.train._loss import regression_loss as regression_loss
+from lora_jax.train._meter import Record as Record
 from lora_jax.train._optimizer import make_optimizer as make_optimizer
 from lora_jax.train._optimizer import schedule as schedule
 from lora_jax.train._save import Stopped as Stopped

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 MOST_STEPS = 2**31 - 1  # optimizers count them in 32 bits
-MOST_ROWS = 2**20
-# Rows that are missing in a batch are computed all the same: so many a step, or so many times the rows that there are.
-MOST_SPARE, MOST_SPARE_TIMES = 1024, 4
+MOST_BATCH = 2**20
+# A batch is padded to its full size, so the batch size is limited: to 1024, or to 4 times the number of examples.
+MOST_PADDED, MOST_PADDED_TIMES = 1024, 4
 
 Scheduler = Literal["cosine_with_min_lr", "cosine", "linear", "constant", "constant_with_warmup"]
 Optimizer = Literal["adamw", "lion", "sgd", "rmsprop", "adagrad"]
@@ -17,82 +17,82 @@ Optimizer = Literal["adamw", "lion", "sgd", "rmsprop", "adagrad"]
 class TrainConfig:
     """How to train: batches, optimizer, schedule, and how often to log, evaluate and save.
 
-    Names and meanings are those of transformers' `TrainingArguments` where it has the setting.
+    A setting that transformers' `TrainingArguments` has too has the same name and meaning there.
 
     Raises:
-      ValueError: A setting is out of its range.
+        ValueError: A setting is out of its range.
 
     Example:
-      >>> TrainConfig(batch_size=32, gradient_accumulation_steps=4, num_train_epochs=2).total_steps(rows=1000)
-      64
+        >>> TrainConfig(batch_size=32, gradient_accumulation_steps=4, num_train_epochs=2).total_steps(examples=1000)
+        64
     """
 
     batch_size: int = 16
-    """Rows of an optimizer step, over all devices and all gradient_accumulation_steps."""
+    """Examples of an optimizer step, over all devices and all gradient_accumulation_steps."""
 
     gradient_accumulation_steps: int = 1
-    """Parts that a batch is computed in, one after another, in less memory; batch_size must be a multiple of it."""
+    """Parts that a batch is computed in, one after another, to save memory; batch_size must be a multiple of it."""
 
     num_train_epochs: float = 3.0
-    """Passes over the training rows."""
+    """Passes over the training examples."""
 
     max_steps: int | None = None
-    """Optimizer steps; takes the place of num_train_epochs."""
+    """Optimizer steps; overrides num_train_epochs."""
 
     max_length: int = 512
-    """Tokens that a row is cut to."""
+    """Tokens that an example is cut to."""
 
     learning_rate: float = 1e-3
     """Peak learning rate."""
 
     warmup_steps: float = 0.05
-    """Steps over which the learning rate rises to its peak; below 1, as a share of all steps."""
+    """Steps over which the learning rate rises to its peak; below 1, a share of all steps."""
 
     lr_scheduler_type: Scheduler = "cosine_with_min_lr"
     """Learning rate after warm-up: a cosine decay to min_lr_rate of the peak or (cosine) to 0, a linear decay to 0, or
-    the peak throughout. constant alone has no warm-up."""
+    constantly the peak. Only constant has no warm-up."""
 
     min_lr_rate: float = 0.1
     """Share of the peak learning rate that cosine_with_min_lr ends at."""
 
     optim: Optimizer = "adamw"
-    """Optimizer, with optax's defaults beside the learning rate and weight_decay."""
+    """Optimizer, with optax's defaults except for the learning rate and weight_decay."""
 
     weight_decay: float = 0.01
     """Decoupled weight decay of the trained weights; the base never decays."""
 
     max_grad_norm: float = 1.0
-    """Largest global norm of the trained weights' gradients; larger ones are scaled down to it. 0 for no clipping."""
+    """Global norm that larger gradients of the trained weights are scaled down to; 0 disables clipping."""
 
     dropout: float = 0.0
     """Dropout on the inputs of the low-rank path."""
 
     seed: int = 0
-    """Seed of dropout and, unless data_seed is given, of the shuffling of the training rows."""
+    """Seed of dropout and, unless data_seed is given, of the shuffling of the training examples."""
 
     data_seed: int | None = None
-    """Seed of the shuffling of the training rows; defaults to seed."""
+    """Seed of the shuffling of the training examples; defaults to seed."""
 
     logging_steps: int = 10
     """Steps between lines in metrics.jsonl."""
 
     eval_steps: int | None = None
-    """Steps between evaluations on the validation rows. 0: only before and after training. None: only before and after
-    training; for labels also once an epoch."""
+    """Steps between evaluations on the validation examples. 0: only before and after training. None: only before and
+    after training; for labels also once an epoch."""
 
     load_best_model_at_end: bool = True
-    """End with the adapter that was best on the validation rows, instead of the last one."""
+    """Return the adapter that was best on the validation examples, instead of the last one."""
 
     save_minutes: float = 10.0
-    """Minutes between checkpoints to resume from, unless save_steps is given; 0 for none."""
+    """Minutes between checkpoints to resume from, unless save_steps is given; 0 saves none."""
 
     save_steps: int = 0
-    """Steps between checkpoints to resume from; 0 leaves it to save_minutes."""
+    """Steps between checkpoints to resume from; 0 saves by save_minutes instead."""
 
     def __post_init__(self) -> None:
         ranges = {
-            "batch_size": (1 <= self.batch_size <= MOST_ROWS, f"1 to {MOST_ROWS}"),
-            "gradient_accumulation_steps": (1 <= self.gradient_accumulation_steps <= MOST_ROWS, f"1 to {MOST_ROWS}"),
+            "batch_size": (1 <= self.batch_size <= MOST_BATCH, f"1 to {MOST_BATCH}"),
+            "gradient_accumulation_steps": (1 <= self.gradient_accumulation_steps <= MOST_BATCH, f"1 to {MOST_BATCH}"),
             "num_train_epochs": (0 < self.num_train_epochs <= MOST_STEPS, f"more than 0 and at most {MOST_STEPS}"),
             "max_steps": (self.max_steps is None or 1 <= self.max_steps <= MOST_STEPS, f"1 to {MOST_STEPS}"),
             "max_length": (2 <= self.max_length <= MOST_STEPS, f"2 to {MOST_STEPS}"),
@@ -120,50 +120,48 @@ class TrainConfig:
                 raise ValueError(f"{name}: {getattr(self, name)} given, expected {expected}")
         if self.batch_size % self.gradient_accumulation_steps:
             raise ValueError(
-                f"batch_size: {self.batch_size} given, which is the whole step's, expected a multiple of"
+                f"batch_size: {self.batch_size} given for the whole step, expected a multiple of"
                 f" gradient_accumulation_steps ({self.gradient_accumulation_steps})"
             )
 
     @property
     def micro_batch_size(self) -> int:
-        """Rows computed at once."""
+        """Examples computed at once."""
         return self.batch_size // self.gradient_accumulation_steps
 
     @property
     def shuffle_seed(self) -> int:
-        """Seed of the shuffling of the training rows: data_seed, or seed."""
+        """Seed of the shuffling of the training examples: data_seed, or seed."""
         return self.seed if self.data_seed is None else self.data_seed
 
-    def total_steps(self, rows: int) -> int:
-        """Optimizer steps of a run over `rows` training rows.
+    def total_steps(self, examples: int) -> int:
+        """Optimizer steps of a run over `examples` training examples.
 
         Raises:
-          ValueError: More than there can be, or batches that would be all but empty.
+            ValueError: There are too many steps, or batches would be padding for the most part.
         """
-        if self.batch_size > max(MOST_SPARE, MOST_SPARE_TIMES * rows):
-            raise ValueError(
-                f"batch_size: {self.batch_size} given for {rows} rows, "
-                f"expected at most {max(MOST_SPARE, MOST_SPARE_TIMES * rows)}"
-            )
+        most = max(MOST_PADDED, MOST_PADDED_TIMES * examples)
+        if self.batch_size > most:
+            raise ValueError(f"batch_size: {self.batch_size} given for {examples} examples, expected at most {most}")
         if self.max_steps:
             return self.max_steps
-        steps = self.num_train_epochs * math.ceil(rows / self.batch_size)
+        steps = self.num_train_epochs * math.ceil(examples / self.batch_size)
         if not steps <= MOST_STEPS:
             raise ValueError(
-                f"num_train_epochs: {self.num_train_epochs:g} given, which are {steps:.3g} steps, "
-                f"expected up to {MOST_STEPS}"
+                f"num_train_epochs: {self.num_train_epochs:g} given, which is {steps:.3g} steps, "
+                f"expected at most {MOST_STEPS} steps"
             )
         return max(1, math.ceil(steps))
 
     def warmup(self, steps: int) -> int:
-        """Steps of warm-up in a run of `steps`; at least one step is left after them."""
+        """Steps of warm-up in a run of `steps` steps; at least one step follows them."""
         if self.lr_scheduler_type == "constant":
             return 0
         warmup = self.warmup_steps if self.warmup_steps >= 1 else round(self.warmup_steps * steps)
         return min(int(warmup), steps - 1)
 
-    def evaluation_interval(self, rows: int, labelled: bool) -> int:
-        """Steps between evaluations on the validation rows; 0 for before and after training only."""
+    def evaluation_interval(self, examples: int, labelled: bool) -> int:
+        """Steps between evaluations in a run over `examples` training examples; 0: only before and after it."""
         if self.eval_steps is None:
-            return math.ceil(rows / self.batch_size) if labelled else 0
+            return math.ceil(examples / self.batch_size) if labelled else 0
         return self.eval_steps

@@ -1,4 +1,4 @@
-"""The loss and the metrics over a set."""
+"""The loss and the metrics of a model on a set of examples."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -15,20 +15,20 @@ from lora_jax.train._vocabulary import check_examples
 
 
 class Evaluation(NamedTuple):
-    """What a model makes of a set."""
+    """The loss and the metrics of a model on a set of examples."""
 
     loss: float
-    """Mean over the targets: nats a token or a row, or squared error a row."""
+    """Mean over the targets: nats for tokens and classes, squared error for scores."""
 
     count: int
-    """Targets: tokens, or labelled rows."""
+    """Number of targets: tokens, or labelled examples."""
 
     metrics: dict[str, float]
-    """`perplexity` (exp(loss)) of tokens; `accuracy`, `f1` and `matthews_correlation` of classes; `pearson` and
-    `spearman` of scores."""
+    """`perplexity` (exp(loss)) for tokens; `accuracy`, `f1` and `matthews_correlation` for classes; `pearson` and
+    `spearman` for scores."""
 
-    def figure(self, name: str) -> float:
-        """The loss, or a metric, by name."""
+    def metric(self, name: str) -> float:
+        """The loss or a metric by name."""
         return self.loss if name == "loss" else self.metrics[name]
 
 
@@ -40,17 +40,18 @@ def evaluate(
     batch_size: int = 16,
     task: Task | None = None,
 ) -> Evaluation:
-    """Loss and metrics over tokenised rows, every target (token or label) counted alike.
+    """Compute loss and metrics over tokenised examples; every target (token or label) counts alike.
 
     Args:
-      apply_fn: the model's own function, as for `train`.
-      params: its tree, with or without LoRA nodes.
-      examples: tokenised rows, at least one.
-      batch_size: rows computed at once; it doesn't change the result.
-      task: what the rows ask for, where it isn't `task_of(examples)`.
+        apply_fn: The model's own function, as for `train`.
+        params: Its parameters, with or without LoRA nodes.
+        examples: Tokenised examples, at least one.
+        batch_size: Examples computed at once; it doesn't change the result.
+        task: The loss and the metrics; defaults to `task_of(examples)`.
 
     Raises:
-      ValueError: no examples; a token that the model has no row for; a loss that isn't finite, with the leaf to blame.
+        ValueError: There are no examples, the model has no row for a token, or the loss isn't finite; then the message
+            names the leaf that is the cause.
     """
     if not examples:
         raise ValueError("no examples to evaluate on")
@@ -62,7 +63,7 @@ def evaluate(
 
 
 class Evaluator:
-    """`evaluate` for many looks at one set: compiled once."""
+    """Evaluates many parameters on one set of examples; compiles once."""
 
     def __init__(self, apply: Callable[..., Any], examples: Sequence[data.AnyExample], batch_size: int, task: Task):
         self.task = task
@@ -70,7 +71,11 @@ class Evaluator:
         self._loss_sums = make_loss_sums(apply, task.objective, task.predict)
 
     def __call__(self, params: Any, stop: Callable[[], bool] = lambda: False) -> Evaluation:
-        """The evaluation of `params`; InterruptedError where `stop` says so before its end."""
+        """Evaluate `params`.
+
+        Raises:
+            InterruptedError: `stop` returned True before the end.
+        """
         sums, labels = [], []
         for batch in self._batches:
             if stop():
@@ -82,8 +87,14 @@ class Evaluator:
 
 
 def evaluation_of(task: Task, sums: Sequence[Any], labels: Sequence[tuple[Any, np.ndarray]]) -> Evaluation:
-    """The loss and metrics of a set, from what `make_loss_sums` gives for each batch, and labels with what is real."""
-    # In float64, so a long set loses no digits.
+    """The evaluation of a set, from the results of `make_loss_sums` on its batches.
+
+    Args:
+        task: The task.
+        sums: The result for each batch: sum of losses, sum of weights and, with labels, predictions [batch].
+        labels: The labels [batch] of each batch, and which of its examples aren't padding, bool [batch].
+    """
+    # In float64, so that a long set loses no digits.
     total, weight = np.sum(np.array([found[:2] for found in sums], np.float64), axis=0)
     loss = float(total / weight)
     if task.metrics is None:

@@ -1,4 +1,4 @@
-"""What is minimised: cross entropy in float32 that keeps nothing but the logits for the backward pass, and squares."""
+"""Losses: cross entropy in float32, which saves only the logits for the backward pass, and squared error."""
 
 import jax
 import jax.numpy as jnp
@@ -7,23 +7,23 @@ from jax import Array
 
 @jax.custom_vjp
 def cross_entropy(logits: Array, targets: Array) -> Array:
-    """Minus the log-probability of each target, in float32 whatever the logits are in.
+    """Minus the log-probability of each target, in float32 for logits of any dtype.
 
         loss = log Σ_v exp(logits_v) − logits_target
 
-    Its own backward pass makes softmax − onehot in one elementwise expression from the logits, in their dtype: JAX's
-    derivative would keep a float32 softmax as large as the logits, and add into a third such array at the targets.
+    Its own backward pass computes softmax − onehot in one elementwise expression from the logits, in their dtype: JAX's
+    derivative would save a float32 softmax as large as the logits, and scatter into a third array of that size.
 
     Args:
-      logits: float [..., vocabulary].
-      targets: int [...], indices into the vocabulary.
+        logits: Float [..., vocabulary].
+        targets: Int [...], indices into the vocabulary.
 
     Returns:
-      float32 [...].
+        Float32 [...].
 
     Example:
-      >>> round(float(cross_entropy(jnp.zeros(4), jnp.array(2))), 4)  # log 4
-      1.3863
+        >>> round(float(cross_entropy(jnp.zeros(4), jnp.array(2))), 4)  # log 4
+        1.3863
     """
     return _forward(logits, targets)[0]
 
@@ -46,17 +46,17 @@ cross_entropy.defvjp(_forward, _backward)
 
 
 def next_token_loss(logits: Array, batch: dict[str, Array]) -> tuple[Array, Array]:
-    """The sum of the losses of the weighted tokens, each predicted from those before it, and the sum of the weights.
+    """The weighted sum of the tokens' cross entropies, each predicted from the tokens before it, and of the weights.
 
-    A sum and a weight, not a mean, so that parts of a batch add up exactly.
+    The result is two sums and not a mean, so that parts of a batch add up exactly.
 
     Args:
-      logits: float [batch, length, vocabulary]; position t predicts token t + 1.
-      batch: `input_ids` int [batch, length] and `loss_weights` float [batch, length], the weight of each token as the
-        one that is predicted. The first token's weight is not used: nothing predicts it.
+        logits: Float [batch, length, vocabulary]; position t predicts token t + 1.
+        batch: `input_ids` int [batch, length] and `loss_weights` float [batch, length], the weight of each token as a
+            target. The weight of the first token isn't used, since no position predicts it.
 
     Returns:
-      Two float32 scalars.
+        Two float32 scalars.
     """
 
     def following(x):  # the last position predicts nothing
@@ -66,32 +66,32 @@ def next_token_loss(logits: Array, batch: dict[str, Array]) -> tuple[Array, Arra
 
 
 def classification_loss(logits: Array, batch: dict[str, Array]) -> tuple[Array, Array]:
-    """The weighted sum of the rows' cross entropies, and the sum of the weights.
+    """The weighted sum of the examples' cross entropies, and the sum of the weights.
 
     Args:
-      logits: float [batch, classes].
-      batch: `labels` int [batch], and `loss_weights` float [batch].
+        logits: Float [batch, classes].
+        batch: `labels` int [batch] and `loss_weights` float [batch].
 
     Returns:
-      Two float32 scalars.
+        Two float32 scalars.
     """
     return _sums(cross_entropy(logits, batch["labels"]), batch["loss_weights"])
 
 
 def regression_loss(scores: Array, batch: dict[str, Array]) -> tuple[Array, Array]:
-    """The weighted sum of the rows' squared errors, and the sum of the weights.
+    """The weighted sum of the examples' squared errors, and the sum of the weights.
 
     Args:
-      scores: float [batch, 1].
-      batch: `labels` float [batch], and `loss_weights` float [batch].
+        scores: Float [batch, 1].
+        batch: `labels` float [batch] and `loss_weights` float [batch].
 
     Returns:
-      Two float32 scalars.
+        Two float32 scalars.
     """
     return _sums(jnp.square(scores[..., 0].astype(jnp.float32) - batch["labels"]), batch["loss_weights"])
 
 
 def _sums(losses: Array, weights: Array) -> tuple[Array, Array]:
     weights = weights.astype(jnp.float32)
-    # Not a plain product: padding may hold anything, and 0 · inf would be nan.
+    # Not the product alone: the loss of padding may be inf, and 0 · inf is nan.
     return jnp.sum(jnp.where(weights > 0, losses * weights, 0.0)), jnp.sum(weights)

@@ -14,7 +14,7 @@ from lora_jax.train._config import TrainConfig
 
 
 def schedule(config: TrainConfig, steps: int, peak: Any = None) -> optax.Schedule:
-    """The learning rate of each step: a linear rise to the peak, then what `lr_scheduler_type` says.
+    """The learning rate of each step: a linear rise to the peak, then the schedule of `lr_scheduler_type`.
 
         lr(t) = peak · (t + 1) / (w + 1)                            t < w, w steps of warm-up
         lr(t) = peak · (f + (1 − f) · (1 + cos(π u)) / 2)           t ≥ w, u = (t − w) / (steps − w)
@@ -22,13 +22,12 @@ def schedule(config: TrainConfig, steps: int, peak: Any = None) -> optax.Schedul
         lr(t) = peak · (1 − u)                                      for "linear"
         lr(t) = peak                                                for "constant" (w = 0) and "constant_with_warmup"
 
-    The first step already learns: a schedule that starts at 0 wastes it. `peak` is the config's learning rate unless
-    given.
+    The first step has a rate above 0, since a step at 0 would be wasted. `peak` defaults to the config's learning rate.
 
     Example:
-      >>> rate = schedule(TrainConfig(learning_rate=1.0, warmup_steps=0.2, min_lr_rate=0.1), steps=10)
-      >>> [round(float(rate(step)), 2) for step in (0, 1, 2, 6, 10)]
-      [0.33, 0.67, 1.0, 0.55, 0.1]
+        >>> rate = schedule(TrainConfig(learning_rate=1.0, warmup_steps=0.2, min_lr_rate=0.1), steps=10)
+        >>> [round(float(rate(step)), 2) for step in (0, 1, 2, 6, 10)]
+        [0.33, 0.67, 1.0, 0.55, 0.1]
     """
     peak = config.learning_rate if peak is None else peak
     warmup = config.warmup(steps)
@@ -54,19 +53,20 @@ def _after_warmup(config: TrainConfig, peak: Any, steps: int) -> optax.Schedule:
 def make_optimizer(
     config: TrainConfig, steps: int, *, also_train: Any = (), learning_rate: Any = None, weight_decay: Any = None
 ) -> optax.GradientTransformation:
-    """The optimizer of a tree's or an adapter's trained leaves; other leaves neither move nor have moments.
+    """Make the optimizer of a tree's or an adapter's trained leaves; other leaves neither move nor have moments.
 
-    Weight decay leaves biases, the scales of norms and DoRA's magnitudes alone, as is the custom.
+    Weight decay doesn't apply to biases, the scales of norms and DoRA's magnitudes, as is customary.
 
     Args:
-      config: optimizer, learning rate, its schedule, weight decay and clipping.
-      steps: of the whole run, for the schedule.
-      also_train: leaves trained in full, as given to `lora_jax.split`.
-      learning_rate: the peak, in place of the config's. May be traced, so that under `vmap` each adapter has its own.
-      weight_decay: likewise.
+        config: Optimizer, learning rate, its schedule, weight decay and clipping.
+        steps: Steps of the whole run, for the schedule.
+        also_train: Leaves trained in full, as for `lora_jax.split`.
+        learning_rate: The peak; defaults to the config's. It may be traced, so that under `vmap` each adapter has its
+            own.
+        weight_decay: Defaults to the config's; it may be traced too.
 
     Returns:
-      An optax transformation; its clipping sees the trained leaves' gradients only.
+        An optax transformation, which clips by the norm of the trained leaves' gradients only.
     """
     decay = config.weight_decay if weight_decay is None else weight_decay
     tx = _optimizer(config, schedule(config, steps, learning_rate), decay)
@@ -76,7 +76,7 @@ def make_optimizer(
 
 
 def _optimizer(config: TrainConfig, rate: optax.Schedule, decay: Any) -> optax.GradientTransformation:
-    """Elementwise optimizers only: they leave the zeros alone that ranks are padded with."""
+    """The optimizer by name; all are elementwise, so that the zeros that ranks are padded with stay zero."""
     match config.optim:
         case "adamw":
             return optax.adamw(rate, weight_decay=decay, mask=decayed)
@@ -92,7 +92,7 @@ def _optimizer(config: TrainConfig, rate: optax.Schedule, decay: Any) -> optax.G
 
 
 def decayed(tree: Any) -> Any:
-    """Which leaves weight decay is for, as booleans: A, B and other matrices, not biases, scales of norms, magnitudes.
+    """Mark the leaves that decay, as booleans: A, B and other matrices, but no biases, scales of norms or magnitudes.
 
     >>> from lora_jax import LoRA
     >>> tree = {"w_lora": LoRA(1.0, 2.0, 0.5, 3.0), "norm": {"scale": jnp.ones((4, 8))}, "head": jnp.ones((8, 2))}

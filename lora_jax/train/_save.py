@@ -1,4 +1,4 @@
-"""When a run is saved, and in which folder: one run at a time, and no other run's files."""
+"""When a run is saved, and the folder that it is saved in: one run at a time, and no other run's files."""
 
 import contextlib
 import dataclasses
@@ -18,12 +18,12 @@ from lora_jax.train._config import TrainConfig
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
 
-# Settings that a resumed run may change: they decide what is seen, not what is learned.
+# Settings that a resumed run may change: they decide what is logged and saved, not what is learned.
 _FREE = ("logging_steps", "eval_steps", "save_steps", "save_minutes")
 
 
 class Stopped(Exception):
-    """A run that was asked to stop: its steps so far are in a checkpoint, whole and on the disk."""
+    """A run was asked to stop; its steps so far are in a complete checkpoint on the disk."""
 
     def __init__(self, step: int, steps: int, checkpoint: Path | None):
         self.step: int = step
@@ -34,14 +34,16 @@ class Stopped(Exception):
 
 
 class Saver:
-    """The checkpoints of a run; a context manager. Opened, and the base looked through, when they are first needed.
+    """Saves the checkpoints of a run; a context manager.
+
+    The folder of the checkpoints is opened, and the fingerprint of the base computed, when they are first needed.
 
     Args:
-      folder: The run's; None saves nothing.
-      config: The run's settings: how often.
-      base: What the adapter is trained on; a checkpoint knows it again.
-      settings: What must be the same for a resumed run.
-      about: JSON values that go into every checkpoint.
+        folder: The run's folder; None saves nothing.
+        config: The run's settings, which say how often to save.
+        base: The parameters that the adapter is trained on; a checkpoint holds their fingerprint.
+        settings: The settings that must be the same in a resumed run.
+        about: JSON values that every checkpoint holds.
     """
 
     def __init__(
@@ -64,15 +66,15 @@ class Saver:
         self._stack.__exit__(*error)
 
     def restore(self, template: TrainState) -> TrainState:
-        """The newest checkpoint's state, as `Checkpoints.restore` gives it."""
-        state = self._open().restore(self._signed(template))
+        """The state of the newest checkpoint, as from `Checkpoints.restore`."""
+        state = self._open().restore(self._identified(template))
         self._latest = state.step
         return state
 
     def due(self, step: int, last: bool) -> bool:
-        """Whether it is time for a checkpoint: by steps where they are given, else by minutes.
+        """Whether a checkpoint is due: by steps if `save_steps` is given, else by minutes.
 
-        The last step is saved where others were: a short run, which loses nothing to speak of, leaves no checkpoints.
+        The last step is saved if another step was: a run shorter than `save_minutes` leaves no checkpoints.
         """
         if self._folder is None:
             return False
@@ -84,12 +86,12 @@ class Saver:
         return time.monotonic() - self._saved_at >= 60 * minutes or (last and self._latest is not None)
 
     def save(self, state: TrainState) -> Path | None:
-        """Saves, and waits until all is on the disk: a run that is killed loses no more than lies between two saves."""
+        """Save and wait until all is on the disk: a run that is killed loses only the steps after its last save."""
         if self._folder is None:
             return None
         if state.step != self._latest:
             checkpoints = self._open()
-            checkpoints.save(self._signed(state))
+            checkpoints.save(self._identified(state))
             checkpoints.wait()
         self._saved_at, self._latest = time.monotonic(), state.step
         return self._folder / CHECKPOINTS / str(state.step)
@@ -100,7 +102,7 @@ class Saver:
             self._checkpoints = self._stack.enter_context(Checkpoints(self._folder / CHECKPOINTS))
         return self._checkpoints
 
-    def _signed(self, state: TrainState) -> TrainState:
+    def _identified(self, state: TrainState) -> TrainState:
         if self._identity is None:
             self._identity = {"fingerprint": fingerprint(self._base), "base": shapes(self._base)}
         return state._replace(settings=self._settings, about=self._about, **self._identity)
@@ -108,10 +110,10 @@ class Saver:
 
 @contextlib.contextmanager
 def claimed(folder: Path | None, config: TrainConfig, resume: bool, overwrite: bool) -> Iterator[None]:
-    """Makes the output folder and holds it, and sees to it that no other run's files are mixed with this one's."""
+    """Create and lock the output folder, and remove another run's files from it or refuse to."""
     if folder is None:
         if resume or config.save_steps:
-            raise ValueError("checkpoints need an output folder to be in")
+            raise ValueError("checkpoints need an output folder: give output, or neither resume nor save_steps")
         yield
         return
     if resume and not (folder / CHECKPOINTS).exists():
@@ -119,13 +121,13 @@ def claimed(folder: Path | None, config: TrainConfig, resume: bool, overwrite: b
     with contextlib.ExitStack() as stack:
         if not folder.exists():
             folder.mkdir(parents=True)
-            stack.callback(_remove_empty, folder)  # where a run ends before it has written anything
+            stack.callback(_remove_empty, folder)  # if the run ends before it has written anything
         stack.enter_context(_disk.hold(folder))
         earlier = [path for path in (folder / METRICS, folder / CHECKPOINTS) if path.exists()]
         if earlier and not resume:
             if not overwrite:
                 raise FileExistsError(
-                    f"{folder}: holds a run already ({earlier[0].name}); resume it, overwrite it, or go elsewhere"
+                    f"{folder}: holds a run already ({earlier[0].name}); resume or overwrite it, or give another folder"
                 )
             check_ours(folder)
             for path in earlier:
@@ -139,10 +141,10 @@ def _remove_empty(folder: Path) -> None:
 
 
 def check_ours(folder: Path) -> None:
-    """Refuses to overwrite what isn't of a run.
+    """Refuse to overwrite files that aren't a run's.
 
     Raises:
-      FileExistsError: `metrics.jsonl` or `checkpoints` is something else.
+        FileExistsError: `metrics.jsonl` or `checkpoints` is something else.
     """
     checkpoints, metrics = folder / CHECKPOINTS, folder / METRICS
     others = [] if not checkpoints.exists() else [checkpoints]
@@ -152,7 +154,7 @@ def check_ours(folder: Path) -> None:
         others.append(metrics)
     if others:
         raise FileExistsError(
-            f"{others[0]}: is not of a run and would be lost; choose another folder than {folder}, or move it away"
+            f"{others[0]}: is no file of a run and would be lost; choose another folder than {folder}, or move it away"
         )
 
 
@@ -161,18 +163,18 @@ def _starts_as_metrics(path: Path) -> bool:
         return False
     with path.open("rb") as file:
         start = file.read(8)
-    return start.startswith(b'{"step"') or b'{"step"'.startswith(start)  # a first line may be cut off
+    return start.startswith(b'{"step"') or b'{"step"'.startswith(start)  # the first line may be cut off
 
 
 def fixed(
     config: TrainConfig, train_data: Sequence[data.AnyExample], valid_data: Sequence[data.AnyExample] | None
 ) -> dict[str, Any]:
-    """What must be the same for a resumed run to go on with the same losses, and to end with the same adapter."""
+    """The settings and data that must be the same for a resumed run to have the same losses and the same adapter."""
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE}
-    rows = {"training rows": train_data} | (
-        {"validation rows": valid_data or ()} if config.load_best_model_at_end else {}
-    )
-    return settings | {name: f"{len(examples)}, {_digest(examples)}" for name, examples in rows.items()}
+    sets = {"training examples": train_data}
+    if config.load_best_model_at_end:
+        sets["validation examples"] = valid_data or ()
+    return settings | {name: f"{len(examples)}, {_digest(examples)}" for name, examples in sets.items()}
 
 
 def _digest(examples: Sequence[data.AnyExample]) -> str:

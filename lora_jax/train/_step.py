@@ -20,10 +20,10 @@ Objective = Callable[[Any, Batch], tuple[Array, Array]]
 
 
 class StepMetrics(NamedTuple):
-    """What a step reports: float32 scalars."""
+    """The metrics of one step: float32 scalars."""
 
-    loss: Array  # mean over the targets (tokens, or labelled rows) of the whole batch, before the update
-    weight: Array  # targets
+    loss: Array  # mean over the targets (tokens, or labelled examples) of the whole batch, before the update
+    weight: Array  # number of targets: the sum of their weights
     grad_norm: Array  # global norm of the trained leaves' gradients, before clipping
 
 
@@ -35,28 +35,31 @@ def make_step(
     gradient_accumulation_steps: int = 1,
     dropout: float = 0.0,
 ) -> Callable[..., tuple[Any, Any, StepMetrics]]:
-    """A training step: the gradient is taken of the adapter, the base is an argument.
+    """Make a training step: the gradient is taken of the adapter, the base is an argument.
 
         L(adapter) = Σ_i w_i loss_i / Σ_i w_i      over all targets of all parts of the batch
 
-    Pure and not yet compiled, so that it can be jitted, sharded or vmapped. Jit it with `donate_argnums=(0, 1)`: the
-    adapter and the optimizer's state are replaced. Never donate the base.
+    The step is pure and not yet compiled, so that it can be jitted, sharded or vmapped. Jit it with
+    `donate_argnums=(0, 1)`: the adapter and the optimizer's state are replaced. Never donate the base.
 
     Args:
-      apply_fn: the model's own function, `apply_fn(params, input_ids, attention_mask)`, with `token_type_ids=` where
-        the batch has them; it is adapted here. What `lora_jax.adapt` returned is taken as it is.
-      tx: any optax optimizer, for what `split` gives as the adapter; its state comes from `tx.init(adapter)`.
-      objective: from the model's output and the batch to the sum of the losses and the sum of their weights.
-      gradient_accumulation_steps: parts that the batch is computed in, one after another. Its rows must divide by it.
-      dropout: the rate on the low-rank path, in steps that are given a key.
+        apply_fn: The model's own function, `apply_fn(params, input_ids, attention_mask)`, with `token_type_ids=` if
+            the batch has them. It is adapted here, unless `lora_jax.adapt` returned it.
+        tx: Any optax optimizer for the adapter that `split` returns; its state comes from `tx.init(adapter)`.
+        objective: From the model's output and the batch to the sum of the losses and the sum of their weights.
+        gradient_accumulation_steps: The parts that the batch is computed in, one after another. The batch size must be
+            a multiple of it.
+        dropout: The rate on the low-rank path, in steps that are given a key.
 
     Returns:
-      `step(adapter, opt_state, base, batch, key=None) -> (adapter, opt_state, StepMetrics)`.
+        `step(adapter, opt_state, base, batch, key=None) -> (adapter, opt_state, StepMetrics)`.
 
     Raises:
-      ValueError: a function that is adapted already with another `dropout`; at the call, one that uses nothing of what
-        trains or stops its gradient, so that every gradient would be zero. Where that is so of some of it, a warning
-        names that.
+        ValueError: The function is adapted already, with another `dropout`. At the call: the function uses no leaf
+            that trains, or stops their gradients, so that every gradient would be zero.
+
+    Warns:
+        UserWarning: At the call: the gradient of some leaves that train is zero in this way; the warning names them.
 
     Example:
       >>> import lora_jax
@@ -88,7 +91,7 @@ def make_step(
             part_key = None if key is None else jax.random.fold_in(key, number)
             return jax.tree.map(jnp.add, sums, gradient(adapter, base, part, part_key)), None
 
-        # Of n parts, part i gets rows i, i + n, ...: where rows are spread over devices, each keeps its own.
+        # [n·m, ...] → [n, m, ...]: part i of n has examples i, i + n, ..., so that an example stays on its device.
         parts = jax.tree.map(lambda x: x.reshape(-1, gradient_accumulation_steps, *x.shape[1:]).swapaxes(0, 1), batch)
         zeros = jax.tree.map(jnp.zeros_like, ((jnp.float32(0), jnp.float32(0)), adapter))
         return jax.lax.scan(add, zeros, (jnp.arange(gradient_accumulation_steps), parts))[0]
@@ -98,7 +101,7 @@ def make_step(
         (total, weight), grads = (gradient if gradient_accumulation_steps == 1 else accumulated)(
             adapter, base, batch, key
         )
-        mean = 1 / jnp.where(weight > 0, weight, 1)  # a batch without targets moves nothing, and is no nan
+        mean = 1 / jnp.where(weight > 0, weight, 1)  # without targets the gradient is 0, not nan
         grads = jax.tree.map(lambda g: g * mean.astype(g.dtype), grads)
         metrics = StepMetrics(total * mean, weight, optax.tree.norm(grads))
         updates, opt_state = tx.update(grads, opt_state, adapter)
@@ -108,15 +111,15 @@ def make_step(
 
 
 def _check_used(loss: Callable[[Any], Array], adapter: Any) -> None:
-    """Raise where a loss has a derivative by nothing that trains; warn of what it has none by.
+    """Raise if the loss depends on no leaf that trains; warn if it doesn't depend on some of them.
 
-    So it is where a function closes over its parameters, stops their gradient, or doesn't use some of them.
+    The function then closes over its parameters, stops their gradient, or doesn't use them.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # they come again where the gradient is taken
+        warnings.simplefilter("ignore")  # they are shown again when the gradient is taken
         try:
             reached = iter(differentiable_leaves(loss, adapter))
-        except Exception:  # whatever is wrong with the function is reported where the gradient is taken
+        except Exception:  # an error of the function is raised when the gradient is taken
             return
     used = {path: sum(next(reached) for _ in jax.tree.leaves(leaf)) for path, leaf in leaves_with_paths(adapter)}
     idle = [path for path, used_here in used.items() if not used_here]
@@ -124,19 +127,19 @@ def _check_used(loss: Callable[[Any], Array], adapter: Any) -> None:
         return
     if len(idle) == len(used):
         raise ValueError(
-            f"{idle[0]}: the gradient is zero whatever the data, as for all that trains: the function doesn't use the"
-            " parameters it is given as its first argument, or stops their gradient"
+            f"{idle[0]}: the gradient is zero whatever the data, as for every leaf that trains: the function doesn't"
+            " use the parameters in its first argument, or stops their gradient"
         )
     named = ", ".join(idle[:2]) + (f" and {len(idle) - 2} more" if len(idle) > 2 else "")
     warnings.warn(
-        f"{named}: the gradient is zero whatever the data, for the function doesn't use this, or stops its gradient; "
-        "it stays as it is: exclude it where that isn't meant",
+        f"{named}: the gradient is zero whatever the data, because the function doesn't use this leaf or stops its "
+        "gradient: it doesn't train; exclude it, or let the function use it",
         stacklevel=3,
     )
 
 
 def apply_to_batch(apply_fn: Callable[..., Any], params: Any, batch: Batch, **keywords: Any) -> Any:
-    """The model's output for a batch: `token_type_ids` go along where the batch has them, and `keywords` do."""
+    """The model's output for a batch, with the batch's `token_type_ids`, if any, and `keywords` as keywords."""
     extra = {name: batch[name] for name in ("token_type_ids",) if name in batch}
     return apply_fn(params, batch["input_ids"], batch["attention_mask"], **extra, **keywords)
 
@@ -146,10 +149,12 @@ def make_loss_sums(
     objective: Objective = next_token_loss,
     predict: Callable[[Any], Array] | None = None,
 ) -> Callable[..., tuple[Array, ...]]:
-    """The compiled `(params, batch) -> (sum of losses, sum of weights)`, without dropout.
+    """Make the compiled function `(params, batch) -> (sum of losses, sum of weights)`, without dropout.
 
-    `apply_fn` is handed over as to `make_step`. With `predict`, from the model's output to one prediction a row, these
-    come third.
+    Args:
+        apply_fn: The model's own function, as for `make_step`.
+        objective: From the model's output and the batch to the two sums.
+        predict: From the model's output to one prediction for each example; they are the third result.
     """
 
     apply = prefix.adapt(ensure_adapted(apply_fn))

@@ -1,4 +1,4 @@
-"""What the rows ask for: the loss that is minimised, the figures that are told, and the one that decides."""
+"""What a model is trained for: the loss that is minimised, the metrics, and which metric decides the best adapter."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -18,14 +18,14 @@ Metrics = Callable[[np.ndarray, np.ndarray], dict[str, float]]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
-    """What is trained for, and how it is judged.
+    """A loss to minimise, and how the result is evaluated.
 
     Attributes:
-      objective: from the model's output and the batch to the sum of the losses and the sum of their weights.
-      predict: from the model's output to one prediction a row; None where nothing is predicted but tokens.
-      metrics: from all predictions and labels of a set, both [rows], to figures by name.
-      best: the figure that decides which adapter is the best: `"loss"` or one of the metrics.
-      highest: whether the highest is the best, not the lowest.
+        objective: From the model's output and the batch to the sum of the losses and the sum of their weights.
+        predict: From the model's output to one prediction for each example; None if only tokens are predicted.
+        metrics: From all predictions and labels, both [examples], to metrics by name.
+        best: The metric that decides which adapter is the best: `"loss"`, or one of `metrics`.
+        highest: Whether the highest value of it is the best, and not the lowest.
     """
 
     objective: Objective
@@ -47,7 +47,7 @@ REGRESSION = Task(
 
 
 def classification(classes: int) -> Task:
-    """Telling which of `classes` classes a row belongs to, judged by accuracy."""
+    """The task of classifying examples into `classes` classes, evaluated by accuracy."""
     return Task(
         objective=classification_loss,
         predict=lambda logits: jnp.argmax(logits, axis=-1),
@@ -58,7 +58,7 @@ def classification(classes: int) -> Task:
 
 
 def task_of(examples: Sequence[AnyExample]) -> Task:
-    """The task that tokenised rows call for: next tokens, classes where labels are integers, scores where floats."""
+    """The task of tokenised examples: next tokens without labels, classes for integer labels, scores for floats."""
     first = examples[0]
     if isinstance(first, Example):
         return LANGUAGE_MODELLING

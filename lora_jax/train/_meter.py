@@ -1,0 +1,94 @@
+"""Loss, gradient norm, speed and memory of the steps since the last log line."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from lora_jax.train._step import StepMetrics
+
+Record = dict[str, float | int]
+
+
+class Meter:
+    """Accumulates the metrics of steps without making the device wait for the host.
+
+    A step's metrics are fetched only after the next step has been handed to the device.
+
+    Args:
+        on_step: Called with each step and its loss.
+        broken_leaf: Returns the path of a leaf of the base that isn't finite, if there is one; called if a loss isn't.
+    """
+
+    def __init__(self, on_step: Callable[[int, float], None], broken_leaf: Callable[[], str | None] = lambda: None):
+        self._on_step, self._broken_leaf = on_step, broken_leaf
+        self._in_flight: list[tuple[int, StepMetrics]] = []
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin a new line."""
+        self._steps: list[Any] = []  # StepMetrics, or tuples of the same values from an earlier process
+        self._tokens = 0
+        self._started = time.perf_counter()
+
+    def add(self, step: int, metrics: StepMetrics, tokens: int) -> None:
+        """Add step number `step` over `tokens` tokens (targets or not, padding excluded)."""
+        self._tokens += tokens
+        self._in_flight.append((step, metrics))
+        while len(self._in_flight) > 1:
+            self._fetch()
+
+    def _fetch(self) -> None:
+        step, metrics = self._in_flight.pop(0)
+        metrics = jax.device_get(metrics)
+        if not np.isfinite(metrics.loss) or not np.isfinite(metrics.grad_norm):
+            leaf = self._broken_leaf()
+            raise ValueError(
+                f"step {step}: the loss is {metrics.loss:g} and its gradient's norm {metrics.grad_norm:g}; "
+                + (
+                    f"{leaf} of the base holds nan or inf"
+                    if leaf
+                    else "lower learning_rate, alpha or a max_grad_norm above 0"
+                )
+            )
+        self._steps.append(metrics)
+        self._on_step(step, float(metrics.loss))
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time of the block out; it begins once no step is in flight and all losses so far are finite."""
+        self._fetch_all()
+        began = time.perf_counter()
+        yield
+        self._started += time.perf_counter() - began
+
+    @property
+    def progress(self) -> dict[str, Any]:
+        """The steps since `restart` as JSON values, which a checkpoint between two lines holds."""
+        self._fetch_all()
+        steps = [[float(value) for value in metrics] for metrics in self._steps]
+        return {"steps": steps, "tokens": self._tokens, "seconds": time.perf_counter() - self._started}
+
+    def resume(self, progress: Mapping[str, Any]) -> None:
+        """Continue from the `progress` of an earlier process."""
+        self._steps = [tuple(metrics) for metrics in progress["steps"]]
+        self._tokens, self._started = progress["tokens"], time.perf_counter() - progress["seconds"]
+
+    def _fetch_all(self) -> None:
+        while self._in_flight:
+            self._fetch()
+
+    def read(self) -> Record:
+        """The metrics since `restart`; waits for the steps in flight."""
+        self._fetch_all()
+        seconds = time.perf_counter() - self._started
+        losses, weights, norms = np.array(self._steps, np.float64).T
+        return {
+            # The mean over all targets, as of one long batch: a step with more targets counts for more.
+            "loss": float(np.sum(losses * weights) / max(np.sum(weights), 1)),
+            "grad_norm": float(np.mean(norms)),
+            "tokens_per_second": round(self._tokens / seconds, 1),
+        }
