@@ -144,6 +144,7 @@ def result(folder: Path):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
         line.pop("tokens_per_second", None)
+        line.pop("step_seconds", None)
     return {name: tensor.tobytes() for name, tensor in tensors.items()}, lines
 
 

@@ -18,7 +18,7 @@ from marks import few
 
 import lora_jax
 from lora_jax.checkpoint import Checkpoints, TrainState, fingerprint, load_adapter
-from lora_jax.train import TrainConfig, train
+from lora_jax.train import Stopped, TrainConfig, train
 
 # 40 rows in batches of 8: a checkpoint after 4 of 5 batches lies inside an epoch, one after 8 inside another.
 CONFIG = TrainConfig(batch_size=8, max_steps=12, learning_rate=1e-2, logging_steps=1, dropout=0.3, save_steps=4)
@@ -55,7 +55,8 @@ def run(folder, *, until=None, rows=ROWS, params=None, config=CONFIG, **keywords
 def lines(folder):
     """metrics.jsonl without what the clock says."""
     read = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "tokens_per_second"} for line in read]
+    clock = ("tokens_per_second", "step_seconds")
+    return [{name: value for name, value in line.items() if name not in clock} for line in read]
 
 
 @pytest.mark.bits
@@ -72,6 +73,15 @@ def test_a_resumed_run_is_the_run_bit_for_bit(tmp_path, until):
     assert [line["step"] for line in result.history] == list(range(until // 4 * 4 + 1, 13))
     for x, y in zip(jax.tree.leaves(result.params), jax.tree.leaves(expected.params), strict=True):
         np.testing.assert_array_equal(x, y)
+
+
+def test_a_run_stopped_before_its_first_line_keeps_the_evaluation_before_training(tmp_path):
+    run(tmp_path / "whole")
+    with pytest.raises(Stopped, match="stopped after step 1 of 12"):
+        run(tmp_path / "stopped", stop=lambda: True)
+    assert [line["step"] for line in lines(tmp_path / "stopped")] == [0]
+    run(tmp_path / "stopped", resume=True)
+    assert lines(tmp_path / "stopped") == lines(tmp_path / "whole")
 
 
 def test_resuming_a_finished_run_gives_its_result(tmp_path):

@@ -122,7 +122,12 @@ def refused(capsys, monkeypatch):
 
 
 def test_train_leaves_an_adapter_and_its_metrics(world):
-    assert sorted(os.listdir(world["out"])) == ["adapter_config.json", "adapter_model.safetensors", "metrics.jsonl"]
+    assert sorted(os.listdir(world["out"])) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "metrics.jsonl",
+        "tensorboard",
+    ]
 
 
 def test_train_tells_what_it_matched_and_what_to_type_next(world):
@@ -502,7 +507,7 @@ def test_disk_full_while_saving(refused, world, tmp_path, monkeypatch, command):
     """What was there stays whole, and nothing half-written stays behind."""
     source = world["out"] if command == "train" else world["model"]
     shutil.copytree(source, tmp_path / "out")
-    names = [name for name in os.listdir(source) if name != "metrics.jsonl"]
+    names = [name for name in os.listdir(source) if name not in ("metrics.jsonl", "tensorboard")]
 
     def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

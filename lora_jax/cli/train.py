@@ -21,10 +21,10 @@ from lora_jax.cli._signals import Signals, exit_code
 from lora_jax.data import Labels
 from lora_jax.demo import text_to_sql
 from lora_jax.train import Stopped, Task, TrainConfig, TrainResult, train
-from lora_jax.train._save import check_ours
+from lora_jax.train._report import check_installed
+from lora_jax.train._save import CHECKPOINTS, FILES, check_ours
 
-CHECKPOINTS = "checkpoints"
-RUN_FILES = (_labels.FILE, "adapter_config.json", "adapter_model.safetensors", "metrics.jsonl", CHECKPOINTS)
+RUN_FILES = (_labels.FILE, "adapter_config.json", "adapter_model.safetensors", *FILES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class Settings:
     """jsonl file, or folder with train.jsonl and perhaps valid.jsonl; or glue:TASK and a folder of GLUE's own files;
     the embedded task if not given"""
     output: Path = Path("out")
-    """folder for the adapter, metrics.jsonl and checkpoints"""
+    """folder for the adapter, metrics.jsonl, TensorBoard's event files and checkpoints"""
     overwrite: bool = False
     """replace a run that is in the output folder"""
     resume: bool = False
@@ -179,6 +179,7 @@ def _tell(settings: Settings, workload: Workload, result: TrainResult, before: "
 def _check(settings: Settings) -> None:
     """What can be refused before anything is read."""
     _embedded.check_data_given(settings.base, settings.data)
+    check_installed(settings.train)
     _base.check_writable(settings.output)
     held = [name for name in RUN_FILES if (settings.output / name).exists()]
     if held and not (settings.overwrite or settings.resume):

@@ -8,7 +8,7 @@
 
 from lora_jax._extras import require
 
-require(__name__, train=("grain", "orbax.checkpoint", "rich", "sklearn"))
+require(__name__, train=("grain", "orbax.checkpoint", "rich", "sklearn", "tensorboardX"))
 
 from lora_jax.train._config import TrainConfig as TrainConfig
 from lora_jax.train._evaluate import Evaluation as Evaluation

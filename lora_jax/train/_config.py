@@ -1,6 +1,7 @@
 """The settings of a training run. The command line's flags are made from this class."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -11,6 +12,7 @@ MOST_PADDED, MOST_PADDED_TIMES = 1024, 4
 
 Scheduler = Literal["cosine_with_min_lr", "cosine", "linear", "constant", "constant_with_warmup"]
 Optimizer = Literal["adamw", "lion", "sgd", "rmsprop", "adagrad"]
+REPORTERS = ("tensorboard", "wandb")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +78,10 @@ class TrainConfig:
     logging_steps: int = 10
     """Steps between lines in metrics.jsonl."""
 
+    report_to: tuple[str, ...] = ("tensorboard",)
+    """Where the lines of metrics.jsonl go too: tensorboard (event files in the output folder), wandb (Weights &
+    Biases, if installed) or none; several with commas."""
+
     eval_steps: int | None = None
     """Steps between evaluations on the validation examples. 0: only before and after training. None: only before and
     after training; for labels also once an epoch."""
@@ -90,6 +96,7 @@ class TrainConfig:
     """Steps between checkpoints to resume from; 0 saves by save_minutes instead."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "report_to", _split(self.report_to))
         ranges = {
             "batch_size": (1 <= self.batch_size <= MOST_BATCH, f"1 to {MOST_BATCH}"),
             "gradient_accumulation_steps": (1 <= self.gradient_accumulation_steps <= MOST_BATCH, f"1 to {MOST_BATCH}"),
@@ -110,6 +117,10 @@ class TrainConfig:
             "seed": (0 <= self.seed < 2**32, "0 to 2**32 - 1"),
             "data_seed": (self.data_seed is None or 0 <= self.data_seed < 2**32, "0 to 2**32 - 1"),
             "logging_steps": (1 <= self.logging_steps <= MOST_STEPS, f"1 to {MOST_STEPS}"),
+            "report_to": (
+                set(self.report_to) <= set(REPORTERS) or self.report_to == ("none",),
+                f"none, or {' or '.join(REPORTERS)}, or both",
+            ),
             "eval_steps": (self.eval_steps is None or 0 <= self.eval_steps <= MOST_STEPS, f"0 to {MOST_STEPS}"),
             "load_best_model_at_end": (isinstance(self.load_best_model_at_end, bool), "True or False"),
             "save_minutes": (0 <= self.save_minutes < math.inf, "at least 0"),
@@ -165,3 +176,12 @@ class TrainConfig:
         if self.eval_steps is None:
             return math.ceil(examples / self.batch_size) if labelled else 0
         return self.eval_steps
+
+
+def _split(names: str | Sequence[str]) -> tuple[str, ...]:
+    """
+    >>> _split("tensorboard, wandb"), _split(["tensorboard,wandb"]), _split(())
+    (('tensorboard', 'wandb'), ('tensorboard', 'wandb'), ())
+    """
+    listed = [names] if isinstance(names, str) else names
+    return tuple(name.strip() for text in listed for name in text.split(","))

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -14,6 +14,7 @@ from lora_jax import _disk
 from lora_jax.train._evaluate import Evaluation
 from lora_jax.train._meter import Record
 from lora_jax.train._progress import display
+from lora_jax.train._report import Reporter, tagged
 
 OnLog = Callable[[Record], None]
 
@@ -28,6 +29,7 @@ class Log:
         console: The console to show progress on; None shows nothing.
         on_log: Called with every line.
         last: The last step whose line in the file stays; defaults to `done`.
+        reporters: Receive every line too.
     """
 
     def __init__(
@@ -39,8 +41,10 @@ class Log:
         on_log: OnLog | None,
         *,
         last: int | None = None,
+        reporters: Sequence[Reporter] = (),
     ):
         self.history: list[Record] = []
+        self._reporters = reporters
         with contextlib.ExitStack() as stack:
             self._file = (
                 None if folder is None else stack.enter_context(_metrics_file(folder, done if last is None else last))
@@ -63,6 +67,8 @@ class Log:
         """Write all lines to the disk, so that a checkpoint never exists without the lines of the steps before it."""
         if self._file is not None:
             os.fsync(self._file.fileno())
+        for reporter in self._reporters:
+            reporter.sync()
 
     def record(self, step: int, metrics: Record, evaluation: Evaluation | None = None) -> None:
         """Add a line."""
@@ -74,6 +80,8 @@ class Log:
         if self._file is not None:
             self._file.write(_disk.to_json(line) + "\n")
             self._file.flush()
+        for reporter in self._reporters:
+            reporter.record(step, tagged(line))
         self._display.record(line)
         if self._on_log is not None:
             self._on_log(line)
@@ -82,7 +90,7 @@ class Log:
 def _metrics_file(folder: Path, last: int) -> TextIO:
     """The file to append to, with the lines up to step `last`, at whatever moment an earlier process ended."""
     path = folder / "metrics.jsonl"
-    lines = path.read_bytes().splitlines(keepends=True) if last and path.exists() else []
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     _disk.write(path, b"".join(line for line in lines if _step_of(line) <= last))
     return path.open("a", encoding="utf-8")
 

@@ -24,6 +24,7 @@ from lora_jax.train._evaluate import Evaluation, Evaluator
 from lora_jax.train._log import Log, OnLog
 from lora_jax.train._meter import Meter, Record
 from lora_jax.train._optimizer import make_optimizer, schedule
+from lora_jax.train._report import check_installed, reporters
 from lora_jax.train._save import Saver, Stopped, claimed, fixed
 from lora_jax.train._step import make_step
 from lora_jax.train._task import Task, task_of
@@ -92,8 +93,8 @@ def train(
             also to choose the best adapter.
         config: The settings; defaults to `TrainConfig()`.
         task: The loss and the metrics; defaults to `task_of(train_data)`.
-        output: A folder for `metrics.jsonl` and, every `save_minutes` or `save_steps`, checkpoints. One run at a time
-            locks it.
+        output: A folder for `metrics.jsonl`, the event files of TensorBoard and, every `save_minutes` or `save_steps`,
+            checkpoints. One run at a time locks it.
         also_train: Patterns of leaves trained in full that the tree doesn't mark, as for `lora_jax.split`; without
             nodes, `("/.*/",)` is full fine-tuning.
         on_log: Called with every line of metrics.
@@ -112,10 +113,12 @@ def train(
         FileExistsError: `output` holds a run, and neither `resume` nor `overwrite` is given; or another run is writing
             there; or `overwrite` would remove a file that isn't of a run.
         OSError: A checkpoint can't be written; the message names the newest complete one.
+        MissingExtra: `report_to` needs a package that isn't installed.
         FileNotFoundError: `output` has no checkpoint to resume from.
     """
     began = time.perf_counter()
     config = config or TrainConfig()
+    check_installed(config)
     folder = None if output is None else Path(output)
     base, adapter = _parts(params, also_train)
     if not train_data:
@@ -158,7 +161,8 @@ def train(
                 why = why_unfinite(combine(base, state.adapter))
                 raise ValueError(f"the validation loss is {before.loss:g} before training: {why}")
         last = state.step if logged else state.step - 1
-        log = stack.enter_context(Log(steps, state.step, folder, console, on_log, last=last))
+        reports = stack.enter_context(reporters(config, folder, last if resume else None))
+        log = stack.enter_context(Log(steps, state.step, folder, console, on_log, last=last, reporters=reports))
         if before is not None and not state.step:
             log.record(0, {}, before)
         meter = Meter(log.step, lambda: unfinite_leaf(base))

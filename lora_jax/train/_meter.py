@@ -91,4 +91,13 @@ class Meter:
             "loss": float(np.sum(losses * weights) / max(np.sum(weights), 1)),
             "grad_norm": float(np.mean(norms)),
             "tokens_per_second": round(self._tokens / seconds, 1),
+            "step_seconds": round(seconds / len(self._steps), 4),
+            **_peak_memory(),
         }
+
+
+def _peak_memory() -> dict[str, float]:
+    """The most memory in use so far on any device of this process, where the backend counts it: a CPU doesn't."""
+    counts = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
+    known = [count for count in counts if count is not None]
+    return {"peak_memory_gib": round(max(known) / 2**30, 3)} if known else {}

@@ -5,7 +5,7 @@ import dataclasses
 import hashlib
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,16 @@ import numpy as np
 
 from lora_jax import _disk, data
 from lora_jax.checkpoint import Checkpoints, TrainState, fingerprint, is_checkpoint, shapes
+from lora_jax.train import _tensorboard
 from lora_jax.train._config import TrainConfig
+from lora_jax.train._report import WANDB_RUN
 
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
+FILES = (METRICS, CHECKPOINTS, _tensorboard.FOLDER, WANDB_RUN)  # of a run, beside its adapter
 
 # Settings that a resumed run may change: they decide what is logged and saved, not what is learned.
-_FREE = ("logging_steps", "eval_steps", "save_steps", "save_minutes")
+_FREE = ("logging_steps", "eval_steps", "save_steps", "save_minutes", "report_to")
 
 
 class Stopped(Exception):
@@ -123,7 +126,7 @@ def claimed(folder: Path | None, config: TrainConfig, resume: bool, overwrite: b
             folder.mkdir(parents=True)
             stack.callback(_remove_empty, folder)  # if the run ends before it has written anything
         stack.enter_context(_disk.hold(folder))
-        earlier = [path for path in (folder / METRICS, folder / CHECKPOINTS) if path.exists()]
+        earlier = [folder / name for name in FILES if (folder / name).exists()]
         if earlier and not resume:
             if not overwrite:
                 raise FileExistsError(
@@ -144,18 +147,26 @@ def check_ours(folder: Path) -> None:
     """Refuse to overwrite files that aren't a run's.
 
     Raises:
-        FileExistsError: `metrics.jsonl` or `checkpoints` is something else.
+        FileExistsError: `metrics.jsonl`, `checkpoints`, `tensorboard` or `wandb-run` is something else.
     """
-    checkpoints, metrics = folder / CHECKPOINTS, folder / METRICS
-    others = [] if not checkpoints.exists() else [checkpoints]
-    if checkpoints.is_dir():
-        others = [path for path in sorted(checkpoints.iterdir()) if not is_checkpoint(path)]
+    metrics, run = folder / METRICS, folder / WANDB_RUN
+    others = _others_in(folder / CHECKPOINTS, is_checkpoint)
+    others += _others_in(folder / _tensorboard.FOLDER, lambda path: path.match(_tensorboard.FILES) and path.is_file())
     if metrics.exists() and not _starts_as_metrics(metrics):
         others.append(metrics)
+    if run.exists() and not run.is_file():
+        others.append(run)
     if others:
         raise FileExistsError(
             f"{others[0]}: is no file of a run and would be lost; choose another folder than {folder}, or move it away"
         )
+
+
+def _others_in(folder: Path, ours: Callable[[Path], bool]) -> list[Path]:
+    """The files in a folder that aren't ours; a file in its place."""
+    if not folder.is_dir():
+        return [folder] if folder.exists() else []
+    return [path for path in sorted(folder.iterdir()) if not ours(path)]
 
 
 def _starts_as_metrics(path: Path) -> bool:
