@@ -224,6 +224,17 @@ def test_a_shape_of_many_axes_is_refused_soon(tmp_path):
     assert time.monotonic() - started < 5
 
 
+@pytest.mark.parametrize("key", [b"\x85" * 500_000, b"q\x00h\x00\x86" + b"q\x01h\x01\x86" * 40], ids=["deep", "shared"])
+def test_a_key_of_nested_tuples_is_refused_before_it_is_hashed(tmp_path, key):
+    """Python's own unpickler ends the process with a stack overflow at the first, and takes hours for the second."""
+    program = b"\x80\x02})" + key + b"Ns."
+    path = repacked(tmp_path / "x.bin", lambda members: members | {"adapter/data.pkl": program})
+    started = time.monotonic()
+    with pytest.raises(ValueError, match="a key that is no name: 'tuple'"):
+        loralib.read(path)
+    assert time.monotonic() - started < 5
+
+
 def test_another_width_is_another_model():
     params = base()
     params["layers"]["query"]["kernel"] = jnp.zeros((2, 8, 4))

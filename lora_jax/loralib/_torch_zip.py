@@ -5,6 +5,10 @@ is an interpreter for the few opcodes that a dictionary of tensors needs, in whi
 tensor from a storage, a parameter, an ordered dict), and names are looked up in a fixed table of dtypes. Nothing is
 imported, nothing is called, and whatever isn't in the tables is an error.
 
+A `pickle.Unpickler` whose `find_class` has a closed table isn't enough: it hashes every key of a dict, and a key of
+500,000 nested tuples (half a megabyte) overflows the C stack and ends the process. A pass over the opcodes beforehand
+can refuse such a key only if it keeps the stack as this file does, and the unpickler would come on top.
+
 The format: https://docs.pytorch.org/docs/stable/notes/serialization.html, opcodes: `pickletools`.
 """
 
@@ -22,11 +26,13 @@ import numpy as np
 
 from lora_jax._untrusted import git_lfs_pointer, not_a_file
 
-MOST_SHARED = 4  # times the file's size, that tensors may take which are views of one storage
-LEAST_ROOM = 64 * 2**20  # bytes that tensors may take in however small a file
-MAX_PICKLE = 16 * 2**20  # bytes: a few hundred for each tensor
-MAX_OPCODES = 2**20  # of a pickle: some forty for each tensor
-MAX_AXES = 64  # of a tensor, as many as numpy knows
+# Views of one storage share its bytes in the file but not in memory: all tensors together may take this many times the
+# file's size, or this many bytes where the file is small.
+MOST_SHARED = 4
+LEAST_ROOM = 64 * 2**20
+MAX_PICKLE = 16 * 2**20  # bytes; a tensor's entry takes a few hundred
+MAX_OPCODES = 2**20  # a tensor's entry takes some forty
+MAX_AXES = 64  # NumPy's own limit
 
 STORAGES = {
     "torch DoubleStorage": np.dtype(np.float64),
@@ -61,14 +67,14 @@ def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """The tensors of a file that `torch.save` wrote from a state dict.
 
     Args:
-        path: the file; nothing in it is executed.
+        path: The file; nothing in it is executed.
 
     Returns:
-        Name -> array, in the file's order.
+        The array of each tensor by its name, in the file's order.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it isn't such a file, is damaged, or holds anything but tensors by name.
+        FileNotFoundError: There is no such file.
+        ValueError: `torch.save` didn't write the file, it is damaged, or it holds anything but tensors by name.
     """
     path = Path(path)
     if not path.exists():
@@ -80,7 +86,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
             return _Archive(archive, path.stat().st_size).tensors()
     except (zipfile.BadZipFile, EOFError, struct.error):
         raise ValueError(f"{path}: not a zip of tensors as torch.save writes since PyTorch 1.6, or cut short") from None
-    except (ValueError, OverflowError, NotImplementedError) as error:  # the last: a compression that zipfile hasn't
+    except (ValueError, OverflowError, NotImplementedError) as error:  # zipfile's, for a compression it doesn't have
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
 
 
@@ -111,7 +117,7 @@ class _Archive:
         member = self.members.get(self.root + name)
         if member is None:
             return None
-        if name not in self.read:  # one storage may be named several times, as several kinds of numbers
+        if name not in self.read:  # tensors may name one storage several times, and read it as other types of numbers
             self.read[name] = self.archive.read(member)
         return self.read[name]
 
@@ -148,7 +154,7 @@ class _Archive:
 
 
 def interpret(program: bytes, storage: Callable[[Any], np.ndarray]) -> Any:
-    """What the pickle describes, built from tables: dicts, tuples, strings, numbers and tensors, nothing else.
+    """The value that a pickle describes, built from tables: dicts, tuples, strings, numbers and tensors, nothing else.
 
     >>> import pickle
     >>> interpret(pickle.dumps({"a": (1, True)}, protocol=2), storage=lambda reference: None)
@@ -173,7 +179,16 @@ _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
 class _Machine:
-    """The stack and the memo of a pickle's program."""
+    """The stack machine that a pickle is a program for: its stack, and its memo of values to be used again.
+
+    The pickle of {"a": 1} takes these steps:
+
+        EMPTY_DICT            stack [{}]
+        BINUNICODE "a"        stack [{}, "a"]
+        BININT1 1             stack [{}, "a", 1]
+        SETITEM               stack [{"a": 1}]
+        STOP                  the result is the top of the stack
+    """
 
     def __init__(self, storage: Callable[[Any], np.ndarray]):
         self.storage = storage
@@ -218,7 +233,7 @@ class _Machine:
             self.act(name, argument)
 
     def act(self, name: str, argument: Any) -> None:
-        """The opcodes that do more than push."""
+        """Execute an opcode that uses what is on the stack or in the memo."""
         if name in ("BINPUT", "LONG_BINPUT"):
             self.memo[argument] = self.top()
         elif name in ("BINGET", "LONG_BINGET"):
@@ -233,7 +248,7 @@ class _Machine:
         elif name == "SETITEMS":
             items = self.pop_to_mark()
             _set(self.top(), items)
-        elif name == "BUILD":  # attributes of the dict: torch leaves the versions of its modules there
+        elif name == "BUILD":  # sets attributes: torch writes the versions of its modules as one of the state dict
             self.pop()
             if not isinstance(self.top(), dict):
                 raise ValueError("it sets attributes of something other than a state dict")
@@ -245,16 +260,17 @@ class _Machine:
 
 
 def _set(target: Any, items: list[Any]) -> None:
+    """Put `[key, value, key, value, ...]` into a dict."""
     if not isinstance(target, dict) or len(items) % 2:
         raise ValueError("it sets items of something other than a dict: damaged")
     for key, value in zip(items[::2], items[1::2], strict=True):
-        if not isinstance(key, str | int):
+        if not isinstance(key, str | int):  # before it is hashed: the hash of deeply nested tuples overflows the stack
             raise ValueError(f"it has a key that is no name: {_show(key)}")
         target[key] = value
 
 
 def _call(function: Any, arguments: Any) -> Any:
-    """What one of the three known functions would return."""
+    """The value that a call of one of the three known functions would return."""
     name = function.name if isinstance(function, _Global) else None
     count = len(arguments) if isinstance(arguments, tuple) else -1
     if name == ORDERED_DICT and count == 0:
@@ -267,7 +283,12 @@ def _call(function: Any, arguments: Any) -> Any:
 
 
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any) -> np.ndarray:
-    """The view of a storage that a tensor is; one that reaches beyond the storage is refused."""
+    """The view of a storage that a tensor is, as `_rebuild_tensor_v2` makes it.
+
+    A tensor of size (2, 3) with stride (3, 1) and offset 6 has the entries 6 to 11 of its storage. Sizes and strides
+    come from the file, so a view that reaches beyond its storage is refused: NumPy would read memory that isn't its
+        own.
+    """
     numbers = [offset, *size, *stride] if isinstance(size, tuple) and isinstance(stride, tuple) else [-1]
     if (
         not isinstance(storage, np.ndarray)
