@@ -83,7 +83,7 @@ def test_it_becomes_a_peft_adapter(tmp_path):
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        ({"enable_lora": None}, "adapts 2 of 3 projections: say which"),
+        ({"enable_lora": None}, "adapts 2 of 3 projections: give them"),
         ({"enable_lora": (True, False, False)}, "adapts 2 of 3 projections"),
         (
             {"names": {path: name for path, name in NAMES.items() if "query" not in path}},

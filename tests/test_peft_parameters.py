@@ -165,7 +165,7 @@ def test_other_mistakes(tmp_path):
     with pytest.raises(ValueError, match="no fused form"):
         save(tmp_path / "a", adapted(down=dora), fused=True)
     save(tmp_path / "a", params)
-    with pytest.raises(ValueError, match="target_parameters: what is in them only the model tells"):
+    with pytest.raises(ValueError, match="target_parameters given; only the model shows which kernels these are"):
         peft.updates(tmp_path / "a")
     edit(tmp_path / "a", use_dora=True)
     with pytest.raises(ValueError, match="target_parameters: not together with use_dora"):

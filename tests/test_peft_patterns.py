@@ -143,7 +143,7 @@ def test_a_pattern_without_end_is_refused_and_so_is_all_after_it(monkeypatch):
         fullmatch("(a|aa)+b?c", "a" * 60, budget)
     with pytest.raises(ValueError, match="take too long"):
         fullmatch("a.*", "abc", budget)
-    budget.allow(1000)
+    budget.add_time_for(1000)
     assert fullmatch("a.*", "abc", budget)
 
 

@@ -58,7 +58,7 @@ def test_each_use_is_changed_by_itself(tmp_path, lora, whole):
         assert same(tensors_in(tmp_path / "c"), tensors_in(tmp_path / "a"))
     else:
         with pytest.raises(
-            ValueError, match=r"doesn't say whether lm_head/kernel shares it .*combine\(base, adapter\)"
+            ValueError, match=r"doesn't show whether lm_head/kernel shares it .*combine\(base, adapter\)"
         ):
             peft.save(tmp_path / "c", lora_jax.split(again, train)[1], names=TIED)
 
@@ -75,7 +75,7 @@ def test_what_ties_keeps_one_leaf(tmp_path):
 def test_what_cannot_be_untied_is_said(tmp_path):
     peft.save(tmp_path / "a", apart({HEAD: node(HEAD, 2, 1.0)}), names=TIED)
     silent = TIED | {EMBEDDING: TIED[EMBEDDING]._replace(untied=())}
-    with pytest.raises(ValueError, match="names doesn't say where a head of its own goes"):
+    with pytest.raises(ValueError, match="names has no path for a head of its own"):
         peft.load(tmp_path / "a", base(tied=True), names=silent)
     with pytest.raises(ValueError, match=r"tokens: embed/embedding: lm_head/kernel shares it in PEFT's model"):
         peft.save(tmp_path / "b", apart({HEAD: node(HEAD, 2, 1.0)}), names=TIED, tokens={EMBEDDING: [1]})

@@ -347,7 +347,7 @@ def test_neither_part_is_read_without_the_other(llama, tmp_path):
     for name in ("a", "b", "c"):
         peft.save(tmp_path / name, params, names=llama.names)
     shutil.rmtree(tmp_path / "a" / "prefix")
-    with pytest.raises(ValueError, match=r"goes with a prefix, and prefix/adapter_model\.safetensors is missing"):
+    with pytest.raises(ValueError, match=r"has a prefix, and prefix/adapter_model\.safetensors is missing"):
         peft.load(tmp_path / "a", llama.params, names=llama.names)
     file = tmp_path / "b" / "adapter_config.json"
     fields = json.loads(file.read_text())

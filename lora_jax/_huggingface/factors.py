@@ -1,4 +1,4 @@
-"""A node as the factors of single modules, and back: a stack of layers is one node, and as many modules."""
+"""Conversion of a node to the factors of single modules, and back: a stack of layers is one node, and many modules."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -30,12 +30,12 @@ class Factors(NamedTuple):
 
 
 def factors_of(path: str, node: LoRA, tensors: Sequence[Tensor]) -> list[Factors]:
-    """The node's factors, one entry for each index of its stack that is adapted, without padded ranks.
+    """The node's factors: one entry, without padded ranks, for each index of its stack that is adapted.
 
     Args:
         path: Path of the node's kernel, for messages.
         node: The node; a stack of 3 layers has a (3, in, rank), b (3, rank, out) and scale (3,).
-        tensors: The tensors that the kernel is made of, one for each index of its stack.
+        tensors: The tensors that the kernel consists of, one for each index of its stack.
 
     Raises:
         ValueError: The axes don't fit the name, a factor isn't finite, or PEFT's format has no such magnitude.
@@ -45,7 +45,7 @@ def factors_of(path: str, node: LoRA, tensors: Sequence[Tensor]) -> list[Factors
     rank = a.shape[-1]
     found = []
     for tensor in tensors:
-        if scale[tensor.index] == 0:  # only its neighbours in the stack are adapted
+        if scale[tensor.index] == 0:  # only other indices of the stack are adapted
             continue
         check_axes(tensor, node.axes)
         # DenseGeneral's a (8, rank) and b (rank, 4, 2) become (8, rank) and (rank, 8).
@@ -60,8 +60,8 @@ def factors_of(path: str, node: LoRA, tensors: Sequence[Tensor]) -> list[Factors
         from_the_head = tensor.is_embedding and not looks_up(tensor, node.axes)
         if m_i is not None and (tensor.tied or from_the_head):
             raise ValueError(
-                f"{path}: has a magnitude for both uses of a tied embedding, or one a token; PEFT's format has one a"
-                " feature, of the look-up alone: merge it, or leave it out of the targets"
+                f"{path}: has a magnitude for both uses of a tied embedding, or for each token; PEFT's format has one"
+                " for each feature, for the look-up alone: merge it, or leave it out of the targets"
             )
         if from_the_head:  # ΔWᵀ = (a b)ᵀ = bᵀ aᵀ
             a_i, b_i = b_i.T, a_i.T
@@ -72,15 +72,15 @@ def factors_of(path: str, node: LoRA, tensors: Sequence[Tensor]) -> list[Factors
 def node_of(factors: Sequence[Factors], shape: tuple[int, ...], axes: Axes) -> LoRA:
     """The inverse of `factors_of`: the node of a kernel of this shape, float32, padded to the largest rank.
 
-    Layers without an entry get scale 0. Of a kernel (3, 8, 6) with ranks 2 and 4 in layers 0 and 2, a is (3, 8, 4):
-    layer 0 has two columns of zeros, layer 1 nothing else.
+    Layers without an entry get scale 0. For a kernel (3, 8, 6) with ranks 2 and 4 in layers 0 and 2, a is (3, 8, 4):
+    layer 0 has two columns of zeros, and layer 1 has only zeros.
     """
     stack, inputs, outputs = (tuple(shape[axis] for axis in group) for group in axes)
     rank = max(found.rank for found in factors)
     a = np.zeros((*stack, int(np.prod(inputs)), rank), np.float32)
     b = np.zeros((*stack, rank, int(np.prod(outputs))), np.float32)
     scale = np.zeros(stack, np.float32)
-    magnitude = np.zeros((*stack, int(np.prod(outputs))), np.float32)  # 0, as the factors', where no entry is for
+    magnitude = np.zeros((*stack, int(np.prod(outputs))), np.float32)  # zeros for layers without an entry
     for found in factors:
         one_a, one_b = found.a, found.b
         if found.tensor.is_embedding and not looks_up(found.tensor, axes):
@@ -101,10 +101,10 @@ def node_of(factors: Sequence[Factors], shape: tuple[int, ...], axes: Axes) -> L
 
 
 def nodes_of(factors: Sequence[Factors], leaves: Mapping[str, Any], axes: Mapping[str, Axes]) -> dict[str, LoRA]:
-    """The nodes that these factors make up, by the path of their kernel.
+    """The nodes that consist of these factors, by the path of their kernel.
 
     Args:
-        factors: Of any kernels, in any order.
+        factors: The factors of any kernels, in any order.
         leaves: The kernels by path.
         axes: The kernels' axes by path.
     """
@@ -115,5 +115,5 @@ def nodes_of(factors: Sequence[Factors], leaves: Mapping[str, Any], axes: Mappin
 
 
 def module_node(a: Any, b: Any, scale: float) -> LoRA:
-    """The node of one module by itself, from A (rank, in) and B (out, rank) as files have them."""
+    """The node of a single module, from A (rank, in) and B (out, rank) as files have them."""
     return LoRA(jnp.asarray(a.T, jnp.float32), jnp.asarray(b.T, jnp.float32), jnp.float32(scale))

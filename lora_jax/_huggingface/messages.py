@@ -1,4 +1,4 @@
-"""Faults and strangers' values as text for the one line that an error has."""
+"""Faults and untrusted values as text for an error's one line."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -16,6 +16,6 @@ def one_line(problems: Iterable[str], limit: int = 8) -> str:
 
 
 def show(value: Any) -> str:
-    """`value` as Python writes it, cut where it is long."""
+    """`value` as Python writes it, cut off after 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -1,4 +1,4 @@
-"""Where each tensor of a Hugging Face model is in our tree.
+"""The place of each tensor of a Hugging Face model in our tree.
 
 `names` maps a tree path to the tensor's name, one `{}` for each stack axis: `layers/self_attn/q_proj/kernel` is
 `model.layers.{}.self_attn.q_proj.weight`, so index 3 of the stacked leaf is `model.layers.3.self_attn.q_proj.weight`.
@@ -11,12 +11,12 @@ from typing import Any, NamedTuple, Protocol
 
 from lora_jax._axes import Axes
 
-# The linear layer that PEFT's "all-linear" leaves out; a classification head is left out where it is trained in full.
+# The linear layer that PEFT's "all-linear" leaves out. A classification head is left out only if it is trained in full.
 HEAD = "lm_head"
 
 
 class Weight(Protocol):
-    """How a leaf is spelled in a Hugging Face checkpoint: `lora_jax.models.Weight`, or anything with its fields."""
+    """The name of a leaf in a Hugging Face checkpoint: `lora_jax.models.Weight`, or anything with its fields."""
 
     @property
     def name(self) -> str: ...
@@ -35,8 +35,8 @@ class Tensor(NamedTuple):
         transpose: Whether the checkpoint has (out, in) where the tree has (in, out).
         shape: Shape of the leaf behind the stack axes.
         tied: Other modules that hold the same tensor: the output head of a model with tied embeddings.
-        held_in: Name of the parameter that holds it in transformers' model, where that isn't its own name in files: of
-            an expert's kernel, such as `model.layers.3.mlp.experts.gate_up_proj`. Otherwise empty.
+        held_in: Name of the parameter that contains it in transformers' model, where that isn't its own name in files:
+            an expert's kernel is in `model.layers.3.mlp.experts.gate_up_proj`. Otherwise empty.
     """
 
     path: str
@@ -72,7 +72,7 @@ class Tensor(NamedTuple):
         return self.shape[::-1] if self.transpose else self.shape
 
     def saved(self, part: Any) -> Any:
-        """This part of the leaf as a checkpoint has it; also the way back."""
+        """This part of the leaf as a checkpoint has it, or the checkpoint's tensor as the leaf has it."""
         return part.T if self.transpose else part
 
 
@@ -100,7 +100,7 @@ def tensors(names: Mapping[str, Weight], leaves: Mapping[str, Any]) -> dict[str,
 
 
 def modules(names: Mapping[str, Weight], table: Mapping[str, Tensor]) -> set[str]:
-    """Every module of the model; of those whose leaves aren't at hand, the one in layer 0."""
+    """The dotted name of every module; where an adapter tree lacks a stacked leaf, only the module in layer 0."""
     present = {tensor.path for tensor in table.values()}
     absent = {path: weight for path, weight in names.items() if path not in present}
     others = [name for weight in absent.values() for name in (weight.name, *getattr(weight, "tied", ()))]
@@ -109,10 +109,10 @@ def modules(names: Mapping[str, Weight], table: Mapping[str, Tensor]) -> set[str
 
 
 def axes_of(tensor: Tensor, axes: Mapping[str, Axes] | None) -> Axes:
-    """Axes of the whole leaf that `tensor` is a part of: as given, or those of a matrix behind its stack axes.
+    """Axes of the whole leaf that `tensor` is a part of: as given, or of a matrix after its stack axes.
 
     Raises:
-        ValueError: The leaf is no stack of matrices and `axes` hasn't its path, or what it has doesn't fit the name.
+        ValueError: The leaf is no stack of matrices and isn't in `axes`, or its axes don't fit its name.
     """
     depth = len(tensor.index)
     if axes is not None and tensor.path in axes:
@@ -128,19 +128,22 @@ def axes_of(tensor: Tensor, axes: Mapping[str, Axes] | None) -> Axes:
 
 
 def check_axes(tensor: Tensor, axes: Axes) -> None:
-    """Raises ValueError unless the name's `{}` are the axes' stack, in front."""
+    """Raises ValueError unless the stack axes come first, one for each `{}` of the tensor's name."""
     if axes.stack != tuple(range(len(tensor.index))):
         depth = len(tensor.index)
-        raise ValueError(f"{tensor.path}: stack axes {axes.stack}, where its name has {depth} {{}}, for the first axes")
+        raise ValueError(f"{tensor.path}: stack axes {axes.stack}, but its name has {depth} {{}}, for the first axes")
 
 
 def looks_up(tensor: Tensor, axes: Axes) -> bool:
-    """Whether `a` is on the embedding's vocabulary side, PEFT's side of A; a tied kernel may be seen from the head."""
+    """Whether `a` is on the vocabulary's side of an embedding, as PEFT's A is.
+
+    Where a tied kernel's axes were read off its use as a head, the vocabulary is its output, and `b` is on that side.
+    """
     return axes.inputs == (len(tensor.index),)
 
 
 def widths(tensor: Tensor, axes: Axes) -> tuple[int, int]:
-    """The outer dimensions of A and B in the file: how many numbers go in and come out.
+    """The numbers of inputs and outputs of a kernel: the outer dimensions of A and B in the file.
 
     A DenseGeneral kernel (8, 4, 2) with inputs (0,) and outputs (1, 2) has widths (8, 8).
     """

@@ -1,7 +1,7 @@
-"""Output heads that share the embedding's weight, and those of them that have a leaf of their own in a tree.
+"""Output heads that share the embedding's weight, and heads that have been untied: these have a leaf of their own.
 
-`names` says for a tied weight where its head goes once it has a leaf (`untied`), and the model's function uses that
-leaf where a tree has it. So a tree says by itself whether its model is tied.
+For a tied weight `names` has the path of the leaf that its head gets when it is untied (`untied`). The model's function
+uses that leaf where a tree has it, so that a tree alone shows whether its model is tied.
 """
 
 from collections.abc import Collection, Mapping
@@ -11,7 +11,7 @@ from lora_jax._huggingface.tensors import Weight
 
 
 class PartlyTied(NamedTuple):
-    """A weight of which some copies have become leaves, as its other copies are named."""
+    """The name of a tied weight after some of its copies have become leaves of their own."""
 
     name: str
     transpose: bool
@@ -33,10 +33,10 @@ def names_of(names: Mapping[str, Weight], paths: Collection[str]) -> dict[str, W
     """
     found = dict(names)
     for path, weight in names.items():
-        if apart := {own: head for own, head in heads_of(weight) if own in paths}:
-            gone = {head.name for head in apart.values()}
-            tied = tuple(name for name in getattr(weight, "tied", ()) if name not in gone)
-            rest = tuple((own, head) for own, head in heads_of(weight) if own not in apart)
+        if untied := {own: head for own, head in heads_of(weight) if own in paths}:
+            untied_names = {head.name for head in untied.values()}
+            tied = tuple(name for name in getattr(weight, "tied", ()) if name not in untied_names)
+            still_tied = tuple((own, head) for own, head in heads_of(weight) if own not in untied)
             parameter = getattr(weight, "parameter", "")
-            found |= {path: PartlyTied(weight.name, weight.transpose, tied, parameter, rest), **apart}
+            found |= {path: PartlyTied(weight.name, weight.transpose, tied, parameter, still_tied), **untied}
     return found

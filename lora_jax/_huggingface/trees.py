@@ -1,4 +1,4 @@
-"""Parameter trees as tables: nodes and leaves by path, and back."""
+"""Conversion of parameter trees to tables of nodes and leaves by path, and back."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -16,8 +16,8 @@ class Parts(NamedTuple):
     """A tree as tables by path.
 
     Attributes:
-        nodes: The factors, by the path of their kernel.
-        leaves: Every other leaf; of one that is trained in full, the value that trains.
+        nodes: The nodes, by the path of their kernel.
+        leaves: Every other leaf; for a leaf trained in full, the value that trains.
         trained: Paths of the leaves that are trained in full.
     """
 
@@ -59,8 +59,8 @@ def put(
 
     Args:
         params: The tree.
-        nodes: By the path of their kernel.
-        values: By path, for leaves that the tree has or that are in `new`.
+        nodes: The nodes, by the path of their kernel.
+        values: Values by path, for leaves that the tree has or that are in `new`.
         new: Leaves to add first, with the mappings that lead to them.
     """
     for path, leaf in (new or {}).items():
@@ -70,7 +70,7 @@ def put(
 
 
 def _with_leaf(params: Any, path: str, leaf: Any) -> Any:
-    """`params` with one leaf more, and the mappings that lead to it."""
+    """`params` with one more leaf, and with the mappings that lead to it."""
     *parents, last = path.split("/")
 
     def add(where: str, mapping: Mapping, entries: dict[Any, Any]) -> dict[Any, Any]:
@@ -90,7 +90,7 @@ def _with_leaf(params: Any, path: str, leaf: Any) -> Any:
 
 
 def filled(values: Iterable[tuple[Tensor, np.ndarray]], leaves: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Whole leaves, float32, with these tensors as parts of them, and the rest as in `leaves`."""
+    """Copies of whole leaves, float32, in which these tensors replace their parts; the rest is as in `leaves`."""
     new: dict[str, np.ndarray] = {}
     for tensor, value in values:
         if tensor.path not in new:
@@ -111,6 +111,6 @@ def kernel_shape(node: LoRA) -> tuple[int, ...]:
 
 
 def shapes(tree: Parts) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shape of each leaf, and of each kernel that an adapter tree leaves out."""
+    """The shape of each leaf, and of each kernel that isn't in an adapter tree."""
     found = {path: jax.ShapeDtypeStruct(kernel_shape(node), jnp.float32) for path, node in tree.nodes.items()}
     return found | {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in tree.leaves.items()}

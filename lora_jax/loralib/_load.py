@@ -1,4 +1,4 @@
-"""loralib's tensors as nodes: Linear, Embedding and MergedLinear."""
+"""Loading a loralib checkpoint as nodes: its layers Linear, Embedding and MergedLinear."""
 
 import math
 import os
@@ -26,29 +26,30 @@ def load(
     enable_lora: Sequence[bool] | None = None,
     axes: Mapping[str, Axes] | None = None,
 ) -> Any:
-    """The tree `params` with the adapter of a loralib checkpoint put into it.
+    """Load the adapter of a loralib checkpoint into the tree `params`.
 
     `MODULE.lora_A` (rank, in) and `MODULE.lora_B` (out, rank) become the node beside the kernel, with scale alpha/rank.
-    loralib's `MergedLinear`, one kernel that holds several projections (GPT-2's query, key and value), has factors of
-    its own for those it adapts, in groups: ΔW is block-diagonal in them, so that k groups of rank r are one node of
-    rank k·r, still with scale alpha/r. Other tensors (a classifier, biases) were trained in full and replace the leaf.
+    loralib's `MergedLinear` is one kernel with several projections (GPT-2's query, key and value). It has a group of
+    factors for each projection that it adapts, and ΔW is block-diagonal in these groups: k groups of rank r are one
+    node of rank k·r, still with scale alpha/r. Other tensors (a classifier, biases) were trained in full and replace
+    the leaf.
 
     Args:
-        path: what `torch.save(loralib.lora_state_dict(model), path)` wrote. Nothing in it is executed.
-        params: the base model's parameters, without nodes.
-        names: the Hugging Face name of each leaf, which loralib's models share: `model.names`.
+        path: The file that `torch.save(loralib.lora_state_dict(model), path)` wrote. Nothing in it is executed.
+        params: The base model's parameters, without nodes.
+        names: The Hugging Face name of each leaf, which loralib's models use too: `model.names`.
         alpha: `lora_alpha`, which isn't in the file.
-        enable_lora: which of the projections of a MergedLinear are adapted, as given to loralib; needed when the file
-            has one of which some aren't, and of no effect on one of which all are.
-        axes: how kernels that aren't plain matrices are used, from `lora_jax.kernel_axes`.
+        enable_lora: Which projections of a MergedLinear are adapted, as given to loralib. Needed where a MergedLinear
+            adapts some of its projections; ignored where it adapts all of them.
+        axes: How kernels that aren't plain matrices are used, from `lora_jax.kernel_axes`.
 
     Returns:
         `params` with nodes; factors are float32.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: alpha isn't a number; it isn't such a file, or its tensors don't fit these parameters; all faults
-            are reported together.
+        FileNotFoundError: There is no such file.
+        ValueError: alpha isn't a number; the file isn't a loralib checkpoint, or its tensors don't fit these
+            parameters. All faults are reported together.
 
     The reference: https://github.com/microsoft/LoRA (loralib 0.1.2, layers.py)
     """
@@ -66,19 +67,19 @@ def load(
             factors.append(_factors(tensor, arrays, kernel_axes[tensor.path], alpha, enable_lora))
         except ValueError as error:
             problems.append(f"{module}: {error}")
-    whole = {name: array for name, array in arrays.items() if ".lora_" not in name}
-    problems += _unfit(whole, table)
+    trained_in_full = {name: array for name, array in arrays.items() if ".lora_" not in name}
+    problems += _misfits(trained_in_full, table)
     problems += [f"{name} holds NaN or infinity" for name, array in arrays.items() if not _finite(array)]
     if not modules:
         problems.append("it holds no lora_A and lora_B")
     if problems:
         raise ValueError(f"{path}: {one_line(problems)}")
-    replaced = trees.filled(((table[name], array) for name, array in whole.items()), leaves)
+    replaced = trees.filled(((table[name], array) for name, array in trained_in_full.items()), leaves)
     return trees.put(params, nodes_of(factors, leaves, kernel_axes), replaced)
 
 
 def check_alpha(alpha: float) -> None:
-    """Refuses what would make every scale no number."""
+    """Refuses an alpha that isn't a finite number: every scale is computed from it."""
     try:
         number = math.nan if isinstance(alpha, bool | str) else float(alpha)
     except (TypeError, OverflowError):
@@ -90,7 +91,7 @@ def check_alpha(alpha: float) -> None:
 
 
 def check_enabled(enable_lora: Any) -> tuple[bool, ...] | None:
-    """What loralib takes: a flag for each projection, of which one at least is set."""
+    """Check `enable_lora`: a flag for each projection, at least one of them set; None stays None."""
     if enable_lora is None:
         return None
     flags = tuple(enable_lora) if isinstance(enable_lora, Iterable) and not isinstance(enable_lora, str) else ()
@@ -106,7 +107,9 @@ def _kernel(module: str, table: Mapping[str, Tensor]) -> Tensor:
     if tensor is None or not tensor.takes_lora:
         raise ValueError("no such kernel in this model")
     if tensor.tied:
-        raise ValueError(f"it adapts one use of a weight that {', '.join(tensor.tied)} shares (tied embeddings)")
+        raise ValueError(
+            f"it adapts one use of a weight that {', '.join(tensor.tied)} shares (tied embeddings): not supported"
+        )
     return tensor
 
 
@@ -128,7 +131,13 @@ def _factors(
 
 
 class _Blocks(NamedTuple):
-    """The groups of a MergedLinear: how many outputs each projection has, and which projections are adapted."""
+    """The groups of a MergedLinear.
+
+    Attributes:
+        width: The number of outputs of each projection.
+        outputs: The number of outputs of the kernel.
+        adapted: The numbers of the projections that are adapted.
+    """
 
     width: int
     outputs: int
@@ -136,6 +145,14 @@ class _Blocks(NamedTuple):
 
 
 def blocks_of(rows_of_a: int, shape_of_b: tuple[int, ...], outputs: int, enable_lora: Sequence[bool] | None) -> _Blocks:
+    """Find the groups of a MergedLinear from the shapes of A (k·r, in) and B (k·width, r).
+
+    GPT-2's query and value with r = 8 and 768 outputs each: A (16, 768) and B (1536, 8) in a kernel of 2304 outputs are
+    k = 2 groups of width 768, of 3 projections, so that `enable_lora` must say which two.
+
+    Raises:
+        ValueError: The shapes fit no number of groups, or `enable_lora` is missing or doesn't fit them.
+    """
     rows, rank = shape_of_b
     groups, rest = divmod(rows_of_a, rank)
     width = rows // max(groups, 1)
@@ -143,10 +160,10 @@ def blocks_of(rows_of_a: int, shape_of_b: tuple[int, ...], outputs: int, enable_
         raise ValueError(f"lora_A of {rows_of_a} rows and lora_B {shape_of_b} fit no kernel of {outputs} outputs")
     projections = outputs // width
     if groups == projections:
-        enable_lora = (True,) * projections  # whatever is said of the others
+        enable_lora = (True,) * projections  # the checkpoint's other layers may need another enable_lora
     elif enable_lora is None:
         raise ValueError(
-            f"a MergedLinear that adapts {groups} of {projections} projections: say which, as in enable_lora="
+            f"a MergedLinear that adapts {groups} of {projections} projections: give them, as in enable_lora="
             f"{(True,) * groups + (False,) * (projections - groups)}"
         )
     if len(enable_lora) != projections or sum(enable_lora) != groups:
@@ -155,7 +172,7 @@ def blocks_of(rows_of_a: int, shape_of_b: tuple[int, ...], outputs: int, enable_
 
 
 def block_diagonal(b: np.ndarray, blocks: _Blocks) -> np.ndarray:
-    """loralib's B of k groups, (k · width, rank), as b of one kernel, (k · rank, outputs)."""
+    """Convert loralib's B of k groups, (k · width, rank), into b of one kernel, (k · rank, outputs), mostly zeros."""
     rank = b.shape[1]
     whole = np.zeros((len(blocks.adapted) * rank, blocks.outputs), np.float32)
     for group, projection in enumerate(blocks.adapted):
@@ -164,9 +181,10 @@ def block_diagonal(b: np.ndarray, blocks: _Blocks) -> np.ndarray:
     return whole
 
 
-def _unfit(whole: Mapping[str, np.ndarray], table: Mapping[str, Tensor]) -> list[str]:
+def _misfits(arrays: Mapping[str, np.ndarray], table: Mapping[str, Tensor]) -> list[str]:
+    """Faults of tensors trained in full: an unknown name or another shape."""
     problems = []
-    for name, array in whole.items():
+    for name, array in arrays.items():
         if name not in table:
             problems.append(f"{name[:200]!r} is unexpected")
         elif array.shape != table[name].saved_shape:

@@ -1,4 +1,4 @@
-"""A loralib checkpoint's updates by module, without the model that they belong to."""
+"""Reading a loralib checkpoint's updates by module, without the model that they belong to."""
 
 import os
 from collections.abc import Sequence
@@ -15,16 +15,18 @@ from lora_jax.loralib._torch_zip import read
 def updates(
     path: str | os.PathLike[str], *, alpha: float, enable_lora: Sequence[bool] | None = None
 ) -> dict[str, LoRA]:
-    """The node of each module that the checkpoint changes, for looking at an adapter alone; see `peft.updates`.
+    """Read the node of each module that the checkpoint changes, to analyse the adapter without its model.
+
+    `peft.updates` does the same for an adapter in PEFT's format.
 
     Args:
-        path: what `torch.save(loralib.lora_state_dict(model), path)` wrote. Nothing in it is executed.
+        path: The file that `torch.save(loralib.lora_state_dict(model), path)` wrote. Nothing in it is executed.
         alpha: `lora_alpha`, which isn't in the file.
-        enable_lora: which of the projections of a MergedLinear are adapted; without it they count as all there are.
+        enable_lora: Which projections of a MergedLinear are adapted; without it, the adapted ones count as all of them.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: alpha isn't a number; it isn't such a file, or factors don't belong together.
+        FileNotFoundError: There is no such file.
+        ValueError: alpha isn't a number; the file isn't a loralib checkpoint, or factors don't belong together.
     """
     check_alpha(alpha)
     enable_lora = check_enabled(enable_lora)

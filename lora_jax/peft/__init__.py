@@ -1,4 +1,4 @@
-"""Adapters in PEFT's format, out and in: the folders that PEFT, transformers and vLLM read.
+"""Adapters in PEFT's format, loaded and saved: the folders that PEFT, transformers and vLLM read.
 
     params = lora_jax.peft.load("adapter", model.params, names=model.names)
     lora_jax.peft.save("adapter", params, names=model.names)

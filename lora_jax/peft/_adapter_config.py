@@ -14,9 +14,10 @@ from lora_jax.peft import _module_patterns
 from lora_jax.peft._tensor_names import PREFIX
 
 CHECKSUM = "lora_jax.sha256"  # the key of the checksum in the metadata of the tensors' file
-# PEFT's word as target_modules for an adapter without factors: it refuses to load one that targets nothing otherwise.
+# PEFT's placeholder for the target_modules of an adapter without factors; with an empty list it refuses to load one.
 NO_MODULE = "dummy-target-modules"
-# Fields that came after the first checksums were written: these are of adapters that leave them off.
+# Fields that were added after the first checksums had been written. Where one is off, the checksum leaves it out, so
+# that the checksums in older files still hold.
 _NOT_IN_OLD_CHECKSUMS = frozenset(
     {"use_dora", "lora_bias", "trainable_token_indices", "lora_jax_prefix", "target_parameters"}
 )
@@ -46,11 +47,11 @@ class AdapterConfig:
     use_dora: bool = False
     lora_bias: bool = False
     trainable_token_indices: Mapping[str, tuple[int, ...]] | tuple[int, ...] | None = None
-    lora_jax_prefix: Mapping[str, int] | None = None  # ours: the adapter goes with prefix embeddings (`_prefix`)
+    lora_jax_prefix: Mapping[str, int] | None = None  # ours: the adapter has prefix embeddings (`_prefix_folder`)
 
     @functools.cached_property
     def budget(self) -> _module_patterns.Budget:
-        """What may still be spent on matching its patterns."""
+        """The time that is left for matching this config's patterns."""
         return _module_patterns.Budget()
 
     @functools.cached_property
@@ -62,7 +63,7 @@ class AdapterConfig:
 
         Args:
             module: dotted name, without PEFT's `base_model.model.` prefix.
-            linear: the module is a linear layer other than `lm_head`: what `"all-linear"` selects.
+            linear: whether `"all-linear"` selects the module: a linear layer other than `lm_head`.
         """
         if self._named(self.exclude_modules, module):
             return False
@@ -75,7 +76,7 @@ class AdapterConfig:
         return self._named(self.target_modules, module) and self._in_layers(module)
 
     def _named(self, patterns: tuple[str, ...] | str | None, module: str) -> bool:
-        """A string is a regular expression of the whole name; a list holds names and endings of names."""
+        """Whether `patterns` name the module: a regular expression for the whole name, or a list of name endings."""
         if isinstance(patterns, str):
             return _module_patterns.fullmatch(patterns, module, self.budget)
         return any(module == name or module.endswith(f".{name}") for name in patterns or ())
@@ -92,7 +93,7 @@ class AdapterConfig:
         return self._ranks[module]
 
     def scale(self, module: str) -> float:
-        """alpha/rank, or alpha/√rank with `use_rslora` (Kalajdzievski 2023, arXiv 2312.03732)."""
+        """The scale: alpha/rank, or alpha/√rank with `use_rslora` (Kalajdzievski 2023, arXiv 2312.03732)."""
         rank = self.rank(module)
         alpha = self._by_pattern(self.alpha_pattern, module, self.lora_alpha)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
@@ -104,19 +105,24 @@ class AdapterConfig:
         return default
 
     def saves(self, module: str) -> bool:
-        """Whether `modules_to_save` holds `module` or one around it: PEFT goes by the name's ending, dot or no dot."""
+        """Whether `modules_to_save` names `module` or a module that contains it.
+
+        PEFT compares endings of names and doesn't ask for a dot before them: "head" names `lm_head` too.
+        """
         parts = module.split(".")
-        around = [".".join(parts[: n + 1]) for n in range(len(parts))]
-        return any(f"{PREFIX}{name}".endswith(saved) for name in around for saved in self.modules_to_save)
+        # For "score.dense": "score" and "score.dense".
+        containing = [".".join(parts[: n + 1]) for n in range(len(parts))]
+        return any(f"{PREFIX}{name}".endswith(saved) for name in containing for saved in self.modules_to_save)
 
 
 def checksum(config: AdapterConfig, tensors: Mapping[str, np.ndarray]) -> str:
-    """SHA-256 of all that decides what the adapter computes.
+    """SHA-256 of everything that decides what the adapter computes: the config and the tensors.
 
-    An alpha that was altered or a flipped bit in a mantissa gives another adapter that looks as good as the right one.
+    Nothing else would show that an alpha was edited or that a bit of a mantissa flipped: the adapter is still valid,
+    and computes something else.
     """
-    said = {name: value for name, value in asdict(config).items() if value or name not in _NOT_IN_OLD_CHECKSUMS}
-    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
+    fields = {name: value for name, value in asdict(config).items() if value or name not in _NOT_IN_OLD_CHECKSUMS}
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
     for name, array in sorted(tensors.items()):
         digest.update(f"{name}:{array.dtype}:{array.shape}:".encode())
         digest.update(array.tobytes())

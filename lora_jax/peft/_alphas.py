@@ -1,11 +1,14 @@
-"""Which `lora_alpha` PEFT must be given, so that it computes the scale that a module has."""
+"""The `lora_alpha` under which PEFT computes the scale that a module has."""
 
 import math
 from collections.abc import Mapping
 
 
 def alphas_of(ranks: Mapping[str, int], scales: Mapping[str, float]) -> tuple[bool, dict[str, float]]:
-    """Whether alpha is over √rank, and each module's alpha: whole numbers where one of the two conventions has them.
+    """Choose between alpha/rank and alpha/√rank, and find each module's alpha: a whole number where one gives such.
+
+    Returns:
+        `(use_rslora, alphas)`: whether the scale is alpha/√rank, and each module's alpha.
 
     >>> alphas_of({"q_proj": 4}, {"q_proj": 2.0}), alphas_of({"q_proj": 8}, {"q_proj": 16 / 8**0.5})
     ((False, {'q_proj': 8.0}), (True, {'q_proj': 16.0}))

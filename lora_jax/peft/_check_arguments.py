@@ -1,4 +1,4 @@
-"""Arguments of `load`, `save` and `updates`: the right kinds of things, or one line that says what to pass instead."""
+"""Checks of the arguments of `load`, `save` and `updates`: for a wrong one, one line that says what to pass instead."""
 
 import operator
 import os
@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 
-def of_load(folder: Any, params: Any, names: Any, axes: Any) -> Path:
+def check_load(folder: Any, params: Any, names: Any, axes: Any) -> Path:
     """Checks the arguments of `load`; returns the path of the folder."""
     path = folder_of(folder)
     check_tree(params)
@@ -19,17 +19,17 @@ def of_load(folder: Any, params: Any, names: Any, axes: Any) -> Path:
     return path
 
 
-def of_save(
-    folder: Any, params: Any, names: Any, also_train: Any, tokens: Any, **words: Any
+def check_save(
+    folder: Any, params: Any, names: Any, also_train: Any, tokens: Any, **strings: Any
 ) -> tuple[Path, dict[str, list[int]]]:
     """Checks the arguments of `save`; returns the folder's path, and row numbers by the path of their embedding."""
     path = folder_of(folder)
     check_tree(params)
     check_names(names)
     _check_patterns(also_train)
-    for name, word in words.items():
-        if word is not None and not isinstance(word, str | os.PathLike):
-            raise ValueError(f"{name}: {show(word)} given, expected a string")
+    for name, value in strings.items():
+        if value is not None and not isinstance(value, str | os.PathLike):
+            raise ValueError(f"{name}: {show(value)} given, expected a string")
     return path, rows_of(tokens)
 
 
@@ -46,7 +46,7 @@ def folder_of(folder: Any) -> Path:
 
 
 def check_tree(params: Any) -> None:
-    """Raises ValueError for anything that is no tree with leaves in it, such as the model that has one."""
+    """Raises ValueError for anything but a tree with leaves in it, such as a model, whose `params` are such a tree."""
     if params is None or callable(params) or jax.tree_util.all_leaves([params]):
         hint = ": give its params" if hasattr(params, "params") else ""
         raise ValueError(f"params: {show(params)} given, expected a tree of parameters{hint}")
@@ -70,10 +70,10 @@ def _check_patterns(also_train: Any) -> None:
 
 
 def rows_of(tokens: Any) -> dict[str, list[int]]:
-    """Row numbers by the path of their embedding.
+    """Row numbers by the path of their embedding, as Python integers.
 
     Raises:
-        ValueError: they are none.
+        ValueError: `tokens` isn't a mapping, or one of its values isn't a list of whole numbers.
     """
     if tokens is not None and not isinstance(tokens, Mapping):
         raise ValueError(f"tokens: {show(tokens)} given, expected row numbers by the path of their embedding")
@@ -87,7 +87,7 @@ def rows_of(tokens: Any) -> dict[str, list[int]]:
 
 
 def show(value: Any) -> str:
-    """What was given, in a few words.
+    """A short text for a value that was given.
 
     >>> show(["a"]), show(None), show(int)
     ("['a']", 'None', 'int')

@@ -1,4 +1,4 @@
-"""The file of an adapter's tensors against the table of those expected: names, shapes and dtypes, and then values."""
+"""Checks of an adapter's file against the table of expected tensors: names, shapes and dtypes first, then values."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -16,21 +16,24 @@ from lora_jax.peft.adapter_folder import Misfit
 def read(
     file: TensorsFile, expected: Expected, config: AdapterConfig, leaves: Mapping[str, Any]
 ) -> dict[str, np.ndarray]:
-    """The array of each expected tensor by PEFT's name, float64 as float32.
+    """Read the expected tensors, and refuse a file that has anything wrong with it.
 
     Args:
         file: The open file; no array is read before all names, shapes and dtypes are right.
-        expected: The table of what it must hold.
-        config: The adapter's, which the file's checksum covers too.
+        expected: The table of the tensors that it must hold.
+        config: The adapter's config, which the file's checksum covers too.
         leaves: The base's leaves by path: copies of them may be in the file.
+
+    Returns:
+        The array of each expected tensor by PEFT's name, float64 as float32.
 
     Raises:
         Misfit: Tensors are missing, unexpected, misshapen or of a wrong dtype; all of them in one line.
         ValueError: Values aren't finite, aren't what was saved, or contradict one another.
     """
-    known = {name: _known(name, expected) for name in file.header}
-    bare = config.lora_jax_prefix is not None and not expected.slots and not file.header  # the prefix is all of it
-    if wrong := _misfits(file, expected, known, bare):
+    known = {name: _expected_name(name, expected) for name in file.header}
+    prefix_only = config.lora_jax_prefix is not None and not expected.slots and not file.header
+    if wrong := _misfits(file, expected, known, prefix_only):
         raise Misfit(one_line(wrong))
     stored = file.arrays()
     problems = [f"{name} holds NaN or infinity" for name, array in stored.items() if not is_finite(array)]
@@ -47,15 +50,16 @@ def read(
     return arrays
 
 
-def _known(name: str, expected: Expected) -> str:
-    """PEFT's name of the tensor that the file has under `name`: the same, where it is in the table."""
+def _expected_name(name: str, expected: Expected) -> str:
+    """The table's name of a tensor of the file: `q.lora_A.weight` for `q.lora_A.default.weight`."""
     if name in expected.slots or name in expected.copies:
         return name
     other = peft_name(name)
     return other if other in expected.slots else name
 
 
-def _misfits(file: TensorsFile, expected: Expected, known: Mapping[str, str], bare: bool) -> list[str]:
+def _misfits(file: TensorsFile, expected: Expected, known: Mapping[str, str], prefix_only: bool) -> list[str]:
+    """Faults of names, shapes and dtypes; with `prefix_only` a file without any tensor is right."""
     there = {known[name] for name in file.header if not is_original(name)}
     problems = [f"{name} is missing" for name in expected.slots if name not in there]
     for name, (dtype, shape) in file.header.items():
@@ -66,7 +70,7 @@ def _misfits(file: TensorsFile, expected: Expected, known: Mapping[str, str], ba
             problems.append(f"{name} has shape {shape} in the file, {slot.shape} expected")
         elif wrong := wrong_dtype(dtype):
             problems.append(f"{name} is {wrong}")
-    if not expected.slots.keys() & there and not bare:
+    if not expected.slots.keys() & there and not prefix_only:
         problems.insert(0, "not one tensor of this model is in it: it is an adapter for another model")
     return problems
 
@@ -74,24 +78,23 @@ def _misfits(file: TensorsFile, expected: Expected, known: Mapping[str, str], ba
 def _by_peft_name(
     stored: Mapping[str, np.ndarray], known: Mapping[str, str]
 ) -> tuple[dict[str, np.ndarray], list[str]]:
-    """The arrays by PEFT's names; the faults where one tensor is there under two names and differs."""
+    """The arrays by PEFT's names; and the faults: a tensor that the file has under two names, with different values."""
     arrays: dict[str, np.ndarray] = {}
-    under: dict[str, str] = {}
+    first: dict[str, str] = {}  # the file's first name of each tensor
     problems = []
     for name, array in stored.items():
         if is_original(name):
             continue
         if array.dtype == np.float64:  # as wide as factors and trained leaves are here and in PEFT
             array = array.astype(np.float32)
-        called = known[name]
-        if not np.array_equal(arrays.setdefault(called, array), array):
-            problems.append(f"{under[called]} and {name} are one tensor, and differ")
-        under.setdefault(called, name)
+        if not np.array_equal(arrays.setdefault(known[name], array), array):
+            problems.append(f"{first[known[name]]} and {name} are one tensor, and differ")
+        first.setdefault(known[name], name)
     return arrays, problems
 
 
 def _contradictions(arrays: Mapping[str, np.ndarray], expected: Expected) -> Iterator[str]:
-    """Faults of tensors that are one parameter here: modules that share a leaf, and tied heads' factors."""
+    """Faults of tensors that are one parameter in our tree: modules that share a leaf, and factors of tied heads."""
     first: dict[TrainedLeaf, str] = {}
     for name, slot in expected.slots.items():
         if isinstance(slot.goes_to, TrainedLeaf):
@@ -102,14 +105,13 @@ def _contradictions(arrays: Mapping[str, np.ndarray], expected: Expected) -> Ite
     for name, slot in expected.slots.items():
         if isinstance(slot.goes_to, AdaptedModule) and slot.goes_to.tensor.tied:
             names.setdefault(slot.goes_to, {})[slot.part] = name
-    for module, of in names.items():
+    for module, by_part in names.items():
+        a, b = arrays[by_part["A"]], arrays[by_part["B"]]
         for head in module.tensor.tied:
             head_a, head_b = head_factor_names(head)
             # ΔWᵀ = Aᵀ Bᵀ: the head's A is the embedding's Bᵀ, its B the Aᵀ.
-            if not (
-                np.array_equal(arrays[head_a], arrays[of["B"]].T) and np.array_equal(arrays[head_b], arrays[of["A"]].T)
-            ):
-                yield f"{head_a} and {head_b} are not those of {module.tensor.module}, which shares the weight"
+            if not (np.array_equal(arrays[head_a], b.T) and np.array_equal(arrays[head_b], a.T)):
+                yield f"{head_a} and {head_b} are not the factors of {module.tensor.module}, which shares the weight"
 
 
 def _refuse(problems: list[str]) -> None:
@@ -118,7 +120,7 @@ def _refuse(problems: list[str]) -> None:
 
 
 def _same(array: np.ndarray, slot: Slot, leaves: Mapping[str, Any]) -> bool:
-    """Whether it is the base's own."""
+    """Whether an array of the file is the base's own tensor, in the array's dtype."""
     assert isinstance(slot.goes_to, TrainedLeaf)
     tensor = slot.goes_to.tensor
     base = np.asarray(leaves[tensor.path])[tensor.index]

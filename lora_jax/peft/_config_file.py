@@ -20,9 +20,9 @@ from lora_jax.peft._adapter_config import AdapterConfig
 
 CONFIG_FILE = "adapter_config.json"
 MAX_BYTES = 16 * 2**20
-MAX_RANK = 65_536  # what an embedding of a large vocabulary could hold; the tensors bound it much tighter
+MAX_RANK = 65_536  # above the full rank of any kernel; the shapes of the tensors bound it much tighter
 
-# Describe training or origin; what they say doesn't change the function that the saved tensors compute.
+# These fields describe training or origin; none changes the function that the saved tensors compute.
 DESCRIPTIVE = frozenset(
     {
         "auto_mapping",
@@ -39,17 +39,17 @@ DESCRIPTIVE = frozenset(
         "task_type",
     }
 )
-# Initialisations that leave the base as it was, and those that edit it (pissa_niter_N too).
+# Initialisations that leave the base weights as they were, and prefixes of those that edit them (pissa_niter_16 too).
 KEEPS_BASE = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 EDITS_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def read(folder: Path) -> AdapterConfig:
-    """Reads `folder`'s config.
+    """Reads the config in `folder`.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: it isn't JSON, or says something that isn't supported; all such fields are named in one line.
+        FileNotFoundError: There is none.
+        ValueError: It isn't JSON, or has fields that aren't supported; all of them are named in one line.
     """
     path = folder / CONFIG_FILE
     if not path.is_file():
@@ -58,10 +58,10 @@ def read(folder: Path) -> AdapterConfig:
 
 
 def read_json(path: Path) -> Any:
-    """What a config's file holds, whatever it says.
+    """Reads the JSON value of a config's file; its fields aren't checked.
 
     Raises:
-        ValueError: it is too large, a Git LFS pointer, isn't JSON, has a key twice or a number that isn't one.
+        ValueError: The file is too large or a Git LFS pointer, isn't JSON, or has a key twice, NaN or Infinity.
     """
     if (size := path.stat().st_size) > MAX_BYTES:
         raise ValueError(f"{path}: {size} bytes is no adapter config; at most {MAX_BYTES} are read")
@@ -86,7 +86,7 @@ def _no_constant(name: str) -> float:
 
 
 def parse(fields: Any, where: str) -> AdapterConfig:
-    """The config that `fields` (parsed JSON) say; `where` opens the message of a ValueError."""
+    """The config that `fields` (parsed JSON) describe; the message of a ValueError begins with `where`."""
     if not isinstance(fields, dict):
         raise ValueError(f"{where}: expected a JSON object, found {type(fields).__name__}")
     if fields.get("peft_type") != "LORA":
@@ -97,7 +97,7 @@ def parse(fields: Any, where: str) -> AdapterConfig:
             if name in _FIELDS:
                 known[name] = _FIELDS[name](value)
             elif name == "init_lora_weights":
-                _initial(value)
+                _check_initialisation(value)
             elif name not in DESCRIPTIVE and value not in (None, False, {}, [], ""):
                 raise ValueError("is not supported")
         except ValueError as error:
@@ -112,7 +112,7 @@ def parse(fields: Any, where: str) -> AdapterConfig:
 
 
 def to_json(config: AdapterConfig, **descriptive: Any) -> str:
-    """PEFT's spelling of `config`; `descriptive` are fields such as `base_model_name_or_path` and `task_type`."""
+    """`config` as the text of PEFT's file, with descriptive fields such as `base_model_name_or_path`."""
     fields: dict[str, Any] = {
         "peft_type": "LORA",
         "inference_mode": True,
@@ -125,17 +125,18 @@ def to_json(config: AdapterConfig, **descriptive: Any) -> str:
     fields["alpha_pattern"] = {pattern: _whole(alpha) for pattern, alpha in config.alpha_pattern.items()}
     for name in ("layers_pattern", "modules_to_save", "target_parameters"):
         fields[name] = fields[name] or None
-    if config.lora_jax_prefix is None:  # PEFT warns of a field that it doesn't know, as it should where there is one
+    if config.lora_jax_prefix is None:  # PEFT warns of fields that it doesn't know: it should where it lacks a prefix
         del fields["lora_jax_prefix"]
     return _disk.to_json(fields, indent=2, sort_keys=True) + "\n"
 
 
 def _whole(number: float) -> float:
-    """5.0 as 5: some readers insist on whole numbers."""
+    """The number as an int where it is whole, 5.0 as 5: some readers insist on an int."""
     return int(number) if number == int(number) else number
 
 
-def _initial(value: Any) -> None:
+def _check_initialisation(value: Any) -> None:
+    """Refuses an `init_lora_weights` that edits the base weights, or that isn't known to leave them alone."""
     name = value.lower() if isinstance(value, str) else value  # as PEFT reads some of them
     if isinstance(name, str) and name.startswith(EDITS_BASE):
         raise ValueError("edits the base weights, which aren't here")
@@ -181,7 +182,7 @@ def _names(value: Any) -> tuple[str, ...]:
 
 
 def _patterned(value: Any) -> tuple[str, ...] | str | None:
-    """A regular expression, or a list of names; a pattern is tried once, so that its faults are found here."""
+    """A regular expression or a list of names; an expression is compiled once, so that its faults are found here."""
     if isinstance(value, str):
         _module_patterns.check([value])
         return value
@@ -210,7 +211,7 @@ def _layers_pattern(value: Any) -> tuple[str, ...]:
 
 
 def _tokens(value: Any) -> dict[str, tuple[int, ...]] | tuple[int, ...] | None:
-    """Rows of the input embedding, or of embeddings by name."""
+    """Row numbers of the input embedding, or row numbers by the name of an embedding."""
     if isinstance(value, dict):
         if not value:
             return None

@@ -1,4 +1,4 @@
-"""The config under which PEFT reads what is saved as the same function: ranks, alphas, and who is named by which."""
+"""The config under which PEFT reads the saved tensors as the same function: ranks, alphas, and names of modules."""
 
 import re
 from collections import Counter
@@ -12,14 +12,15 @@ from lora_jax.peft._tensor_names import PREFIX
 
 
 def config_of(saved: Collected) -> AdapterConfig:
-    """The config under which PEFT gives each module and parameter its rank and scale, and names nothing else."""
+    """The config under which PEFT gives each saved module and parameter its rank and scale, and adapts nothing else."""
     factors, parameters = saved.factors, saved.parameters
     ranks = {found.tensor.module: found.rank for found in factors} | {it.parameter.name: it.rank for it in parameters}
     scales = {found.tensor.module: found.scale for found in factors} | {
         it.parameter.name: it.scale for it in parameters
     }
     stabilized, alphas = alphas_of(ranks, scales)
-    # PEFT makes parameters of experts' entries by `r` and `lora_alpha`, whatever patterns say: theirs, where there are.
+    # PEFT fuses entries of experts with `r` and `lora_alpha`, whatever the patterns say. So where there are experts,
+    # `r` and `lora_alpha` are the experts', and patterns name the other modules.
     experts = [found.tensor.module for found in factors if found.tensor.held_in]
     r = _most_common((ranks[module] for module in experts or ranks), AdapterConfig.r)
     alpha = _most_common((alphas[module] for module in experts or alphas), AdapterConfig.lora_alpha)
@@ -50,6 +51,7 @@ def _most_common(values: Iterable[Any], default: Any) -> Any:
 
 def _targets(adapted: set[str], modules: set[str]) -> tuple[str, ...]:
     """The shortest endings of names that select `adapted` out of `modules`: `q_proj`, or full names for some layers."""
+    # PEFT compares endings with containers such as `layers.0.attn` too, and refuses to adapt one.
     everything = modules | {
         ".".join(parts[:n]) for parts in (m.split(".") for m in modules) for n in range(1, len(parts))
     }
@@ -72,11 +74,15 @@ def _targets(adapted: set[str], modules: set[str]) -> tuple[str, ...]:
 
 
 def _pattern(module: str, modules: Iterable[str]) -> str:
-    """A pattern that names `module` and no other: PEFT takes the first that fits, in an order that saving changes."""
+    """A pattern that names `module` and no other of `modules`.
+
+    PEFT takes the first pattern that fits, and saving may change their order: with two that fit, the rank would depend
+    on it.
+    """
     readable = re.compile(rf"(?:.*\.)?(?:{module})")
     return module if sum(readable.fullmatch(other) is not None for other in modules) == 1 else f"^{re.escape(module)}"
 
 
 def _saved_name(module: str, modules: set[str]) -> str:
-    """PEFT looks for names that end in this, dot or no dot before it."""
+    """The name of `module` in `modules_to_save`: PEFT selects every name that ends in it, after a dot or not."""
     return module if sum(other.endswith(module) for other in modules) <= 1 else PREFIX + module

@@ -1,7 +1,7 @@
-"""What an adapter's file must hold for this model: each tensor by name, its shape, and where it goes in the tree.
+"""The table of the tensors that an adapter's file must hold for this model: name, shape, and place in the tree.
 
-Loading has three steps, each with one table: the expected tensors (here), the file against them (`_check_tensors`), and
-the arrays into the tree (`_place`).
+Loading has three steps, each with one table: find the expected tensors (here), check the file against them
+(`_check_tensors`), and put the arrays into the tree (`_place`).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,9 +22,9 @@ class AdaptedModule:
     """A module that gets factors: a part of the node beside its kernel.
 
     Attributes:
-        tensor: The kernel, or the part of it that the module is.
+        tensor: The kernel, or the part of a stacked kernel that belongs to the module.
         scale: alpha/r, or alpha/√r.
-        bias: The module's own bias, which takes up the bias of B; None without one.
+        bias: The module's own bias, to which the bias of B is added; None where B has no bias.
     """
 
     tensor: Tensor
@@ -49,7 +49,7 @@ class TrainedLeaf:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class TrainedRows:
-    """An embedding of which these rows were trained."""
+    """An embedding, and its rows that were trained."""
 
     tensor: Tensor
     rows: tuple[int, ...]
@@ -63,8 +63,8 @@ class Slot(NamedTuple):
 
     Attributes:
         shape: Shape of the tensor in the file.
-        goes_to: What it is a part of; two tensors of one thing have the very same destination.
-        part: Which part of that it is.
+        goes_to: Where it belongs in the tree; A and B of one module have the very same destination object.
+        part: Which part of its destination it is.
     """
 
     shape: tuple[int, ...]
@@ -73,7 +73,7 @@ class Slot(NamedTuple):
 
 
 class Expected(NamedTuple):
-    """The table.
+    """The table of expected tensors.
 
     With r=2 and `target_modules=["query"]`, a kernel `layers/query/kernel` (3, 8, 6) has six rows, two for each layer:
 
@@ -82,8 +82,8 @@ class Expected(NamedTuple):
 
     Attributes:
         slots: The tensors that the file must hold, by PEFT's names.
-        copies: The base's own tensors, of which PEFT adds some (embeddings, where they are adapted). They are harmless
-            if they are this base's.
+        copies: The base's own tensors by name. PEFT writes some of them too (embeddings, where they are adapted), which
+            is harmless where their values are this base's.
         axes: The axes of each kernel that gets a node, by its path.
     """
 
@@ -96,14 +96,14 @@ def expected(config: AdapterConfig, table: Mapping[str, Tensor], axes: Mapping[s
     """The tensors that the config and the model together call for.
 
     Args:
-        config: The adapter's.
+        config: The adapter's config.
         table: The model's tensors by name.
         axes: How kernels that aren't plain matrices are used.
 
     Raises:
-        ValueError: The config names nothing of this model, or one thing in two ways.
+        ValueError: The config names no parameter or embedding of this model, or one kernel in two ways.
     """
-    config.budget.allow(len(table))
+    config.budget.add_time_for(len(table))
     adapted = [
         tensor
         for tensor in table.values()
@@ -143,7 +143,7 @@ def _trained_in_full(
         names: list[str] = []
         if _selected(tensor, config.saves):
             names = _tensor_names.trained_names(tensor)
-            if tensor.parameter == "bias":  # one that two modules share is saved with the one that was trained
+            if tensor.parameter == "bias":  # where two modules share one, PEFT saves it with the trained module alone
                 saved = [config.saves(module) for module in tensor.modules]
                 names = [name for name, is_saved in zip(names, saved, strict=True) if is_saved]
         elif tensor.parameter == "bias" and tensor.module in adapted and config.bias != "none":
@@ -155,7 +155,7 @@ def _trained_in_full(
 
 
 def _rows(config: AdapterConfig, table: Mapping[str, Tensor], adapted: Sequence[Tensor]) -> Iterator[tuple[str, Slot]]:
-    found = _token_rows.of(config, table)
+    found = _token_rows.named_rows(config, table)
     modules = {tensor.module for tensor in adapted}
     if clash := [tensor.module for tensor, _ in found if tensor.module in modules]:
         raise ValueError(f"trainable_token_indices: {clash[0]} is adapted as well")
@@ -166,12 +166,12 @@ def _rows(config: AdapterConfig, table: Mapping[str, Tensor], adapted: Sequence[
 
 
 def _biases(table: Mapping[str, Tensor], adapted: Sequence[Tensor]) -> dict[str, Tensor]:
-    """The bias that takes up each B's: y + scale · bias_B is a change of the module's own."""
+    """The bias to which each module's bias of B is added: y + scale · bias_B is the module with another bias."""
     own = {tensor.module: tensor for tensor in table.values() if tensor.parameter == "bias"}
     lacking = [tensor.module for tensor in adapted if tensor.module not in own]
     if lacking:
         raise ValueError(
-            f"lora_bias: {lacking[0]} has no bias of its own to take up that of B ({len(lacking)} such modules); "
+            f"lora_bias: {lacking[0]} has no bias to which the bias of B can be added ({len(lacking)} such modules); "
             "PEFT can't merge it either"
         )
     return own

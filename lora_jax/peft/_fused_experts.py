@@ -1,8 +1,11 @@
 """Parameters that PEFT adapts by name, `target_parameters`: kernels of experts that transformers 5 has fused.
 
-There one parameter holds the experts of a layer, (E, out, in), and gate's and up's are one behind the other in its
-outputs. PEFT's factors of it are A (E·r, in), expert by expert, and B (out, r·E), in which the experts of each
-component stand together. So gate and up share an A there; here every kernel has factors of its own.
+In transformers one parameter holds all experts of a layer, (E, out, in), and its outputs are those of gate followed by
+those of up. PEFT gives it one A and one B for all experts, which gate and up share. Here every kernel has factors of
+its own. With E = 2 experts and r = 2 components, the rows of A and the columns of B are in these orders:
+
+    A (E·r, in)    expert 0 component 0,  expert 0 component 1,  expert 1 component 0,  expert 1 component 1
+    B (out, r·E)   component 0 expert 0,  component 0 expert 1,  component 1 expert 0,  component 1 expert 1
 """
 
 import itertools
@@ -21,8 +24,8 @@ class Parameter(NamedTuple):
     """One parameter of transformers' model.
 
     Attributes:
-        name: dotted, such as `model.layers.3.mlp.experts.gate_up_proj`.
-        parts: the kernels that follow one another in its outputs, each as the tensors of its experts. A plain matrix is
+        name: Its dotted name, such as `model.layers.3.mlp.experts.gate_up_proj`.
+        parts: The kernels that follow one another in its outputs, each as the tensors of its experts. A plain matrix is
             one part of one tensor.
     """
 
@@ -39,7 +42,7 @@ class Parameter(NamedTuple):
 
     @property
     def widths(self) -> list[int]:
-        """The outputs of each part."""
+        """The number of outputs of each part."""
         return [part[0].shape[1] for part in self.parts]
 
 
@@ -57,7 +60,7 @@ class Fused(NamedTuple):
 
 
 def parameters(table: Mapping[str, Tensor]) -> dict[str, Parameter]:
-    """The parameters that hold the model's matrices, by name; those of one module in the order in which it has them.
+    """The parameters that hold the model's matrices, by name; parameters of one module are in the module's order.
 
     `experts.gate_up_proj` of layer 0 has the parts ((gate of expert 0, of 1, ...), (up of expert 0, of 1, ...)).
     """
@@ -73,7 +76,7 @@ def targeted(config: AdapterConfig, table: Mapping[str, Tensor]) -> list[Paramet
     """The parameters that `target_parameters` names, by whole names or endings of them.
 
     Raises:
-        ValueError: It names nothing of this model, or comes with an option that PEFT hasn't for parameters.
+        ValueError: It names no parameter of this model, or another option is set that PEFT lacks for parameters.
     """
     endings = config.target_parameters
     if not endings:
@@ -89,9 +92,10 @@ def targeted(config: AdapterConfig, table: Mapping[str, Tensor]) -> list[Paramet
 
 
 def factor_names(adapted: Iterable[Parameter]) -> dict[str, tuple[str, str]]:
-    """The names of A and B in the file, by the parameter's.
+    """The names of A and B in the file, by the name of the parameter.
 
-    PEFT wraps a module once for each of its parameters: the last is outermost, and each before it one layer deeper.
+    PEFT wraps a module once for each of its parameters. The wrapper of the last one is outermost, and each parameter
+    before it is one `base_layer` deeper.
     """
     found = {}
     modules: dict[str, list[str]] = {}
@@ -99,7 +103,7 @@ def factor_names(adapted: Iterable[Parameter]) -> dict[str, tuple[str, str]]:
         modules.setdefault(parameter.name.rpartition(".")[0], []).append(parameter.name)
     for module, of_module in modules.items():
         for depth, name in enumerate(reversed(of_module)):
-            # Of gate_up_proj and down_proj: experts.base_layer.lora_A.weight and experts.lora_A.weight.
+            # gate_up_proj has experts.base_layer.lora_A.weight, and down_proj, the last, experts.lora_A.weight.
             found[name] = linear_factor_names(PREFIX + module + depth * ".base_layer")
     return found
 
@@ -113,17 +117,20 @@ def shapes(parameter: Parameter, rank: int) -> tuple[tuple[int, int], tuple[int,
 def split(parameter: Parameter, a: np.ndarray, b: np.ndarray, scale: float) -> list[Factors]:
     """The factors of the kernels in a parameter, from A and B as files have them.
 
-    A component whose B is zero in one part and not in another is the other's alone: gate and up may have their own.
+    A component whose B is zero in gate and not in up belongs to up alone, and the other way round: this is how `fuse`
+    writes kernels with different A.
     """
     count = len(parameter.parts[0])
-    a = a.reshape(count, -1, a.shape[1])  # E, rank, in
-    b = b.reshape(b.shape[0], -1, count).transpose(2, 1, 0)  # E, rank, out
-    of_parts = np.split(b, np.cumsum(parameter.widths)[:-1], axis=2)
-    used = np.array([np.any(part != 0, axis=(0, 2)) for part in of_parts])
+    a = a.reshape(count, -1, a.shape[1])  # [E·r, in] -> [E, r, in]
+    b = b.reshape(b.shape[0], -1, count).transpose(2, 1, 0)  # [out, r·E] -> [out, r, E] -> [E, r, out]
+    b_of_parts = np.split(b, np.cumsum(parameter.widths)[:-1], axis=2)
+    used = np.array([np.any(part != 0, axis=(0, 2)) for part in b_of_parts])  # [parts, r]
+    # A component that no part uses has B = 0 everywhere, as after init; it stays in every part, and can still train.
+    used |= ~used.any(0)
     found = []
-    for tensors, part, own in zip(parameter.parts, of_parts, used | ~used.any(0), strict=True):
+    for tensors, part, own in zip(parameter.parts, b_of_parts, used, strict=True):
         for e, tensor in enumerate(tensors):
-            if a[e, own].any() or part[e, own].any():  # else an expert without an adapter
+            if a[e, own].any() or part[e, own].any():  # otherwise padding: this expert has no adapter
                 found.append(Factors(tensor, a[e, own].T, part[e, own], scale))
     return found
 
@@ -131,16 +138,20 @@ def split(parameter: Parameter, a: np.ndarray, b: np.ndarray, scale: float) -> l
 def fused(
     factors: Sequence[Factors], names: Mapping[str, Weight], table: Mapping[str, Tensor], *, always: bool
 ) -> list[Fused]:
-    """The experts' factors as those of parameters: where PEFT would read one entry an expert wrong, or `always`.
+    """The factors of experts, as factors of parameters; empty where one entry for each expert is as good.
 
-    PEFT makes parameters of such entries itself, with `r` and `lora_alpha` for all of them: all must be there, of one
-    rank and one alpha/r. With alpha over √r it would give gate and up √2 times their scale: that calls for `always`.
-    For parameters it has no DoRA, so that the entries are all that can be written.
+    PEFT fuses such entries itself when it loads them, with `r` and `lora_alpha` for all. That is right only where every
+    expert has an entry and all have one rank and one alpha/r. With alpha/√r PEFT would give gate and up √2 times their
+    scale, which is what `always` is for. PEFT has no DoRA for parameters, so that magnitudes keep one entry each.
+
+    Raises:
+        ValueError: Kernels have different scales, or a kernel that shares a parameter with them isn't in `table`.
     """
     held = {path: name for path, weight in names.items() if (name := getattr(weight, "parameter", ""))}
     own = {found.tensor.module: found for found in factors if found.tensor.path in held}
     if not own or any(found.magnitude is not None for found in own.values()):
         return []
+    # Adapting gate alone touches gate_up_proj, so that up must be there too, with or without an adapter.
     touched = {held[found.tensor.path] for found in own.values()}
     paths = {path for path, parameter in held.items() if parameter in touched}
     there = {tensor.module for tensor in table.values() if tensor.path in paths}
@@ -149,18 +160,22 @@ def fused(
     if alike and own.keys() == there and not absent and not always:
         return []
     if absent:
-        raise ValueError(f"{absent[0]} is in one parameter with what is adapted: pass the whole tree, base included")
+        raise ValueError(f"{absent[0]} shares a parameter with an adapted kernel: pass the whole tree, base included")
     return [it for it in (fuse(parameter, own) for parameter in parameters(table).values()) if it is not None]
 
 
 def fuse(parameter: Parameter, factors: Mapping[str, Factors]) -> Fused | None:
-    """The inverse of `split`, from factors by module; None where none is of this parameter.
+    """The inverse of `split`, from factors by module; None where no kernel of this parameter has any.
 
-    Kernels of different A have their components one behind the other, and B is block-diagonal in them. Experts of lower
-    rank, or without an adapter, are padded.
+    Where gate and up have different A, the components of gate come first and then those of up, and B is block-diagonal:
+
+        a [E, in, r_gate + r_up],   b = [b_gate    0  ]   [E, r_gate + r_up, out_gate + out_up]
+                                        [  0     b_up ]
+
+    Experts of lower rank, or without an adapter, are padded with zeros.
 
     Raises:
-        ValueError: the kernels have different scales.
+        ValueError: The kernels have different scales.
     """
     own = [[factors.get(tensor.module) for tensor in part] for part in parameter.parts]
     scales = sorted({found.scale for found in itertools.chain(*own) if found is not None})
@@ -168,12 +183,12 @@ def fuse(parameter: Parameter, factors: Mapping[str, Factors]) -> Fused | None:
         return None
     if len(scales) > 1:
         raise ValueError(
-            f"{parameter.name}: scales from {scales[0]:g} to {scales[-1]:g} in one layer's experts, of which PEFT has "
-            "one: give them one rank and alpha, or save with portable=True, which folds scales into B"
+            f"{parameter.name}: scales from {scales[0]:g} to {scales[-1]:g} in one layer's experts, where PEFT has one"
+            " scale for all: give them one rank and alpha, or save with portable=True, which folds scales into B"
         )
     blocks = [_padded(part, width, parameter.inputs) for part, width in zip(own, parameter.widths, strict=True)]
     first = blocks[0][0]
-    if all(np.array_equal(a, first) for a, _ in blocks):
+    if all(np.array_equal(a, first) for a, _ in blocks):  # as PEFT trains them: one A, and the outputs side by side
         return Fused(parameter, first, np.concatenate([b for _, b in blocks], axis=2), scales[0])
     a = np.concatenate([a for a, _ in blocks], axis=2)
     b = np.zeros((len(a), a.shape[2], sum(parameter.widths)), a.dtype)
@@ -185,7 +200,7 @@ def fuse(parameter: Parameter, factors: Mapping[str, Factors]) -> Fused | None:
 
 
 def _padded(part: Sequence[Factors | None], outputs: int, inputs: int) -> tuple[np.ndarray, np.ndarray]:
-    """The experts' factors of one kernel, (E, in, rank) and (E, rank, out)."""
+    """The factors of one kernel's experts, [E, in, rank] and [E, rank, out], with zeros for experts of lower rank."""
     there = [found for found in part if found is not None]
     rank = max((found.rank for found in there), default=0)
     dtype = there[0].a.dtype if there else np.dtype(np.float32)
@@ -201,6 +216,7 @@ def tensors(fused: Sequence[Fused]) -> dict[str, np.ndarray]:
     names, found = factor_names(it.parameter for it in fused), {}
     for it in fused:
         name_a, name_b = names[it.parameter.name]
+        # a [E, in, r] -> [E, r, in] -> A [E·r, in], and b [E, r, out] -> [out, r, E] -> B [out, r·E]
         found[name_a] = np.ascontiguousarray(it.a.transpose(0, 2, 1).reshape(-1, it.a.shape[1]))
         found[name_b] = np.ascontiguousarray(it.b.transpose(2, 1, 0).reshape(it.b.shape[2], -1))
     return found

@@ -1,4 +1,4 @@
-"""An adapter read from PEFT's format, strictly: what is expected, whether the file has it, and where it goes."""
+"""Loading an adapter in PEFT's format, strictly: find the expected tensors, check the file, fill the tree."""
 
 import os
 from collections.abc import Mapping
@@ -22,14 +22,15 @@ def load(
     names: Mapping[str, Weight],
     axes: Mapping[str, Axes] | None = None,
 ) -> Any:
-    """The tree `params` with the adapter in `folder` put into it.
+    """Load the adapter in `folder` into the tree `params`.
 
     Every adapted module becomes a part of the node beside its kernel: `a = lora_Aᵀ`, `b = lora_Bᵀ`, scale = alpha/r.
-    Layers of a stacked leaf may differ in rank (padded with zeros) and alpha; those that the adapter leaves alone get
+    Layers of a stacked leaf may differ in rank (padded with zeros) and alpha; layers that the adapter leaves alone get
     scale 0. Leaves that were trained in full (`modules_to_save`, biases) are replaced by their trained values; so are
-    rows of an embedding (`trainable_token_indices`), and the biases that take up B's (`lora_bias`). With `use_dora` the
-    nodes have magnitudes. Prefix embeddings that go with the adapter are put in (`lora_jax.prefix`). Where the adapter
-    changes one use of a tied embedding, or both in two ways, the head gets a leaf of its own: the model then uses it.
+    trained rows of an embedding (`trainable_token_indices`). The bias of B (`lora_bias`) is added to the module's own.
+    With `use_dora` the nodes have magnitudes. Prefix embeddings that were saved with the adapter are loaded too
+    (`lora_jax.prefix`). Where the adapter changes one use of a tied embedding, or the two uses differently, the head
+    gets a leaf of its own, which the model then uses.
 
     Args:
         folder: a local folder with `adapter_config.json` and `adapter_model.safetensors`.
@@ -47,7 +48,7 @@ def load(
 
     Example: see `save`.
     """
-    folder = _check_arguments.of_load(folder, params, names, axes)
+    folder = _check_arguments.check_load(folder, params, names, axes)
     config, path = find(folder)
     leaves = trees.base_leaves(params)
     with _safetensors_file.opened(path) as file:
@@ -64,10 +65,10 @@ def load(
 def _expected(
     names: Mapping[str, Weight], leaves: Mapping[str, Any], config: AdapterConfig, axes: Mapping[str, Axes] | None
 ) -> tuple[Base, Expected]:
-    """The base, untied where the adapter calls for it, and the tensors that the adapter must have for it.
+    """The base, with heads untied where the adapter needs it, and the tensors that the adapter's file must have.
 
     Raises:
-        Misfit: The config and the model don't go together.
+        Misfit: The config and the model don't belong together.
     """
     try:
         base = untied(names, leaves, config)

@@ -1,9 +1,9 @@
-"""PEFT's patterns: what `re` takes for one, matched by `regex` within a limit of time.
+"""PEFT's patterns of module names, with `re`'s syntax, matched by `regex` within a limit of time.
 
 A PEFT config holds regular expressions (`target_modules`, `exclude_modules`, `rank_pattern`, `alpha_pattern`,
 `layers_pattern`) that come from whoever made the adapter. Python's `re` backtracks without end: one line of a
-downloaded file could hang the program. So `re` only says whether a pattern is one, as it does in PEFT, and `regex`,
-which can be told to stop, looks for matches with the very expressions that PEFT builds around it.
+downloaded file could hang the program. So `re` only decides whether a pattern is valid, as it does in PEFT, and
+`regex`, which takes a time limit, finds the matches, with the very expressions that PEFT builds around a pattern.
 """
 
 import functools
@@ -14,17 +14,19 @@ from collections.abc import Callable, Collection
 
 import regex
 
-MAX_LENGTH = 20_000  # of one pattern, with its counted repeats written out; 400 full module names joined by | fit
-MAX_NUMBER = 1000  # of patterns that are more than a name, in one field; all are kept compiled
-MAX_TOTAL = 100_000  # of their lengths
-MAX_NAMES = 20_000  # of names in one field
-SECONDS, SECONDS_A_NAME = 1.0, 1e-3  # of all matching for one config; more for a large model
+MAX_LENGTH = 20_000  # characters of one pattern, its counted repeats written out; 400 module names joined by | fit
+MAX_NUMBER = 1000  # patterns in one field that are more than a name; all of them are kept compiled
+MAX_TOTAL = 100_000  # characters of these patterns together
+MAX_NAMES = 20_000  # names in one field
+SECONDS, SECONDS_A_NAME = 1.0, 1e-3  # for all matching of one config, and the addition for each module of the model
 
+# A name with nothing to repeat, such as `q_proj` or `^model\.layers\.0\.q_proj$`.
 _LITERAL = re.compile(r"\^?(?:[\w.-]|\\\.)*\$?")
-# What a pattern that `re` takes is made of; any single character is a part too.
+# The parts that a pattern of `re` is made of; any other single character is a part too. Of `(?:ab){3}[c]` they are
+# `(?:`, `a`, `b`, `)`, `{3}` and `[c]`.
 _PARTS = re.compile(
-    r"""(?P<said>\(\?\#[^)]*\))                 # a comment
-      | (?P<group>\((?:\?(?P<flags>[a-zA-Z-]*):)?)  # a group opens, perhaps with flags of its own
+    r"""(?P<comment>\(\?\#[^)]*\))              # a comment
+      | (?P<group>\((?:\?(?P<flags>[a-zA-Z-]*):)?)  # the beginning of a group, perhaps with flags of its own
       | \\N\{[^}]*\}                            # a character by its name
       | \\.                                     # something escaped
       | (?P<set>\[\^?\]?(?:\\.|[^\]\\])*\])     # a class
@@ -32,22 +34,22 @@ _PARTS = re.compile(
       | .""",
     re.VERBOSE | re.DOTALL,
 )
-# The same with the flag x: what it leaves out comes first.
+# The same under the flag x, which ignores spaces and comments that begin with #: these come first.
 _SPACED_PARTS = re.compile(rf"(?P<space>\s|\#[^\n]*)|{_PARTS.pattern}", re.VERBOSE | re.DOTALL)
 
 
 class Budget:
-    """How much time may still be spent on matching: one pattern can take for ever, and a hostile config has many."""
+    """The time that is left for matching: one pattern can take for ever, and a hostile config has many."""
 
     def __init__(self) -> None:
         self.seconds = SECONDS
 
-    def allow(self, names: int) -> None:
-        """More, for a model of so many modules."""
+    def add_time_for(self, names: int) -> None:
+        """Add the time that a model with so many modules needs."""
         self.seconds += SECONDS_A_NAME * names
 
     def match(self, pattern: str, name: str, *, whole: bool = False) -> regex.Match[str] | None:
-        """What `re.match` would give, or `re.fullmatch` for the whole name.
+        """The match that `re.match` would give, or with `whole` `re.fullmatch`; its time is taken off the budget.
 
         Raises:
             ValueError: `pattern` isn't a regular expression or is too large; the time is used up.
@@ -66,27 +68,27 @@ class Budget:
 
 
 def whole(pattern: str) -> str:
-    """Of a whole name."""
+    """The expression of a pattern for a whole name (`target_modules`, `exclude_modules`)."""
     return pattern
 
 
 def end(pattern: str) -> str:
-    """Of a name, or of an ending of it that follows a dot."""
+    """The expression of a pattern for a name, or for its ending after a dot (`rank_pattern`, `alpha_pattern`)."""
     return rf"(.*\.)?({pattern})$"
 
 
 def part(pattern: str) -> str:
-    """Of whole parts of a name, in a row."""
+    """The expression of a pattern for consecutive components of a name (`modules_to_save`)."""
     return rf"(^|.*\.){pattern}($|\..*)"
 
 
 def layers(pattern: str) -> str:
-    """Of the name of a list of layers, and the number of one behind it."""
+    """The expression of a pattern for a list of layers, followed by a layer's number (`layers_pattern`)."""
     return rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\."
 
 
 def check(patterns: Collection[str], around: Callable[[str], str] = whole) -> None:
-    """Refuses patterns of one field that can't be read with what is put around each, or are more than are kept."""
+    """Refuses patterns of one field that are too many, or not valid in the expression that `around` makes of each."""
     others = [pattern for pattern in patterns if not _LITERAL.fullmatch(pattern)]
     if len(patterns) > MAX_NAMES or len(others) > MAX_NUMBER or sum(map(len, others)) > MAX_TOTAL:
         raise ValueError(
@@ -110,18 +112,18 @@ def fullmatch(pattern: str, name: str, budget: Budget | None = None) -> bool:
 
 
 def names_end(pattern: str, name: str, budget: Budget | None = None) -> bool:
-    """Whether `pattern` matches `name` or an ending of it that follows a dot: PEFT's rule for ranks and alphas.
+    """Whether `pattern` matches `name`, or an ending of it that follows a dot: PEFT's rule for ranks and alphas.
 
     >>> names_end("q_proj", "model.layers.2.self_attn.q_proj"), names_end("proj", "model.layers.2.self_attn.q_proj")
     (True, False)
     """
-    if _LITERAL.fullmatch(pattern):  # nothing to repeat, so nothing to backtrack into: `re` is safe, and much faster
+    if _LITERAL.fullmatch(pattern):  # it repeats nothing, so there is nothing to backtrack into: `re` is safe, and fast
         return _literal(pattern).fullmatch(name) is not None
     return (budget or Budget()).match(end(pattern), name) is not None
 
 
 def names_part(pattern: str, name: str, budget: Budget | None = None) -> bool:
-    """Whether `pattern` matches whole parts of `name`, in a row: PEFT's rule for modules that are saved whole.
+    """Whether `pattern` matches consecutive components of `name`: PEFT's rule for modules that are trained in full.
 
     >>> names_part("classifier", "model.classifier.dense"), names_part("class", "model.classifier.dense")
     (True, False)
@@ -132,7 +134,10 @@ def names_part(pattern: str, name: str, budget: Budget | None = None) -> bool:
 
 
 def layer(patterns: Collection[str], name: str, budget: Budget | None = None) -> int | None:
-    """The number of the layer that `name` is in: of the list that the first fitting pattern names, or of the first.
+    """The number of the layer that `name` belongs to; None where there is no layer number.
+
+    It is the number after the list of layers that the first fitting pattern names. Without patterns it is the first
+    number after two components.
 
     >>> layer((), "model.layers.2.self_attn.q_proj"), layer(["h", "blocks?"], "model.block.11.mlp")
     (2, 11)
@@ -161,7 +166,7 @@ def _compiled(pattern: str) -> regex.Pattern[str]:
         )
     try:
         with warnings.catch_warnings():
-            # `re` warns of classes that it may read otherwise one day; `regex` is given what they mean today.
+            # `re` warns of classes whose meaning may change one day; `regex` gets them with today's meaning.
             warnings.simplefilter("ignore", FutureWarning)
             spaced = bool(re.compile(pattern).flags & re.VERBOSE)
             return regex.compile(_for_regex(pattern, spaced), regex.VERSION0)
@@ -169,25 +174,28 @@ def _compiled(pattern: str) -> regex.Pattern[str]:
         reason = "its groups are nested too deep"
     except (re.error, regex.error, OverflowError, ValueError) as error:
         reason = str(error)
-    raise ValueError(f"pattern {_short(pattern)} is not one that can be read: {reason}")
+    raise ValueError(f"pattern {_short(pattern)} can't be read: {reason}")
 
 
 def _for_regex(pattern: str, spaced: bool) -> str:
-    """The pattern as `regex` must have it: braces that repeat nothing and brackets in a class mean more to it.
+    r"""The pattern in `regex`'s syntax, where lone braces and brackets in a class have meanings that `re` doesn't know.
+
+    `regex` writes counted repeats out when it compiles: `(?:a{100}){100}` is 10,000 parts, and a few more braces fill
+    the memory. So the length that it will have is counted here, group by group.
 
     Args:
-        pattern: what `re` takes.
-        spaced: under the flag x, with spaces and comments in it.
+        pattern: A valid pattern of `re`.
+        spaced: Whether it is under the flag x, with spaces and comments in it.
 
     Raises:
-        ValueError: it is too long with its repeats written out, which is what `regex` does; or a group has the flag x.
+        ValueError: It is too long with its repeats written out; or a group has the flag x.
     """
     parts: list[str] = []
-    lengths, last = [0], 0  # of each open group so far, and of the part before this one
+    lengths, last = [0], 0  # the length so far of each open group, and the length of the part before this one
     for part in (_SPACED_PARTS if spaced else _PARTS).finditer(pattern):
         text = part[0]
-        parts.append("\\{" if text == "{" else _one_class(text) if part["set"] else text)
-        if part["said"] or (spaced and part["space"]):
+        parts.append("\\{" if text == "{" else _without_nested_sets(text) if part["set"] else text)
+        if part["comment"] or (spaced and part["space"]):
             continue
         if part["group"]:
             if "x" in (part["flags"] or ""):
@@ -196,7 +204,7 @@ def _for_regex(pattern: str, spaced: bool) -> str:
         elif text == ")" and len(lengths) > 1:
             last = lengths.pop() + 1
             lengths[-1] += last
-        elif part["least"] is not None:
+        elif part["least"] is not None:  # a{3}: the part before it is there already, and comes twice more
             more = last * (max(int(part["least"] or 0), 1) - 1)
             last, lengths[-1] = last + more, lengths[-1] + more
         else:
@@ -207,10 +215,10 @@ def _for_regex(pattern: str, spaced: bool) -> str:
     return "".join(parts)
 
 
-def _one_class(text: str) -> str:
-    r"""A class whose brackets are characters, `[[:alpha:]` too, as they are to `re`.
+def _without_nested_sets(text: str) -> str:
+    r"""A class with its inner brackets escaped: to `re` they are characters, to `regex` `[[:alpha:]]` is a set of sets.
 
-    >>> _one_class(r"[^[:\d]")
+    >>> _without_nested_sets(r"[^[:\d]")
     '[^\\[:\\d]'
     """
     return "[" + re.sub(r"\\.|\[", lambda found: "\\[" if found[0] == "[" else found[0], text[1:], flags=re.DOTALL)

@@ -1,4 +1,4 @@
-"""The arrays of an adapter's file, each under PEFT's name."""
+"""Naming the saved arrays: the tensors of an adapter's file under PEFT's names."""
 
 from collections.abc import Iterator
 
@@ -33,9 +33,9 @@ def named(saved: Collected) -> dict[str, np.ndarray]:
 
 
 def _factors(found: Factors) -> Iterator[tuple[str, np.ndarray]]:
-    """a (in, rank) and b (rank, out) as A (rank, in) and B (out, rank)."""
+    """The tensors of one module: a (in, rank) and b (rank, out) as A (rank, in) and B (out, rank)."""
     pairs = list(zip(factor_names(found.tensor), (found.a.T, found.b.T), strict=True))
-    for head in found.tensor.tied:  # the same ΔW seen from the other side
+    for head in found.tensor.tied:  # the head multiplies by Wᵀ, and ΔWᵀ = (a b)ᵀ = bᵀ aᵀ: its A is b, its B is a
         pairs += zip(head_factor_names(head), (found.b, found.a), strict=True)
     if found.magnitude is not None:
         pairs.append((magnitude_name(found.tensor), found.magnitude))

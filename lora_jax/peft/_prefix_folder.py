@@ -1,7 +1,7 @@
-"""Prefix embeddings beside an adapter: a folder in it, which is by itself an adapter of PEFT's kind PROMPT_TUNING.
+"""Prefix embeddings of an adapter: a folder in the adapter's, which PEFT reads as an adapter of type PROMPT_TUNING.
 
-PEFT has no adapter that is both. `adapter_config.json` says that a prefix goes with it, so that neither is read without
-the other here, and PEFT warns when it reads the adapter alone.
+PEFT has no adapter that is both. `adapter_config.json` says that there is a prefix, so that `load` reads neither
+without the other, and PEFT warns when it reads the adapter alone.
 """
 
 from collections.abc import Mapping
@@ -26,12 +26,12 @@ KIND = "PROMPT_TUNING"
 
 
 def declared(node: Prefix) -> dict[str, int]:
-    """What the adapter's config says of its prefix."""
+    """The entry of the adapter's config that describes its prefix."""
     return {"length": len(node.value), "after": node.after}
 
 
 def files(node: Prefix | None, config: AdapterConfig, **descriptive: Any) -> dict[str, bytes | None]:
-    """The files of the prefix by name; None stands for one that must not be there."""
+    """The contents of the prefix's files by name; None for a file that must not be there."""
     if node is None:
         return dict.fromkeys(FILES)
     value = np.asarray(node.value)
@@ -52,21 +52,21 @@ def files(node: Prefix | None, config: AdapterConfig, **descriptive: Any) -> dic
 
 
 def load(folder: Path, params: Any, config: AdapterConfig) -> Any:
-    """`params` with the prefix that belongs to the adapter in `folder`, if one does.
+    """`params` with the prefix of the adapter in `folder`, or `params` where it has none.
 
     Raises:
-        ValueError: the prefix is missing, damaged, of other shapes or types, or the adapter says nothing of it.
+        ValueError: The prefix is missing or damaged, has another shape or dtype, or isn't in the adapter's config.
     """
     path = folder / TENSORS_FILE
     expected = config.lora_jax_prefix
     if expected is None:
         if path.exists():
-            raise ValueError(f"{path}: a prefix that the adapter's {CONFIG_FILE} says nothing of; restore or remove it")
+            raise ValueError(f"{path}: a prefix that isn't in the adapter's {CONFIG_FILE}; restore or remove it")
         return params
     if not path.is_file():
-        raise ValueError(f"{folder}: the adapter goes with a prefix, and {TENSORS_FILE} is missing")
+        raise ValueError(f"{folder}: the adapter has a prefix, and {TENSORS_FILE} is missing")
     value = _checked(path, expected, config)
-    _check_told(folder / FOLDER, value.shape)
+    _check_config(folder / FOLDER, value.shape)
     return prefix.put(params, value, after=expected["after"])
 
 
@@ -87,13 +87,13 @@ def _checked(path: Path, expected: Mapping[str, int], config: AdapterConfig) -> 
     return value
 
 
-def _check_told(folder: Path, shape: tuple[int, ...]) -> None:
-    """Refuses a prefix whose own config, by which PEFT reads it, describes another."""
+def _check_config(folder: Path, shape: tuple[int, ...]) -> None:
+    """Refuses a prefix whose own config, which PEFT reads, has another type or shape."""
     path = folder / CONFIG_FILE
     if not path.is_file():
-        raise ValueError(f"{path}: missing; restore it, or save the adapter anew")
+        raise ValueError(f"{path}: missing; restore it, or save the adapter again")
     fields = read_json(path)
     for name, expected in zip(("peft_type", "num_virtual_tokens", "token_dim"), (KIND, *shape), strict=True):
-        told = fields.get(name) if isinstance(fields, dict) else None
-        if told != expected or isinstance(told, bool):
-            raise ValueError(f"{path}: {name}: {show(told)} given, expected {expected!r} as {TENSOR} has it")
+        given = fields.get(name) if isinstance(fields, dict) else None
+        if given != expected or isinstance(given, bool):
+            raise ValueError(f"{path}: {name}: {show(given)} given, expected {expected!r} as in {TENSOR}")

@@ -1,4 +1,4 @@
-"""The file of an adapter's tensors, as it lies on the disk: its header, its metadata and its arrays."""
+"""Reading the file of an adapter's tensors: its header, its metadata and its arrays."""
 
 import contextlib
 from collections.abc import Iterator
@@ -11,15 +11,15 @@ import safetensors
 from lora_jax._untrusted import git_lfs_pointer
 
 TENSORS_FILE = "adapter_model.safetensors"
-DTYPES = frozenset({"F16", "BF16", "F32", "F64"})  # that an adapter's tensors may have, as safetensors calls them
+DTYPES = frozenset({"F16", "BF16", "F32", "F64"})  # safetensors' names of the dtypes that an adapter may have
 
 
 class TensorsFile:
-    """An open file.
+    """An open safetensors file.
 
     Attributes:
-        header: dtype and shape of each tensor by its name, as the file says; no tensor has been read for it.
-        metadata: What else the header says.
+        header: The dtype and shape of each tensor by its name; no tensor is read for it.
+        metadata: The header's other entries, strings by name.
     """
 
     def __init__(self, file: Any):
@@ -40,7 +40,7 @@ class TensorsFile:
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[TensorsFile]:
-    """An open safetensors file.
+    """Open a safetensors file for as long as the block runs.
 
     Raises:
         ValueError: It is no safetensors file: a Git LFS pointer, cut short, or something else.
@@ -55,7 +55,7 @@ def opened(path: Path) -> Iterator[TensorsFile]:
 
 
 def wrong_dtype(dtype: str) -> str:
-    """The end of a message about a tensor of this dtype; empty where an adapter may have it.
+    """The end of a message about a tensor of this dtype; empty for a dtype that an adapter may have.
 
     >>> wrong_dtype("F32"), wrong_dtype("I8")
     ('', 'I8; expected one of BF16, F16, F32, F64')

@@ -1,4 +1,4 @@
-"""An adapter written in PEFT's format: both files complete before either is seen."""
+"""Saving an adapter in PEFT's format: both files are complete before either appears in the folder."""
 
 import dataclasses
 import os
@@ -37,38 +37,39 @@ def save(
     """Writes the adapter in `params` as a folder that PEFT, transformers and vLLM load.
 
     `adapter_model.safetensors` gets, for each adapted module (each layer of a stacked leaf is one),
-    `lora_A.weight = aᵀ` (rank, in) and `lora_B.weight = bᵀ` (out, rank); `adapter_config.json` gets ranks and alphas:
-    where they differ between modules, patterns with one full name each, so that their order can't matter. Nodes with
-    magnitudes are saved under `use_dora`, each with its `lora_magnitude_vector`. Padded
-    ranks and layers with scale 0 are left out. Leaves that are trained in full may be all that there
-    is. A checksum of config and tensors goes along, which `load` verifies.
-    Prefix embeddings go into a folder `prefix`, to PEFT an adapter of its kind PROMPT_TUNING. The config says so, and
-    PEFT, which can't have both at once, warns of what it doesn't know there.
-    The files are moved into place when all are complete: on any failure an earlier adapter stays
-    as it was.
+    `lora_A.weight = aᵀ` (rank, in) and `lora_B.weight = bᵀ` (out, rank). `adapter_config.json` gets ranks and alphas.
+    Where they differ between modules they are patterns, each the full name of one module, so that the order of patterns
+    can't matter. Nodes with magnitudes are saved under `use_dora`, each with its `lora_magnitude_vector`. Padded ranks
+    and layers with scale 0 are left out. A tree may also have leaves trained in full and no nodes. The file contains a
+    checksum of config and tensors, which `load` verifies.
+
+    Prefix embeddings are saved in a folder `prefix`, which PEFT reads as an adapter of type PROMPT_TUNING. PEFT can't
+    use both at once; a field of the config makes it warn when it loads the adapter without the prefix.
+
+    The files are moved into place when all are complete: after any failure an earlier adapter is as it was.
 
     Args:
-        folder: where to; made if it isn't there. Other files in it are kept.
-        params: the tree with its nodes, or only the adapter (`lora_jax.split(params)[1]`).
-        names: the Hugging Face name of each leaf: `model.names`.
-        also_train: which other leaves were trained in full, as given to `lora_jax.split`: saved as `modules_to_save`
-            (biases of adapted modules as `bias="lora_only"`). An adapter tree knows its own.
-        base_model: the name or path of the base model, which PEFT's `AutoPeftModel` loads.
+        folder: The folder to write; created if it doesn't exist. Other files in it are kept.
+        params: The tree with its nodes, or only the adapter (`lora_jax.split(params)[1]`).
+        names: The Hugging Face name of each leaf: `model.names`.
+        also_train: Other leaves that were trained in full, as given to `lora_jax.split`: saved as `modules_to_save`
+            (biases of adapted modules as `bias="lora_only"`). In an adapter tree they are known without it.
+        base_model: The name or path of the base model, which PEFT's `AutoPeftModel` loads.
         task_type: PEFT's task, such as `"CAUSAL_LM"`.
-        portable: fold the scale into B and pad to one rank, for tools that ignore patterns: alpha = r everywhere. DoRA
-            has no such form.
-        tokens: rows of embeddings that were trained, by the path of the leaf (`embed_tokens/embedding`). They alone are
-            saved of it, as `trainable_token_indices`, whether `also_train` names it or not.
-        fused: write experts as transformers 5 holds them (`target_parameters`), which other tools may not read. Without
-            it they have one entry each, unless PEFT would read those wrong: where ranks or alphas differ, some experts
-            are left out, or gate is adapted without up.
-        overwrite: replace an adapter that is there.
+        portable: Whether to fold the scale into B and pad to one rank, for tools that ignore patterns: alpha = r
+            everywhere. DoRA has no such form.
+        tokens: Rows of embeddings that were trained, by the path of the leaf (`embed_tokens/embedding`). No other rows
+            of these leaves are saved (`trainable_token_indices`), whether `also_train` names them or not.
+        fused: Whether to write experts as transformers 5 has them (`target_parameters`), which other tools may not
+            read. Without it each expert has an entry, unless PEFT would read the entries wrong: where ranks or alphas
+            differ, some experts are left out, or gate is adapted without up.
+        overwrite: Whether to replace an adapter that is there.
 
     Raises:
         FileExistsError: `folder` holds an adapter and `overwrite` isn't set, or is a file.
-        ValueError: an argument of another kind, nothing that trains in `params`, a leaf that isn't in `names`,
-            something that PEFT's format can't express, or a value that isn't finite.
-        OSError: it can't be written (disk full); what was there before is whole.
+        ValueError: An argument has the wrong type, nothing in `params` trains, a leaf isn't in `names`, PEFT's format
+            can't express the adapter, or a value isn't finite.
+        OSError: The files can't be written (disk full); an earlier adapter is as it was.
 
     Example:
         >>> import jax, jax.numpy as jnp, lora_jax, tempfile
@@ -88,7 +89,7 @@ def save(
 
     The format: https://huggingface.co/docs/peft/developer_guides/checkpoint
     """
-    folder, rows = _check_arguments.of_save(
+    folder, rows = _check_arguments.check_save(
         folder, params, names, also_train, tokens, base_model=base_model, task_type=task_type
     )
     if folder.exists() and not folder.is_dir():
@@ -104,7 +105,7 @@ def save(
     if node is not None:
         config = dataclasses.replace(config, lora_jax_prefix=_prefix_folder.declared(node))
     descriptive = {"base_model_name_or_path": base_model and os.fspath(base_model), "task_type": task_type}
-    # transformers asks for the format: "pt" says that tensors are named and laid out as PyTorch's are.
+    # transformers requires the format: "pt" means that tensors are named and laid out as PyTorch's are.
     metadata = {"format": "pt", CHECKSUM: checksum(config, tensors)}
     files = {
         TENSORS_FILE: safetensors.numpy.save(tensors, metadata),
@@ -115,9 +116,9 @@ def save(
 
 
 def _place(folder: Path, files: Mapping[str, bytes | None]) -> None:
-    """Writes all of `files` into a temporary folder, and moves them in once they are on the disk.
+    """Writes all of `files` into a temporary folder, and moves them into `folder` once they are on the disk.
 
-    Those that are None are removed.
+    Files whose content is None are removed from `folder`.
     """
     try:
         with _disk.placing(folder, remove=[name for name, data in files.items() if data is None]) as beside:
@@ -138,6 +139,6 @@ def _check_finite(tensors: Mapping[str, Any]) -> None:
     for name, tensor in tensors.items():
         if not np.all(np.isfinite(tensor)):
             raise ValueError(
-                f"{name}: has values that aren't finite, so the adapter isn't written; train anew with a lower "
+                f"{name}: has values that aren't finite, so the adapter isn't written; train again with a lower "
                 "learning_rate or alpha"
             )

@@ -1,16 +1,16 @@
 """The names that PEFT gives to an adapter's tensors in `adapter_model.safetensors`.
 
-Of the module `layers.3.q_proj` the file has `base_model.model.layers.3.q_proj.lora_A.weight` and `lora_B.weight`; of an
-embedding `lora_embedding_A` and `lora_embedding_B`; of a module trained in full its own `weight` and `bias`.
+For the module `layers.3.q_proj` they are `base_model.model.layers.3.q_proj.lora_A.weight` and `lora_B.weight`; for an
+embedding, `lora_embedding_A` and `lora_embedding_B`; for a module trained in full, its own `weight` and `bias`.
 """
 
 import re
 
 from lora_jax._huggingface.tensors import Tensor
 
-PREFIX = "base_model.model."  # of every name in an adapter: PEFT's wrapper, then the model
-ADAPTER = "default"  # PEFT's name of an adapter that was given none
-ENDINGS = {  # of A's name, and then of B's
+PREFIX = "base_model.model."  # every name in an adapter begins with PEFT's wrapper and the model in it
+ADAPTER = "default"  # PEFT's name of an adapter to which the user gave none
+ENDINGS = {  # the ending of A's name -> the ending of B's
     ".lora_A.weight": ".lora_B.weight",
     ".lora_embedding_A": ".lora_embedding_B",
 }
@@ -31,7 +31,7 @@ def linear_factor_names(start: str) -> tuple[str, str]:
 
 
 def head_factor_names(head: str) -> tuple[str, str]:
-    """The names of A and B of a head that shares the embedding's weight: its A is the embedding's Bᵀ, its B the Aᵀ."""
+    """The names of A and B of a head that shares the embedding's weight: its A is the embedding's Bᵀ, its B is Aᵀ."""
     return linear_factor_names(PREFIX + head)
 
 
@@ -46,7 +46,7 @@ def factor_bias_name(tensor: Tensor) -> str:
 
 
 def token_rows_name(embedding: Tensor) -> str:
-    """The name of the trained rows. The head of a tied model follows: PEFT saves the rows once."""
+    """The name of the trained rows; PEFT saves them once for an embedding and a head that share the weight."""
     return f"{PREFIX}{embedding.module}.token_adapter.trainable_tokens_delta"
 
 
@@ -66,7 +66,7 @@ def base_names(tensor: Tensor) -> list[str]:
 
 
 def peft_name(name: str) -> str:
-    """The name that PEFT gives to a tensor that was saved under its name in the model, with the adapter's own in it.
+    """PEFT's name of a tensor that was saved under its name in the model, which has the adapter's name in it.
 
     >>> peft_name("m.q_proj.lora_A.default.weight"), peft_name("m.classifier.modules_to_save.default.dense.bias")
     ('m.q_proj.lora_A.weight', 'm.classifier.dense.bias')
@@ -82,7 +82,7 @@ def peft_name(name: str) -> str:
 
 
 def is_original(name: str) -> bool:
-    """Whether it is the base's own tensor of a module that was trained in full: beside the trained one, for nothing.
+    """Whether a name is that of a base's tensor, which some files have beside the trained one and which isn't needed.
 
     >>> is_original("base_model.model.classifier.original_module.bias")
     True

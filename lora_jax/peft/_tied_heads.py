@@ -1,6 +1,6 @@
-"""Output heads that share the embedding's weight. PEFT adapts each use by itself: here the head then gets its own leaf.
+"""Output heads that share the embedding's weight: where an adapter changes the two differently, the head gets a leaf.
 
-How a tree says whether its model is tied: `lora_jax._huggingface.tied`.
+`lora_jax._huggingface.tied` explains how a tree shows whether its model is tied.
 """
 
 from collections.abc import Collection, Mapping
@@ -31,15 +31,15 @@ class Base(NamedTuple):
 
 
 def untied(names: Mapping[str, Weight], leaves: Mapping[str, Any], config: AdapterConfig) -> Base:
-    """The model, with a leaf for each head that the adapter changes otherwise than the embedding: a transposed copy.
+    """The model, with a leaf (a transposed copy) for each head that the adapter changes differently from the embedding.
 
     Args:
         names: The Hugging Face name of each leaf.
         leaves: Every leaf by its path.
-        config: The adapter's.
+        config: The adapter's config.
 
     Raises:
-        ValueError: `names` doesn't say where a head goes, or rows of the embedding were trained too.
+        ValueError: `names` has no path for a head's own leaf, or rows of the embedding were trained too.
     """
     names = names_of(names, leaves)
     table = tensors(names, leaves)
@@ -47,7 +47,7 @@ def untied(names: Mapping[str, Weight], leaves: Mapping[str, Any], config: Adapt
     for name, tensor in list(table.items()):
         if not tensor.tied or not tensor.is_embedding or not _differ(config, tensor.modules):
             continue
-        if any(rows_of.path == tensor.path for rows_of, _ in _token_rows.of(config, table)):
+        if any(embedding.path == tensor.path for embedding, _ in _token_rows.named_rows(config, table)):
             raise ValueError(
                 f"trainable_token_indices: {tensor.module} shares its weight with {tensor.tied[0]}, and one of them is "
                 "changed in another way too: not supported"
@@ -58,7 +58,7 @@ def untied(names: Mapping[str, Weight], leaves: Mapping[str, Any], config: Adapt
             if module not in own:
                 raise ValueError(
                     f"{tensor.path}: the adapter changes one use of this tied weight ({module} shares it), and "
-                    "names doesn't say where a head of its own goes"
+                    "names has no path for a head of its own"
                 )
             path, head = own[module]
             leaf = _tree.unbox(leaves[tensor.path])
@@ -71,11 +71,11 @@ def untied(names: Mapping[str, Weight], leaves: Mapping[str, Any], config: Adapt
 
 
 def check(tree: Parts, names: Mapping[str, Weight], tokens: Collection[str]) -> None:
-    """Refuses to save a tree that would be read as a tied model's where it isn't one, or the other way round.
+    """Refuses to save a tree that PEFT would take for a tied model's where it isn't one, or the other way round.
 
     Raises:
-        ValueError: An adapter tree with the embedding in it, which doesn't say whether the model is tied; or rows of an
-            embedding (`tokens`) that has been untied, which PEFT would put into the head too.
+        ValueError: An adapter tree has the embedding in it, which doesn't show whether the model is tied; or `tokens`
+            names rows of an embedding that has been untied, which PEFT would put into the head too.
     """
     adapter = tree.nodes.keys().isdisjoint(tree.leaves) and (bool(tree.nodes) or tree.trained == tree.leaves.keys())
     for path, weight in names.items():
@@ -85,13 +85,13 @@ def check(tree: Parts, names: Mapping[str, Weight], tokens: Collection[str]) -> 
         heads = [own for own, _ in heads_of(weight) if own not in tree.nodes and own not in tree.leaves]
         if adapter and heads and path not in tokens and (path in tree.nodes or path in tree.trained):
             raise ValueError(
-                f"{path}: this adapter tree doesn't say whether {heads[0]} shares it or has been untied: pass the "
+                f"{path}: this adapter tree doesn't show whether {heads[0]} shares it or has been untied: pass the "
                 "whole tree, lora_jax.combine(base, adapter)"
             )
 
 
 def _differ(config: AdapterConfig, modules: Collection[str]) -> bool:
-    """Whether the adapter makes two weights of the one that these modules share."""
+    """Whether the adapter gives these modules, which share one weight, different weights."""
     adapted = any(config.targets(module) for module in modules)
     if config.ensure_weight_tying:
         return adapted and config.use_dora  # PEFT gives each a magnitude of its own

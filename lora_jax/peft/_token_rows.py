@@ -1,4 +1,4 @@
-"""Rows of an embedding that were trained, and no others: PEFT's `trainable_token_indices`."""
+"""Trained rows of embeddings whose other rows are the base's: PEFT's `trainable_token_indices`."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from lora_jax._huggingface.tensors import Tensor
 from lora_jax._huggingface.trees import Parts
 from lora_jax.peft._adapter_config import AdapterConfig
 
-# The modules that PEFT means by rows without a name: what transformers' get_input_embeddings returns.
+# Where row numbers have no module name, PEFT uses the module that transformers' get_input_embeddings returns.
 _INPUT_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings")
 
 Rows = tuple[int, ...]
@@ -24,11 +24,11 @@ class TokenRows(NamedTuple):
     value: np.ndarray
 
 
-def of(config: AdapterConfig, table: Mapping[str, Tensor]) -> list[tuple[Tensor, Rows]]:
-    """Which rows of which embedding `config` says were trained.
+def named_rows(config: AdapterConfig, table: Mapping[str, Tensor]) -> list[tuple[Tensor, Rows]]:
+    """The embeddings of which `config` names trained rows, each with the numbers of these rows.
 
     Raises:
-        ValueError: a name that fits no one embedding of this model, or a row that it hasn't.
+        ValueError: A name fits no embedding of this model or several, or a row is beyond the embedding's.
     """
     given = config.trainable_token_indices
     if given is None:
@@ -39,25 +39,28 @@ def of(config: AdapterConfig, table: Mapping[str, Tensor]) -> list[tuple[Tensor,
         endings = (name,) if isinstance(name, str) else name
         named = [m for m in embeddings if any(m == end or m.endswith(f".{end}") for end in endings)]
         if len(named) != 1:
-            raise ValueError(f"trainable_token_indices: {' or '.join(endings)} names no one embedding of this model")
+            raise ValueError(f"trainable_token_indices: {' or '.join(endings)} must name one embedding of this model")
         tensor = embeddings[named[0]]
         if max(rows) >= tensor.shape[0]:
-            raise ValueError(f"trainable_token_indices: {tensor.module} has {tensor.shape[0]} rows only")
+            raise ValueError(
+                f"trainable_token_indices: row {max(rows)} given, but {tensor.module} has only {tensor.shape[0]} rows"
+            )
         found.append((tensor, rows))
     return found
 
 
-def saved(tokens: Mapping[str, Sequence[int]], tree: Parts, table: Mapping[str, Tensor]) -> list[TokenRows]:
+def collect(tokens: Mapping[str, Sequence[int]], tree: Parts, table: Mapping[str, Tensor]) -> list[TokenRows]:
     """The rows to save, with their values.
 
     Raises:
-        ValueError: A path that is no embedding, or one that has factors too, or rows that it hasn't.
+        ValueError: A path isn't that of an embedding, its embedding has factors too, or a row is beyond it.
     """
     embeddings = {tensor.path: tensor for tensor in table.values() if tensor.is_embedding and not tensor.index}
     found = []
     for path, rows in tokens.items():
         if path not in embeddings or path not in tree.leaves:
-            raise ValueError(f"tokens: {path} is no embedding in these parameters; there {_are(embeddings)}")
+            known = ", ".join(sorted(embeddings)) or "none"
+            raise ValueError(f"tokens: {path} is no embedding in these parameters; their embeddings: {known}")
         if path in tree.nodes:
             raise ValueError(f"tokens: {path} is adapted as well: PEFT's format can't hold both")
         count = embeddings[path].shape[0]
@@ -68,7 +71,3 @@ def saved(tokens: Mapping[str, Sequence[int]], tree: Parts, table: Mapping[str, 
             raise ValueError(f"{path}: the leaf holds NaN or infinity: it is not saved")
         found.append(TokenRows(embeddings[path], tuple(map(int, rows)), value))
     return found
-
-
-def _are(embeddings: Mapping[str, Tensor]) -> str:
-    return f"are {', '.join(sorted(embeddings))}" if embeddings else "is none"

@@ -1,6 +1,6 @@
-"""What is saved of the leaves that were trained in full, in PEFT's ways: every bias, or whole modules and some biases.
+"""Leaves that were trained in full, saved in one of PEFT's two ways: every bias, or whole modules and some biases.
 
-A module is saved with everything that it holds: PEFT wraps modules, not tensors, and misses what isn't in the file.
+A module is saved with all of its tensors: PEFT wraps modules, not tensors, and fails where the file lacks one of them.
 """
 
 from collections.abc import Mapping
@@ -13,11 +13,11 @@ from lora_jax._huggingface.trees import Parts
 
 
 class TrainedInFull(NamedTuple):
-    """What is saved besides factors.
+    """The tensors that are saved besides factors.
 
     Attributes:
         bias: PEFT's option: "all", "lora_only" or "none".
-        modules: The modules that are saved with all they hold.
+        modules: The modules that are saved with all of their tensors.
         whole: The tensors of these modules.
         biases: The biases that are saved by themselves.
         adapted: The modules that have factors, whose biases PEFT finds in a wrapper.
@@ -46,21 +46,21 @@ class TrainedInFull(NamedTuple):
         if not np.isfinite(value.astype(np.float32)).all():
             raise ValueError(f"{tensor.path}: the leaf holds NaN or infinity: it is not saved")
         if tensor.transpose and value.ndim != 2:
-            raise ValueError(f"{tensor.path}: a leaf of shape {value.shape} can't be saved whole, only matrices")
+            raise ValueError(f"{tensor.path}: a leaf of shape {value.shape} can't be saved in full, only matrices can")
         return np.ascontiguousarray(tensor.saved(value))
 
 
-def of(tree: Parts, table: Mapping[str, Tensor], adapted: set[str], names: Mapping[str, Weight]) -> TrainedInFull:
-    """What is saved of the leaves of `tree` that were trained in full.
+def collect(tree: Parts, table: Mapping[str, Tensor], adapted: set[str], names: Mapping[str, Weight]) -> TrainedInFull:
+    """Collect the leaves of `tree` that were trained in full.
 
     Args:
-        tree: Nodes, leaves and the paths of those that were trained.
+        tree: Nodes, leaves and the paths of the leaves that were trained in full.
         table: The model's tensors by name.
         adapted: The modules that have factors.
-        names: The Hugging Face name of each leaf, of those that aren't at hand too.
+        names: The Hugging Face name of every leaf of the model; an adapter tree lacks most of these leaves.
 
     Raises:
-        ValueError: PEFT's format can't hold it, or a part of a module isn't at hand.
+        ValueError: PEFT's format can't hold them, or the tree lacks a part of a module that must be saved.
     """
     trained = tree.trained
     every = [t for t in table.values() if t.parameter == "bias"]
@@ -69,7 +69,7 @@ def of(tree: Parts, table: Mapping[str, Tensor], adapted: set[str], names: Mappi
         return TrainedInFull("all", [], [], every, adapted, tree.leaves)
     alone = {t.module for t in table.values() if t.path in trained and t.module not in adapted}
     alone = _with_whole_heads(alone, {t.module for t in table.values() if t.path not in trained})
-    # PEFT can't load a module by itself that is inside another: the outer one has all of it.
+    # PEFT can't load a module that is inside another one of `modules_to_save`: the outer one has all of its tensors.
     modules = sorted(m for m in alone if not any(m.startswith(f"{other}.") for other in alone))
     inside = tuple(f"{module}." for module in modules)
     if nested := sorted(module for module in adapted if module.startswith(inside)):
@@ -80,7 +80,7 @@ def of(tree: Parts, table: Mapping[str, Tensor], adapted: set[str], names: Mappi
     beside = [t for t in table.values() if t.path in trained and t.module in adapted]
     if clash := [t.path for t in beside if t.parameter != "bias"]:
         raise ValueError(f"{clash[0]} is adapted and trained in full: PEFT's format can't hold both")
-    # PEFT's reader takes biases one by one, its "lora_only" has them all: both are served by saving all.
+    # PEFT reads biases one by one, but a file with bias="lora_only" has all of them: saving all is right for both.
     with_factors = [t for t in table.values() if t.module in adapted] if beside else []
     own = [t for t in with_factors if t.parameter == "bias"]
     _check_complete(tree, names, {t.path for t in whole}, {t.path for t in with_factors})
@@ -88,7 +88,7 @@ def of(tree: Parts, table: Mapping[str, Tensor], adapted: set[str], names: Mappi
 
 
 def _check_complete(tree: Parts, names: Mapping[str, Weight], whole: set[str], adapted: set[str]) -> None:
-    """Refuses an adapter tree that has only what was trained of a module, not the rest of it."""
+    """Refuses an adapter tree that has the trained leaves of a module and lacks its other leaves."""
     whole_modules, with_bias = ({_module(names[path]) for path in paths} for paths in (whole, adapted))
     for path, weight in names.items():
         needed = _module(weight) in whole_modules or (_module(weight) in with_bias and weight.name.endswith(".bias"))
@@ -97,7 +97,7 @@ def _check_complete(tree: Parts, names: Mapping[str, Weight], whole: set[str], a
 
 
 def _with_whole_heads(modules: set[str], others: set[str]) -> set[str]:
-    """The modules, those that make up a whole head as one: PEFT saves heads of these names by itself for `SEQ_CLS`.
+    """The modules, with all modules of a head replaced by the head: PEFT adds heads of these names for `SEQ_CLS`.
 
     >>> sorted(_with_whole_heads({"classifier.dense", "classifier.out_proj", "pooler"}, {"embeddings"}))
     ['classifier', 'pooler']

@@ -1,4 +1,4 @@
-"""An adapter's updates by module, without the model that they belong to."""
+"""Reading an adapter's updates by module, without the model that they belong to."""
 
 import os
 from collections import Counter
@@ -18,32 +18,34 @@ from lora_jax.peft.adapter_folder import find
 
 
 def updates(folder: str | os.PathLike[str]) -> dict[str, LoRA]:
-    """The node of each module that the adapter in `folder` changes, for looking at an adapter alone.
+    """Read the node of each module that the adapter in `folder` changes, to analyse the adapter without its model.
 
     Nothing is checked against a model: to use an adapter, `load` it. Tensors trained in full are left out.
 
     Args:
-        folder: a local folder with `adapter_config.json` and `adapter_model.safetensors`.
+        folder: A local folder with `adapter_config.json` and `adapter_model.safetensors`.
 
     Returns:
-        Hugging Face's name of the module, such as `model.layers.3.self_attn.q_proj`, to its node: a (in, rank),
-        b (rank, out), float32.
+        The node of each module by the module's Hugging Face name, such as `model.layers.3.self_attn.q_proj`, with a
+        (in, rank) and b (rank, out), float32.
 
     Raises:
-        FileNotFoundError: no adapter is there.
-        ValueError: the files are damaged, an option isn't supported, or factors don't belong together.
+        FileNotFoundError: No adapter is there.
+        ValueError: The files are damaged, an option isn't supported, or factors don't belong together.
     """
     config, path = find(_check_arguments.folder_of(folder))
     if config.target_parameters:
-        raise ValueError(f"{folder}: target_parameters: what is in them only the model tells; load it into one")
+        raise ValueError(
+            f"{folder}: target_parameters given; only the model shows which kernels these are: load the adapter into it"
+        )
     with opened(path) as file:
         wrong = [f"{name} is {dtype}" for name, (dtype, _) in file.header.items() if dtype not in DTYPES]
         if wrong:
             raise ValueError(f"{path}: {one_line(wrong)}; expected one of {', '.join(sorted(DTYPES))}")
-        called = {name: peft_name(name) for name in file.header if "lora_" in name}
-        if twice := [name for name, count in Counter(called.values()).items() if count > 1]:
+        peft_names = {name: peft_name(name) for name in file.header if "lora_" in name}
+        if twice := [name for name, count in Counter(peft_names.values()).items() if count > 1]:
             raise ValueError(f"{path}: {one_line(f'{name} comes twice' for name in twice)}")
-        arrays = {called[name]: file.array(name) for name in called}
+        arrays = {peft_names[name]: file.array(name) for name in peft_names}
     return _nodes(path, arrays, config)
 
 

@@ -1,6 +1,6 @@
-"""An adapter's folder without its model: which base it names, what it trains, and whether it is whole.
+"""Facts about an adapter's folder that need no model: its base model, its trained rows and labels, and its integrity.
 
-The command line asks this of an adapter before it loads a model for it.
+The command line uses them before it loads a model for the adapter.
 """
 
 from collections.abc import Mapping
@@ -22,11 +22,11 @@ _HEADS = ("classifier", "classifier.out_proj", "score")
 
 
 class Misfit(ValueError):
-    """The adapter's names or shapes aren't this model's; whatever else is wrong with it is a plain ValueError."""
+    """The adapter's names or shapes aren't this model's; any other fault is a plain ValueError."""
 
 
 def find(folder: Path) -> tuple[AdapterConfig, Path]:
-    """The folder's config and the path of its tensors, which aren't read.
+    """Find an adapter: its config, and the path of its tensors, which aren't read.
 
     Raises:
         FileNotFoundError: There is no such folder, or a file is missing.
@@ -45,12 +45,12 @@ def find(folder: Path) -> tuple[AdapterConfig, Path]:
 
 
 def has_config(folder: Path) -> bool:
-    """Whether the folder says that it is an adapter."""
+    """Whether the folder has the config of an adapter."""
     return (folder / CONFIG_FILE).is_file()
 
 
 def check(folder: Path) -> None:
-    """Refuses a folder that is no adapter of any model: not whole, or with tensors of other types or not finite.
+    """Refuses a folder that can't be an adapter of any model: incomplete, of a wrong dtype, or not finite.
 
     Raises:
         FileNotFoundError: A file is missing.
@@ -72,21 +72,21 @@ def base_model(folder: Path) -> Any:
 
 
 def trains_embeddings(folder: Path) -> bool:
-    """Whether the adapter trains rows of an embedding or all of it, as where tokens were added to the vocabulary."""
+    """Whether the adapter trains an embedding or rows of one, as it does where tokens were added to the vocabulary."""
     config = _config_file.read(folder)
     return bool(config.trainable_token_indices) or any("embed" in name for name in config.modules_to_save)
 
 
 def token_rows(folder: Path, params: Any, names: Mapping[str, Weight]) -> dict[str, tuple[int, ...]]:
-    """The rows of embeddings that the adapter trains, by the path of their leaf: `tokens` of `save`."""
+    """The rows of embeddings that the adapter trains, by the path of their leaf: the argument `tokens` of `save`."""
     table = tensors(names, trees.parts(params).leaves)
-    return {tensor.path: rows for tensor, rows in _token_rows.of(_config_file.read(folder), table)}
+    return {tensor.path: rows for tensor, rows in _token_rows.named_rows(_config_file.read(folder), table)}
 
 
 def labels(folder: Path, width: int) -> int | None:
-    """How many labels the adapter's own classification head has, on a model of this width; None without a head.
+    """The number of labels of the adapter's own classification head, on a model of this width; None without a head.
 
-    A file that can't be read, or a head of another width, brings none: `load` says what is wrong with it.
+    A file that can't be read or a head of another width counts as no head: `load` reports its fault.
     """
     _, path = find(folder)
     names = [f"{PREFIX}{head}.weight" for head in _HEADS]
