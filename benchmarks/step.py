@@ -12,9 +12,9 @@ device is done with it; the table has the median of the rounds' medians, and the
 none. `peft:flash` has transformers' attention replaced by the flash kernel with a causal flag, which transformers
 doesn't choose by itself.
 
-Needs torch, transformers and PEFT beside jax; 3 minutes a row of 1B on an H200 and 6 of 8B, most of it compilation. The figures to
-expect there (driver 580.159, jax 0.11.2, torch 2.11.0, PEFT 0.21.0, transformers 5.17.0; a product of matrices runs at
-796 TFLOP/s): seconds a step, ours, and PEFT's over ours
+Needs torch, transformers and PEFT beside jax; 3 minutes a row of 1B on an H200 and 6 of 8B, most of it compilation. The
+figures to expect there (driver 580.159, jax 0.11.2, torch 2.11.0, PEFT 0.21.0, transformers 5.17.0; a product of
+matrices runs at 796 TFLOP/s): seconds a step, ours, and PEFT's over ours
 
                      ours   share   eager  compile  flash,compile
     1b:4x2048:qv    0.0849  64.6%    1.68
@@ -198,7 +198,7 @@ class Process:
 def run(row: str, settings: argparse.Namespace, log: Any) -> list[dict[str, Any]]:
     """One row of the table for each contender."""
     processes = [Process(contender, row, log) for contender in settings.contenders]
-    # The first contender compiles alone: XLA times kernels while it compiles. torch doesn't, so the others share the wait.
+    # The first contender compiles alone, as XLA times kernels meanwhile. torch doesn't: the others share the wait.
     for group in (processes[:1], processes[1:]):
         began = time.perf_counter()
         for process in group:
