@@ -130,7 +130,7 @@ def test_train_leaves_an_adapter_and_its_metrics(world):
     ]
 
 
-def test_train_tells_what_it_matched_and_what_to_type_next(world):
+def test_train_prints_what_it_matched_and_the_next_command(world):
     for word in ("layers/self_attn/q_proj/kernel", "parameters train", "perplexity", "before", "after", "expected"):
         assert word in world["said"]
     assert f"adapter: {world['out']}" in world["said"]
@@ -230,7 +230,7 @@ def test_export_writes_the_same_adapter_without_patterns(world, tmp_path):
     assert config["lora_alpha"] == config["r"]
 
 
-def test_export_keeps_what_was_trained_whole(world, tmp_path):
+def test_export_keeps_what_was_trained_in_full(world, tmp_path):
     model = models.load(world["model"])
     params = peft.load(world["out"], model.params, names=model.names)
     params["norm"]["scale"] = params["norm"]["scale"] + 1
@@ -300,7 +300,7 @@ def test_analyze_says_that_no_base_was_read(world, tmp_path, capsys):
         argv = ["analyze", "--adapter", str(adapter), "--output", str(tmp_path / f"report {named is None}")]
         assert main(argv) == 0
         noted = capsys.readouterr().err
-        assert f"no base was read, so nothing is compared with W{words}: --model reads it\n" in noted
+        assert f"no base was read, so ΔW isn't compared with W{words}: --model reads it\n" in noted
 
 
 def test_analyze_needs_the_adapter_alone(tmp_path, capsys):
@@ -499,7 +499,7 @@ def test_overwrite(world, tmp_path):
 
 def test_merge_into_a_folder_that_is_not_empty(refused, world):
     message = refused("merge", "--model", world["model"], "--adapter", world["out"], "--output", world["model"])
-    assert "what is read from there would be lost" in message
+    assert "is read by this command and would be lost" in message
 
 
 @pytest.mark.parametrize("command", ["train", "merge"])
@@ -533,7 +533,7 @@ def test_disk_full_while_saving(refused, world, tmp_path, monkeypatch, command):
         (["--adapter", "{loralib}", "--alpha", "6", "--model", "{model}"], "is not in the model"),
         (["--adapter", "{loralib}"], "pass --alpha"),
         (["--adapter", "{loralib}", "--alpha", "6", "--against", "{out}"], "the two adapters change different modules"),
-        (["--adapter", "{out}", "--layers", "7"], "the adapter changes nothing in layer 7"),
+        (["--adapter", "{out}", "--layers", "7"], "layers: 7 given, but the adapter changes nothing in that layer"),
         (["--adapter", "{out}", "--alpha", "6"], "is no checkpoint of loralib's"),
         (["--adapter", "{out}", "--enable-lora", "True"], "is no checkpoint of loralib's"),
     ],
@@ -568,7 +568,7 @@ def test_a_damaged_configuration_is_one_line(refused, tmp_path, config):
     assert str(tmp_path / "config.json") in refused("inspect", "--model", tmp_path)
 
 
-def test_a_head_that_holds_nothing_tells_no_labels(tmp_path):
+def test_an_empty_head_predicts_no_labels(tmp_path):
     """Its shape alone would have a trillion labels named."""
     header = {"base_model.model.classifier.weight": {"dtype": "F32", "shape": [10**12, 0], "data_offsets": [0, 0]}}
     text = json.dumps(header).encode()

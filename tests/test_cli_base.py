@@ -63,7 +63,7 @@ def test_it_is_found_where_the_adapter_says(project, monkeypatch, capsys, named)
     (project / "elsewhere").mkdir()
     for here in (project, project / "elsewhere", adapter):
         monkeypatch.chdir(here)
-        base = Base().of(adapter)
+        base = Base().for_adapter(adapter)
         assert Path(base.folder).resolve() == project / "models" / "base"
         assert f"model: {base.model}, which {adapter} names" in capsys.readouterr().err.replace("\n", " ")
 
@@ -72,12 +72,12 @@ def test_the_folder_where_the_command_runs_goes_first(project, monkeypatch):
     name(project / "runs" / "a", "models/base")
     shutil.copytree(project / "models", project / "here" / "models")
     monkeypatch.chdir(project / "here")
-    assert Path(Base().of(Path("../runs/a")).folder).resolve() == project / "here" / "models" / "base"
+    assert Path(Base().for_adapter(Path("../runs/a")).folder).resolve() == project / "here" / "models" / "base"
 
 
 def test_what_is_given_goes_before_what_is_named(project):
     name(project / "runs" / "a", "nowhere/at-all")
-    assert Base(model="x").of(project / "runs" / "a").model == "x"
+    assert Base(model="x").for_adapter(project / "runs" / "a").model == "x"
 
 
 def test_commands_answer_with_it(project, monkeypatch, capsys):
@@ -104,17 +104,17 @@ def test_commands_answer_with_it(project, monkeypatch, capsys):
     [
         (
             "nowhere/at-all",
-            "its base model is 'nowhere/at-all', which is neither a folder here nor to be had from the hub",
+            "its base model is 'nowhere/at-all', which is neither a folder here nor available from the hub",
         ),
         ("/data/llama", "its base model is '/data/llama', which is neither"),
         ("../secret\n", r"its base model is '../secret\n', which"),
         ("~nobody-here/x", "its base model is '~nobody-here/x', which"),
         ("runs", "its base model is 'runs', which"),  # a folder that holds no model
         ("x" * 10_000, "its base model is 'xxxxx"),
-        (None, "names no base model (base_model_name_or_path), and it isn't one of the embedded model's: give --model"),
+        (None, "names no base model (base_model_name_or_path), and it doesn't fit the embedded model: give --model"),
         ("", "names no base model"),
-        (5, "its base_model_name_or_path is 5, no name: give --model"),
-        (["models/base"], "its base_model_name_or_path is ['models/base'], no name: give --model"),
+        (5, "its base_model_name_or_path is 5, expected a name: give --model"),
+        (["models/base"], "its base_model_name_or_path is ['models/base'], expected a name: give --model"),
     ],
     ids=range(10),
 )
@@ -173,7 +173,7 @@ def test_what_is_no_adapter_is_said_first(project, refused):
 def test_the_embedded_model_where_the_adapter_says_so(tmp_path, named):
     """Earlier adapters of it name none."""
     adapter = write_adapter(tmp_path / "a", text_to_sql.BASE, named)
-    assert Base().of(adapter).folder == text_to_sql.BASE
+    assert Base().for_adapter(adapter).folder == text_to_sql.BASE
     assert main(["export", "--adapter", str(adapter), "--output", str(tmp_path / "b")]) == 0
     assert json.loads((tmp_path / "b" / "adapter_config.json").read_text())["base_model_name_or_path"] == "embedded"
 
@@ -194,19 +194,19 @@ def test_that_in_the_adapters_folder_is_used(project, capsys, described):
     added_tokens().save_pretrained(adapter)
     if not described:
         (adapter / "tokenizer_config.json").unlink()
-    of = base.of(adapter)
-    assert f"tokenizer: that in {adapter}" in capsys.readouterr().err.replace("\n", " ")
-    for model in (of.load(), of.abstract(), of.load_streamed()):
+    for_adapter = base.for_adapter(adapter)
+    assert f"tokenizer: the one in {adapter}" in capsys.readouterr().err.replace("\n", " ")
+    for model in (for_adapter.load(), for_adapter.abstract(), for_adapter.load_streamed()):
         assert len(model.tokenizer("<call>")["input_ids"]) == 1
-    assert len(base.of(None).load().tokenizer("<call>")["input_ids"]) == 6
+    assert len(base.for_adapter(None).load().tokenizer("<call>")["input_ids"]) == 6
 
 
 def test_a_template_alone_is_used_with_the_models_tokenizer(project, capsys):
     adapter, base = project / "runs" / "a", Base(model=str(project / "models" / "base"))
     (adapter / "chat_template.jinja").write_text("{{ messages[0]['content'] }}!")
-    tokenizer = base.of(adapter).abstract().tokenizer
+    tokenizer = base.for_adapter(adapter).abstract().tokenizer
     assert tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False) == "hello!"
-    assert "chat template: that in" in capsys.readouterr().err
+    assert "chat template: the one in" in capsys.readouterr().err
 
 
 def test_merge_and_export_take_it_along(project):
@@ -225,11 +225,11 @@ def test_merge_and_export_take_it_along(project):
 
 def test_its_absence_is_said_where_tokens_were_trained(project, drawn, capsys):
     base = Base(model=str(project / "models" / "base"))
-    base.of(project / "runs" / "a")
+    base.for_adapter(project / "runs" / "a")
     assert "tokenizer" not in capsys.readouterr().err
     path = project / "runs" / "a" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"modules_to_save": ["embed_tokens"]}))
-    base.of(project / "runs" / "a")
+    base.for_adapter(project / "runs" / "a")
     assert "trained embeddings of tokens but holds none" in capsys.readouterr().err.replace("\n", " ")
 
 
@@ -249,7 +249,7 @@ def test_one_that_cannot_be_read_is_named(project, place, kind, words):
         os.mkfifo(path)
     else:
         path.write_text(POINTER if kind == "pointer" else kind)
-    model = Base(model=str(project / "models" / "base")).of(project / "runs" / "a").abstract()
+    model = Base(model=str(project / "models" / "base")).for_adapter(project / "runs" / "a").abstract()
     with pytest.raises(ValueError, match=words) as caught:
         _ = model.tokenizer
     assert str(project / place) in str(caught.value)

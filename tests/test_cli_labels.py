@@ -94,7 +94,7 @@ def test_a_masked_language_model_gets_pooler_and_head(tmp_path):
         pytest.param(None, "xyz", False, marks=pytest.mark.slow),
     ],
 )
-def test_a_head_is_kept_where_it_tells_the_labels(tmp_path, names, asked, kept):
+def test_a_head_is_kept_where_it_predicts_the_labels(tmp_path, names, asked, kept):
     named = {} if names is None else {"id2label": dict(enumerate(names))}
     folder = encoder(tmp_path / "with", architecture="BertForSequenceClassification", **named)
     model = models.load(folder, labels=tuple(asked), key=jax.random.key(7))
@@ -102,13 +102,13 @@ def test_a_head_is_kept_where_it_tells_the_labels(tmp_path, names, asked, kept):
     assert np.array_equal(kernel(model), kernel(models.load(folder))) == kept
 
 
-def test_the_head_trains_whole_and_gets_no_factors(tmp_path):
+def test_the_head_trains_in_full_and_gets_no_factors(tmp_path):
     """RoBERTa's holds a kernel that "all-linear" selects."""
     model = models.load_abstract(encoder(tmp_path / "roberta", RobertaConfig, "RobertaForMaskedLM"), labels=("a", "b"))
     config = lora_jax.LoRAConfig(rank=2, alpha=4, targets=("all-linear",))
     rows = inspect.match(model, _labels.with_head(config, model)).rows
-    whole = {row.path for row in rows if not row.rank}
-    assert whole == {
+    in_full = {row.path for row in rows if not row.rank}
+    assert in_full == {
         f"classifier/{name}" for name in ("dense/kernel", "dense/bias", "out_proj/kernel", "out_proj/bias")
     }
     assert len(rows) == 4 + 6  # of the one layer
@@ -139,14 +139,19 @@ def world(tmp_path_factory):
     }
 
 
-def test_train_tells_labels_and_samples_and_what_to_type_next(world):
-    for told in ("labels: no, so, yes. new and trained in full: classifier", "expected   ", "accuracy", "\nrow "):
-        assert told in world["said"]
+def test_train_prints_labels_and_samples_and_the_next_command(world):
+    for words in (
+        "labels: no, so, yes. newly initialised and trained in full: classifier",
+        "expected   ",
+        "accuracy",
+        "\nrow ",
+    ):
+        assert words in world["said"]
     assert f"next: lora-jax evaluate --model {world['model']} --adapter {world['out']} --data" in world["said"]
 
 
 @pytest.mark.slow
-def test_evaluate_and_merge_tell_the_same(world, tmp_path):
+def test_evaluate_and_merge_agree(world, tmp_path):
     adapted = ["--model", world["model"], "--adapter", world["out"]]
     found = json.loads(call("evaluate", *adapted, "--data", world["data"], "--json"))
     assert set(found) == {"loss", "accuracy", "f1", "matthews_correlation", "rows", "rows_truncated"}
@@ -234,7 +239,7 @@ def test_scores(world, tmp_path):
 
 
 @pytest.mark.slow
-def test_glue_files_are_judged_by_its_figure_on_dev(world, tmp_path):
+def test_glue_files_are_judged_by_its_metric_on_dev(world, tmp_path):
     for name in ("train", "dev"):
         (tmp_path / f"{name}.tsv").write_text("".join(f"x\t{i % 2}\t\tsentence {i}\n" for i in range(8)))
     out, source = tmp_path / "out", ["--data", "glue:cola", tmp_path]
@@ -251,7 +256,7 @@ def test_mistakes(world, tmp_path, refused):
     assert f"{other}:2: label 'maybe', expected one of no, so, yes" in refused(
         "evaluate", *model, *adapter, "--data", other
     )
-    assert "no head that tells labels" in refused("evaluate", *model, "--data", world["data"])
+    assert "has no classification head" in refused("evaluate", *model, "--data", world["data"])
     text = tmp_path / "text.jsonl"
     text.write_text('{"text": "a"}\n' * 3)
     out = tmp_path / "out"

@@ -108,7 +108,7 @@ def test_a_low_precision_base_in_any_dtype(tmp_path, dtype, capsys):
     said = capsys.readouterr().out
     survives = float(re.search(r"([\d.]+)% of the update survives", said)[1])
     assert (survives == 100) == (dtype == "float32")
-    assert ("`--output-dtype float32` keeps all of it" in said) == (dtype != "float32")
+    assert ("`--output-dtype float32` keeps all of the update" in said) == (dtype != "float32")
     assert json.loads((world.output / "config.json").read_text())["dtype"] == dtype
     for path, leaf in models.flatten(models.load(world.output).params).items():
         assert leaf.dtype == dtype
@@ -133,7 +133,7 @@ def test_a_model_rounded_as_it_is_read(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_it_tells_what_was_compared(tied, tmp_path, capsys):
+def test_it_prints_what_was_compared(tied, tmp_path, capsys):
     assert tied.merge("--overwrite") == 0
     said = capsys.readouterr().out
     assert f"on text: {len(_compare.SENTENCES)} rows" in said
@@ -211,7 +211,7 @@ def test_a_tensor_that_was_not_written_whole_is_seen(tied, monkeypatch, refused)
         path.write_bytes(content)
 
     monkeypatch.setattr(models._shards, "write", damaged)
-    assert "what was written isn't the merged weight" in refused(tied, "--check", "never")
+    assert "the written tensor isn't the merged weight" in refused(tied, "--check", "never")
 
 
 @pytest.mark.oracle

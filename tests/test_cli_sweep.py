@@ -46,9 +46,9 @@ def test_a_grid_under_a_budget(paths, tmp_path, capsys):
         ("q", "4", "0"), ("q", "4", "1"), ("q,v", "2", "0"), ("q,v", "2", "1"),
     ]  # fmt: skip
     assert {line["trainable"] for line in lines} <= {"256", "224"}
-    whole = json.loads((out / "results.json").read_text())
-    assert len(whole["summary"]) == 2
-    assert {path.split("/")[-2] for path in whole["scores"]} == {"q_proj", "v_proj"}
+    content = json.loads((out / "results.json").read_text())
+    assert len(content["summary"]) == 2
+    assert {path.split("/")[-2] for path in content["scores"]} == {"q_proj", "v_proj"}
     assert lines[0]["adapter"] == "adapters/000-q-rank-4-alpha-8-seed-0"
     assert [line["adapter"] for line in lines] == [f"adapters/{p.name}" for p in sorted((out / "adapters").iterdir())]
     model = models.load(paths["model"])
@@ -70,7 +70,7 @@ def test_what_is_not_of_a_sweep_is_not_overwritten(paths, tmp_path, capsys, name
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text(text)
     assert sweep(paths, "--rank", 1, "--output", tmp_path, "--overwrite") == 2
-    assert f"holds {name.split('/')[0]}, which is not of a sweep and would be lost" in capsys.readouterr().err
+    assert f"holds {name.split('/')[0]}, which no sweep has written and which would be lost" in capsys.readouterr().err
     assert (tmp_path / name).read_text() == text
 
 
@@ -83,14 +83,14 @@ def labelled(tmp_path_factory):
 
 @pytest.mark.slow
 def test_labels_and_a_prefix_are_swept_as_they_are_trained(labelled, tmp_path, capsys):
-    """Each seed has a head of its own, and each adapter tells what `lora-jax train` with its settings does."""
+    """Each seed has a head of its own, and each adapter predicts as one of `lora-jax train` does."""
     out, alone = tmp_path / "out", tmp_path / "alone"
     common = ("--targets", "q", "v", "--rank", 2, "--alpha", 4, "--max-length", 32)
     assert (
         sweep(labelled, *common, "--grid", "prefix-length=0,3", "--seeds", 2, "--output", out, "--save-adapters") == 0
     )
     said = capsys.readouterr().out
-    for word in ("labels: no, yes. new and trained in full: classifier", "accuracy", "prefix"):
+    for word in ("labels: no, yes. newly initialised and trained in full: classifier", "accuracy", "prefix"):
         assert word in said
     rows = list(csv.DictReader((out / "results.csv").read_text().splitlines()))
     assert [(row["prefix_length"], row["seed"]) for row in rows] == [("0", "0"), ("0", "1"), ("3", "0"), ("3", "1")]
@@ -157,10 +157,10 @@ def test_only_adapters_of_the_results_are_replaced(paths, tmp_path, monkeypatch)
     (out / "adapters" / "mine").mkdir()
     (out / "adapters" / "mine" / "precious").write_text("kept")
     (saved / "stale").write_text("of the last run")
-    told = json.loads((out / "results.json").read_text())
-    assert told["lora"].keys() == {"dora", "dtype", "exclude", "init", "scaling", "also_train"}
-    assert told["train"]["load_best_model_at_end"] is False
-    assert not told["train"].keys() & {"seed", "learning_rate", "data_seed"}
+    written = json.loads((out / "results.json").read_text())
+    assert written["lora"].keys() == {"dora", "dtype", "exclude", "init", "scaling", "also_train"}
+    assert written["train"]["load_best_model_at_end"] is False
+    assert not written["train"].keys() & {"seed", "learning_rate", "data_seed"}
     assert sweep(paths, *grid, "--overwrite") == 0
     assert not (saved / "stale").exists()
     assert (out / "adapters" / "mine" / "precious").read_text() == "kept"

@@ -73,7 +73,7 @@ def test_a_run_that_is_stopped_loses_no_step(world, unstopped, stopped, capfd, n
     assert after <= step <= 9
     last = said.splitlines()[-1]
     assert last.startswith(f"lora-jax: {number.name}: stopped after step {step} of 9; checkpoint {output}/checkpoints/")
-    assert last.endswith(f"the same command with --resume goes on from step {step}")
+    assert last.endswith(f"the same command with --resume continues from step {step}")
     assert main([*argv(world, output), "--resume"]) == 0
     assert metrics(output) == metrics(unstopped)
     tensors, expected = (load_file(folder / "adapter_model.safetensors") for folder in (output, unstopped))

@@ -25,14 +25,14 @@ import tyro
 from lora_jax.cli import _signals
 
 COMMANDS = {
-    "inspect": "which kernels would be adapted and what they cost, from the model's config alone",
+    "inspect": "show which kernels would be adapted and what they cost, from the model's config alone",
     "train": "fine-tune a model with LoRA; without arguments, the embedded model on the embedded task",
-    "evaluate": "loss and perplexity on a data file, with or without an adapter",
-    "generate": "text from a prompt, with or without an adapter",
+    "evaluate": "print loss and metrics on a data file, with or without an adapter",
+    "generate": "complete prompts, with or without an adapter",
     "sweep": "train a grid of adapters at once (ranks, targets, learning rates, seeds, ...) and compare them",
-    "analyze": "what an adapter has learned (the paper's section 7), as a report in HTML, JSON and PNG",
-    "export": "write an adapter anew, in a form that tools which ignore PEFT's patterns read right",
-    "merge": "add an adapter into its model's weights and write an ordinary Hugging Face folder",
+    "analyze": "report what an adapter has learned (the paper's section 7) in HTML, JSON and PNG",
+    "export": "rewrite an adapter for tools that ignore PEFT's patterns of ranks and alphas",
+    "merge": "add an adapter to its model's weights and write an ordinary Hugging Face folder",
 }
 
 USAGE = "usage: lora-jax COMMAND [flags]\n\n{commands}\n\n`lora-jax COMMAND --help` lists the flags.\n{environment}"
@@ -40,11 +40,11 @@ ENVIRONMENT = "LORA_JAX_TRACEBACK=1 shows where an error came from."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, 2 for what the user can put right, 130 for Ctrl-C, 143 for SIGTERM.
+    """Run one command and return its exit code: 0, 2 for an error, 130 for Ctrl-C, 143 for SIGTERM.
 
     Args:
-        argv: the words after `lora-jax`; default `sys.argv[1:]`, the process's own: then signals are answered until
-            it ends, otherwise they are as before when this returns.
+        argv: the words after `lora-jax`. Default: `sys.argv[1:]`, the process's own, with which signals are handled
+            until the process ends; otherwise handlers are restored before this returns.
 
     Example:
         >>> main(["--version"])
@@ -62,16 +62,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(ValueError(f"no command {words[0]!r}; the commands are {', '.join(COMMANDS)}"))
     if argv is None:
         _signals.until_exit()
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would tell everyone that torch isn't installed
+    os.environ.setdefault(
+        "TRANSFORMERS_NO_ADVISORY_WARNINGS", "1"
+    )  # else transformers warns that torch isn't installed
     try:
         command = importlib.import_module(f"{__name__}.{words[0]}")
         command.run(_parse(command, words[1:], prog=f"lora-jax {words[0]}"))
-    except SystemExit as exit:  # help was asked for, or tyro has explained a mistyped flag
+    except SystemExit as exit:  # after help, or after tyro's message on a mistyped flag
         return int(exit.code or 0)
     except KeyboardInterrupt:
         print("lora-jax: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # `lora-jax inspect | head`: the reader has seen enough
+    except BrokenPipeError:  # as in `lora-jax inspect | head`, which reads no further
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, OSError, MemoryError, MissingExtra) as error:
@@ -84,6 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def usage() -> str:
+    """The commands with a line on each, as `lora-jax --help` prints them."""
     width = max(map(len, COMMANDS))
     commands = "\n".join(f"  {name:{width}}  {what}" for name, what in COMMANDS.items())
     return USAGE.format(commands=commands, environment=ENVIRONMENT)
@@ -97,20 +100,24 @@ def _fail(error: Exception) -> int:
     return 2
 
 
-def out_of_memory(text: str, there_is: int | None) -> str | None:
-    """One line for what XLA says where a device's memory is full; None where it says something else.
+def out_of_memory(text: str, total: int | None) -> str | None:
+    """Rewrite XLA's error for a device whose memory is full as one line; None for any other error.
+
+    Args:
+        text: XLA's message.
+        total: bytes of the device's memory; None if unknown.
 
     >>> out_of_memory("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 2147483648 bytes.", 1 << 30)
-    'out of device memory: 2.00 GiB asked for, 1.00 GiB there is in all; a smaller --batch-size, ...
+    'out of device memory: 2.00 GiB needed, the device has 1.00 GiB; give a smaller --batch-size ...
     """
     if "RESOURCE_EXHAUSTED" not in text or not re.search(r"memory|allocat", text, re.IGNORECASE):
         return None
     found = re.search(r"allocat\w* (\d+)(?: bytes)?|Used ([\d.]+)([KMGT])", text)
     asked = "more" if found is None else _gib(int(found[1])) if found[1] else f"{found[2]} {found[3]}iB"
-    there = "" if there_is is None else f", {_gib(there_is)} there is in all"
+    device = "" if total is None else f", the device has {_gib(total)}"
     return (
-        f"out of device memory: {asked} asked for{there}; a smaller --batch-size, more --gradient-accumulation-steps,"
-        " --remat or a smaller --max-length need less"
+        f"out of device memory: {asked} needed{device}; give a smaller --batch-size or --max-length, more"
+        " --gradient-accumulation-steps, or --remat full"
     )
 
 
@@ -119,49 +126,50 @@ def _gib(count: int) -> str:
 
 
 def _device_bytes() -> int | None:
-    """The memory of a device; None where nothing says it."""
+    """The memory of a device; None if its backend doesn't report it."""
     jax = sys.modules.get("jax")
     try:
         return None if jax is None else jax.local_devices()[0].memory_stats()["bytes_limit"]
-    except (RuntimeError, TypeError, KeyError):  # a CPU has no such figures
+    except (RuntimeError, TypeError, KeyError):  # a CPU reports none
         return None
 
 
 def _in_one_line(error: Exception) -> str:
-    """
+    """The error's message on one line; an error of the system begins with its file.
+
     >>> _in_one_line(FileNotFoundError(2, "No such file or directory", "data.jsonl"))
     'data.jsonl: No such file or directory'
     """
-    told = [error.filename, error.strerror] if isinstance(error, OSError) and error.strerror else [error]
-    return " ".join(": ".join(str(part) for part in told if part is not None).split())
+    parts = [error.filename, error.strerror] if isinstance(error, OSError) and error.strerror else [error]
+    return " ".join(": ".join(str(part) for part in parts if part is not None).split())
 
 
 def _parse(command: ModuleType, words: list[str], *, prog: str) -> Any:
-    """Flags to the command's `Settings`, whose defaults may depend on what is given.
+    """Convert flags to the command's `Settings`, whose defaults may depend on the flags.
 
-    An error of our own (rank 0) is raised as it is, not in the box of a mistyped flag.
+    An error of this library (rank 0) is raised as it is, not in the box in which tyro explains a mistyped flag.
     """
     default = command.defaults(words) if hasattr(command, "defaults") else tyro.MISSING_NONPROP
-    said = io.StringIO()
+    messages = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(messages):
             return tyro.cli(
                 command.Settings, args=words, prog=prog, default=default, config=(tyro.conf.FlagCreatePairsOff,)
             )
     except SystemExit as exit:
         cause = exit.__context__
-        while cause is not None and not _raised_here(cause):
+        while cause is not None and not _raised_by_us(cause):
             cause = cause.__context__
         if cause is not None:
             raise cause from None
-        if (mistake := _not_a_number(said.getvalue())) is not None:
+        if (mistake := _not_a_number(messages.getvalue())) is not None:
             raise ValueError(mistake) from None
-        sys.stderr.write(said.getvalue())
+        sys.stderr.write(messages.getvalue())
         raise
 
 
 def _not_a_number(box: str) -> str | None:
-    """One line for tyro's box of several about a number that isn't one; None where the box is about something else.
+    """Rewrite tyro's box about a value that isn't a number as one line; None for a box about anything else.
 
     >>> _not_a_number("| Error parsing --batch-size: invalid literal for int() with base 10: '1e9' |")
     "--batch-size: '1e9' given, expected a whole number"
@@ -171,10 +179,10 @@ def _not_a_number(box: str) -> str | None:
     found = re.search(r"(invalid literal for int\(\) with base 10|could not convert string to float): ('[^']*')", text)
     if flag is None or found is None:
         return None
-    kind = "a whole number" if "int" in found[1] else "a number"
-    return f"{flag[1]}: {found[2]} given, expected {kind}"
+    expected = "a whole number" if "int" in found[1] else "a number"
+    return f"{flag[1]}: {found[2]} given, expected {expected}"
 
 
-def _raised_here(error: BaseException) -> bool:
+def _raised_by_us(error: BaseException) -> bool:
     frames = list(traceback.walk_tb(error.__traceback__))
     return isinstance(error, ValueError) and frames[-1][0].f_globals["__name__"].startswith("lora_jax")

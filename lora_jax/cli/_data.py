@@ -1,4 +1,4 @@
-"""The data that a command works on: one word for a file or folder, two for GLUE's own files."""
+"""The `--data` flag: a file or folder in one word, or GLUE's own files in two."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,45 +9,47 @@ from lora_jax.data import Labelled, Labels, Row
 
 
 @dataclass(frozen=True)
-class Source:
-    """Rows of a path; `glue` names the task whose own files they are."""
+class DataSource:
+    """A file or folder of rows; `glue` names the GLUE task if they are GLUE's own files."""
 
     path: Path
     glue: str | None = None
 
     def rows(self, split: data.Split) -> list[Row]:
+        """The rows of a split."""
         return data.load(self.path, split, glue=self.glue)
 
     @property
     def held_out(self) -> data.Split:
-        """The split to evaluate on: GLUE publishes no labels of its test rows."""
+        """The split to evaluate on: `valid` for GLUE, which publishes no labels for its test rows."""
         return "test" if self.glue is None else "valid"
 
     @property
-    def figure(self) -> str | None:
-        """What the task is judged by."""
+    def metric(self) -> str | None:
+        """The metric by which GLUE judges the task; None for other data."""
         return None if self.glue is None else data.glue_task(self.glue).figure
 
     def labels(self, rows: Sequence[Labelled]) -> Labels:
+        """The labels of the rows; for GLUE the task's, in its order."""
         return data.labels_of(rows) if self.glue is None else Labels(data.glue_task(self.glue).labels)
 
 
-def source_of(words: Sequence[str]) -> Source:
-    """`PATH`, or `glue:TASK PATH`.
+def source_of(words: Sequence[str]) -> DataSource:
+    """Read the flag's words: `PATH`, or `glue:TASK PATH`.
 
     Raises:
-        ValueError: other words.
+        ValueError: the words have another form, or name an unknown task.
     """
     match words:
         case [path] if not path.startswith("glue:"):
-            return Source(Path(path))
+            return DataSource(Path(path))
         case [task, path] if task.startswith("glue:"):
             name = task.removeprefix("glue:")
             data.glue_task(name)
-            return Source(Path(path), name)
+            return DataSource(Path(path), name)
     raise ValueError(f"data: {' '.join(words)!r} given, expected a file or folder, or glue:TASK and a folder")
 
 
 def labelled(rows: Sequence[Row]) -> list[Labelled]:
-    """The rows, where they have labels; nothing where they are text."""
+    """The rows that have labels: all, or none if they are text."""
     return [row for row in rows if isinstance(row, Labelled)]

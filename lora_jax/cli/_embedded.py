@@ -1,4 +1,4 @@
-"""The embedded task: its rows as any data file's, and its answers run in SQLite."""
+"""The embedded task on the command line: its rows, and its answers, which are run in SQLite."""
 
 import functools
 from collections.abc import Sequence
@@ -15,45 +15,51 @@ ANSWERS = GenerateConfig(max_tokens=text_to_sql.DEFAULTS.max_tokens, batch_size=
 
 
 class Answers(NamedTuple):
-    """What a model answered to a split's questions."""
+    """A model's answers to a split's questions."""
 
     texts: list[str]
-    right: list[bool]  # the answer's result is the reference's
+    right: list[bool]  # whether the answer's result is the reference's
 
     @property
     def accuracy(self) -> float:
+        """Share of the answers that are right, 0 to 1."""
         return sum(self.right) / len(self.right)
 
 
 def check_data_given(base: Base, given: Sequence[str] | Path | None) -> None:
-    """Only the embedded model, and a merged one that was made from it, has a task of its own."""
-    if base.model is not None and not given and not _is_of_embedded(Path(base.model)):
+    """Refuse to go without data unless the model is the embedded one or was merged from it.
+
+    Raises:
+        ValueError: another model is given without data.
+    """
+    if base.model is not None and not given and not _merged_from_embedded(Path(base.model)):
         raise ValueError(f"data: none given for {base.model}; pass --data with a jsonl file or a folder of them")
 
 
-def _is_of_embedded(folder: Path) -> bool:
-    """Whether the folder's model reads text as the embedded one does: its tokenizer was made for this task alone."""
+def _merged_from_embedded(folder: Path) -> bool:
+    """Whether the folder has the embedded model's tokenizer, which was made for the embedded task alone."""
     own, given = (path / "tokenizer.json" for path in (text_to_sql.BASE, folder))
     return given.is_file() and given.read_bytes() == own.read_bytes()
 
 
 def rows(split: str) -> list[data.Completion]:
+    """The rows of a split."""
     return [data.Completion(**row) for row in text_to_sql.rows(split)]
 
 
 @functools.cache
-def asked_of(split: str) -> list[text_to_sql.Example]:
-    """Kept, because filling databases that tell right from wrong takes seconds."""
+def questions_of(split: str) -> list[text_to_sql.Example]:
+    """The questions of a split with their databases, which take seconds to fill and are therefore cached."""
     return text_to_sql.examples(split)
 
 
 def answer(model: Any, params: Any, split: str) -> Answers:
-    """Greedy answers to the questions of a split, and which of them are right."""
-    asked = asked_of(split)
-    with _show.working(f"answering {len(asked)} questions"):
-        texts = generate_text(model, params, [example.prompt for example in asked], ANSWERS)
+    """Answer the questions of a split greedily, and find which answers are right."""
+    questions = questions_of(split)
+    with _show.working(f"answering {len(questions)} questions"):
+        texts = generate_text(model, params, [question.prompt for question in questions], ANSWERS)
     right = [
-        text_to_sql.is_right(text, example.completion, example.database)
-        for text, example in zip(texts, asked, strict=True)
+        text_to_sql.is_right(text, question.completion, question.database)
+        for text, question in zip(texts, questions, strict=True)
     ]
     return Answers(texts, right)

@@ -1,4 +1,4 @@
-"""Telling labels: which ones, in which order, kept in a file beside the adapter."""
+"""The labels that a model predicts: their names and order, which a file beside the adapter holds."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ import lora_jax
 from lora_jax import _disk, data
 from lora_jax._untrusted import git_lfs_pointer, not_a_file, read_json
 from lora_jax.cli._base import Base
-from lora_jax.cli._data import Source
+from lora_jax.cli._data import DataSource
 from lora_jax.data import Labelled, LabelledExample, Labels
 from lora_jax.peft import adapter_folder
 from lora_jax.train import Task, apply_to_batch, task_of
@@ -21,11 +21,11 @@ FILE = "labels.json"
 MOST_BYTES = 2**24
 
 
-def to_train(source: Source, base: Any, train: Sequence[Labelled], valid: Sequence[Labelled]) -> Labels:
-    """The labels of the rows, in the order in which the model's own head has them, if it has these.
+def to_train(source: DataSource, base: Any, train: Sequence[Labelled], valid: Sequence[Labelled]) -> Labels:
+    """The labels to train on: those of the rows, in the order of the model's own head if it has the same labels.
 
     Raises:
-        ValueError: a row that doesn't fit, by file and line.
+        ValueError: a row has another label; the message names its file and line.
     """
     labels, own = source.labels(train), own_labels(base)
     if own is not None and set(own.names) == set(labels.names):
@@ -35,13 +35,17 @@ def to_train(source: Source, base: Any, train: Sequence[Labelled], valid: Sequen
     return labels
 
 
-def to_evaluate(source: Source, base: Any, adapter: Path | None, rows: Sequence[Labelled]) -> Labels:
-    """The labels that the adapter or the model was trained on; those of the rows where neither says."""
+def to_evaluate(source: DataSource, base: Any, adapter: Path | None, rows: Sequence[Labelled]) -> Labels:
+    """The labels that the adapter or the model was trained on; the rows' labels if neither has names for them.
+
+    Raises:
+        ValueError: neither the adapter nor the model has a classification head.
+    """
     saved, own = load(adapter), own_labels(base)
     if saved is not None:
         return saved
     if own is None and adapter is None:
-        raise ValueError(f"{base.folder}: no head that tells labels; give the adapter that was trained with one")
+        raise ValueError(f"{base.folder}: has no classification head; give the adapter that was trained with one")
     given = source.labels(rows)
     if own is None:
         return given
@@ -50,21 +54,21 @@ def to_evaluate(source: Source, base: Any, adapter: Path | None, rows: Sequence[
 
 
 def own_labels(base: Any) -> Labels | None:
-    """Those of the model's own head; None where it has none."""
+    """The labels of the model's own classification head; None if it has no head."""
     return Labels(lora_jax.models.label_names(base.config)) if base.head else None
 
 
 def load(adapter: Path | None) -> Labels | None:
-    """The labels beside an adapter; None where it was trained on text.
+    """Read the labels beside an adapter; None if it was trained on text.
 
     Raises:
-        ValueError: the file isn't one that `save` writes.
+        ValueError: the file isn't as `save` writes it.
     """
     if adapter is None or not (adapter / FILE).exists():
         return None
     path = adapter / FILE
-    if what := not_a_file(path) or git_lfs_pointer(path):
-        raise ValueError(f"{path}: {what}; expected the labels' names")
+    if problem := not_a_file(path) or git_lfs_pointer(path):
+        raise ValueError(f"{path}: {problem}; expected the labels' names")
     try:
         names = read_json(path, MOST_BYTES)["labels"]
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -76,9 +80,9 @@ def load(adapter: Path | None) -> Labels | None:
 
 
 def of_adapter(adapter: Path, base: Base) -> Labels | None:
-    """The labels to load a base with for an adapter; None where its own head, or none, is the adapter's.
+    """The labels with which to load a base for an adapter; None if the base is loaded as it is.
 
-    PEFT keeps no names: the head that such an adapter brings to a base without one tells numbers.
+    PEFT's files have no names of labels: if such an adapter brings a head to a base without one, numbers are the names.
     """
     saved = load(adapter)
     if saved is not None or not adapter.is_dir() or (model := base.abstract()).head:
@@ -88,7 +92,7 @@ def of_adapter(adapter: Path, base: Base) -> Labels | None:
 
 
 def save(folder: Path, labels: Labels | None) -> None:
-    """Writes the names beside an adapter, whole or not at all; where it has none, those of an earlier one go."""
+    """Write the labels' names beside an adapter, or remove an earlier adapter's names if `labels` is None."""
     if labels is None:
         (folder / FILE).unlink(missing_ok=True)
         return
@@ -96,47 +100,49 @@ def save(folder: Path, labels: Labels | None) -> None:
 
 
 def new_parts(model: Any) -> str:
-    """Which parts of the model are drawn anew, in words; nothing where none is."""
+    """The newly initialised parts of the model, in words; empty if there are none."""
     parts = sorted({path.split("/")[0] for path in model.newly_initialized})
-    return f"new and trained in full: {', '.join(parts)}" if parts else ""
+    return f"newly initialised and trained in full: {', '.join(parts)}" if parts else ""
 
 
 def with_head(config: lora_jax.LoRAConfig, model: Any) -> lora_jax.LoRAConfig:
-    """The settings under which the head, and what else of the model is new, is trained in full and gets no factors.
+    """Change the settings so that the head and all newly initialised leaves train in full and get no factors.
 
-    A model without a head keeps those given.
+    A model without a head needs no change.
     """
     if not model.head:
         return config
     head = f"/{model.head}/.*/"
     new = (head, *(path for path in model.newly_initialized if not path.startswith(f"{model.head}/")))
-    exclude = (*config.exclude, *new) if config.targets else ()  # RoBERTa's head holds a kernel that is all-linear too
+    exclude = (*config.exclude, *new) if config.targets else ()  # "all-linear" would select a kernel of RoBERTa's head
     return dataclasses.replace(config, also_train=(*config.also_train, *new), exclude=exclude)
 
 
-def task(source: Source, examples: Sequence[LabelledExample], labels: Labels) -> Task:
-    """What the rows ask for, judged as GLUE judges it."""
+def task(source: DataSource, examples: Sequence[LabelledExample], labels: Labels) -> Task:
+    """Regression or classification, judged by GLUE's metric if the data are GLUE's."""
     found = task_of(examples) if labels.regression else lora_jax.train.classification(len(labels.names))
-    return dataclasses.replace(found, best=source.figure or found.best)
+    return dataclasses.replace(found, best=source.metric or found.best)
 
 
-def asked(rows: Sequence[Labelled], examples: Sequence[LabelledExample], labels: Labels) -> list[tuple[str, str]]:
-    """Each row as text, and what is to be told of it."""
+def texts_and_labels(
+    rows: Sequence[Labelled], examples: Sequence[LabelledExample], labels: Labels
+) -> list[tuple[str, str]]:
+    """Each row's text and the name of its label."""
     return [
-        (row.text if row.text_pair is None else f"{row.text} / {row.text_pair}", _told(example.label, labels))
+        (row.text if row.text_pair is None else f"{row.text} / {row.text_pair}", _name(example.label, labels))
         for row, example in zip(rows, examples, strict=True)
     ]
 
 
-def tell(model: Any, params: Any, examples: Sequence[LabelledExample], labels: Labels, of: Task) -> list[str]:
-    """What the model says of a few rows."""
-    if not examples or of.predict is None:
+def predict(model: Any, params: Any, examples: Sequence[LabelledExample], labels: Labels, task: Task) -> list[str]:
+    """Predict the labels' names for a few examples, as one batch."""
+    if not examples or task.predict is None:
         return []
     batch = data.pad(examples, len(examples), max(len(example.input_ids) for example in examples))
     apply = lora_jax.prefix.adapt(lora_jax.adapt(model.apply, allow_none=True))
     outputs = jax.jit(lambda params, batch: apply_to_batch(apply, params, batch))(params, batch)
-    return [_told(value, labels) for value in np.asarray(of.predict(outputs))]
+    return [_name(value, labels) for value in np.asarray(task.predict(outputs))]
 
 
-def _told(value: Any, labels: Labels) -> str:
+def _name(value: Any, labels: Labels) -> str:
     return f"{float(value):.2f}" if labels.regression else labels.names[int(value)]

@@ -1,4 +1,4 @@
-"""A model and its adapter as merged weights, made one tensor at a time, and what has to be true of them."""
+"""Merged weights, computed one tensor at a time, and the check of what was written."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,38 +17,38 @@ BLOCK = 2**20  # numbers compared at once
 
 
 @dataclass(frozen=True)
-class Merged:
-    """Merged weights that aren't held: each tensor is read, merged in float32 and rounded when it is asked for.
+class MergedWeights:
+    """Merged weights that aren't in memory: reading a tensor merges it in float32 and rounds it.
 
     Attributes:
         leaves: path -> `models.Streamed`.
-        norms: path -> index -> the norms of the kernels that have been made.
+        norms: path -> index -> norms of a kernel, once it has been read.
     """
 
     leaves: dict[str, Any]
     norms: dict[str, dict[tuple[int, ...], Norms]]
 
     def tree(self, dtype: Any = None) -> Any:
-        """The parameters, in a wider dtype than they are written in where one is given."""
+        """The parameters, in their own dtypes or in `dtype`."""
         changed = {} if dtype is None else {"dtype": np.dtype(dtype)}
         return lora_jax.models.unflatten({path: replace(leaf, **changed) for path, leaf in self.leaves.items()})
 
     def report(self) -> MergeReport:
-        """How much of ΔW is left, of what has been made."""
+        """How much of ΔW survives rounding, for all kernels that have been read."""
         parts = {path: list(found.values()) for path, found in self.norms.items()}
         return report_of(parts, {path: self.leaves[path].dtype.name for path in parts})
 
 
-def merged(model: Any, params: Any, dtype: Any = None) -> Merged:
+def merged(model: Any, params: Any, dtype: Any = None) -> MergedWeights:
     """The merged weights of a model from `models.load_streamed`.
 
     Args:
         model: the base.
         params: its parameters with the adapter's nodes.
-        dtype: of the result; None is each leaf's own.
+        dtype: dtype of the merged weights; None for each leaf's own.
 
     Raises:
-        ValueError: prefix embeddings in `params`.
+        ValueError: there are prefix embeddings in `params`.
     """
     check_mergeable(params)
     tree, norms = trees.parts(params), {}
@@ -63,24 +63,24 @@ def merged(model: Any, params: Any, dtype: Any = None) -> Merged:
             norms[path] = {}
             leaf = _merged_leaf(leaf, tree.nodes[path], norms[path])
         leaves[path] = leaf
-    return Merged(leaves, norms)
+    return MergedWeights(leaves, norms)
 
 
 def _merged_leaf(base: Any, node: LoRA, norms: dict[tuple[int, ...], Norms]) -> Any:
     def read(index: tuple[int, ...]) -> np.ndarray:
         kernel, part = jnp.asarray(base.read(index)), at_index(node, index)
-        if index not in norms:  # a tensor is made again when it is checked
+        if index not in norms:  # a tensor is read again when it is checked
             norms[index] = norms_of(kernel, part, base.dtype)
         return np.asarray(lora_jax.merge({"kernel": kernel, "kernel_lora": part}, dtype=jnp.float32)["kernel"])
 
     return replace(base, read=read)
 
 
-def check_tensors(folder: Path, expected: Merged) -> int:
-    """Reads a written folder back, and counts its tensors.
+def check_tensors(folder: Path, expected: MergedWeights) -> int:
+    """Read a written folder back, and return the number of its tensors.
 
     Raises:
-        ValueError: a tensor isn't, bit for bit, what was to be written.
+        ValueError: a tensor differs from the merged weight in a bit.
     """
     count = 0
     written = lora_jax.models.flatten(lora_jax.models.load_streamed(folder).params)
@@ -88,20 +88,22 @@ def check_tensors(folder: Path, expected: Merged) -> int:
         for index in leaf.indices():
             if not _same(written[path].read(index), leaf.read(index), leaf.dtype):
                 raise ValueError(
-                    f"{path}{list(index) or ''}: what was written isn't the merged weight: disk or memory failed, "
-                    "or the model changed meanwhile; nothing was kept"
+                    f"{path}{list(index) or ''}: the written tensor isn't the merged weight: disk or memory failed, "
+                    "or the model's files changed meanwhile; no output was written, run the command again"
                 )
             count += 1
     return count
 
 
-def _same(there: np.ndarray, due: np.ndarray, dtype: np.dtype) -> bool:
-    """Whether the bits of `there` are those of `due` in this dtype, with no copy made of more than some rows."""
-    if there.dtype != dtype or there.shape != due.shape:
+def _same(written: np.ndarray, expected: np.ndarray, dtype: np.dtype) -> bool:
+    """Whether `written` has the bits of `expected` in this dtype. Only some rows at a time are copied."""
+    if written.dtype != dtype or written.shape != expected.shape:
         return False
-    step = max(1, BLOCK // max(1, there[:1].size))
-    starts = range(0, len(there), step)
-    return all(np.array_equal(_bits(there[i : i + step]), _bits(due[i : i + step].astype(dtype))) for i in starts)
+    step = max(1, BLOCK // max(1, written[:1].size))
+    starts = range(0, len(written), step)
+    return all(
+        np.array_equal(_bits(written[i : i + step]), _bits(expected[i : i + step].astype(dtype))) for i in starts
+    )
 
 
 def _bits(array: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The rows that a command trains on, text or with labels: read and checked before the model is, then tokenised."""
+"""The rows that a command trains on, text or with labels: checked before weights are read, then tokenised."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from lora_jax import data
 from lora_jax.cli import _base, _data, _embedded, _labels, _show
-from lora_jax.cli._data import Source
+from lora_jax.cli._data import DataSource
 from lora_jax.data import Example, LabelledExample, Labels, Row
 from lora_jax.train import Task
 
@@ -15,57 +15,58 @@ SPLITS = ("train", "valid")
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows as their files have them."""
+    """Rows as their files have them, by split."""
 
-    source: Source | None  # None: the embedded task
-    read: Mapping[str, Sequence[Row]]
+    source: DataSource | None  # None: the embedded task
+    by_split: Mapping[str, Sequence[Row]]
     labels: Labels | None  # None: text
 
     @property
-    def names(self) -> tuple[str, ...] | None:
-        """Those of the labels, for `Base.load`."""
+    def label_names(self) -> tuple[str, ...] | None:
+        """The labels' names, for `Base.load`; None for text."""
         return None if self.labels is None else self.labels.names
 
     @property
     def task_type(self) -> str:
-        """PEFT's word for what is learned from them."""
+        """PEFT's name for the task."""
         return "CAUSAL_LM" if self.labels is None else "SEQ_CLS"
 
 
-class Encoded(NamedTuple):
-    """Rows as token ids."""
+class EncodedRows(NamedTuple):
+    """Rows as examples of token ids, by split, and the task."""
 
     train: Sequence[Example] | Sequence[LabelledExample]
     valid: Sequence[Example] | Sequence[LabelledExample]  # may be empty
-    task: Task | None  # None: next tokens
+    task: Task | None  # None: next-token prediction
 
 
 def read(words: Sequence[str], base: _base.Base) -> Rows:
-    """The rows that `--data` names, or the embedded task's.
+    """Read the rows that `--data` names, or the embedded task's.
 
     Raises:
-        ValueError: rows that can't be used, by file and line, or that the model can't be trained on.
+        ValueError: a row that can't be used, by file and line, or rows that the model can't be trained on.
     """
     source = _data.source_of(words) if words else None
-    found = {split: _embedded.rows(split) if source is None else source.rows(split) for split in SPLITS}
-    train, valid = (_data.labelled(found[split]) for split in SPLITS)
+    by_split = {split: _embedded.rows(split) if source is None else source.rows(split) for split in SPLITS}
+    train, valid = (_data.labelled(by_split[split]) for split in SPLITS)
     model = base.abstract()
     if source is None or not train:
         _base.check_generates(model)
-        return Rows(source, found, None)
-    return Rows(source, found, _labels.to_train(source, model, train, valid))
+        return Rows(source, by_split, None)
+    return Rows(source, by_split, _labels.to_train(source, model, train, valid))
 
 
-def encode(rows: Rows, model: Any, max_length: int) -> Encoded:
-    """Token ids, each row cut to `max_length`; reports how many rows there are, and what became of long ones."""
+def encode(rows: Rows, model: Any, max_length: int) -> EncodedRows:
+    """Tokenise the rows, each cut to `max_length`, and print how many there are and how many were cut or left out."""
     if rows.source is None or rows.labels is None:
-        found = [_encode_text(split, rows.read[split], model, max_length) for split in SPLITS]
-        report_unread(*(name for encoded in found for name in encoded.unread))
-        return Encoded(found[0].examples, found[1].examples, None)
+        train, valid = (_encode_text(split, rows.by_split[split], model, max_length) for split in SPLITS)
+        report_unread(*train.unread, *valid.unread)
+        return EncodedRows(train.examples, valid.examples, None)
     train, valid = (
-        _encode_labelled(split, _data.labelled(rows.read[split]), model, max_length, rows.labels) for split in SPLITS
+        _encode_labelled(split, _data.labelled(rows.by_split[split]), model, max_length, rows.labels)
+        for split in SPLITS
     )
-    return Encoded(train, valid, _labels.task(rows.source, train, rows.labels))
+    return EncodedRows(train, valid, _labels.task(rows.source, train, rows.labels))
 
 
 def _encode_text(split: str, rows: Sequence[Row], model: Any, length: int) -> data.Encoded:
@@ -87,20 +88,20 @@ def _encode_labelled(
 
 
 def _report(split: str, count: int, truncated: int, left_out: int, length: int, crossing: int = 0) -> None:
-    said = f"{split}: {count:,} rows"
+    line = f"{split}: {count:,} rows"
     if truncated:
-        said += f", {truncated:,} cut to {length} tokens"
+        line += f", {truncated:,} cut to {length} tokens"
     if left_out:
-        said += f", {left_out:,} left out because no target remained"
+        line += f", {left_out:,} left out because no target remained"
     if crossing:
-        said += (
-            f", {crossing:,} whose prompt ends within a token (write the space before a completion in the completion)"
+        line += (
+            f", {crossing:,} whose prompt ends within a token (put the space before a completion into the completion)"
         )
-    _show.results().print(said, soft_wrap=True)
+    _show.results().print(line, soft_wrap=True)
 
 
 def report_unread(*names: str) -> None:
-    """One line on keys of messages that have no effect."""
+    """Print a line on the keys of messages that the chat template ignores."""
     if names:
         keys = data.listed(dict.fromkeys(names))
         _show.notes().print(

@@ -1,4 +1,4 @@
-"""A few held-out rows with what the model makes of them, before and after training."""
+"""A few held-out examples with the model's answers before and after training."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -15,25 +15,25 @@ CONFIG = GenerateConfig(max_tokens=48, batch_size=SHOWN)
 
 
 class Sample(NamedTuple):
-    """A prompt, what the data say comes next, and answers by name, each with whether it is right (None: not known)."""
+    """A prompt with the expected answer and the model's answers."""
 
     prompt: str
     expected: str
-    answers: dict[str, tuple[str, bool | None]]
+    answers: dict[str, tuple[str, bool | None]]  # name -> the answer, and whether it is right (None: unknown)
 
 
 class Prompt(NamedTuple):
-    """Where a row is cut: what the model is given, that as text, and what the data say comes next."""
+    """The part of an example that the model is given, and the expected rest."""
 
-    given: str | list[int]
+    given: str | list[int]  # what the model is given: text or token ids
     text: str
     expected: str
 
 
 def prompts_of(model: Any, examples: Sequence[Example]) -> list[Prompt]:
-    """The first rows that leave the model room to answer, cut where its answer begins.
+    """Make prompts of the first examples that leave the model enough positions for an answer.
 
-    That is before the last stretch of targets, or where all are targets before the last line.
+    An example is cut before the last stretch of targets, or, if all tokens are targets, before the last line.
     """
     room = model.config.max_position_embeddings - CONFIG.max_tokens
     return [_cut(model.tokenizer, example) for example in examples if len(example.input_ids) <= room][:SHOWN]
@@ -54,17 +54,17 @@ def _cut(tokenizer: Any, example: Example) -> Prompt:
 
 
 def complete(model: Any, params: Any, prompts: Sequence[Prompt]) -> list[str]:
-    """Greedy completions."""
+    """Complete the prompts greedily."""
     return generate_text(model, params, [prompt.given for prompt in prompts], CONFIG)
 
 
 def show(console: Console, samples: Sequence[Sample]) -> None:
-    """Each sample as a few lines: the prompt's end, what was expected, and the answers."""
+    """Print each sample as a few lines: the prompt's end, the expected answer, and the model's answers."""
     console.print()
     for sample in samples:
         console.print(Text(_last_line(sample.prompt), "bold"))
-        told = {"expected": (sample.expected, None), **sample.answers}
-        for name, (text, right) in told.items():
+        lines = {"expected": (sample.expected, None), **sample.answers}
+        for name, (text, right) in lines.items():
             mark = {True: ("✓", "green"), False: ("✗", "red"), None: (" ", "")}[right]
             console.print(
                 Text.assemble(f"  {name:8} ", mark, " ", " ".join(text.split())), overflow="ellipsis", no_wrap=True
@@ -73,11 +73,11 @@ def show(console: Console, samples: Sequence[Sample]) -> None:
 
 
 def _last_line(prompt: str) -> str:
-    """The prompt's last line that isn't an empty field: `question: ...` rather than `sql:`.
+    """The prompt's last line that isn't the name of a field to fill in: `question: ...` rather than `sql:`.
 
     >>> _last_line("columns: a, b\\nquestion: how many?\\nsql: ")
     'question: how many?'
     """
     lines = [line.strip() for line in prompt.splitlines() if line.strip()]
-    told = [line for line in lines if not line.endswith(":")]
-    return (told or lines or [""])[-1][-160:]
+    filled = [line for line in lines if not line.endswith(":")]
+    return (filled or lines or [""])[-1][-160:]

@@ -1,4 +1,4 @@
-"""What commands print: results on standard output, progress and notes on standard error."""
+"""Printing: results on standard output, progress and notes on standard error."""
 
 import contextlib
 import os
@@ -12,16 +12,16 @@ from rich.text import Text
 
 from lora_jax import _disk
 
-LOG_WIDTH = 120  # of files and pipes; a terminal tells its own
+LOG_WIDTH = 120  # width of files and pipes; a terminal has its own
 
 
 def results() -> Console:
-    """Where a command's results go. Made anew each time, so that a redirected `sys.stdout` is seen."""
+    """A console for a command's results. It is new at each call, so that a redirected `sys.stdout` is used."""
     return Console(highlight=False, width=_width(sys.stdout))
 
 
 def notes() -> Console:
-    """Where everything goes that isn't the result: what is being read, progress, hints."""
+    """A console for everything but results: files that are being read, progress, hints."""
     return Console(stderr=True, highlight=False, width=_width(sys.stderr))
 
 
@@ -30,37 +30,38 @@ def _width(stream: TextIO) -> int | None:
 
 
 def print_json(values: dict[str, Any]) -> None:
-    """One JSON object on one line of standard output; null for what isn't finite."""
+    """Print one JSON object on one line of standard output, with null for values that aren't finite."""
     print(_disk.to_json(values))
 
 
 def table(columns: Iterable[str], rows: Iterable[Iterable[Any]], *, title: str | None = None) -> Table:
-    """A table; a column whose name ends with `>` holds figures and is aligned on the right. Brackets are no markup."""
-    shown = Table(title=title, title_justify="left", title_style="bold")
+    """Make a table. A column whose name ends with `>` has numbers, aligned on the right. Brackets aren't markup."""
+    made = Table(title=title, title_justify="left", title_style="bold")
     for name in columns:
-        shown.add_column(name.removesuffix(">"), justify="right" if name.endswith(">") else "left", overflow="fold")
+        made.add_column(name.removesuffix(">"), justify="right" if name.endswith(">") else "left", overflow="fold")
     for row in rows:
-        shown.add_row(*(Text(cell) if isinstance(cell, str) else number(cell) for cell in row))
-    return shown
+        made.add_row(*(Text(cell) if isinstance(cell, str) else number(cell) for cell in row))
+    return made
 
 
 @contextlib.contextmanager
-def working(what: str) -> Iterator[None]:
-    """A spinner that says what takes its time, where someone watches."""
+def working(activity: str) -> Iterator[None]:
+    """Show a spinner with the current activity while the block runs, on a terminal only."""
     console = notes()
-    with console.status(f"{what} ...") if console.is_terminal else contextlib.nullcontext():
+    with console.status(f"{activity} ...") if console.is_terminal else contextlib.nullcontext():
         yield
 
 
-def figures(values: Mapping[str, Any]) -> None:
-    """Names and figures, one a line, as results."""
+def metrics(values: Mapping[str, Any]) -> None:
+    """Print metrics as results, one a line."""
     console = results()
     for name, value in values.items():
         console.print(f"{name.replace('_', ' '):20} {percent(value) if 'accuracy' in name else number(value)}")
 
 
 def number(value: float) -> str:
-    """
+    """A number as text, with separators of thousands or four significant digits.
+
     >>> number(6553600), number(0.02), number(2.0)
     ('6,553,600', '0.02', '2')
     """
@@ -68,7 +69,8 @@ def number(value: float) -> str:
 
 
 def percent(share: float) -> str:
-    """
+    """A share as a percentage with three significant digits.
+
     >>> percent(0.0005), percent(0.8437), percent(1.0)
     ('0.05 %', '84.4 %', '100 %')
     """
@@ -76,7 +78,7 @@ def percent(share: float) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes in the largest binary unit that keeps the figure at 1 or above.
+    """A number of bytes as text, in the largest binary unit in which it is at least 1.
 
     >>> size(26_031_738_880), size(512)
     ('24.2 GiB', '512 B')

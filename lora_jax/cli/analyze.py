@@ -1,4 +1,4 @@
-"""`lora-jax analyze`: what an adapter has learned, as the paper's section 7 asks it."""
+"""`lora-jax analyze`: a report on an adapter with the measures of the paper's section 7."""
 
 import shlex
 import sys
@@ -14,18 +14,19 @@ import lora_jax
 from lora_jax import LoRA, report
 from lora_jax._huggingface import messages
 from lora_jax.cli import _base, _show
+from lora_jax.cli._named_base import EMBEDDED
 from lora_jax.demo import text_to_sql
 from lora_jax.peft import adapter_folder
 
-EMBEDDED = "embedded"  # --model's name for the model in the package
 PEFT_CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Measure an adapter after section 7 of the LoRA paper, and write a report as HTML, JSON and PNG.
+    """Measure an adapter as in section 7 of the LoRA paper, and write a report as HTML, JSON and PNG.
 
-    Needs the adapter alone; with its model also how ΔW relates to W, with a second adapter also what the two share.
+    The adapter alone suffices. With its model the report also compares ΔW with W, with a second adapter also the two
+    adapters.
     """
 
     adapter: Path
@@ -37,13 +38,13 @@ class Settings:
     against: Path | None = None
     """a second adapter of the same modules: another rank, another seed"""
     alpha: float | None = None
-    """of loralib's checkpoints, which don't record it; subspace similarity doesn't depend on it"""
+    """alpha of loralib's checkpoints, which don't record it; subspace similarity doesn't depend on it"""
     enable_lora: tuple[bool, ...] | None = None
-    """of loralib's MergedLinear: which of its projections are adapted"""
+    """enable_lora of loralib's MergedLinear: which of its projections are adapted"""
     layers: tuple[int, ...] | None = None
-    """layers to look at; all if not given"""
+    """layers to measure; all if not given"""
     seed: int = 0
-    """of the random baselines"""
+    """seed of the random baselines"""
     overwrite: bool = False
     """replace the report that is in the output folder"""
 
@@ -52,15 +53,15 @@ def run(settings: Settings) -> None:
     _base.check_free(settings.output, settings.overwrite, settings.adapter, settings.against, settings.model)
     report.check_free(settings.output, overwrite=settings.overwrite)
     _check_alpha(settings)
-    updates = _chosen(read(settings.adapter, settings), settings)
-    against = None if settings.against is None else _chosen(read(settings.against, settings), settings)
+    updates = _selected(read(settings.adapter, settings), settings)
+    against = None if settings.against is None else _selected(read(settings.against, settings), settings)
     if against is not None:
         report.check_comparable(updates, against)
     weight = None if settings.model is None else weights_of(settings.model, updates)
-    found = report.measure(updates, weight=weight, against=against, seed=settings.seed)
+    measurements = report.measure(updates, weight=weight, against=against, seed=settings.seed)
     measured = list(
         track(
-            found,
+            measurements,
             "measuring",
             total=len(updates),
             console=_show.notes(),
@@ -69,18 +70,18 @@ def run(settings: Settings) -> None:
         )
     )
     sources = {"adapter": settings.adapter, "against": settings.against, "model": settings.model}
-    with _show.working("drawing"):
+    with _show.working("writing the report"):
         report.write(
             settings.output,
             measured,
             title=f"What {settings.adapter.name} has learned",
-            sources={what: str(source) for what, source in sources.items() if source is not None},
+            sources={name: str(source) for name, source in sources.items() if source is not None},
             overwrite=settings.overwrite,
         )
     show = _show.results()
     show.print(summary(measured))
     if settings.model is None:
-        _show.notes().print(_without_base(settings.adapter), markup=False, soft_wrap=True)
+        _show.notes().print(_no_base_note(settings.adapter), markup=False, soft_wrap=True)
     page = settings.output / "report.html"
     show.print(f"report: {page}", markup=False, soft_wrap=True)
     show.print(
@@ -88,72 +89,84 @@ def run(settings: Settings) -> None:
     )
 
 
-def _without_base(adapter: Path) -> str:
-    """What to say where the adapter was measured by itself."""
+def _no_base_note(adapter: Path) -> str:
+    """The note to print if the adapter was measured without its model."""
     names = ""
     if adapter_folder.has_config(adapter):
         named = adapter_folder.base_model(adapter)
         names = f"; the adapter names {messages.show(named)}" if named else ""
-    return f"no base was read, so nothing is compared with W{names}: --model reads it"
+    return f"no base was read, so ΔW isn't compared with W{names}: --model reads it"
 
 
 def _check_alpha(settings: Settings) -> None:
-    """Refuses what only loralib's checkpoints need, where there is none."""
+    """Refuse settings of loralib's checkpoints for adapters in PEFT's format."""
     adapters = [path for path in (settings.adapter, settings.against) if path is not None and path.exists()]
     for name in ("alpha", "enable_lora"):
         value = getattr(settings, name)
         if value is not None and adapters and not any(map(_checkpoint, adapters)):
             raise ValueError(
-                f"{name}: {value} given, but {adapters[0]} is no checkpoint of loralib's: it says so itself"
+                f"{name}: {value} given, but {adapters[0]} is no checkpoint of loralib's: leave it out, because PEFT's"
+                " files record it"
             )
 
 
 def read(path: Path, settings: Settings) -> dict[str, LoRA]:
-    """The updates of an adapter in one of the two formats."""
+    """Read the updates of an adapter in PEFT's or loralib's format."""
     file = _checkpoint(path)
     if file is None:
         return lora_jax.peft.updates(path)
     if settings.alpha is None:
-        raise ValueError(f"{file}: loralib's checkpoints don't say alpha; pass --alpha with what it was trained with")
+        raise ValueError(
+            f"{file}: loralib's checkpoints don't record alpha; pass --alpha with the value of the training"
+        )
     return lora_jax.loralib.updates(file, alpha=settings.alpha, enable_lora=settings.enable_lora)
 
 
 def _checkpoint(path: Path) -> Path | None:
-    """The loralib checkpoint that `path` is or holds; None where it is a folder of PEFT's, or nothing."""
+    """The loralib checkpoint at `path` or in that folder; None if it is a folder in PEFT's format or doesn't exist."""
     if path.is_file():
         return path
     files = sorted(path.glob("*.bin")) if path.is_dir() and not (path / PEFT_CONFIG).exists() else []
     return files[0] if len(files) == 1 else None
 
 
-def _chosen(updates: dict[str, LoRA], settings: Settings) -> dict[str, LoRA]:
+def _selected(updates: dict[str, LoRA], settings: Settings) -> dict[str, LoRA]:
+    """The updates of the layers to measure.
+
+    Raises:
+        ValueError: a layer that the adapter doesn't change.
+    """
     if settings.layers is None:
         return updates
-    layers = {name: place.layer for name, place in report.positions_of(updates).items()}
-    chosen = {name: node for name, node in updates.items() if layers[name] in settings.layers}
+    layers = {name: position.layer for name, position in report.positions_of(updates).items()}
+    selected = {name: node for name, node in updates.items() if layers[name] in settings.layers}
     if missing := sorted(set(settings.layers) - set(layers.values())):
-        raise ValueError(f"layers: the adapter changes nothing in layer {missing[0]}")
-    return chosen
+        raise ValueError(f"layers: {missing[0]} given, but the adapter changes nothing in that layer")
+    return selected
 
 
 def weights_of(model: str, updates: Mapping[str, LoRA]) -> Callable[[str], Any]:
-    """Reads W of one module at a time, (inputs, outputs), once the adapter is known to fit the model."""
+    """Check that the adapter fits the model, and return a function that reads one module's W, f[inputs, outputs].
+
+    Raises:
+        ValueError: a module that isn't in the model or has another shape there.
+    """
     folder = text_to_sql.BASE if model == EMBEDDED and not Path(model).exists() else model
     opened = lora_jax.models.load_streamed(folder)
     leaves = lora_jax.models.flatten(opened.params)
-    places: dict[str, tuple[str, tuple[int, ...]]] = {}
+    locations: dict[str, tuple[str, tuple[int, ...]]] = {}  # module -> leaf, and index in its stack axes
     for path, weight in opened.names.items():
         for index in np.ndindex(leaves[path].shape[: weight.name.count("{}")]):
-            places[weight.name.format(*index).removesuffix(".weight")] = (path, index)
-        for own, head in weight.untied:  # a head that shares the embedding is a module to PEFT all the same
+            locations[weight.name.format(*index).removesuffix(".weight")] = (path, index)
+        for own, head in weight.untied:  # to PEFT a head that shares the embedding is a module of its own
             leaves[own] = leaves[path].T
-            places[head.name.removesuffix(".weight")] = (own, ())
+            locations[head.name.removesuffix(".weight")] = (own, ())
     problems = []
     for name, node in updates.items():
-        if name not in places:
+        if name not in locations:
             problems.append(f"{name} is not in the model")
             continue
-        path, index = places[name]
+        path, index = locations[name]
         shape = tuple(leaves[path].shape[len(index) :])
         expected = (node.a.shape[0], node.b.shape[1])
         if shape != expected:
@@ -163,14 +176,14 @@ def weights_of(model: str, updates: Mapping[str, LoRA]) -> Callable[[str], Any]:
         raise ValueError(f"an adapter for another model than {model}: {'; '.join(problems[:3])}{more}")
 
     def weight_of(name: str) -> np.ndarray:
-        path, index = places[name]
+        path, index = locations[name]
         return leaves[path].read(index)
 
     return weight_of
 
 
 def summary(measured: list[report.KernelMeasurements]) -> Any:
-    """Means by kind of kernel."""
+    """A table of the means by kind of kernel."""
     rows = report.by_kind(measured)
     columns = ["kernels of", "number>", "rank>", "‖ΔW‖>", "effective rank>", "rank at 90 %>"]
     fields = ["kind", "kernels", "rank", "delta_norm", "effective_rank", "rank_90"]

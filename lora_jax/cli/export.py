@@ -1,4 +1,4 @@
-"""`lora-jax export`: an adapter written anew, for tools that read less of PEFT's format than PEFT does."""
+"""`lora-jax export`: rewrites an adapter for tools that read only a part of PEFT's format."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,23 +17,23 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "prefix", _
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Write an adapter anew in PEFT's format: each rank and alpha under one module's full name.
+    """Rewrite an adapter in PEFT's format, with each rank and alpha under its module's full name.
 
-    With `--portable`, for tools that ignore such patterns (vLLM, llama.cpp): the scale goes into B, ranks are padded to
-    one, and alpha is r.
+    With `--portable`, for tools that ignore such patterns (vLLM, llama.cpp): all modules have one rank, to which the
+    factors are padded, alpha is equal to it, and B contains the scale.
     """
 
     adapter: Path | None = None
-    """folder of an adapter, ours or PEFT's"""
+    """folder of an adapter, written by lora_jax or by PEFT"""
     checkpoint: Path | None = None
-    """instead of an adapter: the output folder of a training run that was cut off, or one of its checkpoints. The best
-    adapter so far is written, or where none was evaluated the last"""
+    """instead of an adapter: the output folder of a training run that was interrupted, or one of its checkpoints. The
+    best adapter so far is written, or the last one if none was evaluated"""
     output: Path
     """folder to write"""
     portable: bool = False
-    """one rank, alpha = r, no patterns"""
+    """one rank for all modules, alpha equal to it, no patterns"""
     fused: bool = False
-    """a layer's experts as one entry, as transformers 5 holds them"""
+    """a layer's experts as one tensor, as in transformers 5"""
     overwrite: bool = False
     """replace the adapter that is in the output folder; anything else is refused"""
     base: tyro.conf.OmitArgPrefixes[_base.Base] = _base.Base()
@@ -41,7 +41,7 @@ class Settings:
 
 def run(settings: Settings) -> None:
     if (settings.adapter is None) == (settings.checkpoint is None):
-        raise ValueError("adapter, checkpoint: expected one of the two")
+        raise ValueError("adapter, checkpoint: give exactly one of the two")
     _base.check_free(settings.output, settings.overwrite, settings.adapter, settings.checkpoint)
     _disk.check_free(
         settings.output,
@@ -50,14 +50,14 @@ def run(settings: Settings) -> None:
         ours=lambda path: path.name in ADAPTER_FILES and adapter_folder.saved_here(settings.output),
     )
     if settings.adapter is not None:
-        _of_adapter(settings, settings.adapter)
+        _export_adapter(settings, settings.adapter)
     elif settings.checkpoint is not None:
-        _of_checkpoint(settings, load_adapter(settings.checkpoint))
+        _export_checkpoint(settings, load_adapter(settings.checkpoint))
     _show.results().print(f"adapter: {settings.output}", markup=False)
 
 
-def _of_adapter(settings: Settings, adapter: Path) -> None:
-    base = settings.base.of(adapter)
+def _export_adapter(settings: Settings, adapter: Path) -> None:
+    base = settings.base.for_adapter(adapter)
     labels = _labels.of_adapter(adapter, base)
     model = base.load(labels=labels and labels.names)
     lora_jax.peft.save(
@@ -75,8 +75,8 @@ def _of_adapter(settings: Settings, adapter: Path) -> None:
     lora_jax.models.copy_tokenizer(adapter, settings.output)
 
 
-def _of_checkpoint(settings: Settings, saved: Saved) -> None:
-    """The checkpoint says which model it belongs to; of that only the configuration is read."""
+def _export_checkpoint(settings: Settings, saved: Saved) -> None:
+    """Write a checkpoint's adapter. The checkpoint names its model, of which only the configuration is read."""
     base = settings.base if settings.base.model else replace(settings.base, model=saved.about.get("model"))
     names = saved.about.get("labels")
     model = base.abstract(labels=names)
@@ -91,5 +91,5 @@ def _of_checkpoint(settings: Settings, saved: Saved) -> None:
         overwrite=settings.overwrite,
     )
     _labels.save(settings.output, None if names is None else Labels(tuple(names)))
-    of = "the last" if saved.step == saved.steps else f"the best of {saved.steps} steps"
-    _show.results().print(f"step {saved.step}: {of}")
+    rank = "the last" if saved.step == saved.steps else f"the best of {saved.steps} steps"
+    _show.results().print(f"step {saved.step}: {rank}")

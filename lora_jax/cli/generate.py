@@ -12,20 +12,20 @@ from lora_jax.generate import GenerateConfig, generate_text
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Complete prompts, with or without an adapter. The completions alone go to standard output."""
+    """Complete prompts, with or without an adapter. Only the completions go to standard output."""
 
     prompt: tuple[str, ...]
-    """one text or several"""
+    """one or more prompts"""
     adapter: Path | None = None
     """folder of an adapter, as `lora-jax train` writes it"""
     seed: int = 0
-    """of the draws, at temperatures above 0"""
-    base: tyro.conf.OmitArgPrefixes[_base.Computed] = _base.Computed()
+    """seed of sampling, at temperatures above 0"""
+    base: tyro.conf.OmitArgPrefixes[_base.EvaluatedBase] = _base.EvaluatedBase()
     generate: tyro.conf.OmitArgPrefixes[GenerateConfig] = GenerateConfig()
 
 
 def run(settings: Settings) -> None:
-    model = settings.base.of(settings.adapter).load()
+    model = settings.base.for_adapter(settings.adapter).load()
     params = _base.with_adapter(model, settings.adapter)
     _base.check_generates(model)
     attention = model.attention(len(settings.prompt), model.max_length, cached=True)

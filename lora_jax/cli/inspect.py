@@ -1,4 +1,4 @@
-"""`lora-jax inspect`: what would be adapted, from the model's configuration alone."""
+"""`lora-jax inspect`: the kernels that would be adapted, from the model's configuration alone."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from lora_jax.cli import _base, _show
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Which kernels would be adapted and what that costs. Only the model's configuration is read."""
+    """Show which kernels would be adapted and what that costs. Only the model's configuration is read."""
 
     json: bool = False
     """print one JSON object, and nothing else, on standard output"""
@@ -22,7 +22,7 @@ class Settings:
 
 
 def defaults(words: Sequence[str]) -> Settings:
-    """Of the embedded model what `lora-jax train` adapts of it."""
+    """The default settings: without --model, those of `lora-jax train` for the embedded model."""
     given = any(word.split("=")[0] == "--model" for word in words)
     return Settings(lora=_base.LORA if given else _base.LORA_EMBEDDED)
 
@@ -37,19 +37,19 @@ def run(settings: Settings) -> None:
     show = _show.results()
     show.print(str(matched), markup=False, soft_wrap=True)
     show.print("\nmemory while training, without activations:")
-    for what, size in memory.items():
-        show.print(f"  {what.replace('_', ' '):32} {_show.size(size):>10}")
+    for name, size in memory.items():
+        show.print(f"  {name.replace('_', ' '):32} {_show.size(size):>10}")
 
 
 def match(model: Any, lora: lora_jax.LoRAConfig) -> Any:
-    """What `lora` adapts of the model, as `lora_jax.describe` tells it, without making an array."""
+    """The kernels that `lora` selects, as `lora_jax.describe` reports them, without making an array."""
     axes = _base.kernel_axes(model)
     params = jax.eval_shape(lambda base: lora_jax.init(jax.random.key(0), base, lora, axes=axes), model.params)
     return lora_jax.describe(params, lora)
 
 
 def memory_of(model: Any, matched: Any) -> dict[str, int]:
-    """Bytes of the weights, and of float32 gradients and Adam's two moments for what trains."""
+    """Bytes of the weights, and of float32 gradients and Adam's two moments for all trained parameters."""
     base = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(model.params))
     parameters = sum(leaf.size for leaf in jax.tree.leaves(model.params))
     return {
@@ -61,6 +61,7 @@ def memory_of(model: Any, matched: Any) -> dict[str, int]:
 
 
 def as_json(settings: Settings, matched: Any, memory: dict[str, int]) -> dict[str, Any]:
+    """The same information as a JSON object."""
     return {
         "model": settings.base.name,
         "rank": settings.lora.rank,

@@ -1,4 +1,4 @@
-"""`lora-jax sweep`: a grid of adapters trained at once over one copy of the model; without arguments, the embedded."""
+"""`lora-jax sweep`: trains a grid of adapters at once over one copy of the model."""
 
 import dataclasses
 import functools
@@ -24,7 +24,7 @@ from lora_jax.train import TrainConfig
 RUN_FILES = ("results.csv", "results.json", "adapters")
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
-# After table 5 of the paper, on the embedded model: what one budget of parameters is best spent on.
+# As in table 5 of the paper, on the embedded model: several sets of targets within one budget of parameters.
 EMBEDDED_GRID = ("targets=q;v;q,v;q,k,v,o", "rank=auto", "alpha=2r")
 EMBEDDED_BUDGET = 17_920  # q at rank 7, q and v at 4, all four at 2
 EMBEDDED_STEPS = 40
@@ -34,7 +34,7 @@ EMBEDDED_STEPS = 40
 class Settings:
     """Train a grid of adapters at once over one copy of the model, and compare them.
 
-    Without arguments: the embedded model and task, one budget of parameters spent on several sets of targets.
+    Without arguments it trains several sets of targets, within one budget of parameters, on the embedded task.
     """
 
     data: tuple[str, ...] = ()
@@ -43,35 +43,35 @@ class Settings:
     output: Path = Path("sweep")
     """folder for results.csv and results.json"""
     overwrite: bool = False
-    """replace results that are in the output folder"""
+    """replace a sweep's results in the output folder"""
     grid: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """NAME=VALUES, once for each setting that varies: rank, alpha, targets, learning_rate, weight_decay, dropout, seed,
     data_seed, prefix_length. Commas or semicolons separate the values; for targets always semicolons, with commas
     inside one set: "targets=q;v;q,v". q, k, v and o are the attention projections of any model; rank may be "auto" (the
     highest within the budget), alpha a multiple of the rank ("2r")"""
     budget: int | None = None
-    """parameters in A and B: only points with at most as many are trained, and of those whose rank is a number only the
-    ones with at least 90 percent of them"""
+    """most parameters in A and B: points with more aren't trained, nor points with less than 90 percent of it unless
+    their rank is auto"""
     seeds: int | None = None
-    """train each point with the seeds 0, 1, ...: as many as this. --data-seed N gives them all one order of the rows"""
+    """number of seeds, 0, 1, ..., with which each point is trained. With --data-seed N all see the rows in one order"""
     score_batches: int = 0
-    """score every point before training by the gradients of as many batches: how much the loss can fall at first"""
+    """number of batches whose gradients score every point before training: how much the loss can fall at first"""
     best: int | None = None
-    """train only as many of the grid's settings as this, those with the highest scores; needs --score-batches"""
+    """train only this many of the grid's settings, those with the highest scores; needs --score-batches"""
     memory: str | None = None
-    """most memory that adapters trained at once may take, such as 4GB; more are trained in rounds. Half of what is free
-    if not given"""
+    """most memory for the adapters of a round, such as 4GB; if not all fit, there are several rounds. Half of the free
+    memory if not given"""
     save_adapters: bool = False
     """write each adapter as a PEFT folder under adapters/ in the output"""
     prefix_length: int = 0
-    """tokens before each row whose embeddings train beside A and B, of points for which the grid doesn't say it"""
-    base: tyro.conf.OmitArgPrefixes[_base.Trained] = _base.Trained()
+    """number of tokens before each row whose embeddings train beside A and B, unless the grid gives it"""
+    base: tyro.conf.OmitArgPrefixes[_base.TrainedBase] = _base.TrainedBase()
     lora: tyro.conf.OmitArgPrefixes[_base.LoRAFlags] = _base.LORA
     train: tyro.conf.OmitArgPrefixes[TrainConfig] = TrainConfig()
 
 
 def defaults(words: Sequence[str]) -> Settings:
-    """What flags that aren't given stand for: the embedded task has settings of its own."""
+    """The default settings, which are different for the embedded task."""
     if any(word.split("=")[0] in ("--model", "--data") for word in words):
         return Settings()
     task = text_to_sql.DEFAULTS
@@ -88,32 +88,32 @@ def run(settings: Settings) -> None:
     _check(settings)
     memory = None if settings.memory is None else read_size(settings.memory)
     rows = _rows.read(settings.data, settings.base)
-    model = settings.base.abstract(labels=rows.names)
+    model = settings.base.abstract(labels=rows.label_names)
     points, longest = _points(settings, model)
     show = _show.results()
     labels = dict.fromkeys(point.without_seeds.label for point in points)
     show.print(f"{len(points)} adapters: {'; '.join(labels)}", markup=False, soft_wrap=True)
 
-    model = settings.base.load(labels=rows.names)
+    model = settings.base.load(labels=rows.label_names)
     lora = _labels.with_head(settings.lora, model)
-    if rows.names is not None:
-        show.print(f"labels: {', '.join(rows.names)}. {_labels.new_parts(model)}", markup=False)
+    if rows.label_names is not None:
+        show.print(f"labels: {', '.join(rows.label_names)}. {_labels.new_parts(model)}", markup=False)
     show.print(
         _base.execution_line(model, settings.train.micro_batch_size, settings.train.max_length),
         markup=False,
         soft_wrap=True,
     )
-    found = _rows.encode(rows, model, min(settings.train.max_length, model.max_length - longest))
+    encoded = _rows.encode(rows, model, min(settings.train.max_length, model.max_length - longest))
     results = sweep.run(
         model.apply,
         model.params,
         points,
-        found.train,
-        found.valid,
+        encoded.train,
+        encoded.valid,
         settings.train,
         lora=lora,
         axes=_base.kernel_axes(model),
-        task=found.task,
+        task=encoded.task,
         newly_initialized=_newly_initialized(settings, model, rows) if model.newly_initialized else None,
         prefix_after=_base.prefix_place(model),
         score_batches=settings.score_batches,
@@ -121,11 +121,11 @@ def run(settings: Settings) -> None:
         memory=memory,
         console=_show.notes(),
     )
-    _write(settings, _Swept(model, rows, lora, results))
+    _write(settings, _FinishedSweep(model, rows, lora, results))
     show.print(results.table())
     if (correlation := results.rank_correlation()) is not None:
         show.print(
-            f"rank correlation of score and validation loss: {correlation:.2f} (-1: the best score, the lowest loss)"
+            f"rank correlation of score and validation loss: {correlation:.2f} (-1: the higher score, the lower loss)"
         )
     for result in results.results:
         if result.failed_at is not None:
@@ -135,7 +135,7 @@ def run(settings: Settings) -> None:
 
 
 def read_size(text: str) -> int:
-    """Bytes of a size such as 4GB.
+    """Convert a size such as 4GB to bytes.
 
     >>> read_size("4GB"), read_size("1.5 GiB"), read_size("1000")
     (4000000000, 1610612736, 1000)
@@ -151,7 +151,7 @@ def read_size(text: str) -> int:
 
 
 def _check(settings: Settings) -> None:
-    """What can be refused before anything is read."""
+    """Refuse settings and outputs before any model or data are read."""
     sweep.check_config(settings.train)
     sweep.check_selection(settings.score_batches, settings.best)
     if settings.seeds is not None and settings.train.seed != TrainConfig().seed:
@@ -165,15 +165,16 @@ def _check(settings: Settings) -> None:
         )
     if held and _points_before(settings.output) is None:
         raise FileExistsError(
-            f"{settings.output}: holds {held[0]}, which is not of a sweep and would be lost; pass another --output"
+            f"{settings.output}: holds {held[0]}, which no sweep has written and which would be lost;"
+            " pass another --output"
         )
 
 
 def _points(settings: Settings, model: Any) -> tuple[list[Point], int]:
-    """The grid's points, known to fit the model, and their longest prefix."""
-    whole = {"prefix_length": [settings.prefix_length]} if settings.prefix_length else {}
+    """The grid's points, which fit the model, and the length of their longest prefix."""
+    common = {"prefix_length": [settings.prefix_length]} if settings.prefix_length else {}
     points = sweep.grid(
-        whole | sweep.parse(settings.grid),
+        common | sweep.parse(settings.grid),
         model.params,
         lora=_labels.with_head(settings.lora, model),
         axes=_base.kernel_axes(model),
@@ -186,19 +187,19 @@ def _points(settings: Settings, model: Any) -> tuple[list[Point], int]:
 
 
 def _newly_initialized(settings: Settings, model: Any, rows: Rows) -> Callable[[int], dict[str, Any]]:
-    """The parts of the model that are new, as `lora-jax train` with a seed draws them."""
+    """A function from a seed to the model's newly initialised leaves, with the values of `lora-jax train --seed`."""
 
     @functools.cache
-    def drawn(seed: int) -> dict[str, Any]:
+    def leaves_of(seed: int) -> dict[str, Any]:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 0), 1)
-        leaves = lora_jax.models.flatten(settings.base.load_streamed(rows.names, key).params)
+        leaves = lora_jax.models.flatten(settings.base.load_streamed(rows.label_names, key).params)
         return {path: jax.numpy.asarray(leaves[path].read(())) for path in model.newly_initialized}
 
-    return drawn
+    return leaves_of
 
 
-class _Swept(NamedTuple):
-    """What was trained, and of what."""
+class _FinishedSweep(NamedTuple):
+    """The results of a sweep with its model, rows and settings."""
 
     model: Any
     rows: Rows
@@ -206,23 +207,23 @@ class _Swept(NamedTuple):
     results: Results
 
 
-def _write(settings: Settings, swept: _Swept) -> None:
-    """The results first: whatever is wrong with an adapter or the disk, they are there."""
-    own = {field.name for field in dataclasses.fields(Point)} | {"overrides"}  # said of each point
-    told = {
+def _write(settings: Settings, finished: _FinishedSweep) -> None:
+    """Write the results, then the adapters, so that a full disk leaves the results."""
+    of_points = {field.name for field in dataclasses.fields(Point)} | {"overrides"}  # each point has its own
+    common = {
         "model": settings.base.name,
         "data": " ".join(settings.data) or "embedded",
         "budget": settings.budget,
-        "lora": _without(own, dataclasses.asdict(swept.lora)),
-        "train": _without(own, dataclasses.asdict(settings.train)) | {"load_best_model_at_end": False},
+        "lora": _without(of_points, dataclasses.asdict(finished.lora)),
+        "train": _without(of_points, dataclasses.asdict(settings.train)) | {"load_best_model_at_end": False},
     }
     replaced = _saved_before(settings.output)
-    swept.results.write(settings.output, **told)
+    finished.results.write(settings.output, **common)
     for folder in replaced:
         shutil.rmtree(folder, ignore_errors=True)
     if settings.save_adapters:
-        more = [{"adapter": _save(settings, swept, number)} for number in range(len(swept.results.results))]
-        swept.results.write(settings.output, more, **told)
+        columns = [{"adapter": _save(settings, finished, number)} for number in range(len(finished.results.results))]
+        finished.results.write(settings.output, columns, **common)
 
 
 def _without(names: Collection[str], settings: dict[str, Any]) -> dict[str, Any]:
@@ -230,13 +231,13 @@ def _without(names: Collection[str], settings: dict[str, Any]) -> dict[str, Any]
 
 
 def _saved_before(output: Path) -> list[Path]:
-    """The folders of adapters that the results in `output` tell of, which new results replace."""
+    """The folders of adapters that earlier results in `output` list; new results replace them."""
     named = [str(point.get("adapter")) for point in _points_before(output) or []]
     return [output / name for name in named if re.fullmatch(r"adapters/[0-9]{3,}-[A-Za-z0-9.-]+", name)]
 
 
 def _points_before(output: Path) -> list[dict[str, Any]] | None:
-    """The points that the results in `output` tell of; None where there are none, or none that a sweep wrote."""
+    """The points of earlier results in `output`; None if no sweep has written there."""
     try:
         points = json.loads((output / "results.json").read_text())["points"]
         return points if points and all({"targets", "rank", "alpha"} <= set(point) for point in points) else None
@@ -244,29 +245,29 @@ def _points_before(output: Path) -> list[dict[str, Any]] | None:
         return None
 
 
-def _save(settings: Settings, swept: _Swept, number: int) -> str | None:
-    """Writes an adapter and returns its folder; None where it failed."""
-    result = swept.results.results[number]
+def _save(settings: Settings, finished: _FinishedSweep, number: int) -> str | None:
+    """Write an adapter and return its folder; None if the adapter's run failed."""
+    result = finished.results.results[number]
     if result.adapter is None:
         return None
-    folder = f"adapters/{folder_of(number, result.point, swept.results.varied)}"
+    folder = f"adapters/{folder_of(number, result.point, finished.results.varied)}"
     lora_jax.peft.save(
         settings.output / folder,
         result.adapter,
-        # Adapters alone don't say whether the head is tied: it is as it was loaded.
-        names={path: weight._replace(untied=()) for path, weight in swept.model.names.items()},
-        also_train=swept.lora.also_train,
+        # An adapter alone doesn't show whether the head is tied; it is as in the model that was loaded.
+        names={path: weight._replace(untied=()) for path, weight in finished.model.names.items()},
+        also_train=finished.lora.also_train,
         base_model=settings.base.name,
-        task_type=swept.rows.task_type,
-        overwrite=True,  # whether it may be was asked before all else
+        task_type=finished.rows.task_type,
+        overwrite=True,  # _check has refused a folder that mustn't be overwritten
     )
-    if swept.rows.labels is not None:
-        _labels.save(settings.output / folder, swept.rows.labels)
+    if finished.rows.labels is not None:
+        _labels.save(settings.output / folder, finished.rows.labels)
     return folder
 
 
 def folder_of(number: int, point: Point, varied: Sequence[str]) -> str:
-    """The place in results.csv, and the settings that tell this point from others.
+    """The name of an adapter's folder: its line in results.csv, and the settings in which points differ.
 
     >>> folder_of(3, Point(rank=4, alpha=8, targets=("q", "v"), dropout=0.1, seed=1), ["targets", "rank"])
     '003-q-v-rank-4-seed-1'

@@ -1,4 +1,4 @@
-"""The base that an adapter names, found here or on the hub."""
+"""The base model that an adapter names, and where it is found."""
 
 from pathlib import Path
 from typing import Any
@@ -7,35 +7,35 @@ import lora_jax
 from lora_jax._huggingface.messages import show
 from lora_jax.peft import adapter_folder
 
-EMBEDDED = "embedded"  # the name of the model in the package
+EMBEDDED = "embedded"  # name of the model in the package
 
 
 def base_of(adapter: Path) -> str | None:
-    """What `adapter_config.json` names as `base_model_name_or_path`; None if it names none.
+    """The base that `adapter_config.json` names as `base_model_name_or_path`; None if it names none.
 
-    A relative path is looked for where the command runs, then in the adapter's folder and in those around it: an
-    adapter that was moved together with its base finds it.
+    A relative path is looked up in the current folder, then in the adapter's folder and in that folder's parents, so
+    that an adapter that was moved together with its base finds it.
 
     Raises:
-        FileNotFoundError: it isn't an adapter, or what it names is neither here nor on the hub.
-        ValueError: its configuration can't be read.
+        FileNotFoundError: the folder has no adapter, or the named base is neither a folder nor on the hub.
+        ValueError: the adapter's configuration can't be read.
     """
     named = adapter_folder.base_model(adapter)
     if named is not None and not isinstance(named, str):
-        raise ValueError(f"{adapter}: its base_model_name_or_path is {show(named)}, no name: give --model")
+        raise ValueError(f"{adapter}: its base_model_name_or_path is {show(named)}, expected a name: give --model")
     if not named or (named == EMBEDDED and not Path(named).is_dir()):
         return named or None
     found = _found(adapter, named)
     if found is None:
         raise FileNotFoundError(
-            f"{adapter}: its base model is {show(named)}, which is neither a folder here nor to be had from "
-            "the hub: give --model with where it is"
+            f"{adapter}: its base model is {show(named)}, which is neither a folder here nor available from "
+            "the hub: give --model with its folder or name"
         )
     return found
 
 
 def _found(adapter: Path, named: str) -> str | None:
-    """The folder, or the name on the hub where the hub knows it."""
+    """The base's folder, or its name if the hub has it; None if neither has."""
     absolute = adapter.absolute()
     try:
         path = Path(named).expanduser()
@@ -43,21 +43,21 @@ def _found(adapter: Path, named: str) -> str | None:
             if (place / path / "config.json").is_file():
                 return str(place / path)
         return named if (lora_jax.models.find(named, weights=False) / "config.json").is_file() else None
-    except (OSError, ValueError, RuntimeError):  # too long a name, one that isn't the hub's, nobody's home
+    except (OSError, ValueError, RuntimeError):  # a name that is too long, no name of the hub's, or the home of no user
         return None
 
 
 def trains_tokens(adapter: Path) -> bool:
-    """Whether it holds rows of an embedding, as where tokens were added to the vocabulary."""
+    """Whether the adapter has trained rows of an embedding, as with tokens that were added to the vocabulary."""
     return adapter_folder.has_config(adapter) and adapter_folder.trains_embeddings(adapter)
 
 
 def fits(adapter: Path, model: Any, axes: Any) -> bool:
-    """Whether the adapter is one of this model's, going by names and shapes.
+    """Whether the adapter fits this model by names and shapes.
 
     Raises:
         OSError: a file is missing.
-        ValueError: it can't be an adapter of any model: damaged, not finite, or not what was saved.
+        ValueError: the adapter fits no model: it is damaged, not finite, or changed since it was saved.
     """
     adapter_folder.check(adapter)
     try:
