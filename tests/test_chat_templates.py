@@ -155,7 +155,7 @@ def test_many_conversations_share_a_bound_of_time(tokenizer, monkeypatch):
         monkeypatch.setattr(_template, name, seconds)
     loop = "{% for i in range(20000) %}{% for j in range(10) %}{% endfor %}{% endfor %}"
     tokenizer.chat_template = loop + CHAT
-    with pytest.raises(ValueError, match=r"row \d+: .* s so far, .* s are allowed for so many rows"):
+    with pytest.raises(ValueError, match=r"row \d+: .* s so far, expected at most .* s for this many rows"):
         data.encode([Chat(TURNS)] * 50, tokenizer, 64)
     tokenizer.chat_template = CHAT
     assert len(data.encode([Chat(TURNS)] * 50, tokenizer, 64).examples) == 50

@@ -413,7 +413,7 @@ def test_data_file_with_a_broken_line(refused, world, tmp_path, line):
 def test_empty_data_file(refused, world, tmp_path):
     data, out = tmp_path / "data.jsonl", tmp_path / "out"
     data.touch()
-    assert "holds no rows" in refused("train", "--model", world["model"], "--data", data, "--output", out, *TRAIN)
+    assert "has no rows" in refused("train", "--model", world["model"], "--data", data, "--output", out, *TRAIN)
     assert not out.exists()
 
 

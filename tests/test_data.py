@@ -106,13 +106,16 @@ def test_blank_lines_and_a_byte_order_mark_are_passed_over(tmp_path):
         ('{"prompt": "a", "completion": null}', r'rows.jsonl:1: "completion" is a NoneType, expected a string'),
         ('{"messages": []}', r'rows.jsonl:1: "messages" must be a list'),
         ('{"messages": [{"role": "user"}]}', r"rows.jsonl:1: messages\[0\] must be an object"),
-        ('{"text": "a"}\n{"prompt": "a", "completion": "b"}', r'rows.jsonl:2: a row of {"prompt", "completion"} in a'),
+        (
+            '{"text": "a"}\n{"prompt": "a", "completion": "b"}',
+            r'rows.jsonl:2: a row with {"prompt", "completion"} in a',
+        ),
         ('{"text": "a"}\n{"text": "x\\ud83d"}', r"rows.jsonl:2: \\ud83d is half a character"),
         ('{"prompt": "\\uDE00\\uD83D", "completion": ""}', r"rows.jsonl:1: \\ude00 is half a character"),
         ('{"messages": [{"role": "user", "content": "a", "x": ["\\udfff"]}]}', r"rows.jsonl:1: \\udfff is half"),
         ('{"te\\ud800xt": "a"}', r"rows.jsonl:1: \\ud800 is half a character"),
         ('{"text": "a", "label": "\\udc00"}', r"rows.jsonl:1: \\udc00 is half a character"),
-        ('{"text": "a", "text": "b"}', r"rows.jsonl:1: the key 'text' is there twice in one object"),
+        ('{"text": "a", "text": "b"}', r"rows.jsonl:1: the key 'text' is twice in one object"),
         ('{"a\\nb": 1}', r"rows.jsonl:1: keys 'a\\nb'; accepted are"),
         (
             '{"messages": [{"role": "user", "content": "a", "weight": 0.5}]}',
@@ -121,8 +124,8 @@ def test_blank_lines_and_a_byte_order_mark_are_passed_over(tmp_path):
         (json.dumps({f"key {i}": i for i in range(10_000)}), r"keys key 0, .*, key 4, ... \(10,000 in all\); accepted"),
         (json.dumps({"x" * 10_000: 1}), r"rows.jsonl:1: keys 'xxx.* \(10,002 characters\); accepted are"),
         ('{"text": "a", "label": [' + "1," * 9999 + "1]}", r'rows.jsonl:1: "label" is a list'),
-        ("", r"rows.jsonl: the file holds no rows"),
-        ("\n \n", r"rows.jsonl: the file holds no rows"),
+        ("", r"rows.jsonl: the file has no rows"),
+        ("\n \n", r"rows.jsonl: the file has no rows"),
     ],
 )
 def test_a_bad_file_is_a_line_that_says_where(tmp_path, content, message):
@@ -150,7 +153,7 @@ def test_rows_made_in_memory_are_checked_too():
 
 def test_a_pipe_is_no_data_file(tmp_path):
     os.mkfifo(tmp_path / "rows.jsonl")
-    with pytest.raises(ValueError, match=r"rows.jsonl: a pipe; expected a file of rows"):
+    with pytest.raises(ValueError, match=r"rows.jsonl: a pipe; expected a data file"):
         data.load(tmp_path / "rows.jsonl")
     pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 1049\n"
     (tmp_path / "pointer.jsonl").write_text(pointer)
@@ -175,9 +178,9 @@ def test_missing_files(tmp_path):
     path = write(tmp_path / "train.jsonl", [{"text": "a"}])
     with pytest.raises(FileNotFoundError, match=r"test.jsonl: no such file"):
         data.load(tmp_path, "test")
-    with pytest.raises(ValueError, match="lone file"):
+    with pytest.raises(ValueError, match="a single file, which has no test split"):
         data.load(path, "test")
-    with pytest.raises(ValueError, match="name the split"):
+    with pytest.raises(ValueError, match="or the split to read"):
         data.load(tmp_path)
     with pytest.raises(ValueError, match="expected train, valid or test"):
         data.load(tmp_path, "dev")
@@ -259,7 +262,7 @@ def test_rows_with_no_target_left_are_counted_and_left_out():
     encoded = data.encode(rows, Tokenizer(), 8)
     assert (len(encoded.examples), encoded.left_out, encoded.truncated) == (2, 1, 2)
     assert told(encoded.examples[0]) == ("^pa long", "a long")
-    with pytest.raises(ValueError, match="max_length 3: none of 1 rows has a target left"):
+    with pytest.raises(ValueError, match="max_length: 3 given, but none of 1 rows has a target"):
         data.encode([Completion("long", "x")], Tokenizer(), 3)
     with pytest.raises(ValueError, match="expected at least 2"):
         data.encode(rows, Tokenizer(), 1)

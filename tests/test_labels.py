@@ -47,7 +47,7 @@ def test_rows_say_where_they_come_from(tmp_path):
         ({"text": 1, "label": 0}, 'rows.jsonl:2: "text" is a int, expected a string'),
         (
             {"text": "a", "text_pair": "b", "label": 0},
-            'rows.jsonl:2: a row of {"text", "text_pair", "label"} in a file',
+            'rows.jsonl:2: a row with {"text", "text_pair", "label"} in a file',
         ),
     ],
 )
@@ -186,7 +186,7 @@ def test_glue_without_dev_rows_holds_some_out(tmp_path):
         ("sentence\tlabel\na\t\n", r"dev.tsv:2: label '', expected 0 to 1 or negative, positive"),
         ("sentence\tlabel\na\t2\n", r"dev.tsv:2: label '2', expected 0 to 1 or negative, positive"),
         ("text\tlabel\na\t1\n", r"dev.tsv:1: no column 'sentence' in the header, which has text, label"),
-        ("sentence\tlabel\n", r"dev.tsv: the file holds no rows"),
+        ("sentence\tlabel\n", r"dev.tsv: the file has no rows"),
     ],
 )
 def test_a_bad_glue_file_is_a_line_that_says_where(tmp_path, content, message):
@@ -198,7 +198,7 @@ def test_a_bad_glue_file_is_a_line_that_says_where(tmp_path, content, message):
 def test_what_glue_does_not_have(tmp_path):
     with pytest.raises(ValueError, match="glue:snli: no such task; the tasks are cola, sst2"):
         data.load(tmp_path, "valid", glue="snli")
-    with pytest.raises(ValueError, match="GLUE publishes no labels of test rows"):
+    with pytest.raises(ValueError, match="GLUE publishes no labels for the test split"):
         data.load(tmp_path, "test", glue="cola")
-    with pytest.raises(FileNotFoundError, match=r"must hold train.tsv or train.jsonl"):
+    with pytest.raises(FileNotFoundError, match=r"must have train.tsv or train.jsonl"):
         data.load(tmp_path, "train", glue="cola")

@@ -27,7 +27,7 @@ class DataSource:
     @property
     def metric(self) -> str | None:
         """The metric by which GLUE judges the task; None for other data."""
-        return None if self.glue is None else data.glue_task(self.glue).figure
+        return None if self.glue is None else data.glue_task(self.glue).metric
 
     def labels(self, rows: Sequence[Labelled]) -> Labels:
         """The labels of the rows; for GLUE the task's, in its order."""

@@ -1,12 +1,12 @@
-"""Rows of a data file as batches of token ids, with a weight for everything that counts in the loss.
+"""Reading data files and making batches of token ids, with a weight for each target of the loss.
 
-    rows = load("data/", "train")                          # what the file says, checked line by line
+    rows = load("data/", "train")                          # the rows of a file, checked line by line
     encoded = encode(rows, tokenizer, max_length=512)      # token ids, and which of them are targets
     for batch in batches(encoded.examples, 16, seed=0):    # numpy arrays [16, length], few lengths
         ...
 
 A file holds rows of one kind: `{"text"}`, `{"prompt", "completion"}`, `{"messages"}`, `{"text", "label"}` or
-`{"text", "text_pair", "label"}`. The last two, and GLUE's own files (`load(..., glue="cola")`), are for telling labels:
+`{"text", "text_pair", "label"}`. For the last two, and for GLUE's own files (`load(..., glue="cola")`), there is
 `encode_labelled(rows, tokenizer, 128, labels_of(rows))`.
 """
 

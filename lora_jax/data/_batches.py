@@ -1,4 +1,4 @@
-"""Examples as padded batches of few lengths, in an order that any step can be read from."""
+"""Padded batches of few lengths, in an order from which the batch of any step can be read."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 Batch = dict[str, np.ndarray]
 AnyExample = Example | LabelledExample
 
-# Batches are cut from this many batches' worth of rows sorted by length, so that a batch needs little padding.
+# This many batches' worth of examples are sorted by length before they are divided, so that there is little padding.
 WINDOW = 16
 
 
 def bucket(length: int, longest: int) -> int:
-    """The padded length of a batch: the smallest of 16, 24, 32, 48, 64, 96, 128, ... that holds it, `longest` at most.
+    """The padded length of a batch: the smallest of 16, 24, 32, 48, 64, 96, 128, ... that fits, `longest` at most.
 
-    Few lengths, because each is a compilation; two between powers of two, because padding is computed too.
+    There are few lengths, because each is compiled, but one between two powers of two, because padding is computed too.
 
     >>> [bucket(length, 300) for length in (5, 17, 70, 130, 290)]
     [16, 24, 96, 192, 300]
@@ -37,18 +37,17 @@ def bucket(length: int, longest: int) -> int:
 
 
 def pad(examples: Sequence[AnyExample], batch_size: int, length: int) -> Batch:
-    """One batch of up to `batch_size` examples, padded on the right; missing rows have no weight.
+    """Make one batch of up to `batch_size` examples, padded on the right; missing examples have weight 0.
 
     Returns:
-      `input_ids` and `attention_mask`, int32 [batch_size, length], and `loss_weights` float32:
-      - of tokenised text [batch_size, length]: a weight belongs to the token that is predicted, so it is compared with
-        the logits one position earlier;
-      - of labelled rows [batch_size], with `labels` int32 or float32 [batch_size], and `token_type_ids` int32
-        [batch_size, length] where the examples have them.
+        `input_ids` and `attention_mask`, int32 [batch_size, length]. For tokenised text also `loss_weights`, float32
+        [batch_size, length]: the weight of a token as a target, which the logits one position earlier predict. For
+        labelled examples also `loss_weights`, float32 [batch_size], `labels`, int32 or float32 [batch_size], and
+        `token_type_ids`, int32 [batch_size, length], if the examples have them.
     """
     shape = (batch_size, length)
     batch = {"input_ids": np.zeros(shape, np.int32), "attention_mask": np.zeros(shape, np.int32)}
-    # A row without a token to attend to would be a softmax over nothing.
+    # Missing examples attend to one token: the softmax over none would be nan.
     batch["attention_mask"][len(examples) :, 0] = 1
     for i, example in enumerate(examples):
         batch["input_ids"][i, : len(example.input_ids)] = example.input_ids
@@ -79,29 +78,29 @@ def _labels(examples: Sequence[Any], shape: tuple[int, int]) -> Batch:
 def batches(
     examples: Sequence[AnyExample], batch_size: int, *, seed: int | None = None, epochs: int = 1
 ) -> grain.MapDataset[Batch]:
-    """The examples as padded batches: a grain dataset, of which `len` is known and any batch can be read on its own.
+    """Make padded batches: a grain dataset with a known `len`, any batch of which can be read on its own.
 
-    Every epoch holds each example once, in an order of its own; its last batch is filled up with rows of no weight.
-    Batches are cut from windows of the shuffled rows sorted by length, and shuffled again, which saves most padding.
-    Iterate over `.to_iter_dataset()` for an iterator with `get_state()` and `set_state()`.
+    Every epoch has each example once, in another order; its last batch is filled up with examples of weight 0. Windows
+    of the shuffled examples are sorted by length, divided into batches and shuffled again, which saves most padding.
+    The iterator of `.to_iter_dataset()` has `get_state()` and `set_state()`.
 
     Args:
-      examples: tokenised rows, at least one.
-      batch_size: rows of a batch.
-      seed: of the shuffles, 0 or more; None for one fixed order by length, as evaluation wants.
-      epochs: passes over the examples.
+        examples: Tokenised examples, at least one.
+        batch_size: Examples in a batch.
+        seed: The seed of the shuffles, 0 or more; None for a fixed order by length, as for evaluation.
+        epochs: Passes over the examples.
 
     Example:
-      >>> rows = [Example(np.arange(n), np.arange(n) > 0) for n in (3, 20, 7)]
-      >>> [batch["input_ids"].shape for batch in batches(rows, 2)]
-      [(2, 16), (2, 20)]
+        >>> rows = [Example(np.arange(n), np.arange(n) > 0) for n in (3, 20, 7)]
+        >>> [batch["input_ids"].shape for batch in batches(rows, 2)]
+        [(2, 16), (2, 20)]
     """
     if not examples:
         raise ValueError("no examples to make batches of")
     if batch_size < 1:
         raise ValueError(f"batch_size: {batch_size} given, expected at least 1")
     require("data.batches", train=("grain",))
-    import grain  # here, because encoding and generating do without it
+    import grain  # here, because encoding and generating don't need it
 
     lengths = np.array([len(example.input_ids) for example in examples])
     longest = int(lengths.max())
@@ -110,20 +109,20 @@ def batches(
         by_length = np.argsort(lengths, kind="stable")
         order = order.map(lambda i: by_length[i])
     else:
-        # grain adds the epoch to the seed, so seed 1 would begin with the second epoch of seed 0: spread them first.
+        # grain adds the epoch to the seed, so seed 1 would begin with the second epoch of seed 0: hash the seed first.
         order = order.shuffle(seed=int(np.random.SeedSequence(seed).generate_state(1)[0]))
     per_epoch = -(-len(examples) // batch_size)
 
     @functools.lru_cache(maxsize=2)
     def window(epoch: int, number: int) -> list[np.ndarray]:
-        """Batches of rows of similar length, in random order: a function of seed and place, so any is readable."""
+        """Batches of similar length in random order, as the indices of their examples: a function of seed and place."""
         start, stop = number * WINDOW * batch_size, min((number + 1) * WINDOW * batch_size, len(examples))
-        rows = np.array([order[epoch * len(examples) + i] for i in range(start, stop)])
-        rows = rows[np.argsort(lengths[rows], kind="stable")]
-        cut = np.split(rows, range(batch_size, len(rows), batch_size))
+        indices = np.array([order[epoch * len(examples) + i] for i in range(start, stop)])
+        indices = indices[np.argsort(lengths[indices], kind="stable")]
+        divided = np.split(indices, range(batch_size, len(indices), batch_size))
         if seed is None:
-            return cut
-        return [cut[i] for i in np.random.default_rng([seed, epoch, number]).permutation(len(cut))]
+            return divided
+        return [divided[i] for i in np.random.default_rng([seed, epoch, number]).permutation(len(divided))]
 
     def batch(step: int) -> Batch:
         epoch, position = divmod(step, per_epoch)

@@ -1,4 +1,4 @@
-"""The text of a conversation, in pieces that begin and end where the targets do."""
+"""Dividing the text of a conversation into pieces that are targets and pieces that aren't."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,20 +10,26 @@ from lora_jax.data._template import Budget, refusal, render_parts, template_of
 Pieces = list[tuple[str, bool]]  # text, and whether its tokens are targets
 
 OURS = ("role", "content", "weight")
-# transformers gives a template any of these under the names of the others.
+# transformers passes each of these to a template under all three names.
 REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 def chat_pieces(messages: Sequence[Mapping[str, Any]], tokenizer: Any, number: int, budget: Budget) -> Pieces:
-    """The conversation in the tokenizer's chat template, cut before and after each turn that is a target.
+    """Render a conversation with the tokenizer's chat template, divided before and after each turn that is a target.
+
+    Args:
+        messages: The messages of the conversation.
+        tokenizer: A tokenizer with a chat template.
+        number: The number of the row, for messages.
+        budget: The CPU time that is left for rendering.
 
     Raises:
-      ValueError: there is no template, it refuses the messages or takes too much, or the turns can't be found in it.
+        ValueError: There is no template, it raises an error or takes too long, or the turns can't be found in its text.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
             'the tokenizer has no chat template, which rows of {"messages"} need: '
-            'add one to it, or give rows of {"prompt", "completion"}'
+            'add a template to it, or give rows of {"prompt", "completion"}'
         )
     try:
         targets = [turn for turn, message in enumerate(messages) if is_target(message)]
@@ -40,7 +46,7 @@ def chat_pieces(messages: Sequence[Mapping[str, Any]], tokenizer: Any, number: i
         if start is None or stop is None or not end <= start <= stop:
             raise ValueError(
                 f"row {number}: the tokenizer's chat template rewrites earlier turns, so turn {turn + 1} can't be "
-                "found in it; give conversations with one assistant turn, the last"
+                "found in the text; give conversations in which only the last turn is the assistant's"
             )
         pieces += [(whole[end:start], False), (whole[start:stop], True)]
         end = stop
@@ -50,7 +56,7 @@ def chat_pieces(messages: Sequence[Mapping[str, Any]], tokenizer: Any, number: i
 
 
 def keys_unread(conversations: Iterable[Sequence[Mapping[str, Any]]], tokenizer: Any) -> tuple[str, ...]:
-    """Keys of messages that nothing reads: neither a part of ours nor a word of the chat template."""
+    """Keys of messages that are ignored: neither this library nor the chat template has a use for them."""
     keys = {
         name
         for messages in conversations

@@ -1,4 +1,4 @@
-"""Token ids of labelled texts and pairs."""
+"""Tokenising labelled texts and pairs of texts."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -10,7 +10,7 @@ from lora_jax.data._rows import Labelled, check_text
 
 
 class PairTokenizer(Protocol):
-    """What is used of a Hugging Face tokenizer for labelled rows."""
+    """The part of a Hugging Face tokenizer that `encode_labelled` uses."""
 
     def __call__(
         self, text: list[str], text_pair: list[str] | None = None, *, truncation: bool, max_length: int | None
@@ -18,10 +18,10 @@ class PairTokenizer(Protocol):
 
 
 class LabelledExample(NamedTuple):
-    """One tokenised row with its label: int32 for a class, float32 for a score.
+    """A tokenised row with its label: int32 for a class, float32 for a score.
 
-    `input_ids` int32 [length]; `token_type_ids` int32 [length], 1 in the pair's second text, where the tokenizer gives
-    them.
+    `input_ids` is int32 [length]; `token_type_ids`, if the tokenizer returns them, is int32 [length], 1 in the second
+    text of a pair.
     """
 
     input_ids: np.ndarray
@@ -30,28 +30,28 @@ class LabelledExample(NamedTuple):
 
 
 class EncodedLabelled(NamedTuple):
-    """What `encode_labelled` made of the rows: every one of them."""
+    """The result of `encode_labelled`: one example for each row."""
 
     examples: list[LabelledExample]
-    truncated: int  # rows that lost tokens to max_length
+    truncated: int  # rows cut to max_length
 
 
 def encode_labelled(
     rows: Sequence[Labelled], tokenizer: PairTokenizer, max_length: int, labels: Labels
 ) -> EncodedLabelled:
-    """Token ids of texts, or of pairs of them, with the tokenizer's own special tokens, and the labels as numbers.
+    """Tokenise texts or pairs of texts, with the tokenizer's own special tokens, and convert labels to numbers.
 
-    A row of more than `max_length` tokens is cut as the tokenizer cuts: of a pair, the longer text first.
+    The tokenizer cuts a row of more than `max_length` tokens: for a pair, it cuts the longer text first.
 
     Args:
-      rows: as `load` gives them, all with a pair or all without.
-      tokenizer: a Hugging Face tokenizer, or anything that does as much (`PairTokenizer`).
-      max_length: the most tokens of a row.
-      labels: what the labels stand for, from `labels_of` the training rows.
+        rows: Rows from `load`, all with a pair or all without.
+        tokenizer: A Hugging Face tokenizer, or any other `PairTokenizer`.
+        max_length: The most tokens of a row.
+        labels: The names of the labels, from `labels_of` the training rows.
 
     Raises:
-      ValueError: a label that isn't in `labels`, a row without tokens, some rows with a pair and some without; the
-        message starts with the row's `file:line`.
+        ValueError: A label isn't in `labels`, a row has no tokens, or only some rows have a pair; the message starts
+            with the row's `file:line`.
     """
     if not rows:
         raise ValueError("no rows to encode")
@@ -80,8 +80,8 @@ def _tokenize(
     rows: Sequence[Labelled], tokenizer: PairTokenizer, max_length: int | None
 ) -> list[tuple[list[int], list[int] | None]]:
     pairs = [row.text_pair for row in rows if row.text_pair is not None]
-    told = tokenizer(
+    encoding = tokenizer(
         [row.text for row in rows], pairs or None, truncation=max_length is not None, max_length=max_length
     )
-    types = told.get("token_type_ids")
-    return list(zip(told["input_ids"], types or [None] * len(rows), strict=True))
+    types = encoding.get("token_type_ids")
+    return list(zip(encoding["input_ids"], types or [None] * len(rows), strict=True))

@@ -1,4 +1,4 @@
-"""GLUE's own files (Wang et al. 2018, arXiv 1804.07461): which column of which task is what."""
+"""GLUE's own files (Wang et al. 2018, arXiv 1804.07461): the columns, labels and metric of each task."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -14,18 +14,18 @@ _ENTAILMENT = ("entailment", "neutral", "contradiction")
 
 @dataclass(frozen=True, kw_only=True)
 class GlueTask:
-    """One task: its columns, what its labels are called, in the order of their numbers, and the figure it is judged by.
+    """One task: its columns, the names of its labels in the order of their numbers, and its metric.
 
-    A score has one name, `"score"`.
+    A task with scores has one label, `"score"`.
     """
 
     text: str
     pair: str | None = None
     label: str = "label"
     labels: tuple[str, ...] = ("score",)
-    figure: str = "accuracy"
-    header: tuple[str, ...] | None = None  # of files that have no header line
-    broken_rows: bool = False  # the published file has lines cut into other columns, which everyone leaves out
+    metric: str = "accuracy"
+    header: tuple[str, ...] | None = None  # for files without a header line
+    broken_rows: bool = False  # the published file has malformed lines, which are customarily left out
     files: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: _FILES)
 
 
@@ -44,20 +44,20 @@ GLUE_TASKS = {
     "cola": GlueTask(
         text="sentence",
         labels=("unacceptable", "acceptable"),
-        figure="matthews_correlation",
+        metric="matthews_correlation",
         header=("source", "label", "original", "sentence"),
     ),
     "sst2": GlueTask(text="sentence", labels=("negative", "positive")),
     "mrpc": GlueTask(
-        text="#1 String", pair="#2 String", label="Quality", labels=("not_equivalent", "equivalent"), figure="f1"
+        text="#1 String", pair="#2 String", label="Quality", labels=("not_equivalent", "equivalent"), metric="f1"
     ),
-    "stsb": GlueTask(text="sentence1", pair="sentence2", label="score", figure="pearson"),
+    "stsb": GlueTask(text="sentence1", pair="sentence2", label="score", metric="pearson"),
     "qqp": GlueTask(
         text="question1",
         pair="question2",
         label="is_duplicate",
         labels=("not_duplicate", "duplicate"),
-        figure="f1",
+        metric="f1",
         broken_rows=True,
     ),
     "mnli": _mnli("dev_matched"),
@@ -70,10 +70,10 @@ _JSON_NAMES = {"sentence1": "premise", "sentence2": "hypothesis", "gold_label": 
 
 
 def glue_task(name: str) -> GlueTask:
-    """The task called `name`, in any spelling: `sst2`, `SST-2`.
+    """The task with a name, in any spelling: `sst2`, `SST-2`.
 
     Raises:
-      ValueError: there is none.
+        ValueError: There is no such task.
     """
     spelled = {key.replace("-", ""): task for key, task in GLUE_TASKS.items()}
     task = spelled.get(name.lower().replace("-", "").replace("_", ""))
@@ -83,10 +83,10 @@ def glue_task(name: str) -> GlueTask:
 
 
 def read(path: Path, task: GlueTask) -> list[Row]:
-    """All rows of one file, their labels by name.
+    """Read all rows of one file, with their labels by name.
 
     Raises:
-      ValueError: a line that doesn't fit; the message starts with `file:line`.
+        ValueError: A line is malformed; the message starts with `file:line`.
     """
     records = _json_records(path, task) if path.suffix == ".jsonl" else _tsv_records(path, task)
     rows: list[Row] = []
@@ -94,7 +94,7 @@ def read(path: Path, task: GlueTask) -> list[Row]:
         pair = None if task.pair is None else fields[task.pair]
         rows.append(Labelled(fields[task.text], _label(fields[task.label], task, where), pair, where))
     if not rows:
-        raise ValueError(f"{path}: the file holds no rows")
+        raise ValueError(f"{path}: the file has no rows")
     return rows
 
 
@@ -103,7 +103,7 @@ def _needed(task: GlueTask) -> list[str]:
 
 
 def _tsv_records(path: Path, task: GlueTask) -> Iterator[tuple[str, dict[str, str]]]:
-    """Tab between columns, and no quoting: a quotation mark is a character like any other."""
+    """The lines as columns: tabs separate them, and a quotation mark is a character like any other."""
     columns = task.header
     for where, line in lines(path):
         try:

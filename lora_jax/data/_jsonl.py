@@ -1,4 +1,4 @@
-"""Rows of a jsonl file, checked line by line."""
+"""Reading a jsonl file, checked line by line."""
 
 import json
 import math
@@ -15,7 +15,7 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def read_jsonl(path: str | Path) -> list[Row]:
-    """All rows of one jsonl file; blank lines are passed over. Raises as `load` does."""
+    """Read all rows of one jsonl file, without blank lines; raises the errors of `load`."""
     rows: list[Row] = []
     first: tuple[str, ...] | None = None
     for where, fields in objects(Path(path)):
@@ -26,11 +26,11 @@ def read_jsonl(path: str | Path) -> list[Row]:
         first = first or keys
         if keys != first:
             raise ValueError(
-                f"{where}: a row of {_shown(keys)} in a file of {_shown(first)}; all rows must be of one kind"
+                f"{where}: a row with {_shown(keys)} in a file with {_shown(first)}; all rows must have the same keys"
             )
         rows.append(row)
     if not rows:
-        raise ValueError(f"{path}: the file holds no rows, expected one JSON object a line: {_accepted()}")
+        raise ValueError(f"{path}: the file has no rows, expected one JSON object a line: {_accepted()}")
     return rows
 
 
@@ -38,44 +38,43 @@ def lines(path: Path) -> Iterator[tuple[str, bytes]]:
     """The lines that aren't blank, each with `file:line`.
 
     Raises:
-      ValueError: no file but a pipe or a device, of which a second reading gives nothing or which never ends; or a Git
-        LFS pointer.
+        ValueError: It is a pipe or a device, which can't be read twice or never ends, or a Git LFS pointer.
     """
     if kind := not_a_file(path) or git_lfs_pointer(path):
-        raise ValueError(f"{path}: {kind}; expected a file of rows")
+        raise ValueError(f"{path}: {kind}; expected a data file")
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")  # the mark that some Windows programs put at the start
+                line = line.removeprefix(b"\xef\xbb\xbf")  # the byte order mark of some Windows programs
             if line.strip():
                 yield f"{path}:{number}", line
 
 
 def objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each line's JSON object, with `file:line`."""
+    """The JSON object of each line, with `file:line`."""
     for where, line in lines(path):
         try:
             fields = json.loads(line.decode(), object_pairs_hook=_object)
             half = _half_character(fields) if _SURROGATE.search(line) else None
         except _Twice as error:
-            raise ValueError(f"{where}: the key {quoted(error.args[0])} is there twice in one object") from None
-        except (ValueError, RecursionError) as error:  # of decoding, of JSON, of a number too long to convert
+            raise ValueError(f"{where}: the key {quoted(error.args[0])} is twice in one object") from None
+        except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or a number too long to convert
             raise ValueError(f"{where}: not a line of JSON ({error})") from None
         if not isinstance(fields, dict):
             raise ValueError(f"{where}: a JSON {type(fields).__name__}, expected an object: {_accepted()}")
         if half is not None:
             raise ValueError(
-                f"{where}: {half} is half a character (a lone surrogate); write the whole one, or leave it out"
+                f"{where}: {half} is half a character (a lone surrogate); write the whole character, or remove it"
             )
         yield where, fields
 
 
 class _Twice(Exception):
-    """A key that an object has twice."""
+    """An object has a key twice."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object: of two values of one key, json would drop the first and say nothing."""
+    """A JSON object whose keys differ: the json module would silently drop the first of two equal keys."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
         raise _Twice(Counter(name for name, _ in pairs).most_common(1)[0][0])
@@ -83,9 +82,9 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _half_character(fields: Any) -> str | None:
-    """A surrogate without its other half, which JSON can write but which is no character; None where there is none.
+    """A surrogate without its other half, which JSON can write but which is no character; None if there is none.
 
-    It is what is left of an emoji that was cut in two, as programs cut that count in 16 bits.
+    Programs that count characters in units of 16 bits leave one when they cut a text within an emoji.
 
     >>> _half_character({"text": ["\\ud83d"]})
     '\\\\ud83d'

@@ -1,4 +1,4 @@
-"""What labels stand for: names and their numbers, or a score."""
+"""The names of labels and their numbers, or a score."""
 
 import math
 from collections.abc import Sequence
@@ -12,24 +12,26 @@ SCORE = ("score",)
 
 
 class Labels(NamedTuple):
-    """The labels' names, in the order of their numbers. One name is no class but a score: a regression.
+    """The names of the labels, in the order of their numbers; a single name means a score, for regression.
 
     Example:
-      >>> Labels(("no", "yes")).value(Labelled("Is it?", "yes"))
-      np.int32(1)
+        >>> Labels(("no", "yes")).value(Labelled("Is it?", "yes"))
+        np.int32(1)
     """
 
     names: tuple[str, ...]
 
     @property
     def regression(self) -> bool:
+        """Whether the label is a score."""
         return len(self.names) == 1
 
     def value(self, row: Labelled) -> np.int32 | np.float32:
         """The number of the row's label, or its score.
 
         Raises:
-          ValueError: the label is none of these; the message starts with the row's `file:line`.
+            ValueError: The label isn't in `names`, or isn't a finite number; the message starts with the row's
+                `file:line`.
         """
         where, label = row.where or quoted(row.text), row.label
         if self.regression:
@@ -48,16 +50,17 @@ class Labels(NamedTuple):
 
 
 def labels_of(rows: Sequence[Labelled]) -> Labels:
-    """The labels that occur, sorted: strings by letter, integers by size. Any float among numbers makes it a score.
+    """Collect the labels that occur: strings in alphabetical order, integers by size; a score if any label is a float.
 
     Raises:
-      ValueError: strings and numbers are mixed (with the `file:line` of the first that differs); only one label.
+        ValueError: Strings and numbers are mixed (the message has the `file:line` of the first difference), or there is
+            only one label.
 
     Example:
-      >>> labels_of([Labelled("a", "yes"), Labelled("b", "no")]).names
-      ('no', 'yes')
-      >>> labels_of([Labelled("a", 2.5), Labelled("b", 1)]).regression
-      True
+        >>> labels_of([Labelled("a", "yes"), Labelled("b", "no")]).names
+        ('no', 'yes')
+        >>> labels_of([Labelled("a", 2.5), Labelled("b", 1)]).regression
+        True
     """
     text = isinstance(rows[0].label, str)
     for row in rows:
@@ -68,5 +71,5 @@ def labels_of(rows: Sequence[Labelled]) -> Labels:
         return Labels(SCORE)
     names = tuple(map(str, sorted({row.label for row in rows})))
     if len(names) == 1:
-        raise ValueError(f"every row has the label {quoted(names[0])}: there is nothing to tell apart")
+        raise ValueError(f"every row has the label {quoted(names[0])}, expected at least two different labels")
     return Labels(names)

@@ -1,4 +1,4 @@
-"""The rows of a split: from its own file, or held out of the training rows."""
+"""Loading the rows of a split from its own file, or holding them out of the training rows."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,7 +15,7 @@ SPLITS: tuple[Split, ...] = get_args(Split)
 
 
 class _Layout(NamedTuple):
-    """How a folder's files are named, the first that is there counting, and how one is read."""
+    """The possible names of each split's file (the first that exists is read), and the function that reads it."""
 
     files: Mapping[str, tuple[str, ...]]
     read: Callable[[Path], list[Row]]
@@ -30,24 +30,24 @@ def load(
     max_valid: int = 500,
     seed: int = 0,
 ) -> list[Row]:
-    """The rows of a jsonl file, or of `{split}.jsonl` in a folder; or those of one of GLUE's own files or folders.
+    """Load the rows of a jsonl file, of `{split}.jsonl` in a folder, or of GLUE's own files.
 
-    Where there is no `valid.jsonl` (a lone file, or a folder that lacks it), a share of the training rows is held out:
-    `valid_share` of them, at least 1 and at most `max_valid`, drawn with `seed`. `"train"` and `"valid"` then never
-    overlap, and together are the whole file, each in the file's order. A single row is all for training.
+    Without a `valid.jsonl` (for a single file, or a folder that lacks it), some of the training rows are held out:
+    a share of `valid_share`, at least 1 row and at most `max_valid`, selected with `seed`. `"train"` and `"valid"` then
+    don't overlap, and together are the whole file, each in the file's order. A file of one row has no validation rows.
 
     Args:
-      path: a jsonl file, or a folder with `train.jsonl` and, where wanted, `valid.jsonl` and `test.jsonl`.
-      split: `"train"`, `"valid"` or `"test"`; None for all rows of a lone file.
-      glue: a task of GLUE (`GLUE_TASKS`), whose files `path` then holds: `train.tsv` and `dev.tsv`, which is `"valid"`.
-      valid_share: share of the training rows held out for validation where no file gives them.
-      max_valid: the most rows held out.
-      seed: of the draw.
+        path: A jsonl file, or a folder with `train.jsonl` and optionally `valid.jsonl` and `test.jsonl`.
+        split: `"train"`, `"valid"` or `"test"`; None for all rows of a single file.
+        glue: A task of GLUE (`GLUE_TASKS`), whose `train.tsv` and `dev.tsv` (`"valid"`) are in `path`.
+        valid_share: The share of the training rows that is held out if there is no file of validation rows.
+        max_valid: The most rows that are held out.
+        seed: The seed that selects the rows held out.
 
     Raises:
-      FileNotFoundError: the file, the folder or the split's file is not there.
-      ValueError: a line that is not JSON, has unknown keys or a value of the wrong type, or is of another kind than
-        the lines before; an empty file. The message starts with `file:line`.
+        FileNotFoundError: The file, the folder or the split's file doesn't exist.
+        ValueError: A line isn't JSON, has unknown keys, a value of the wrong type or other keys than the lines before
+            it (the message starts with `file:line`); or a file is empty.
     """
     if split not in (None, *SPLITS):
         raise ValueError(f"split: {split!r} given, expected train, valid or test")
@@ -56,9 +56,9 @@ def load(
         raise FileNotFoundError(f"{path}: no such data file or folder")
     if path.is_dir():
         if split is None:
-            raise ValueError(f"{path}: is a folder, name the split to read: train, valid or test")
+            raise ValueError(f"{path}: a folder, expected a file, or the split to read: train, valid or test")
         if not layout.files[split]:
-            raise ValueError(f"{path}: GLUE publishes no labels of {split} rows; take the valid split (dev.tsv)")
+            raise ValueError(f"{path}: GLUE publishes no labels for the {split} split; use the valid split (dev.tsv)")
         found = {name: _first(path, names) for name, names in layout.files.items()}
         file = found[split]
         if file is not None:
@@ -66,10 +66,10 @@ def load(
                 return layout.read(file)
         elif split != "valid" or found["train"] is None:
             expected = " or ".join(layout.files[split])
-            raise FileNotFoundError(f"{path / layout.files[split][0]}: no such file; the folder must hold {expected}")
+            raise FileNotFoundError(f"{path / layout.files[split][0]}: no such file; the folder must have {expected}")
         path = found["train"] or path
     elif split == "test":
-        raise ValueError(f"{path}: is a lone file and has no test split; give a folder with test.jsonl")
+        raise ValueError(f"{path}: a single file, which has no test split; give a folder with test.jsonl")
     rows = layout.read(path)
     if split is None:
         return rows

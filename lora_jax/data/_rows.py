@@ -1,17 +1,17 @@
-"""What a row of a data file may be, and how messages quote it."""
+"""The kinds of rows of a data file, and how messages quote them."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 
 class Text(NamedTuple):
-    """A row whose every token is a target."""
+    """A text of which every token is a target."""
 
     text: str
 
 
 class Completion(NamedTuple):
-    """A prompt, and the completion that the model is to give: only the completion's tokens are targets."""
+    """A prompt and the completion that the model learns: only the completion's tokens are targets."""
 
     prompt: str
     completion: str
@@ -20,19 +20,19 @@ class Completion(NamedTuple):
 class Chat(NamedTuple):
     """A conversation `[{"role": ..., "content": ...}, ...]`: only the assistant's turns are targets.
 
-    A message may have a `"weight"`: with 0 its turn is context, not a target; 1 is as without it.
+    A message may have a `"weight"`: with 0 its turn isn't a target; 1 is the default.
     """
 
     messages: tuple[Mapping[str, Any], ...]
 
 
 class Labelled(NamedTuple):
-    """A text, or a pair of them, and what is to be told of it: a class (string or integer) or a score (float)."""
+    """A text or a pair of texts, and its label: a class (string or integer) or a score (float)."""
 
     text: str
     label: str | int | float
     text_pair: str | None = None
-    where: str = ""  # file:line, for errors
+    where: str = ""  # file:line, for messages
 
 
 Row = Text | Completion | Chat | Labelled
@@ -44,7 +44,7 @@ def is_target(message: Mapping[str, Any]) -> bool:
     """Whether a message of a chat is a target.
 
     Raises:
-      ValueError: a weight other than 0 and 1.
+        ValueError: Its weight is neither 0 nor 1.
 
     >>> [is_target({"role": role, "weight": 1}) for role in ("user", "assistant")]
     [False, True]
@@ -58,7 +58,7 @@ def is_target(message: Mapping[str, Any]) -> bool:
 
 
 def quoted(value: Any, most: int = LONGEST_QUOTE) -> str:
-    """A value as a message shows it: on one line and never long.
+    """Format a value for a message: on one line, and cut if it is long.
 
     >>> quoted("yes"), quoted(2.5), quoted("a" * 50, 10)
     ("'yes'", '2.5', "'aaaaaaaaa... (52 characters)")
@@ -68,7 +68,7 @@ def quoted(value: Any, most: int = LONGEST_QUOTE) -> str:
 
 
 def listed(names: Iterable[Any], most: int = 5) -> str:
-    """Names as a message lists them: a few, each on one line and none long.
+    """Format names for a message: a few of them, each on one line and cut if it is long.
 
     >>> listed(["text", "id"]), listed(range(9), 2), listed([])
     ('text, id', '0, 1, ... (9 in all)', '(none)')
@@ -81,10 +81,10 @@ def listed(names: Iterable[Any], most: int = 5) -> str:
 
 
 def check_text(text: str, where: str) -> None:
-    """Refuses a text that holds half a character, which no tokenizer takes.
+    """Refuse a text with half a character, which tokenizers don't accept.
 
     Raises:
-      ValueError: that half; the message starts with `where`.
+        ValueError: The text has a lone surrogate; the message starts with `where`.
     """
     try:
         text.encode()

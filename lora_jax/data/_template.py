@@ -1,4 +1,4 @@
-"""Chat templates rendered within bounds of time and memory, whoever wrote them."""
+"""Rendering chat templates, which may be anybody's programs, within limits of time and memory."""
 
 import atexit
 import contextlib
@@ -13,26 +13,26 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 PROGRAM = pathlib.Path(__file__).parent.parent / "_render.py"
-SECONDS = 5.0  # of CPU time for a conversation; an ordinary one takes a millisecond
-SECONDS_A_PART = 0.05  # more, for each beginning of it that is asked for
-SECONDS_A_ROW = 0.02  # more for each of many conversations, which together may take these and the first one's
-MEMORY = 256 * 2**20  # bytes, beside 64 times the messages'
-LONGEST = 2**22  # characters of a text, beside 16 times the messages'
-LONGEST_ERROR = 100  # characters of what a template says
-PATIENCE = 12  # times those seconds, of wall time: for systems without such a timer
+SECONDS = 5.0  # CPU time for a conversation; an ordinary one takes a millisecond
+SECONDS_A_PART = 0.05  # more CPU time for each part of it whose length is asked for
+SECONDS_A_ROW = 0.02  # CPU time for each conversation of a data set, whose sum and SECONDS are the limit for all
+MEMORY = 256 * 2**20  # bytes, plus 64 times the size of the messages
+LONGEST = 2**22  # characters of a text, plus 16 times the messages'
+LONGEST_ERROR = 100  # characters of a template's error in a message
+PATIENCE = 12  # wall time as a multiple of the CPU time, for systems without a CPU timer
 
 Message = Mapping[str, Any]
 
 
 def render_chat(messages: Sequence[Message], tokenizer: Any, *, add_generation_prompt: bool = False) -> str:
-    """The text of a conversation in the tokenizer's chat template, as `apply_chat_template(tokenize=False)` gives it.
+    """Render a conversation with the tokenizer's chat template, to the text of `apply_chat_template(tokenize=False)`.
 
-    A transformers tokenizer's template is rendered in a process of its own, which may take 5 seconds of CPU time, on
-    Linux 256 MiB (more for long messages), and 4 million characters. It starts with the first text and serves all.
-    What has an `apply_chat_template` of its own is called as it is.
+    The template of a transformers tokenizer is rendered in another process, which is limited to 5 seconds of CPU time,
+    on Linux 256 MiB (more for long messages), and 4 million characters. The process starts with the first conversation
+    and renders all later ones. A tokenizer with its own `apply_chat_template` is called directly, without limits.
 
     Raises:
-      ValueError: there is no template, it refuses the messages, or it takes more than it may.
+        ValueError: There is no template, it raises an error, or it exceeds a limit.
     """
     try:
         return render_parts(messages, tokenizer, (), add_generation_prompt)[0]
@@ -41,28 +41,30 @@ def render_chat(messages: Sequence[Message], tokenizer: Any, *, add_generation_p
 
 
 def refusal(error: Exception) -> str:
-    """What `render_parts` raised, as a short line."""
+    """The error of `render_parts` as a short line."""
     said = " ".join(str(error).split())
     said = said if len(said) <= LONGEST_ERROR else f"{said[:LONGEST_ERROR]}..."
     return f"the tokenizer's chat template refuses it ({said})"
 
 
 class Budget:
-    """CPU time that the conversations of one data set may take to render, all together."""
+    """The CPU time that is left to render all conversations of one data set."""
 
     def __init__(self):
         self.allowed, self.taken = SECONDS, 0.0
 
     def spend(self, seconds: float, parts: int) -> None:
-        """Takes note of one conversation's time.
+        """Add the time of one conversation.
 
         Raises:
-          ValueError: it is more than all of them may take.
+            ValueError: All so far have taken more than they may.
         """
         self.allowed += SECONDS_A_ROW + SECONDS_A_PART * parts
         self.taken += seconds
         if self.taken > self.allowed:
-            raise ValueError(f"it took {self.taken:.3g} s so far, {self.allowed:.3g} s are allowed for so many rows")
+            raise ValueError(
+                f"it took {self.taken:.3g} s so far, expected at most {self.allowed:.3g} s for this many rows"
+            )
 
 
 def render_parts(
@@ -72,18 +74,19 @@ def render_parts(
     add_generation_prompt: bool = False,
     budget: Budget | None = None,
 ) -> tuple[str, list[int | None]]:
-    """The text of a conversation, and how much of it each part is.
+    """The text of a conversation, and the length of the text of each part of it.
 
-    A part is a number of first messages, and whether the prompt for an answer follows them. Its length is None where
-    the text doesn't begin with the part's: only lengths are given, because all parts together may be very long.
+    A part is a number of first messages, and whether the generation prompt follows them. Its length is None if the text
+    of the conversation doesn't begin with the part's text. The texts of the parts aren't returned, because all together
+    may be very long.
 
     Raises:
-      ValueError: as `render_chat`.
+        ValueError: As `render_chat`.
     """
     given = [{name: value for name, value in message.items() if value is not None} for message in messages]
     template = template_of(tokenizer)
     if template is None:
-        raise ValueError("there is none")
+        raise ValueError("the tokenizer has none")
     if not _is_transformers(tokenizer):
         whole = _called(given, tokenizer, add_generation_prompt)
         texts = [_called(given[:count], tokenizer, prompt) for count, prompt in parts]
@@ -97,10 +100,10 @@ def render_parts(
 
 
 def template_of(tokenizer: Any) -> str | None:
-    """The template that conversations are rendered with; None where there is none.
+    """The template that conversations are rendered with; None if there is none.
 
     Raises:
-      ValueError: there are several, and none is the default.
+        ValueError: There are several, and none is called default.
     """
     found = getattr(tokenizer, "chat_template", None)
     if isinstance(found, Mapping):
@@ -111,7 +114,7 @@ def template_of(tokenizer: Any) -> str | None:
 
 
 def _is_transformers(tokenizer: Any) -> bool:
-    """Whether the template is rendered by transformers' own method: another method may do what it likes."""
+    """Whether transformers' own method renders the template: any other method may do more than render it."""
     method = getattr(type(tokenizer), "apply_chat_template", None)
     return getattr(method, "__module__", None) == "transformers.tokenization_utils_base"
 
@@ -119,7 +122,7 @@ def _is_transformers(tokenizer: Any) -> bool:
 def _called(messages: list[dict[str, Any]], tokenizer: Any, prompt: bool) -> str:
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-    except Exception as error:  # it raises what it likes
+    except Exception as error:  # a template may raise any exception
         raise ValueError(str(error)) from error
 
 
@@ -133,16 +136,16 @@ class _Renderer:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C is for the process that asks
+            start_new_session=True,  # so that Ctrl-C reaches the parent process only
             env=os.environ | quiet,
         )
         self.owner = os.getpid()
 
     def ask(self, request: dict[str, Any]) -> tuple[str, list[int | None], float]:
-        """The text, the lengths, and the CPU time that it took.
+        """The text, the lengths of the parts, and the CPU time that it took.
 
         Raises:
-          ValueError: the template's error, or the bound that it broke.
+            ValueError: The template raised an error or exceeded a limit.
         """
         seconds = SECONDS + SECONDS_A_PART * len(request["parts"])
         try:
@@ -167,7 +170,7 @@ class _Renderer:
             answer = back.readline()
         except BrokenPipeError:
             answer = b""
-        except BaseException:  # an interrupt: its answer would be taken for that of the next request
+        except BaseException:  # an interrupt: the next request would read the answer to this one
             self.close()
             raise
         finally:
@@ -182,17 +185,17 @@ class _Renderer:
 
     @property
     def running(self) -> bool:
-        """Whether it can be asked, by this process: a fork of it would read the other's answers."""
+        """Whether this process can send requests: a fork of it would read the answers to the other's requests."""
         return self.owner == os.getpid() and self._process.poll() is None
 
     def close(self) -> None:
-        """Ends it."""
+        """End the process."""
         if self.owner == os.getpid():
             self._process.kill()
             self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
-                with contextlib.suppress(BrokenPipeError):  # what wasn't read of a last request
+                with contextlib.suppress(BrokenPipeError):  # the last request may be partly unread
                     pipe.close()
 
 
@@ -201,7 +204,7 @@ _held: list[_Renderer] = []
 
 
 def _renderer() -> _Renderer:
-    """The process that renders, begun where none runs: one for all, because it takes most of a second to begin."""
+    """The process that renders, started if none runs: one for all texts, because starting takes most of a second."""
     if not _held or not _held[0].running:
         close()
         _held.append(_Renderer())
@@ -210,6 +213,6 @@ def _renderer() -> _Renderer:
 
 @atexit.register
 def close() -> None:
-    """Ends the process that renders, if one runs; the next text begins another."""
+    """End the process that renders, if one runs; the next text starts another."""
     while _held:
         _held.pop().close()
