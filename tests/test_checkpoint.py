@@ -273,7 +273,7 @@ def test_what_a_killed_run_began_is_removed_and_who_holds_the_folder_is_said(tmp
     (tmp_path / "7.orbax-checkpoint-tmp" / "arrays").mkdir(parents=True)
     with Checkpoints(tmp_path):
         assert [path.name for path in tmp_path.iterdir()] == [".lock"]
-        with pytest.raises(FileExistsError, match=f"held by a run of this process {os.getpid()} on .*, since 20"):
+        with pytest.raises(FileExistsError, match=f"in use by a run of this process {os.getpid()} on .*, since 20"):
             Checkpoints(tmp_path)
     assert list(tmp_path.iterdir()) == []
 

@@ -134,7 +134,7 @@ def test_adapters_that_cannot_be_compared(planted, change, message):
 def test_what_is_there_stays_whole(measured, tmp_path, monkeypatch):
     (tmp_path / "r").mkdir()
     (tmp_path / "r" / "report.json").write_text("kept")
-    with pytest.raises(FileExistsError, match="not empty"):
+    with pytest.raises(FileExistsError, match="exists and isn't empty"):
         report.write(tmp_path / "r", measured[:1], title="x")
 
     def full(*_, **__):
@@ -181,7 +181,7 @@ def test_a_kernel_of_zeros_has_no_share():
 def test_nothing_but_a_report_is_overwritten(measured, tmp_path, held):
     for name in held:
         (tmp_path / name).write_text("kept")
-    with pytest.raises(FileExistsError, match=f"holds {held[-1]}, which is not of a report and would be lost"):
+    with pytest.raises(FileExistsError, match=f"has {held[-1]}, which is no part of a report and would be lost"):
         report.write(tmp_path, measured[:1], title="x", overwrite=True)
     assert sorted(os.listdir(tmp_path)) == sorted(held)
     assert all((tmp_path / name).read_text() == "kept" for name in held)

@@ -172,7 +172,7 @@ def test_two_runs_in_one_folder(world, refused, tmp_path):  # noqa: F811
     output.mkdir()
     with _disk.hold(output):
         message = refused(*argv(world, output), "--overwrite")
-    assert message.startswith(f"{output}: held by a run of this process {os.getpid()} on ")
+    assert message.startswith(f"{output}: in use by a run of this process {os.getpid()} on ")
     assert os.listdir(output) == []
 
 
@@ -194,7 +194,7 @@ def test_merge_overwrites_what_it_has_written_and_nothing_else(world, refused, t
     for path in (output / "notes.txt", output / "folder" / "x"):
         path.parent.mkdir(exist_ok=True)
         path.write_text("mine")
-        assert "which is not of a model written here and would be lost" in refused(*merge, "--output", output)
+        assert "which is no part of a model written here and would be lost" in refused(*merge, "--output", output)
         assert path.read_text() == "mine"
         path.unlink()
     (output / "folder").rmdir()

@@ -435,7 +435,7 @@ def test_other_files_of_the_folder_go_along(folder, tmp_path):
 
 
 def test_a_folder_is_not_overwritten_unasked(drawn, folder):
-    with pytest.raises(FileExistsError, match="already there"):
+    with pytest.raises(FileExistsError, match="exists and isn't empty"):
         models.save(folder, drawn, drawn.params)
     models.save(folder, drawn, jax.tree.map(jnp.zeros_like, drawn.params), overwrite=True)
     assert not np.any(models.load(folder).params["norm"]["scale"])

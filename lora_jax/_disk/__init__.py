@@ -1,4 +1,4 @@
-"""The disk, for all who write to it: whole or not at all, one run a folder, JSON that any reader reads."""
+"""Writing to the disk: complete files or none, one run in a folder, and JSON that any reader accepts."""
 
 from lora_jax._disk.json import finite as finite
 from lora_jax._disk.json import to_json as to_json

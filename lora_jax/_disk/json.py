@@ -1,4 +1,4 @@
-"""JSON as its standard has it, which knows no infinity: every file and every line of ours is made here."""
+"""Standard JSON, which has no nan and no infinity: this library writes all its JSON with these functions."""
 
 import json
 import math
@@ -6,11 +6,11 @@ from typing import Any
 
 
 def to_json(values: Any, **layout: Any) -> str:
-    """Text in JSON, with null for every number that isn't finite.
+    """Format values as JSON, with null for each number that isn't finite.
 
     Args:
-      values: Dicts, lists, texts, numbers.
-      layout: What `json.dumps` takes: `indent`, `sort_keys`, ...
+        values: Dicts, lists, strings, numbers.
+        layout: Further arguments of `json.dumps`: `indent`, `sort_keys`, ...
 
     >>> to_json({"loss": [1.0, float("inf")], "targets": ("q", None)})
     '{"loss": [1.0, null], "targets": ["q", null]}'
@@ -19,7 +19,7 @@ def to_json(values: Any, **layout: Any) -> str:
 
 
 def finite(values: Any) -> Any:
-    """The same values, with None for every number that isn't finite.
+    """The same values, with None for each number that isn't finite.
 
     >>> finite({"loss": float("nan"), "steps": [3, float("-inf")]})
     {'loss': None, 'steps': [3, None]}

@@ -1,4 +1,4 @@
-"""A folder that one run holds at a time."""
+"""Locking a folder, so that one run uses it at a time."""
 
 import contextlib
 import datetime
@@ -10,7 +10,7 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # Windows: two runs in one folder aren't kept apart there
+except ImportError:  # Windows: folders aren't locked there
     fcntl = None
 
 LOCK = ".lock"
@@ -18,17 +18,17 @@ LOCK = ".lock"
 
 @contextlib.contextmanager
 def hold(folder: Path) -> Iterator[None]:
-    """Holds a folder that is there. The system lets go of it when the process ends, however it ends.
+    """Lock an existing folder. The system unlocks it when the process ends, even if it is killed.
 
     Raises:
-      FileExistsError: Another run holds it, perhaps one of this process: which one, and since when.
+        FileExistsError: Another run has locked it, possibly in this process; the message says which, and since when.
 
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp())
     >>> with hold(folder), hold(folder):
     ...     pass
     Traceback (most recent call last):
-    FileExistsError: ...: held by a run of this process ..., since ...; wait for it, end it, or choose another folder
+    FileExistsError: ...: in use by a run of this process ..., since ...; wait for it, end it, or choose another folder
     >>> list(folder.iterdir())
     []
     """
@@ -37,21 +37,21 @@ def hold(folder: Path) -> Iterator[None]:
         yield
         return
     try:
-        says = {"process": os.getpid(), "host": socket.gethostname(), "since": f"{datetime.datetime.now():%F %T}"}
+        holder = {"process": os.getpid(), "host": socket.gethostname(), "since": f"{datetime.datetime.now():%F %T}"}
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(says).encode(), 0)
+        os.pwrite(descriptor, json.dumps(holder).encode(), 0)
         yield
     finally:
         with contextlib.suppress(OSError):
-            (folder / LOCK).unlink()  # while it is still held: whoever waits for it looks whether it is there
+            (folder / LOCK).unlink()  # while it is still locked: `_locked` checks that the file exists
         os.close(descriptor)
 
 
 def check_unheld(folder: Path) -> None:
-    """Refuses a folder that a run holds, and leaves it as it is.
+    """Refuse a folder that a run has locked; doesn't change it.
 
     Raises:
-      FileExistsError: As `hold`.
+        FileExistsError: As `hold`.
     """
     if (folder / LOCK).exists():
         with hold(folder):
@@ -59,7 +59,7 @@ def check_unheld(folder: Path) -> None:
 
 
 def _locked(folder: Path) -> int | None:
-    """A descriptor of the folder's lock; None where the system or the disk has no locks."""
+    """A descriptor of the folder's lock; None if the system or the disk has no locks."""
     if fcntl is None:
         return None
     path = folder / LOCK
@@ -69,12 +69,12 @@ def _locked(folder: Path) -> int | None:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is_at(descriptor, path):
                 return descriptor
-            os.close(descriptor)  # its holder has removed it meanwhile
+            os.close(descriptor)  # its holder removed it after it was opened
         except BlockingIOError:
             holder = _holder(descriptor)
             os.close(descriptor)
             raise FileExistsError(
-                f"{folder}: held by {holder}; wait for it, end it, or choose another folder"
+                f"{folder}: in use by {holder}; wait for it, end it, or choose another folder"
             ) from None
         except OSError:
             os.close(descriptor)
@@ -89,8 +89,8 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 def _holder(descriptor: int) -> str:
     try:
-        says = json.loads(os.pread(descriptor, 1000, 0))
-        who = "a run of this process" if says["process"] == os.getpid() else "the run of process"
-        return f"{who} {int(says['process'])} on {says['host']}, since {says['since']}"
+        holder = json.loads(os.pread(descriptor, 1000, 0))
+        who = "a run of this process" if holder["process"] == os.getpid() else "the run of process"
+        return f"{who} {int(holder['process'])} on {holder['host']}, since {holder['since']}"
     except (OSError, ValueError, KeyError, TypeError):
         return "another run"

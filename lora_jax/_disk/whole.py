@@ -1,7 +1,7 @@
-"""Files and folders that appear whole or not at all, whatever happens meanwhile: no space left, an error, a kill.
+"""Writing files and folders completely or not at all, even if the disk fills up or the process is killed.
 
-What is written goes to a temporary folder first, is brought to the disk (fsync), and is then moved into its place.
-What was there before stays until then, and comes back should a move fail.
+Content is written to a temporary folder, flushed to the disk (fsync), and then moved into its place. The earlier
+content stays until then, and is restored if a move fails.
 """
 
 import contextlib
@@ -16,12 +16,12 @@ try:
 except ImportError:
     fcntl = None
 
-DISKS_OWN = "lost+found"  # which an ext4 disk has at its top
+DISKS_OWN = "lost+found"  # a folder of the file system's own, at the root of an ext4 disk
 PARTIAL = ".partial"
 
 
 def write(path: Path, content: str | bytes) -> None:
-    """Writes one file, whole or not at all.
+    """Write one file, completely or not at all.
 
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp())
@@ -43,20 +43,20 @@ def write(path: Path, content: str | bytes) -> None:
 def replacing(
     folder: Path, *, overwrite: bool, what: str = "", ours: Callable[[Path], bool] | None = None
 ) -> Iterator[Path]:
-    """A temporary folder to write into, which takes `folder`'s place when the block ends without an error.
+    """Yield a temporary folder to write into, which replaces `folder` when the block ends without an error.
 
-    It is a sibling, or inside where `folder` is a mounted disk: that can't be renamed, but what it holds can.
-    What was there is whole whatever goes wrong: in its place, or where even putting it back fails, beside it under a
-    name that ends in `-old`.
+    The temporary folder is a sibling of `folder`, or is inside it if `folder` is a mounted disk, which can't be
+    renamed. If anything fails, the earlier content stays complete: in its place, or, if even moving it back fails,
+    beside it under a name that ends in `-old`.
 
     Args:
-      folder: Made, with its parents.
-      overwrite: Replace what is there.
-      what: As for `check_free`.
-      ours: As for `check_free`.
+        folder: The folder, which is created with its parents.
+        overwrite: Whether to replace the earlier content.
+        what: As for `check_free`.
+        ours: As for `check_free`.
 
     Raises:
-      FileExistsError: As `check_free`.
+        FileExistsError: As `check_free`.
     """
     check_free(folder, overwrite=overwrite, what=what, ours=ours)
     folder = folder.resolve()
@@ -69,28 +69,28 @@ def replacing(
             _sync_all(temporary)
             (_replace_contents if mounted else _replace_folder)(folder, temporary, old)
         except BaseException as error:
-            with contextlib.suppress(OSError):  # it is empty if all was put back
+            with contextlib.suppress(OSError):  # it is empty if everything was moved back
                 old.rmdir()
             if old.exists():
                 raise OSError(
-                    f"{folder}: couldn't be replaced, nor put back ({error}): what it held is in {old}"
+                    f"{folder}: can't be replaced or restored ({error}); its earlier content is in {old}"
                 ) from error
             raise
     gone = old.with_name(old.name.removesuffix("-old") + "-gone")
     with contextlib.suppress(OSError):
-        old.rename(gone)  # one that is called old is whole
+        old.rename(gone)  # a folder with the name -old must be complete, so it is renamed before it is removed
     shutil.rmtree(gone if gone.exists() else old, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def placing(folder: Path, *, remove: Collection[str] = ()) -> Iterator[Path]:
-    """A temporary folder, whose files take their places in `folder` when the block ends without an error.
+    """Yield a temporary folder, whose files are moved into `folder` when the block ends without an error.
 
     Args:
-      folder: Made where it isn't there. What else it holds is kept.
-      remove: Files of `folder` that go, unless there are new ones of their names.
+        folder: The folder, which is created if it doesn't exist. Its other files stay.
+        remove: Files of `folder` to remove, unless there are new ones with their names.
     """
-    # In a folder that is there, not beside it: it may be a mounted disk, and files are moved within one disk only.
+    # Inside an existing folder, not beside it: it may be a mounted disk, and files can be moved within one disk only.
     home = folder if folder.exists() else folder.parent
     home.mkdir(parents=True, exist_ok=True)
     with _temporary(home, folder.name) as temporary:
@@ -104,34 +104,37 @@ def placing(folder: Path, *, remove: Collection[str] = ()) -> Iterator[Path]:
 
 
 def check_free(folder: Path, *, overwrite: bool, what: str = "", ours: Callable[[Path], bool] | None = None) -> None:
-    """Refuses a folder that can't be written to, or that would lose something, before anything is computed for it.
+    """Refuse a folder that can't be written, or whose files would be lost, before anything is computed for it.
 
     Args:
-      folder: May be missing.
-      overwrite: Whether what it holds is to be replaced.
-      what: What is written there, for the message: "a report".
-      ours: Whether an entry of it is of such a thing; None where all that is there may be lost.
+        folder: The folder, which need not exist.
+        overwrite: Whether its content may be replaced.
+        what: What is written there, for the message: "a report".
+        ours: Whether an entry of the folder is part of such a thing; None if everything may be replaced.
 
     Raises:
-      FileExistsError: A file; not empty, and `overwrite` isn't set; holds what isn't ours; the current folder.
+        FileExistsError: It is a file or the current folder, or it isn't empty and `overwrite` isn't set, or it has
+            files that `ours` doesn't accept.
     """
     if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"{folder}: a file, expected a folder to write")
+        raise FileExistsError(f"{folder}: a file, expected a folder")
     held = sorted(path for path in folder.iterdir() if path.name != DISKS_OWN) if folder.is_dir() else []
     if held and not overwrite:
-        raise FileExistsError(f"{folder}: already there and not empty; choose another folder or ask to overwrite it")
+        raise FileExistsError(f"{folder}: exists and isn't empty; choose another folder or overwrite it")
     for path in held:
         if ours is not None and not ours(path):
             raise FileExistsError(
-                f"{folder}: holds {path.name}, which is not of {what} and would be lost; choose another folder"
+                f"{folder}: has {path.name}, which is no part of {what} and would be lost; choose another folder"
             )
     if folder.resolve() in (here := Path.cwd(), *here.parents):
-        raise FileExistsError(f"{folder}: the current folder can't be replaced; choose another, also within it")
+        raise FileExistsError(
+            f"{folder}: the current folder can't be replaced; choose another folder, for example in it"
+        )
 
 
 @contextlib.contextmanager
 def _temporary(home: Path, name: str) -> Iterator[Path]:
-    """A new folder in `home`, removed at the end if it is still there; those of killed processes are removed too."""
+    """Yield a new folder in `home`, removed at the end if it still exists; removes those of killed processes too."""
     for stale in home.glob(f".{name}.*{PARTIAL}"):
         if stale.is_dir() and (descriptor := _lock(stale)) is not None:
             shutil.rmtree(stale, ignore_errors=True)
@@ -148,7 +151,7 @@ def _temporary(home: Path, name: str) -> Iterator[Path]:
 
 
 def _lock(folder: Path) -> int | None:
-    """A descriptor that holds the folder; None where another process does, or where there are no locks."""
+    """Lock a folder and return its descriptor; None if another process has locked it, or if there are no locks."""
     if fcntl is None:
         return None
     descriptor = os.open(folder, os.O_RDONLY)
@@ -161,7 +164,7 @@ def _lock(folder: Path) -> int | None:
 
 
 def sync(path: Path) -> None:
-    """Brings a file to the disk."""
+    """Flush a file to the disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
@@ -173,7 +176,7 @@ def _sync_all(folder: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Brings names to the disk, where the system can."""
+    """Flush the names in a folder to the disk, if the system can."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -183,7 +186,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _is_mounted(folder: Path) -> bool:
-    """Whether a disk begins here. One bound from elsewhere on the same disk looks like any folder: Linux lists it."""
+    """Whether a folder is a mount point; Linux lists bind mounts, which look like ordinary folders otherwise."""
     listed = Path("/proc/self/mountinfo")
     mounts = [line.split()[4] for line in listed.read_text().splitlines()] if listed.exists() else []
     return folder.is_mount() or str(folder).replace(" ", r"\040") in mounts
@@ -202,7 +205,7 @@ def _replace_folder(folder: Path, new: Path, old: Path) -> None:
 
 
 def _replace_contents(folder: Path, new: Path, old: Path) -> None:
-    """Moves what `folder` holds to `old` and what `new` holds to `folder`, all of it within that folder; or nothing."""
+    """Move the content of `folder` to `old` and the content of `new` to `folder`, which both are in it; or nothing."""
     old.mkdir()
     before = [path for path in folder.iterdir() if path not in (new, old) and path.name != DISKS_OWN]
     with contextlib.ExitStack() as undo:
@@ -217,16 +220,16 @@ def _replace_contents(folder: Path, new: Path, old: Path) -> None:
 
 
 def _place_all(new: Path, folder: Path, remove: Collection[str]) -> None:
-    """Moves each file over its predecessor; should one move fail, the predecessors of the others come back."""
+    """Move each file of `new` over its predecessor in `folder`; if one move fails, restore the predecessors."""
     names = [str(path.relative_to(new)) for path in sorted(new.rglob("*")) if path.is_file()]
     names += [name for name in remove if name not in names]
     with contextlib.ExitStack() as undo:
         for name in names:
             if (folder / name).exists():
-                kept = new / f"{name}.before"
-                kept.parent.mkdir(exist_ok=True)
-                os.replace(folder / name, kept)
-                undo.callback(os.replace, kept, folder / name)
+                before = new / f"{name}.before"
+                before.parent.mkdir(exist_ok=True)
+                os.replace(folder / name, before)
+                undo.callback(os.replace, before, folder / name)
             else:
                 undo.callback((folder / name).unlink, missing_ok=True)
             if (new / name).exists():
@@ -234,6 +237,6 @@ def _place_all(new: Path, folder: Path, remove: Collection[str]) -> None:
                 os.replace(new / name, folder / name)
         undo.pop_all()
     for emptied in {(folder / name).parent for name in names} - {folder}:
-        with contextlib.suppress(OSError):  # it isn't empty, or was never there
+        with contextlib.suppress(OSError):  # it isn't empty, or never existed
             emptied.rmdir()
     _sync_folder(folder)
