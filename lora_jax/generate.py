@@ -1,8 +1,8 @@
-"""Text from a model: greedy or sampled, in one compiled loop over a cache of keys and values.
+"""Generating text: greedy or sampled, in one compiled loop over a cache of keys and values.
 
     texts = generate_text(model, params, ["Once upon a time"], GenerateConfig(max_tokens=32))
 
-`params` may be a plain tree or one that holds an adapter, and a prefix.
+`params` may have an adapter and a prefix in it.
 """
 
 import functools
@@ -24,16 +24,16 @@ from lora_jax.data._rows import check_text
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig:
-    """How completions are drawn."""
+    """How completions are generated."""
 
     max_tokens: int = 64
-    """most new tokens of a completion"""
+    """the most new tokens of a completion"""
     temperature: float = 0.0
-    """0 takes the likeliest token; above, logits are divided by it and a token is drawn"""
+    """0 selects the likeliest token; above 0, tokens are sampled from softmax(logits / temperature)"""
     top_p: float = 1.0
-    """draw among the likeliest tokens that together have this probability"""
+    """sample among the likeliest tokens that together have this probability"""
     batch_size: int = 16
-    """prompts that are completed together"""
+    """prompts completed at once"""
 
     def __post_init__(self) -> None:
         _check(self.max_tokens, self.temperature, self.top_p)
@@ -54,40 +54,42 @@ def generate(
     top_p: float = 1.0,
     key: jax.Array | None = None,
 ) -> jax.Array:
-    """Continue each prompt until it ends or `max_tokens` are drawn.
+    """Continue each prompt until an end token, for at most `max_tokens` tokens.
 
-    One program is compiled per shape of `input_ids` and `max_tokens`; pad prompts to few lengths.
+    A program is compiled for each shape of `input_ids` and each `max_tokens`, so pad prompts to few lengths.
 
     Args:
-      model_apply: `(params, input_ids, attention_mask, *, cache) -> (logits [B, T, V], cache)`; not adapted yet.
-      init_cache: `(batch, length) -> cache`.
-      params: the model's tree, with or without an adapter in it.
-      input_ids: int32[B, T], prompts padded on the left.
-      attention_mask: [B, T], 1 at the prompts' tokens; a row of zeros is passed over.
-      max_tokens: new tokens of a row at most.
-      eos_id: the token, or any of the tokens, that ends a row.
-      temperature: 0 for the likeliest token, else tokens are drawn from softmax(logits / temperature).
-      top_p: draws come from the smallest set of tokens with at least this probability (Holtzman et al. 2019,
-        arXiv 1904.09751, section 3.1).
-      key: of the draws; needed when `temperature` is above 0.
+        model_apply: `(params, input_ids, attention_mask, *, cache) -> (logits [B, T, V], cache)`; it is adapted here.
+        init_cache: `(batch, length) -> cache`.
+        params: The model's parameters, with or without an adapter.
+        input_ids: Int32[B, T], prompts padded on the left.
+        attention_mask: [B, T], 1 at the prompts' tokens; nothing is generated for a row of zeros.
+        max_tokens: The most new tokens of a prompt.
+        eos_id: The end token, or several, each of which ends a completion.
+        temperature: 0 selects the likeliest token; above 0, tokens are sampled from softmax(logits / temperature).
+        top_p: Tokens are sampled from the smallest set with at least this probability (Holtzman et al. 2019, arXiv
+            1904.09751, section 3.1).
+        key: The random key for sampling, required if `temperature` is above 0.
 
     Returns:
-      int32[B, max_tokens]: the new tokens; after a row's end, its first end token is repeated.
+        Int32[B, max_tokens]: The new tokens; after the end of a completion, the first of the end tokens is repeated.
 
     Raises:
-      ValueError: settings out of range, a key missing, prompts padded on the right, a token that the model has no row
-        for, or logits that aren't finite.
+        ValueError: A setting is out of range, the key is missing, a prompt is padded on the right, the model has no row
+            for a token, or logits aren't finite.
     """
     _check(max_tokens, temperature, top_p)
     if temperature > 0 and key is None:
-        raise ValueError(f"temperature {temperature} draws tokens and needs a key: pass key=jax.random.key(seed)")
+        raise ValueError(
+            f"temperature: {temperature} given, which samples tokens and needs a key: pass key=jax.random.key(seed)"
+        )
     mask = np.asarray(attention_mask, bool)
     if (mask[:, :-1] & ~mask[:, 1:]).any():
         raise ValueError("attention_mask: a prompt is padded on the right, expected padding on the left only")
-    if mask.shape[1] < 2:  # the last token is fed apart from those before it, and there must be some
+    if mask.shape[1] < 2:  # the last token is passed apart from the tokens before it, so there must be some
         pad = ((0, 0), (1, 0))
         input_ids, mask = np.pad(np.asarray(input_ids), pad), np.pad(mask, pad)
-    input_ids = np.where(mask, input_ids, 0)  # a table has no row for just anything that may be behind the mask
+    input_ids = np.where(mask, input_ids, 0)  # padding may be any number, for which a table may have no row
     limits = _limits(model_apply, init_cache, params)
     check_ids(input_ids, limits, "prompt")
     tokens, finite = _generate(
@@ -101,7 +103,7 @@ def generate(
         model_apply=model_apply,
         init_cache=init_cache,
         max_tokens=max_tokens,
-        draw=temperature > 0,
+        sample=temperature > 0,
         nucleus=top_p < 1,
     )
     if not finite:
@@ -110,7 +112,7 @@ def generate(
 
 
 def _limits(model_apply: Any, init_cache: Any, params: Any) -> Vocabulary:
-    """How many rows the table of embeddings has: read from a trace once for each model."""
+    """The number of rows of the table of embeddings: read from a trace once for each model."""
     leaves, structure = jax.tree.flatten(params)
     shapes = tuple((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
     return _read_limits(model_apply, init_cache, structure, shapes)
@@ -128,9 +130,9 @@ def _read_limits(model_apply: Any, init_cache: Any, structure: Any, leaves: Any)
     return vocabulary(embed, params, {"input_ids": ids})
 
 
-@functools.partial(jax.jit, static_argnames=("model_apply", "init_cache", "max_tokens", "draw", "nucleus"))
+@functools.partial(jax.jit, static_argnames=("model_apply", "init_cache", "max_tokens", "sample", "nucleus"))
 def _generate(
-    params, input_ids, mask, eos_ids, temperature, top_p, key, *, model_apply, init_cache, max_tokens, draw, nucleus
+    params, input_ids, mask, eos_ids, temperature, top_p, key, *, model_apply, init_cache, max_tokens, sample, nucleus
 ):
     apply = prefix.adapt(ensure_adapted(model_apply))
     empty = ~mask.any(axis=1)
@@ -140,7 +142,7 @@ def _generate(
 
     def choose(logits, step):
         logits = logits.astype(jnp.float32)
-        if not draw:
+        if not sample:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
         logits = logits / temperature
         if nucleus:
@@ -155,14 +157,14 @@ def _generate(
         step, tokens, last, cache, finished, finite = state
         logits, cache = apply(params, last[:, None], None, cache=cache)
         chosen = choose(logits[:, -1], step)
-        # Where any logit is nan, a maximum is nan: looking at the chosen one is enough.
-        likely = jnp.take_along_axis(logits[:, -1], chosen[:, None], axis=1)[:, 0]
-        finite &= (finished | jnp.isfinite(likely)).all()
+        # If any logit is nan, the maximum is nan, so that checking the chosen one is enough.
+        chosen_logit = jnp.take_along_axis(logits[:, -1], chosen[:, None], axis=1)[:, 0]
+        finite &= (finished | jnp.isfinite(chosen_logit)).all()
         token = jnp.where(finished, eos_ids[0], chosen)
         tokens = jax.lax.dynamic_update_index_in_dim(tokens, token, step, axis=1)
         return step + 1, tokens, token, cache, finished | jnp.isin(token, eos_ids), finite
 
-    # The logits of the prompt are never looked at, so XLA leaves the head out of this call.
+    # The logits of the prompt aren't used, so XLA removes the head from this call.
     _, cache = apply(params, input_ids[:, :-1], mask[:, :-1], cache=init_cache(batch, length + max_tokens))
     tokens = jnp.full((batch, max_tokens), eos_ids[0], jnp.int32)
     start = (jnp.int32(0), tokens, input_ids[:, -1], cache, empty, jnp.bool(True))
@@ -171,7 +173,7 @@ def _generate(
 
 
 def _nucleus(logits: jax.Array, top_p: jax.Array) -> jax.Array:
-    """Logits [B, V] with everything outside the nucleus at -inf; the likeliest token is always inside."""
+    """Set logits [B, V] outside the nucleus to -inf; the likeliest token is always inside."""
     ordered = jnp.sort(logits, axis=-1, descending=True)
     probabilities = jax.nn.softmax(ordered, axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
@@ -191,18 +193,18 @@ def generate_text(
     """Complete each prompt.
 
     Args:
-      model: what `lora_jax.models.load` returns, or anything with its `apply`, `init_cache`, `config` and `tokenizer`.
-      params: the model's tree, with or without an adapter in it.
-      prompts: any number, each a text or token ids; they are completed in batches of similar length.
-      config: how.
-      key: of the draws; needed when `config.temperature` is above 0.
+        model: A model from `lora_jax.models.load`, or any object with `apply`, `init_cache`, `config` and `tokenizer`.
+        params: The model's parameters, with or without an adapter.
+        prompts: Texts or token ids; they are completed in batches of similar length.
+        config: The settings.
+        key: The random key for sampling, required if `config.temperature` is above 0.
 
     Returns:
-      The completions, without the prompts and special tokens, in the prompts' order.
+        The completions, without the prompts and special tokens, in the prompts' order.
 
     Raises:
-      ValueError: no end token is known; a prompt is too long for the model's positions, or has a token that the model
-        has no row for; logits aren't finite.
+        ValueError: No end token is known, a prompt is too long for the model's positions or has a token that the model
+            has no row for, or logits aren't finite.
     """
     tokenizer = model.tokenizer
     eos_ids = _eos_ids(model)
@@ -215,9 +217,9 @@ def generate_text(
     for number, ids in enumerate(encoded, 1):
         if len(ids) > longest:
             raise ValueError(
-                f"prompt {number}: {len(ids)} tokens and max_tokens {config.max_tokens} are more than the model's "
-                f"{positions} positions{f' after a prefix of {before}' if before else ''}; shorten the prompt or lower "
-                "max_tokens"
+                f"prompt {number}: {len(ids)} tokens and max_tokens {config.max_tokens} given, expected at most the "
+                f"model's {positions} positions{f' minus a prefix of {before}' if before else ''}; shorten the prompt "
+                "or lower max_tokens"
             )
     check_ids(encoded, _limits(model.apply, model.init_cache, params), "prompt")
     texts = [""] * len(encoded)
@@ -233,39 +235,39 @@ def generate_text(
             top_p=config.top_p,
             key=None if key is None else jax.random.fold_in(key, number),
         )
-        drawn = np.asarray(tokens)[: len(rows)].tolist()  # the rows that fill the batch are last
-        for row, ids in zip(rows, drawn, strict=True):
+        generated = np.asarray(tokens)[: len(rows)].tolist()  # the padding of the batch is last
+        for row, ids in zip(rows, generated, strict=True):
             end = next((i for i, token in enumerate(ids) if token in eos_ids), len(ids))
             texts[row] = continuation(tokenizer, encoded[row], ids[:end])
     return texts
 
 
 def continuation(tokenizer: Any, before: Sequence[int], ids: Sequence[int]) -> str:
-    """What tokens spell after others, without special tokens.
+    """Decode the tokens `ids` that follow the tokens `before`, without special tokens.
 
-    Decoded alone they may spell something else: a tokenizer that puts a space before any text takes the first one away,
-    and the bytes of a character may be spread over both.
+    Decoded alone, their text may differ: a tokenizer that puts a space before any text removes the first space, and the
+    bytes of a character may be divided between both.
     """
     start, whole = (tokenizer.decode(part, skip_special_tokens=True) for part in ([*before], [*before, *ids]))
-    # Of characters whose bytes aren't all in `before`, it shows marks that the whole doesn't have.
+    # `start` may end with a replacement character for bytes whose rest is in `ids`, so the common part is compared.
     shared = next((i for i, (one, other) in enumerate(zip(start, whole, strict=False)) if one != other), len(start))
     return whole[shared:]
 
 
 def _eos_ids(model) -> list[int]:
-    """The tokenizer's end token first, which training appends, then the model's own."""
+    """The end tokens: the tokenizer's first, which training appends, then the model's own."""
     own = getattr(model, "end_tokens", None)
     if own is None:  # not one of `lora_jax.models`
         own = model.config.eos_token_id
         own = own if isinstance(own, (list, tuple)) else [own]
     ids = list(dict.fromkeys(i for i in (model.tokenizer.eos_token_id, *own) if i is not None))
     if not ids:
-        raise ValueError("neither the tokenizer nor the model's configs name an eos_token, so generation never stops")
+        raise ValueError("eos_token: neither the tokenizer nor the model's configs have one, so generation never stops")
     return ids
 
 
 def _prompt_ids(prompt: str | Sequence[int], tokenizer) -> list[int]:
-    """As training sees a prompt: special tokens in front, but no end token, though some tokenizers add it."""
+    """Tokenise a prompt as training does: with special tokens in front, but without the end token that some add."""
     if isinstance(prompt, str):
         ids, eos = tokenizer(prompt)["input_ids"], [tokenizer.eos_token_id]
         if ids[-1:] == eos and tokenizer("a")["input_ids"][-1:] == eos:
@@ -277,7 +279,7 @@ def _prompt_ids(prompt: str | Sequence[int], tokenizer) -> list[int]:
 
 
 def _batches(encoded: list[list[int]], size: int) -> Iterator[list[int]]:
-    """Row numbers, prompts of similar length together."""
+    """The indices of prompts in batches of similar length."""
     order = sorted(range(len(encoded)), key=lambda row: len(encoded[row]))
     for start in range(0, len(order), size):
         yield order[start : start + size]

@@ -1,13 +1,13 @@
 """Prefix embeddings beside LoRA: tokens outside the vocabulary whose embeddings train (Hu et al. 2021, section 5.1).
 
-The paper's PrefixEmbed puts special tokens before a row's own, and trains what they are embedded as; its section 8
-asks what that gives together with LoRA. Here they are one more leaf of the tree, which trains beside A and B:
+The paper's PrefixEmbed puts special tokens before the tokens of an example, and trains their embeddings; its section 8
+combines that with LoRA. Here the embeddings are one more leaf of the tree, which trains beside A and B:
 
     params = lora_jax.prefix.init(key, params, length=8)              # a leaf `prefix`, f32[8, width]
     apply = lora_jax.prefix.adapt(lora_jax.adapt(model.apply))        # the same signature and the same outputs
 
-`split`, `combine`, `mask`, `masked` and `stack` know it without being told, `lora_jax.train`, `lora_jax.generate` and
-`lora_jax.peft` too. A prefix is input, not weights: it can't be merged.
+`split`, `combine`, `mask`, `masked`, `stack`, `lora_jax.train`, `lora_jax.generate` and `lora_jax.peft` find the leaf
+themselves. A prefix is input, not weights: it can't be merged.
 """
 
 import functools
@@ -25,27 +25,27 @@ from lora_jax._paths import match
 from lora_jax._tree import leaves_with_paths, unbox
 
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings")
-"""Where the models of `lora_jax.models` look tokens up."""
+"""Names of the tables of token embeddings in the models of `lora_jax.models`."""
 
 _KNOWN = "_lora_jax_takes_prefix"
 
 
 def init(key: jax.Array, params: Any, length: int, *, after: int = 0, embedding: str | None = None) -> Any:
-    """Adds prefix embeddings, which start as those of tokens drawn from the vocabulary (Lester et al. 2021, 3.2).
+    """Add prefix embeddings, initialised with the embeddings of random tokens (Lester et al. 2021, section 3.2).
 
     Args:
-      key: draws the tokens.
-      params: a mapping of parameters, before or after `lora_jax.init`.
-      length: of the prefix; 0 adds nothing.
-      after: tokens of each row that stay before the prefix: 1 for an encoder that pools the first one.
-      embedding: pattern of the table that tokens are looked up in, f[vocabulary, width]; found by its name in the
-        models of `lora_jax.models`.
+        key: A JAX random key, which selects the tokens.
+        params: A mapping of parameters, before or after `lora_jax.init`.
+        length: The number of tokens of the prefix; 0 adds nothing.
+        after: The number of tokens of each example that stay before the prefix: 1 for an encoder that pools the first.
+        embedding: A pattern of the table of token embeddings, f[vocabulary, width]; defaults to the table's name in the
+            models of `lora_jax.models`.
 
     Returns:
-      The tree with a leaf `prefix`: float32, cast to the table's dtype at use.
+        The tree with a leaf `prefix`: float32, cast to the table's dtype at use.
 
     Raises:
-      ValueError: a length or an `after` below 0; a tree that has a prefix or no such table.
+        ValueError: `length` or `after` is below 0, or the tree has a prefix already or no such table.
 
     >>> params = init(jax.random.key(0), {"wte": {"embedding": jnp.ones((9, 4))}}, length=2)
     >>> params["prefix"].value.shape
@@ -60,12 +60,12 @@ def init(key: jax.Array, params: Any, length: int, *, after: int = 0, embedding:
 
 
 def put(params: Any, value: Any, *, after: int = 0, embedding: str | None = None) -> Any:
-    """The tree with these prefix embeddings, f[length, width]; the other arguments are those of `init`.
+    """Add given prefix embeddings, f[length, width]; the other arguments are those of `init`.
 
-    Where no table has a known name, a leaf that alone is called embedding does: it gives no values here, but the width.
+    If no table has a known name, the only leaf called embedding is used, since only its width and dtype are needed.
 
     Raises:
-      ValueError: embeddings that don't fit the table, or a tree that has some.
+        ValueError: The embeddings don't fit the table, or the tree has a prefix already.
 
     >>> put({"wte": {"embedding": jnp.ones((9, 4))}}, jnp.ones((2, 3)))
     Traceback (most recent call last):
@@ -81,7 +81,7 @@ def put(params: Any, value: Any, *, after: int = 0, embedding: str | None = None
 
 
 def take(params: Any) -> tuple[Any, Prefix | None]:
-    """The tree without its prefix, and the prefix; None where there is none.
+    """The tree without its prefix, and the prefix or None.
 
     >>> params = init(jax.random.key(0), {"wte": {"embedding": jnp.ones((9, 4))}}, length=2)
     >>> plain, node = take(params)
@@ -100,16 +100,16 @@ def length(params: Any) -> int:
 
 
 def insert(node: Prefix, rows: Any, fill: int | None = None) -> jax.Array:
-    """Rows with the prefix in them, after the `node.after` first places.
+    """Insert the prefix into each row of `rows`, after the first `node.after` entries.
 
     Args:
-      node: what `take` gave.
-      rows: [B, T].
-      fill: what the prefix has in rows that aren't ids: 1 in an attention mask, 0 among types of tokens. None for ids,
-        where -1 - i stands for the prefix's row i.
+        node: The prefix, from `take`.
+        rows: [B, T].
+        fill: The entries of the prefix in rows that aren't ids: 1 in an attention mask, 0 among token types. None for
+            ids, where -1 - i means row i of the prefix.
 
     Returns:
-      [B, T + length].
+        [B, T + length].
 
     >>> node = take(init(jax.random.key(0), {"wte": {"embedding": jnp.ones((9, 4))}}, length=2, after=1))[1]
     >>> insert(node, jnp.array([[5, 6]])).tolist(), insert(node, jnp.array([[1, 0]]), fill=1).tolist()
@@ -122,24 +122,24 @@ def insert(node: Prefix, rows: Any, fill: int | None = None) -> jax.Array:
 
 
 def adapt(apply_fn: Callable[..., Any], *, used: Any = None) -> Callable[..., Any]:
-    """`apply_fn` for trees with a prefix: rows get it, and outputs are those of the rows' own tokens.
+    """Adapt `apply_fn` to trees with a prefix: it is inserted into the input and removed from the outputs.
 
-    Outputs of three axes, [B, T, ...], are taken to be by token; others are left as they are. Where a `cache` is given
-    nothing is inserted: the caller does so once (`insert`), while the cache is empty, and from then on it is in there.
-    Without a prefix in the tree `apply_fn` is called as it is. What this returned is adapted no second time.
+    Outputs of three or more axes, [B, T, ...], are taken to be by token; others aren't changed. With a `cache` nothing
+    is inserted: the caller inserts the prefix once (`insert`), while the cache is empty. Without a prefix in the tree
+    `apply_fn` is called unchanged. A function that this has returned isn't adapted again.
 
     Args:
-      apply_fn: `(params, input_ids, attention_mask=None, **keywords)`, after `lora_jax.adapt` where there are nodes. It
-        takes the keyword `more_embeddings`, f[E, width], and looks ids below 0 up there, -1 in its first row.
-      used: tokens of the prefix that rows get, i32[], and which may be traced: adapters with prefixes of other lengths
-        then stack for `vmap`. In place of the others there is padding behind each row, so that with 0 the outputs are
-        those without a prefix.
+        apply_fn: `(params, input_ids, attention_mask=None, **keywords)`, after `lora_jax.adapt` if there are nodes. It
+            takes the keyword `more_embeddings`, f[E, width], where it looks up ids below 0: -1 is the first row.
+        used: The number of tokens of the prefix that are used, i32[], which may be traced, so that adapters with
+            prefixes of several lengths stack for `vmap`. Padding at the end of each row replaces the others: with 0 the
+            outputs are those without a prefix.
 
     Returns:
-      A function of the same signature.
+        A function of the same signature.
 
     Raises:
-      ValueError: at the call, `positions` given for rows that the prefix makes longer.
+        ValueError: At the call: `positions` is given, but the prefix makes the input longer.
 
     >>> def apply_fn(params, ids, mask=None, *, more_embeddings=None):
     ...     table = params["wte"]["embedding"] if more_embeddings is None else jnp.concatenate(
@@ -166,17 +166,17 @@ def adapt(apply_fn: Callable[..., Any], *, used: Any = None) -> Callable[..., An
 
 
 def note(apply_fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Notes on a function that it takes trees with a prefix: `adapt` leaves it as it is."""
-    setattr(apply_fn, _KNOWN, apply_fn)  # itself: a wrapper that copies its attributes is another
+    """Mark a function as taking trees with a prefix, so that `adapt` doesn't change it."""
+    setattr(apply_fn, _KNOWN, apply_fn)  # the function itself, since a wrapper copies its attributes
     return apply_fn
 
 
 def _inserted(apply_fn, used, plain, node, input_ids, attention_mask=None, *, token_type_ids=None, **keywords):
-    """`apply_fn` on rows with the prefix in them."""
+    """Call `apply_fn` with the prefix in the input."""
     if keywords.get("positions") is not None:
-        raise ValueError("positions: given for rows that a prefix makes longer; leave them to the model")
+        raise ValueError("positions: given, but a prefix makes the input longer; leave positions to the model")
     if used is not None and attention_mask is None:
-        attention_mask = jnp.ones_like(input_ids)  # what isn't used must not be seen
+        attention_mask = jnp.ones_like(input_ids)  # the unused part is masked
     rows, mask, types = (
         None if given is None else _shifted(node, used, insert(node, given, fill))
         for given, fill in ((input_ids, None), (attention_mask, 1), (token_type_ids, 0))
@@ -188,17 +188,17 @@ def _inserted(apply_fn, used, plain, node, input_ids, attention_mask=None, *, to
 
 
 def _shifted(node: Prefix, used: Any, rows: jax.Array) -> jax.Array:
-    """Rows [B, T + length] with the part of the prefix that isn't used removed, and as much padding behind them."""
+    """Rows [B, T + length] without the unused part of the prefix, padded at the end to the same length."""
     if used is None:
         return rows
     places = jnp.arange(rows.shape[1])
     unused = len(node.value) - used
-    kept = jnp.take(rows, jnp.where(places < node.after + used, places, places + unused), axis=1, mode="clip")
-    return jnp.where(places < rows.shape[1] - unused, kept, 0)
+    used_rows = jnp.take(rows, jnp.where(places < node.after + used, places, places + unused), axis=1, mode="clip")
+    return jnp.where(places < rows.shape[1] - unused, used_rows, 0)
 
 
 def _own(node: Prefix, used: Any, output: jax.Array) -> jax.Array:
-    """Entries of an output [B, T + length, ...] at the rows' own tokens."""
+    """The entries of an output [B, T + length, ...] at tokens outside the prefix: [B, T, ...]."""
     if used is not None:
         places = jnp.arange(output.shape[1] - len(node.value))
         return jnp.take(output, jnp.where(places < node.after, places, places + used), axis=1, mode="clip")
@@ -208,16 +208,16 @@ def _own(node: Prefix, used: Any, output: jax.Array) -> jax.Array:
 
 def _like(params: Mapping, entries: dict[str, Any]) -> Any:
     """A mapping of the type of `params`."""
-    kind: Any = type(params)
-    return kind(entries)
+    mapping: Any = type(params)
+    return mapping(entries)
 
 
 def _table(params: Any, embedding: str | None, *, sole: bool = False) -> tuple[str, Any]:
-    """Path and array of the one table that tokens are looked up in, or with `sole` of the one table that there is."""
+    """Path and array of the table of token embeddings; with `sole`, of the only table called embedding."""
     if not isinstance(params, Mapping):
         raise ValueError(f"{PREFIX}: the parameters are a {type(params).__name__}, expected a mapping to put it in")
     if params.get(PREFIX) is not None:
-        raise ValueError(f"{PREFIX}: the parameters have one already; take it out with lora_jax.prefix.take")
+        raise ValueError(f"{PREFIX}: the parameters have one already; remove it with lora_jax.prefix.take")
     pairs = [(path, leaf) for path, leaf in leaves_with_paths(params) if not isinstance(leaf, LoRA | Prefix)]
     leaves = {path: unbox(leaf.value if isinstance(leaf, Trained) else leaf) for path, leaf in pairs}
     if embedding is None:
@@ -228,7 +228,7 @@ def _table(params: Any, embedding: str | None, *, sole: bool = False) -> tuple[s
         found = list(match([embedding], leaves, what="embedding"))
     if len(found) != 1:
         raise ValueError(
-            f"embedding: {found or 'nothing'} matches, expected the one table that looks tokens up; name it"
+            f"embedding: {found or 'nothing'} matches, expected one table, of token embeddings; give its name"
         )
     leaf = dict(pairs)[found[0]]
     return found[0], unbox(leaf.cast() if isinstance(leaf, Trained) else leaf)

@@ -301,7 +301,7 @@ def test_what_can_not_be_generated(model):
         run(model, model.params, ids, mask, temperature=1.0)
     with pytest.raises(ValueError, match="padded on the right"):
         run(model, model.params, ids[:, ::-1], mask[:, ::-1])
-    with pytest.raises(ValueError, match="prompt 2: 60 tokens and max_tokens 5 are more than the model's 64"):
+    with pytest.raises(ValueError, match="prompt 2: 60 tokens and max_tokens 5 given, expected at most the model's 64"):
         generate_text(model, model.params, ["a", "a" * 60], GenerateConfig(max_tokens=5))
 
 

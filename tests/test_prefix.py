@@ -411,7 +411,7 @@ def test_what_would_lose_it_is_refused(llama):
         (lambda p: prefix.init(jax.random.key(0), {"w": jnp.ones((2, 2))}, 2), "embedding: nothing matches"),
         (
             lambda p: prefix.put({name: {"embedding": jnp.ones((2, 2))} for name in "xy"}, jnp.ones((1, 2))),
-            r"embedding: \['x/embedding', 'y/embedding'\] matches, expected the one",
+            r"embedding: \['x/embedding', 'y/embedding'\] matches, expected one table",
         ),
         (lambda p: prefix.init(jax.random.key(0), prefix.init(jax.random.key(0), p, 2), 2), "have one already"),
         (lambda p: prefix.put(p, jnp.ones((2, 5))), r"shape \(2, 5\) given, expected \(length, 16\)"),
@@ -423,7 +423,7 @@ def test_bad_calls(llama, call, message):
 
 
 def test_positions_are_refused(llama):
-    with pytest.raises(ValueError, match="positions: given for rows that a prefix makes longer"):
+    with pytest.raises(ValueError, match="positions: given, but a prefix makes the input longer"):
         adapt(llama)(adapted(llama), IDS, positions=jnp.arange(7)[None])
 
 
