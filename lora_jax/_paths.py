@@ -3,7 +3,6 @@
 import difflib
 import re
 from collections.abc import Collection, Sequence
-from typing import Any
 
 ATTENTION = "attention"
 ALL_LINEAR = "all-linear"
@@ -33,25 +32,6 @@ _ATTENTION_GROUPS = (
 
 # What a group's first names project to, by how many there are: one kernel for each, or several in one.
 _ANCHOR_ROLES = {3: ("q", "k", "v"), 2: ("q", "kv"), 1: ("qkv",)}
-
-
-def path_of(key_path: Sequence[Any]) -> str:
-    """The path string of a JAX key path: its components joined with "/".
-
-    >>> import jax
-    >>> [(key_path, _)], _ = jax.tree_util.tree_flatten_with_path({"mlp/~/linear_0": {"w": 1.0}})
-    >>> path_of(key_path)
-    'mlp/~/linear_0/w'
-    """
-    return "/".join(component(key) for key in key_path)
-
-
-def component(key: Any) -> str:
-    """One entry of a JAX key path as a string: a mapping's key, an attribute's name or an index."""
-    for field in ("key", "name", "idx"):
-        if hasattr(key, field):
-            return str(getattr(key, field))
-    return str(key)
 
 
 def check_patterns(patterns: Sequence[str], what: str) -> None:

@@ -1,16 +1,27 @@
 """A parameter tree with LoRA nodes in it: finding, adding, taking out, splitting and combining."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 
 from lora_jax._node import SUFFIX, LoRA, Prefix, Trained
-from lora_jax._paths import component, match, path_of
+from lora_jax._paths import match
 
 
 def is_node(x: Any) -> bool:
+    """Whether `x` is a LoRA node or a leaf trained in full: both are pytrees, and count as one leaf of a tree."""
     return isinstance(x, LoRA | Trained)
+
+
+def path_of(key_path: Sequence[Any]) -> str:
+    """The path string of a JAX key path: its components joined with "/".
+
+    >>> [(key_path, _)], _ = jax.tree_util.tree_flatten_with_path({"mlp/~/linear_0": {"w": 1.0}})
+    >>> path_of(key_path)
+    'mlp/~/linear_0/w'
+    """
+    return jax.tree_util.keystr(tuple(key_path), simple=True, separator="/")
 
 
 # One level of a tree ------------------------------------------------------------------------------------------------
@@ -32,7 +43,7 @@ def is_box(tree: Any) -> bool:
     if isinstance(tree, Mapping | list | tuple | LoRA | Trained | jax.Array):
         return False
     pairs, _ = _children(tree) or ([], None)
-    return [component(key) for key, _ in pairs] == ["value"] and _children(pairs[0][1]) is None
+    return [path_of([key]) for key, _ in pairs] == ["value"] and _children(pairs[0][1]) is None
 
 
 def unbox(leaf: Any) -> Any:
@@ -55,7 +66,7 @@ def _entries(tree: Mapping) -> list[tuple[Any, Any]]:
 
 
 def _raw_key(key: Any) -> Any:
-    return key.key if hasattr(key, "key") else component(key)
+    return key.key if hasattr(key, "key") else path_of([key])
 
 
 def _rebuilt(tree: Any, entries: dict[Any, Any]) -> Any:
@@ -91,7 +102,7 @@ def edit(
     if opened is None:
         return leaf(path, tree)
     pairs, treedef = opened
-    children = [edit(child, leaf=leaf, level=level, path=join(path, component(key))) for key, child in pairs]
+    children = [edit(child, leaf=leaf, level=level, path=join(path, path_of([key]))) for key, child in pairs]
     same = all(new is old for new, (_, old) in zip(children, pairs, strict=True))
     return tree if same else jax.tree.unflatten(treedef, children)
 
@@ -308,5 +319,5 @@ def _pruned(tree: Any, keep: Callable[[str, Any], bool], path: str = "") -> Any:
         kept = {key: child for key, child in kept.items() if child is not None}
         return _rebuilt(tree, kept) if kept else None
     pairs, treedef = _children(tree) or ([], None)
-    children = [_pruned(child, keep, join(path, component(key))) for key, child in pairs]
+    children = [_pruned(child, keep, join(path, path_of([key]))) for key, child in pairs]
     return None if all(child is None for child in children) else jax.tree.unflatten(treedef, children)

@@ -5,7 +5,8 @@ import re
 import jax
 import pytest
 
-from lora_jax._paths import check_patterns, match, path_of
+from lora_jax._paths import check_patterns, match
+from lora_jax._tree import path_of
 
 LLAMA = [
     *(f"layers/self_attn/{name}_proj/kernel" for name in "qkvo"),

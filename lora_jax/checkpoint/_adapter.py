@@ -86,6 +86,7 @@ def _abstract(text: str, sharding: Any) -> jax.ShapeDtypeStruct:
 
 
 def _put(tree: dict[str, Any], path: str, leaf: Any) -> None:
+    """Put a leaf into nested dicts, as flax's `unflatten_dict` does: flax need not be installed for checkpoints."""
     *parents, name = path.split("/")
     for parent in parents:
         tree = tree.setdefault(parent, {})

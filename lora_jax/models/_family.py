@@ -5,6 +5,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
+from flax import traverse_util
 from transformers import PretrainedConfig
 
 from lora_jax.models._execution import Execution
@@ -103,11 +104,4 @@ def unflatten(leaves: dict[str, Any]) -> Tree:
     >>> unflatten({"a/b": 1, "c": 2})
     {'a': {'b': 1}, 'c': 2}
     """
-    tree: Tree = {}
-    for path, leaf in leaves.items():
-        *parents, last = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf
-    return tree
+    return traverse_util.unflatten_dict(leaves, sep="/")

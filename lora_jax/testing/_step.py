@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 import jax
 
 from lora_jax._node import LoRA
-from lora_jax._paths import path_of
-from lora_jax._tree import combine, detach, is_box, kernel_path, nodes_of
+from lora_jax._tree import combine, detach, is_box, kernel_path, nodes_of, path_of
 
 
 def dims(shape: Sequence[int]) -> tuple[int, ...]:
