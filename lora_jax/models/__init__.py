@@ -16,11 +16,13 @@ from lora_jax.models._family import flatten as flatten
 from lora_jax.models._family import unflatten as unflatten
 from lora_jax.models._folder import find as find
 from lora_jax.models._heads import label_names as label_names
+from lora_jax.models._layout import RULES as RULES
 from lora_jax.models._load import init as init
 from lora_jax.models._load import load as load
 from lora_jax.models._load import load_abstract as load_abstract
 from lora_jax.models._load import load_streamed as load_streamed
 from lora_jax.models._model import Model as Model
+from lora_jax.models._model import shardings as shardings
 from lora_jax.models._save import check_free as check_free
 from lora_jax.models._save import save as save
 from lora_jax.models._tokenizer import beside as tokenizer_in
@@ -29,6 +31,7 @@ from lora_jax.models._untied import untied as untied
 from lora_jax.models._weights import Streamed as Streamed
 
 __all__ = [
+    "RULES",
     "SUPPORTED",
     "Model",
     "Streamed",
@@ -43,6 +46,7 @@ __all__ = [
     "load_abstract",
     "load_streamed",
     "save",
+    "shardings",
     "tokenizer_in",
     "unflatten",
     "untied",

@@ -5,6 +5,7 @@ positions back. A token's position is its number among its row's real tokens: pa
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lora_jax.models import _kernels
 from lora_jax.models._execution import KERNELS, SAVED, Choice
+from lora_jax.models._layout import ONE_DEVICE, Layout
 
 Cache = dict[str, jax.Array]
 
@@ -124,6 +126,7 @@ def attend(
     mask: jax.Array | None,
     lengths: jax.Array | None = None,
     *,
+    layout: Layout = ONE_DEVICE,
     causal: bool,
     scale: float,
     softcap: float | None = None,
@@ -138,11 +141,13 @@ def attend(
       k, v: [B, S, K, d], K a divisor of N.
       mask: bool, broadcast to [B, 1, T, S]; None with `causal` alone. The kernels have no use for it.
       lengths: of the kernels: int32[B], each row's real tokens, which come first; None where all are.
+      layout: rows and heads are computed where it puts them.
       softcap: c bounds the scores: c · tanh(scores / c).
       window: of the kernels: how many keys a query sees, itself the last. A mask says it otherwise.
       near: bool[], whether the window counts in this layer; None: it does.
     """
     how: dict[str, Any] = {"causal": causal, "scale": scale}
+    k, v = _as_cut(layout, q, k), _as_cut(layout, q, v)
     if choice.form not in KERNELS:
         form = _kernels.blockwise if choice.form == "blockwise" else _kernels.xla
         return checkpoint_name(form(q, k, v, mask, softcap=softcap, **how), SAVED)
@@ -154,3 +159,12 @@ def attend(
     run = lambda window: lambda q, k, v: kernel(q, k, v, lengths, window=window, **how)
     out = run(window)(q, k, v) if near is None else lax.cond(near, run(window), run(None), q, k, v)
     return checkpoint_name(out, SAVED)
+
+
+def _as_cut(layout: Layout, q: jax.Array, x: jax.Array) -> jax.Array:
+    """Keys or values, repeated where they have too few heads to be cut as the queries' are."""
+    parts, heads = layout.parts("heads"), x.shape[2]
+    if heads % parts == 0 or q.shape[2] % parts:
+        return x
+    x = jnp.repeat(x, math.lcm(heads, parts) // heads, axis=2)
+    return layout.constrain(x, "batch", "length", "heads", "head_dim")

@@ -18,6 +18,7 @@ from lora_jax.models._execution import KERNELS, Case, Choice, Execution, choose,
 from lora_jax.models._experts import ExpertsSpec, SparseMLP
 from lora_jax.models._family import Family, Weight
 from lora_jax.models._layers import ACTIVATIONS, Embed, check_activation, dense
+from lora_jax.models._layout import Layout
 from lora_jax.models._rope import Rope, reach, rope_of, rotate, rotation
 from lora_jax.models._settings import check_ratios
 
@@ -96,19 +97,21 @@ class Attention(nn.Module):
     spec: DecoderSpec
     param_dtype: Any
     choice: Choice
+    layout: Layout
 
     @nn.compact
     def __call__(self, x, past, context):
         spec = self.spec
 
-        def project(name, heads):
-            y = dense(self, name, heads * spec.head_dim, x, bias=spec.qkv_bias)
-            return y.reshape(*x.shape[:2], heads, spec.head_dim)
+        def project(name, heads, axis):
+            y = dense(self, name, heads * spec.head_dim, x, ("embed", axis), bias=spec.qkv_bias)
+            y = y.reshape(*x.shape[:2], heads, spec.head_dim)
+            return self.layout.constrain(y, "batch", "length", axis, "head_dim")
 
         q, k, v = (
-            project("q_proj", spec.num_heads),
-            project("k_proj", spec.num_kv_heads),
-            project("v_proj", spec.num_kv_heads),
+            project("q_proj", spec.num_heads, "heads"),
+            project("k_proj", spec.num_kv_heads, "kv_heads"),
+            project("v_proj", spec.num_kv_heads, "kv_heads"),
         )
         if spec.query_key_norm:
             q = RMSNorm(spec, self.param_dtype, name="q_norm")(q)
@@ -125,6 +128,7 @@ class Attention(nn.Module):
             v,
             context["mask"],
             context["lengths"],
+            layout=self.layout,
             causal=past is None,
             scale=spec.attention_scale or spec.head_dim**-0.5,
             softcap=spec.attention_softcap,
@@ -132,7 +136,7 @@ class Attention(nn.Module):
             near=context["near"],
         )
         out = out.reshape(*x.shape[:2], spec.num_heads * spec.head_dim)
-        return dense(self, "o_proj", spec.hidden_size, out, bias=spec.output_bias), new
+        return dense(self, "o_proj", spec.hidden_size, out, ("heads", "embed"), bias=spec.output_bias), new
 
 
 class MLP(nn.Module):
@@ -140,14 +144,18 @@ class MLP(nn.Module):
 
     spec: DecoderSpec
     param_dtype: Any
+    layout: Layout
 
     @nn.compact
     def __call__(self, x):
         spec = self.spec
 
-        gate = ACTIVATIONS[spec.activation](dense(self, "gate_proj", spec.intermediate_size, x, bias=spec.mlp_bias))
-        up = dense(self, "up_proj", spec.intermediate_size, x, bias=spec.mlp_bias)
-        return dense(self, "down_proj", spec.hidden_size, gate * up, bias=spec.mlp_bias)
+        def project(name):
+            y = dense(self, name, spec.intermediate_size, x, ("embed", "mlp"), bias=spec.mlp_bias)
+            return self.layout.constrain(y, "batch", "length", "mlp")
+
+        hidden = ACTIVATIONS[spec.activation](project("gate_proj")) * project("up_proj")
+        return dense(self, "down_proj", spec.hidden_size, hidden, ("mlp", "embed"), bias=spec.mlp_bias)
 
 
 class Layer(nn.Module):
@@ -163,6 +171,7 @@ class Layer(nn.Module):
     spec: DecoderSpec
     param_dtype: Any
     choice: Choice
+    layout: Layout
 
     @nn.compact
     def __call__(self, x, own, context):
@@ -172,17 +181,19 @@ class Layer(nn.Module):
             return RMSNorm(spec, self.param_dtype, name=name)(x)
 
         def add(x, y):
-            return x + (y if spec.residual_scale is None else y * spec.residual_scale)
+            x = x + (y if spec.residual_scale is None else y * spec.residual_scale)
+            return self.layout.constrain(x, "batch", "length", "embed")
 
         seen = _of_kind(own["sliding"], context["kinds"]) | {"near": own["sliding"]}
-        attended, new = Attention(spec, self.param_dtype, self.choice, name="self_attn")(
+        attended, new = Attention(spec, self.param_dtype, self.choice, self.layout, name="self_attn")(
             norm("input_layernorm", x), own["past"], seen | {name: context[name] for name in ("index", "lengths")}
         )
         x = add(x, norm("post_attention_layernorm", attended) if spec.sandwich else attended)
         if spec.experts is None:
-            mlp = MLP(spec, self.param_dtype, name="mlp")
+            mlp = MLP(spec, self.param_dtype, self.layout, name="mlp")
         else:
-            mlp = SparseMLP(spec.experts, ACTIVATIONS[spec.activation], spec.init_std, self.param_dtype, name="mlp")
+            activation = ACTIVATIONS[spec.activation]
+            mlp = SparseMLP(spec.experts, activation, spec.init_std, self.param_dtype, self.layout, name="mlp")
         y = mlp(norm("pre_feedforward_layernorm" if spec.sandwich else "post_attention_layernorm", x))
         return add(x, norm("post_feedforward_layernorm", y) if spec.sandwich else y), new
 
@@ -195,6 +206,11 @@ class Decoder(nn.Module):
     param_dtype: Any = jnp.float32
     execution: Execution = Execution()
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many there are of what an axis of a kernel holds, where that isn't the axis's size."""
+        return {"heads": self.spec.num_heads, "kv_heads": self.spec.num_kv_heads}
+
     def attention(self, rows: int, length: int, dtype: Any, **call: bool) -> Choice:
         """The form of attention of a call."""
         spec = self.spec
@@ -203,10 +219,10 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(self, input_ids, attention_mask=None, *, positions=None, cache=None, more_embeddings=None):
-        spec = self.spec
+        spec, layout = self.spec, self.execution.layout
         placed = positions is not None and spec.window is not None
         positions, cache, past = _attention.begin(input_ids, attention_mask, positions, cache)
-        embed = Embed(spec.vocab_size, spec.hidden_size, spec.init_std, self.param_dtype, name="embed_tokens")
+        embed = Embed(spec.vocab_size, spec.hidden_size, spec.init_std, self.param_dtype, layout, name="embed_tokens")
         x = embed(input_ids, self.dtype, more_embeddings)
         if spec.embedding_scale is not None:
             x = x * jnp.asarray(spec.embedding_scale, x.dtype)
@@ -220,12 +236,13 @@ class Decoder(nn.Module):
             "kinds": [_seen(spec, choice, kind, positions, attention_mask, cache, x.dtype) for kind in spec.kinds],
         }
         layers = stacked(Layer, spec.num_layers, self.execution)
-        x, new = layers(spec, self.param_dtype, choice, name="layers")(x, own, context)
+        x, new = layers(spec, self.param_dtype, choice, layout, name="layers")(x, own, context)
         x = _attention.put_back(order, x)
         x = RMSNorm(spec, self.param_dtype, name="norm")(x)
         # A tree may have a head of its own all the same: an adapter that changed one of the two has untied them.
         tied = spec.tied and not self.has_variable("params", "lm_head")
-        logits = embed.attend(x) if tied else dense(self, "lm_head", spec.vocab_size, x, bias=False)
+        logits = embed.attend(x) if tied else dense(self, "lm_head", spec.vocab_size, x, ("embed", "vocab"), bias=False)
+        logits = layout.constrain(logits, "batch", "length", "vocab")
         if spec.logit_divisor is not None:
             logits = logits / spec.logit_divisor
         if spec.logit_softcap is not None:

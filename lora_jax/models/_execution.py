@@ -12,6 +12,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from lora_jax.models._layout import Layout
+
 Attention = Literal["auto", "xla", "blockwise", "cudnn", "splash"]
 Remat = Literal["auto", "none", "lean", "full"]
 Layers = Literal["auto", "scan", "unrolled"]
@@ -30,6 +32,7 @@ class Execution:
     remat: Remat = "none"
     layers: Layers = "scan"
     platform: str = "cpu"
+    layout: Layout = Layout()
 
 
 class Case(NamedTuple):
@@ -162,6 +165,7 @@ def stacked(layer: type[nn.Module], count: int, execution: Execution) -> Any:
     return nn.scan(
         layer,
         variable_axes={"params": 0},
+        metadata_params={nn.PARTITION_NAME: "layers"},
         split_rngs={"params": True},
         in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType] - flax annotates less than it takes
         length=count,

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.models._family import Weight
+from lora_jax.models._layers import named
+from lora_jax.models._layout import Layout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,11 +39,13 @@ class Kernels(nn.Module):
     features: int
     init_std: float
     param_dtype: Any
+    axes: tuple[str, str]
 
     @nn.compact
     def __call__(self, rows, sizes):
         shape = (self.count, rows.shape[-1], self.features)
-        kernel = self.param("kernel", nn.initializers.normal(self.init_std), shape, self.param_dtype)
+        init = named(nn.initializers.normal(self.init_std), "expert", *self.axes)
+        kernel = self.param("kernel", init, shape, self.param_dtype)
         return lax.ragged_dot(rows, kernel.astype(rows.dtype), sizes)
 
 
@@ -55,12 +59,12 @@ class Experts(nn.Module):
 
     @nn.compact
     def __call__(self, rows, sizes):
-        def project(name, features):
-            return Kernels(self.spec.count, features, self.init_std, self.param_dtype, name=name)
+        def project(name, features, *axes):
+            return Kernels(self.spec.count, features, self.init_std, self.param_dtype, axes, name=name)
 
-        gate = self.activation(project("gate_proj", self.spec.intermediate_size)(rows, sizes))
-        up = project("up_proj", self.spec.intermediate_size)(rows, sizes)
-        return project("down_proj", rows.shape[-1])(gate * up, sizes)
+        gate = self.activation(project("gate_proj", self.spec.intermediate_size, "embed", "mlp")(rows, sizes))
+        up = project("up_proj", self.spec.intermediate_size, "embed", "mlp")(rows, sizes)
+        return project("down_proj", rows.shape[-1], "mlp", "embed")(gate * up, sizes)
 
 
 class SparseMLP(nn.Module):
@@ -70,6 +74,7 @@ class SparseMLP(nn.Module):
     activation: Any
     init_std: float
     param_dtype: Any
+    layout: Layout
 
     @nn.compact
     def __call__(self, x):
@@ -79,7 +84,7 @@ class SparseMLP(nn.Module):
             use_bias=False,
             dtype=x.dtype,
             param_dtype=self.param_dtype,
-            kernel_init=nn.initializers.normal(self.init_std),
+            kernel_init=named(nn.initializers.normal(self.init_std), "embed", "expert"),
             name="gate",
         )
         shares, chosen = lax.top_k(jax.nn.softmax(router(tokens).astype(jnp.float32)), spec.top_k)

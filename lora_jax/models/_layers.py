@@ -6,6 +6,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
+from lora_jax.models._layout import Layout
+
 ACTIVATIONS = {
     "silu": nn.silu,
     "swish": nn.silu,
@@ -22,16 +24,26 @@ def check_activation(name: str) -> None:
         raise ValueError(f"hidden_act {name!r:.40} is not supported; supported are {', '.join(sorted(ACTIVATIONS))}")
 
 
-def dense(parent: Any, name: str, features: int, x: Any, *, bias: bool = True) -> Any:
-    """x W + b in x's dtype, with the `spec.init_std` and the `param_dtype` of the module whose child this is."""
+def dense(parent: Any, name: str, features: int, x: Any, axes: tuple[str, str | None], *, bias: bool = True) -> Any:
+    """x W + b in x's dtype, with the `spec.init_std` and the `param_dtype` of the module whose child this is.
+
+    `axes` are the kernel's, by name.
+    """
     return nn.Dense(
         features,
         bias,
         dtype=x.dtype,
         param_dtype=parent.param_dtype,
-        kernel_init=nn.initializers.normal(parent.spec.init_std),
+        kernel_init=named(nn.initializers.normal(parent.spec.init_std), *axes),
+        # What is added to the stream is small and needed everywhere.
+        bias_init=named(nn.initializers.zeros, None if axes[1] == "embed" else axes[1]),
         name=name,
     )(x)
+
+
+def named(init: Any, *axes: str | None) -> Any:
+    """An initialiser whose leaf has axes of these names."""
+    return nn.with_logical_partitioning(init, axes)
 
 
 def layer_norm(parent: Any, name: str, x: Any) -> Any:
@@ -51,15 +63,19 @@ class Embed(nn.Module):
     features: int
     init_std: float
     param_dtype: Any
+    layout: Layout = Layout()
 
     def setup(self) -> None:
-        init = nn.initializers.normal(self.init_std)
+        init = named(nn.initializers.normal(self.init_std), "vocab", "embed")
         self.embedding: Array = self.param("embedding", init, (self.count, self.features), self.param_dtype)
 
     def __call__(self, ids: Array, dtype: Any = None, more: Array | None = None) -> Array:
         # Ids out of range give NaN (jnp.take's default), so they can't pass unseen.
         x = jnp.take(self.embedding, ids if more is None else jnp.maximum(ids, 0), axis=0)
         x = x.astype(dtype or self.embedding.dtype)
+        # Each device looks up, in its part of the channels, what those need that share it: the table stays cut.
+        x = self.layout.first("embed").constrain(x, "batch", "length", "embed")
+        x = self.layout.constrain(x, "batch", "length", "embed")
         if more is not None:
             x = jnp.where(ids[..., None] < 0, jnp.take(more, jnp.maximum(-1 - ids, 0), axis=0).astype(x.dtype), x)
         return x

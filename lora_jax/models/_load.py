@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -121,7 +122,7 @@ def _drawn(module: Any, key: jax.Array, paths: Sequence[str]) -> dict[str, Strea
 
     @jax.jit
     def draw(key):
-        leaves = flatten(module.init(key, jnp.zeros((1, 1), jnp.int32))["params"])
+        leaves = flatten(nn.meta.unbox(module.init(key, jnp.zeros((1, 1), jnp.int32))["params"]))
         return {path: leaves[path] for path in paths}
 
     return {
@@ -179,4 +180,4 @@ def init(
     family = _folder.family_of(config.model_type, config.architectures, FAMILIES)
     model = abstract(family, config, dtype, compute_dtype, chosen, None)
     module = family.module(config, compute_dtype, dtype, chosen)
-    return replace(model, params=jax.jit(module.init)(key, jnp.zeros((1, 1), jnp.int32))["params"])
+    return replace(model, params=nn.meta.unbox(jax.jit(module.init)(key, jnp.zeros((1, 1), jnp.int32))["params"]))

@@ -1,18 +1,21 @@
 """A model as data and pure functions, and how one is made without arrays."""
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from lora_jax.models import _family, _generation, _settings, _tokenizer
 from lora_jax.models._execution import Choice, Execution
-from lora_jax.models._family import Family, Weight, flatten
+from lora_jax.models._family import Family, Weight, flatten, unflatten
+from lora_jax.models._layout import RULES, Layout, Rules, layout_of, shardings_of
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -42,6 +45,12 @@ class Model:
         head: path of the classification head in `params`; empty where there is none. Its labels: `label_names(config)`.
         newly_initialized: paths of the leaves that weren't in the folder: a new head's.
         max_length: the most tokens of a row.
+        axes: leaf path -> the names of its axes, for rules as `RULES` are; leaves without names are copied everywhere.
+        counts: how many things the axes of a name hold, where that isn't their size: an axis of "heads" holds their
+            channels too, and is cut between heads only.
+        mesh: what the activations are spread over, as `on_mesh` gave it, with Auto axes; None for one device.
+        rules: of that mesh.
+        remade: `(layout) -> apply, init_cache, attention` of this model on another mesh.
     """
 
     config: PretrainedConfig
@@ -58,6 +67,29 @@ class Model:
     head: str = ""
     newly_initialized: tuple[str, ...] = ()
     max_length: int = 0
+    axes: Mapping[str, tuple[str | None, ...]] = field(default_factory=dict)
+    counts: Mapping[str, int] = field(default_factory=dict)
+    mesh: Mesh | None = None
+    rules: Rules = field(default_factory=lambda: RULES)
+    remade: Callable[[Layout], dict[str, Any]] = lambda layout: {}
+
+    def on_mesh(self, mesh: Mesh, rules: Rules = RULES) -> "Model":
+        """The same model, whose activations are spread over a mesh, at the layers' borders and within them.
+
+        `params` stay where they are; `shardings(model)` says where they belong:
+
+            model = models.load("path/to/folder").on_mesh(mesh)
+            params = jax.device_put(model.params, models.shardings(model))
+
+        Args:
+            mesh: with axes of any type.
+            rules: axes of the mesh by name of an axis, in the order of precedence: `RULES | {...}` changes some.
+
+        Raises:
+            ValueError: an axis of the mesh that no rule names.
+        """
+        layout = layout_of(mesh, rules)
+        return replace(self, mesh=layout.mesh, rules=rules, **self.remade(layout))
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -92,7 +124,8 @@ def abstract(family: Family, config, dtype, compute_dtype, chosen: Execution, fo
     where = "" if folder is None else f"{folder / _settings.CONFIG}: "
     try:
         module = family.module(config, compute_dtype, param_dtype, chosen)
-        shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+        boxed = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+        shapes, axes = nn.meta.unbox(boxed), _axes(boxed)
         names, max_length = family.names(config), family.positions(config)
         _settings.check_size(flatten(shapes))
     except ValueError as error:
@@ -101,7 +134,31 @@ def abstract(family: Family, config, dtype, compute_dtype, chosen: Execution, fo
         what = f"{type(error).__name__}: {_settings.one_line(error, 100)}"
         raise ValueError(f"{where}no {family.architecture} can be made of these settings ({what})") from error
 
-    expected, known = jax.tree.structure(shapes), {*flatten(shapes), *_family.untied(names)}
+    def remade(layout: Layout) -> dict[str, Any]:
+        return _functions(family, config, (compute_dtype, param_dtype), replace(chosen, layout=layout), shapes)
+
+    return Model(
+        config=config,
+        params=shapes,
+        names=names,
+        remat=chosen.remat,
+        layers=chosen.layers,
+        folder=folder,
+        generates=family.init_cache is not None,
+        head=family.head,
+        max_length=max_length,
+        axes=axes,
+        counts=module.counts,
+        remade=remade,
+        **remade(chosen.layout),
+    )
+
+
+def _functions(family: Family, config: Any, dtypes: tuple[Any, Any], chosen: Execution, shapes: Any) -> dict[str, Any]:
+    """The model's functions: fields of a `Model`."""
+    compute_dtype, param_dtype = dtypes
+    module = family.module(config, compute_dtype, param_dtype, chosen)
+    expected, known = jax.tree.structure(shapes), {*flatten(shapes), *_family.untied(family.names(config))}
 
     def apply(params, input_ids, attention_mask=None, **keywords):
         if jax.tree.structure(params) != expected:
@@ -116,20 +173,46 @@ def abstract(family: Family, config, dtype, compute_dtype, chosen: Execution, fo
     def attention(rows: int, length: int, **call: bool) -> Choice:
         return module.attention(rows, length, compute_dtype or param_dtype, **call)
 
-    return Model(
-        config=config,
-        params=shapes,
-        names=names,
-        apply=apply,
-        attention=attention,
-        remat=chosen.remat,
-        layers=chosen.layers,
-        init_cache=init_cache,
-        folder=folder,
-        generates=family.init_cache is not None,
-        head=family.head,
-        max_length=max_length,
-    )
+    return {"apply": apply, "init_cache": init_cache, "attention": attention}
+
+
+def shardings(model: Model, mesh: Mesh | None = None, rules: Rules | None = None) -> dict[str, Any]:
+    """Where the weights of a model belong on a mesh, and with them factors and moments.
+
+        model = models.load("path/to/folder")
+        base = models.shardings(model, mesh)
+        params = lora_jax.init(key, jax.device_put(model.params, base), config)
+        where = lora_jax.shardings(params, base)
+
+    An axis that can't be cut, such as one of 5 heads on 8 devices, is copied, with a warning.
+
+    Args:
+        model: of any of `load`, `load_abstract` and `init`.
+        mesh: with axes of any type: those of the result are Auto. The model's own where not given.
+        rules: axes of the mesh by name of an axis, in the order of precedence: `RULES | {...}` changes some. The
+            model's own where not given.
+
+    Returns:
+        A tree as `model.params`, of NamedShardings.
+
+    Raises:
+        ValueError: no mesh, or one with an axis that no rule names.
+    """
+    mesh = model.mesh if mesh is None else mesh
+    if mesh is None:
+        raise ValueError("mesh: none given, and the model is on none; pass shardings(model, mesh)")
+    layout = layout_of(mesh, model.rules if rules is None else rules)
+    return unflatten(shardings_of(layout, flatten(model.params), model.axes, model.counts))
+
+
+def _axes(boxed: Any) -> dict[str, tuple[str | None, ...]]:
+    """The names of the axes of each leaf that has any, as Flax's boxes hold them."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf.names
+        for path, leaf in leaves
+        if isinstance(leaf, nn.LogicallyPartitioned)
+    }
 
 
 def _check_known(params: Any, known: Collection[str]) -> None:

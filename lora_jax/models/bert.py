@@ -14,7 +14,8 @@ from transformers import BertConfig, RobertaConfig
 from lora_jax.models import _attention
 from lora_jax.models._execution import Case, Choice, Execution, choose, stacked
 from lora_jax.models._family import Family, Weight
-from lora_jax.models._layers import ACTIVATIONS, Embed, check_activation, dense, layer_norm
+from lora_jax.models._layers import ACTIVATIONS, Embed, check_activation, dense, layer_norm, named
+from lora_jax.models._layout import Layout
 from lora_jax.models._settings import check_ratios
 
 
@@ -76,6 +77,7 @@ class Embeddings(nn.Module):
 
     spec: EncoderSpec
     param_dtype: Any
+    layout: Layout
 
     @nn.compact
     def __call__(
@@ -90,7 +92,7 @@ class Embeddings(nn.Module):
         spec = self.spec
 
         def table(name, count):
-            return Embed(count, spec.hidden_size, spec.init_std, self.param_dtype, name=name)
+            return Embed(count, spec.hidden_size, spec.init_std, self.param_dtype, self.layout, name=name)
 
         if positions is None and spec.first_position is not None:
             positions = _attention.positions_of(input_ids, attention_mask) + spec.first_position
@@ -110,28 +112,35 @@ class SelfAttention(nn.Module):
     spec: EncoderSpec
     param_dtype: Any
     choice: Choice
+    layout: Layout
 
     @nn.compact
     def __call__(self, x: Array, mask: Array | None, lengths: Array | None) -> Array:
         heads = self.spec.num_heads
 
         def project(name):
-            return dense(self, name, self.spec.hidden_size, x).reshape(*x.shape[:2], heads, -1)
+            y = dense(self, name, self.spec.hidden_size, x, ("embed", "heads")).reshape(*x.shape[:2], heads, -1)
+            return self.layout.constrain(y, "batch", "length", "heads", "head_dim")
 
         q, k, v = project("query"), project("key"), project("value")
-        out = _attention.attend(self.choice, q, k, v, mask, lengths, causal=False, scale=q.shape[-1] ** -0.5)
+        out = _attention.attend(
+            self.choice, q, k, v, mask, lengths, layout=self.layout, causal=False, scale=q.shape[-1] ** -0.5
+        )
         return out.reshape(x.shape)
 
 
 class Output(nn.Module):
-    """Projects `y` to the stream's width, adds it to `x` and norms the sum."""
+    """Projects `y`, whose last axis is called `inner`, to the stream's width, adds it to `x` and norms the sum."""
 
     spec: EncoderSpec
     param_dtype: Any
+    layout: Layout
+    inner: str
 
     @nn.compact
     def __call__(self, y: Array, x: Array) -> Array:
-        return layer_norm(self, "LayerNorm", x + dense(self, "dense", self.spec.hidden_size, y))
+        x = x + dense(self, "dense", self.spec.hidden_size, y, (self.inner, "embed"))
+        return layer_norm(self, "LayerNorm", self.layout.constrain(x, "batch", "length", "embed"))
 
 
 class Attention(nn.Module):
@@ -140,11 +149,12 @@ class Attention(nn.Module):
     spec: EncoderSpec
     param_dtype: Any
     choice: Choice
+    layout: Layout
 
     @nn.compact
     def __call__(self, x: Array, mask: Array | None, lengths: Array | None) -> Array:
-        attended = SelfAttention(self.spec, self.param_dtype, self.choice, name="self")(x, mask, lengths)
-        return Output(self.spec, self.param_dtype, name="output")(attended, x)
+        own = SelfAttention(self.spec, self.param_dtype, self.choice, self.layout, name="self")
+        return Output(self.spec, self.param_dtype, self.layout, "heads", name="output")(own(x, mask, lengths), x)
 
 
 class Intermediate(nn.Module):
@@ -152,10 +162,12 @@ class Intermediate(nn.Module):
 
     spec: EncoderSpec
     param_dtype: Any
+    layout: Layout
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        return ACTIVATIONS[self.spec.activation](dense(self, "dense", self.spec.intermediate_size, x))
+        x = dense(self, "dense", self.spec.intermediate_size, x, ("embed", "mlp"))
+        return ACTIVATIONS[self.spec.activation](self.layout.constrain(x, "batch", "length", "mlp"))
 
 
 class Layer(nn.Module):
@@ -164,12 +176,13 @@ class Layer(nn.Module):
     spec: EncoderSpec
     param_dtype: Any
     choice: Choice
+    layout: Layout
 
     @nn.compact
     def __call__(self, x: Array, own: None, context: tuple[Array | None, Array | None]) -> tuple[Array, None]:
-        x = Attention(self.spec, self.param_dtype, self.choice, name="attention")(x, *context)
-        hidden = Intermediate(self.spec, self.param_dtype, name="intermediate")(x)
-        return Output(self.spec, self.param_dtype, name="output")(hidden, x), None
+        x = Attention(self.spec, self.param_dtype, self.choice, self.layout, name="attention")(x, *context)
+        hidden = Intermediate(self.spec, self.param_dtype, self.layout, name="intermediate")(x)
+        return Output(self.spec, self.param_dtype, self.layout, "mlp", name="output")(hidden, x), None
 
 
 class Pooler(nn.Module):
@@ -180,7 +193,7 @@ class Pooler(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        return jnp.tanh(dense(self, "dense", self.spec.hidden_size, x[:, 0]))
+        return jnp.tanh(dense(self, "dense", self.spec.hidden_size, x[:, 0], ("embed", "mlp")))
 
 
 class MaskedLMHead(nn.Module):
@@ -192,11 +205,13 @@ class MaskedLMHead(nn.Module):
     @nn.compact
     def __call__(self, x: Array, words: Embed) -> Array:
         spec = self.spec
-        x = layer_norm(self, "LayerNorm", ACTIVATIONS[self.activation](dense(self, "dense", spec.hidden_size, x)))
-        bias = self.param("bias", nn.initializers.zeros, (spec.vocab_size,), self.param_dtype)
+        x = layer_norm(
+            self, "LayerNorm", ACTIVATIONS[self.activation](dense(self, "dense", spec.hidden_size, x, ("embed", "mlp")))
+        )
+        bias = self.param("bias", named(nn.initializers.zeros, "vocab"), (spec.vocab_size,), self.param_dtype)
         # A tree may have a kernel of its own here: an adapter that changed one of the two has untied them.
         if self.has_variable("params", "decoder"):
-            logits = dense(self, "decoder", spec.vocab_size, x, bias=False)
+            logits = dense(self, "decoder", spec.vocab_size, x, ("embed", "vocab"), bias=False)
         else:
             logits = words.attend(x)
         return logits + bias.astype(x.dtype)
@@ -215,8 +230,8 @@ class ClassificationHead(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        x = jnp.tanh(dense(self, "dense", self.spec.hidden_size, x[:, 0]))
-        return dense(self, "out_proj", self.spec.num_labels, x)
+        x = jnp.tanh(dense(self, "dense", self.spec.hidden_size, x[:, 0], ("embed", "mlp")))
+        return dense(self, "out_proj", self.spec.num_labels, x, ("mlp", None))
 
 
 class Encoder(nn.Module):
@@ -229,6 +244,11 @@ class Encoder(nn.Module):
     dtype: Any = None
     param_dtype: Any = jnp.float32
     execution: Execution = Execution()
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many there are of what an axis of a kernel holds, where that isn't the axis's size."""
+        return {"heads": self.spec.num_heads}
 
     def attention(self, rows: int, length: int, dtype: Any) -> Choice:
         """The form of attention of a call."""
@@ -245,21 +265,22 @@ class Encoder(nn.Module):
         positions: Array | None = None,
         more_embeddings: Array | None = None,
     ) -> Array:
-        spec, roberta = self.spec, self.spec.first_position is not None
-        embeddings = Embeddings(spec, self.param_dtype, name="embeddings")
+        spec, roberta, layout = self.spec, self.spec.first_position is not None, self.execution.layout
+        embeddings = Embeddings(spec, self.param_dtype, layout, name="embeddings")
         x, words = embeddings(input_ids, attention_mask, token_type_ids, positions, self.dtype, more_embeddings)
         choice = self.attention(x.shape[0], x.shape[1], x.dtype)
         order, lengths = _attention.real_first(attention_mask) if choice.packs(attention_mask) else (None, None)
         mask = None if attention_mask is None else attention_mask.astype(bool)[:, None, None, :]
-        layers = stacked(Layer, spec.num_layers, self.execution)(spec, self.param_dtype, choice, name="layer")
+        layers = stacked(Layer, spec.num_layers, self.execution)(spec, self.param_dtype, choice, layout, name="layer")
         x, _ = layers(_attention.ordered(order, x), None, (mask, lengths))
         x = _attention.put_back(order, x)
         if spec.head == "masked_lm":
-            return MaskedLMHead(spec, self.param_dtype, name="lm_head")(x, words)
+            logits = MaskedLMHead(spec, self.param_dtype, name="lm_head")(x, words)
+            return layout.constrain(logits, "batch", "length", "vocab")
         if spec.head == "classification" and roberta:
             return ClassificationHead(spec, self.param_dtype, name="classifier")(x)
         pooled = Pooler(spec, self.param_dtype, name="pooler")(x)
-        return dense(self, "classifier", spec.num_labels, pooled) if spec.head == "classification" else x
+        return dense(self, "classifier", spec.num_labels, pooled, ("mlp", None)) if spec.head == "classification" else x
 
 
 # --- names -----------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from lora_jax.models import _attention
 from lora_jax.models._execution import Case, Choice, Execution, choose, stacked
 from lora_jax.models._family import Family, Weight
 from lora_jax.models._layers import ACTIVATIONS, Embed, check_activation, dense, layer_norm
+from lora_jax.models._layout import Layout
 from lora_jax.models._settings import check_ratios
 
 
@@ -67,22 +68,36 @@ class Attention(nn.Module):
     spec: GPT2Spec
     param_dtype: Any
     choice: Choice
+    layout: Layout
 
     @nn.compact
     def __call__(self, x: Array, past: Any, context: dict[str, Any]) -> tuple[Array, Any]:
         spec = self.spec
         head_dim = spec.hidden_size // spec.num_heads
-        fused = dense(self, "c_attn", 3 * spec.hidden_size, x)
-        q, k, v = (part.reshape(*x.shape[:2], spec.num_heads, head_dim) for part in jnp.split(fused, 3, axis=-1))
+        fused = dense(self, "c_attn", 3 * spec.hidden_size, x, ("embed", "heads"))
+
+        def heads(part):
+            part = part.reshape(*x.shape[:2], spec.num_heads, head_dim)
+            return self.layout.constrain(part, "batch", "length", "heads", "head_dim")
+
+        q, k, v = (heads(part) for part in jnp.split(fused, 3, axis=-1))
         new = None
         if past is not None:
             new = (k.astype(past[0].dtype), v.astype(past[1].dtype))
             k, v = (side.astype(x.dtype) for side in _attention.extend(past, new, context["index"]))
         scale = head_dim**-0.5 if spec.scaled else 1.0
         out = _attention.attend(
-            self.choice, q, k, v, context["mask"], context["lengths"], causal=past is None, scale=scale
+            self.choice,
+            q,
+            k,
+            v,
+            context["mask"],
+            context["lengths"],
+            layout=self.layout,
+            causal=past is None,
+            scale=scale,
         )
-        return dense(self, "c_proj", spec.hidden_size, out.reshape(x.shape)), new
+        return dense(self, "c_proj", spec.hidden_size, out.reshape(x.shape), ("heads", "embed")), new
 
 
 class MLP(nn.Module):
@@ -90,11 +105,13 @@ class MLP(nn.Module):
 
     spec: GPT2Spec
     param_dtype: Any
+    layout: Layout
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        hidden = ACTIVATIONS[self.spec.activation](dense(self, "c_fc", self.spec.intermediate_size, x))
-        return dense(self, "c_proj", self.spec.hidden_size, hidden)
+        hidden = dense(self, "c_fc", self.spec.intermediate_size, x, ("embed", "mlp"))
+        hidden = ACTIVATIONS[self.spec.activation](self.layout.constrain(hidden, "batch", "length", "mlp"))
+        return dense(self, "c_proj", self.spec.hidden_size, hidden, ("mlp", "embed"))
 
 
 class Layer(nn.Module):
@@ -103,13 +120,16 @@ class Layer(nn.Module):
     spec: GPT2Spec
     param_dtype: Any
     choice: Choice
+    layout: Layout
 
     @nn.compact
     def __call__(self, x: Array, past: Any, context: dict[str, Any]) -> tuple[Array, Any]:
-        attention = Attention(self.spec, self.param_dtype, self.choice, name="attn")
+        attention = Attention(self.spec, self.param_dtype, self.choice, self.layout, name="attn")
+        mlp = MLP(self.spec, self.param_dtype, self.layout, name="mlp")
         attended, new = attention(layer_norm(self, "ln_1", x), past, context)
-        x = x + attended
-        return x + MLP(self.spec, self.param_dtype, name="mlp")(layer_norm(self, "ln_2", x)), new
+        x = self.layout.constrain(x + attended, "batch", "length", "embed")
+        x = self.layout.constrain(x + mlp(layer_norm(self, "ln_2", x)), "batch", "length", "embed")
+        return x, new
 
 
 class GPT2(nn.Module):
@@ -119,6 +139,11 @@ class GPT2(nn.Module):
     dtype: Any = None
     param_dtype: Any = jnp.float32
     execution: Execution = Execution()
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many there are of what an axis of a kernel holds, where that isn't the axis's size."""
+        return {"heads": self.spec.num_heads}
 
     def attention(self, rows: int, length: int, dtype: Any, **call: bool) -> Choice:
         """The form of attention of a call."""
@@ -135,10 +160,10 @@ class GPT2(nn.Module):
         cache: _attention.Cache | None = None,
         more_embeddings: Array | None = None,
     ) -> Any:
-        spec = self.spec
+        spec, layout = self.spec, self.execution.layout
         positions, cache, past = _attention.begin(input_ids, attention_mask, positions, cache)
-        tokens = Embed(spec.vocab_size, spec.hidden_size, spec.init_std, self.param_dtype, name="wte")
-        places = Embed(spec.max_positions, spec.hidden_size, spec.init_std, self.param_dtype, name="wpe")
+        tokens = Embed(spec.vocab_size, spec.hidden_size, spec.init_std, self.param_dtype, layout, name="wte")
+        places = Embed(spec.max_positions, spec.hidden_size, spec.init_std, self.param_dtype, layout, name="wpe")
         x = tokens(input_ids, self.dtype, more_embeddings) + places(positions, self.dtype)
         choice = self.attention(x.shape[0], x.shape[1], x.dtype, cached=cache is not None)
         order, lengths = _attention.real_first(attention_mask) if choice.packs(attention_mask) else (None, None)
@@ -149,12 +174,15 @@ class GPT2(nn.Module):
         elif attention_mask is not None and lengths is None:
             context["mask"] = attention_mask.astype(bool)[:, None, None, :]
         layers = stacked(Layer, spec.num_layers, self.execution)
-        x, new = layers(spec, self.param_dtype, choice, name="h")(x, past, context)
+        x, new = layers(spec, self.param_dtype, choice, layout, name="h")(x, past, context)
         x = _attention.put_back(order, x)
         x = layer_norm(self, "ln_f", x)
         # A tree may have a head of its own all the same: an adapter that changed one of the two has untied them.
         tied = spec.tied and not self.has_variable("params", "lm_head")
-        logits = tokens.attend(x) if tied else dense(self, "lm_head", spec.vocab_size, x, bias=False)
+        logits = (
+            tokens.attend(x) if tied else dense(self, "lm_head", spec.vocab_size, x, ("embed", "vocab"), bias=False)
+        )
+        logits = layout.constrain(logits, "batch", "length", "vocab")
         return logits if cache is None else (logits, _attention.write(cache, new, input_ids.shape[1]))
 
 

@@ -1,0 +1,112 @@
+"""Models on meshes: what their rules cut, that outputs don't depend on it, and what the compiled programs exchange."""
+
+import math
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from marks import few
+from mesh_cases import CONFIGS, LENGTH, MESHES, ROWS, batch_of, collectives, llama, mesh_of, run
+
+from lora_jax import models
+
+P = jax.P
+
+
+def specs(tree):
+    return jax.tree.map(lambda sharding: sharding.spec, tree, is_leaf=lambda x: isinstance(x, NamedSharding))
+
+
+def on(model, mesh):
+    """The model and its parameters on the mesh, whatever can't be cut there."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return model.on_mesh(mesh), jax.device_put(model.params, models.shardings(model, mesh))
+
+
+@pytest.mark.parametrize("kind", ["auto", "explicit"])
+def test_the_rules_cut_weights(kind):
+    model = models.init(jax.random.key(0), llama())
+    found = models.shardings(model, mesh_of("data=2,fsdp=2,model=2", kind))
+    layers = specs(found["layers"])
+    assert specs(found["embed_tokens"]) == {"embedding": P("model", "fsdp")}
+    assert layers["self_attn"]["q_proj"]["kernel"] == layers["mlp"]["up_proj"]["kernel"] == P(None, "fsdp", "model")
+    assert layers["self_attn"]["o_proj"]["kernel"] == layers["mlp"]["down_proj"]["kernel"] == P(None, "model", "fsdp")
+    assert specs(found["lm_head"]) == {"kernel": P("fsdp", "model")}
+    assert found["norm"]["scale"].is_fully_replicated
+    assert found["norm"]["scale"].mesh.axis_types == (AxisType.Auto,) * 3
+    assert jax.tree.structure(found) == jax.tree.structure(model.params)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_matrix_has_names(name):
+    model = models.init(jax.random.key(0), CONFIGS[name])
+    large = {path for path, leaf in models.flatten(model.params).items() if leaf.size > 1000}
+    assert large <= set(model.axes)
+    assert all(
+        len(model.axes[path]) == leaf.ndim for path, leaf in models.flatten(model.params).items() if path in large
+    )
+
+
+def test_rules_may_be_others():
+    model = models.init(jax.random.key(0), llama())
+    mesh = jax.make_mesh((4, 2), ("rows", "columns"))
+    rules = models.RULES | {"batch": "rows", "embed": "rows", "mlp": "columns", "vocab": None}
+    found = specs(models.shardings(model, mesh, rules))
+    assert found["layers"]["mlp"]["up_proj"]["kernel"] == P(None, "rows", "columns")
+    assert found["layers"]["self_attn"]["q_proj"]["kernel"] == P(None, "rows", None)
+    assert found["embed_tokens"]["embedding"] == P(None, "rows")
+    assert specs(models.shardings(model.on_mesh(mesh, rules))) == found
+    with pytest.raises(ValueError, match=r"^mesh: axis 'rows' is in no rule; expected data, fsdp, model, or rules="):
+        models.shardings(model, mesh)
+    with pytest.raises(ValueError, match=r"^mesh: none given"):
+        models.shardings(model)
+
+
+def test_what_does_not_divide_is_copied_and_reported():
+    model = models.init(jax.random.key(0), CONFIGS["five"])
+    with pytest.warns(UserWarning, match="don't divide by 8 devices") as told:
+        found = models.shardings(model, mesh_of("model=8"))
+    assert [str(warning.message) for warning in told] == [
+        "layers/self_attn/k_proj/kernel and 1 more: 5 kv_heads don't divide by 8 devices along model, each of which has"
+        " a copy",
+        "layers/self_attn/o_proj/kernel and 1 more: 5 heads don't divide by 8 devices along model, each of which has a"
+        " copy",
+    ]
+    assert found["layers"]["self_attn"]["q_proj"]["kernel"].is_fully_replicated  # of 80 channels, which do divide
+    assert specs(found["layers"]["mlp"]["up_proj"]["kernel"]) == P(None, None, "model")
+
+
+@pytest.mark.parametrize("kind", few(["auto", "explicit"], ["auto"]))
+@pytest.mark.parametrize("mesh", few(list(MESHES), ["fsdp=8", "data=2,fsdp=2,model=2"]))
+@pytest.mark.parametrize("name", CONFIGS)
+def test_outputs_do_not_depend_on_the_mesh(name, mesh, kind):
+    model = models.init(jax.random.key(0), CONFIGS[name])
+    batch = batch_of()
+    alone = jax.jit(model.apply)(model.params, batch["input_ids"], batch["attention_mask"])
+    there, params = on(model, mesh_of(mesh, kind))
+    spread = jax.jit(there.apply)(params, batch["input_ids"], batch["attention_mask"])
+    np.testing.assert_allclose(spread, alone, atol=1e-5 * float(jnp.abs(alone).max()))
+    assert not spread.is_fully_replicated
+
+
+@pytest.mark.parametrize("name", few(["llama", "grouped", "gpt2", "bert"], ["llama"]))
+def test_fsdp_gathers_weights_and_no_activations(name):
+    """Of a whole batch's activations [ROWS, LENGTH, ...] no device ever sees or sends more than its rows."""
+    compiled = run(CONFIGS[name], mesh_of("fsdp=8")).compiled()
+    exchanged = collectives(compiled)
+    assert ("all-gather", (64, 64)) in exchanged  # a layer's kernel, within the loop
+    rows, width = ROWS // 8, min(size for size in (64, 176))
+    assert [
+        (kind, shape) for kind, shape in exchanged if math.prod(shape) > rows * LENGTH * width and LENGTH in shape
+    ] == []
+
+
+@pytest.mark.parametrize("mesh", few(list(MESHES), ["model=8", "data=2,fsdp=2,model=2"]))
+def test_each_device_computes_its_share(mesh):
+    config = llama(hidden_size=256, intermediate_size=704)
+    alone = run(config, rank=1).compiled().cost_analysis()["flops"]
+    assert run(config, mesh_of(mesh), rank=1).compiled().cost_analysis()["flops"] <= 1.1 * alone / 8
