@@ -10,7 +10,7 @@ CORE := paths tree init merge optim stack describe sharding kernel_axes dropout 
 	forward others_get_wrong battery forward_properties
 VERSIONED := stack sharding transforms frameworks forward forward_properties
 
-.PHONY: run test slow oracle real oldest bench browser mutants check clean
+.PHONY: run test slow oracle real oldest bench browser tpu mutants check clean
 
 run: .venv/.run  ## fine-tune the embedded model on the embedded task
 	$(BIN)/lora-jax train
@@ -32,6 +32,9 @@ bench: .venv/.oracle  ## a training step beside PEFT's, in turn: make bench DEVI
 
 browser: .venv/.browser  ## reports, opened in headless Chromium
 	$(BIN)/python -m pytest --browser tests/test_report_browser.py
+
+tpu: .venv/.tpu  ## plans for TPU topologies, compiled with libtpu; no TPU is needed
+	$(BIN)/python -m pytest --tpu tests/test_plan_tpu.py
 
 mutants: .venv/.test  ## faults put into the core one at a time, each of which a test must find; 5 minutes on two cores
 	$(BIN)/python tests/mutate.py
@@ -80,6 +83,11 @@ $(BIN)/python:
 	$(PIP) -c constraints.txt -e '.[test,browser]'
 	command -v chromium && command -v chromedriver || \
 		($(SUDO) apt-get update && $(SUDO) apt-get install -y --no-install-recommends chromium chromium-driver)
+	touch $@
+
+# In a folder of its own: where JAX finds libtpu it looks for a TPU.
+.venv/.tpu: .venv/.test
+	$(PIP) -c constraints.txt --no-deps --target .venv/tpu 'libtpu==0.0.42.*'
 	touch $@
 
 # What the core and its tests need, and no more: models and command line are tested with the newest versions only.

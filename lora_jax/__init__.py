@@ -51,6 +51,7 @@ _NAMESPACES = (
     "loralib",
     "models",
     "peft",
+    "plan",
     "prefix",
     "report",
     "sweep",
@@ -66,6 +67,7 @@ if TYPE_CHECKING:  # so that a misspelt name in one of them is an error
     from lora_jax import loralib as loralib
     from lora_jax import models as models
     from lora_jax import peft as peft
+    from lora_jax import plan as plan
     from lora_jax import prefix as prefix
     from lora_jax import report as report
     from lora_jax import sweep as sweep

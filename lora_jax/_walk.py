@@ -4,7 +4,7 @@
 
 - the forward's (`_forward.interpret.Frame`): arrays, and kernels with a low-rank update;
 - `kernel_axes` (`_forward.tracks.Reader`): which axes of which kernel a value still has;
-- `certify` (`testing._cost.Flow`): whether a value depends on data, and which argument it is;
+- `certify` (`_program.cost.Flow`): whether a value depends on data, and which argument it is;
 - `_tables`: whether a value is token ids, or the table that they are looked up in.
 
 The first computes, and issues calls, loops and branches again by rules of its own. The others only say what is known of

@@ -32,7 +32,7 @@ hypothesis.settings.register_profile("unshrunk", hypothesis.settings.get_profile
 hypothesis.settings.load_profile("lora_jax")
 
 
-KINDS = ("real", "browser", "oracle", "slow")  # options and marks; a test is of the first kind that marks it
+KINDS = ("real", "browser", "oracle", "tpu", "slow")  # options and marks; a test is of the first kind that marks it
 
 
 def pytest_configure(config):
@@ -52,6 +52,7 @@ def pytest_addoption(parser):
         "--oracle", action="store_true", help="only the comparisons with torch and PEFT, live and not with golden files"
     )
     parser.addoption("--browser", action="store_true", help="only the tests that open reports in headless Chromium")
+    parser.addoption("--tpu", action="store_true", help="only the tests that compile with libtpu (no TPU is needed)")
     parser.addoption("--slow", action="store_true", help="only the tests that are left out of a run without options")
     parser.addoption("--real", metavar="DIR", help="only the tests on published weights and data, which DIR holds")
 

@@ -68,7 +68,7 @@ def test_dir_shows_the_public_names_and_no_others():
 
 
 def test_what_is_no_name_is_no_attribute():
-    for name in ("plan", "peftt"):
+    for name in ("plans", "peftt"):
         with pytest.raises(AttributeError, match=f"module 'lora_jax' has no attribute '{name}'"):
             getattr(lora_jax, name)
 

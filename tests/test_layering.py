@@ -22,7 +22,8 @@ GROUPS = {
     "_forward": ({"_tree", "_paths", "_jaxprs", "_walk"}, {"jax", "numpy"}),
     "_optim": ({"_tree", "_paths"}, {"jax", "numpy", "optax"}),
     "_sharding": ({"_tree", "_paths"}, {"jax", "numpy"}),
-    "testing": ({"_tree", "_paths", "_jaxprs", "_walk"}, {"jax"}),
+    "_program": ({"_jaxprs", "_walk"}, {"jax"}),
+    "testing": ({"_tree", "_paths", "_jaxprs", "_program"}, {"jax"}),
     "_tables": ({"_walk"}, {"jax", "numpy"}),
     "_finite": ({"_tree", "_paths"}, {"jax"}),
     "lora_jax": (CORE, set()),
@@ -47,6 +48,7 @@ GROUPS = {
     ),
     "generate": (CORE | {"data", "checkpoint", "prefix"}, {"jax", "numpy"}),
     "sweep": (CORE | {"_disk", "data", "prefix", "train", "analysis", "models"}, {"jax", "numpy", "rich"}),
+    "plan": (CORE | {"_program", "models", "train"}, {"jax", "numpy"}),
     "cli": (None, {"jax", "numpy", "rich", "tyro"}),  # None: everything
 }
 TREE = {

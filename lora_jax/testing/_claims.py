@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax._jaxprs import inner_jaxprs, opened, used_inputs
-from lora_jax.testing._cost import Cost, cost_of
-from lora_jax.testing._hlo import Collective, collectives
+from lora_jax._program import Collective, Cost, collectives, cost_of
 from lora_jax.testing._step import Step, dims, read_step
 
 STATE_LIMIT = 4  # numbers of optimizer state for each trained one: Adam has 2, Adan 3
@@ -265,10 +264,12 @@ def _state(step: Step) -> Iterator[str]:
 
 def _foreign(found: Sequence[Collective], plain: Sequence[Collective] | None) -> Iterator[str]:
     """Without a plain step to compare with, kernels may be gathered (they are sharded) but never reduced."""
-    for collective in dict.fromkeys(found):
-        known = collective.kind == "all-gather" if plain is None else collective in plain
+    of_plain = None if plain is None else {(collective.kind, collective.shape) for collective in plain}
+    for kind, shape in dict.fromkeys((collective.kind, collective.shape) for collective in found):
+        known = kind == "all-gather" if of_plain is None else (kind, shape) in of_plain
         if not known:
-            yield f"{collective}, a kernel's shape: the plain step has none; check the shardings of adapter and base"
+            what = Collective(kind, shape)
+            yield f"{what}, a kernel's shape: the plain step has none; check the shardings of adapter and base"
 
 
 def _dearer(cost: Cost, plain: Cost | None) -> Iterator[str]:

@@ -279,35 +279,35 @@ AXES = [
 
 TESTING = [
     Mutant(
-        "testing/_cost.py",
+        "_program/cost.py",
         "        return Flow(self.times * runs)",
         "        return Flow(self.times)",
         "a loop's products count once",
         tests_in("certify", "flops_are_those_of_every_iteration"),
     ),
     Mutant(
-        "testing/_cost.py",
+        "_program/cost.py",
         "        most = max((flow.cost for",
         "        most = min((flow.cost for",
         "the cheapest branch is counted",
         tests_in("certify", "of_branches_the_most_expensive_is_counted"),
     ),
     Mutant(
-        "testing/_cost.py",
+        "_program/cost.py",
         "data = (not left.data and right.data, right.data) if scatter",
         "data = (left.data, right.data) if scatter",
         "an embedding's whole gradient isn't seen",
         tests_in("certify", "an_embedding_gradient_fails"),
     ),
     Mutant(
-        "testing/_cost.py",
+        "_program/cost.py",
         'if name == "gather" and math.prod(',
         "if False and math.prod(",
         "rows of a table that are looked up count as the table",
         tests_in("certify", "a_table_of_positions_that_is_read_whole_holds"),
     ),
     Mutant(
-        "testing/_cost.py",
+        "_program/cost.py",
         "        return Value(one.data or other.data, one.origin if",
         "        return Value(one.data, one.origin if",
         "data that a loop brings into its carry isn't followed round",

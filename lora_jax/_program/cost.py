@@ -44,10 +44,18 @@ class Value(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """The products of a program, and what could not be counted: calls of foreign code, loops of unknown length."""
+    """The products of a program.
+
+    Attributes:
+      products: Those that are seen.
+      uncounted: What is not among them: calls of foreign code, loops of unknown length.
+      kernels: FLOPs of the kernels among these, one entry a call, as the kernel itself says; where it doesn't, of the
+        products of its body at every point of its grid, also where a mask lets it skip them.
+    """
 
     products: list[Product]
     uncounted: list[str]
+    kernels: list[int]
 
     @property
     def flops(self) -> int:
@@ -64,14 +72,14 @@ def cost_of(jaxpr: Any, data: Sequence[bool]) -> Cost:
     live, used = partial_eval.dce_jaxpr(jaxpr.jaxpr, [True] * len(jaxpr.out_avals), instantiate=False)
     flow = Flow()
     flow.outputs(live, [Value(flag, i) for i, flag in enumerate(data) if used[i]])
-    return Cost(flow.cost.products, sorted(set(flow.cost.uncounted)))
+    return flow.cost._replace(uncounted=sorted(set(flow.cost.uncounted)))
 
 
 class Flow(Analysis[Value]):
     """Follows data and arguments through a program that runs `times` times, and adds its products to `cost`."""
 
     def __init__(self, times: int = 1):
-        self.times, self.cost = times, Cost([], [])
+        self.times, self.cost = times, Cost([], [], [])
 
     def constant(self, var: Any) -> Value:
         # A large constant is as likely a batch that was closed over as a parameter; a number, and one a layer, neither.
@@ -88,9 +96,10 @@ class Flow(Analysis[Value]):
 
     def ended(self, alternatives: Sequence["Flow"]) -> None:
         """Of branches, the most expensive one counts."""
-        most = max((flow.cost for flow in alternatives), key=lambda cost: cost.flops)
+        most = max((flow.cost for flow in alternatives), key=lambda cost: cost.flops + sum(cost.kernels))
         self.cost.products.extend(most.products)
         self.cost.uncounted.extend(most.uncounted)
+        self.cost.kernels.extend(most.kernels)
 
     def equation(self, eqn: Any, facts: list[Value]) -> Sequence[Value]:
         before = len(self.cost.products)
@@ -110,6 +119,12 @@ class Flow(Analysis[Value]):
             return [Value(data)]  # rows that are looked up are activations
         if name in ("pallas_call", "ffi_call", "custom_call", "tpu_custom_call"):
             self.cost.uncounted.append(name)
+            if name == "pallas_call":
+                self.cost.kernels.append(self.times * _pallas_flops(eqn))
+            return [Value(data)] * len(eqn.outvars)
+        if "dot_product_attention" in name:
+            self.cost.uncounted.append(name)
+            self.cost.kernels.append(self.times * _attention_flops(eqn))
             return [Value(data)] * len(eqn.outvars)
         # Of anything else that holds jaxprs (a solver, a reduction) the parts count once.
         for inner, _ in map(opened, inner_jaxprs(eqn)):
@@ -131,6 +146,22 @@ def _product(eqn: Any, facts: list[Value], flops: int) -> Product:
     data = (not left.data and right.data, right.data) if scatter else (left.data, right.data)
     source = source_info_util.summarize(eqn.source_info)
     return Product(eqn.outvars[0].aval.shape, shapes, data, (left.origin, right.origin), flops, source)
+
+
+def _pallas_flops(eqn: Any) -> int:
+    """As the kernel estimates them, or its body's products times the grid."""
+    if eqn.params.get("cost_estimate") is not None:
+        return int(eqn.params["cost_estimate"].flops)
+    points = math.prod(size for size in eqn.params["grid_mapping"].grid if isinstance(size, int))
+    body = Flow(points)
+    body.outputs(eqn.params["jaxpr"], [Value(True)] * len(eqn.params["jaxpr"].invars))
+    return body.cost.flops
+
+
+def _attention_flops(eqn: Any) -> int:
+    """cuDNN's: two products of queries and keys forward, five backward. q is [B, T, N, d], k [B, S, K, d]."""
+    q, k = eqn.invars[0].aval.shape, eqn.invars[1].aval.shape
+    return (5 if "bwd" in eqn.primitive.name else 2) * 2 * math.prod(q) * k[1]
 
 
 def _dot_general(eqn: Any) -> int:

@@ -1,0 +1,6 @@
+"""Reading a program before it runs: what its trace multiplies, and what its compiled text sends between devices."""
+
+from lora_jax._program.cost import Cost as Cost
+from lora_jax._program.cost import cost_of as cost_of
+from lora_jax._program.hlo import Collective as Collective
+from lora_jax._program.hlo import collectives as collectives

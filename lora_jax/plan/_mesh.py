@@ -1,0 +1,73 @@
+"""Meshes by name: which axes a run is spread over, and how many devices along each."""
+
+import math
+import re
+from collections.abc import Mapping
+
+AXES = ("data", "fsdp", "model")  # rows; rows and the storage of weights; the products themselves
+
+
+def parse(text: str) -> dict[str, int]:
+    """Read `data=2,fsdp=4`.
+
+    >>> parse("data=2,fsdp=4")
+    {'data': 2, 'fsdp': 4}
+
+    Raises:
+      ValueError: It isn't a list of axes with sizes.
+    """
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        found = re.fullmatch(r"\s*(\w+)\s*=\s*([1-9]\d{0,5})\s*", part)
+        if found is None or found[1] not in AXES or found[1] in sizes:
+            raise ValueError(
+                f"mesh: {text!r:.60} given, expected axes of {', '.join(AXES)}, each once and with its size: fsdp=8, or"
+                " data=2,fsdp=4"
+            )
+        sizes[found[1]] = int(found[2])
+    return sizes
+
+
+def check(sizes: Mapping[str, int], devices: int) -> None:
+    """Refuse a mesh that isn't of all devices.
+
+    Raises:
+      ValueError: The sizes' product is another.
+    """
+    if (given := size(sizes)) != devices:
+        raise ValueError(
+            f"mesh: {show(sizes)} is {given} devices, expected {devices}, for there are as many: fsdp={devices}"
+        )
+
+
+def size(sizes: Mapping[str, int]) -> int:
+    """How many devices there are."""
+    return math.prod(sizes.values())
+
+
+def rows_over(sizes: Mapping[str, int]) -> int:
+    """Over how many devices the rows of a batch are spread."""
+    return math.prod(count for name, count in sizes.items() if name != "model")
+
+
+def show(sizes: Mapping[str, int]) -> str:
+    """
+    >>> show({"data": 2, "fsdp": 4})
+    'data=2,fsdp=4'
+    """
+    return ",".join(f"{name}={count}" for name, count in sizes.items())
+
+
+def candidates(devices: int, heads: int) -> list[dict[str, int]]:
+    """Meshes worth trying, from the one that cuts most storage to the one that cuts most products.
+
+    >>> [show(sizes) for sizes in candidates(8, heads=2)]
+    ['fsdp=8', 'fsdp=4,model=2', 'data=2,fsdp=4']
+    """
+    found: list[dict[str, int]] = [{"fsdp": devices}]
+    for model in (2, 4, 8):
+        if devices % model == 0 and heads % model == 0 and devices > model:
+            found.append({"fsdp": devices // model, "model": model})
+    if devices % 2 == 0 and devices > 2:
+        found.append({"data": 2, "fsdp": devices // 2})
+    return found

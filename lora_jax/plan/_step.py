@@ -1,0 +1,124 @@
+"""The training step as `lora_jax.train` runs it, with arguments that are shapes and places only."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from lora_jax import models
+from lora_jax._config import LoRAConfig
+from lora_jax._forward import kernel_axes
+from lora_jax._init import init
+from lora_jax._sharding import shardings
+from lora_jax._tree import split
+from lora_jax.plan._placement import base_shardings
+from lora_jax.plan._request import Request
+from lora_jax.train import LANGUAGE_MODELLING, make_optimizer, make_step
+
+STEPS = 1000  # of the schedule; how many there are changes no shape
+TRACED_TOKENS = 8  # of the abstract call that shows how each kernel is used
+EVERYTHING = "/.*/"
+
+
+class Step(NamedTuple):
+    """A step and what it takes.
+
+    Attributes:
+      jitted: Donates adapter and state, as the trainer does.
+      adapter, state, base, batch, key: Of `jax.ShapeDtypeStruct`s with shardings; no key without dropout.
+      model: Without weights.
+      attention: The form of attention of a batch.
+    """
+
+    jitted: Any
+    adapter: Any
+    state: Any
+    base: Any
+    batch: Any
+    key: Any
+    model: Any
+    attention: Any
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        return (self.adapter, self.state, self.base, self.batch, self.key)
+
+
+def open_model(request: Request, platform: str | None) -> Any:
+    """The model without weights."""
+    names: Any = {name: getattr(request, name) for name in ("attention", "remat", "layers")}
+    given: Any = platform
+    return models.load_abstract(request.model, request.dtype, platform=given, **names)
+
+
+def make(request: Request, model: Any, devices: Sequence[Any], *, full: bool = False) -> Step:
+    """The step on these devices: LoRA's, or full fine-tuning's with a float32 copy of every weight.
+
+    Raises:
+      ValueError: a mesh that these devices don't make.
+    """
+    request.check_devices(len(devices))
+    sizes = request.sizes(len(devices))
+    auto = (AxisType.Auto,) * len(sizes)
+    mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=auto, devices=devices)
+    model, placed_base = base_shardings(model, mesh)
+    config = LoRAConfig(rank=1, alpha=1, targets=(), also_train=(EVERYTHING,)) if full else request.lora
+    axes = None if full else kernel_axes(model.apply, model.params, jax.ShapeDtypeStruct((1, TRACED_TOKENS), jnp.int32))
+    params = jax.eval_shape(lambda base: init(jax.random.key(0), base, config, axes=axes), model.params)
+    base, adapter = split(_at(params, shardings(params, placed_base)))
+    train = request.train
+    tx = make_optimizer(train, STEPS)
+    step = make_step(
+        model.apply,
+        tx,
+        objective=LANGUAGE_MODELLING.objective,
+        gradient_accumulation_steps=train.gradient_accumulation_steps,
+        dropout=0.0 if full else train.dropout,
+    )
+    copied = NamedSharding(mesh, PartitionSpec())
+    rows = NamedSharding(mesh, PartitionSpec(tuple(name for name in sizes if name != "model") or None))
+    shape = (train.batch_size, min(train.max_length, model.max_length))
+    dtypes = {"input_ids": jnp.int32, "attention_mask": jnp.int32, "loss_weights": jnp.float32}
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return Step(
+        jitted=jax.jit(step, donate_argnums=(0, 1)),
+        adapter=adapter,
+        state=_beside(jax.eval_shape(tx.init, adapter), adapter, copied),
+        base=base,
+        batch={name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for name, dtype in dtypes.items()},
+        key=jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=copied) if train.dropout and not full else None,
+        model=model,
+        attention=model.attention(train.micro_batch_size, shape[1]),
+    )
+
+
+def bytes_on_a_device(tree: Any) -> int:
+    """Bytes that arrays take on one device, without the padding of their tiles.
+
+    >>> sharding = NamedSharding(jax.make_mesh((1,), ("fsdp",)), PartitionSpec("fsdp"))
+    >>> bytes_on_a_device({"w": jax.ShapeDtypeStruct((4, 8), jnp.bfloat16, sharding=sharding)})
+    64
+    """
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _at(tree: Any, places: Any) -> Any:
+    return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree, places)
+
+
+def _beside(state: Any, adapter: Any, copied: NamedSharding) -> Any:
+    """The optimizer's state, each moment placed as the leaf that it is of, and what is of none copied everywhere."""
+    name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
+    places = {name(path): leaf.sharding for path, leaf in jax.tree.leaves_with_path(adapter)}
+
+    def put(path: Any, leaf: Any) -> Any:
+        parts = name(path).split("/")
+        ends = ("/".join(parts[start:]) for start in range(len(parts)))
+        return jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=next((places[e] for e in ends if e in places), copied)
+        )
+
+    return jax.tree.map_with_path(put, state)

@@ -1,0 +1,320 @@
+"""`lora_jax.plan`: figures counted by hand, sums, refusals of one line, and a chip that is too small."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import re
+import stat
+import sys
+
+import jax
+import pytest
+from transformers import LlamaConfig
+
+import lora_jax
+from lora_jax import _extras
+from lora_jax.cli import main
+from lora_jax.plan import Plan, _mesh, _run, _search, plan
+from lora_jax.plan._measure import over_full
+from lora_jax.plan._request import Request
+from lora_jax.train import TrainConfig
+
+WIDTH, MLP, VOCABULARY, LAYERS, HEADS, RANK = 64, 96, 128, 2, 4, 2
+ROWS, LENGTH = 8, 32
+LORA = lora_jax.LoRAConfig(rank=RANK, alpha=4, targets=["q_proj", "v_proj"])
+TRAIN = TrainConfig(batch_size=ROWS, max_length=LENGTH)
+PARAMETERS = LAYERS * (4 * WIDTH**2 + 3 * WIDTH * MLP + 2 * WIDTH) + WIDTH + 2 * VOCABULARY * WIDTH
+TRAINED = LAYERS * 2 * RANK * 2 * WIDTH
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A configuration, and no weights."""
+    path = tmp_path_factory.mktemp("model")
+    LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        intermediate_size=MLP,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS,
+        max_position_embeddings=LENGTH,
+        dtype="bfloat16",
+    ).save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def one(folder):
+    return plan(folder, LORA, TRAIN, full=True)
+
+
+@pytest.fixture(scope="module")
+def cut(folder):
+    """Over eight devices."""
+    return plan(folder, LORA, TRAIN, mesh="fsdp=8")
+
+
+def test_bytes_counted_by_hand(one):
+    own = one.per_chip
+    assert own["weights"] == 2 * PARAMETERS
+    assert own["adapter"] == 4 * TRAINED
+    # Adam's two moments, and two counts of steps: Adam's and the schedule's.
+    assert own["optimizer"] == 8 * TRAINED + 8
+    assert own["batch"] == 3 * 4 * ROWS * LENGTH
+
+
+def test_sums(one, cut):
+    for found in (one, cut):
+        own = found.per_chip
+        assert own["arguments"] == own["weights"] + own["adapter"] + own["optimizer"] + own["batch"]
+        assert own["total"] == own["arguments"] + own["temporaries"] + own["outputs"] + own["program"]
+        assert own["temporaries"] > 4 * ROWS * LENGTH * VOCABULARY / found.chips
+        assert found.fits
+        assert own["short_by"] == 0
+
+
+def test_the_json_has_its_fields(one):
+    told = json.loads(json.dumps(one.to_json()))
+    own = told["per_chip"]
+    for name in ("arguments", "temporaries", "total", "capacity", "flops"):
+        assert type(own[name]) is int
+        assert own[name] > 0
+    assert own["fits"] is True
+    assert own["collectives"] == {}
+    assert (told["parameters"], told["trainable"]) == (PARAMETERS, TRAINED)
+    assert told["checkpoint"] == {"adapter": 4 * TRAINED, "model": 2 * PARAMETERS}
+    assert (told["topology"], told["mesh"], told["chips"]) == (None, {"fsdp": 1}, 1)
+
+
+def test_full_fine_tuning_is_beside_it(one, folder):
+    """Float32 weights and moments, and gradients of them; forward, and twice that backward."""
+    full = one.full_fine_tuning
+    assert full["weights"] == 4 * PARAMETERS
+    assert full["optimizer"] == 8 * PARAMETERS + 8
+    assert full["total"] > full["weights"] + full["optimizer"] + full["temporaries"]
+    assert 0.6 < one.per_chip["flops"] / full["flops"] < 0.8
+    counted = plan(folder, LORA, TRAIN).full_fine_tuning
+    assert counted["temporaries"] is None
+    assert counted["total"] == 16 * PARAMETERS + 8 + one.per_chip["batch"]
+
+
+def test_flops_are_those_of_the_products(one):
+    """Forward and the gradient of activations, of which neither the first layer's nor the embedding's is asked for."""
+    tokens = ROWS * LENGTH
+    products = LAYERS * (4 * WIDTH**2 + 3 * WIDTH * MLP) + VOCABULARY * WIDTH
+    attention = LAYERS * 2 * LENGTH * WIDTH
+    both = 2 * tokens * (2 * products + 3 * attention)
+    assert both < one.per_chip["flops"] < 1.15 * both
+
+
+def test_a_mesh_cuts_what_lies_on_a_device(one, cut):
+    norms = 2 * (2 * LAYERS * WIDTH + WIDTH)
+    assert cut.per_chip["weights"] == (one.per_chip["weights"] - norms) / 8 + norms
+    assert cut.per_chip["batch"] == one.per_chip["batch"] / 8
+    assert cut.per_chip["flops"] * 8 == pytest.approx(one.per_chip["flops"], rel=1e-6)
+    assert cut.chips == 8
+
+
+def test_what_is_sent_is_listed(cut):
+    kinds = cut.per_chip["collectives"]
+    assert kinds
+    assert all(kind["count"] > 0 and kind["bytes"] > 0 for kind in kinds.values())
+    assert "sent: " in str(cut)
+    sizes = [one["bytes"] for one in cut.to_json()["largest_collectives"]]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_a_chip_that_is_too_small_is_so_by_how_much(one):
+    total = one.per_chip["total"]
+    small = dataclasses.replace(one, capacity=total - 1000)
+    assert (small.fits, small.per_chip["fits"], small.per_chip["short_by"]) == (False, False, 1000)
+    assert "does not fit" in str(small)
+    assert any("--remat full" in line for line in small.advice)
+    # Three of eight rows at once have room: two parts have four.
+    halved = dataclasses.replace(one, capacity=one.per_chip["arguments"] + one.per_chip["temporaries"] * 3 // 8)
+    assert any(line.startswith("--gradient-accumulation-steps 4:") for line in halved.advice)
+    assert dataclasses.replace(one, capacity=total).fits
+    assert one.advice == []
+
+
+def test_arguments_that_are_too_many_ask_for_chips(cut):
+    small = dataclasses.replace(cut, capacity=cut.per_chip["arguments"] // 2)
+    # An eighth of the whole is twice what there is, and a fifth is left for the rest: eight times 2 · 5/4.
+    assert any(re.search(r"along fsdp, about 2[01]$", line) for line in small.advice)
+
+
+def test_a_compilers_refusal_is_read():
+    """The two forms that libtpu has."""
+    gib = 2**30
+    found = over_full(
+        "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Used 20.50G of 15.75G hbm. Exceeded", 2 * gib
+    )
+    assert (found["total"], found["limit"], found["temporaries"]) == (20.5 * gib, 15.75 * gib, 18.5 * gib)
+    text = "RESOURCE_EXHAUSTED: the total memory required for HLO temporaries (20.00G) exceeds available HBM (15.75G)."
+    found = over_full(text, 2 * gib)
+    assert (found["total"], found["limit"], found["temporaries"]) == (22 * gib, 15.75 * gib, 20 * gib)
+    with pytest.raises(ValueError, match="the compiler gives up: INTERNAL: Mosaic"):
+        over_full("INTERNAL: Mosaic failed to compile", 0)
+
+
+# The command ---------------------------------------------------------------------------------------------------------
+
+
+def run(*argv):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(["plan", *map(str, argv)])
+    return code, out.getvalue(), err.getvalue().splitlines()
+
+
+FLAGS = ("--rank", RANK, "--targets", "q_proj", "v_proj", "--batch-size", ROWS, "--max-length", LENGTH)
+
+
+def test_the_command_prints_one_object(folder, one):
+    code, out, err = run("--model", folder, "--json", "--alpha", 4, *FLAGS)
+    assert code == 0
+    assert len(out.splitlines()) == 1
+    ignored = ("seconds", "full_fine_tuning")
+    told, expected = json.loads(out), json.loads(json.dumps(one.to_json()))
+    assert {k: v for k, v in told.items() if k not in ignored} == {
+        k: v for k, v in expected.items() if k not in ignored
+    }
+    assert err[0] == "reading the configuration"
+    assert any(line.startswith("compiling for 1 × cpu") for line in err)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--topology", "v9:2x2"), "topology: 'v9:2x2' given, expected a TPU generation (v4, v5e, v5p, v6e)"),
+        (("--topology", "v6e"), "topology: 'v6e' given, expected 2 sizes of v6e's chips: v6e:4x4"),
+        (("--topology", "v5p:4x4"), "topology: 'v5p:4x4' given, expected 3 sizes of v5p's chips: v5p:4x4x4"),
+        (("--topology", "v6e:999x999"), "topology: 'v6e:999x999' has 998,001 chips, expected at most 16,384"),
+        (("--topology", "v6e:2x4", "--mesh", "fsdp=4"), "mesh: fsdp=4 is 4 devices, expected 8"),
+        (("--mesh", "fspd=8"), "mesh: 'fspd=8' given, expected axes of data, fsdp, model"),
+        (("--mesh", "fsdp=8,fsdp=1"), "mesh: 'fsdp=8,fsdp=1' given"),
+        (("--mesh", "fsdp=0"), "mesh: 'fsdp=0' given"),
+        (("--mesh", "fsdp=16"), "mesh: fsdp=16 is 16 devices, and here are 8; give --topology"),
+        (
+            ("--mesh", "fsdp=8", "--batch-size", "12"),
+            "batch_size: 12 rows at once, expected a multiple of the 8 devices",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line(folder, flags, said):
+    code, out, err = run("--model", folder, *FLAGS, *flags)
+    assert (code, out) == (2, "")
+    assert err[-1].startswith(f"lora-jax: {said}")
+    assert all(line == "reading the configuration" for line in err[:-1])
+
+
+def test_without_the_compiler_its_extra_is_named(folder, monkeypatch):
+    monkeypatch.setattr(_extras, "_is_installed", lambda package: package != "libtpu")
+    code, out, err = run("--model", folder, *FLAGS, "--topology", "v6e:2x4")
+    assert (code, out) == (2, "")
+    assert err == ["lora-jax: a plan for a topology needs libtpu: pip install 'lora_jax[tpu-plan]'"]
+
+
+# The compiler's process ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def child(tmp_path, monkeypatch):
+    """Puts a program in the place of the compiler's process."""
+
+    def put(program):
+        path = tmp_path / "child"
+        path.write_text(f"#!{sys.executable}\nimport json, os, sys\n{program}")
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+        monkeypatch.setattr(_run.sys, "executable", str(path))
+        monkeypatch.setattr(_extras, "_is_installed", lambda package: True)
+
+    return put
+
+
+def test_the_environment_of_a_tpu_is_the_childs_alone(folder, child):
+    child("print(json.dumps({'error': json.dumps(dict(os.environ)), 'kind': 'ValueError'}))")
+    before = dict(os.environ)
+    with pytest.raises(ValueError, match=r"\{") as error:
+        plan(folder, LORA, TRAIN, topology="v5e:2x4", mesh="fsdp=8")
+    seen = json.loads(str(error.value))
+    assert (seen["JAX_PLATFORMS"], seen["TPU_SKIP_MDS_QUERY"]) == ("cpu", "1")
+    assert seen["TPU_ACCELERATOR_TYPE"] == "v5litepod-4"
+    assert seen["XLA_FLAGS"].split()[-1] == "--xla_force_host_platform_device_count=8"
+    assert dict(os.environ) == before
+    assert "libtpu" not in sys.modules
+
+
+def test_a_request_goes_over_whole(folder, child):
+    lora = dataclasses.replace(LORA, overrides=(lora_jax.Override(target="q_proj", rank=(1, 0)),), also_train=("norm",))
+    child("print(json.dumps({'error': sys.stdin.read(), 'kind': 'ValueError'}))")
+    with pytest.raises(ValueError, match=r"\{") as error:
+        plan(folder, lora, TRAIN, topology="v5p:2x2x1", mesh={"data": 2, "model": 2}, remat="lean")
+    request = Request.from_json(json.loads(str(error.value)))
+    assert (request.lora, request.train, request.mesh) == (lora, TRAIN, {"data": 2, "model": 2})
+    assert (str(request.topology), request.remat, request.full) == ("v5p:2x2x1", "lean", False)
+
+
+@pytest.mark.parametrize(
+    ("program", "said"),
+    [
+        ("print('Fatal: no such chip', file=sys.stderr); sys.exit(7)", r"process ended \(7\): Fatal: no such chip"),
+        ("os.kill(os.getpid(), 9)", r"process ended \(-9\): it said nothing"),
+    ],
+)
+def test_a_compiler_that_dies_is_one_line(folder, child, program, said):
+    child(program)
+    with pytest.raises(OSError, match=said):
+        plan(folder, LORA, TRAIN, topology="v6e:2x4")
+
+
+def test_stages_are_noted_and_noise_is_not(folder, child):
+    child("print('I0000 a log line'); print(json.dumps({'stage': 'compiling'})); sys.exit(1)")
+    told = []
+    with pytest.raises(OSError, match="process ended"):
+        plan(folder, LORA, TRAIN, topology="v6e:2x4", on_stage=told.append)
+    assert told == ["compiling"]
+
+
+# The search ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_search_takes_the_least_computed_anew_that_fits(folder, cut, monkeypatch):
+    """Of a chip on which nothing fits that keeps all, and where two meshes are tried."""
+    need = {"none": 300, "lean": 200, "full": 100}
+    flops = {"none": 5, "lean": 6, "full": 8}
+    asked = []
+
+    def pretend(request, on_stage):
+        asked.append((_mesh.show(request.mesh), request.remat))
+        per_chip = cut.found["per_chip"] | {"total": need[request.remat], "limit": None, "flops": flops[request.remat]}
+        found = cut.found | {"remat": request.remat, "per_chip": per_chip}
+        return Plan(request, 8, 250, found)
+
+    monkeypatch.setattr(_search, "run", pretend)
+    monkeypatch.setattr(_mesh, "candidates", lambda devices, heads: [{"fsdp": 8}, {"fsdp": 4, "model": 2}])
+    first = pretend(dataclasses.replace(cut.request, remat="full"), None)
+    asked.clear()
+    told = []
+    plans = _search.search(first, on_plan=told.append)
+    assert asked == [("fsdp=8", "none"), ("fsdp=8", "lean"), ("fsdp=4,model=2", "none"), ("fsdp=4,model=2", "lean")]
+    assert [plan.found["remat"] for plan in plans] == ["lean", "lean", "full", "none", "none"]
+    assert len(told) == 4
+
+
+def test_candidates_divide():
+    for devices in (1, 2, 4, 6, 64):
+        for sizes in _mesh.candidates(devices, heads=8):
+            _mesh.check(sizes, devices)
+    assert _mesh.candidates(1, heads=8) == [{"fsdp": 1}]
+    assert {"fsdp": 8, "model": 8} in _mesh.candidates(64, heads=8)
+    assert all(sizes.get("model", 1) <= 2 for sizes in _mesh.candidates(64, heads=2))
+
+
+def test_the_parent_of_a_plan_is_left_alone(one):
+    """Nothing is set in this process: devices are those of the tests."""
+    assert jax.device_count() == 8
+    assert one.request.topology is None

@@ -1,0 +1,74 @@
+"""Plans for TPU topologies with the real compiler: `make tpu`, which needs no TPU."""
+
+import contextlib
+import io
+import json
+import os
+from pathlib import Path
+
+import pytest
+from transformers import LlamaConfig
+
+import lora_jax
+from lora_jax.cli import main
+from lora_jax.plan import plan
+from lora_jax.train import TrainConfig
+
+pytestmark = pytest.mark.tpu
+
+LORA = lora_jax.LoRAConfig(rank=4, alpha=8, targets=["q_proj", "v_proj"])
+SHAPE = {
+    "vocab_size": 512,
+    "hidden_size": 1024,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 2048,
+}
+
+
+@pytest.fixture(autouse=True)
+def compiler(monkeypatch):
+    """The compiler's folder, if it has one of its own."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / ".venv" / "tpu"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    LlamaConfig(**SHAPE, dtype="bfloat16").save_pretrained(path)
+    return str(path)
+
+
+@pytest.mark.parametrize(("topology", "mesh"), [("v6e:2x4", "fsdp=8"), ("v5p:2x2x1", "fsdp=2,model=2")])
+def test_a_step_is_compiled_for_chips_that_are_not_here(folder, topology, mesh):
+    before = dict(os.environ)
+    stages = []
+    train = TrainConfig(batch_size=16, max_length=512)
+    found = plan(folder, LORA, train, topology=topology, mesh=mesh, on_stage=stages.append)
+    own = found.per_chip
+    assert found.fits
+    assert own["total"] == own["arguments"] + own["temporaries"] + own["outputs"] + own["program"]
+    parts = own["weights"] + own["adapter"] + own["optimizer"] + own["batch"]
+    assert parts <= own["arguments"] < 1.5 * parts  # tiles are padded
+    assert own["collectives"]
+    assert found.found["compiler"].startswith("libtpu 0.0.42")
+    assert any(stage.startswith("compiling for") for stage in stages)
+    assert dict(os.environ) == before
+
+
+def test_what_does_not_fit_is_refused_by_how_much(tmp_path):
+    """A 30B model of one v5e host: 4 chips of 16 GiB."""
+    LlamaConfig(**SHAPE | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 36}).save_pretrained(
+        tmp_path
+    )
+    out = io.StringIO()
+    flags = ["--topology", "v5e:2x2", "--batch-size", "4", "--max-length", "128", "--rank", "4", "--targets", "q_proj"]
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
+        assert main(["plan", "--model", str(tmp_path), "--dtype", "bfloat16", "--json", *flags]) == 0
+    told = json.loads(out.getvalue())
+    own = told["per_chip"]
+    assert own["fits"] is False
+    assert own["short_by"] > 0
+    assert own["total"] > own["capacity"] == 16 * 2**30
+    assert told["advice"]
