@@ -1,4 +1,4 @@
-"""What `lora-jax train` does when nothing is given: a small model and its task, both in the package, offline.
+"""The demo that `lora-jax train` runs without arguments: a small model and its task, both in the package, offline.
 
-Only the command line imports this; the library knows nothing of it.
+Only the command line imports this package.
 """

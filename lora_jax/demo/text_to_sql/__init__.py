@@ -1,12 +1,12 @@
-"""The embedded default: a small pretrained Llama, and a text-to-SQL task whose conventions it doesn't know.
+"""The embedded model and task: a small pretrained Llama, and text-to-SQL with conventions that it doesn't know.
 
     train_rows = text_to_sql.rows("train")                   # {"prompt", "completion"}
     model = models.load(text_to_sql.BASE, "float32")
     ...
-    asked = text_to_sql.examples("test")                     # with the databases to answer from
-    text_to_sql.execution_accuracy(answers, asked)
+    examples = text_to_sql.examples("test")                  # with the databases on which answers are run
+    text_to_sql.execution_accuracy(answers, examples)
 
-Everything is generated from fixed seeds, the base's pretraining text too (`benchmarks/pretrain_text_to_sql.py`).
+Everything is generated from fixed seeds, including the base's pretraining text (`benchmarks/pretrain_text_to_sql.py`).
 """
 
 from pathlib import Path
@@ -36,18 +36,18 @@ __all__ = [
     "same_answer",
 ]
 
-BASE = Path(__file__).parent / "base"  # a Hugging Face folder; float16 to be small, to be computed with in float32
+BASE = Path(__file__).parent / "base"  # a Hugging Face folder; stored in float16 to be small, computed with in float32
 
 
 class Defaults(NamedTuple):
-    """The settings that this task is trained with when none are given."""
+    """The settings with which `lora-jax train` trains this task by default."""
 
     rank: int
     alpha: float
     learning_rate: float
     batch_size: int
     steps: int
-    max_tokens: int  # of an answer: the longest reference has 89
+    max_tokens: int  # most tokens of an answer; the longest reference has 89
 
 
 # The attention kernels at rank 7 are 1.9 % of all parameters.

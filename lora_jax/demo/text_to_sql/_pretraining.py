@@ -1,8 +1,8 @@
-"""The text that the base is pretrained on: tables, facts about their rows, ways of writing values, questions and SQL.
+"""The base's pretraining text: tables, facts about their rows, ways of writing values, questions and SQL.
 
-The SQL follows plain conventions, or ones that a note above the question announces. The base so learns to read a
-schema, to copy names and values and to write a value in another form; it learns nothing of how the task's house keeps
-its databases, which no note announces, and meets none of the task's schemas.
+The SQL follows plain conventions, or conventions that a note above the question states. From this the base learns to
+read a schema, to copy names and values and to write a value in another form. The task's own conventions are in no note
+and its schemas in no document, so the base learns nothing of them.
 """
 
 import random
@@ -19,7 +19,7 @@ _FLAGS = ("active", "archived", "approved", "cancelled", "draft", "hidden", "obs
 
 
 def documents(seed: int, count: int) -> Iterator[str]:
-    """`count` documents of three to a dozen lines each, the same for the same seed.
+    """Generate `count` documents of three to twelve lines each, which depend on the seed alone.
 
     Example:
         >>> print(next(documents(18, 1)))
@@ -35,7 +35,7 @@ def documents(seed: int, count: int) -> Iterator[str]:
 
 
 def draw_table(rng: random.Random) -> Table:
-    """A table of a pretraining topic, of columns mixed from all of them, or of invented words."""
+    """Draw a table of one pretraining topic, with columns of several topics, or with invented names."""
     kinds = ["text", "text", "number", "money", "date", rng.choice(_query.KINDS)][: rng.choice((4, 5, 5, 6))]
     rng.shuffle(kinds)
     source = rng.random()
@@ -43,7 +43,7 @@ def draw_table(rng: random.Random) -> Table:
         table = rng.choice(_TOPICS)
         return table._replace(columns=tuple(rng.sample(table.columns, len(kinds))))
     if source < 0.45:
-        drawn = dict.fromkeys(rng.choice(_COLUMNS[kind]) for kind in kinds)  # none twice, in the order drawn
+        drawn = dict.fromkeys(rng.choice(_COLUMNS[kind]) for kind in kinds)  # each once, in the order of drawing
         return Table(rng.choice(_TOPICS).name, tuple(drawn))
     columns = {_invented_name(rng): kind for kind in kinds}
     name = rng.choice(_TOPICS).name if source < 0.6 else _query.draw_word(rng) + "s"
@@ -58,9 +58,9 @@ def _invented_name(rng: random.Random) -> str:
 
 
 def _questions(rng: random.Random) -> str:
-    """A table, then a question or two with their SQL; now and then notes on the database's conventions."""
+    """A table and one or two questions with their SQL; in some documents, notes on the database's conventions."""
     table = draw_table(rng)
-    notes, conventions = _announced(rng) if rng.random() < 0.35 else ([], _query.PLAIN)
+    notes, conventions = _noted_conventions(rng) if rng.random() < 0.35 else ([], _query.PLAIN)
     lines = [str(table), *(f"note: {note}." for note in notes)]
     for _ in range(rng.choice((1, 1, 2))):
         query = _query.draw_query(rng, table)
@@ -68,7 +68,8 @@ def _questions(rng: random.Random) -> str:
     return "\n".join(lines)
 
 
-def _announced(rng: random.Random) -> tuple[list[str], Conventions]:
+def _noted_conventions(rng: random.Random) -> tuple[list[str], Conventions]:
+    """Notes on a database, and the conventions that they state."""
     flag = f"{rng.choice(_FLAGS) if rng.random() < 0.7 else _query.draw_word(rng)} = {rng.choice((0, 1))}"
     known = {
         "amounts are in cents": {"cents": True},
@@ -84,7 +85,7 @@ def _announced(rng: random.Random) -> tuple[list[str], Conventions]:
 
 
 def _script(rng: random.Random) -> str:
-    """The same as a commented SQL script."""
+    """A question and its SQL as a commented script."""
     table = draw_table(rng)
     query = _query.draw_query(rng, table)
     columns = ", ".join(f"{c.name} {_TYPES[c.kind]}" for c in table.columns)
@@ -92,21 +93,21 @@ def _script(rng: random.Random) -> str:
 
 
 def _facts(rng: random.Random) -> str:
-    """A few rows of a table, and sentences that say what stands in them."""
+    """A table, two of its rows, and sentences about their values."""
     table = draw_table(rng)
     rows = [{c: _query.draw_value(rng, c.kind) for c in table.columns} for _ in range(2)]
     lines = [str(table), *("row: " + ", ".join(f"{c.name} {v}" for c, v in row.items()) for row in rows)]
     for _ in range(2):
         row = rng.choice(rows)
-        known, asked = (c.name for c in rng.sample(table.columns, 2))
+        one, other = (c.name for c in rng.sample(table.columns, 2))
         values = {c.name: v for c, v in row.items()}
-        known_words, asked_words = known.replace("_", " "), asked.replace("_", " ")
-        lines.append(f"Where the {known_words} is {values[known]}, the {asked_words} is {values[asked]}.")
+        one_words, other_words = one.replace("_", " "), other.replace("_", " ")
+        lines.append(f"Where the {one_words} is {values[one]}, the {other_words} is {values[other]}.")
     return "\n".join(lines)
 
 
 def _forms(rng: random.Random) -> str:
-    """The same value written in several ways."""
+    """Sentences that write a value in two forms."""
     lines = []
     for _ in range(rng.randint(3, 6)):
         kind = rng.choice(("date", "money", "text"))

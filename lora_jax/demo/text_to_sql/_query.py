@@ -1,7 +1,7 @@
-"""Tables and queries as values, and the two ways in which a query is written: in SQL and in English.
+"""Tables and queries, and the two forms in which a query is written: SQL and English.
 
-A query is WikiSQL's (Zhong, Xiong & Socher 2017, arXiv 1709.00103): one column or aggregate, of one table, under a
-conjunction of conditions.
+A query has the form of WikiSQL's (Zhong, Xiong & Socher 2017, arXiv 1709.00103): one column or aggregate of one table,
+under a conjunction of conditions.
 """
 
 import random
@@ -13,11 +13,15 @@ KINDS = ("text", "number", "money", "date")
 
 
 class Column(NamedTuple):
+    """A column of a table."""
+
     name: str  # in snake case
     kind: str  # of KINDS
 
 
 class Table(NamedTuple):
+    """A table's schema, which `str` writes as prompts have it."""
+
     name: str
     columns: tuple[Column, ...]
 
@@ -26,12 +30,16 @@ class Table(NamedTuple):
 
 
 class Condition(NamedTuple):
+    """A comparison of a column with a value."""
+
     column: Column
     operator: str  # "=", ">" or "<"
-    value: str | int  # text as asked, a number, whole dollars, or a date as YYYY-MM-DD
+    value: str | int  # text as in the question, a number, whole dollars, or a date as YYYY-MM-DD
 
 
 class Query(NamedTuple):
+    """A question about a table."""
+
     table: Table
     aggregate: str  # "" for the column itself, COUNT, MAX, MIN, SUM or AVG
     column: Column | None  # None for COUNT
@@ -39,9 +47,9 @@ class Query(NamedTuple):
 
 
 class Conventions(NamedTuple):
-    """How a database keeps its rows, as far as whoever queries it must know. The defaults are the plain ones."""
+    """How a database stores its rows, as far as a query depends on it. The defaults are the plain conventions."""
 
-    cents: bool = False  # amounts are whole cents; answers are wanted in dollars
+    cents: bool = False  # amounts are stored as whole cents; answers are in dollars
     compact_dates: bool = False  # dates are numbers, 20140503
     match: str = "{column} = '{value}'"  # how text is compared
     live: str = ""  # the condition that every query adds
@@ -51,7 +59,7 @@ PLAIN = Conventions()
 
 
 def sql(query: Query, conventions: Conventions = PLAIN) -> str:
-    """The query in SQLite's dialect.
+    """Write the query in SQLite's dialect.
 
     Example:
         >>> price, opened = Column("price", "money"), Column("opened", "date")
@@ -83,7 +91,7 @@ def _condition(condition: Condition, conventions: Conventions) -> str:
 
 
 def literal(value: str | int, kind: str, conventions: Conventions) -> str:
-    """A value of `kind` as SQL text under `conventions`."""
+    """Write a value of `kind` as SQL under `conventions`."""
     if kind == "number" or (kind == "money" and not conventions.cents):
         return str(value)
     if kind == "money":
@@ -119,7 +127,7 @@ _CONDITIONS = {
 
 
 def question(rng: random.Random, query: Query) -> str:
-    """The query asked in English: an opening for its aggregate, a phrase a condition, each drawn at random.
+    """Write the query in English: an opening for its aggregate and a phrase for each condition, drawn at random.
 
     Example:
         >>> lamps = Column("lamp_height", "number")
@@ -130,18 +138,18 @@ def question(rng: random.Random, query: Query) -> str:
     openings = _OPENINGS[query.aggregate]
     if query.column is not None and query.column.kind == "date":
         openings = _DATE_OPENINGS.get(query.aggregate) or openings
-    table, column = _spoken(query.table.name), _spoken(query.column.name) if query.column else ""
-    asked = [
-        rng.choice(_CONDITIONS[c.column.kind, c.operator]).format(c=_spoken(c.column.name), v=c.value)
+    table, column = _in_words(query.table.name), _in_words(query.column.name) if query.column else ""
+    phrases = [
+        rng.choice(_CONDITIONS[c.column.kind, c.operator]).format(c=_in_words(c.column.name), v=c.value)
         for c in query.conditions
     ]
     opening = rng.choice(openings)
     head, _, tail = opening.partition("{t}")
-    text = " ".join([head.format(c=column) + table, " and ".join(asked)]).rstrip()
+    text = " ".join([head.format(c=column) + table, " and ".join(phrases)]).rstrip()
     return text + tail + ("?" if opening.startswith(("What", "How")) else ".")
 
 
-def _spoken(name: str) -> str:
+def _in_words(name: str) -> str:
     return name.replace("_", " ")
 
 
@@ -151,7 +159,7 @@ _OPERATORS = {kind: tuple(o for k, o in _CONDITIONS if k == kind) for kind in KI
 
 
 def draw_query(rng: random.Random, table: Table) -> Query:
-    """A random query of `table`: none to two conditions, on columns other than the one that is asked for."""
+    """Draw a query of `table`, with at most two conditions, on columns other than the one that it selects."""
     columns = list(table.columns)
     rng.shuffle(columns)
     column = None if rng.random() < 0.2 else columns.pop()
@@ -165,8 +173,10 @@ def draw_query(rng: random.Random, table: Table) -> Query:
 
 
 def draw_word(rng: random.Random) -> str:
-    """An invented word, which nobody can have learned by heart: syllables, or the head of one English word with the
-    tail of another."""
+    """Draw an invented word, which no model can have memorised.
+
+    It consists of syllables, or of the beginning of one English word and the end of another.
+    """
     if rng.random() < 0.4:
         return "".join(rng.choice(part) for _ in range(rng.choice((1, 2, 2, 3))) for part in _words.SYLLABLE)
     head, tail = rng.choice(_words.ENGLISH), rng.choice(_words.ENGLISH)
@@ -174,7 +184,7 @@ def draw_word(rng: random.Random) -> str:
 
 
 def draw_value(rng: random.Random, kind: str) -> str | int:
-    """A value as a question says it: invented names, numbers and dollars of up to four digits, ISO dates."""
+    """Draw a value as questions have it: invented names, numbers and dollars of up to four digits, ISO dates."""
     if kind == "text":
         return " ".join(draw_word(rng).capitalize() for _ in range(rng.choice((1, 1, 1, 2))))
     if kind == "date":

@@ -1,4 +1,4 @@
-"""Whether a prediction is right: the database answers it as it answers the reference."""
+"""Scoring: a prediction is right if its result is the reference's."""
 
 import contextlib
 import sqlite3
@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 
 Row = tuple[Any, ...]
 
-_STEPS = 200_000  # of SQLite's virtual machine; a query over a few dozen rows takes hundreds
+_STEPS = 200_000  # most steps of SQLite's virtual machine; a query over a few dozen rows takes hundreds
 _ANSWER_ROWS = 1_000
 _ALLOWED = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION}
 
 
 class Database(NamedTuple):
-    """One table with its rows: what a query is run against."""
+    """One table with its rows, on which queries are run."""
 
     table: str
     columns: tuple[str, ...]
@@ -21,7 +21,7 @@ class Database(NamedTuple):
 
 
 def execute(sql: str, database: Database) -> list[Row]:
-    """The rows that a query returns, in an in-memory SQLite that holds `database` and nothing else.
+    """Run a query in an in-memory SQLite database that has the rows of `database` and nothing else.
 
     The query may only read: anything but one SELECT is refused, as are functions that load or write files. It is
     stopped after 200,000 steps of SQLite's machine or 1,000 rows.
@@ -29,10 +29,12 @@ def execute(sql: str, database: Database) -> list[Row]:
     Args:
         sql: one statement.
         database: the table and its rows.
+
     Returns:
-        the rows, in SQLite's order.
+        The rows of the result, in SQLite's order.
+
     Raises:
-        sqlite3.Error: where the query is not valid SQL, reads what is not there, writes, or takes too long.
+        sqlite3.Error: the query isn't valid SQL, reads what doesn't exist, writes, or takes too long.
 
     Example:
         >>> farms = Database("farms", ("crop", "hectares"), (("rye", 12), ("oats", 30)))
@@ -46,7 +48,7 @@ def execute(sql: str, database: Database) -> list[Row]:
 
 
 def execute_all(queries: Sequence[str], database: Database) -> list[list[Row]]:
-    """`execute` for several queries of one database, which is filled once."""
+    """Run several queries as `execute` does, in a database that is filled once."""
     with contextlib.closing(_opened(database)) as connection:
         return [_select(connection, sql) for sql in queries]
 
@@ -62,8 +64,8 @@ def _opened(database: Database) -> sqlite3.Connection:
 
 
 def _select(connection: sqlite3.Connection, sql: str) -> list[Row]:
-    left = iter(range(_STEPS // 1_000))
-    connection.set_progress_handler(lambda: next(left, None) is None, 1_000)  # true stops the query
+    remaining = iter(range(_STEPS // 1_000))
+    connection.set_progress_handler(lambda: next(remaining, None) is None, 1_000)  # true stops the query
     try:
         cursor = connection.execute(sql)
         rows = cursor.fetchmany(_ANSWER_ROWS + 1)
@@ -77,7 +79,7 @@ def _select(connection: sqlite3.Connection, sql: str) -> list[Row]:
 
 
 def same_answer(answer: Sequence[Row], reference: Sequence[Row]) -> bool:
-    """Whether two results hold the same rows, in any order, numbers equal to six decimals.
+    """Whether two results have the same rows, in any order, with numbers equal to six decimals.
 
     Example:
         >>> same_answer([("rye", 0.1 + 0.2), ("oats", 1)], [("oats", 1.0), ("rye", 0.3)])
@@ -93,9 +95,9 @@ def _comparable(rows: Sequence[Row]) -> list[str]:
 
 
 def is_right(prediction: str, completion: str, database: Database) -> bool:
-    """Whether `prediction` gives the reference `completion`'s answer; one that fails to run doesn't.
+    """Whether `prediction` has the result of the reference `completion`; False if it fails to run.
 
-    Only the prediction's first line is run: a model that was never told where to stop goes on to another question.
+    Only the prediction's first line is run: a model that hasn't learned where to stop continues with another question.
 
     Example:
         >>> farms = Database("farms", ("crop", "hectares"), (("rye", 12), ("oats", 30)))

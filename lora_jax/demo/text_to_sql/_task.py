@@ -1,15 +1,15 @@
-"""The fine-tuning task: questions to a house whose databases follow conventions that no prompt mentions.
+"""The fine-tuning task: questions about databases that follow conventions which no prompt mentions.
 
-House conventions, all of them common in old systems, and all to be learned from the training rows:
+The conventions, all of them common in old systems, must be learned from the training rows:
 
-- rows are never removed: a column `deleted` marks them, and every query passes over the marked ones;
+- rows are never removed: a column `deleted` marks removed rows, which every query excludes;
 - text was typed in any letter case, so it is compared with `COLLATE NOCASE`;
-- amounts of money are whole cents, asked for and answered in dollars;
+- amounts of money are stored as whole cents, while questions and answers are in dollars;
 - dates are numbers, 20140503.
 
-A plain query therefore runs, and answers something else. Each database is drawn so that a query which forgets a
-convention, or a condition of the question, gives another result than the reference: a database that couldn't tell
-them apart would credit luck (test suites by distillation: Zhong, Yu & Klein 2020, arXiv 2010.02840).
+A query without these conventions therefore runs, but returns another result. Each database is drawn so that a query
+that lacks a convention, or a condition of the question, has another result than the reference: otherwise a wrong query
+could count as right by luck (test suites by distillation: Zhong, Yu & Klein 2020, arXiv 2010.02840).
 """
 
 import functools
@@ -23,10 +23,10 @@ from lora_jax.demo.text_to_sql._score import Database
 
 HOUSE = Conventions(cents=True, compact_dates=True, match="{column} = '{value}' COLLATE NOCASE", live="deleted = 0")
 
-# Split: topics, seed, rows. The topics are disjoint, so schemas and questions are.
+# Split: topics, seed, number of rows. The topics are disjoint, and so are schemas and questions.
 SPLITS = {"train": (_topics.TRAIN, 1, 6000), "valid": (_topics.VALID, 2, 200), "test": (_topics.TEST, 3, 500)}
 
-_COLUMNS, _RECORDS = 4, 24  # of a table
+_COLUMNS, _RECORDS = 4, 24  # numbers of columns and of records of a table
 
 
 class Example(NamedTuple):
@@ -38,19 +38,19 @@ class Example(NamedTuple):
 
     @property
     def row(self) -> dict[str, str]:
-        """As a line of a jsonl data file."""
+        """The example as a line of a jsonl data file."""
         return {"prompt": self.prompt, "completion": self.completion}
 
 
 class Record(NamedTuple):
-    """A row as the world has it: money in cents, dates in ISO form, text in its proper case, and whether it is gone."""
+    """A row before any conventions apply: money in cents, dates in ISO form, text in its proper case."""
 
     values: dict[Column, str | int]
-    gone: bool
+    deleted: bool
 
 
 def rows(split: str) -> list[dict[str, str]]:
-    """A split as the lines of a jsonl data file, without databases: what training needs.
+    """A split as the lines of a jsonl data file, without databases, as training needs it.
 
     Example:
         >>> row = rows("train")[0]
@@ -60,45 +60,45 @@ def rows(split: str) -> list[dict[str, str]]:
         question: Show the maximum ringside price for circuses whose clowns is 8090.
         sql: SELECT MAX(ringside_price) / 100.0 FROM circuses WHERE clowns = 8090 AND deleted = 0
     """
-    return [{"prompt": prompt, "completion": _query.sql(query, HOUSE)} for query, prompt in _asked(split)]
+    return [{"prompt": prompt, "completion": _query.sql(query, HOUSE)} for query, prompt in _questions(split)]
 
 
 def examples(split: str, conventions: Conventions = HOUSE) -> list[Example]:
-    """The same rows with the databases that their answers are looked up in.
+    """The same rows with the databases on which their answers are run.
 
-    With `conventions=PLAIN` the databases hold the same records without the house's ways, and the SQL fits them: what
-    the base can do where nothing is hidden from it.
+    With `conventions=PLAIN` the databases have the same records without the task's conventions, and the SQL fits them.
+    This measures what the base can do without conventions that it doesn't know.
 
     Example:
         >>> examples("valid")[0].row == rows("valid")[0]
         True
     """
-    found = []
-    for query, prompt in _asked(split):
-        database = _stored(query.table, _telling_records(query, prompt), conventions)
-        found.append(Example(prompt, _query.sql(query, conventions), database))
-    return found
+    generated = []
+    for query, prompt in _questions(split):
+        database = _stored(query.table, _discriminating_records(query, prompt), conventions)
+        generated.append(Example(prompt, _query.sql(query, conventions), database))
+    return generated
 
 
-def execution_accuracy(predictions: Sequence[str], asked: Sequence[Example]) -> float:
-    """The share of the predictions whose result is the reference's, 0 to 1; one that fails to run is wrong.
+def execution_accuracy(predictions: Sequence[str], references: Sequence[Example]) -> float:
+    """Share of the predictions with the reference's result, 0 to 1; a prediction that fails to run is wrong.
 
     Raises:
-        ValueError: no predictions, or not one for each example.
+        ValueError: there are no predictions, or not one for each example.
 
     Example:
-        >>> asked = examples("valid")[:2]
-        >>> execution_accuracy([asked[0].completion, "no idea"], asked)
+        >>> references = examples("valid")[:2]
+        >>> execution_accuracy([references[0].completion, "no idea"], references)
         0.5
     """
-    if not predictions or len(predictions) != len(asked):
-        raise ValueError(f"{len(predictions)} predictions for {len(asked)} examples, expected one for each")
-    right = (_score.is_right(p, e.completion, e.database) for p, e in zip(predictions, asked, strict=True))
+    if not predictions or len(predictions) != len(references):
+        raise ValueError(f"{len(predictions)} predictions for {len(references)} examples, expected one for each")
+    right = (_score.is_right(p, e.completion, e.database) for p, e in zip(predictions, references, strict=True))
     return sum(right) / len(predictions)
 
 
-def _asked(split: str) -> Iterator[tuple[Query, str]]:
-    """Queries with their prompts, none asked twice."""
+def _questions(split: str) -> Iterator[tuple[Query, str]]:
+    """Draw queries with their prompts, each of which occurs once."""
     topics, seed, count = SPLITS[split]
     rng, tables, seen = random.Random(seed), _topics.tables(topics), set[str]()
     while len(seen) < count:
@@ -111,31 +111,31 @@ def _asked(split: str) -> Iterator[tuple[Query, str]]:
             yield query, prompt
 
 
-@functools.cache  # most draws tell too little, so it takes long, and the same records serve under any conventions
-def _telling_records(query: Query, seed: str) -> tuple[Record, ...]:
-    """Records from which every slip of `_slips` gives another answer than the reference does."""
-    rng, queries = random.Random(seed), (_query.sql(query, HOUSE), *_slips(query))
+@functools.cache  # most draws are rejected, which takes long, and the same records serve under any conventions
+def _discriminating_records(query: Query, seed: str) -> tuple[Record, ...]:
+    """Draw records on which each wrong query of `_wrong_queries` has another result than the reference."""
+    rng, queries = random.Random(seed), (_query.sql(query, HOUSE), *_wrong_queries(query))
     while True:
         records = tuple(_record(rng, query) for _ in range(_RECORDS))
-        reference, *slips = _score.execute_all(queries, _stored(query.table, records, HOUSE))
-        known = any(value is not None for row in reference for value in row)
-        if known and not any(_score.same_answer(slip, reference) for slip in slips):
+        reference, *wrong = _score.execute_all(queries, _stored(query.table, records, HOUSE))
+        has_value = any(value is not None for row in reference for value in row)
+        if has_value and not any(_score.same_answer(result, reference) for result in wrong):
             return records
 
 
-def _slips(query: Query) -> list[str]:
-    """The query with one convention or one condition forgotten, and with all conventions forgotten."""
-    kept = [HOUSE._replace(**{name: getattr(PLAIN, name)}) for name in HOUSE._fields]
+def _wrong_queries(query: Query) -> list[str]:
+    """The query without one of its conventions or conditions, and without any convention."""
+    without_one = [HOUSE._replace(**{name: getattr(PLAIN, name)}) for name in HOUSE._fields]
     shorter = [query._replace(conditions=tuple(d for d in query.conditions if d is not c)) for c in query.conditions]
-    slips = {_query.sql(query, c) for c in (PLAIN, *kept)} | {_query.sql(q, HOUSE) for q in shorter}
-    return sorted(slips - {_query.sql(query, HOUSE)})
+    wrong = {_query.sql(query, c) for c in (PLAIN, *without_one)} | {_query.sql(q, HOUSE) for q in shorter}
+    return sorted(wrong - {_query.sql(query, HOUSE)})
 
 
 def _record(rng: random.Random, query: Query) -> Record:
     values = {column: _cents(rng, column, _query.draw_value(rng, column.kind)) for column in query.table.columns}
     for condition in query.conditions:
         if rng.random() < 0.7:
-            values[condition.column] = _meeting(rng, condition)
+            values[condition.column] = _satisfying(rng, condition)
     return Record(values, rng.random() < 0.3)
 
 
@@ -143,8 +143,8 @@ def _cents(rng: random.Random, column: Column, value: str | int) -> str | int:
     return value * 100 + rng.randrange(100) if column.kind == "money" and isinstance(value, int) else value
 
 
-def _meeting(rng: random.Random, condition: Condition) -> str | int:
-    """A value that meets the condition."""
+def _satisfying(rng: random.Random, condition: Condition) -> str | int:
+    """Draw a value that satisfies the condition."""
     column, operator, value = condition
     if operator == "=":
         return value
@@ -156,22 +156,24 @@ def _meeting(rng: random.Random, condition: Condition) -> str | int:
 
 
 def _stored(table: Table, records: Sequence[Record], conventions: Conventions) -> Database:
-    """The records as a database under `conventions` keeps them."""
+    """Store the records in a database under `conventions`."""
     names = tuple(column.name for column in table.columns)
     if not conventions.live:
-        rows = (tuple(_kept(v, c.kind, conventions) for c, v in r.values.items()) for r in records if not r.gone)
+        rows = (
+            tuple(_stored_value(v, c.kind, conventions) for c, v in r.values.items()) for r in records if not r.deleted
+        )
         return Database(table.name, names, tuple(rows))
-    rows = [(*(_kept(v, c.kind, conventions) for c, v in r.values.items()), int(r.gone)) for r in records]
+    rows = [(*(_stored_value(v, c.kind, conventions) for c, v in r.values.items()), int(r.deleted)) for r in records]
     typed = [tuple(_typed(v, i + j) for j, v in enumerate(row)) for i, row in enumerate(rows)]
     return Database(table.name, (*names, "deleted"), tuple(typed))
 
 
-def _kept(value: str | int, kind: str, conventions: Conventions) -> str | int | float:
+def _stored_value(value: str | int, kind: str, conventions: Conventions) -> str | int | float:
     if kind == "money" and isinstance(value, int) and not conventions.cents:
         return value / 100
     return int(str(value).replace("-", "")) if kind == "date" and conventions.compact_dates else value
 
 
-def _typed(value: str | int | float, hand: int) -> str | int | float:
-    """Text as one of three hands typed it."""
-    return (value.upper(), value.lower(), value)[hand % 3] if isinstance(value, str) else value
+def _typed(value: str | int | float, number: int) -> str | int | float:
+    """Text in upper case, in lower case or as it is, by the number modulo 3."""
+    return (value.upper(), value.lower(), value)[number % 3] if isinstance(value, str) else value

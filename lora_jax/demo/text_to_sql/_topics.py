@@ -1,7 +1,7 @@
-"""Tables by topic: `table: text columns | numbers | amounts of money | dates`, every column name used once.
+"""Tables by topic: `table: text columns | numbers | amounts of money | dates`. Every column name occurs once.
 
-The task's training, validation and held-out topics are apart from one another and from the pretraining ones, so a
-held-out question asks about a table and columns that neither the base nor the adapter has met.
+The task's training, validation and test topics and the pretraining topics have no table or column in common, so a test
+question is about a table and columns that neither the base nor the adapter has seen.
 """
 
 from lora_jax.demo.text_to_sql._query import KINDS, Column, Table
@@ -144,7 +144,7 @@ zoos: zookeeper rarest_animal pavilion | enclosures penguins | feed_bill | gates
 
 
 def tables(topics: str) -> list[Table]:
-    """The tables of one of the texts above, each with all of its columns.
+    """Read the tables of one of the texts above, each with all of its columns.
 
     Example:
         >>> tables("farms: farmer crop | hectares | income | sown")[0].columns[2]

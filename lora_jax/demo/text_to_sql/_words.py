@@ -1,10 +1,10 @@
-"""What invented words are made of."""
+"""Syllables and English words from which words are invented."""
 
 _ONSETS = "b br c ch d dr f g gl h j k kl l m n p pr qu r s sh st t th tr v w y z"
 _VOWELS = "a e i o u ai ea ou"
 _CODAS = "l m n r s t x nd rk ll"
 
-# What a syllable is made of: now and then it ends in its vowel.
+# The parts of a syllable; the empty codas let some syllables end in their vowel.
 SYLLABLE = (_ONSETS.split(), _VOWELS.split(), _CODAS.split() + [""] * 4)
 
 # Common words of four letters and more, for their spelling.
