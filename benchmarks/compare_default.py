@@ -1,12 +1,12 @@
-"""What the embedded default's figures mean: LoRA beside full fine-tuning, and on a base that knows nothing.
+"""Compare LoRA on the embedded task with full fine-tuning, and with LoRA on a random base.
 
     python benchmarks/compare_default.py --seeds 3
 
-Each way is trained with several seeds on the same rows, with the same steps and batches; the seed decides the adapter's
-start, the order of the rows and, for the random base, its weights. About 20 minutes on two idle cores. Expect an
-execution accuracy on held-out schemas of 0 for the untouched base (0.95 where the databases are plain ones), 0.94 for
-full fine-tuning, and 0 for LoRA on a random base (with the settings before 0.2.0); 0.92 for LoRA (seed 0; on an H200,
-where sums round otherwise, 0.924 and 0.934 for seeds 0 and 1).
+Each way is trained with several seeds on the same rows, with the same steps and batches; the seed determines the
+adapter's initial values, the order of the rows and, for the random base, its weights. About 20 minutes on two idle
+cores. Expect an execution accuracy on held-out schemas of 0 for the untrained base (0.95 on databases with plain
+conventions), 0.94 for full fine-tuning, and 0 for LoRA on a random base (with the settings before 0.2.0); 0.92 for LoRA
+(seed 0; on an H200, where sums round differently, 0.924 and 0.934 for seeds 0 and 1).
 """
 
 import statistics
@@ -25,7 +25,7 @@ from lora_jax.demo import text_to_sql
 from lora_jax.demo.text_to_sql import DEFAULTS
 from lora_jax.train import TrainConfig, train
 
-FULL_RATE = 1e-3  # of full fine-tuning
+FULL_RATE = 1e-3  # full fine-tuning's learning rate
 CONFIG = lora_jax.LoRAConfig(rank=DEFAULTS.rank, alpha=DEFAULTS.alpha)
 TOKENS = jax.ShapeDtypeStruct((1, 8), jnp.int32)
 
@@ -35,13 +35,13 @@ class Comparison:
     """Compare ways to train on the embedded task."""
 
     seeds: int = 3
-    """runs of each way"""
+    """number of runs of each way"""
     steps: int = DEFAULTS.steps
-    """of each run"""
+    """optimizer steps of each run"""
 
 
 class Way(NamedTuple):
-    """One way to train: where it starts, for a seed; the leaves trained whole; the learning rate."""
+    """One way to train: its initial parameters, given a seed; the leaves trained in full; the learning rate."""
 
     name: str
     start: Callable[[int], Any]
@@ -94,7 +94,7 @@ def accuracy(texts: list[str], asked: list[text_to_sql.Example]) -> str:
 
 
 def spread(figures: list[float]) -> str:
-    """Mean and standard deviation, then each figure."""
+    """Mean and standard deviation, then each value."""
     deviation = statistics.stdev(figures) if len(figures) > 1 else 0.0
     each = ", ".join(f"{figure:.3f}" for figure in figures)
     return f"{statistics.mean(figures):.3f} ± {deviation:.3f}  ({each})"

@@ -1,10 +1,11 @@
-"""What `adapt` costs in tracing, lowering and compiling, against LoRA written by hand in the model.
+"""Measure what `adapt` costs in tracing, lowering and compiling, compared with LoRA written by hand in the model.
 
     python benchmarks/compile_time.py            # about 4 minutes on two CPU cores
 
-A Llama of 32 unrolled layers in plain JAX, with every projection adapted; the gradient of the adapter is what is
-compiled. Once as it is, once with each layer under `jax.checkpoint`; all times are CPU seconds. At most 2 times the
-hand-written one's trace + lower and 1.3 times the whole are accepted. Seen with jax 0.10.2 on two cores of a server:
+The model is a Llama of 32 unrolled layers in plain JAX, with every projection adapted; the compiled function is the
+adapter's gradient, once without and once with each layer under `jax.checkpoint`. All times are CPU seconds. At most 2
+times the hand-written model's time to trace and lower, and 1.3 times its total time, are accepted. Measured with jax
+0.10.2 on two cores of a server:
 
     remat=False  ratio: trace + lower 1.55, whole 1.10, FLOPs 0.981
     remat=True   ratio: trace + lower 1.32, whole 1.19, FLOPs 0.982
@@ -130,7 +131,7 @@ def main():
             "adapted": lora_jax.adapt(functools.partial(llama, plain, remat)),
         }
         runs = {name: [] for name in candidates}
-        for _ in range(options.repeats):  # in turn, so that whatever else the machine does meets both
+        for _ in range(options.repeats):  # in turn, so that other work on the machine slows both alike
             for name, apply in candidates.items():
                 runs[name].append(measure(apply, base, adapter, tokens))
         best = {name: {part: min(run[part] for run in of) for part in of[0]} for name, of in runs.items()}

@@ -1,13 +1,13 @@
-"""LoRA beside full fine-tuning, a head alone and PEFT's LoRA, on GLUE with all-MiniLM-L6-v2.
+"""Compare LoRA with full fine-tuning, with a head alone and with PEFT's LoRA, on GLUE with all-MiniLM-L6-v2.
 
     python benchmarks/glue.py run --minilm DIR --glue DIR --output FILE [--tasks cola] [--methods full "lora q,v"]
     python benchmarks/glue.py table FILE [FILE ...]
 
-`run` adds a line of JSON for each run to the file, and leaves out those that are in it. All runs of a task see the same
-rows, and those of one seed see them in the same order and the same batches, PEFT's too, which needs torch and peft.
-AdamW, warm-up, cosine, clipping and the best of all epochs by the dev set: `lora_jax.train`'s, repeated for PEFT.
-`table` takes for each method the learning rate with the best mean, of those that were run with the most seeds, and sets
-LoRA's runs against those of the others seed by seed.
+`run` adds a line of JSON for each run to the file, and omits the runs that are in it. All runs of a task see the same
+rows, and runs with one seed see them in the same order and the same batches. PEFT's runs, which need torch and peft, do
+as `lora_jax.train` does: AdamW, warm-up, cosine decay, clipping, and the best epoch by the dev set.
+`table` selects each method's learning rate with the best mean, among the rates with the most seeds, and compares LoRA's
+runs with the other methods' runs seed by seed.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from lora_jax import data, models, train
 RANK, ALPHA = 8, 16
 SEEDS = tuple(range(8))
 QV, QKVO = ("query", "value"), ("query", "key", "value", "attention/output/dense")
-LINEAR = (*QKVO, "intermediate/dense", "output/dense")  # of the layers; not the pooler
+LINEAR = (*QKVO, "intermediate/dense", "output/dense")  # the layers' kernels, without the pooler's
 LORA = {"lora q,v": QV, "lora q,k,v,o": QKVO, "lora all linear": LINEAR}
 PEFT = {name.replace("lora", "peft"): targets for name, targets in LORA.items()}
 RATES = {
@@ -39,7 +39,7 @@ RATES = {
 
 
 class Size(NamedTuple):
-    """How much of a task: its folder, GLUE's figure for it, rows and passes over them."""
+    """The size of a task: its folder, GLUE's metric for it, its number of rows and of epochs."""
 
     folder: str
     figure: str
@@ -56,7 +56,7 @@ SIZES = {
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Job:
-    """What all runs of a task share."""
+    """Everything that all runs of a task share."""
 
     minilm: Path
     labels: data.Labels
@@ -85,14 +85,14 @@ def job(name: str, minilm: Path, folder: Path, epochs: int | None) -> Job:
 
 
 def ours(job: Job, method: str, seed: int, rate: float) -> dict[str, Any]:
-    """One run of this library's."""
+    """Train once with this library."""
     key = jax.random.key(seed)
     model = models.load(job.minilm, "float32", labels=job.labels.names, key=jax.random.fold_in(key, 1))
     params, trained = model.params, (f"/{model.head}/.*/",)
     if method == "full":
         trained = ("/.*/",)
     if method in LORA:
-        # A as PEFT starts it.
+        # A is initialised as in PEFT.
         settings = lora_jax.LoRAConfig(
             rank=RANK, alpha=ALPHA, targets=LORA[method], init="kaiming_uniform", also_train=trained
         )
@@ -113,8 +113,8 @@ def ours(job: Job, method: str, seed: int, rate: float) -> dict[str, Any]:
 
 
 def theirs(job: Job, method: str, seed: int, rate: float) -> dict[str, Any]:
-    """One run of PEFT's, on the same batches."""
-    import glue_peft  # torch and peft are only needed for these
+    """Train once with PEFT, on the same batches."""
+    import glue_peft  # only these runs need torch and peft
 
     config = job.config(seed, rate)
     steps = config.total_steps(len(job.rows))
@@ -156,11 +156,11 @@ def run(args: argparse.Namespace) -> None:
 
 
 def read(files: Iterable[Path]) -> list[dict[str, Any]]:
-    """The runs in the files that exist."""
+    """Read the runs in the files that exist."""
     return [json.loads(line) for file in files if file.exists() for line in file.read_text().splitlines()]
 
 
-COLUMNS = {  # of the table: task, figure and what it is called
+COLUMNS = {  # the table's columns: heading -> task and metric
     "CoLA, Matthews": ("cola", "matthews_correlation"),
     "CoLA, accuracy": ("cola", "accuracy"),
     "SST-2, accuracy": ("sst2", "accuracy"),
@@ -169,7 +169,7 @@ COLUMNS = {  # of the table: task, figure and what it is called
 
 
 def tables(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """Lines of Markdown: each method's figures, mean ± standard deviation over seeds, then differences of methods."""
+    """Lines of Markdown: each method's metrics, mean ± standard deviation over seeds, then differences of methods."""
     yield "| trains | parameters | " + " | ".join(COLUMNS) + " |"
     yield "| --- " * (2 + len(COLUMNS)) + "|"
     for method in RATES:
@@ -188,7 +188,7 @@ def tables(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 
 def chosen(rows: Iterable[dict[str, Any]], task: str, method: str) -> dict[int, dict[str, Any]]:
-    """The method's runs by seed, at the rate with the best mean of GLUE's figure among those with the most seeds."""
+    """The method's runs by seed, at the rate with the best mean of GLUE's metric among those with most seeds."""
     by_rate: dict[float, dict[int, dict[str, Any]]] = {}
     for row in rows:
         if (row["task"], row["method"]) == (task, method):

@@ -1,4 +1,4 @@
-"""PEFT's half of benchmarks/glue.py: its LoRA on transformers' BERT, on batches that are given."""
+"""PEFT's runs for benchmarks/glue.py: its LoRA on transformers' BERT, on given batches."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -28,17 +28,17 @@ def run(
     weight_decay: float,
     clip: float,
 ) -> dict[str, Any]:
-    """Trains q, v or more with PEFT, as `lora_jax.train` does: AdamW, given rates, a clipped norm, the best look kept.
+    """Train q, v or other modules with PEFT as `lora_jax.train` does: AdamW, clipping, the best evaluation's adapter.
 
     Args:
-      folder: of the base.
+      folder: the base's folder.
       targets: ends of the modules' names.
       steps: a batch and a learning rate for each step.
-      dev: the batches of the rows that are looked at every `every` steps.
-      task: which figure is the best.
+      dev: the batches on which the model is evaluated every `every` steps.
+      task: has the metric that decides which evaluation is the best.
     """
     torch.manual_seed(seed)
-    # No dropout in the base: this library's models have none.
+    # The base has no dropout, because this library's models have none.
     base = BertForSequenceClassification.from_pretrained(
         folder, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, classifier_dropout=0.0, dtype=torch.float32
     )

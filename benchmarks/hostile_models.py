@@ -1,4 +1,4 @@
-"""Every damaged or hostile model folder of tests/hostile_models.py, opened by `models.load` and `models.load_abstract`.
+"""Load every damaged or hostile model folder of tests/hostile_models.py, also with `models.load_abstract`.
 
     python benchmarks/hostile_models.py      # two cores: two minutes; no accelerator needed
 

@@ -1,10 +1,10 @@
-"""Kills `lora-jax train` at random times and resumes it, until the run is done: is it the run that nobody killed?
+"""Kill `lora-jax train` at random times and resume it until it ends, and compare it with a run that wasn't killed.
 
     python benchmarks/kills.py --kills 100 --seed 0        (Ctrl-C between two kills prints what was seen so far)
 
 Each kill is SIGKILL or SIGTERM, at a random time after the start of the process or, half of the time, after its first
-step; the run then goes on with --resume, or anew where nothing had been saved. When a run ends, its adapter and its
-metrics.jsonl (but for times) are compared with those of an unkilled run, bit for bit, and the next run begins.
+step; the run then continues with --resume, or from the start if nothing had been saved. When a run ends, its adapter
+and its metrics.jsonl (without times) are compared with an unkilled run's, bit for bit, and the next run begins.
 
 Hardware: any CPU, 2 idle cores; children read compiled programs from a cache (the first run fills it).
 Time: about 10 s a kill on 2 idle cores, beside other work up to 25 s.
@@ -32,7 +32,7 @@ from typing import NamedTuple
 
 import safetensors.numpy
 
-STEPS, INTERVAL = 60, 7  # an interval that is no multiple of the lines': a checkpoint falls between two of them
+STEPS, INTERVAL = 60, 7  # no multiple of logging_steps, so that a checkpoint falls between two lines of metrics.jsonl
 FLAGS = (
     *("--rank", "2", "--alpha", "4", "--dropout", "0.1", "--batch-size", "4", "--max-steps", str(STEPS)),
     *("--save-steps", str(INTERVAL), "--logging-steps", "5", "--eval-steps", "10"),
@@ -80,17 +80,20 @@ sys.exit(cli.main())
 
 
 class Child(NamedTuple):
-    """A process of the run, from its start to its end."""
+    """One process of a run, from its start to its end."""
 
     code: int
     phase: str  # when the signal was sent
-    begun: int  # the step that it began after
-    done: int  # steps done when it ended
+    begun: int  # the step after which it began
+    done: int  # number of steps done when it ended
     lines: list[str]
 
 
 def child(argv: list[str], env: dict[str, str], number: signal.Signals | None, place: float, spans: dict[str, float]):
-    """Runs one process; with `number`, sends it at `place` (0 to 2) of the time before or after its first step."""
+    """Run one process, and send it the signal `number` if there is one.
+
+    It comes at `place`, 0 to 2: up to 1 a share of the time before the first step, above 1 of the time after it.
+    """
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, *argv], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, bufsize=0
     )
@@ -149,7 +152,7 @@ def result(folder: Path):
 
 
 def leftovers(folder: Path) -> list[str]:
-    """What a finished run should not leave."""
+    """Files in the output that a finished run should have removed."""
     return [str(path) for path in folder.rglob("*") if re.search(r"tmp|partial|\.lock", path.name)]
 
 
@@ -171,7 +174,7 @@ def main() -> int:
     (home / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = ["--data", str(home / "data.jsonl"), *FLAGS]
     whole = ["train", "--output", str(home / "whole"), *flags]
-    for _ in range(2):  # the second reads the programs that the first has compiled, as those to be killed do
+    for _ in range(2):  # the second reads the programs that the first has compiled, as the killed ones do
         spans["before"] = 0.0
         assert child([*whole, "--overwrite"], env, None, 0.0, spans).code == 0, "the unkilled run failed"
     expected = result(home / "whole")
@@ -192,7 +195,7 @@ def main() -> int:
                 kills += 1
                 phases[f"{number.name} {one.phase}"] += 1
                 gone = one.done - max(saved, one.begun if words == ["--resume"] else 0)
-                # While Python imports nothing can answer SIGTERM yet.
+                # While Python imports modules, nothing handles SIGTERM yet.
                 early = one.phase == "starting"
                 expected_codes = (-9,) if number == signal.SIGKILL else (143, -15) if early else (143,)
                 if one.code not in expected_codes or "Traceback" in " ".join(one.lines):
@@ -235,7 +238,7 @@ def newest(folder: Path) -> int:
 
 
 def again(folder: Path) -> list[str]:
-    """How a user goes on: resume where there is a checkpoint, else anew."""
+    """The command as a user repeats it: with --resume if there is a checkpoint."""
     return ["--resume"] if newest(folder) else ["--overwrite"]
 
 

@@ -1,4 +1,4 @@
-"""A PEFT recipe here and there: how far ΔW moves, by initialiser.
+"""Train one recipe with PEFT and with this library, and compare how far ΔW moves, by initialiser.
 
     python benchmarks/peft_recipe.py --seeds 5
 
@@ -54,7 +54,7 @@ def spread(values: list[float]) -> str:
 
 
 def batch(examples: list[data.Example]) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids [rows, length] and targets, -100 where a token isn't one."""
+    """Token ids i32[rows, length], and targets, which are -100 where a token isn't a target."""
     ids = np.zeros((ROWS, LENGTH), np.int64)
     targets = np.full((ROWS, LENGTH), -100)
     for row, example in enumerate(examples):
@@ -65,7 +65,7 @@ def batch(examples: list[data.Example]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def peft_run(seed: int, batches: list[tuple[np.ndarray, np.ndarray]]) -> Iterator[tuple[float, float]]:
-    """‖ΔW‖ and the loss of each step."""
+    """Train once, and return ‖ΔW‖ and the loss of each step."""
     base = AutoModelForCausalLM.from_pretrained(text_to_sql.BASE, dtype=torch.float32)
     torch.manual_seed(seed)
     model = get_peft_model(base, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["q_proj", "v_proj"]))
@@ -75,7 +75,7 @@ def peft_run(seed: int, batches: list[tuple[np.ndarray, np.ndarray]]) -> Iterato
     for ids, targets in batches:
         logits = model(torch.tensor(ids)).logits[:, :-1]
         wanted = torch.tensor(targets[:, 1:])
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten())  # -100 is left out
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten())  # which ignores -100
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -87,7 +87,7 @@ def peft_run(seed: int, batches: list[tuple[np.ndarray, np.ndarray]]) -> Iterato
 def our_run(
     seed: int, init: str, model: models.Model, batches: list[tuple[np.ndarray, np.ndarray]]
 ) -> Iterator[tuple[float, float]]:
-    """‖ΔW‖ and the loss of each step."""
+    """Train once, and return ‖ΔW‖ and the loss of each step."""
     config = lora_jax.LoRAConfig(rank=RANK, alpha=ALPHA, targets=("q_proj", "v_proj"), init=init)
     axes = lora_jax.kernel_axes(model.apply, model.params, jax.ShapeDtypeStruct((1, 8), jnp.int32))
     base, adapter = lora_jax.split(lora_jax.init(jax.random.key(seed), model.params, config, axes=axes))

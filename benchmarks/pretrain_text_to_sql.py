@@ -2,11 +2,11 @@
 
     python benchmarks/pretrain_text_to_sql.py --output base
 
-writes a Hugging Face folder: config.json, tokenizer.json and float16 weights. `lora_jax/demo/text_to_sql/base` was
-made so, with the defaults: 3 minutes on one H200; by its FLOPs, about a day on a laptop. Expect a loss of 0.8 nats a
-token, much of it random names and numbers, which can't be known, and 95 % on the task's questions where the database
-is a plain one (`benchmarks/compare_default.py`). The text is the same everywhere; the weights differ in their last
-bits, as sums on a GPU do.
+This writes a Hugging Face folder: config.json, tokenizer.json and float16 weights. `lora_jax/demo/text_to_sql/base` was
+made with the defaults: 3 minutes on one H200; by its FLOPs, about a day on a laptop. Expect a loss of 0.8 nats a token,
+much of it for random names and numbers, which can't be predicted, and 95 % on the task's questions about databases with
+plain conventions (`benchmarks/compare_default.py`). The text is the same everywhere; the weights differ in their last
+bits, because a GPU adds in different orders.
 """
 
 import collections
@@ -33,8 +33,8 @@ from lora_jax import models
 from lora_jax.demo.text_to_sql import pretraining_documents
 
 PAD, EOS = "<pad>", "</s>"
-LENGTHS = (64, 128, 192, 256)  # documents are padded to one of these; the few longer ones are left out
-CHUNK = 10_000  # documents that one process makes at a time
+LENGTHS = (64, 128, 192, 256)  # documents are padded to one of these lengths; the few longer ones are left out
+CHUNK = 10_000  # documents that one process generates at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,12 +83,12 @@ def main(settings: Pretraining) -> None:
 
 
 def train_tokenizer(documents: Iterator[str], vocabulary: int) -> tokenizers.Tokenizer:
-    """A byte-level BPE whose words carry no space in front, and whose digits stand alone.
+    """Train a byte-level BPE in which words have no leading space and each digit is a token.
 
-    A word is then the same tokens wherever it occurs, in a question, a quoted string or an identifier: copying, which
-    is most of what text-to-SQL asks for, needs no table of spellings. Words of the frame (in over 5 % of the documents)
-    count as often as they occur, all others once: a token must be part of many words, or the model meets it in few and
-    can't copy it in a new one.
+    A word then has the same tokens wherever it occurs, in a question, a quoted string or an identifier, so that the
+    model can copy it, which is most of text-to-SQL. Words in over 5 % of the documents count as often as they occur,
+    all other words once: a token must be part of many words, else the model sees it in few and can't copy it in a new
+    one.
     """
     words = [set(re.findall(r"[^\W\d_]+|[\W_]+", document)) for document in documents]
     counts = collections.Counter(itertools.chain.from_iterable(words))
@@ -109,7 +109,7 @@ def train_tokenizer(documents: Iterator[str], vocabulary: int) -> tokenizers.Tok
 
 
 def encode(settings: Pretraining, tokenizer: tokenizers.Tokenizer) -> list[np.ndarray]:
-    """The documents' tokens, uint16 [documents, length] for each of `LENGTHS`."""
+    """The documents' tokens, u16[documents, length] for each of `LENGTHS`."""
     chunks = range(settings.seed + 1, settings.seed + 1 + -(-settings.documents // CHUNK))
     work = functools.partial(_encode_chunk, tokenizer.to_str(), min(CHUNK, settings.documents))
     context = multiprocessing.get_context("spawn")  # a fork would share the threads of JAX
@@ -152,7 +152,7 @@ def train(settings: Pretraining, model: models.Model, buckets: list[np.ndarray])
 
 
 def batches(settings: Pretraining, buckets: list[np.ndarray]) -> Iterator[np.ndarray]:
-    """Rows of one length, about `tokens_per_step` tokens of them; buckets drawn in proportion to their tokens."""
+    """Draw batches of one length, with about `tokens_per_step` tokens; lengths are drawn by their shares of tokens."""
     rng = np.random.default_rng(settings.seed)
     sizes = np.array([bucket.size for bucket in buckets], float)
     for _ in range(settings.steps):
@@ -161,7 +161,7 @@ def batches(settings: Pretraining, buckets: list[np.ndarray]) -> Iterator[np.nda
 
 
 def mean_loss(apply, params, rows) -> jax.Array:
-    """Nats per token of `rows` int[B, T], padding (id 0) left out."""
+    """Mean loss of `rows`, i32[B, T], in nats a token, without padding (id 0)."""
     rows = rows.astype(jnp.int32)
     logits = apply(params, rows[:, :-1]).astype(jnp.float32)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, rows[:, 1:])

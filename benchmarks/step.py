@@ -1,19 +1,19 @@
-"""A training step, ours beside PEFT's: seconds, share of the matrix units' rate, memory.
+"""Measure a training step of this library and of PEFT: seconds, share of the matrix units' rate, memory.
 
     make bench DEVICE=cpu                                        # or: python benchmarks/step.py --device cpu
     make bench DEVICE=gpu                                        # the rows and contenders of the tables below
     python benchmarks/step.py --rows 1b:4x2048:qv --contenders ours ours:remat=full peft:compile
     python benchmarks/step.py --tiny                             # two layers on any machine, to see that it runs
 
-Every contender is a process of its own that holds a model of random weights, in bfloat16 (`small`: float32); they take
-their steps in turn, in `--rounds` rounds of `--steps`, so that all meet the same machine. A step is timed until the
-device is done with it; the table has the median of the rounds' medians, and the lowest and highest of those. `ours` is
-`models.init`, `adapt` and `make_step` with no setting but those that it names, and gets a mask of padding; `peft` gets
-none. `peft:flash` has transformers' attention replaced by the flash kernel with a causal flag, which transformers
-doesn't choose by itself.
+Every contender is a process with a model of random weights, in bfloat16 (`small`: float32). The contenders take their
+steps in turn, in `--rounds` rounds of `--steps`, so that the machine's state is the same for all. A step is timed until
+the device has finished it; the table has the median of the rounds' medians, and the lowest and the highest of them.
+`ours` is `models.init`, `adapt` and `make_step` with only the settings that it names, and gets a mask of padding;
+`peft` gets none. `peft:flash` has transformers' attention replaced by the flash kernel with a causal flag, which
+transformers doesn't choose by itself.
 
 Needs torch, transformers and PEFT beside jax; 3 minutes a row of 1B on an H200 and 6 of 8B, most of it compilation. The
-figures to expect there (driver 580.159, jax 0.11.2, torch 2.11.0, PEFT 0.21.0, transformers 5.17.0; a product of
+values to expect there (driver 580.159, jax 0.11.2, torch 2.11.0, PEFT 0.21.0, transformers 5.17.0; a product of
 matrices runs at 796 TFLOP/s): seconds a step, ours, and PEFT's over ours
 
                      ours   share   eager  compile  flash,compile
@@ -99,7 +99,7 @@ WARM_UP = 3  # steps that are not timed
 
 
 class Row(NamedTuple):
-    """What is trained: `shape:BATCHxLENGTH:targets`."""
+    """The model, the batch and the targets of a row of the table: `shape:BATCHxLENGTH:targets`."""
 
     shape: str
     batch: int
@@ -119,11 +119,11 @@ class Row(NamedTuple):
 
     @property
     def dtype(self) -> str:
-        """Of the base's weights."""
+        """The dtype of the base's weights."""
         return "float32" if self.shape == "small" else "bfloat16"
 
     def flops(self) -> float:
-        """Of one step with a frozen base: each product's forward and its gradient of x, causal attention, A and B."""
+        """FLOPs of one step with a frozen base: each product and its gradient of x, causal attention, A and B."""
         s = SHAPES[self.shape]
         width, inner, layers = s["hidden_size"], s["intermediate_size"], s["num_hidden_layers"]
         q, kv = (s[heads] * s["head_dim"] for heads in ("num_attention_heads", "num_key_value_heads"))
@@ -137,18 +137,19 @@ class Row(NamedTuple):
 
 
 class Worker(NamedTuple):
-    """What a contender's process hands to `serve`."""
+    """The functions of a contender's process that `serve` calls."""
 
-    step: Callable[[int], Any]  # by number; returns what `wait` waits for
+    step: Callable[[int], Any]  # takes the step's number, and returns what `wait` waits for
     wait: Callable[[Any], Any]
-    facts: Callable[[], dict[str, Any]]  # asked after each round
+    facts: Callable[[], dict[str, Any]]  # called after each round
     about: dict[str, Any]
 
 
 def serve(make: Callable[[], Worker]) -> None:
-    """A contender's side: takes as many steps as it reads, a line of JSON for each number; the first are a warm-up.
+    """Serve a contender: for each number that it reads, take that many steps and write a line of JSON.
 
-    What is made at the first line has the card for itself, for XLA times kernels while it compiles.
+    The first steps are a warm-up. The worker is made at the first line, when no other contender uses the card, because
+    XLA times kernels while it compiles.
     """
     worker = None
     for line in sys.stdin:
@@ -162,7 +163,7 @@ def serve(make: Callable[[], Worker]) -> None:
 
 
 class Process:
-    """The other side of `serve`."""
+    """The process of a contender, which runs `serve`."""
 
     def __init__(self, contender: str, row: str, log: Any):
         self.name, (who, _, how) = contender, contender.partition(":")
@@ -179,7 +180,7 @@ class Process:
             self.failed = True
 
     def wait(self) -> list[float]:
-        """Seconds of each step that was started; none once the process has failed."""
+        """Wait for the started steps and return their seconds; empty if the process has failed."""
         assert self.process.stdout is not None
         for line in () if self.failed else self.process.stdout:
             if line.startswith("{"):
@@ -196,9 +197,9 @@ class Process:
 
 
 def run(row: str, settings: argparse.Namespace, log: Any) -> list[dict[str, Any]]:
-    """One row of the table for each contender."""
+    """Measure each contender, and return its row of the table."""
     processes = [Process(contender, row, log) for contender in settings.contenders]
-    # The first contender compiles alone, as XLA times kernels meanwhile. torch doesn't: the others share the wait.
+    # The first contender compiles alone, because XLA times kernels meanwhile. The others compile at the same time.
     for group in (processes[:1], processes[1:]):
         began = time.perf_counter()
         for process in group:
@@ -226,7 +227,7 @@ def run(row: str, settings: argparse.Namespace, log: Any) -> list[dict[str, Any]
 
 
 def table(results: list[dict[str, Any]], ceiling: float) -> str:
-    """A line for each result: the ratio is its time over that of its row's first contender."""
+    """A line for each result; the ratio is its time over the time of its row's first contender."""
     heads = (("step s", 8), ("lowest", 8), ("highest", 8), ("ratio", 7), ("share", 7), ("peak GB", 9), ("first s", 9))
     lines = [" " * 44 + "".join(f"{name:>{width}}" for name, width in heads)]
     first: dict[str, float] = {}
@@ -243,7 +244,7 @@ def table(results: list[dict[str, Any]], ceiling: float) -> str:
 
 
 def card() -> str:
-    """The GPU's name and driver, as nvidia-smi gives them."""
+    """The GPU's name and driver, as nvidia-smi reports them."""
     query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     try:
         return subprocess.run(query, check=True, capture_output=True, text=True).stdout.strip()

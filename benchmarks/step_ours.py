@@ -1,4 +1,4 @@
-"""Our side of step.py, which starts it: ROW and settings of `models.init` as `name=value,...`."""
+"""This library's contender for step.py, which starts it with ROW and settings of `models.init`, `name=value,...`."""
 
 import os
 import sys
@@ -18,7 +18,7 @@ from lora_jax.train import TrainConfig, make_optimizer, make_step
 
 
 def ceiling(size: int = 8192) -> float:
-    """TFLOP/s of a product of two bfloat16 matrices."""
+    """Measure the TFLOP/s of a product of two bfloat16 matrices."""
     x = jax.random.normal(jax.random.key(0), (size, size), jnp.bfloat16)
     product = jax.jit(lambda a, b: a @ b)
     product(x, x).block_until_ready()

@@ -1,4 +1,4 @@
-"""PEFT's side of step.py, which starts it: ROW and `eager` or `compile`, with `flash` the causal flash kernel."""
+"""PEFT's contender for step.py, which starts it with ROW and `eager` or `compile`, and `flash` for the flash kernel."""
 
 import sys
 import time
@@ -16,7 +16,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def causal_flash(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
-    """Attention with a causal flag and grouped heads, no mask: torch takes its flash kernel."""
+    """Attention with a causal flag, grouped heads and no mask, for which torch selects its flash kernel."""
     attend = torch.nn.functional.scaled_dot_product_attention
     return attend(query, key, value, is_causal=True, scale=scaling, enable_gqa=True).transpose(1, 2).contiguous(), None
 
@@ -31,10 +31,10 @@ def wait(result=None):
 
 
 def ceiling(size: int = 8192) -> float:
-    """TFLOP/s of a product of two bfloat16 matrices."""
+    """Measure the TFLOP/s of a product of two bfloat16 matrices."""
     x = torch.randn(size, size, device=DEVICE, dtype=torch.bfloat16)
     times = []
-    for _ in range(4):  # the first warms up
+    for _ in range(4):  # the first one is a warm-up
         wait()
         began = time.perf_counter()
         for _ in range(10):
@@ -78,7 +78,7 @@ def make() -> Worker:
     def facts():
         peak = torch.cuda.max_memory_allocated() / 1e9 if DEVICE == "cuda" else 0
         if DEVICE == "cuda":
-            torch.cuda.empty_cache()  # the others share the card
+            torch.cuda.empty_cache()  # other contenders use the same card
         return {"peak_gb": peak, "loss": float(losses[-1])}
 
     rate = ceiling() if DEVICE == "cuda" else 0

@@ -1,11 +1,11 @@
-"""Eight adapters in one program against eight runs in turn: seconds a step, and that both give the same losses.
+"""Compare eight adapters in one program with eight runs in turn: seconds a step, and equal losses.
 
     python benchmarks/sweep.py --length 16 --batch-sizes 1 4
     python benchmarks/sweep.py --length 64 --batch-sizes 1 4 16      # about 2 minutes on two CPU cores that are free
 
-The embedded Llama of 3.2M parameters. Ratios above 1 speak for one program; CPU seconds are told beside, since other
-work on the machine bends the wall clock. Seen with jax 0.10.2 on two cores that had nothing else to do (ratios of wall
-clock, of CPU seconds):
+The model is the embedded Llama of 3.2M parameters. With a ratio above 1 the one program is faster. CPU seconds are
+printed too, because other work on the machine changes the wall clock. Measured with jax 0.10.2 on two idle cores
+(ratios of wall clock, of CPU seconds):
 
     16 tokens a row   batch 1  2.11, 2.21    batch 4   1.32, 1.29    batch 16  0.98, 0.93
     64 tokens a row   batch 1  1.39, 1.18    batch 4   0.99, 0.98    batch 16  1.18, 1.01
@@ -17,8 +17,8 @@ On an H100 with jax 0.11.2, the float32 products in full (`JAX_DEFAULT_MATMUL_PR
     the embedded Llama of 3.2M       4.84  3.98  2.60  1.68  1.56
     a Llama of 10M (`--model`)       4.78  3.51  2.01  1.39  1.30
 
-One program saves what a step costs besides arithmetic. On two cores that gain ends at about 256 tokens a step and
-adapter; beyond, the arithmetic decides, which is the same. On the H100 it has not ended at 16,384 tokens. The final
+One program saves a step's costs besides arithmetic. On two cores this gain ends at about 256 tokens a step and adapter,
+beyond which the arithmetic, which is the same, dominates. On the H100 it has not ended at 16,384 tokens. The final
 losses differ by 7e-7 at most.
 """
 
@@ -38,12 +38,12 @@ from lora_jax.sweep._program import make_program, point_settings
 from lora_jax.sweep._start import AdapterFactory
 from lora_jax.train import LANGUAGE_MODELLING, TrainConfig, make_optimizer, make_step
 
-ADAPTERS, RANK, STEPS = 8, 8, 30  # STEPS of the schedule
+ADAPTERS, RANK, STEPS = 8, 8, 30  # STEPS is the schedule's length
 POINTS = [Point(rank=RANK, alpha=16, targets=("q", "v"), seed=seed) for seed in range(ADAPTERS)]
 
 
 def batches(vocabulary, rows, length, steps):
-    """For every step and adapter, rows of its own."""
+    """Random rows for each step and each adapter."""
     ids = np.random.default_rng(0).integers(2, vocabulary, (steps, ADAPTERS, rows, length)).astype(np.int32)
     weights = np.ones(ids.shape, np.float32)
     return [
@@ -70,7 +70,7 @@ class Together:
 
 
 class InTurn:
-    """The same adapters, one after another, by the step that `lora_jax.train` runs."""
+    """The same adapters, one after another, with the step of `lora_jax.train`."""
 
     def __init__(self, model, factory, config):
         tx = make_optimizer(config, STEPS)
@@ -105,7 +105,7 @@ def main():
         sides = {"in turn": InTurn(model, factory, config), "together": Together(model, factory, config)}
         seconds, cpu, last = {name: [] for name in sides}, {name: [] for name in sides}, {}
         for number, batch in enumerate(batches(model.config.vocab_size, rows, options.length, options.steps + 1), 1):
-            for name, side in sides.items():  # interleaved: whatever else the machine does meets both alike
+            for name, side in sides.items():  # interleaved, so that other work on the machine slows both alike
                 began, cpu_began = time.perf_counter(), time.process_time()
                 last[name] = side.step(model.params, batch, number)
                 if number > 1:

@@ -1,13 +1,14 @@
-"""The training step of Llama 2 7B compiled for four TPU v5e chips: what fits, and what the step doesn't do.
+"""Compile the training step of Llama 2 7B for four TPU v5e chips, to see what it takes and what it doesn't do.
 
     pip install libtpu==0.0.42.1      # the compiler that goes with jax 0.10.2; no TPU is needed
     python benchmarks/tpu_step.py     # about 8 minutes of CPU time
 
-bfloat16, each layer recomputed in the backward pass, rank 8 on q_proj and v_proj, 8 rows of 512 tokens a step, AdamW;
-once with every kernel cut over the chips for storage (`data`: gathered a layer at a time, rows spread), once with the
-products cut (`model`: tensor parallel). `lora_jax.testing.certify` raises if the step computes a gradient of a kernel's
-shape, copies the base, or sends an array of a kernel's shape that full fine-tuning of the same model doesn't send; it
-is an error, too, if `adapt` has to materialise a kernel. Seen with jax 0.10.2 and libtpu 0.0.42.1, per chip of 16 GiB:
+The model is in bfloat16, each layer is recomputed in the backward pass, and q_proj and v_proj have rank 8; a step has 8
+rows of 512 tokens and AdamW. Every kernel is sharded over the chips, once for storage only (`data`: gathered a layer at
+a time, rows sharded), once with its products (`model`: tensor parallel). `lora_jax.testing.certify` raises if the step
+computes a gradient of a kernel's shape, copies the base, or sends an array of a kernel's shape that full fine-tuning of
+the same model doesn't send; it is an error, too, if `adapt` has to materialise a kernel. Measured with jax 0.10.2 and
+libtpu 0.0.42.1, per chip of 16 GiB:
 
     data   3243 MiB of arguments, 1047 MiB temporary; 0.740 of full fine-tuning's FLOPs; gathers one layer's
            [1, 4096, 4096] at a time, never the stack of 32
@@ -19,7 +20,7 @@ import os
 import tempfile
 from typing import Any
 
-# The compiler asks for the machine that it is not on; told beforehand, it asks nobody.
+# The compiler would query the machine for its TPU, unless these variables describe one.
 os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost"}
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -36,12 +37,12 @@ from lora_jax.train import TrainConfig, make_optimizer, make_step, next_token_lo
 LLAMA_2_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
 ROWS, LENGTH, RANK = 8, 512, 8
 CONFIG = lora_jax.LoRAConfig(rank=RANK, alpha=16, targets=("q_proj", "v_proj"))
-INPUTS_CUT = ("o_proj", "down_proj", "embed_tokens")  # what tensor parallelism cuts along its first axis
+INPUTS_CUT = ("o_proj", "down_proj", "embed_tokens")  # sharded by tensor parallelism along its first axis
 P = jax.P
 
 
 def base_specs(params: Any, layout: str) -> Any:
-    """How the base lies on the chips; norms are whole on each."""
+    """The base's partition specs; norms are replicated."""
 
     def of(path, leaf):
         if path[-1].key == "scale":
@@ -64,7 +65,7 @@ def model_of(shape: dict[str, int]) -> Any:
 
 
 def arguments(model: Any, tx: Any, layout: str, devices: Any) -> tuple[Any, ...]:
-    """Adapter, optimizer state, base and batch of a step: shapes and places only."""
+    """Adapter, optimizer state, base and batch of a step, as shapes with shardings."""
     mesh = Mesh(np.array(devices), (layout,))
     on_mesh = lambda spec: NamedSharding(mesh, spec)
     ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)

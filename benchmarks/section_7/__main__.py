@@ -1,12 +1,13 @@
-"""Section 7 of the LoRA paper (Hu et al. 2021, arXiv 2106.09685) on models and data of your own.
+"""Repeat section 7 of the LoRA paper (Hu et al. 2021, arXiv 2106.09685) on your own models and data.
 
     python benchmarks/section_7 --minilm DIR --llama DIR --glue DIR --wikisql DIR     # measures, then writes the page
     python benchmarks/section_7 --page --results DIR --output FILE                    # the page alone, from results
 
 `--minilm` is all-MiniLM-L6-v2's folder, `--llama` a small Llama's; `--glue` holds GLUE's own files in the folders CoLA,
-MRPC, SST-2 and MNLI, `--wikisql` WikiSQL's questions and the tables' headers. What isn't given isn't run. Results are
-written run by run into out/section-7/SCALE, and a run that is there is not repeated: stop it and start it as you like.
-`--scale full` is for an accelerator, `small` shows all of it on two cores, `check` in minutes that it works.
+MRPC, SST-2 and MNLI, `--wikisql` WikiSQL's questions and the tables' headers. Experiments whose model or data aren't
+given are left out. Each run's results are written into out/section-7/SCALE as it ends, and it isn't repeated, so the
+command can be stopped and started again at any time. `--scale full` is for an accelerator, `small` runs all experiments
+on two cores, and `check` takes minutes.
 """
 
 import argparse

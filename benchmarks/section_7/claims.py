@@ -1,4 +1,4 @@
-"""The paper's claims: its figures, ours, and whether ours agree. Section and table numbers are the paper's."""
+"""The paper's claims: its values, ours, and whether ours agree. Section and table numbers are the paper's."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ class Claim(NamedTuple):
 
 
 def claims(results: Results) -> list[Claim]:
-    """Those that there are results for."""
+    """The claims for which there are results."""
     return [*_budget(results), *_ranks(results), *_alpha(results), *_subspaces(results), *_prefix(results)]
 
 
@@ -29,21 +29,21 @@ def claims(results: Results) -> list[Claim]:
 
 
 def _lower(found: Difference) -> str:
-    """Of a claim that a difference is negative."""
+    """The verdict on a claim that a difference is negative."""
     return ONE_SEED if found.seeds < 2 else {-1: "yes", 0: "undecided", 1: "no"}[found.sign]
 
 
 def _not_higher(found: Difference) -> str:
-    """Of a claim that a difference isn't positive."""
+    """The verdict on a claim that a difference isn't positive."""
     return ONE_SEED if found.seeds < 2 else {-1: "yes", 0: "not contradicted", 1: "no"}[found.sign]
 
 
 def by_task(
     results: Results, of: Callable[[str, str], Difference | None], verdict: Callable[[Difference], str]
 ) -> tuple[str, str]:
-    """A difference for each task, as figures and as verdicts. `of` gives it for a task and a figure.
+    """A claim on a difference for each task, with its values and verdicts; `of` returns it for a task and a metric.
 
-    Verdicts go by the dev loss. Scores stand beside: of them the claim is that the difference is positive.
+    Verdicts are on the dev loss. Scores are shown beside it; for them the claim is that the difference is positive.
     """
     told, held, scored = [], {}, {}
     for task in results.tasks:
@@ -113,14 +113,14 @@ def _said(what: str, found: tuple[str, str]) -> tuple[str, str]:
 
 
 def _between(results: Results, of: tuple[str, ...], one: tuple[str, int], other: tuple[str, int]) -> Difference | None:
-    """`of` is a task and a figure; the points are targets and ranks."""
+    """The difference of two points, given as targets and ranks, for a task and a metric, `of`."""
     task, figure = of
     ours, theirs = (results.grid(task, *point, figure) for point in (one, other))
     return difference(ours, theirs) if ours and theirs else None
 
 
 def _best_single(results: Results, task: str) -> str | None:
-    """Of q, k, v and o at rank 8 the one with the lowest mean dev loss."""
+    """The one of q, k, v and o that has the lowest mean dev loss at rank 8."""
     found = {name: results.grid(task, name, 8) for name in "qkvo"}
     means = {name: np.mean(list(losses.values())) for name, losses in found.items() if losses}
     return min(means, key=lambda name: means[name]) if means else None
@@ -162,7 +162,10 @@ def _subspaces(results: Results) -> Iterator[Claim]:
         holds: Callable[..., bool],
         over: str = "seeds",
     ) -> Claim:
-        """`figures` are of one kernel, by seed or by pair of seeds; `holds` takes those of one, in their order."""
+        """A claim on `figures`: functions that return a kernel's values by seed, or by pair of seeds.
+
+        `holds` takes one seed's values, in the order of `figures`.
+        """
         told = []
         for kind in kinds:
             of_kind = [kernel for name, kernel in found.items() if name.split()[0] == kind]
@@ -183,11 +186,11 @@ def _subspaces(results: Results) -> Iterator[Claim]:
         return lambda kernel: [float(np.mean(layers)) for layers in kernel["amplification"][str(rank)][name]]
 
     def own(kernel: dict) -> list[float]:
-        """W's own, which is the same for all seeds."""
+        """W's own value, which is the same for all seeds."""
         return amplification("projected_own")(kernel) * len(amplification("projected")(kernel))
 
     def random(kernel: dict) -> list[float]:
-        """What random subspaces seldom exceed."""
+        """The value that random subspaces seldom exceed."""
         draws = amplification("projected_random")(kernel)
         return [float(np.mean(draws) + 2 * np.std(draws, ddof=1))] * len(amplification("projected")(kernel))
 
@@ -225,7 +228,7 @@ def _subspaces(results: Results) -> Iterator[Claim]:
 
 
 def _more_of_q_than_of_v(runs: Mapping[str, Any]) -> Iterator[Claim]:
-    """Figure 4's other half."""
+    """The second claim of figure 4: ΔW_q has more common directions than ΔW_v."""
     told, held = [], {}
     for task in (task for task in TITLES if task in runs):
         shared = {

@@ -1,5 +1,4 @@
-# ruff: noqa: E501
-"""The experiments. Each is a function of the `Bench`, writes into a store of its own, and can be left out."""
+"""The experiments: functions of the `Bench` that write into a store each, and any of which can be left out."""
 
 import dataclasses
 import functools
@@ -37,7 +36,7 @@ LLAMA_2_13B = {
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Bench:
-    """What all experiments share: the scale, where results go, and the tasks, made when first asked for."""
+    """Everything that the experiments share: the scale, the folder of results, and the tasks, made at first use."""
 
     scale: Scale
     results: Path
@@ -71,7 +70,7 @@ def grid(bench: Bench, name: str, seed: int) -> None:
     size = bench.scale.tasks[name]
     wanted = list(dict.fromkeys(size.points))
     points = [sweep.Point(rank=rank, alpha=ALPHA, targets=targets, seed=seed) for targets, rank in wanted]
-    if name != "wikisql":  # there a head must train for anything to be learned; the decoder has its own
+    if name != "wikisql":  # without a trained head nothing can be learned there; the decoder has its own head
         points.append(sweep.Point(targets=NOTHING[0], rank=NOTHING[1], alpha=NOTHING[2], seed=seed))
 
     def make() -> dict[str, Any]:
@@ -119,7 +118,7 @@ def _row(task: Task, result: sweep.Result) -> dict[str, Any]:
 
 
 def merged(task: Task, adapter: Any) -> Any:
-    """The task's parameters with the adapter in its kernels: one shape of tree, so one compilation, for all adapters."""
+    """Merge an adapter into the task's parameters. All adapters have one tree structure, so this compiles once."""
     base = task.params | {name: jax.tree.map(lambda _: None, task.params[name]) for name in task.head}
     return lora_jax.merge(lora_jax.combine(base, adapter))
 
@@ -128,7 +127,7 @@ def merged(task: Task, adapter: Any) -> Any:
 
 
 def alpha(bench: Bench, seed: int) -> None:
-    """α × learning rate under Adam, without clipping."""
+    """Compare products of α and learning rate under Adam, without clipping."""
     task = bench.task("cola")
     points = [
         sweep.Point(rank=8, alpha=a, targets=LEARNER, learning_rate=rate, seed=seed)
@@ -143,11 +142,11 @@ def alpha(bench: Bench, seed: int) -> None:
     bench.store("alpha").run(f"cola/{seed}", make)
 
 
-SCALED = 4.0  # the α/r that is put in one place or another
+SCALED = 4.0  # the α/r whose place is varied
 
 
 def place(bench: Bench, seed: int) -> None:
-    """The scale at every forward, as loralib's code has it, or elsewhere. All with the same A at the start."""
+    """Compare places of the scale: in every forward, as in loralib, and elsewhere. All runs start from the same A."""
     task = bench.task("cola")
     base, adapter = started(task, seed, rank=8, alpha=8 * SCALED, targets=roles(task, LEARNER))
     rate = task.size.learning_rate
@@ -180,7 +179,7 @@ def place(bench: Bench, seed: int) -> None:
 
 
 def dropout(bench: Bench, seed: int) -> None:
-    """Dropout on the LoRA path; a rate of 0 is the grid's point with the same seed."""
+    """Compare dropout rates on the LoRA path; the rate 0 is the grid's point with the same seed."""
     task = bench.task("cola")
     points = [sweep.Point(rank=8, alpha=ALPHA, targets=LEARNER, dropout=p, seed=seed)
               for p in (0.0, *bench.scale.dropouts)]  # fmt: skip
@@ -197,7 +196,7 @@ def dropout(bench: Bench, seed: int) -> None:
 
 
 def prefix(bench: Bench, seed: int) -> None:
-    """LoRA, prefix embeddings, and both."""
+    """Compare LoRA, prefix embeddings, and both together."""
     task = bench.task("cola")
     rate, length = task.size.learning_rate, bench.scale.prefix_length
     settings = {"rank": 8, "alpha": ALPHA, "targets": roles(task, LEARNER)}
@@ -211,7 +210,7 @@ def prefix(bench: Bench, seed: int) -> None:
         if name != "LoRA":
             params = lora_jax.prefix.init(jax.random.key(seed), params, length, after=1)
         base, adapter = lora_jax.split(params, task.head)
-        # A prefix has embeddings' size, about 0.05, and learns as slowly as A and B do at this rate.
+        # A prefix has values of the embeddings' size, about 0.05, and learns as slowly as A and B at this rate.
         losses, (trained,) = train_variants(
             task, base, [Variant(adapter, rate, rate, rate)], steps=task.size.steps, seed=seed
         )
@@ -236,18 +235,18 @@ def roles(task: Task, targets: tuple[str, ...]) -> tuple[str, ...]:
     return point.settings(None, None, sorted(task.axes))[0].targets
 
 
-# --- which kernels: the score before training against what training gives ---------------------------------------------
+# --- which kernels: the score before training, compared with the result of training -----------------------------------
 
 
 def kernels(bench: Bench, seed: int) -> None:
-    """Each of the attention kernels of each layer alone, and its gradient score before that."""
+    """Train each attention kernel of each layer alone, after computing its gradient score."""
     task = bench.task("cola")
     everything = roles(task, ("q", "k", "v", "o"))
     rate, steps = task.size.learning_rate, bench.scale.variant_steps
 
     def make() -> dict[str, Any]:
         base, adapter = started(task, seed, rank=8, alpha=ALPHA, targets=everything)
-        # With a head of zeros no gradient reaches a kernel: the head trains alone first.
+        # No gradient passes a head of zeros to a kernel, so the head trains alone first.
         alone = measures.edit_nodes(adapter, lambda path, node: measures.scale_of(node, 0.0))
         _, (warm,) = train_variants(task, base, [Variant(alone, rate, 0.0, 0.0)], steps=steps, seed=100 + seed)
         params = lora_jax.combine(base, warm)
@@ -282,7 +281,7 @@ def kernels(bench: Bench, seed: int) -> None:
 
 
 def subspaces(bench: Bench, name: str) -> None:
-    """Figures 3 and 4, table 7 and the spectra, from the grid's adapters of two seeds or more."""
+    """Measure figures 3 and 4, table 7 and the spectra, with the grid's adapters of two or more seeds."""
     seeds = bench.scale.seeds
     files = {
         (rank, seed): bench.adapter_file(name, label(LEARNER, rank), seed) for rank in (4, 8, 64) for seed in seeds
@@ -303,7 +302,7 @@ def subspaces(bench: Bench, name: str) -> None:
 
 
 def counts(bench: Bench) -> None:
-    """What a budget buys on Llama 2 13B, by `lora-jax inspect`: from the configuration, without weights."""
+    """Count parameters on Llama 2 13B with `lora-jax inspect`: from the configuration, without weights."""
 
     def make() -> dict[str, Any]:
         rows = []
@@ -325,7 +324,7 @@ def counts(bench: Bench) -> None:
 
 
 def plan(bench: Bench) -> list[tuple[str, Callable[[], None]]]:
-    """All experiments in the order in which they are worth having, breadth first: seed by seed."""
+    """All experiments in the order of their importance, breadth first: seed by seed."""
     runs: list[tuple[str, Callable[[], None]]] = [("counts", lambda: counts(bench))]
     for seed in bench.scale.seeds:
         for name in bench.makers:

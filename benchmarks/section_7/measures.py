@@ -1,4 +1,4 @@
-"""What ΔW is to W: the figures' numbers from trained adapters, and adapters on disk as plain arrays."""
+"""The relation of ΔW to W, measured on trained adapters, and adapters on disk as plain arrays."""
 
 import itertools
 import zlib
@@ -14,7 +14,7 @@ import lora_jax
 from lora_jax import analysis, train
 
 SHARES = (0.9, 0.99)
-RANDOM_DRAWS = 20  # of random U and V, whose spread is what ΔW's are held against
+RANDOM_DRAWS = 20  # draws of random U and V, with whose spread ΔW's values are compared
 
 
 # --- nodes -----------------------------------------------------------------------------------------------------------
@@ -25,14 +25,14 @@ def _is_node(x: Any) -> bool:
 
 
 def nodes(tree: Any) -> dict[str, lora_jax.LoRA]:
-    """The nodes by the path of their kernel."""
+    """The nodes by their kernels' paths."""
     pairs, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_node)
     named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in pairs if _is_node(leaf)}
     return {path.removesuffix("_lora"): node for path, node in named.items()}
 
 
 def edit_nodes(tree: Any, change: Callable[[str, lora_jax.LoRA], lora_jax.LoRA]) -> Any:
-    """The tree with each node as `change(kernel's path, node)` makes it."""
+    """Replace each node by `change(kernel's path, node)`."""
 
     def one(path: Any, leaf: Any) -> Any:
         name = jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("_lora")
@@ -56,7 +56,7 @@ def leaf_at(params: Any, path: str) -> Any:
 
 
 def keep(path: Path, adapter: Any) -> None:
-    """Writes the factors and scales."""
+    """Write the factors and scales."""
     path.parent.mkdir(parents=True, exist_ok=True)
     arrays = {}
     for name, node in nodes(adapter).items():
@@ -65,7 +65,7 @@ def keep(path: Path, adapter: Any) -> None:
 
 
 def kept(path: Path, task: Task) -> dict[str, lora_jax.LoRA]:
-    """The nodes that `keep` wrote, by the path of their kernel."""
+    """Read the nodes that `keep` wrote, by their kernels' paths."""
     with np.load(path) as file:
         names = sorted({key.rpartition(":")[0] for key in file})
         return {
@@ -83,16 +83,16 @@ def everything(
     """All measures of one task's adapters.
 
     Args:
-      task: whose parameters hold W.
-      adapters: nodes by kernel path, by (rank, seed): ranks 4, 8 and 64 of all seeds.
+      task: its parameters have W.
+      adapters: nodes by kernel path, by (rank, seed): ranks 4, 8 and 64 for all seeds.
       seeds: two or more.
-      pictured: whether to keep φ as matrices, of the middle layer and the first seed, pair of seeds or draw.
+      pictured: whether to return φ as matrices too, for the middle layer and the first seed, pair of seeds or draw.
 
     Returns:
-      By kernel: φ(i, i) as `NAME_top`, table 7 as `amplification`, and `spectrum`, each figure a list over seeds of
-      lists over layers. In place of seeds stand pairs of them where two are compared (`seeds` of rank 64, `seeds8` of
-      rank 8, `left` of rank 64 on B's side), draws where matrices are random, and one entry for what is W's alone.
-      `values` are the singular values of the middle layer.
+      By kernel: φ(i, i) as `NAME_top`, table 7 as `amplification`, and `spectrum`, each a list over seeds of lists over
+      layers. The outer list is over pairs of seeds where two adapters are compared (`seeds` at rank 64, `seeds8` at
+      rank 8, `left` at rank 64 on B's side) and over draws where matrices are random; it has one entry for measures of
+      W alone. `values` are the singular values of the middle layer.
     """
     found: dict[str, Any] = {"seeds": list(seeds), "kernels": {}}
     pairs = list(itertools.combinations(seeds, 2))
@@ -128,7 +128,7 @@ def everything(
 
 
 def random_similarities(task: str, path: str, shape: Sequence[int], draws: int) -> list[np.ndarray]:
-    """φ of two Gaussian factors of rank 64, one pair for each layer, by draw."""
+    """φ between two Gaussian factors of rank 64, one pair for each layer, by draw."""
     layers, features = shape[:2]
     return [
         np.stack([analysis.random_similarity(key, features, 64, 64) for key in jax.random.split(one, layers)])
@@ -153,7 +153,7 @@ def _outputs(node: lora_jax.LoRA) -> np.ndarray:
 
 
 def _start_similarity(task: Task, path: str, trained: lora_jax.LoRA, seed: int) -> np.ndarray:
-    """φ of A as trained and as it began: Adam may leave A where it was drawn."""
+    """φ between the trained A and its initial value, which Adam may hardly change."""
     config = task.lora(rank=trained.a.shape[-1], alpha=1, targets=(path,))
     key = jax.random.fold_in(jax.random.key(seed), 0)
     begun = nodes(lora_jax.init(key, task.params, config, axes=task.axes))[path]
@@ -165,7 +165,7 @@ def _matrix(phi: np.ndarray) -> list[list[float]]:
 
 
 def _diagonal(phis: Sequence[np.ndarray]) -> dict[str, list[list[float]]]:
-    """φ(i, i) by i, for the directions that matter: the first one, four, all eight of rank 8, and all of rank 64."""
+    """φ(i, i) by i: for the first direction, the first four, all eight of rank 8, and all of rank 64."""
     most = min(phis[0].shape[-2:])
     return {str(i): [phi[:, i - 1, i - 1].tolist() for phi in phis] for i in (1, 4, 8, 64) if i <= most}
 
@@ -182,7 +182,7 @@ def _lists(each: Iterable[dict[str, Any]]) -> dict[str, list[Any]]:
 def _amplification(
     w: np.ndarray, own: analysis.Spectrum, each: Sequence[lora_jax.LoRA]
 ) -> dict[str, list[list[float]]]:
-    """Table 7 but for the random matrices: by seed, or once where W alone is asked."""
+    """Table 7 without its random matrices: by seed, or once for measures of W alone."""
     found = [analysis.amplification(jax.random.key(0), w, node, own=own) for node in each]
     return {
         **{name: [getattr(one, name).tolist() for one in found] for name in ("projected", "delta_norm", "factor")},
@@ -203,14 +203,14 @@ def _spectrum(found: analysis.Spectrum, middle: int) -> dict[str, Any]:
 
 
 def scores(task: Task, params: Any, *, seed: int, count: int) -> dict[str, analysis.GradientScore]:
-    """The gradient scores of all nodes in `params`, over the first batches that training would see."""
+    """The gradient scores of all nodes in `params`, over the first batches of training."""
     apply = lora_jax.adapt(task.apply)
 
     def loss_fn(params: Any, batch: Any) -> Any:
         total, weight = task.objective(train.apply_to_batch(apply, params, batch), batch)
         return total / weight
 
-    # One length for one compilation; the longest of them holds all.
+    # All batches are padded to the longest, so that this compiles once.
     found = batches(task, seed, count)
     longest = max(batch["input_ids"].shape[1] for batch in found)
     padded = [
@@ -225,5 +225,5 @@ def scores(task: Task, params: Any, *, seed: int, count: int) -> dict[str, analy
 
 
 def scale_of(node: lora_jax.LoRA, scale: float) -> lora_jax.LoRA:
-    """The node with another scale at every stack index."""
+    """Change the node's scale at every stack index."""
     return node.replace(scale=scale)

@@ -1,5 +1,5 @@
 # ruff: noqa: E501
-"""docs/section-7.md and its pictures, from the results alone."""
+"""The page docs/section-7.md, written from the results alone."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ LAYERED = (
 
 
 def write(results: Path, output: Path) -> None:
-    """Writes the page, and the pictures into the folder of the results."""
+    """Write the page, and its pictures into the folder of the results."""
     found = Results(results)
     drawn = pictures.draw(found, results)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -32,7 +32,7 @@ def write(results: Path, output: Path) -> None:
 
 
 def keep_times(small: Path, results: Path) -> None:
-    """What each run of another folder of results took, kept beside these results."""
+    """Copy the seconds of each run in another folder of results beside these results."""
     named = ("seconds", "cpu_seconds", "device", "cores")
     times = {
         name: {key: {field: run[field] for field in named} for key, run in runs.items()}
@@ -42,11 +42,11 @@ def keep_times(small: Path, results: Path) -> None:
 
 
 def text(found: Results, images: dict[str, str]) -> str:
-    """The page.
+    """The page's Markdown.
 
     Args:
       found: the results.
-      images: of the pictures that there are, where they lie as seen from the page.
+      images: the pictures' paths, relative to the page.
     """
 
     def picture(name: str, said: str) -> str:

@@ -15,7 +15,7 @@ DPI = 100
 
 
 def draw(results: Results, folder: Path) -> list[str]:
-    """Writes what there are results for, and returns the files' names."""
+    """Write the pictures for which there are results, and return the files' names."""
     found = []
     for name, picture in (
         ("ranks.png", _ranks), ("similarity.png", _similarity), ("spectra.png", _spectra), ("kernels.png", _kernels)
@@ -50,7 +50,7 @@ def _ranks(results: Results) -> Any:
 
 
 def _similarity(results: Results) -> Any:
-    """Figures 3 and 4 of the middle layer, of the first task, the first seed and the first pair of seeds."""
+    """Figures 3 and 4 for the middle layer, the first task, the first seed and the first pair of seeds."""
     runs = results.runs("subspaces")
     if not runs:
         return None
@@ -70,7 +70,7 @@ def _similarity(results: Results) -> Any:
 
 
 def _spectra(results: Results) -> Any:
-    """Singular values of ΔW and W, each as a share of its largest: the first task, the first seed, the middle layer."""
+    """Singular values of ΔW and W, as shares of the largest, for the first task and seed and the middle layer."""
     runs = results.runs("subspaces")
     if not runs:
         return None
@@ -86,7 +86,7 @@ def _spectra(results: Results) -> Any:
 
 
 def _kernels(results: Results) -> Any:
-    """The score before training against what each kernel alone gained."""
+    """Scores before training, and the gain of training each kernel alone."""
     rows = results.rows("kernels", "cola")
     if not rows:
         return None

@@ -1,4 +1,4 @@
-"""WikiSQL's queries as text, and logical forms compared as the data set's authors do, conditions as a set.
+"""WikiSQL's queries as text, and their comparison by logical form, as the data set's authors do it.
 
 Zhong, Xiong and Socher 2017, arXiv 1709.00103, section 4.2: a query is right if it is the gold query, whatever the
 order of its conditions.
@@ -16,14 +16,14 @@ _CONDITION = re.compile(r'"([^"]*)" ([=<>]) "([^"]*)"')
 
 
 class Query(NamedTuple):
-    """A prompt, and the query that answers it."""
+    """A prompt and the query that answers it."""
 
     prompt: str
     completion: str
 
 
 class Form(NamedTuple):
-    """What a query says: the aggregate, the column, and the conditions in no order, without upper and lower case."""
+    """A query's logical form, in lower case: the aggregate, the column, and the set of conditions."""
 
     aggregate: str
     column: str
@@ -31,7 +31,7 @@ class Form(NamedTuple):
 
 
 def read(folder: Path, split: str, most: int) -> list[Query]:
-    """The first questions of a split whose operators are known, as prompts and queries."""
+    """Read a split's first questions with known operators, as prompts and queries."""
     headers = json.loads((folder / f"headers.{split}.json").read_text())
     found = []
     with (folder / f"{split}.jsonl").open() as lines:
@@ -47,7 +47,7 @@ def read(folder: Path, split: str, most: int) -> list[Query]:
 
 
 def parse(text: str) -> Form | None:
-    """The logical form that a text is; None where it is none.
+    """Parse a text as a logical form; None if it isn't one.
 
     >>> parse('SELECT COUNT("a") WHERE "b" = "X y" AND "c" > "5"')
     Form(aggregate='COUNT', column='a', conditions=frozenset({...}))
@@ -74,7 +74,7 @@ def parse(text: str) -> Form | None:
 
 
 def same(text: str, gold: str) -> bool:
-    """Whether both are the same logical form."""
+    """Whether two texts have the same logical form."""
     form = parse(text)
     return form is not None and form == parse(gold)
 

@@ -1,5 +1,5 @@
 # ruff: noqa: E501
-"""The questions of section 7 as text, each answered by the results alone: what isn't measured isn't said."""
+"""The questions of section 7 with answers as text, which come from the results alone."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def lower(name: str, other: str, found: Difference) -> str:
-    """Which of two has the lower loss, as far as the interval tells."""
+    """Which of two has the lower loss, if the interval of their difference decides it."""
     if math.isnan(found.half):
         return f"{name} minus {other}: {found.mean:+.4f}, of one seed, which says nothing of chance"
     told = {

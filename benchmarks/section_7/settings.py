@@ -1,4 +1,4 @@
-"""How large each experiment is. `full` is what docs/section-7.md reports; `small` shows all of it on two cores."""
+"""Sizes of the experiments. docs/section-7.md reports `full`; `small` runs all of them on two cores."""
 
 from dataclasses import dataclass, replace
 
@@ -13,10 +13,10 @@ BUDGET = (  # table 5: targets and rank at one number of parameters
     (("q", "v"), 4),
     (("q", "k", "v", "o"), 2),
 )
-LEARNER = ("q", "v")  # what the experiments on one set of targets adapt
+LEARNER = ("q", "v")  # the targets of experiments that don't vary them
 RANKS = tuple((targets, rank) for targets in (("q",), ("q", "v"), ("q", "k", "v", "o")) for rank in (1, 2, 4, 8, 64))
 FEW = tuple(point for point in BUDGET if point[0] in (("q",), ("v",), ("q", "v"), ("q", "k", "v", "o")))
-SIMILAR = tuple((LEARNER, rank) for rank in (4, 8, 64))  # whose subspaces are compared
+SIMILAR = tuple((LEARNER, rank) for rank in (4, 8, 64))  # targets whose subspaces are compared
 NOTHING = (("q",), 1, 1e-6)  # targets, rank, alpha: a scale at which ΔW is zero to six digits, so the head alone trains
 
 
@@ -28,19 +28,19 @@ class Size:
     batch_size: int = 16
     max_length: int = 64
     learning_rate: float = 1e-3
-    train_rows: int = 100_000  # the first ones, at most
+    train_rows: int = 100_000  # at most this many, the first ones
     dev_rows: int = 100_000
     points: tuple[tuple[tuple[str, ...], int], ...] = BUDGET  # targets and rank; repeats count once
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """All sizes: of tasks by name, and of the experiments that stand alone."""
+    """All sizes: of the tasks by name, and of the other experiments."""
 
     name: str
     tasks: dict[str, Size]
     seeds: tuple[int, ...] = SEEDS
-    variant_steps: int = 50  # of the runs on α, its place and each kernel alone
+    variant_steps: int = 50  # steps of the runs on α, its place and each kernel alone
     alphas: tuple[float, ...] = (4.0, 16.0, 64.0)
     rates: tuple[float, ...] = (2.5e-4, 1e-3, 4e-3)
     dropouts: tuple[float, ...] = (0.1, 0.3)
@@ -49,7 +49,7 @@ class Scale:
 
 
 def tokens(scale: Scale) -> int:
-    """Of one seed's grid: every adapter's rows, were all of them as long as they may be."""
+    """Most tokens of one seed's grid: those of every adapter's rows if all had the largest length."""
     return sum(size.steps * size.batch_size * size.max_length * len(set(size.points)) for size in scale.tasks.values())
 
 

@@ -19,7 +19,7 @@ class Difference(NamedTuple):
 
     @property
     def sign(self) -> int:
-        """1 or -1 where the interval leaves zero out, else 0."""
+        """1 or -1 if the interval excludes zero, else 0."""
         return int(np.sign(self.mean)) if abs(self.mean) > self.half else 0
 
     def __str__(self) -> str:
@@ -27,7 +27,7 @@ class Difference(NamedTuple):
 
 
 def difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Difference:
-    """`ours - theirs` over the seeds that both have, with Student's interval.
+    """Mean of `ours - theirs` over the common seeds, with Student's interval.
 
     >>> found = difference({0: 1.0, 1: 1.1, 2: 1.2}, {0: 0.5, 1: 0.7, 2: 0.6})
     >>> str(found), found.sign
@@ -42,10 +42,10 @@ def difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Differ
 
 
 def layered(values: Sequence[Sequence[float]], digits: int = 3) -> str:
-    """The mean over layers and seeds ± the spread over seeds of the layers' mean, in brackets the spread over layers.
+    """Mean over layers and seeds ± deviation over seeds of the layers' mean, and in brackets the deviation over layers.
 
     Args:
-      values: by seed, of all layers; the spread over layers is the mean of all seeds'.
+      values: by seed, of all layers; the deviation over layers is averaged over seeds.
 
     >>> layered([[1.0, 3.0], [2.0, 4.0], [3.0, 5.0]]), layered([[1.0, 3.0]]), layered([[0.5], [0.25]], 2)
     ('3.000 ± 1.000 (1.414)', '2.000 (1.414)', '0.38 ± 0.18')
@@ -56,7 +56,7 @@ def layered(values: Sequence[Sequence[float]], digits: int = 3) -> str:
 
 
 def spread(values: Sequence[float | None], digits: int = 3) -> str:
-    """Mean ± standard deviation of a sample; the mean alone for one value.
+    """Mean ± standard deviation of a sample, or the mean alone for one value, as text.
 
     >>> spread([1.0, 2.0, 3.0]), spread([1.0]), spread([])
     ('2.000 ± 1.000', '1.000', '–')

@@ -1,4 +1,4 @@
-"""Results on disk, one JSON file an experiment: each run is written as it ends, and not repeated."""
+"""Results on disk, in one JSON file for each experiment: a run is written as it ends and isn't repeated."""
 
 import json
 import os
@@ -13,10 +13,10 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 
 
 class Store:
-    """The runs of one experiment at one scale by key, in `folder/NAME.json`.
+    """The runs of one experiment at one scale, by key, in `folder/NAME.json`.
 
     Raises:
-      ValueError: the file holds runs of another scale, which would be taken for this one's.
+      ValueError: the file has runs of another scale, which would be mistaken for runs of this one.
     """
 
     def __init__(self, folder: Path, name: str, scale: str):
@@ -28,7 +28,7 @@ class Store:
             )
 
     def run(self, key: str, make: Callable[[], Any]) -> Any:
-        """What `make` gives for this key, from the file if it is there."""
+        """The run with this key: read from the file if it is there, else made by `make` and written."""
         if key not in self.runs:
             print(f"{self._path.stem} {key} ...", flush=True)
             began, cpu = time.perf_counter(), time.process_time()
@@ -54,7 +54,7 @@ class Store:
 
 
 def rounded(tree: Any) -> Any:
-    """Numbers to six significant digits: files that people can read."""
+    """Round numbers to six significant digits, so that people can read the files."""
     if isinstance(tree, dict):
         return {key: rounded(child) for key, child in tree.items()}
     if isinstance(tree, list | tuple):

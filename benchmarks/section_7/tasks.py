@@ -1,4 +1,4 @@
-"""The tasks as a function of parameters, rows and a score: MiniLM on GLUE, and a small Llama on WikiSQL."""
+"""The tasks, each a model's function, parameters, rows and a score: MiniLM on GLUE, and a small Llama on WikiSQL."""
 
 import dataclasses
 import functools
@@ -23,7 +23,7 @@ HEAD = "classifier"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Task:
-    """One task: what `lora_jax.sweep.run` takes, and how an adapter is judged."""
+    """One task: arguments of `lora_jax.sweep.run`, and how an adapter is evaluated."""
 
     name: str
     size: Size
@@ -32,9 +32,9 @@ class Task:
     rows: list[Any]
     dev: list[Any]
     objective: Callable[..., Any]
-    head: tuple[str, ...]  # patterns of what trains whole
+    head: tuple[str, ...]  # patterns of leaves trained in full
     model: models.Model
-    score: Callable[[Any], float] | None = None  # of parameters, where the dev rows' metrics have none
+    score: Callable[[Any], float] | None = None  # parameters -> score; None if the dev rows' metrics have one
 
     @functools.cached_property
     def axes(self) -> lora_jax.KernelAxes:
@@ -46,11 +46,11 @@ class Task:
         return sum(leaf.size for name in self.head for leaf in jax.tree.leaves(self.params[name]))
 
     def lora(self, **settings: Any) -> lora_jax.LoRAConfig:
-        """loralib's start of A, U(±1/√in): unlike N(0, 1/r²) it doesn't change with the rank."""
+        """The adapters' settings. A starts as in loralib, U(±1/√in), which doesn't change with the rank."""
         return lora_jax.LoRAConfig(init="kaiming_uniform", also_train=self.head, **settings)
 
     def config(self, **settings: Any) -> TrainConfig:
-        """Adam without decay: nothing but the learning rate and α scales a step."""
+        """The settings of a run: Adam without decay, so that only the learning rate and α scale a step."""
         size = self.size
         own = {"max_steps": size.steps, "batch_size": size.batch_size, "learning_rate": size.learning_rate}
         return TrainConfig(**{**own, "weight_decay": 0.0, "max_length": size.max_length, **settings})
@@ -60,20 +60,20 @@ class Task:
         return train.Evaluator(lora_jax.prefix.adapt(self.apply), self.dev, 64, train.task_of(self.rows))
 
     def judge(self, params: Any) -> dict[str, float]:
-        """The loss and the score on the dev rows of a tree that holds no adapter any more."""
+        """Loss and score on the dev rows of a tree without an adapter."""
         found = self._evaluator(params)
         score = found.metrics[SCORES[self.name]] if self.score is None else self.score(params)
         return {"dev_loss": found.loss, "score": score}
 
 
 def glue(name: str, size: Size, minilm: Path, folder: Path) -> Task:
-    """A GLUE task on MiniLM: a linear head, zero at the start, on the mean of the last states, as its makers pool.
+    """A GLUE task on MiniLM: a linear head, initialised with zeros, on the mean of the last states, as its authors do.
 
     Args:
       name: of `FOLDERS`.
-      size: how much of it.
+      size: the task's size.
       minilm: the model's folder.
-      folder: of GLUE's files, a folder for each task.
+      folder: folder of GLUE's files, with a folder for each task.
     """
     model = models.load(minilm, "float32")
     labels = data.Labels(data.glue_task(name).labels)
@@ -85,7 +85,7 @@ def glue(name: str, size: Size, minilm: Path, folder: Path) -> Task:
     def apply(params, input_ids, attention_mask=None, **keywords):
         encoder = {key: child for key, child in params.items() if key != HEAD}
         hidden = model.apply(encoder, input_ids, attention_mask, **keywords)
-        own = input_ids >= 0  # a prefix is seen, not pooled
+        own = input_ids >= 0  # attention sees a prefix, pooling doesn't
         if attention_mask is not None:
             own = own & (attention_mask > 0)
         weight = own[..., None].astype(hidden.dtype)
@@ -100,13 +100,13 @@ def glue(name: str, size: Size, minilm: Path, folder: Path) -> Task:
 
 
 def wikisql(size: Size, llama: Path, folder: Path, questions: int) -> Task:
-    """WikiSQL on a decoder: the query as text after the columns' names and the question; scored by logical form.
+    """WikiSQL on a decoder, which writes the query after the columns' names and the question; scored by logical form.
 
     Args:
-      size: how much of it.
+      size: the task's size.
       llama: the model's folder.
-      folder: of WikiSQL's questions and the tables' headers.
-      questions: of the dev set, whose greedy queries are compared.
+      folder: folder of WikiSQL's questions and the tables' headers.
+      questions: number of questions of the dev set for which greedy queries are compared.
     """
     model = models.load(llama, "float32")
     asked = queries.read(folder, "dev", questions)
@@ -127,7 +127,7 @@ def wikisql(size: Size, llama: Path, folder: Path, questions: int) -> Task:
 
 
 def batches(task: Task, seed: int, steps: int) -> list[data.Batch]:
-    """The batches that a sweep with this seed sees."""
+    """The batches of a sweep with this seed."""
     size = task.size
     epochs = -(-steps * size.batch_size // len(task.rows))
     found = data.batches(task.rows, size.batch_size, seed=seed, epochs=epochs)

@@ -1,6 +1,6 @@
-"""Adapters side by side that differ in what a sweep has no setting for: the start of A, and learning rates of A and B.
+"""Training of adapters that differ in A's initial values, or in A's and B's learning rates, which a sweep can't vary.
 
-The loop of the README under `vmap`: one tree of stacked adapters, and for each its own rates.
+It is the loop of the README under `vmap`: one tree of stacked adapters, each with its own rates.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from lora_jax import train
 
 
 class Variant(NamedTuple):
-    """One adapter and its learning rates; whatever is neither A nor B has `rate`."""
+    """One adapter and its learning rates; leaves other than A and B have `rate`."""
 
     adapter: Any
     rate: float
@@ -28,14 +28,14 @@ class Variant(NamedTuple):
 def train_variants(
     task: Task, base: Any, variants: Sequence[Variant], *, steps: int, seed: int
 ) -> tuple[np.ndarray, list[Any]]:
-    """Trains all on the same rows with Adam at constant rates; its ε is so small that no gradient's size matters.
+    """Train all on the same rows with Adam at constant rates, with an ε so small that gradients' sizes don't matter.
 
     Args:
-      task: whose rows and loss.
+      task: its rows and its loss.
       base: the first part of `lora_jax.split`.
       variants: adapters of one structure.
-      steps: of each.
-      seed: of the row order.
+      steps: number of steps of each.
+      seed: seed of the order of the rows.
 
     Returns:
       The losses before each step, [variants, steps], and the trained adapters.
@@ -69,7 +69,7 @@ def _rate(path: Any, rates: dict[str, Any]) -> Any:
 
 
 def started(task: Task, seed: int, **settings: Any) -> tuple[Any, Any]:
-    """Base and adapter as a sweep's point with this seed starts."""
+    """Base and adapter with which a sweep's point with this seed starts."""
     params = lora_jax.init(
         jax.random.fold_in(jax.random.key(seed), 0), task.params, task.lora(**settings), axes=task.axes
     )
