@@ -110,3 +110,36 @@ def test_each_device_computes_its_share(mesh):
     config = llama(hidden_size=256, intermediate_size=704)
     alone = run(config, rank=1).compiled().cost_analysis()["flops"]
     assert run(config, mesh_of(mesh), rank=1).compiled().cost_analysis()["flops"] <= 1.1 * alone / 8
+
+
+@pytest.mark.parametrize("name", few(["llama", "grouped", "five", "gpt2"], ["grouped"]))
+def test_kernels_of_one_device_run_on_each(name):
+    """Splash, interpreted: rows and heads of a mesh; two heads of keys for four parts are repeated."""
+    kernel, plain = (
+        models.init(jax.random.key(0), CONFIGS[name], attention=attention) for attention in ("splash", "xla")
+    )
+    batch = batch_of(rows=4)
+    mesh = jax.make_mesh((2, 4), ("fsdp", "model"))
+    there, params = on(kernel, mesh)
+
+    def loss(apply):
+        def of(params):
+            logits = apply(params, batch["input_ids"], batch["attention_mask"])
+            return jnp.mean(jnp.square(logits) * batch["loss_weights"][..., None])
+
+        return jax.jit(jax.value_and_grad(of))
+
+    spread, expected = loss(there.apply)(params), loss(plain.apply)(plain.params)
+    for made, wanted in zip(jax.tree.leaves(spread), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(made, wanted, atol=2e-5 * float(jnp.abs(wanted).max()), rtol=1e-5)
+    assert there.attention(4, LENGTH).form == "splash"
+
+
+def test_the_choice_of_attention_knows_the_mesh():
+    on_tpu = models.init(jax.random.key(0), llama(), platform="tpu")
+    assert on_tpu.attention(4, LENGTH).why.startswith("splash's kernel takes one device")
+    assert on_tpu.on_mesh(mesh_of("model=8")).attention(4, LENGTH).form == "splash"
+    on_cpu = models.init(jax.random.key(0), llama())
+    rows = 2**28 // (4 * 8 * 1024**2)
+    assert on_cpu.attention(8 * rows, 1024).form == "blockwise"
+    assert on_cpu.on_mesh(mesh_of("fsdp=8")).attention(8 * rows, 1024).form == "xla"  # of a device's rows

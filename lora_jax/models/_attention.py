@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
 from lora_jax.models import _kernels
 from lora_jax.models._execution import KERNELS, SAVED, Choice
@@ -156,9 +157,28 @@ def attend(
         kernel = functools.partial(_kernels.splash, softcap=softcap, interpret=choice.interpreted)
     if window is None or window >= q.shape[1]:
         window, near = None, None
-    run = lambda window: lambda q, k, v: kernel(q, k, v, lengths, window=window, **how)
+    run = lambda window: _on_each(layout, functools.partial(kernel, window=window, **how), lengths)
     out = run(window)(q, k, v) if near is None else lax.cond(near, run(window), run(None), q, k, v)
     return checkpoint_name(out, SAVED)
+
+
+def _on_each(layout: Layout, kernel: Any, lengths: jax.Array | None) -> Any:
+    """`(q, k, v) -> out` by a kernel that knows of one device: each has its rows and heads of them."""
+    if layout.mesh is None:
+        return lambda q, k, v: kernel(q, k, v, lengths)
+
+    def spread(q, k, v):
+        place = layout.spec(("batch", None, "heads", None), q.shape)
+        rows = () if lengths is None else (lengths,)
+        return jax.shard_map(
+            lambda q, k, v, lengths=None: kernel(q, k, v, lengths),
+            mesh=layout.mesh,
+            in_specs=(place,) * 3 + (PartitionSpec(place[0]),) * len(rows),
+            out_specs=place,
+            check_vma=False,  # kernels don't say how their results vary
+        )(q, k, v, *rows)
+
+    return spread
 
 
 def _as_cut(layout: Layout, q: jax.Array, x: jax.Array) -> jax.Array:

@@ -110,20 +110,23 @@ def choose(execution: Execution, case: Case) -> Choice:
         return Choice("xla" if case.length == 1 else asked, "as asked")
     kernel = {"cuda": "cudnn", "tpu": "splash"}.get(execution.platform) if asked == "auto" else asked
     if kernel is None or case.cached or case.length == 1:
-        return Choice(_plain(case), f"{kernel}'s kernel doesn't read a cache" if kernel and case.cached else "")
+        return Choice(
+            _plain(case, execution.layout), f"{kernel}'s kernel doesn't read a cache" if kernel and case.cached else ""
+        )
     why = _lacks(kernel, case)
     if why and asked != "auto":
         raise ValueError(f"attention: {kernel!r} given, but {why}; take 'auto', which falls back to another form")
-    if not why and kernel == "splash" and asked == "auto" and jax.device_count() > 1:
-        why = "splash's kernel is for one device and is not spread over a mesh"
+    if not why and kernel == "splash" and asked == "auto" and execution.layout.mesh is None and jax.device_count() > 1:
+        why = "splash's kernel takes one device; the model is on no mesh that says how to use several"
     if why:
-        return Choice(_plain(case), why)
+        return Choice(_plain(case, execution.layout), why)
     interpreted = kernel == "splash" and execution.platform != "tpu"
     return Choice(kernel, "interpreted, which is slow: it is written for TPU" if interpreted else "", interpreted)
 
 
-def _plain(case: Case) -> str:
-    scores = 4 * case.rows * case.heads * case.length**2
+def _plain(case: Case, layout: Layout) -> str:
+    rows, heads = (-(-count // layout.parts(name)) for name, count in (("batch", case.rows), ("heads", case.heads)))
+    scores = 4 * rows * heads * case.length**2
     return "blockwise" if scores > MOST_SCORES and not case.cached else "xla"
 
 
