@@ -42,7 +42,7 @@ __all__ = [
     "unstack",
 ]
 
-# Loaded when first used: most bring in flax, transformers, grain and the like, which needn't be installed.
+# Imported when first used: most of them import flax, transformers, grain and the like, which may not be installed.
 _NAMESPACES = (
     "analysis",
     "checkpoint",
@@ -59,7 +59,7 @@ _NAMESPACES = (
     "train",
 )
 
-if TYPE_CHECKING:  # so that a misspelt name in one of them is an error
+if TYPE_CHECKING:  # so that type checkers report a misspelt name in one of them
     from lora_jax import analysis as analysis
     from lora_jax import checkpoint as checkpoint
     from lora_jax import data as data

@@ -1,4 +1,4 @@
-"""`python -m lora_jax` and `lora-jax`: the command line, or one line that says what it needs."""
+"""`python -m lora_jax` and `lora-jax` start the command line, or print one line that names the missing extra."""
 
 import importlib
 import sys

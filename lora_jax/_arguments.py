@@ -1,4 +1,4 @@
-"""The arguments of `init`: the right things in the right places, or one line that says what to pass instead."""
+"""Checks of the arguments of `init`: for a wrong one, one line that says what to pass instead."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -11,7 +11,7 @@ from lora_jax._axes import Axes, KernelAxes, TracedAxes
 from lora_jax._config import LoRAConfig
 from lora_jax._paths import match
 
-# What to pass in place of a framework's model, by the package that the model's class comes from.
+# The advice for a framework's model given as params, by the package of the model's class.
 _MODELS = {
     "flax.nnx": "an NNX module {} given; pass params of graphdef, params, rest = nnx.split(model, nnx.Param, ...), and"
     " call nnx.merge(graphdef, params, rest) in the function",
@@ -51,20 +51,20 @@ def has_adams_eps(dtype: Any) -> bool:
 
 
 def read_axes(axes: Any, paths: Collection[str], *, used: bool) -> tuple[dict[str, TracedAxes] | None, dict[str, Axes]]:
-    """The axes that a trace gave, by leaf; and the axes that patterns give, by the leaf that each matches.
+    """Sort `init`'s axes into those that a trace found, by leaf, and those of patterns, by the leaf that each matches.
 
-    Entries know that they are exact, so that a plain dict made from a `KernelAxes` says the same.
+    An entry that a trace found has a type of its own, so that a plain dict made from a `KernelAxes` is as good.
 
     Args:
-      axes: As `init` has them.
-      paths: All leaves of the tree.
-      used: Whether any kernel is asked for: then traced axes, none of which is a leaf's, are another tree's.
+      axes: The argument of `init`.
+      paths: The paths of all leaves of the tree.
+      used: Whether any kernel is targeted. If so, traced axes without a single leaf of this tree are an error.
 
     Returns:
-      `(exact, rules)`; `exact` is None where nothing is known from a trace.
+      `(exact, rules)`; `exact` is None where no axes are from a trace.
 
     Raises:
-      ValueError: No mapping of axes, a pattern that matches nothing, or axes of another tree.
+      ValueError: `axes` isn't a mapping of axes, a pattern matches nothing, or the axes are another tree's.
     """
     if axes is None:
         return None, {}
@@ -84,7 +84,7 @@ def read_axes(axes: Any, paths: Collection[str], *, used: bool) -> tuple[dict[st
 
 
 def known_elsewhere(path: str, exact: Collection[str]) -> str:
-    """Where the axes have a leaf under a path that differs by what precedes it; empty if they don't have it."""
+    """A hint that the axes have the leaf under a longer or shorter path, such as without `params/`; empty if not."""
     for other in exact:
         longer, shorter = (path, other) if len(path) > len(other) else (other, path)
         if longer.endswith("/" + shorter):
@@ -110,7 +110,7 @@ def _rule(pattern: str, entry: Any) -> Axes:
 
 
 def _is_key(x: Any) -> bool:
-    """One key: a typed scalar, or the uint32 words of an old one."""
+    """Whether `x` is one random key: a typed scalar, or the uint32 words of an old one."""
     if not isinstance(x, jax.Array | np.ndarray):
         return False
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
@@ -130,7 +130,7 @@ def _model(x: Any) -> str | None:
 
 
 def _kind(x: Any) -> str:
-    """A few words for what was given."""
+    """A short text for a value that was given."""
     if isinstance(x, jax.Array | np.ndarray):
         return f"an array {x.dtype}{list(x.shape)}"
     if callable(x) and hasattr(x, "__name__"):

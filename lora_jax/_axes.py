@@ -1,15 +1,15 @@
-"""How each axis of a kernel is used, and the mapping of it that a trace of a function gives."""
+"""The use of each axis of a kernel, and the mapping of them that `kernel_axes` returns."""
 
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 
 class Axes(NamedTuple):
-    """What each axis of a kernel W is for; together the three groups name every axis of W once, in any order.
+    """The axes of a kernel W by their use; together the three groups name every axis of W once, in any order.
 
     Attributes:
       stack: Axes along which W is many kernels (layers, experts): each index has factors and a scale of its own.
-      inputs: Axes contracted with the activation; of an embedding, the axis that is looked up.
+      inputs: Axes contracted with the activation; for an embedding, the axis that is looked up.
       outputs: Axes of the result.
 
     >>> Axes()  # a Flax Dense kernel, f32[in, out]
@@ -24,7 +24,7 @@ class Axes(NamedTuple):
 
 
 class TracedAxes(Axes):
-    """Axes of one leaf as a trace showed them, and the kernel's roles. Equal to the `Axes` of the same numbers.
+    """The axes of one leaf that a trace found, and the kernel's roles; equal to the `Axes` with the same numbers.
 
     Attributes:
       embedding: Whether the kernel is looked up (gather).
@@ -54,10 +54,9 @@ class TracedAxes(Axes):
 
 
 class KernelAxes(dict[str, Axes]):
-    """How a function uses its kernels: leaf path to `Axes`, as `lora_jax.kernel_axes` reads them off a trace.
+    """A dict from leaf path to `Axes`, as `lora_jax.kernel_axes` finds them in a trace of a function.
 
-    What each kernel is belongs to its entry: a part of the dict, and a plain dict made from it, say the same of the
-    kernels that they have.
+    Each entry has its kernel's roles, so that a part of the dict, or a plain dict made from it, has them too.
 
     Attributes:
       embeddings: Paths of kernels that are looked up (gather).
@@ -99,5 +98,5 @@ class KernelAxes(dict[str, Axes]):
     def _joined(first: Mapping[str, Axes], second: Mapping[str, Axes]) -> "KernelAxes":
         joined = KernelAxes()
         for part in (first, second):
-            joined.update(part)  # entries that no trace gave stay what they are: rules
+            joined.update(part)  # not through __init__, which would make traced entries of the others
         return joined

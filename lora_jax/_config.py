@@ -1,4 +1,4 @@
-"""What to adapt and how: the settings of `lora_jax.init`."""
+"""The settings of `lora_jax.init`: which kernels to adapt, and how."""
 
 import dataclasses
 import functools
@@ -11,11 +11,11 @@ import jax.numpy as jnp
 
 from lora_jax._paths import ATTENTION, check_patterns
 
-MOST_RANK = 2**16  # no kernel of today has a full rank above it
+MOST_RANK = 2**16  # above the full rank of today's kernels
 Scaling = Literal["standard", "rank_stabilized"]
 Initializer = Literal["kaiming_normal", "kaiming_uniform", "gaussian"]
 
-# What PEFT's settings, and some trainers', are called here.
+# The names of PEFT's settings, and of some trainers', in this library.
 PEFT_NAMES = {
     "r": "rank",
     "lora_alpha": "alpha",
@@ -41,13 +41,13 @@ PEFT_NAMES = {
     "peft_type": "not needed",
     "inference_mode": "not needed",
 }
-_MOST_NAMED = 130  # characters of them in one message
+_MOST_NAMED = 130  # characters of such names in one message
 
 Config = TypeVar("Config")
 
 
 def _knows_peft(config: type[Config]) -> type[Config]:
-    """A dataclass that answers settings under PEFT's names with ours."""
+    """Make a dataclass answer settings under PEFT's names with an error that has our names."""
     made: Any = config.__init__
 
     @functools.wraps(made)
@@ -82,15 +82,15 @@ class Override:
 
     Attributes:
       target: A pattern, as in `LoRAConfig.targets`.
-      rank: For these kernels; of a stacked kernel also one for each stack index, where 0 leaves that index alone.
-      alpha: For these kernels; of a stacked kernel also one for each stack index.
+      rank: The rank of these kernels; for a stacked kernel also one for each stack index, 0 where it isn't adapted.
+      alpha: The alpha of these kernels; for a stacked kernel also one for each stack index.
     """
 
     target: str
     rank: int | tuple[int, ...] | None = None
     alpha: float | tuple[float, ...] | None = None
 
-    if TYPE_CHECKING:  # what may be given; it is kept as the fields say
+    if TYPE_CHECKING:  # the types that may be given; __post_init__ converts them to the fields' types
 
         def __init__(
             self,
@@ -116,7 +116,7 @@ class Override:
 @_knows_peft
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoRAConfig:
-    """Settings of what to adapt and how.
+    """Settings of `init`: the kernels to adapt, and how.
 
         y = x W + scale · (x A) B,    scale = alpha / rank  ("standard")  or  alpha / √rank  ("rank_stabilized")
 
@@ -145,11 +145,12 @@ class LoRAConfig:
         the paper (section 4.1; it gives no size), with the variance of `"kaiming_uniform"`, U(±1/√inputs), the default
         of loralib and PEFT (Kaiming's with a = √5). `"gaussian"` is N(0, 1/rank²), PEFT's option of that name. An
         embedding starts with A = 0 and B from N(0, 1) under all three, as in loralib and PEFT.
-      dtype: Of A and B. In bfloat16 small updates of Adam's are rounded away. In float16 its eps of 1e-8 is 0, and the
-        second step nan: `init` refuses it. A base in float16, and an adapter that was saved in it, are fine.
+      dtype: Dtype of A and B. In bfloat16 small updates of Adam's are rounded away. In float16 its eps of 1e-8 is 0,
+        and the second step gives nan: `init` refuses it. A base in float16, and an adapter that was saved in it, are
+        fine.
       also_train: Patterns of leaves trained in full: heads, biases, norms.
-      dora: Train the length of each output's kernel by itself, as a magnitude in the node (DoRA, Liu et al. 2024, arXiv
-        2402.09353): W' = m ⊙ (W + ΔW) / ‖W + ΔW‖, with m = ‖W‖ at the start.
+      dora: Whether to train the norm of each output's kernel as a parameter of its own, the node's magnitude (DoRA, Liu
+        et al. 2024, arXiv 2402.09353): W' = m ⊙ (W + ΔW) / ‖W + ΔW‖, with m = ‖W‖ at the start.
 
     Raises:
       ValueError: A setting is out of range or unknown, or has PEFT's name for it.
@@ -175,7 +176,7 @@ class LoRAConfig:
     also_train: tuple[str, ...] = ()
     dora: bool = False
 
-    if TYPE_CHECKING:  # what may be given; it is kept as the fields say
+    if TYPE_CHECKING:  # the types that may be given; __post_init__ converts them to the fields' types
 
         def __init__(
             self,
@@ -208,7 +209,7 @@ class LoRAConfig:
             raise ValueError("targets: none given, but exclude or overrides are; they choose among the targets")
 
     def scale(self, rank: int, alpha: float) -> float:
-        """The factor before A B of a kernel that has this rank and alpha; 0 for rank 0.
+        """The scale of a kernel with this rank and alpha, alpha / rank or alpha / √rank; 0 for rank 0.
 
         >>> LoRAConfig(rank=8, alpha=16, scaling="rank_stabilized").scale(4, 16)
         8.0

@@ -1,4 +1,4 @@
-"""What is adapted and what that costs, and what of it survives a merge: reports to read and to print."""
+"""Reports to read and print: which kernels are adapted at what cost, and how much of an update survives a merge."""
 
 import dataclasses
 import math
@@ -20,12 +20,13 @@ class Row(NamedTuple):
     """One adapted kernel, or one leaf trained in full.
 
     Attributes:
-      path: The leaf's.
-      shape: The leaf's.
-      axes: The kernel's; None of a leaf trained in full.
-      rank: Without padding; a tuple, one for each stack index, where they differ; None of a leaf trained in full.
-      scale: As `rank`; None too where it is data whose values aren't known.
-      trainable: Numbers that train.
+      path: The leaf's path.
+      shape: The leaf's shape.
+      axes: The kernel's axes; None for a leaf trained in full.
+      rank: The rank without padding; a tuple, one for each stack index, where they differ; None for a leaf trained in
+        full.
+      scale: The scale, as `rank`; None also where it is a traced or abstract array.
+      trainable: The number of trainable parameters.
     """
 
     path: str
@@ -38,12 +39,12 @@ class Row(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """The table of what trains.
+    """The table of the kernels and leaves that train.
 
     Attributes:
-      rows: One for each adapted kernel and each leaf trained in full.
-      trainable: Numbers that train.
-      total: Numbers in the base and in the adapter.
+      rows: One row for each adapted kernel and each leaf trained in full.
+      trainable: The number of trainable parameters.
+      total: The number of parameters in the base and in the adapter.
     """
 
     rows: tuple[Row, ...]
@@ -67,17 +68,17 @@ class Description:
 
 
 def describe(params: Any, also_train: Any = ()) -> Description:
-    """List what trains: each adapted kernel with its shape, axes, rank, scale and count, and the trainable share.
+    """List the kernels and leaves that train, with shape, axes, rank, scale and number of parameters.
 
     Args:
       params: A tree that `init` made, of arrays or of ShapeDtypeStructs (then ranks and counts include padding).
       also_train: Patterns of further leaves trained in full, or the `LoRAConfig` that `init` had.
 
     Returns:
-      A table: `.rows`, `.trainable`, `.total`, `.share`; `print` shows it.
+      A table with `.rows`, `.trainable`, `.total` and `.share`, the trainable fraction; `print` shows it.
 
     Raises:
-      ValueError: A node that doesn't fit its kernel, or holds several stacked adapters.
+      ValueError: A node doesn't fit its kernel, or has several stacked adapters.
 
     >>> node = LoRA(jnp.ones((512, 8)), jnp.ones((8, 512)), jnp.float32(2))
     >>> print(describe({"query": {"kernel": jnp.ones((512, 512)), "kernel_lora": node}}))
@@ -86,7 +87,7 @@ def describe(params: Any, also_train: Any = ()) -> Description:
     8,192 of 270,336 parameters train (3.03%)
     """
     plain, nodes = detach(params)
-    whole = trained_paths(params, also_train)
+    in_full = trained_paths(params, also_train)
     rows, total = [], 0
     for path, leaf in leaves_with_paths(plain):
         array = unbox(leaf)
@@ -95,7 +96,7 @@ def describe(params: Any, also_train: Any = ()) -> Description:
         if path in nodes:
             check_node(path, array, nodes[path])
             row = _node_row(path, array, nodes[path])
-        elif path in whole:
+        elif path in in_full:
             row = Row(path, tuple(np.shape(array)), None, None, None, size)
         rows += [] if row is None else [row]
         total += size + (0 if row is None or row.axes is None else row.trainable)
@@ -123,10 +124,10 @@ class MergedRow:
     """One kernel's update, before and after rounding.
 
     Attributes:
-      path: The kernel's.
+      path: The kernel's path.
       dtype: Dtype of the merged kernel.
       relative: ‖ΔW‖ / ‖W‖ (Frobenius).
-      survives: 1 - ‖ΔW - what was added‖ / ‖ΔW‖, and 0 at least.
+      survives: 1 - ‖ΔW - (W' - W)‖ / ‖ΔW‖ with W' as rounded; at least 0.
     """
 
     path: str
@@ -137,11 +138,11 @@ class MergedRow:
 
 @dataclasses.dataclass(frozen=True)
 class MergeReport:
-    """Report of how much of each update a merge keeps.
+    """Report of how much of each update a merge preserves.
 
     Attributes:
-      rows: One for each adapted kernel.
-      survives: The share of ΔW over all kernels.
+      rows: One row for each adapted kernel.
+      survives: The share of ΔW that survives, over all kernels.
     """
 
     rows: tuple[MergedRow, ...]
@@ -154,11 +155,11 @@ class MergeReport:
 
 
 def merge_report(params: Any, *, dtype: Any = None) -> MergeReport:
-    """Report the share of ΔW that a merge keeps, given that W' is rounded to the kernel's dtype.
+    """Report the share of ΔW that a merge preserves, given that W' is rounded to the kernel's dtype.
 
         survives = 1 - ‖ΔW - (round(W + ΔW) - round(W))‖ / ‖ΔW‖
 
-    A bfloat16 kernel has 8 bits: of an update that is 0.5% of W it loses about a third.
+    A bfloat16 kernel has 8 bits, and loses about a third of an update that is 0.5% of W.
 
     Args:
       params: A tree that `init` made.
@@ -181,7 +182,7 @@ def merge_report(params: Any, *, dtype: Any = None) -> MergeReport:
 
 
 class Norms(NamedTuple):
-    """Frobenius norms of a kernel, or of a part of one: of W, of ΔW, and of what rounding takes from ΔW."""
+    """Frobenius norms of a kernel, or of a part of one: of W, of ΔW, and of the part of ΔW that rounding loses."""
 
     kernel: float
     update: float
@@ -189,7 +190,7 @@ class Norms(NamedTuple):
 
 
 def norms_of(kernel: Any, node: LoRA, dtype: Any) -> Norms:
-    """The norms of one merge into `dtype`. Not jitted: XLA drops a rounding that is undone next."""
+    """The norms of one merge into `dtype`; not jitted, for XLA removes a cast that the next cast undoes."""
     wide = jnp.promote_types(jnp.float32, kernel.dtype)
     kernel = jnp.asarray(kernel, wide)
     update = difference(kernel, node)

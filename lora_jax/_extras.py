@@ -11,11 +11,11 @@ def require(needs: str, **extras: tuple[str, ...]) -> None:
     """Checks that packages are installed, without importing them.
 
     Args:
-        needs: what needs them, as the message calls it.
-        extras: for each extra of `lora_jax`, the packages of it that are needed, by the name that is imported.
+        needs: The module or command that needs them, for the message.
+        extras: For each extra of `lora_jax`, its packages that are needed, by the name that is imported.
 
     Raises:
-        MissingExtra: one isn't installed.
+        MissingExtra: A package isn't installed.
 
     >>> require("lora_jax.peft", hf=("no_such_package",))
     Traceback (most recent call last):
@@ -30,5 +30,5 @@ def require(needs: str, **extras: tuple[str, ...]) -> None:
 def _is_installed(package: str) -> bool:
     try:
         return find_spec(package) is not None
-    except ModuleNotFoundError:  # of `orbax.checkpoint`, orbax
+    except ModuleNotFoundError:  # the parent package, such as orbax of `orbax.checkpoint`
         return False

@@ -1,4 +1,4 @@
-"""Why a loss isn't finite."""
+"""Explanations of a loss that isn't finite."""
 
 from typing import Any
 
@@ -26,5 +26,5 @@ def why_unfinite(tree: Any) -> str:
     """Explain a loss or logits that aren't finite by the parameters that they were computed from."""
     leaf = unfinite_leaf(tree)
     if leaf is not None:
-        return f"{leaf} holds nan or inf: the file is damaged, or what wrote it overflowed"
+        return f"{leaf} holds nan or inf: the file is damaged, or values overflowed before it was written"
     return "every parameter is finite, so activations overflow: compute in float32 or bfloat16"

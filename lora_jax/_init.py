@@ -1,4 +1,4 @@
-"""Adding LoRA nodes to a parameter tree."""
+"""`init` adds LoRA nodes to a parameter tree: it selects kernels, and makes their factors."""
 
 import collections
 import functools
@@ -31,31 +31,32 @@ def init(key: jax.Array, params: Any, config: LoRAConfig, *, axes: Mapping[str, 
 
         kernel: f[...]   →   kernel: f[...],  kernel_lora: LoRA(a random, b = 0, scale = alpha / rank)
 
-    The function is the same as before until training moves B: the product A B starts at zero. An embedding has its
-    lookup side A at zero and B ~ N(0, 1) instead, as in loralib. Each kernel's key comes from its path alone, so that
-    another target never changes the factors of this one. Factors of a sharded base are made where they belong. With
-    `config.dora` the node has a magnitude too, ‖W‖, with which the function is the same up to rounding.
+    The function computes the same as before until training changes B: the product A B is zero at first. An embedding
+    has A, the side that is looked up, at zero and B ~ N(0, 1) instead, as in loralib. Each kernel's key depends on its
+    path alone, so that another target never changes the factors of this one. Factors of a sharded base are created on
+    the devices of their kernel. With `config.dora` the node has a magnitude too, ‖W‖, with which the function is the
+    same up to rounding.
 
     Args:
       key: A JAX random key.
       params: The parameters: mappings, at any depth, of arrays. Works on ShapeDtypeStructs under `jax.eval_shape`.
-      config: What to adapt and how.
-      axes: How the kernels are used. Best from `lora_jax.kernel_axes(apply_fn, params, *inputs)`, and then a target
-        that the function doesn't contract is an error. Or a dict of patterns and `Axes`, for kernels that aren't
+      config: The settings.
+      axes: How the kernels are used. Best from `lora_jax.kernel_axes(apply_fn, params, *inputs)`; then a target that
+        the function doesn't contract is an error. Or a dict from patterns to `Axes`, for kernels that aren't
         f[inputs, outputs].
 
     Returns:
-      The tree with its nodes. A leaf that is trained in full (`config.also_train`) is marked so, with a buffer of its
+      The tree with its nodes. A leaf trained in full (`config.also_train`) is marked as such, and gets a buffer of its
       own: float32 where its own dtype is narrower.
 
     Warns:
-      UserWarning: A rank above the kernel's own, the smaller of its two sides: it adds nothing.
+      UserWarning: A rank is above the kernel's full rank, the smaller of its inputs and outputs, which adds nothing.
 
     Raises:
-      ValueError: Arguments of another kind or in another order; factors in float16 or narrower, where Adam's eps of
-        1e-8 is 0 and its second step nan; axes of another tree; a pattern that matches nothing; a kernel that isn't
-        floating-point, that has more than two axes and no rule, that is adapted already, that has no string key in a
-        mapping to be beside, or that is trained in full too.
+      ValueError: Arguments have wrong types or are in another order; factors are in float16 or narrower, where Adam's
+        eps of 1e-8 is 0 and its second step gives nan; the axes are another tree's; a pattern matches nothing; a kernel
+        isn't floating-point, has more than two axes and no rule, is adapted already, has no string key in a mapping, or
+        is trained in full too.
 
     >>> params = {"query": {"kernel": jnp.ones((4, 6))}, "out": {"kernel": jnp.ones((6, 4))}}
     >>> params = init(jax.random.key(0), params, LoRAConfig(rank=2, alpha=4, targets=["query"]))
@@ -65,10 +66,10 @@ def init(key: jax.Array, params: Any, config: LoRAConfig, *, axes: Mapping[str, 
     """
     check_arguments(key, params, config)
     leaves = _by_path(params)
-    kernels = _choose(leaves, config, axes)
+    kernels = _select(leaves, config, axes)
     _check_places(params, kernels)
-    whole = match(config.also_train, leaves, what="also_train")
-    both = sorted(set(whole) & set(kernels))
+    in_full = match(config.also_train, leaves, what="also_train")
+    both = sorted(set(in_full) & set(kernels))
     if both:
         raise ValueError(f"{both[0]}: is a target and trained in full too; take it out of also_train, or exclude it")
     ranks = _ranks(kernels, config)
@@ -76,12 +77,12 @@ def init(key: jax.Array, params: Any, config: LoRAConfig, *, axes: Mapping[str, 
     nodes = {path: _node(key, path, kernel, ranks[path], config) for path, kernel in kernels.items()}
     if config.dora:
         nodes = {path: _with_magnitude(node, unbox(leaves[path]), kernels[path]) for path, node in nodes.items()}
-    return attach(params, nodes, {path: _master(path, leaves[path]) for path in whole})
+    return attach(params, nodes, {path: _master(path, leaves[path]) for path in in_full})
 
 
 class _Kernel(NamedTuple):
     shape: tuple[int, ...]
-    sharding: Any  # None: wherever JAX puts it
+    sharding: Any  # None: JAX chooses the device
     axes: Axes
     embedding: bool
 
@@ -91,7 +92,7 @@ class _Kernel(NamedTuple):
 
 
 def _by_path(params: Any) -> dict[str, Any]:
-    """The leaves outside nodes, boxed ones in their boxes."""
+    """The leaves outside nodes by path; boxed leaves stay in their boxes."""
     pairs = [(path, leaf) for path, leaf in leaves_with_paths(params) if not isinstance(leaf, LoRA)]
     twice = [path for path, count in collections.Counter(path for path, _ in pairs).items() if count > 1]
     if twice:
@@ -99,10 +100,10 @@ def _by_path(params: Any) -> dict[str, Any]:
     return dict(pairs)
 
 
-# Choosing -----------------------------------------------------------------------------------------------------------
+# Selecting ----------------------------------------------------------------------------------------------------------
 
 
-def _choose(leaves: Mapping[str, Any], config: LoRAConfig, axes: Mapping[str, Axes] | None) -> dict[str, _Kernel]:
+def _select(leaves: Mapping[str, Any], config: LoRAConfig, axes: Mapping[str, Axes] | None) -> dict[str, _Kernel]:
     """The kernels that the config targets."""
     exact, rules = read_axes(axes, leaves, used=bool(config.targets))
     adaptable = {path for path, leaf in leaves.items() if _is_matrix(path, unbox(leaf), exact)}
@@ -126,7 +127,7 @@ def _choose(leaves: Mapping[str, Any], config: LoRAConfig, axes: Mapping[str, Ax
 
 
 def _linear(exact: Mapping[str, TracedAxes], rules: Collection[str]) -> set[str]:
-    """The kernels that are contracted with activations and no head, and those that a rule beside them names."""
+    """The kernels of `"all-linear"`: contracted with activations in the trace and no head, or given axes by a rule."""
     traced = {path for path, entry in exact.items() if not entry.embedding and not entry.head}
     return traced | {path for path in rules if path not in exact and not _named_embedding(path)}
 
@@ -149,7 +150,7 @@ def _kernel(path: str, leaf: Any, exact: Mapping[str, TracedAxes] | None, rules:
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"{path}: is {dtype.name}, expected a floating-point kernel; dequantize it, or exclude it")
     traced = exact.get(path) if exact is not None else None
-    if path in rules:  # written by hand: it takes the place of what was traced
+    if path in rules:  # written by hand, so it overrides the traced axes
         axes = rules[path]
     elif traced is not None:
         axes = Axes(*traced)
@@ -170,9 +171,9 @@ def _kernel(path: str, leaf: Any, exact: Mapping[str, TracedAxes] | None, rules:
 
 
 def _sharding_of(leaf: Any) -> Any:
-    """Where a real array (or a ShapeDtypeStruct that says so) lives; None leaves it to JAX."""
+    """The sharding of a real array, or of a ShapeDtypeStruct that has one; None lets JAX choose one for the factors."""
     if isinstance(leaf, Tracer):
-        sharding = jax.typeof(leaf).sharding  # says something under a mesh with explicit axes only
+        sharding = jax.typeof(leaf).sharding  # known only under a mesh with explicit axes
         return sharding if any(axis is not None for axis in sharding.spec) else None
     if isinstance(leaf, jax.Array) and not leaf.committed:
         return None
@@ -184,8 +185,8 @@ def _check_places(params: Any, kernels: Collection[str]) -> None:
     for path in kernels:
         if path not in known:
             raise ValueError(
-                f"{path}: stands in a list, a tuple, an object or under an integer key, where {SUFFIX!r} can't be added"
-                " to its name; keep it in a dict under a string, or exclude it"
+                f"{path}: is in a list, a tuple, an object or under an integer key, where {SUFFIX!r} can't be added"
+                " to its name; put it in a dict under a string, or exclude it"
             )
         sibling = known[path].get(path.rpartition("/")[2] + SUFFIX)
         if isinstance(sibling, LoRA):
@@ -195,7 +196,7 @@ def _check_places(params: Any, kernels: Collection[str]) -> None:
 
 
 def _ranks(kernels: Mapping[str, _Kernel], config: LoRAConfig) -> dict[str, tuple[tuple[int, ...], tuple[float, ...]]]:
-    """Rank and scale of every stack index of every kernel; one of each where nothing is stacked."""
+    """The rank and the scale of each stack index of each kernel; one of each for a kernel that isn't stacked."""
     matched = match([override.target for override in config.overrides], kernels, what="overrides")
     plain = Override(target="/.*/")
     result = {}
@@ -209,7 +210,7 @@ def _ranks(kernels: Mapping[str, _Kernel], config: LoRAConfig) -> dict[str, tupl
 
 
 def _warn_of_ranks(kernels: Mapping[str, _Kernel], ranks: Mapping[str, int]) -> None:
-    """Say where columns of A are more than ΔW can have ranks: allowed, as in PEFT, and for nothing."""
+    """Warn of ranks above the full rank of a kernel: allowed, as in PEFT, but without any effect on what ΔW can be."""
     largest = {path: min(map(math.prod, kernel.sizes()[1:])) for path, kernel in kernels.items()}
     above = [path for path in kernels if ranks[path] > largest[path]]
     if above:
@@ -229,7 +230,7 @@ def _each(value: Any, count: int, what: str) -> tuple:
     return value
 
 
-# Making -------------------------------------------------------------------------------------------------------------
+# Initialising -------------------------------------------------------------------------------------------------------
 
 
 def _node(key: jax.Array, path: str, kernel: _Kernel, ranks_scales: tuple[tuple, tuple], config: LoRAConfig) -> LoRA:
@@ -239,17 +240,17 @@ def _node(key: jax.Array, path: str, kernel: _Kernel, ranks_scales: tuple[tuple,
 
 
 def _fold(key: jax.Array, path: str) -> jax.Array:
-    """The kernel's own key. Not Python's `hash`, which differs from process to process."""
+    """The kernel's own key, from a hash of its path that is the same in every process, which Python's `hash` isn't."""
     digest = hashlib.sha256(path.encode()).digest()
     for word in np.frombuffer(digest[:8], "<u4"):
         key = jax.random.fold_in(key, word)
     return key
 
 
-# A cache of compiled functions: a model has many kernels and few kinds of kernel.
+# A cache of compiled functions: a model has many kernels, and few combinations of shape, sharding and axes.
 @functools.cache
 def _maker(kernel: _Kernel, ranks: tuple[int, ...], initializer: str, dtype: str):
-    """Key to (a, b), made where the kernel's sharding puts them, on no other device first."""
+    """A function from a key to (a, b), which creates them on the devices of the kernel's sharding, and on no others."""
     stack, inputs, outputs = kernel.sizes()
     rank = max(ranks)
 
@@ -279,7 +280,7 @@ def _maker(kernel: _Kernel, ranks: tuple[int, ...], initializer: str, dtype: str
 
 
 def _placed(make: Callable[..., Any], kernel: _Kernel, part: Callable[[LoRA], Any]) -> Callable[..., Any]:
-    """`make`, compiled, with its results where the kernel's sharding puts that part of the node."""
+    """`make`, compiled, with the sharding of its results: that of a part of the node beside the kernel."""
     if kernel.sharding is None:
         return jax.jit(make)
     where = part(place(kernel.sharding, LoRA(True, True, 1.0, True, kernel.axes)))
@@ -295,7 +296,7 @@ def _with_magnitude(node: LoRA, leaf: Any, kernel: _Kernel) -> LoRA:
 
 @functools.cache
 def _measure(kernel: _Kernel) -> Callable[..., Any]:
-    """(W, scale) to the magnitude: W's norms; 0, as padding is, at stack indices that aren't adapted."""
+    """A function from (W, scale) to the magnitude: W's norms, and 0 at stack indices that aren't adapted."""
 
     def make(given: tuple[jax.Array, jax.Array]) -> jax.Array:
         w, scale = given
@@ -306,7 +307,7 @@ def _measure(kernel: _Kernel) -> Callable[..., Any]:
 
 
 def _master(path: str, leaf: Any) -> Any:
-    """The leaf as it trains, marked."""
+    """The leaf marked as trained in full, float32 where its dtype is narrower."""
     dtype = jnp.dtype(unbox(leaf).dtype)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"{path}: is {dtype.name}, and only floating-point leaves train; take it out of also_train")

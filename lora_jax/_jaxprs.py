@@ -1,4 +1,4 @@
-"""Differences between JAX's versions in how a jaxpr is written."""
+"""Access to the parts of a jaxpr that differ between JAX's versions."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from jax.interpreters import partial_eval
 
 
 def scan_counts(eqn: Any) -> tuple[int, int]:
-    """How many operands of a scan are constants, and how many its carry; the rest is scanned over.
+    """The number of a scan's operands that are constants, and the number that are its carry; the rest is scanned over.
 
     JAX 0.11 keeps them as groups of `ft_in`, the versions before as two numbers.
 
@@ -27,7 +27,7 @@ def scan_counts(eqn: Any) -> tuple[int, int]:
 
 
 def inner_jaxprs(eqn: Any) -> Iterator[Any]:
-    """The jaxprs that an equation holds in its parameters, closed or not, in the order of the parameters.
+    """The jaxprs in an equation's parameters, closed or not, in the order of the parameters.
 
     >>> import jax
     >>> eqn = jax.make_jaxpr(lambda x: jax.lax.cond(x > 0, lambda: x, lambda: -x))(1.0).eqns[-1]
@@ -45,7 +45,7 @@ def opened(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
 
 
 def used_inputs(jaxpr: Any, outputs: Sequence[bool]) -> list[bool]:
-    """Which inputs of a closed jaxpr the chosen outputs depend on, as its equations say: a product with 0 does.
+    """Whether the chosen outputs of a closed jaxpr depend on each input, by its equations: a product with 0 depends.
 
     >>> import jax
     >>> used_inputs(jax.make_jaxpr(lambda x, y: (x + 1, x * y))(1.0, 2.0), [True, False])
@@ -56,10 +56,10 @@ def used_inputs(jaxpr: Any, outputs: Sequence[bool]) -> list[bool]:
 
 
 def differentiable_leaves(function: Callable[[Any], Any], tree: Any) -> list[bool]:
-    """Which leaves of a tree the function has a derivative by, in the order of `jax.tree.leaves`.
+    """Whether the function can have a nonzero derivative by each leaf of a tree, in the order of `jax.tree.leaves`.
 
-    The others' is zero by construction, whatever the values: they aren't used, or `stop_gradient`, an integer or a
-    comparison comes between. Read from an abstract trace of the forward derivative, so nothing is computed.
+    The derivative by the others is zero whatever the values: they aren't used, or only through `stop_gradient`, an
+    integer or a comparison. It is found in an abstract trace of the forward derivative, so that nothing is computed.
 
     >>> import jax
     >>> differentiable_leaves(lambda p: p[0] * jax.lax.stop_gradient(p[1]), [1.0, 2.0, 3.0])

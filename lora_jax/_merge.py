@@ -1,4 +1,4 @@
-"""Folding adapters into their kernels, and taking them out again."""
+"""`merge` folds adapters into their kernels, `unmerge` takes them out again, and `delta` gives the updates alone."""
 
 from collections.abc import Callable
 from typing import Any
@@ -27,17 +27,17 @@ def merge(params: Any, *, dtype: Any = None) -> Any:
         W' = W + scale · A B,  added in float32 and rounded once
         W' = m ⊙ (W + scale · A B) / ‖W + scale · A B‖  where the node has a magnitude (DoRA)
 
-    Jittable. `merge_report` says how much of the update survives the rounding.
+    It can be jitted. `merge_report` reports how much of the update survives the rounding.
 
     Args:
       params: A tree that `init` made.
-      dtype: Of the merged kernels; the kernel's own by default.
+      dtype: Dtype of the merged kernels; by default each kernel's own.
 
     Returns:
-      The tree as it was before `init`, with W' in place of W and the extra trained leaves as they are now.
+      The tree as it was before `init`, with W' in place of W, and the trained values of leaves trained in full.
 
     Raises:
-      ValueError: A node that doesn't fit its kernel, or holds several stacked adapters; prefix embeddings.
+      ValueError: A node doesn't fit its kernel, or has several stacked adapters; the tree has prefix embeddings.
 
     >>> node = LoRA(jnp.ones((2, 1)), jnp.ones((1, 3)), 0.5)
     >>> merge({"kernel": jnp.ones((2, 3)), "kernel_lora": node})
@@ -47,52 +47,52 @@ def merge(params: Any, *, dtype: Any = None) -> Any:
     check_mergeable(params)
     plain, nodes = detach(params)
     trained = trained_paths(params)
-    # A buffer of their own: the next step may donate the adapter's.
+    # Copies, for the next training step may donate the adapter's buffers.
     plain = edit(plain, leaf=lambda path, leaf: jax.tree.map(jnp.array, leaf) if path in trained else leaf)
     return _moved(plain, nodes, changed, dtype)
 
 
 def check_mergeable(params: Any) -> None:
-    """Raise ValueError where a tree trains what no weights can hold."""
-    refuse_prefix(params, "are input, no weights to merge into; merge lora_jax.prefix.take(params)[0], and keep them")
+    """Raise ValueError where a tree trains a prefix, which is input: no weight can contain it."""
+    refuse_prefix(params, "are inputs and can't be merged into weights; merge lora_jax.prefix.take(params)[0]")
 
 
 def unmerge(params: Any, adapter: Any) -> Any:
     """Take an adapter back out of merged kernels: `unmerge(merge(p), split(p)[1]) ≈ p`, up to the rounding of W'.
 
     Args:
-      params: What `merge` gave.
-      adapter: The adapter that was merged, as `split` gives it.
+      params: A tree that `merge` returned.
+      adapter: The adapter that was merged, as `split` returns it.
 
     Returns:
-      The tree with W' - ΔW in place of W' and its nodes beside it.
+      The tree with W' - ΔW in place of W', and the adapter's nodes.
 
     Raises:
-      ValueError: The adapter doesn't fit the tree, or has a magnitude (DoRA): merging divided by ‖W + ΔW‖, which W'
-        doesn't tell. Keep the base.
+      ValueError: The adapter doesn't fit the tree, or has a magnitude (DoRA). Merging divided by ‖W + ΔW‖, which can't
+        be computed from W': the base must be kept.
 
     >>> node = LoRA(jnp.ones((2, 1)), jnp.ones((1, 3)), 0.5)
     >>> params = unmerge({"kernel": jnp.full((2, 3), 1.5)}, {"kernel_lora": node})
     >>> params["kernel"][0, 0], params["kernel_lora"] is node
     (Array(1., dtype=float32), True)
     """
-    whole = {path for path, leaf in leaves_with_paths(adapter) if not isinstance(leaf, LoRA)}
+    in_full = {path for path, leaf in leaves_with_paths(adapter) if not isinstance(leaf, LoRA)}
     nodes = nodes_of(adapter)
     if lost := sorted(path for path, node in nodes.items() if node.magnitude is not None):
         raise ValueError(
-            f"{lost[0]}: its node has a magnitude (DoRA), so the merged kernel doesn't tell the base; combine the base"
-            " that split gave with the adapter"
+            f"{lost[0]}: its node has a magnitude (DoRA), so the base can't be computed from the merged kernel; combine"
+            " the base that split returned with the adapter"
         )
 
     def take_out(kernel: Any, node: LoRA) -> Any:
         return kernel - update_of(node, kernel.dtype)
 
     base = _moved(params, nodes, take_out, None)
-    return combine(edit(base, leaf=lambda path, leaf: None if path in whole else leaf), adapter)
+    return combine(edit(base, leaf=lambda path, leaf: None if path in in_full else leaf), adapter)
 
 
 def delta(params: Any) -> Any:
-    """The updates alone: W' - W in float32 at every adapted kernel, None at every other leaf.
+    """Compute the updates alone: W' - W in float32 at every adapted kernel, None at every other leaf.
 
     Without a magnitude that is ΔW = scale · A B.
 
@@ -114,7 +114,7 @@ def delta(params: Any) -> Any:
 
 
 def _moved(plain: Any, nodes: dict[str, LoRA], move: Callable[[Any, LoRA], Any], dtype: Any) -> Any:
-    """Each kernel moved by its node, in float32 or wider."""
+    """The tree with each kernel changed by its node through `move`, in float32 or wider, and rounded once."""
 
     def leaf_of(path: str, leaf: Any) -> Any:
         if path not in nodes or leaf is None:
@@ -128,5 +128,5 @@ def _moved(plain: Any, nodes: dict[str, LoRA], move: Callable[[Any, LoRA], Any],
 
 
 def _wide(kernel: Any) -> Any:
-    """The dtype to add in."""
+    """The dtype in which an update is added: float32, or the kernel's if that is wider."""
     return jnp.promote_types(jnp.float32, kernel.dtype)

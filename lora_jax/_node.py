@@ -1,4 +1,4 @@
-"""The LoRA node: one kernel's low-rank update as a pytree, and what belongs to it alone."""
+"""The LoRA node: one kernel's low-rank update as a pytree, and the functions on a single node."""
 
 import dataclasses
 import functools
@@ -29,17 +29,17 @@ class LoRA:
     In the paper's notation (Hu et al. 2021, section 4.1) A = aᵀ and B = bᵀ. Stack indices of a rank below the array's
     have zeros in the columns of `a` and rows of `b` that they don't use.
 
-    The leaves are what trains: `a`, `b` and, of DoRA, `magnitude`. The scale never trains, so it is static, as the axes
-    are: no weight decay, clipping or gradient can reach it, and another alpha is another program. Only where adapters
-    of different scales are stacked for `vmap` (`lora_jax.stack`) it is a leaf, which `lora_jax.masked` leaves alone.
-    A file of the leaves alone doesn't hold it: write `to_dict`, and let `from_dict` check it (`lora_jax.checkpoint` and
-    `lora_jax.peft` do so).
+    The leaves are the arrays that train: `a`, `b` and, with DoRA, `magnitude`. The scale never trains. So it is static,
+    as the axes are: no weight decay, clipping or gradient can reach it, and another alpha is another program. Only
+    where adapters of different scales are stacked for `vmap` (`lora_jax.stack`) is it a leaf, which `lora_jax.masked`
+    leaves alone. A file of the leaves alone doesn't contain the scale: write `to_dict`, and let `from_dict` check it,
+    as `lora_jax.checkpoint` and `lora_jax.peft` do.
 
     Args:
       a: f[*stack, *inputs, rank].
       b: f[*stack, rank, *outputs].
       scale: alpha / rank: a number, or numbers of shape [*stack], which become static. A traced one stays a leaf.
-      magnitude: None, or f32[*stack, *outputs] of a DoRA node: the length of each output's kernel.
+      magnitude: None, or for DoRA f32[*stack, *outputs]: the norm of each output's kernel.
       axes: Which axes of W are stack, inputs and outputs. Static.
 
     >>> node = LoRA(a=jnp.ones((3, 2)), b=jnp.ones((2, 5)), scale=0.5)
@@ -99,7 +99,7 @@ class LoRA:
 
     @property
     def lead(self) -> int:
-        """How many axes the arrays have in front of the kernel's own: 1 where adapters are stacked, else 0."""
+        """The number of axes before the kernel's own: 1 where adapters are stacked, else 0."""
         return len(self.a.shape) - len(self.axes.stack) - len(self.axes.inputs) - 1
 
     def replace(self, **changes: Any) -> "LoRA":
@@ -134,7 +134,7 @@ class LoRA:
         return LoRA.tree_unflatten, (static, children)
 
     def to_dict(self) -> dict[str, Any]:
-        """The node as a dict of arrays, and its axes as lists of numbers: what files hold."""
+        """The node as a dict for files: its arrays, and its axes as lists of numbers."""
         arrays = {"a": self.a, "b": self.b, "scale": self.scale}
         if self.magnitude is not None:
             arrays["magnitude"] = self.magnitude
@@ -142,16 +142,16 @@ class LoRA:
 
     @classmethod
     def from_dict(cls, entries: Mapping[str, Any], *, axes: Axes | None = None, scale: Any = None) -> "LoRA":
-        """The node that `to_dict` wrote.
+        """Restore the node that `to_dict` wrote.
 
         Args:
-          entries: What `to_dict` gave.
-          axes: The kernel's axes, where they are known: on a square kernel a ΔW with other axes would come back
-            transposed, silently.
+          entries: The dict that `to_dict` returned.
+          axes: The kernel's axes, where they are known: with other axes, ΔW of a square kernel would be transposed
+            without an error.
           scale: The expected scale, where it is known: another alpha / rank is another ΔW.
 
         Raises:
-          ValueError: Entries are missing or unknown, the axes differ from `axes`, or the scale from `scale`.
+          ValueError: Entries are missing or unknown, the axes differ from `axes`, or the scale differs from `scale`.
 
         >>> node = LoRA(a=jnp.ones((3, 2)), b=jnp.ones((2, 3)), scale=0.5)
         >>> LoRA.from_dict(node.to_dict(), axes=Axes(inputs=(1,), outputs=(0,)))
@@ -163,7 +163,7 @@ class LoRA:
             raise ValueError(f"a LoRA node has a, b, scale, axes and perhaps magnitude; got {sorted(entries)}")
         numbers = {group: tuple(int(axis) for axis in entries["axes"][group]) for group in Axes._fields}
         if axes is not None and Axes(**numbers) != axes:
-            raise ValueError(f"adapter was made for {Axes(**numbers)}, the kernel has {axes}; adapt the kernel anew")
+            raise ValueError(f"adapter was made for {Axes(**numbers)}, the kernel has {axes}; adapt the kernel again")
         found = entries["scale"]
         if isinstance(found, jax.Array) and not isinstance(found, Tracer):
             found = np.asarray(found)
@@ -174,15 +174,15 @@ class LoRA:
 
 
 def _numbers_of(scale: Any, stack: int) -> tuple[float, ...] | None:
-    """A scale given as numbers, one where all are equal; None for one that is traced, or what stands in for it.
+    """The static scale: numbers, or one number where all are equal; None for a traced scale or a placeholder.
 
     Raises:
-      ValueError: several numbers for a kernel that isn't stacked.
+      ValueError: Several numbers are given for a kernel that isn't stacked.
     """
     known = isinstance(scale, int | float | np.number | np.ndarray | tuple | list | jax.Array)
     if isinstance(scale, bool | np.bool_ | Tracer) or not known:
         return None
-    if isinstance(scale, np.ndarray | jax.Array) and scale.ndim > stack:  # one for each of several stacked adapters
+    if isinstance(scale, np.ndarray | jax.Array) and scale.ndim > stack:  # several stacked adapters, a scale for each
         return None
     flat = np.asarray(scale, np.float32).reshape(-1).tolist()
     if not stack and len(flat) != 1:
@@ -199,41 +199,41 @@ def with_scale_as_data(node: LoRA) -> LoRA:
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("value",), meta_fields=("dtype",))
 @dataclasses.dataclass(frozen=True, eq=False)
 class Trained:
-    """A leaf that is trained in full: the mark by which `split`, optimizers and files know it, whatever its dtype.
+    """A leaf that is trained in full: the mark by which `split`, optimizers and files recognise it.
 
     Attributes:
-      value: The leaf, float32 where its own dtype is narrower: too coarse for an optimizer's steps.
-      dtype: Name of the dtype that the function sees; `value` is cast to it at use.
+      value: The leaf, float32 where its own dtype is narrower and so too coarse for an optimizer's steps.
+      dtype: Name of the dtype in which the function gets it; `value` is cast to it at use.
     """
 
     value: Any
     dtype: str
 
     def cast(self) -> Any:
-        """The leaf as the function sees it."""
+        """The leaf in the dtype in which the function gets it."""
         return cast(self.value, self.dtype)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("value",), meta_fields=("dtype", "after"))
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prefix(Trained):
-    """Embeddings of tokens that stand before a row's own, which train beside A and B (`lora_jax.prefix`).
+    """Embeddings of tokens that are put before each example's own, and train beside A and B (`lora_jax.prefix`).
 
     Attributes:
-      value: f32[length, width].
-      dtype: Name of the dtype that the function sees.
-      after: Tokens of the row that stand before the prefix: 1 where the first is pooled, else 0.
+      value: The embeddings, f32[length, width].
+      dtype: Name of the dtype in which the function gets them.
+      after: The number of tokens that stay before the prefix: 1 where the first token is pooled, else 0.
     """
 
     after: int = 0
 
 
 def trained(leaf: Any, value: Any = None) -> Trained:
-    """The mark of a leaf that is trained in full, with a buffer of its own: a step may donate it.
+    """Mark a leaf as trained in full, with a buffer of its own, which a training step may donate.
 
     Args:
-      leaf: As it is in the tree, boxed or not, real or a ShapeDtypeStruct.
-      value: In place of the leaf's own; of the same shape.
+      leaf: The leaf as it is in the tree, boxed or not, real or a ShapeDtypeStruct.
+      value: Values to take in place of the leaf's own; of the same shape.
 
     >>> trained(jnp.ones(2, jnp.bfloat16))
     Trained(value=Array([1., 1.], dtype=float32), dtype='bfloat16')
@@ -261,7 +261,7 @@ def cast(leaf: Any, dtype: Any) -> Any:
 
 
 def check_node(path: str, kernel: Any, node: LoRA) -> None:
-    """Raise ValueError where the node's shapes don't belong to the kernel's."""
+    """Raise ValueError where the node's shapes don't fit the kernel's."""
     stack, inputs, outputs = (tuple(kernel.shape[axis] for axis in group) for group in node.axes)
     a, b = tuple(node.a.shape), tuple(node.b.shape)
     if node.lead == 1 and len(b) == len(stack) + len(outputs) + 2:
@@ -279,7 +279,7 @@ def check_node(path: str, kernel: Any, node: LoRA) -> None:
 
 
 def at_index(node: LoRA, index: tuple[int, ...]) -> LoRA:
-    """The node of the kernel that stands at one index of the stack axes.
+    """The node of the kernel at one index of the stack axes.
 
     >>> layers = LoRA(jnp.ones((4, 3, 2)), jnp.ones((4, 2, 5)), (1.0, 2.0, 3.0, 4.0), axes=Axes((0,), (1,), (2,)))
     >>> at_index(layers, (3,)).a.shape, at_index(layers, (3,)).scale, at_index(layers, (3,)).axes
@@ -294,8 +294,9 @@ def at_index(node: LoRA, index: tuple[int, ...]) -> LoRA:
 def used_ranks(node: LoRA) -> np.ndarray:
     """The rank of each stack index without its padding, i64[*stack].
 
-    Padding is a zero column of `a` with a zero row of `b`, after the last pair that isn't. What is traced or abstract
-    has no values to look at and counts as full; so does an index that is zero throughout, unless its scale is zero too.
+    Padding is a zero column of `a` with a zero row of `b`, after the last pair that isn't zero. Traced and abstract
+    arrays have no values, and count as without padding; so does an index that is zero throughout, unless its scale is
+    zero too.
 
     >>> a = jnp.ones((2, 3, 4)).at[0, :, 1:].set(0).at[1].set(0)
     >>> int(used_ranks(LoRA(a[0], jnp.zeros((4, 5)), 1.0))), a[0].shape
@@ -312,13 +313,13 @@ def used_ranks(node: LoRA) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnums=2)
 def _used(a: jax.Array, b: jax.Array, stack: int) -> jax.Array:
-    """Which ranks of which stack index aren't zero in both factors, bool[*stack, rank]."""
+    """Whether each rank of each stack index is nonzero in a factor, bool[*stack, rank]."""
     in_a = (a != 0).any(axis=range(stack, a.ndim - 1))
     return in_a | (b != 0).any(axis=range(stack + 1, b.ndim))
 
 
 def pad_rank(node: LoRA, rank: int) -> LoRA:
-    """The same update with zeros up to a higher rank."""
+    """The node padded with zeros to a higher rank: the same update."""
     more, stack = rank - node.a.shape[-1], len(node.axes.stack)
     a = jnp.pad(node.a, [(0, 0)] * (node.a.ndim - 1) + [(0, more)])
     b = jnp.pad(node.b, [(0, more) if axis == stack else (0, 0) for axis in range(node.b.ndim)])
@@ -326,21 +327,21 @@ def pad_rank(node: LoRA, rank: int) -> LoRA:
 
 
 def trim_rank(node: LoRA) -> LoRA:
-    """The same update without the padding that all stack indices share."""
+    """The node without the padding that all stack indices share: the same update."""
     rank = max(1, int(used_ranks(node).max(initial=0)))
     b = jax.lax.slice_in_dim(jnp.asarray(node.b), 0, rank, axis=len(node.axes.stack))
     return node.replace(a=node.a[..., :rank], b=b)
 
 
 def place(sharding: Any, node: LoRA) -> LoRA:
-    """The node's shardings: each factor is cut along the axes that it shares with its kernel, and rank is never cut.
+    """The shardings of a node: each factor is cut along the axes that it shares with its kernel; the rank is never cut.
 
     Args:
-      sharding: The kernel's NamedSharding or PartitionSpec; of any other kind, one that isn't cut at all.
-      node: The node, whose arrays aren't looked at.
+      sharding: The kernel's NamedSharding or PartitionSpec; a sharding of another type must be fully replicated.
+      node: The node, whose arrays aren't read.
 
     Raises:
-      ValueError: A sharding that is cut, but doesn't say along which axes.
+      ValueError: The sharding is of another type, and cuts the kernel along axes that it doesn't name.
 
     >>> node = place(jax.P("layers", "data", "model"), LoRA(..., ..., 2.0, axes=Axes((0,), (1,), (2,))))
     >>> node.a, node.b

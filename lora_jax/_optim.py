@@ -1,4 +1,4 @@
-"""Training the adapter and nothing else: masks, and an optimizer that keeps to them."""
+"""Masks of the leaves that train, and an optimizer that changes only these."""
 
 from typing import Any
 
@@ -10,15 +10,15 @@ import optax
 from lora_jax._node import SUFFIX, LoRA, Trained, pad_rank, used_ranks
 from lora_jax._tree import edit, is_adapter, nodes_of, rebox, split, trained_paths
 
-# Sizes of the random gradients of each step that an optimizer is tried with: clipping shows at some sizes only, and a
-# warm-up that begins at zero doesn't move at the first.
+# Sizes of the random gradients of the four steps with which an optimizer is tried. Clipping has an effect only at some
+# sizes, and a warm-up that begins at zero doesn't move at the first step.
 _TRIED_SIZES = (1.0, 1e3, 1e-3, 1.0)
 
 
 def mask(tree: Any, also_train: Any = ()) -> Any:
-    """Which leaves train, as booleans in the structure of `tree`: A, B, magnitudes, and what is trained in full.
+    """A tree of booleans that are true for the leaves that train: A, B, magnitudes, and leaves trained in full.
 
-    A scale is no leaf but where adapters of different scales are stacked, and never trains.
+    A scale never trains. It is a leaf only where adapters of different scales are stacked.
 
     Args:
       tree: A whole tree, or an adapter as `split` gives it: there every leaf outside the nodes is trained in full.
@@ -32,7 +32,7 @@ def mask(tree: Any, also_train: Any = ()) -> Any:
     {'kernel': False, 'kernel_lora': LoRA(a=True, b=True, scale=3.0, ...), 'bias': True}
     """
     everything = is_adapter(tree)
-    whole = trained_paths(tree, () if everything else also_train)
+    in_full = trained_paths(tree, () if everything else also_train)
 
     def flag(path: str, leaf: Any) -> Any:
         if leaf is None:
@@ -42,7 +42,7 @@ def mask(tree: Any, also_train: Any = ()) -> Any:
             return flags if leaf.scale_is_static else flags.replace(scale=False)
         if isinstance(leaf, Trained):
             return jax.tree.map(lambda _: True, leaf)
-        return rebox(leaf, everything or path in whole)
+        return rebox(leaf, everything or path in in_full)
 
     flags = edit(tree, leaf=flag)
     if not any(jax.tree.leaves(flags)):
@@ -53,11 +53,11 @@ def mask(tree: Any, also_train: Any = ()) -> Any:
 
 
 def masked(tx: optax.GradientTransformation, also_train: Any = ()) -> optax.GradientTransformationExtraArgs:
-    """An optimizer for the adapter that leaves every other leaf as it is.
+    """Make an optimizer that trains the adapter and leaves every other leaf as it is.
 
-    `optax.masked` alone passes the raw gradients of the other leaves through; here they become zero. What `split` gives
-    as the adapter is all trained, and any optax optimizer is right on it without this; whole trees need it, and so do
-    stacked adapters of different scales.
+    `optax.masked` alone passes the raw gradients of the other leaves through; here their updates become zero. All
+    leaves of an adapter tree, as `split` returns it, train, so that any optax optimizer is right for it without this
+    function. Whole trees need it, and so do stacked adapters of different scales.
 
     Args:
       tx: Any optimizer.
@@ -67,8 +67,8 @@ def masked(tx: optax.GradientTransformation, also_train: Any = ()) -> optax.Grad
       A transformation for whole trees and for adapter trees. Its state holds nothing for leaves that don't train.
 
     Raises:
-      ValueError: By its `init`: nothing would train, or ranks are padded and `tx` is no optimizer for that (see
-        `check_padding`).
+      ValueError: In the `init` of the result: nothing would train, or ranks are padded and `tx` doesn't leave padding
+        alone (see `check_padding`).
 
     >>> params = {"kernel": jnp.ones((2, 2)), "kernel_lora": LoRA(jnp.ones((2, 1)), jnp.ones((1, 2)), 1.0)}
     >>> tx = masked(optax.sgd(0.5))
@@ -91,18 +91,18 @@ def masked(tx: optax.GradientTransformation, also_train: Any = ()) -> optax.Grad
 
 
 def check_padding(tx: optax.GradientTransformation, adapter: Any, also_train: Any = ()) -> None:
-    """Refuse an optimizer that moves zero padding, or that lets it change what the other entries do.
+    """Refuse an optimizer that moves zero padding, or whose steps on other entries depend on it.
 
     An adapter whose ranks differ between stack indices, or between stacked adapters, has zero columns in A and zero
-    rows in B. Their gradients are zero, and an elementwise optimizer keeps them so (sgd, adam, adamw, lion, lamb).
-    Others don't: noisy_sgd and yogi move them, adafactor, muon and clipping by a block's rms see the whole array.
-    No name tells which kind `tx` is, so four of its steps are taken here on random gradients, for the adapter as it is
-    and for the same padded once more. An optimizer that moves nothing in four steps is not refused. `masked` calls this
-    where values can be seen: outside `jax.jit` and `jax.vmap`.
+    rows in B. Their gradients are zero, and under an elementwise optimizer (sgd, adam, adamw, lion, lamb) they stay
+    zero. noisy_sgd and yogi move them, and the steps of adafactor, muon and clipping by a block's rms depend on the
+    whole array, padding included. An optax transformation has no name. So four steps of `tx` are taken here on random
+    gradients, for the adapter as it is and for the adapter with one more padded rank. An optimizer that moves nothing
+    in four steps is not refused. `masked` calls this where arrays have values: outside `jax.jit` and `jax.vmap`.
 
     Args:
       tx: The optimizer.
-      adapter: As `split` or `stack` gives it. Without padding, nothing is refused.
+      adapter: An adapter as `split` or `stack` returns it. Without padding, nothing is refused.
       also_train: Patterns of further leaves trained in full, or the `LoRAConfig` that `init` had.
 
     Raises:
@@ -126,7 +126,7 @@ def check_padding(tx: optax.GradientTransformation, adapter: Any, also_train: An
 
 
 def _singles(adapter: Any) -> list[Any]:
-    """The adapters of a stacked tree, padding and all; or the one that it is."""
+    """The adapters of a stacked tree, with their padding; a single adapter in a list otherwise."""
     nodes = list(nodes_of(adapter).values())
     if not any(node.lead for node in nodes):
         return [adapter]
@@ -135,18 +135,20 @@ def _singles(adapter: Any) -> list[Any]:
 
 
 def _keeps_padding(tx: optax.GradientTransformationExtraArgs, adapter: Any) -> bool:
-    """Whether padding stays zero, and one column more of it changes no other entry's steps."""
+    """Whether padding stays zero, and one more column of padding doesn't change the steps of other entries."""
     rng = np.random.default_rng(0)
     real = edit(adapter, leaf=_real_entries)
 
     def noise(scale: float) -> Any:
         return jax.tree.map(lambda entries: jnp.asarray(scale * rng.normal(size=entries.shape) * entries), real)
 
-    # A reducing schedule asks for a value; it says nothing about padding.
+    # A schedule such as reduce_on_plateau requires a value; any value will do here.
     update = jax.jit(lambda grads, state, params: tx.update(grads, state, params, value=jnp.float32(1)))
     params = noise(1.0)
     sides = [(params, tx.init(params)), (_padded_once_more(params), tx.init(_padded_once_more(params)))]
     parts = _parts_of_a_step(tx, params)
+    # `sides` are (params, state) of the adapter and of the adapter with one more padded rank: with ranks (2, 1), a is
+    # [2, in, 2] in one and [2, in, 3] in the other. Both take the same gradients.
     for size in _TRIED_SIZES:
         grads = noise(size)
         results = []
@@ -167,10 +169,10 @@ def _is_accumulation(x: Any) -> bool:
 
 
 def _parts_of_a_step(tx: optax.GradientTransformationExtraArgs, params: Any) -> list[jax.Array]:
-    """How many gradients each `optax.MultiSteps` within `tx` accumulates, less one: its count before it moves.
+    """The count at which each `optax.MultiSteps` in `tx` moves the parameters: the gradients it accumulates, less one.
 
-    Only its own function knows. It counts modulo that number, so that the last count follows -2: (-2 + 1) % k = k - 1.
-    Nothing else of the step is asked for, so that XLA computes nothing else.
+    That number k is inside a closure. But the count after a step is (count + 1) % k, so that a step from -2 gives
+    (-2 + 1) % k = k - 1. Only the counts of the step are outputs, so that XLA computes nothing else.
     """
 
     def counts(state: Any) -> list[jax.Array]:
@@ -196,10 +198,12 @@ def _at_its_last_part(state: Any, parts: list[jax.Array]) -> Any:
 
 
 def _real_entries(path: str, leaf: Any) -> Any:
-    """1 where an entry counts, 0 where it is padding; a scale is data."""
+    """A leaf of ones, with zeros at entries that are padding."""
     if not isinstance(leaf, LoRA):
         return jax.tree.map(lambda x: np.ones(x.shape, np.float32), leaf)
     stack = len(leaf.axes.stack)
+    # Ranks (2, 1) of a stack of two: used is [[1, 1], [1, 0]], a is [2, 1, 2] -> [2, in, 2], b is [2, 2, 1] -> [2, 2,
+    # out]
     used = (np.arange(leaf.a.shape[-1]) < used_ranks(leaf)[..., None]).astype(np.float32)
     a = used.reshape(*used.shape[:-1], *(1,) * (leaf.a.ndim - stack - 1), used.shape[-1])
     b = used.reshape(*used.shape, *(1,) * (leaf.b.ndim - stack - 1))
@@ -208,9 +212,10 @@ def _real_entries(path: str, leaf: Any) -> Any:
 
 
 def _padded_once_more(tree: Any) -> Any:
+    """The tree with one more padded rank in each node."""
     return edit(tree, leaf=lambda _, leaf: pad_rank(leaf, leaf.a.shape[-1] + 1) if isinstance(leaf, LoRA) else leaf)
 
 
 def _cut_like(tree: Any, like: Any) -> Any:
-    """The leading entries of every array."""
+    """The leading entries of every array, in the shapes of `like`."""
     return jax.tree.map(lambda array, small: array[tuple(map(slice, small.shape))], tree, like)

@@ -1,4 +1,4 @@
-"""Names of leaves, and the one ordered matcher that picks leaves by name."""
+"""Patterns of leaf names, presets such as `"attention"`, and the ordered matcher that selects leaves by them."""
 
 import difflib
 import re
@@ -7,15 +7,15 @@ from collections.abc import Collection, Sequence
 ATTENTION = "attention"
 ALL_LINEAR = "all-linear"
 
-# Final names that say nothing about the layer: a pattern may leave them out.
+# Final names that are the same in all layers: a pattern may leave them out.
 LEAF_NAMES = frozenset({"kernel", "weight", "w", "embedding", "embeddings", "bias", "b", "scale", "offset"})
-# Of these, the ones that hold a vector per layer even where stacking or heads give them more axes.
+# Names of leaves that are a vector in each layer, even where stacking or heads give them more axes.
 VECTOR_NAMES = frozenset({"bias", "b", "scale", "offset"})
 
 _MOST_SHOWN = 60  # characters of a pattern in a message
 
-# Projections of one attention layer: the names that must stand together, then the ones they bring along where they
-# exist. Asking for the whole group keeps a policy's "value" head and a classifier's "out" layer from passing for one.
+# Projections of one attention layer: names that must all be in one module, and then names that are selected with them
+# where they exist. The first condition leaves out a policy's "value" head and a classifier's "out" layer.
 _ATTENTION_GROUPS = (
     (("query", "key", "value"), ("out", "linear", "attention/output/dense")),  # Linen, NNX, Haiku; BERT, RoBERTa, ViT
     (("q_proj", "k_proj", "v_proj"), ("o_proj", "out_proj")),  # Llama, Mistral, Qwen, Gemma; OPT, BART, CLIP
@@ -30,12 +30,12 @@ _ATTENTION_GROUPS = (
     (("qkv_einsum",), ("attn_vec_einsum",)),  # Gemma
 )
 
-# What a group's first names project to, by how many there are: one kernel for each, or several in one.
+# The projections of a group's first names, by their number: one kernel for each, or several in one kernel.
 _ANCHOR_ROLES = {3: ("q", "k", "v"), 2: ("q", "kv"), 1: ("qkv",)}
 
 
 def check_patterns(patterns: Sequence[str], what: str) -> None:
-    """Raise ValueError for a pattern that no path could ever match: an empty one or a broken regular expression."""
+    """Raise ValueError for a pattern that can't match any path: an empty one or a broken regular expression."""
     for pattern in patterns:
         if not isinstance(pattern, str) or not pattern.strip("/"):
             raise ValueError(f"{what}: {pattern!r} is not a name; give a leaf's name, '/regex/' or a preset")
@@ -49,7 +49,7 @@ def check_patterns(patterns: Sequence[str], what: str) -> None:
 def match(
     patterns: Sequence[str], paths: Collection[str], *, what: str, linear: Collection[str] | None = None
 ) -> dict[str, int]:
-    """Which pattern each path matches; the first that does wins.
+    """Match paths with patterns; where several patterns match a path, the first counts.
 
     A pattern is a suffix of whole components, with or without the final leaf name (`LEAF_NAMES`); a regular expression
     between slashes, which must match the whole path; or a preset, `"attention"` or `"all-linear"`.
@@ -57,11 +57,11 @@ def match(
     Args:
       patterns: In order of precedence.
       paths: All leaf paths of the tree, as `leaf_paths` gives them.
-      what: Names the setting in error messages: `"targets"`.
-      linear: The paths that `"all-linear"` stands for; None where they aren't known.
+      what: The setting's name for error messages, such as `"targets"`.
+      linear: The paths that `"all-linear"` selects; None where they aren't known.
 
     Returns:
-      For each path that matches, the index of its pattern.
+      The index of the pattern that matches, for each path that one matches.
 
     Raises:
       ValueError: A pattern matches no path at all (the nearest names are listed), or `"all-linear"` isn't known.
@@ -88,7 +88,7 @@ def match(
 
 
 def is_vector(path: str) -> bool:
-    """Whether the leaf is a bias or a norm's scale by its name."""
+    """Whether the leaf's name is that of a bias or of a norm's scale."""
     return path.rpartition("/")[2] in VECTOR_NAMES
 
 
@@ -116,7 +116,7 @@ def _matches(pattern: str, paths: Collection[str], what: str, linear: Collection
 
 
 def _names(path: str) -> list[list[str]]:
-    """The components that a suffix is compared with: all, and without a final leaf name."""
+    """The components that a suffix is compared with: all of them, and all without a final leaf name."""
     parts = path.split("/")
     return [parts, parts[:-1]] if parts[-1] in LEAF_NAMES and len(parts) > 1 else [parts]
 
@@ -126,7 +126,7 @@ def _ends_with(parts: list[str], suffix: list[str]) -> bool:
 
 
 def attention_roles(paths: Collection[str]) -> dict[str, list[str]]:
-    """The modules of the attention layers by what they project to: `"q"`, `"k"`, `"v"`, `"o"`; `"qkv"` where fused.
+    """The modules of the attention layers by their projection: `"q"`, `"k"`, `"v"`, `"o"`; `"qkv"` where fused.
 
     >>> attention_roles([f"attn/{name}/kernel" for name in ("query", "key", "value", "out", "norm")])
     {'q': ['attn/query'], 'k': ['attn/key'], 'v': ['attn/value'], 'o': ['attn/out']}
@@ -151,7 +151,7 @@ def _attention(paths: Collection[str]) -> set[str]:
 
 
 def _modules(paths: Collection[str]) -> dict[tuple[str, ...], list[str]]:
-    """The leaves of each module, which goes by its path's components: ("layer_0", "attn", "query")."""
+    """The leaves of each module by the components of its path, such as ("layer_0", "attn", "query")."""
     modules: dict[tuple[str, ...], list[str]] = {}
     for path in paths:
         modules.setdefault(tuple(_names(path)[-1]), []).append(path)
@@ -159,7 +159,7 @@ def _modules(paths: Collection[str]) -> dict[tuple[str, ...], list[str]]:
 
 
 def _beside(parent: tuple[str, ...], name: str) -> tuple[str, ...]:
-    """`name` in `parent`; with slashes, `name` beside it: `attention/self` to `attention/output/dense`."""
+    """The module `name` in `parent`; a name with slashes is beside it: `attention/output/dense` of `attention/self`."""
     above, *below = name.split("/")
     if not below:
         return (*parent, name)
@@ -180,12 +180,12 @@ def _hint(pattern: str, paths: Collection[str]) -> str:
     return "the tree has " + ", ".join(map(repr, layers[:8])) + (", ..." if len(layers) > 8 else "")
 
 
-# What makes a pattern one of PEFT's, with dots between names and regular expressions without slashes, or a shell's.
+# Characters of a pattern in PEFT's syntax (dots between names, regular expressions without slashes) or in a shell's.
 _FOREIGN = frozenset("*.^$|()[]+?\\, ")
 
 
 def _from_elsewhere(pattern: str, paths: Collection[str]) -> str:
-    """How a pattern that matches nothing is written here, if it is PEFT's or a shell's.
+    """A hint how to write a pattern of PEFT's or a shell's in this library; empty for any other pattern.
 
     >>> _from_elsewhere(".*q_proj", ["layers/q_proj/kernel"])
     "here it is 'q_proj'; regular expressions match whole paths and stand between slashes: '/.*q_proj/kernel/'"
@@ -206,13 +206,13 @@ def _from_elsewhere(pattern: str, paths: Collection[str]) -> str:
 
 
 def _suffix(pattern: str, paths: Collection[str]) -> str:
-    """The longest ending of whole names, dots or slashes between them, that is a suffix of a path; empty for none."""
+    """The longest ending of a pattern, in whole names, that is a suffix of a path; empty if there is none."""
     ending = re.search(r"(?:^|[.*^/])([\w-]+(?:[./][\w-]+)*)\$?$", pattern.replace("\\.", "."))
     parts = re.split("[./]", ending[1]) if ending else []
     for stop in (len(parts), len(parts) - 1) if parts[-1:] == ["weight"] else (len(parts),):
         for start in range(stop):
             name = parts[start:stop]
-            if len(name) == 1 and name[0] in LEAF_NAMES:  # "kernel" would be every one
+            if len(name) == 1 and name[0] in LEAF_NAMES:  # "kernel" would select every kernel
                 continue
             if any(_ends_with(known, name) for path in paths for known in _names(path)):
                 return "/".join(name)
@@ -220,7 +220,7 @@ def _suffix(pattern: str, paths: Collection[str]) -> str:
 
 
 def _rewritten(pattern: str) -> list[str]:
-    """A regular expression of dotted names, or a shell's pattern, as ones of names with slashes between them."""
+    """Regular expressions for paths with slashes, from one for dotted names or from a shell's pattern."""
     body = pattern.strip("/").removeprefix("^").removesuffix("$").replace("\\.", "/")
     body = re.sub(r"(?<=[\w)\]])\.(?=[\w(\[])", "/", body)
     body = re.sub(r"(?<![.)\]])\*", ".*", body)
@@ -229,7 +229,7 @@ def _rewritten(pattern: str) -> list[str]:
 
 
 def _translated(regex: str, paths: Collection[str]) -> str:
-    """The regular expression between slashes, with a leaf's name where it lacks one; empty where it still fits none."""
+    """The regular expression between slashes, with a leaf's name if it lacks one; empty if it matches no path."""
     try:
         compiled = re.compile(regex)
     except re.error:

@@ -1,11 +1,12 @@
-"""The program that renders chat templates for `lora_jax.data`: in a process of its own, under limits.
+"""The program that renders chat templates for `lora_jax.data`, in a process of its own and under limits.
 
-A template is a program by a stranger. Its sandbox keeps it from files and the network, not from running for ever or
-from filling the memory, and no hook of jinja's sees what one filter, one method or one power of an integer takes. The
-kernel does: a timer of CPU time that ends the process, and a limit of its address space.
+A template is an untrusted program. Jinja's sandbox keeps it from files and the network, but not from running for ever
+or from filling the memory: jinja has no hook in which one filter, one method or one power of an integer could be
+stopped. The operating system can stop them, with a timer of CPU time that ends the process and a limit of its address
+space.
 
-It reads requests, one JSON object a line, and answers each with one. It is run as a file, so that nothing else of this
-package is imported.
+The program reads requests, one JSON object a line, and answers each with one. It is run as a file, so that nothing else
+of this package is imported.
 """
 
 import contextlib
@@ -25,8 +26,9 @@ MEBIBYTE = 2**20
 
 
 def main() -> None:
+    """Answer the requests on standard input until it ends."""
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # libraries that print to standard output must not write into the answers
     try:
         from transformers.utils.chat_template_utils import render_jinja_template
     except Exception as error:
@@ -40,16 +42,17 @@ def main() -> None:
 
 
 def _answer(render: Any, line: bytes) -> dict[str, Any]:
-    """`{"text", "lengths", "seconds"}` or `{"error"}`.
+    """The answer to one request: `{"text", "lengths", "seconds"}` or `{"error"}`.
 
-    The whole text, the length of each part's where the whole begins so, and the CPU time that it took.
+    `text` is the rendered text, `lengths` has the length of each part's text (None where the whole text doesn't begin
+    with it), and `seconds` is the CPU time.
     """
     request = json.loads(line)
     memory, longest = request["memory"] + 64 * len(line), request["longest"] + 16 * len(line)
     messages, template, names = request["messages"], request["template"], request["names"]
 
     def text_of(count: int, prompt: bool) -> str:
-        # Of each message a copy: a template may change what it is given.
+        # Copies of the messages, as a template may change them.
         given = [dict(message) for message in messages[:count]]
         found = render([given], chat_template=template, add_generation_prompt=prompt, **names)
         text = (found[0] if isinstance(found, tuple) else found)[0]
@@ -67,13 +70,13 @@ def _answer(render: Any, line: bytes) -> dict[str, Any]:
         return {"text": whole, "lengths": lengths, "seconds": time.process_time() - began}
     except MemoryError:
         return {"error": f"it needs more than {memory // MEBIBYTE:,} MiB of memory"}
-    except Exception as error:  # a template raises what it likes
+    except Exception as error:  # a template can raise any error
         return {"error": " ".join(str(error)[:1000].split()) or type(error).__name__}
 
 
 @contextlib.contextmanager
 def _limits(seconds: float, memory: int):
-    """CPU time and memory that the block may take: beyond the one the process ends, beyond the other it raises."""
+    """Limit a block's CPU time, beyond which the process ends, and its memory, beyond which it raises MemoryError."""
     timer = hasattr(signal, "setitimer")
     before = None
     if resource is not None:
@@ -94,10 +97,10 @@ def _limits(seconds: float, memory: int):
 
 
 def _address_space() -> int:
-    """Bytes of this process's address space.
+    """The size of this process's address space in bytes.
 
     Raises:
-      OSError: the system doesn't say.
+      OSError: The system has no /proc.
     """
     with open("/proc/self/statm", "rb") as file:
         return int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")

@@ -1,4 +1,4 @@
-"""Place the factors beside their kernels."""
+"""`shardings` derives the shardings of the factors from those of their kernels."""
 
 import dataclasses
 from typing import Any
@@ -8,19 +8,20 @@ from lora_jax._tree import edit, kernel_path, leaves_with_paths, unbox
 
 
 def shardings(params: Any, base_shardings: Any) -> Any:
-    """The shardings of a whole tree: A and B are cut as their kernel is, along the axes that they share with it.
+    """Derive the shardings of a whole tree: A and B are cut as their kernel is, along the axes that they share with it.
 
         kernel f[in, out]: P("data", "model")   →   a f[in, rank]: P("data", None),  b f[rank, out]: P(None, "model")
 
-    The optimizer's moments take the adapter's: `jax.jit(tx.init, out_shardings=...)`, or computation follows data.
+    The optimizer's moments get the adapter's shardings: from `jax.jit(tx.init, out_shardings=...)`, or without it, as
+    JAX computes where its inputs are.
 
     Args:
       params: A tree that `init` made, of arrays or of ShapeDtypeStructs.
-      base_shardings: The shardings of the tree before `init`: NamedShardings or PartitionSpecs at its leaves, or at
-        mappings for all leaves below.
+      base_shardings: The shardings of the tree before `init`: NamedShardings or PartitionSpecs at its leaves, or in
+        place of a mapping for all leaves in it.
 
     Returns:
-      A tree for `jax.device_put`, or for `in_shardings` and `out_shardings` of `jax.jit`. `split` takes it apart too.
+      A tree for `jax.device_put`, or for `in_shardings` and `out_shardings` of `jax.jit`. `split` can split it too.
 
     Raises:
       ValueError: A leaf that `base_shardings` doesn't cover.
@@ -33,7 +34,7 @@ def shardings(params: Any, base_shardings: Any) -> Any:
     """
     table = dict(leaves_with_paths(base_shardings))
 
-    def of(path: str) -> Any:
+    def sharding_at(path: str) -> Any:
         parts = path.split("/")
         for length in range(len(parts), -1, -1):
             if (above := "/".join(parts[:length])) in table:
@@ -44,7 +45,7 @@ def shardings(params: Any, base_shardings: Any) -> Any:
         if leaf is None:
             return None
         if isinstance(leaf, LoRA):
-            return place(unbox(of(kernel_path(path))), leaf)
-        return dataclasses.replace(leaf, value=of(path)) if isinstance(leaf, Trained) else of(path)
+            return place(unbox(sharding_at(kernel_path(path))), leaf)
+        return dataclasses.replace(leaf, value=sharding_at(path)) if isinstance(leaf, Trained) else sharding_at(path)
 
     return edit(params, leaf=put)

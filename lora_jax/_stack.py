@@ -1,4 +1,4 @@
-"""Many adapters as one tree, to train or run side by side under `jax.vmap`."""
+"""`stack` makes one tree of many adapters, to train or run side by side under `jax.vmap`; `unstack` is its inverse."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,21 +13,21 @@ from lora_jax._tree import edit, is_adapter, leaves_with_paths, nodes_of
 
 
 def stack(adapters: Sequence[Any]) -> Any:
-    """One tree of all adapters, each array with a new first axis, ranks padded with zeros to the highest.
+    """Stack adapters into one tree: each array gets a new first axis, and ranks are padded with zeros to the highest.
 
-    Rank and alpha may differ; the kernels and the leaves that are trained in full may not. Where all scales of a kernel
-    are equal the scale stays static, else it becomes data, one for each adapter, which `lora_jax.masked` leaves alone.
-    Padding stays zero under elementwise optimizers (sgd, adam, adamw, lion, lamb, ...). `jax.vmap(tx.init)` sees no
-    values: have `lora_jax.check_padding(tx, stacked)` refuse the others.
+    Rank and alpha may differ; the adapted kernels and the leaves trained in full may not. Where all scales of a kernel
+    are equal the scale stays static. Otherwise it becomes a leaf, one scale for each adapter, which `lora_jax.masked`
+    leaves alone. Padding stays zero under elementwise optimizers (sgd, adam, adamw, lion, lamb, ...). Arrays have no
+    values under `jax.vmap(tx.init)`, so call `lora_jax.check_padding(tx, stacked)` before, which refuses the others.
 
     Args:
-      adapters: As `split` gives them.
+      adapters: The adapters as `split` returns them.
 
     Returns:
       The stacked tree: `jax.vmap(lambda a: loss(lora_jax.combine(base, a)))(stack(adapters))`.
 
     Raises:
-      ValueError: No adapters, whole trees, or adapters of different kernels.
+      ValueError: No adapters or whole trees are given, or the adapters are of different kernels.
 
     >>> one = {"kernel_lora": LoRA(jnp.ones((4, 1)), jnp.ones((1, 3)), 1.0)}
     >>> two = {"kernel_lora": LoRA(jnp.ones((4, 2)), jnp.ones((2, 3)), 2.0)}
@@ -54,9 +54,9 @@ def stack(adapters: Sequence[Any]) -> Any:
 
 
 def unstack(stacked: Any) -> list[Any]:
-    """The adapters that `stack` put together, each at its own rank again.
+    """Take a stacked tree apart into its adapters, each at its own rank again.
 
-    Under `jax.jit` no values can be looked at, and the padding stays.
+    Under `jax.jit` arrays have no values, and the padding stays.
 
     >>> one = {"kernel_lora": LoRA(jnp.ones((4, 1)), jnp.ones((1, 3)), 1.0)}
     >>> two = {"kernel_lora": LoRA(jnp.ones((4, 2)), jnp.ones((2, 3)), 2.0)}
@@ -66,7 +66,7 @@ def unstack(stacked: Any) -> list[Any]:
     leaves = leaves_with_paths(stacked)
     for path, leaf in leaves:
         if isinstance(leaf, LoRA) and leaf.lead != 1:
-            raise ValueError(f"{path}: a single adapter given, expected stacked ones; it is what unstack would return")
+            raise ValueError(f"{path}: a single adapter given, expected stacked ones; use it without unstack")
     counts = {array.shape[0] for array in jax.tree.leaves(stacked)}
     if len(counts) != 1:
         raise ValueError(f"unstack: arrays of {sorted(counts)} adapters given, expected one number of them throughout")
@@ -82,7 +82,7 @@ def unstack(stacked: Any) -> list[Any]:
 
 
 def _same_scales(nodes: list[LoRA]) -> list[LoRA]:
-    """The nodes with scales that can be stacked: static where they are equal, arrays where not."""
+    """The nodes with scales that can be stacked: static if they are equal, arrays otherwise."""
     static = all(node.scale_is_static for node in nodes)
     if static and all(np.array_equal(node.scale, nodes[0].scale) for node in nodes):
         return nodes
@@ -90,7 +90,7 @@ def _same_scales(nodes: list[LoRA]) -> list[LoRA]:
 
 
 def _with_static_scale(node: LoRA) -> LoRA:
-    """The node with its scale as structure; one that is traced has no value to be it, and stays a leaf."""
+    """The node with a static scale; a traced scale has no value, and stays a leaf."""
     scale = node.scale
     return node if isinstance(scale, Tracer | jax.ShapeDtypeStruct) else node.replace(scale=np.asarray(scale))
 
@@ -106,7 +106,7 @@ def _check_same(number: int, table: dict[str, Any], first: dict[str, Any]) -> No
 
 
 def _form(leaf: Any) -> Any:
-    """The properties that must agree: the structure, axes included, and all sizes but the rank."""
+    """The properties of a leaf that must agree: the structure, axes included, and all sizes but the rank."""
     if not isinstance(leaf, LoRA):
         return jax.tree.structure(leaf), [jnp.shape(array) for array in jax.tree.leaves(leaf)]
     stack = len(leaf.axes.stack)

@@ -1,7 +1,7 @@
-"""Which tables a function looks token ids up in, and whether they have a row for every id.
+"""Checks that the tables in which a function looks token ids up have a row for every id.
 
-An id beyond its table gives no error: `jnp.take` gives nan for it, and indexing the table's last row. How many rows
-there are is read from an abstract trace, so it needn't be said, and costs nothing while a compiled function runs.
+In JAX an id beyond its table is no error: `jnp.take` gives nan for it, and indexing gives the table's last row. The
+number of rows is read from an abstract trace, so that users need not give it, and compiled functions do no extra work.
 """
 
 import enum
@@ -16,7 +16,7 @@ from jax.extend import core as jex
 
 from lora_jax._walk import Analysis
 
-# Equations that give some of their operand's integers on, and perhaps others that are no larger than these may be.
+# Equations whose output consists of integers of their operands: ids that go in are ids that come out.
 _SAME_IDS = frozenset(
     {
         "broadcast_in_dim",
@@ -44,7 +44,7 @@ _SAME_IDS = frozenset(
         "transpose",
     }
 )
-# Equations after which a leaf is still the table that it was, if its axes are others.
+# Equations after which a table is still the same table, perhaps with other axes.
 _SAME_TABLE = frozenset(
     {
         "convert_element_type",
@@ -63,12 +63,12 @@ _SAME_TABLE = frozenset(
 
 
 class Vocabulary(NamedTuple):
-    """What a function's trace says of token ids.
+    """The limits of token ids that a function's trace shows.
 
     Attributes:
-      rows: path of each leaf that they are looked up in -> its rows.
-      logits: the last axis of an output of three axes, [B, T, V]; None of others.
-      raised: whether the function makes ids below 0 others before every lookup.
+      rows: The number of rows of each leaf in which ids are looked up, by its path.
+      logits: The size V of an output [B, T, V]; None if the output has other axes.
+      raised: Whether the function replaces ids below 0 before every lookup.
     """
 
     rows: Mapping[str, int]
@@ -77,12 +77,12 @@ class Vocabulary(NamedTuple):
 
 
 def vocabulary(function: Callable[[Any, Any], Any], params: Any, batch: dict[str, Any]) -> Vocabulary:
-    """Traces `function(params, batch)` and finds the leaves of `params` that `batch["input_ids"]` are looked up in.
+    """Find the leaves of `params` in which `function(params, batch)` looks up `batch["input_ids"]`, by a trace.
 
-    Found are lookups by the ids themselves; not found are those by what is computed from them (positions, hashes), or
-    by a product with one-hot vectors. Nor are those of a function that sees to ids beyond its table itself:
-    by `clip` or `minimum`, by a `where` that looks at the ids, or in the lookup, by `mode="clip"` or a `fill_value`.
-    A function that can't be traced has none.
+    Lookups by the ids themselves are found. Lookups by values computed from them (positions, hashes), or by a product
+    with one-hot vectors, aren't. Nor are those of a function that handles ids beyond its table itself: by `clip` or
+    `minimum`, by a `where` on the ids, or in the lookup by `mode="clip"` or a `fill_value`. For a function that can't
+    be traced the result is empty.
 
     >>> import jax.numpy as jnp
     >>> params = {"table": jnp.ones((5, 3)), "places": jnp.ones((9, 3))}
@@ -94,11 +94,11 @@ def vocabulary(function: Callable[[Any, Any], Any], params: Any, batch: dict[str
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they come again where the function is run
             jaxpr = jax.make_jaxpr(function)(params, batch)
-    except Exception:  # whatever is wrong with it is reported where it is run
+    except Exception:  # any error of the function is reported where it is run
         return Vocabulary({}, None)
     given, _ = jax.tree_util.tree_flatten_with_path(params)
     marks: list[_Mark | None] = [_Table(jax.tree_util.keystr(path, simple=True, separator="/")) for path, _ in given]
-    marks += [_Of.IDS if name == "input_ids" else None for name in sorted(batch)]  # as a dict is flattened
+    marks += [_Ids.IDS if name == "input_ids" else None for name in sorted(batch)]  # the order in which JAX flattens it
     lookups = _Lookups()
     lookups.outputs(jaxpr, marks)
     found = lookups.found
@@ -111,16 +111,16 @@ def vocabulary(function: Callable[[Any, Any], Any], params: Any, batch: dict[str
 
 
 def check_ids(rows: Iterable[Any], limits: Vocabulary, what: str, predicted: Sequence[Any] | None = None) -> None:
-    """Refuses ids that are in no row of a table, or that no logit predicts.
+    """Refuse ids for which a table has no row, or for which there is no logit.
 
     Args:
-      rows: integer arrays or lists, each not empty.
-      limits: of the function that will be given them.
-      what: what a row is called; its number follows.
-      predicted: bool arrays, true at the tokens of each row that are predicted; None where none is.
+      rows: The ids of each example, integer arrays or lists, none of them empty.
+      limits: The limits of the function that will get them.
+      what: The word for an example in the message; its number follows.
+      predicted: Bool arrays that are true at the tokens of each example that are predicted; None where none is.
 
     Raises:
-      ValueError: an id below 0 or beyond a table, by row, leaf and size.
+      ValueError: An id is below 0 or beyond a table; the message has the example, the leaf and the table's size.
 
     >>> check_ids([[0, 4], [5]], Vocabulary({"table": 5}, None), "prompt")
     Traceback (most recent call last):
@@ -138,10 +138,10 @@ def check_ids(rows: Iterable[Any], limits: Vocabulary, what: str, predicted: Seq
                 "take the tokenizer that belongs to the model"
             )
         if predicted is not None and limits.logits is not None and largest >= limits.logits:
-            told = row[np.asarray(predicted[number])]
-            if told.size and told.max() >= limits.logits:
+            labels = row[np.asarray(predicted[number])]
+            if labels.size and labels.max() >= limits.logits:
                 raise ValueError(
-                    f"{what} {number + 1}: token {told.max()} is beyond the model's vocabulary of {limits.logits} "
+                    f"{what} {number + 1}: token {labels.max()} is beyond the model's vocabulary of {limits.logits} "
                     "logits; take the tokenizer that belongs to the model"
                 )
 
@@ -152,17 +152,17 @@ class _Table(NamedTuple):
     path: str
 
 
-class _Of(enum.Enum):
-    """A value of the trace that is made of the ids."""
+class _Ids(enum.Enum):
+    """A value of the trace that depends on the ids."""
 
-    IDS = enum.auto()
-    RAISED = enum.auto()  # the ids, where they aren't below a bound
-    NEGATIVE = enum.auto()  # whether they are below 0
-    OTHER = enum.auto()
+    IDS = enum.auto()  # the ids themselves
+    RAISED = enum.auto()  # the ids, with those below a bound replaced by others
+    NEGATIVE = enum.auto()  # booleans: whether each id is below 0
+    OTHER = enum.auto()  # anything else that was computed from them
 
 
-_Mark = _Table | _Of
-_ARE_IDS = (_Of.IDS, _Of.RAISED)
+_Mark = _Table | _Ids
+_ARE_IDS = (_Ids.IDS, _Ids.RAISED)
 
 
 class _Lookup(NamedTuple):
@@ -172,7 +172,7 @@ class _Lookup(NamedTuple):
 
 
 class _Lookups(Analysis[_Mark | None]):
-    """Follows ids and tables; lookups are noted in `found`."""
+    """Follows ids and tables through a jaxpr, and records lookups in `found`."""
 
     def __init__(self) -> None:
         self.found: list[_Lookup] = []
@@ -184,59 +184,65 @@ class _Lookups(Analysis[_Mark | None]):
         return [_result(eqn, facts, self.found) if any(facts) else None] * len(eqn.outvars)
 
     def joined(self, one: _Mark | None, other: _Mark | None) -> _Mark | None:
-        """Ids in one step of a loop or in one branch alone are no ids of a batch any more."""
-        return one if one == other else _Of.OTHER if isinstance(one, _Of) or isinstance(other, _Of) else None
+        """The mark of a value with different marks in two steps or branches: it is ids in one of them only."""
+        return one if one == other else _Ids.OTHER if isinstance(one, _Ids) or isinstance(other, _Ids) else None
 
     def chosen(self, index: _Mark | None, branches: Sequence[_Mark | None]) -> _Mark | None:
-        return functools.reduce(self.joined, branches) if index is None else _Of.OTHER
+        return functools.reduce(self.joined, branches) if index is None else _Ids.OTHER
 
 
 def _result(eqn: Any, inputs: Sequence[_Mark | None], found: list[_Lookup]) -> _Mark | None:
-    """The mark of an equation's outputs."""
+    """The mark of an equation's outputs.
+
+    `table[ids]` is traced as lt(ids, 0), add(ids, rows), select_n, gather. The marks on the way are NEGATIVE, OTHER,
+    IDS, and a lookup with its number of rows is recorded at the gather.
+    """
     name, first = eqn.primitive.name, inputs[0]
     if name == "gather" and isinstance(first, _Table):
         axes = eqn.params["dimension_numbers"].start_index_map
-        if inputs[1] in _ARE_IDS and len(axes) == 1 and not _sees_to_others(eqn):
-            found.append(_Lookup(first.path, eqn.invars[0].aval.shape[axes[0]], inputs[1] is _Of.RAISED))
+        if inputs[1] in _ARE_IDS and len(axes) == 1 and not _handles_ids_beyond(eqn):
+            found.append(_Lookup(first.path, eqn.invars[0].aval.shape[axes[0]], inputs[1] is _Ids.RAISED))
         return None
     if isinstance(first, _Table):
         return first if name in _SAME_TABLE else None
-    if not any(isinstance(mark, _Of) for mark in inputs):
+    if not any(isinstance(mark, _Ids) for mark in inputs):
         return None
     if name == "lt" and first in _ARE_IDS and _is_zero(eqn.invars[1]):
-        return _Of.NEGATIVE
+        return _Ids.NEGATIVE
     if name == "select_n":
-        return _chosen(first, inputs[1:])
+        return _selected(first, inputs[1:])
+    # The other operands of these are indices: an id that is one isn't in the output.
     passed = inputs[:1] if name in ("gather", "dynamic_slice") else inputs
     if name not in _SAME_IDS or not np.issubdtype(eqn.outvars[0].aval.dtype, np.integer):
-        return first if name in _SAME_IDS and first is _Of.NEGATIVE else _Of.OTHER
+        return first if name in _SAME_IDS and first is _Ids.NEGATIVE else _Ids.OTHER
     if name == "max" and any(mark in _ARE_IDS for mark in inputs):
-        return _Of.RAISED
-    return _least(passed)
+        return _Ids.RAISED
+    return _first_mark(passed)
 
 
-def _chosen(predicate: _Mark | None, cases: Sequence[_Mark | None]) -> _Mark | None:
-    """The mark of what a predicate chooses from cases, those where it is false first."""
+def _selected(predicate: _Mark | None, cases: Sequence[_Mark | None]) -> _Mark | None:
+    """The mark of the output of `select_n`: the first case is taken where the predicate is false."""
     if predicate is None:
-        return _least(cases)
+        return _first_mark(cases)
     kept, other = cases[0], cases[-1]
-    if predicate is not _Of.NEGATIVE or kept not in _ARE_IDS:
-        return _Of.OTHER  # the ids themselves say where they are taken
-    # Indexing counts ids below 0 from the end, so they are made ids + rows; by anything else they are gone.
-    return kept if other is _Of.OTHER else _Of.RAISED
+    if predicate is not _Ids.NEGATIVE or kept not in _ARE_IDS:
+        return _Ids.OTHER  # the ids decide which of them are replaced, so that the function handles some itself
+    # Indexing counts ids below 0 from the end: it selects ids + rows, whose mark is OTHER, and they stay the ids that
+    # they were. Any other value replaces them.
+    return kept if other is _Ids.OTHER else _Ids.RAISED
 
 
-def _least(marks: Sequence[_Mark | None]) -> _Mark | None:
-    """The mark of values put together: ids where some are."""
-    return next((mark for mark in _Of if mark in marks), None)
+def _first_mark(marks: Sequence[_Mark | None]) -> _Mark | None:
+    """The mark of an array made of several, in the order of `_Ids`: IDS if one of them is ids."""
+    return next((mark for mark in _Ids if mark in marks), None)
 
 
 def _is_zero(atom: Any) -> bool:
     return isinstance(atom, jex.Literal) and bool(np.all(np.asarray(atom.val) == 0))
 
 
-def _sees_to_others(eqn: Any) -> bool:
-    """Whether a lookup says itself what is found beyond the table: its last row, or a number."""
+def _handles_ids_beyond(eqn: Any) -> bool:
+    """Whether a lookup itself has a result for ids beyond the table: the last row, or a fill value other than JAX's."""
     mode = jax.lax.GatherScatterMode.from_any(eqn.params["mode"])
     if mode == jax.lax.GatherScatterMode.CLIP:
         return True

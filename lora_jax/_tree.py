@@ -1,4 +1,4 @@
-"""A parameter tree with LoRA nodes in it: finding, adding, taking out, splitting and combining."""
+"""Operations on parameter trees with LoRA nodes: find, attach and detach nodes, `split` and `combine`."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -36,9 +36,9 @@ def _children(tree: Any) -> tuple[list[tuple[Any, Any]], Any] | None:
 
 
 def is_box(tree: Any) -> bool:
-    """Whether `tree` is one array in a wrapper, as `nn.Partitioned` and `nnx.Param` are: it counts as the leaf.
+    """Whether `tree` is one array in a wrapper, such as `nn.Partitioned` and `nnx.Param`; it counts as one leaf.
 
-    Seen from its pytree form, a single child that is its `.value`, so that no framework need be imported.
+    A wrapper is recognised by its pytree form, a single child under `.value`, so that no framework need be imported.
     """
     if isinstance(tree, Mapping | list | tuple | LoRA | Trained | jax.Array):
         return False
@@ -47,12 +47,12 @@ def is_box(tree: Any) -> bool:
 
 
 def unbox(leaf: Any) -> Any:
-    """The array of a leaf, out of its wrapper if it has one."""
+    """The array of a leaf, without its wrapper if it has one."""
     return jax.tree.leaves(leaf)[0] if is_box(leaf) else leaf
 
 
 def rebox(box: Any, value: Any) -> Any:
-    """`value` in the wrapper that `box` has, if it has one."""
+    """`value` in the same wrapper as `box`, if `box` has one."""
     return jax.tree.unflatten(jax.tree.structure(box), [value]) if is_box(box) else value
 
 
@@ -60,7 +60,7 @@ def _entries(tree: Mapping) -> list[tuple[Any, Any]]:
     """Keys and children of a mapping, as stored and in its own order."""
     if isinstance(tree, dict):
         return list(tree.items())
-    # Through the pytree form, since `nnx.State` wraps its children anew when they are asked for.
+    # Through the pytree form, since `nnx.State` makes new wrappers of its children at each access.
     level = _children(tree)
     return list(tree.items()) if level is None else [(_raw_key(key), child) for key, child in level[0]]
 
@@ -87,9 +87,10 @@ def edit(
 
     Args:
       tree: Any pytree.
-      leaf: (path, leaf) to what takes its place. A boxed leaf, a node and None count as leaves.
-      level: (path, mapping, its entries) to the entries it shall have; they are visited next. Siblings come and go.
-      path: Where `tree` stands.
+      leaf: A function from (path, leaf) to the new leaf. A boxed leaf, a node and None count as leaves.
+      level: A function from (path, mapping, its entries) to the mapping's new entries, which are visited next. It can
+        add entries and remove them.
+      path: The path of `tree`.
     """
     if is_node(tree) or is_box(tree) or tree is None:
         return leaf(path, tree)
@@ -112,13 +113,13 @@ def join(path: str, key: Any) -> str:
 
 
 def leaves_with_paths(tree: Any) -> list[tuple[str, Any]]:
-    """(path, leaf) of every leaf in JAX's order; boxed leaves and nodes count as leaves, None doesn't."""
+    """Pairs (path, leaf) of every leaf in JAX's order; boxed leaves and nodes count as leaves, None doesn't."""
     pairs, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: is_node(x) or is_box(x))
     return [(path_of(key_path), leaf) for key_path, leaf in pairs]
 
 
 def leaf_paths(tree: Any) -> list[str]:
-    """The path of every leaf of a tree without nodes, aligned with `jax.tree.leaves`; boxes don't show in a path.
+    """The path of every leaf of a tree without nodes, in the order of `jax.tree.leaves`; boxes aren't in the path.
 
     >>> leaf_paths({"query": {"kernel": 1.0, "bias": 2.0}, "layers": [{"w": 3.0}]})
     ['layers/0/w', 'query/bias', 'query/kernel']
@@ -132,7 +133,7 @@ def leaf_paths(tree: Any) -> list[str]:
 def kernel_path(node_path: str) -> str:
     """The path of the kernel that the node at `node_path` belongs to."""
     if not node_path.endswith(SUFFIX):
-        raise ValueError(f"{node_path or 'the root'}: a LoRA node must stand beside its kernel as NAME{SUFFIX}")
+        raise ValueError(f"{node_path or 'the root'}: a LoRA node must be beside its kernel as NAME{SUFFIX}")
     return node_path.removesuffix(SUFFIX)
 
 
@@ -142,15 +143,15 @@ def nodes_of(tree: Any) -> dict[str, LoRA]:
 
 
 def is_adapter(tree: Any) -> bool:
-    """Whether `tree` is what `split` gave as the adapter: it has nodes, and none has its kernel beside it."""
+    """Whether `tree` is an adapter tree, as `split` returns it: it has nodes, and none has its kernel beside it."""
     nodes, paths = nodes_of(tree), {path for path, leaf in leaves_with_paths(tree) if not isinstance(leaf, LoRA)}
     return bool(nodes) and paths.isdisjoint(nodes)
 
 
 def detach(tree: Any) -> tuple[Any, dict[str, LoRA]]:
-    """The tree as it was before `init`, and its nodes by their kernel's path.
+    """Separate a tree into the tree as it was before `init`, and its nodes by their kernel's path.
 
-    Leaves trained in full appear in the dtype that the function expects.
+    Leaves trained in full are cast to the dtype that the function expects.
 
     Args:
       tree: Any pytree, with nodes anywhere in its mappings.
@@ -159,7 +160,7 @@ def detach(tree: Any) -> tuple[Any, dict[str, LoRA]]:
       `(plain, nodes)`. Without nodes, `plain` is `tree` itself.
 
     Raises:
-      ValueError: A node without its kernel beside it.
+      ValueError: A node has no kernel beside it.
     """
     nodes: dict[str, LoRA] = {}
 
@@ -174,24 +175,24 @@ def detach(tree: Any) -> tuple[Any, dict[str, LoRA]]:
 
     def cast(path: str, leaf: Any) -> Any:
         if isinstance(leaf, LoRA):
-            raise ValueError(f"{path or 'the root'}: a LoRA node must stand in a mapping, beside its kernel")
+            raise ValueError(f"{path or 'the root'}: a LoRA node must be in a mapping, beside its kernel")
         return leaf.cast() if isinstance(leaf, Trained) else leaf
 
     return edit(tree, leaf=cast, level=drop_nodes), nodes
 
 
 def refuse_prefix(tree: Any, why: str) -> None:
-    """Raise ValueError where a tree holds prefix embeddings, which would be lost without a word."""
+    """Raise ValueError where a tree has prefix embeddings, which would be lost without an error."""
     for path, leaf in leaves_with_paths(tree):
         if isinstance(leaf, Prefix):
             raise ValueError(f"{path}: {len(leaf.value)} prefix embeddings {why}")
 
 
 def attach(tree: Any, nodes: Mapping[str, LoRA], leaves: Mapping[str, Any] | None = None) -> Any:
-    """The tree with each node beside its kernel, and with `leaves` in place of what it has at their paths.
+    """Put each node beside its kernel, and replace the leaves at the paths of `leaves`.
 
     Raises:
-      ValueError: A path that the tree doesn't have, or a kernel that can have no sibling.
+      ValueError: The tree lacks a path, or a kernel isn't in a mapping and can have no sibling.
     """
     leaves = leaves or {}
     unplaced = {*nodes, *leaves}
@@ -218,7 +219,7 @@ def attach(tree: Any, nodes: Mapping[str, LoRA], leaves: Mapping[str, Any] | Non
     if unplaced:
         raise ValueError(
             f"{sorted(unplaced)[0]}: the base has no such leaf in a mapping under a string key"
-            f" ({len(unplaced)} of {len({*nodes, *leaves})} paths have no place); the adapter is another model's"
+            f" ({len(unplaced)} of {len({*nodes, *leaves})} paths are missing); the adapter is another model's"
         )
     return result
 
@@ -228,21 +229,21 @@ def is_leaf(x: Any) -> bool:
 
 
 def train_patterns(also_train: Any) -> tuple[str, ...]:
-    """The patterns of extra trained leaves: given as such, or by the config that `init` had."""
+    """The patterns of leaves trained in full: given as patterns, or as the config that `init` had."""
     if isinstance(also_train, str):
         return (also_train,)
     return tuple(getattr(also_train, "also_train", also_train))
 
 
 def trained_paths(tree: Any, also_train: Any = ()) -> set[str]:
-    """Paths of the leaves trained in full: those named by `also_train`, and in any case the wrapped ones."""
+    """Paths of the leaves trained in full: those that `also_train` names, and those that are marked (`Trained`)."""
     leaves = [(path, leaf) for path, leaf in leaves_with_paths(tree) if not isinstance(leaf, LoRA)]
     known = {path for path, leaf in leaves if isinstance(leaf, Trained)}
     return known | set(match(train_patterns(also_train), [path for path, _ in leaves], what="also_train"))
 
 
 def holders(tree: Any) -> dict[str, Mapping]:
-    """The mapping that each leaf stands in, for the leaves that stand in one under a string key."""
+    """The mapping that each leaf is in, for the leaves that are in one under a string key."""
     found: dict[str, Mapping] = {}
 
     def note(path: str, mapping: Mapping, entries: dict[Any, Any]) -> dict[Any, Any]:
@@ -259,7 +260,7 @@ def holders(tree: Any) -> dict[str, Mapping]:
 
 
 def split(params: Any, also_train: Any = ()) -> tuple[Any, Any]:
-    """What stays and what trains, as two trees: take gradients of the second, pass the first as an argument.
+    """Split a tree into the base and the adapter: take gradients by the adapter, and pass the base as an argument.
 
     Args:
       params: A tree that `init` made.
@@ -267,10 +268,10 @@ def split(params: Any, also_train: Any = ()) -> tuple[Any, Any]:
 
     Returns:
       `(base, adapter)`. The base has exactly the structure that the tree had before `init`, with None where a leaf
-      is trained in full. The adapter has the nodes and those leaves, and of the containers only what leads to them.
+      is trained in full. The adapter has the nodes and the leaves trained in full, and only the containers around them.
 
     Raises:
-      ValueError: A pattern that matches nothing.
+      ValueError: A pattern matches nothing.
 
     >>> params = {"query": {"kernel": 1.0, "kernel_lora": LoRA(2.0, 3.0, 4.0)}, "head": {"kernel": 5.0}}
     >>> split(params)
@@ -278,25 +279,25 @@ def split(params: Any, also_train: Any = ()) -> tuple[Any, Any]:
     >>> split(params, also_train=["head"])[1]["head"]
     {'kernel': 5.0}
     """
-    whole = trained_paths(params, also_train)
+    in_full = trained_paths(params, also_train)
 
     def drop_nodes(path: str, mapping: Mapping, entries: dict[Any, Any]) -> dict[Any, Any]:
         return {key: child for key, child in entries.items() if not isinstance(child, LoRA)}
 
-    base = edit(params, leaf=lambda path, leaf: None if path in whole else leaf, level=drop_nodes)
-    adapter = _pruned(params, lambda path, leaf: isinstance(leaf, LoRA) or path in whole)
+    base = edit(params, leaf=lambda path, leaf: None if path in in_full else leaf, level=drop_nodes)
+    adapter = _pruned(params, lambda path, leaf: isinstance(leaf, LoRA) or path in in_full)
     return base, {} if adapter is None else adapter
 
 
 def combine(base: Any, adapter: Any) -> Any:
-    """The tree that `split` took apart: `combine(*split(params)) == params`.
+    """Combine a base and an adapter into one tree, the inverse of `split`: `combine(*split(params)) == params`.
 
     Args:
-      base: The first part, or any tree with the leaves that the adapter's nodes belong to.
-      adapter: The second part.
+      base: The base, or any tree with the kernels of the adapter's nodes.
+      adapter: The adapter.
 
     Raises:
-      ValueError: The adapter has a node or a leaf for which the base has no place.
+      ValueError: The base lacks the kernel of a node, or has no None for a leaf trained in full.
 
     >>> params = {"query": {"kernel": 1.0, "kernel_lora": LoRA(2.0, 3.0, 4.0)}, "head": {"kernel": 5.0}}
     >>> base, adapter = split(params, also_train=["head"])
@@ -311,7 +312,7 @@ def combine(base: Any, adapter: Any) -> Any:
 
 
 def _pruned(tree: Any, keep: Callable[[str, Any], bool], path: str = "") -> Any:
-    """The leaves to keep and the containers that lead to them; None if there are none."""
+    """The tree without the leaves for which `keep` is false and without empty containers; None if nothing is left."""
     if tree is None or is_leaf(tree):
         return tree if tree is not None and keep(path, tree) else None
     if isinstance(tree, Mapping):

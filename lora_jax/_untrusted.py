@@ -1,7 +1,7 @@
-"""Files that others made: what is asked of one before it is opened. Models, adapters and checkpoints share it.
+"""Checks of an untrusted file before it is opened, for models, adapters and checkpoints.
 
-Opening a pipe waits for whoever writes to it, a device never ends, and a file that Git LFS has not downloaded yet looks
-damaged: each is named here instead, in words for the message of an error.
+Opening a pipe waits for a writer, a device never ends, and a file that Git LFS has not downloaded yet looks damaged.
+Each is described here instead, in words for an error's message.
 """
 
 import json
@@ -26,8 +26,8 @@ def not_a_file(path: Path) -> str:
     """Describe what `path` is instead of a regular file; empty where it is one. Links are followed.
 
     Raises:
-        FileNotFoundError: there is nothing.
-        OSError: it can't be looked at, as in a loop of links.
+        FileNotFoundError: There is nothing at the path.
+        OSError: The path can't be resolved, as in a loop of links.
 
     >>> import os
     >>> not_a_file(Path(os.devnull)), not_a_file(Path(os.sep))
@@ -38,10 +38,10 @@ def not_a_file(path: Path) -> str:
 
 
 def git_lfs_pointer(path: Path) -> str:
-    """Describe a file that is a Git LFS pointer: what it is, and how to get the file; empty where it is none.
+    """Describe a file that is a Git LFS pointer, and how to get the real file; empty where it is none.
 
-    A clone without git-lfs leaves three lines of text in the place of each large file. Never blocks: only a regular
-    file is opened, and of that the first kilobyte.
+    A clone without git-lfs has three lines of text in place of each large file. This never blocks: only a regular file
+    is opened, and only one of at most a kilobyte.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "model.safetensors"
@@ -67,8 +67,8 @@ def read_json(path: Path, most_bytes: int) -> Any:
     """Read a JSON file, if it is no larger than `most_bytes`.
 
     Raises:
-        OSError: it can't be read.
-        ValueError: it is too large, or not valid JSON.
+        OSError: It can't be read.
+        ValueError: It is too large, or not valid JSON.
     """
     if (size := path.stat().st_size) > most_bytes:
         raise ValueError(f"{path}: {size:,} bytes, expected at most {most_bytes:,} of such a file")

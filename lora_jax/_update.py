@@ -1,8 +1,8 @@
-"""A kernel and its adapter: ΔW, W + ΔW, and the change that an adapter makes.
+"""The formulas of one kernel and its adapter: ΔW, W + ΔW, and the difference that an adapter makes.
 
     ΔW = scale · A B        W' = W + ΔW,  or  m ⊙ (W + ΔW) / ‖W + ΔW‖  where the node has a magnitude (DoRA)
 
-The forward has the same sum for kernels on their way through a function, where axes have names: `_forward/lowrank.py`.
+`_forward/lowrank.py` has the same sum for kernels on their way through a function, where axes have names.
 """
 
 from typing import Any
@@ -15,13 +15,14 @@ from lora_jax._node import LoRA
 
 
 def update_of(node: LoRA, dtype: Any = jnp.float32) -> jax.Array:
-    """ΔW = scale · A B of one node, in the order of the kernel's axes.
+    """Compute ΔW = scale · A B of one node, in the order of the kernel's axes.
 
     >>> import lora_jax
     >>> node = LoRA(jnp.ones((3, 2)), jnp.ones((2, 5)), 0.5, axes=lora_jax.Axes(inputs=(1,), outputs=(0,)))
     >>> update_of(node).shape
     (5, 3)
     """
+    # a [*stack, *inputs, r] @ b [*stack, r, *outputs] -> [*stack, *inputs, *outputs], which is then put in W's order
     stack, inputs, _ = (len(group) for group in node.axes)
     batch = tuple(range(stack))
     scale = jnp.expand_dims(jnp.asarray(node.scale, dtype), range(stack, stack + inputs + 1))
@@ -36,7 +37,7 @@ def update_of(node: LoRA, dtype: Any = jnp.float32) -> jax.Array:
 
 
 def changed(kernel: jax.Array, node: LoRA) -> jax.Array:
-    """The kernel with its adapter in it, W + ΔW or DoRA's W', in the kernel's dtype: the array that `merge` rounds.
+    """Compute W + ΔW, or DoRA's W', in the kernel's dtype: the array that `merge` rounds.
 
     >>> node = LoRA(jnp.ones((2, 1)), jnp.ones((1, 2)), jnp.float32(1), magnitude=jnp.array([10.0, 5.0]))
     >>> changed(jnp.array([[2.0, -1.0], [3.0, 0.0]]), node)
@@ -48,5 +49,5 @@ def changed(kernel: jax.Array, node: LoRA) -> jax.Array:
 
 
 def difference(kernel: jax.Array, node: LoRA) -> jax.Array:
-    """W' - W in the kernel's dtype: ΔW itself where there is no magnitude, not what rounding W + ΔW leaves of it."""
+    """Compute W' - W in the kernel's dtype; without a magnitude it is ΔW itself, not a difference of rounded arrays."""
     return update_of(node, kernel.dtype) if node.magnitude is None else changed(kernel, node) - kernel

@@ -1,18 +1,20 @@
-"""One walk through a jaxpr, and the one place that knows which equations hold jaxprs of their own.
+"""The one walk through a jaxpr, and the list of the equations that have jaxprs of their own.
 
-`walk` reads a jaxpr equation by equation for an interpretation, which says what each makes of its operands' values:
+`walk` visits the equations of a jaxpr in order. An interpretation computes the values of each equation's outputs from
+the values of its operands. There are four:
 
-- the forward's (`_forward.interpret.Frame`): arrays, and kernels with a low-rank update;
-- `kernel_axes` (`_forward.tracks.Reader`): which axes of which kernel a value still has;
+- the forward (`_forward.interpret.Frame`): values are arrays, and kernels with a low-rank update;
+- `kernel_axes` (`_forward.tracks.Reader`): the axes of kernels that a value still has;
 - `certify` (`_program.cost.Flow`): whether a value depends on data, and which argument it is;
-- `_tables`: whether a value is token ids, or the table that they are looked up in.
+- `_tables`: whether a value is token ids, or a table in which they are looked up.
 
-The first computes, and issues calls, loops and branches again by rules of its own. The others only say what is known of
-a value: as an `Analysis` each is taken through calls, loops and branches here.
+The forward computes arrays, and issues calls, loops and branches again by rules of its own. The others compute facts
+about values. Each of them is an `Analysis`, which goes through calls, loops and branches by the methods here.
 """
 
 from __future__ import annotations
 
+import abc
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -23,30 +25,32 @@ from lora_jax._jaxprs import opened, scan_counts
 
 Fact = TypeVar("Fact")
 
-# Equations that run one jaxpr on their operands as they are -> the parameter that holds it.
+# The equations that run one jaxpr on all of their operands -> the parameter that has the jaxpr.
 CALLS = {
     **dict.fromkeys(("jit", "pjit", "remat", "remat2", "checkpoint", "shard_map"), "jaxpr"),
     **dict.fromkeys(("closed_call", "core_call", "core_closed_call"), "call_jaxpr"),
     **dict.fromkeys(("custom_jvp_call", "custom_vjp_call"), "call_jaxpr"),
 }
-# Equations with jaxprs of their own, through which an `Analysis` is taken.
+# The equations with jaxprs of their own, through which an `Analysis` goes.
 HOLDERS = frozenset({*CALLS, "scan", "while", "cond"})
 
 
 def walk(jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Any], how: Any) -> list[Any]:
-    """The values of a jaxpr's outputs, from those of its constants and inputs.
+    """Compute the values of a jaxpr's outputs from those of its constants and inputs.
 
-    Equations that a followed value enters go to `how.equation`, one by one. The others go to `how.stretch`, as many in
-    a row as there are: with `f` followed, the five equations below are two stretches and one equation.
+    Equations with a followed operand are passed to `how.equation`, one by one. Consecutive other equations are passed
+    to `how.stretch` together. With `f` followed, the five equations below are a stretch, an equation and a stretch:
 
         a = sin x;  b = cos a  |  c = f @ b  |  d = exp c;  e = d + 1
 
     Args:
-      jaxpr: open.
-      consts, inputs: values of its `constvars` and `invars`.
-      how: the interpretation. `equation(eqn, values)` gives the values of the outputs; `constant(literal)` the value of
-        a literal; `follows(value)` says whether equations on it are asked for; `stretch(eqns, read, used)` gives
-        pairs of a variable and its value, at least of the variables for which `used` is true.
+      jaxpr: An open jaxpr.
+      consts: The values of its `constvars`.
+      inputs: The values of its `invars`.
+      how: The interpretation. `equation(eqn, values)` returns the values of the outputs, and `constant(literal)` the
+        value of a literal. `follows(value)` is true where equations on a value must be passed to `equation`.
+        `stretch(eqns, read, used)` yields pairs of a variable and its value, for all variables for which `used` is true
+        or for more.
     """
     known: dict[Any, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *inputs], strict=True))
     followed = {var for var, value in known.items() if how.follows(value)}
@@ -70,7 +74,7 @@ def walk(jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Any], how: Any) -> 
             known[var] = value
             if how.follows(value):
                 followed.add(var)
-        # Let go of what isn't used any more: outside `jit`, of its memory.
+        # Drop values that aren't used any more, which frees their memory outside `jit`.
         for eqn in eqns[position:stop]:
             for var in eqn.invars:
                 if not isinstance(var, jex.Literal) and last[var] < stop:
@@ -80,7 +84,7 @@ def walk(jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Any], how: Any) -> 
 
 
 def _last_uses(jaxpr: Any) -> dict[Any, int]:
-    """The position of the last equation that reads each variable; outputs are read after all of them."""
+    """The position of the last equation that reads each variable; for outputs, the position after the last equation."""
     last: dict[Any, int] = {}
     for position, eqn in enumerate(jaxpr.eqns):
         for var in eqn.invars:
@@ -91,22 +95,23 @@ def _last_uses(jaxpr: Any) -> dict[Any, int]:
 
 
 class Loop(NamedTuple):
-    """A scan or a while loop, its operands by what they are to the body.
+    """The operands of a scan or a while loop, by their role in the body.
 
-    A scan's operands are `[*consts, *carry, *xs]`, a while loop's `[*test_consts, *consts, *carry]`; the body takes
-    `[*consts, *carry, *slices of xs]` and gives `[*carry, *ys]`.
+    A scan's operands are `[*consts, *carry, *xs]`, and a while loop's `[*test_consts, *consts, *carry]`. The body takes
+    `[*consts, *carry, *slices of xs]` and returns `[*carry, *ys]`.
     """
 
-    body: Any  # closed
+    body: Any  # a closed jaxpr
     consts: list[Any]
     carry: list[Any]
     xs: list[Any]
-    kept: list[bool]  # which of the carry the body hands on untouched: constants in all but name
-    test: Any = None  # closed; of a while loop
+    kept: list[bool]  # for each of the carry, whether the body returns it unchanged, so that it is a constant
+    test: Any = None  # a while loop's condition, a closed jaxpr
     test_consts: Sequence[Any] = ()
 
     @classmethod
     def of(cls, eqn: Any, operands: Sequence[Any]) -> Loop:
+        """The loop of a `scan` or `while` equation on these operands."""
         params, operands = eqn.params, list(operands)
         if eqn.primitive.name == "scan":
             before, body, test = 0, params["jaxpr"], None
@@ -120,61 +125,62 @@ class Loop(NamedTuple):
         return cls(body, operands[before:start], operands[start:stop], operands[stop:], kept, test, operands[:before])
 
 
-class Analysis(Generic[Fact]):
-    """An interpretation that computes nothing: what is known of each value, a fact, from what is known of others.
+class Analysis(abc.ABC, Generic[Fact]):
+    """An interpretation whose values are facts: it derives a fact about each value of a jaxpr, and computes no arrays.
 
-    A subclass says what an equation does (`transfer`), and what becomes of facts where several may hold.
+    A subclass defines the facts about an equation's outputs (`transfer`), and how facts from several loop steps or
+    branches are combined.
     """
 
+    @abc.abstractmethod
     def constant(self, var: Any) -> Fact:
-        """What is known of a literal, or of a constant of the jaxpr."""
-        raise NotImplementedError
+        """The fact about a literal, or about a constant of the jaxpr."""
 
+    @abc.abstractmethod
     def transfer(self, eqn: Any, facts: list[Fact]) -> Sequence[Fact]:
-        """What is known of the outputs of an equation that is no call, loop or branch."""
-        raise NotImplementedError
+        """The facts about the outputs of an equation that is no call, loop or branch."""
 
+    @abc.abstractmethod
     def joined(self, one: Fact, other: Fact) -> Fact:
-        """What is known of a value that is either."""
-        raise NotImplementedError
+        """The fact about a value for which one or the other holds, as at two steps of a loop."""
 
+    @abc.abstractmethod
     def chosen(self, index: Fact, branches: Sequence[Fact]) -> Fact:
-        """What is known of an output of a branch that an index has chosen."""
-        raise NotImplementedError
+        """The fact about an output of `cond`, from the fact about the index and those about each branch's output."""
 
     def carried(self, fact: Fact) -> Fact:
-        """What is known of a value once it is a loop's carry that changes, or a part of what a loop stacks."""
+        """The fact about a value that becomes a changing carry of a loop, or a part of a loop's stacked outputs."""
         return fact
 
     def sliced(self, fact: Fact) -> Fact:
-        """What is known of one step's slice of a value that is scanned over."""
+        """The fact about one step's slice of a value that is scanned over."""
         return fact
 
     def inside(self, runs: int) -> Analysis[Fact]:
-        """The analysis that is taken through a jaxpr which runs so many times: this one, or one that starts anew.
+        """The analysis for a jaxpr that runs `runs` times: this one, or a new one.
 
-        A loop's body is walked several times until its facts are known, and what the last walk found counts.
+        A loop's body is walked several times, until its facts don't change; the results of the last walk count.
         """
         return self
 
     def ended(self, alternatives: Sequence[Any]) -> None:
-        """Take over what was found inside: by one analysis, or by one for each branch, of which one runs."""
+        """Take over the results of the analyses from `inside`: one for each branch, of which one runs, else one."""
 
     def follows(self, fact: Fact) -> bool:
         return True
 
     def stretch(self, eqns: Sequence[Any], read: Callable[[Any], Fact], used: Any) -> Iterator[tuple[Any, Fact]]:
-        """Equations on no input, as `iota` and what is made of it; the walk takes up each pair before the next."""
+        """Facts about equations without an input, such as `iota`; each pair is stored before the next is asked for."""
         for eqn in eqns:
             yield from zip(eqn.outvars, self.equation(eqn, [read(var) for var in eqn.invars]), strict=True)
 
     def outputs(self, jaxpr: Any, facts: Sequence[Fact]) -> list[Fact]:
-        """What is known of a jaxpr's outputs, closed or not."""
+        """The facts about the outputs of a jaxpr, closed or not."""
         jaxpr, _ = opened(jaxpr)
         return walk(jaxpr, [self.constant(var) for var in jaxpr.constvars], facts, self)
 
     def equation(self, eqn: Any, facts: list[Fact]) -> Sequence[Fact]:
-        """What is known of an equation's outputs: of those that hold jaxprs, what a walk through these says."""
+        """The facts about an equation's outputs; an equation with jaxprs of its own is walked through."""
         name = eqn.primitive.name
         if name in CALLS:
             return self._called([eqn.params[CALLS[name]]], facts, math.prod(_manual_sizes(eqn)))[0]
@@ -192,9 +198,10 @@ class Analysis(Generic[Fact]):
         return outputs
 
     def _loop(self, loop: Loop, runs: int) -> list[Fact]:
-        """The body is walked until no more becomes known of its carry: a fact goes round one step at each walk.
+        """Walk the body until the facts about its carry don't change: each walk takes a fact one step further.
 
-        With a body (x, y) -> (y, x + data), x depends on data after two walks; the third finds nothing new.
+        With a body (x, y) -> (y, x + data), y depends on data after the first walk, and x after the second; the third
+        walk changes nothing.
         """
         changing = [fact if kept else self.carried(fact) for fact, kept in zip(loop.carry, loop.kept, strict=True)]
         slices = [self.sliced(fact) for fact in loop.xs]
@@ -211,7 +218,7 @@ class Analysis(Generic[Fact]):
 
 
 def _manual_sizes(eqn: Any) -> list[int]:
-    """Sizes of the mesh axes that a shard_map's body is written for: it runs once a device along these."""
+    """Sizes of a shard_map's manual mesh axes: its body runs once for each device along them."""
     if eqn.primitive.name != "shard_map":
         return []
     mesh = eqn.params["mesh"]

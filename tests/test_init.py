@@ -458,9 +458,9 @@ def test_a_target_that_the_function_never_contracts_is_an_error():
 @pytest.mark.parametrize(
     ("params", "pattern", "message"),
     [
-        ({"q": [jnp.ones((2, 3))]}, "/q.0/", "q/0: stands in a list, a tuple, an object or under an integer key"),
-        ({"q": (jnp.ones((2, 3)),)}, "/q.0/", "q/0: stands in a list, a tuple, an object or under an integer key"),
-        ({"q": {0: jnp.ones((2, 3))}}, "/q.0/", "q/0: stands in a list, a tuple, an object or under an integer key"),
+        ({"q": [jnp.ones((2, 3))]}, "/q.0/", "q/0: is in a list, a tuple, an object or under an integer key"),
+        ({"q": (jnp.ones((2, 3)),)}, "/q.0/", "q/0: is in a list, a tuple, an object or under an integer key"),
+        ({"q": {0: jnp.ones((2, 3))}}, "/q.0/", "q/0: is in a list, a tuple, an object or under an integer key"),
         ({"q": {"kernel": jnp.ones((2, 3), jnp.int8)}}, "q", "q/kernel: is int8, expected a floating-point kernel"),
         (
             {"q": {"kernel": jnp.ones((2, 3)), "kernel_lora": jnp.ones(3)}},

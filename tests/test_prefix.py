@@ -396,7 +396,7 @@ def test_its_dtype_is_one_of_an_adapters(llama, tmp_path, dtype):
 
 def test_what_would_lose_it_is_refused(llama):
     params = adapted(llama)
-    with pytest.raises(ValueError, match=r"prefix: 3 prefix embeddings are input, no weights to merge"):
+    with pytest.raises(ValueError, match=r"prefix: 3 prefix embeddings are inputs and can't be merged"):
         lora_jax.merge(params)
     with pytest.raises(ValueError, match=r"prefix: 3 prefix embeddings don't reach the function by themselves"):
         lora_jax.adapt(llama.apply)(params, IDS)

@@ -1,4 +1,4 @@
-"""The forward: `adapt` runs a function with low-rank updates, `kernel_axes` reads how it uses its kernels."""
+"""The forward: `adapt` runs a function with low-rank updates, `kernel_axes` finds out how it uses its kernels."""
 
 from lora_jax._forward.axes import kernel_axes as kernel_axes
 from lora_jax._forward.transform import MaterializeWarning as MaterializeWarning

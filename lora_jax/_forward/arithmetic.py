@@ -1,4 +1,4 @@
-"""Arithmetic rules: what is linear in the kernel acts on W as it stands and on one factor, or joins factors by rank.
+"""Arithmetic rules: an equation that is linear in the kernel acts on W and on one factor, or joins factors by rank.
 
 Each rule takes `(frame, eqn, values)` and returns the equation's outputs, or None where no low-rank form exists.
 """
@@ -20,7 +20,7 @@ from lora_jax._forward.lowrank import ANY_AXIS, RANK, Factor, LowRank, dense
 
 RULES = Rules()
 
-# No low-rank form exists of these, and the forward materialises. What they make of a kernel is a kernel still.
+# These have no low-rank form, so that the forward materialises W + ΔW. To `kernel_axes` their result is still a kernel.
 NONLINEAR = (
     *("abs", "ceil", "clamp", "exp", "exp2", "floor", "integer_pow", "log", "logistic", "max", "min", "pow"),
     *("round", "rsqrt", "sign", "sqrt", "square", "tanh"),
@@ -53,7 +53,7 @@ def _div(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
 def _scaled(
     frame: Frame, eqn: Any, values: Sequence[Any], side: int, operation: Callable[[Any, Any], Any]
 ) -> list[Any] | None:
-    """A multiplier that varies along the axes of one factor alone scales it; others have no low-rank form."""
+    """Multiply a kernel by an array: one that varies along the axes of one factor alone scales that factor."""
     kernel, multiplier = values[side], values[1 - side]
     if isinstance(multiplier, LowRank) or not jnp.issubdtype(jnp.result_type(multiplier), jnp.inexact):
         return None
@@ -66,14 +66,15 @@ def _scaled(
     target = next((f for f in sorted((a, b), key=lambda f: f.value.size) if varying <= {*f.axes} | free), None)
     if target is None:
         return None
-    # W[1, out] * g[in, 1]: ΔW was constant along the axis that is stretched, and gets it: [in, 1, rank] of [1, rank].
+    # W[1, out] * g[in, 1] has shape [in, out]. ΔW had no axis `in`; a [rank] gets it, and becomes [in, rank].
     new = [k for k in sorted(varying) if k not in target.axes]
     axes = (*new, *target.axes)
     value = lax.expand_dims(target.value, range(len(new)))
     if jnp.iscomplexobj(multiplier):
         value = value.astype(jnp.result_type(value, multiplier))
-    # The multiplier as an array of the axes along which it varies, in the factor's order; of the others the first entry
-    # stands for all. A g[out] that was broadcast to [in, out] is cut back to [1, out] and squeezed to [out].
+    # The multiplier as an array of the axes along which it varies, in the factor's order. Along the other axes all its
+    # entries are equal, and the first is enough: a g[out] that was broadcast to [in, out] is cut to [1, out], then
+    # [out].
     cut = jnp.asarray(multiplier, value.dtype)
     if cut.ndim:
         for k in range(cut.ndim):
@@ -86,7 +87,7 @@ def _scaled(
     places = [d for d, k in enumerate(axes) if k in varying]
     scaled = Factor(operation(jnp.broadcast_to(value, full), lax.broadcast_in_dim(cut, full, places)), axes)
     differs = kernel.differs
-    if not isinstance(eqn.invars[1 - side], jex.Literal):  # what isn't a number may be another in each shard
+    if not isinstance(eqn.invars[1 - side], jex.Literal):  # an array may have other values in each shard of a shard_map
         differs = (ANY_AXIS, differs[1]) if target is a else (differs[0], ANY_AXIS)
     a, b = (scaled, b) if target is a else (a, scaled)
     gain = None if kernel.gain is None else drop(kernel.gain, _stretched_axes(kernel, shape))
@@ -100,15 +101,16 @@ def _stretched(kernel: LowRank, shape: Sequence[int]) -> tuple[Factor, Factor]:
 
 
 def _stretched_axes(kernel: LowRank, shape: Sequence[int]) -> list[int]:
+    """The axes along which a kernel is broadcast: W[1, out] to [in, out] along axis 0."""
     return [k for k, size in enumerate(kernel.shape) if size != shape[k]]
 
 
 @RULES("add", "add_any", "sub", labels=tracks.combine)
 def _add(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
-    """Adding an array changes W alone; adding two kernels joins their factors. Under a gain neither does.
+    """Add an array, which changes W alone, or another kernel, whose factors are joined with these.
 
-    A kernel that is broadcast against an array is used elementwise, as position embeddings are: W + ΔW costs less than
-    the sum itself.
+    A kernel with a gain (DoRA) can be added to nothing. A kernel that is broadcast against an array is used
+    elementwise, as position embeddings are: it is materialised, for W + ΔW costs less than the sum itself.
     """
     shape, kernels = eqn.outvars[0].aval.shape, [value for value in values if isinstance(value, LowRank)]
     if any(kernel.shape != shape for kernel in kernels):  # positions[1, T, d] + x[B, T, d]
@@ -124,8 +126,8 @@ def _add(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
 
 @RULES("complex", labels=tracks.combine)
 def _complex(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
-    """The sum of a real part and i times another."""
-    # W + i (V + a b) = (W + i V) + a (i b).
+    """The complex array of a real and an imaginary part, either of which may be a kernel."""
+    # W + i (V + a b) = (W + i V) + a (i b): the factor b becomes imaginary, and the rest is an addition.
     real, imaginary = values
     if isinstance(imaginary, LowRank):
         b = Factor(lax.complex(jnp.zeros_like(imaginary.b.value), imaginary.b.value), imaginary.b.axes)
@@ -134,7 +136,7 @@ def _complex(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
 
 
 def _summed(eqn: Any, values: Sequence[Any], terms: Sequence[Any]) -> list[Any] | None:
-    """The equation on the plain kernels, with the sum of the terms' updates: all the factors, side by side."""
+    """The equation on the plain kernels, and the sum of the terms' updates: factors side by side along the rank."""
     kernels = [term for term in terms if isinstance(term, LowRank)]
     if any(kernel.gain is not None for kernel in kernels):
         return None  # g (W + a b) + C isn't g' (W + C + a b) for any g'
@@ -148,18 +150,21 @@ def _summed(eqn: Any, values: Sequence[Any], terms: Sequence[Any]) -> list[Any] 
 
 
 def _joined(kernels: Sequence[LowRank], w: Any, a: Factor, b: Factor, gain: Factor | None = None) -> LowRank:
-    # The leaves of all parts are named if the whole is materialised later; the mask of dropout is the first's, for the
-    # joined factors meet the activations as one.
+    """One kernel made of several, with these joined factors."""
+    # If it is materialised later, the message names the leaves of all parts. The joined factors meet the activations in
+    # one product, so that there is one dropout mask, the first kernel's.
     origin = tuple(dict.fromkeys(slot for kernel in kernels for slot in kernel.origin))
     differs = tuple(frozenset().union(*(kernel.differs[i] for kernel in kernels)) for i in (0, 1))
     return LowRank(w, a, b, kernels[0].draw, origin, gain, (differs[0], differs[1]))
 
 
 def _by_rank(factors: Sequence[Factor]) -> Factor:
+    """Factors side by side along the rank: a[in, r] and c[in, s] become [a c], [in, r + s]."""
     return _along(factors, RANK)
 
 
 def _along(factors: Sequence[Factor], axis: int) -> Factor:
+    """Factors concatenated along an axis that all have, in the order of axes of the first."""
     axes = factors[0].axes
     dtype = jnp.result_type(*(factor.value for factor in factors))
     values = [factor.ordered(axes).astype(dtype) for factor in factors]
@@ -168,9 +173,9 @@ def _along(factors: Sequence[Factor], axis: int) -> Factor:
 
 @RULES("reduce_sum", labels=tracks.reduce_sum)
 def _reduce_sum(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
-    """A sum over an input or an output is a sum of its factor; the kernels of a stack add up by joining their ranks."""
+    """Sum a kernel: over an input or an output its factor is summed, over a stack the ranks are joined."""
     kernel, axes = values[0], eqn.params["axes"]
-    # Along an axis in neither factor, the sum would be ΔW times its length: rare, and not done.
+    # Over an axis that neither factor has, the sum would be ΔW times the axis's length: rare, so there is no rule.
     if any(kernel.shape[k] != 1 and kernel.only(k) == "none" for k in axes):
         return None
     if kernel.gain is not None and any(k in kernel.gain.axes and kernel.shape[k] != 1 for k in axes):
@@ -187,16 +192,16 @@ def _reduce_sum(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | No
         value = jnp.sum(factor.ordered([*kept, *gone, *joined, RANK]), range(len(kept), len(kept) + len(gone)))
         return Factor(value.reshape(*value.shape[: len(kept)], -1), (*kept, RANK)).rename(names)
 
-    # A gain that varies along what is summed was refused above; the axes that it loses here have size one.
+    # A gain that varies along a summed axis was refused above; the axes that it loses here have size one.
     gain = None if kernel.gain is None else drop(kernel.gain, axes).rename(names)
     return [replace(kernel, w=plain(eqn, values)[0], a=add_up(kernel.a), b=add_up(kernel.b), gain=gain)]
 
 
 @RULES("concatenate", labels=tracks.combine)
 def _concatenate(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
-    """Kernels joined along an input or output are one kernel of the summed rank; along a stack, a longer stack.
+    """Concatenate kernels: along an input or an output into one kernel of the summed rank, along a stack into a stack.
 
-    Parts of one kernel, as `jnp.roll` joins them, still share the factor that wasn't cut: the rank stays what it was.
+    Parts of one kernel, as `jnp.roll` joins them, still share the factor that wasn't cut: the rank stays the same.
     """
     axis = eqn.params["dimension"]
     kernels = [value for value in values if isinstance(value, LowRank)]
@@ -204,19 +209,20 @@ def _concatenate(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | N
     others = {(frozenset({*k.a.axes} - {axis}), frozenset({*k.b.axes} - {axis})) for k in kernels}
     gains = _gains_along(values, axis)
     if len(sides) != 1 or len(others) != 1 or gains is None:
-        return None  # as of a kernel and a transposed one: the axis is an input of one and an output of the other
-    # [W | V] along the outputs: [a c] with the blocks [[b, 0], [0, d]], of rank r + r'. Of parts of one kernel, which
-    # share a: a [b1 | b2], of rank r. Along a stack both factors are as long as it, and the rank is the larger one.
+        return None  # W and Vᵀ, for example: the axis is an input of one and an output of the other
+    # [W | V] along the outputs: [a c] with the blocks [[b, 0], [0, d]], of rank r + r'. Parts of one kernel share a,
+    # and have a [b1 | b2], of rank r. Along a stack both factors are concatenated, and the rank is the larger of the
+    # two.
     w, gain = plain(eqn, values)[0], _along(gains, axis) if gains else None
     side = sides.pop()
     if side in ("both", "none"):
         a, b = (_stack_factor(values, kernels, axis, which) for which in ("a", "b"))
         return [_joined(kernels, w, a, b, gain)]
-    other = "b" if side == "a" else "a"  # the factor that isn't cut by the axis
+    other = "b" if side == "a" else "a"  # the factor that doesn't have the axis
     first, *more = (getattr(kernel, other) for kernel in kernels)
     if all(factor.value is first.value and factor.axes == first.axes for factor in more):
         return [_joined(kernels, w, **{side: _stack_factor(values, kernels, axis, side), other: first}, gain=gain)]
-    # Zeros stand for what isn't adapted: with U a plain array, [U | W] has b = [0 | b].
+    # Plain arrays get zeros: with a plain array U, [U | W] has b = [0 | b].
     lengths = [(value.w if isinstance(value, LowRank) else value).shape[axis] for value in values]
     starts = [sum(lengths[:i]) for i in range(len(values))]
     across = {
@@ -234,7 +240,8 @@ def _concatenate(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | N
 
 def _gains_along(values: Sequence[Any], axis: int) -> list[Factor] | None:
     """The gain of each value, 1 where it has none; empty if none has one, None if they can't be joined along `axis`."""
-    # [g ⊙ W | V] has the gain [g | 1] along the outputs; along the inputs, where g doesn't vary, it would have two.
+    # Along the outputs, [g ⊙ W | V] has the gain [g | 1]. Along the inputs, along which g doesn't vary, one gain for
+    # each output can't serve both.
     found = {v.gain.axes for v in values if isinstance(v, LowRank) and v.gain is not None}
     if not found:
         return []
@@ -251,7 +258,7 @@ def _gains_along(values: Sequence[Any], axis: int) -> list[Factor] | None:
 
 @RULES("stack", labels=tracks.stack)
 def _stack(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
-    # W[in, out] twice at axis 0: axes 0 and 1 are called 1 and 2, and both factors get the new axis 0, as a stack has.
+    # Two kernels [in, out] at axis 0: axes 0 and 1 become 1 and 2, and both factors get the new axis 0, a stack axis.
     axis = eqn.params["axis"]
     names = {k: k + (k >= axis) for k in range(len(eqn.outvars[0].aval.shape) - 1)}
 
@@ -272,15 +279,15 @@ def _stack(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
 
 
 def _placed(factor: Factor, axis: int, start: int, length: int) -> Factor:
-    """The factor with zeros before and after along an axis."""
-    # b[2, 3] at start 4 of 10: four columns of zeros, b, and three more.
+    """The factor with zeros before and after it along an axis."""
+    # b[2, 3] at start 4 of length 10: four columns of zeros, b, and three columns of zeros.
     after = length - start - factor.size(axis)
     widths = [(start, after, 0) if k == axis else (0, 0, 0) for k in factor.axes]
     return Factor(lax.pad(factor.value, jnp.zeros((), factor.value.dtype), widths), factor.axes)
 
 
 def _stack_factor(values: Sequence[Any], kernels: Sequence[LowRank], axis: int, which: str) -> Factor:
-    """One factor for the whole stack: ranks padded with zeros to the largest, zeros where a kernel isn't adapted."""
+    """One factor for the whole stack: ranks are padded with zeros to the largest, and plain arrays get zeros."""
     # Ranks 2 and 3: a[in, 2] gets a column of zeros, and the stack's a is [2, in, 3].
     rank = max(kernel.a.size(RANK) for kernel in kernels)
     model = getattr(kernels[0], which)
@@ -298,10 +305,10 @@ def _stack_factor(values: Sequence[Any], kernels: Sequence[LowRank], axis: int, 
 
 
 def varying_axes(var: Any, producers: dict[Any, Any]) -> set[int]:
-    """The axes along which a value can vary, as far as the equation that made it tells."""
+    """The axes along which a value can vary, as far as the equation that made it shows."""
     if isinstance(var, jex.Literal):
         return set()
-    # g[out] broadcast to [in, out] by the equation before varies along axis 1 alone, whatever its shape says.
+    # A g[out] that the equation before has broadcast to [in, out] varies along axis 1 alone.
     varying = {k for k, size in enumerate(var.aval.shape) if size != 1}
     eqn = producers.get(var)
     if eqn is None:

@@ -1,4 +1,4 @@
-"""`kernel_axes`: how a function uses its kernels, read off its jaxpr without computing anything."""
+"""`kernel_axes` finds out from a function's jaxpr how it uses its kernels, without computing anything."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ from lora_jax._tree import detach, leaf_paths
 
 
 def kernel_axes(apply_fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> KernelAxes:
-    """Read how a function uses each kernel: which axes it contracts, which it leaves, which stack kernels.
+    """Find out how a function uses each kernel: which axes are inputs, which are outputs, and which are a stack.
 
     Args:
-      apply_fn: the function, called as `apply_fn(params, *args, **kwargs)` under an abstract trace.
-      params: the tree of weights, of arrays or `jax.ShapeDtypeStruct`. Float leaves of two or more axes are followed.
-      *args: its other arguments (arrays, `jax.ShapeDtypeStruct`, or anything static such as flags and strings).
-      **kwargs: its keywords, likewise: rngs, mutable collections and settings pass through.
+      apply_fn: The function, called as `apply_fn(params, *args, **kwargs)` under an abstract trace.
+      params: The tree of weights, of arrays or `jax.ShapeDtypeStruct`. Float leaves of two or more axes are followed.
+      *args: Other arguments of the function (arrays, `jax.ShapeDtypeStruct`, or anything static: flags, strings).
+      **kwargs: Keyword arguments of the function; rngs, mutable collections and settings are passed on as they are.
 
     Returns:
-      A `KernelAxes`, a dict from leaf path to `Axes`, of the kernels that are consumed (contracted with activations,
-      convolved or looked up); `.embeddings` are those that a look-up reads, `.heads` those whose product is an output
-      of the function and feeds no other kernel. Each entry knows which it is: a plain dict of some of them is as good.
+      A `KernelAxes`, a dict from leaf path to `Axes`, with an entry for each kernel that is contracted with
+      activations, convolved or looked up. `.embeddings` are the kernels that are looked up, `.heads` the kernels whose
+      product is an output of the function and enters no other kernel. Each entry has these roles too, so that a plain
+      dict of some entries is as good.
 
     Raises:
-      ValueError: two uses of a kernel disagree, so that no one pair of factors serves both.
+      ValueError: Two uses of a kernel disagree, so that no single pair of factors is right for both.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax
@@ -71,7 +72,7 @@ def _report(reader: Reader, outputs: Sequence[Info]) -> KernelAxes:
         known = first.setdefault(use.path, use)
         if not known.agrees(use):
             raise ValueError(
-                f"{use.path} is used in two ways that no one pair of factors serves ({known}; {use}); "
+                f"{use.path} is used in two ways, and no single pair of factors is right for both ({known}; {use}); "
                 "leave it out of the targets or give its axes by hand"
             )
     alone = {use for info in outputs if len(info.reach) == 1 for use in info.reach}

@@ -1,4 +1,4 @@
-"""An adapted kernel as the evaluator carries it, made from the leaf and its node."""
+"""Conversion of a leaf and its node into the value that the evaluator carries for an adapted kernel."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from lora_jax._node import SUFFIX, LoRA, check_node
 
 
 def carry(path: str, w: Any, node: LoRA, draw: dropout.DropoutDraw | None, slot: int) -> LowRank:
-    """A kernel and its node as one value; the scale, which never trains, goes into b.
+    """A kernel and its node as one value; the scale, which never trains, is multiplied into b.
 
     Factors narrower than float32 are widened first: a scale rounded to bfloat16 would be off by up to 0.4 % for every
-    entry alike. What a consumer casts back is then rounded once. A magnitude becomes a gain here, once for a stack.
+    entry alike. A consumer casts the product b · scale back, so that it is rounded once. A magnitude becomes a gain
+    here, for all indices of a stack at once.
     """
     _check_fit(path, w, node)
     axes = node.axes
@@ -45,7 +46,7 @@ def _check_fit(path: str, w: Any, node: LoRA) -> None:
 
 
 def _differentiable(path: str, factor: Any) -> Any:
-    """The factor itself, unless no gradient of it may be taken: where Adam's eps rounds to zero, 0 / 0 is nan."""
+    """The factor, or where Adam's eps rounds to zero in its dtype (0 / 0 is nan), one whose gradient is an error."""
     return factor if has_adams_eps(factor.dtype) else _forward_only(factor, path)
 
 

@@ -1,7 +1,7 @@
 """Control-flow rules: jit, remat, scan, while, cond and shard_map are issued again with the factors passed in.
 
-jit and remat, which take all their operands as arguments, are transformed once for each sub-jaxpr and pattern of
-kernels: every later call with the same jaxpr gives JAX the same function, and so finds JAX's own caches filled.
+jit and remat are transformed once for each sub-jaxpr and pattern of adapted kernels. A later call with the same jaxpr
+gives JAX the same function, so that JAX finds the trace of the first call in its own caches.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ RULES = Rules()
 
 
 class Body:
-    """A sub-jaxpr as a function of flat arrays: what comes in is regrouped by `treedef`, what goes out by JAX.
+    """A sub-jaxpr as a function of flat arrays, as JAX's control flow needs it; `treedef` makes kernels of them again.
 
-    It holds no tracers, so that one body can serve every call of the same jaxpr. Its events are told again to each
-    caller, since a second call may find JAX's cache and not run it.
+    It has no tracers in it, so that one body can be used for every call of the same jaxpr. A call for which JAX has a
+    trace in its cache doesn't run the body; the events of the first run are then reported to the caller again.
     """
 
     def __init__(self, session: Session, jaxpr: Any, consts: Sequence[Any], names: tuple, treedef: Any, *, whole: str):
@@ -40,8 +40,8 @@ class Body:
         return self.run(jax.tree.unflatten(self.treedef, leaves))
 
     def run(self, values: Sequence[Any]) -> list[Any]:
-        """Evaluate on values in the sub-jaxpr's own slots; outputs are made whole if `whole` names a primitive."""
-        # A frame of its own for each run, in which uses of a kernel are counted anew, whoever calls.
+        """Evaluate on values in the sub-jaxpr's own slots; outputs are materialised if `whole` names a primitive."""
+        # Each run has a frame of its own, which counts the uses of a kernel from 1, whoever calls.
         frame = Frame(self.session, self.names, self.events)
         outputs = frame.evaluate(self.jaxpr, self.consts, values)
         if not self.whole:
@@ -51,16 +51,19 @@ class Body:
 
 @dataclasses.dataclass(frozen=True)
 class Inside:
-    """The operands of a sub-jaxpr: in slots of its own, each with a dropout draw for this use."""
+    """The operands of a sub-jaxpr, in slots of its own, each with a dropout draw for this use."""
 
     values: list[Any]
-    origins: tuple[tuple[int, ...], ...]
-    names: tuple[tuple[str, ...], ...]
+    origins: tuple[tuple[int, ...], ...]  # the caller's slots of the kernel in each slot inside
+    names: tuple[tuple[str, ...], ...]  # the paths of its leaves, for messages
 
 
 def enter(frame: Frame, values: Sequence[Any]) -> Inside:
-    # Kernels of the slots (5,) and (2,) enter as (0,) and (1,), so that two layers find the same transformed function.
-    # Each call is one more use of its kernels: the draws are folded out here, and within the body counted from 1 again.
+    """Renumber the kernels among the operands of a sub-jaxpr by their order: slots (5,) and (2,) become (0,) and (1,).
+
+    The kernels of another layer get the same slots, and so find the same transformed function in the cache.
+    """
+    # Each call is one more use of its kernels: their draws are folded with the caller's count of uses here.
     inner, origins = [], []
     for value in values:
         if isinstance(value, LowRank):
@@ -71,9 +74,9 @@ def enter(frame: Frame, values: Sequence[Any]) -> Inside:
 
 
 def leave(frame: Frame, outputs: Sequence[Any], inside: Inside, body: Body) -> list[Any]:
-    """The outputs in the caller's slots, and the body's events told to the caller."""
+    """Return the outputs, their kernels in the caller's slots again, and report the body's events to the caller."""
 
-    # Slot 1 of the body, in the example of `enter`, is slot 2 of the caller again.
+    # In the example of `enter`, slot 1 of the body is slot 2 of the caller.
     def outer(origin: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(slot for inner in origin for slot in inside.origins[inner])
 
@@ -94,21 +97,25 @@ def _call_once_transformed(
     *,
     whole: str,
 ) -> list[Any]:
+    """Issue a call whose operands are all arguments, transformed at its first use and taken from the cache later.
+
+    `wrap` makes the function that is called, such as `jax.jit(body)`.
+    """
     inside = enter(frame, values)
     leaves, treedef = jax.tree.flatten(inside.values)
-    # The same jaxpr with other kernels adapted has another treedef; with other settings (a sharding), other parameters.
-    # An `id` is no other jaxpr's as long as this one lives, which the cache sees to.
+    # The same jaxpr with other kernels adapted has another treedef, and with other settings (a sharding) other
+    # parameters. An `id` can't be reused while its jaxpr is alive, and the cache keeps the jaxpr alive.
     key = (eqn.primitive.name, id(jaxpr), treedef, _hashable(eqn.params))
     if key not in frame.session.cache:
         body = Body(frame.session, *opened(jaxpr), inside.names, treedef, whole=whole)
         frame.session.cache[key] = body, wrap(body, inside), jaxpr
-    # At a later call JAX finds its own trace of `function`, and the body isn't run.
+    # At a later call JAX finds its own trace of `function`, and doesn't run the body.
     body, function, _ = frame.session.cache[key]
     return leave(frame, function(*leaves), inside, body)
 
 
 def _hashable(params: Any) -> tuple:
-    """What distinguishes two calls of one jaxpr: all parameters, by identity where they can't be hashed."""
+    """The part of a cache key that distinguishes two calls of one jaxpr: all parameters, by `id` if unhashable."""
 
     def token(value: Any) -> Any:
         try:
@@ -130,21 +137,22 @@ def _named(body: Body, name: str) -> Callable:
 
 @RULES("jit", "pjit")
 def _jit(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
-    """Stays a jit, with its name, shardings and options; nothing is donated."""
+    """Issue the jit again, with its name, shardings and options; nothing is donated."""
     params = eqn.params
 
     def wrap(body: Body, inside: Inside) -> Callable:
         function = _named(body, params["name"])
         options: dict[str, Any] = {"keep_unused": params["keep_unused"], "inline": params["inline"]}
         if any(map(_specified, params["in_shardings"])):
-            # One for each leaf: W's own, and for a and b the parts of it that name their axes.
+            # One sharding for each leaf: W has the kernel's, and a and b have the parts of it that name their axes.
             options["in_shardings"] = tuple(
                 leaf
                 for value, sharding in zip(inside.values, params["in_shardings"], strict=True)
                 for leaf in _leaf_shardings(value, sharding)
             )
         if any(map(_specified, params["out_shardings"])):
-            # One for each output, which of a kernel says nothing of a and b: it comes out whole.
+            # There is one sharding for each output, and none for its a and b: kernels among the outputs are
+            # materialised.
             body.whole = eqn.primitive.name
             options["out_shardings"] = [s if _specified(s) else None for s in params["out_shardings"]]
         if params.get("compiler_options_kvs"):
@@ -159,13 +167,13 @@ def _specified(sharding: Any) -> bool:
 
 
 def _leaf_shardings(value: Any, sharding: Any) -> list[Any]:
-    """One sharding for each array of a value: the factors follow the kernel."""
+    """One sharding for each array of a value: the factors are cut as the kernel is."""
     if not isinstance(value, LowRank):
         return [sharding if _specified(sharding) else None]
-    # As a pytree a kernel is W, a, b, a gain if there is one, and the key and rate of its dropout.
+    # The leaves of a kernel are W, a, b, a gain if there is one, and the key and rate of its dropout.
     extra = len(jax.tree.leaves(value.draw))
     factors = value.factors
-    if not isinstance(sharding, jax.sharding.NamedSharding):  # it names no axes: a and b go where JAX puts them
+    if not isinstance(sharding, jax.sharding.NamedSharding):  # it doesn't name axes, so JAX decides where a and b are
         return [sharding if _specified(sharding) else None] + [None] * (len(factors) + extra)
     placed = [jax.sharding.NamedSharding(sharding.mesh, factor_spec(sharding.spec, factor.axes)) for factor in factors]
     return [sharding, *placed] + [None] * extra
@@ -176,7 +184,8 @@ def _remat(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
     params = eqn.params
 
     def wrap(body: Body, inside: Inside) -> Callable:
-        prevent_cse = params["prevent_cse"]  # one for all operands, or one each: then each leaf has its operand's
+        # One flag for all operands, or one for each operand: then all leaves of a kernel have its flag.
+        prevent_cse = params["prevent_cse"]
         if not isinstance(prevent_cse, bool):
             prevent_cse = [
                 each for value, each in zip(inside.values, prevent_cse, strict=True) for _ in jax.tree.leaves(value)
@@ -190,10 +199,14 @@ def _remat(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
 
 
 def _bound(eqn: Any, function: Callable, prevent_cse: bool | tuple[bool, ...]) -> Callable:
-    """The equation on another function: a gradient taken inside has its own form of remat, which must not be lost."""
+    """A function that binds the equation's primitive with the transformed jaxpr, and all of its other parameters.
+
+    A gradient inside the traced function gives remat equations parameters that `jax.checkpoint` can't set.
+    """
 
     def call(*leaves: Any) -> Any:
-        # Constants that tracing found come first among the operands, and need no guard against being found equal.
+        # Constants that tracing found come first among the operands. They need no guard against common-subexpression
+        # elimination.
         closed, shapes = jax.make_jaxpr(function, return_shape=True)(*leaves)
         inner = closed.jaxpr
         jaxpr = as_jaxpr(inner.eqns, [*inner.constvars, *inner.invars], inner.outvars)
@@ -211,45 +224,45 @@ def _closed_call(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
 
 
 class _Issued:
-    """A loop about to be issued again: its operands in slots of its own, its body as a function of a step's values.
+    """A loop that is about to be issued again: its operands in slots of its own, its body as a function of one step.
 
-    The carry of the new loop has the values that change. A kernel that the body hands on untouched is left out of it,
-    as a constant in all but name; any other kernel in the carry is materialised, for its factors would change too.
-    With init = [W, h] and a body that gives [W, h W], `fixed` is {0: W} and the carry is [h].
+    The carry of the new loop has only the values that change. A kernel that the body returns unchanged is effectively a
+    constant, and isn't carried. Any other kernel in the carry is materialised, for its factors would change too. With
+    init = [W, h] and a body that returns [W, h W], `fixed` is {0: W} and the carry is [h].
     """
 
     def __init__(self, frame: Frame, eqn: Any, values: Sequence[Any]):
-        # Of layers in a scan, with x the carry: consts are what the body closes over, xs the stacked kernels, and each
-        # step takes [*consts, x, *its slices].
+        # In a scan over layers, x is the carry, consts are the arrays that the body closes over, and xs are the stacked
+        # kernels. Each step takes [*consts, x, *slices of the kernels].
         self.inside = enter(frame, values)
         self.loop = Loop.of(eqn, self.inside.values)
         init, primitive = self.loop.carry, eqn.primitive.name
         kept = [keep and isinstance(value, LowRank) for value, keep in zip(init, self.loop.kept, strict=True)]
         self.fixed = {i: init[i] for i, keep in enumerate(kept) if keep}
         self.moving = [i for i, keep in enumerate(kept) if not keep]
-        # In the caller's slots, whose leaves the message about a kernel in the carry names.
+        # In the caller's slots, so that the message about a materialised kernel in the carry names its leaf.
         given = Loop.of(eqn, values).carry
         self.start = [
             frame.materialize(given[i], primitive, source_of(eqn)) if isinstance(given[i], LowRank) else init[i]
             for i in self.moving
         ]
-        # Each step drops other elements: steps are counted where there is dropout.
+        # With dropout each step has another mask, so that steps must be counted.
         self.counts = any(isinstance(v, LowRank) and v.draw is not None for v in self.inside.values)
         self.body = Body(frame.session, *opened(self.loop.body), self.inside.names, None, whole=primitive)
 
     def full(self, carry: Sequence[Any]) -> list[Any]:
-        """The whole carry, in order, of the kernels that stay and the values that change."""
-        # With fixed = {0: W} and moving = [1]: [h] becomes [W, h], what the body takes.
+        """The original carry, in its order: the kernels that stay the same, and the values that change."""
+        # With fixed = {0: W} and moving = [1], [h] becomes [W, h], as the body expects.
         state = self.fixed | dict(zip(self.moving, carry, strict=True))
         return [state[i] for i in range(len(state))]
 
     def step(self, body: Body, number: Any, consts: Sequence[Any], carry: Sequence[Any], slices: Sequence[Any]) -> Any:
-        """A body's outputs at one step."""
+        """Run a body, or a loop's test, at one step, and return its outputs."""
         return body.run([_at_step(value, number) for value in [*consts, *self.full(carry), *slices]])
 
 
 def _at_step(value: Any, step: Any) -> Any:
-    """Each step of a loop drops other elements."""
+    """A loop's value at one step: a kernel has another dropout mask at each step."""
     if isinstance(value, LowRank) and value.draw is not None:
         return dataclasses.replace(value, draw=dropout.fold(value.draw, step))
     return value
@@ -257,9 +270,9 @@ def _at_step(value: Any, step: Any) -> Any:
 
 @RULES("scan")
 def _scan(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
-    """A kernel that is scanned over hands each step a slice of W and of each factor that has the scanned axis."""
-    # W[layers, in, out] with a[layers, in, r] and b[layers, r, out]: step i sees W[i], a[i], b[i]. A factor without the
-    # scanned axis (a shared one) isn't sliced: it is None among the slices, and each step sees all of it.
+    """Issue a scan again, over slices of W and of each factor that has the scanned axis."""
+    # W[layers, in, out] with a[layers, in, r] and b[layers, r, out]: step i gets W[i], a[i] and b[i]. A factor without
+    # the scanned axis, which all layers share, is None among the slices, and each step gets all of it.
     issued, params = _Issued(frame, eqn, values), eqn.params
     loop = issued.loop
     scanned = [_scanned(x) if isinstance(x, LowRank) else x for x in loop.xs]
@@ -273,7 +286,7 @@ def _scan(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
         outputs = issued.step(issued.body, number, loop.consts, carry, here)
         return [outputs[i] for i in issued.moving], outputs[len(loop.carry) :]
 
-    # A number goes with each slice, at whichever end the scan begins: only that they differ matters.
+    # Each slice has a number, for its dropout mask. A reversed scan counts down, which is fine: they need only differ.
     options = {key: params[key] for key in ("reverse", "unroll", "_split_transpose") if key in params}
     numbers = jnp.arange(params["length"]) if issued.counts else None
     carry, ys = lax.scan(step, issued.start, (numbers, scanned), length=params["length"], **options)
@@ -281,7 +294,7 @@ def _scan(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
 
 
 def _scanned(kernel: LowRank) -> tuple[Any, list[Any]]:
-    """What is sliced at each step: W, and each factor that has axis 0, with that axis in front."""
+    """The arrays that a scan slices: W, and each factor that has axis 0, with that axis first."""
 
     # b[r, layers, out], as a transpose of W may have left it, is scanned over as b[layers, r, out].
     def leading(factor: Factor) -> Any:
@@ -293,8 +306,8 @@ def _scanned(kernel: LowRank) -> tuple[Any, list[Any]]:
 
 
 def _step_kernel(whole: LowRank, part: tuple[Any, list[Any]]) -> LowRank:
-    """The kernel of one step, its axes counted without the scanned one."""
-    # (0, 1, RANK) of a in the stack is (0, RANK) at a step: W's axis 0 is gone, and its axis 1 is 0.
+    """The kernel of one step, its axes renumbered without the scanned one."""
+    # The axes (0, 1, RANK) of a[layers, in, r] are (0, RANK) at a step: W[i] has lost axis 0, and axis 1 is its axis 0.
     w, slices = part
     values = iter(slices)
 
@@ -310,7 +323,7 @@ def _step_kernel(whole: LowRank, part: tuple[Any, list[Any]]) -> LowRank:
 def _while(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
     issued = _Issued(frame, eqn, values)
     loop, body = issued.loop, issued.body
-    # The condition may use kernels too. What it materialises is told with what the body does, in one go.
+    # The condition may use kernels too. Its events are collected with those of the body, and reported once.
     test = Body(frame.session, *opened(loop.test), issued.inside.names, None, whole="while")
     test.events = body.events
 
@@ -330,15 +343,16 @@ def _while(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
 def _cond(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
     index, *operands = values
     if isinstance(index, LowRank):
-        return None  # nothing of low rank decides: the kernel is materialised
-    # Every branch takes all operands, W and its factors. It gives arrays: which kernel comes out is known when it runs.
+        return None  # the index must be an array
+    # Every branch takes all operands, W and its factors. Its outputs are arrays: which branch runs, and so which kernel
+    # an output would be, isn't known when the function is traced.
     inside = enter(frame, operands)
     leaves, treedef = jax.tree.flatten(inside.values)
-    # As `lax.switch` wants them: functions of the same flat arrays, those of kernels among them.
+    # `lax.switch` takes functions of the same flat arrays: those of the kernels and all others.
     bodies = [
         Body(frame.session, *opened(branch), inside.names, treedef, whole="cond") for branch in eqn.params["branches"]
     ]
-    for body in bodies:  # all branches are traced, whichever runs: what any of them materialises is told once
+    for body in bodies:  # all branches are traced, whichever runs: their events are collected and reported once
         body.events = bodies[0].events
     outputs = lax.switch(index, bodies, *leaves)
     return leave(frame, outputs, inside, bodies[0])
@@ -346,14 +360,15 @@ def _cond(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
 
 @RULES("shard_map")
 def _shard_map(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
-    """Each shard holds its part of W and of the factors that have the sharded axes: a sum over shards stays a sum."""
+    """Issue a shard_map again: each shard has its part of W and of the factors that have the sharded axes."""
     params = eqn.params
     inside = enter(frame, values)
     inside = dataclasses.replace(inside, values=list(map(_on_shards, inside.values, params["in_specs"])))
     leaves, treedef = jax.tree.flatten(inside.values)
     body = Body(frame.session, *opened(params["jaxpr"]), inside.names, treedef, whole="shard_map")
-    # W[in, out] by P("x", None): a[in, r] is cut by P("x", None) as well, b[r, out] by P(None, None): each shard has
-    # all of b. x a is then a part of a sum over x, as x W is, and the function's own psum serves both.
+    # With P("x", None), W[in, out] and a[in, r] are cut along `in`, and each shard has all of b[r, out]. The product of
+    # a shard's activations and a is then one term of a sum over shards, as the product with W is: the function's own
+    # psum adds up both.
     specs = []
     for value, spec in zip(inside.values, params["in_specs"], strict=True):
         specs.append(spec)
@@ -372,10 +387,10 @@ def _shard_map(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
 
 
 def _on_shards(value: Any, spec: Any) -> Any:
-    """A kernel that knows along which axes of the mesh its factors are cut."""
+    """The kernel with a record of the mesh axes along which its factors are cut."""
     if not isinstance(value, LowRank):
         return value
-    # By P("x", ("y", "z")) W differs along x, y and z, its a along x alone and its b along y and z.
+    # With P("x", ("y", "z")), W differs along x, y and z, its a along x alone, and its b along y and z.
     differs = [
         known.union(*(part if isinstance(part, tuple) else (part,) for part in factor_spec(spec, factor.axes) if part))
         for known, factor in zip(value.differs, (value.a, value.b), strict=True)

@@ -1,6 +1,6 @@
-"""Convolutions: a convolution with A (to `rank` features) and a product with B, or the other way round.
+"""Rules for convolutions: a convolution with A (to `rank` features) and a product with B, or the other way round.
 
-With groups, each group of features meets the same A and its own part of B.
+With groups, all groups of features are convolved with the same A, and each is multiplied by its own part of B.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ GROUP, FEATURE, BATCH = 1000, 1001, 1002
 
 @RULES("conv_general_dilated", labels=tracks.convolve)
 def _convolve(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
-    """x * W + (x * A) B: the factor with the spatial axes is convolved with, the other is a product at each point."""
+    """Compute x * W + (x * A) B: x is convolved with the factor that has the spatial axes; the other is a product.
+
+    With W [out, in, 3, 3], a [in, 3, 3, r] and b [r, out]: x [B, in, H, W] -> x * a [B, r, H, W] -> [B, out, H, W].
+    """
     x, kernel = values
     params = eqn.params
     out_axis, in_axis, *spatial = params["dimension_numbers"].rhs_spec
@@ -51,7 +54,7 @@ def _convolve(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None
 
 
 def _with_axes(factor: Factor, axes: Sequence[int], shape: Sequence[int]) -> Factor:
-    """The factor with each of `axes`; along those that neither factor has, the kernel is constant."""
+    """The factor with each of `axes`, repeated along axes that it doesn't have: the kernel is constant along these."""
     missing = [k for k in axes if k not in factor.axes]
     return stretch(factor, missing, shape) if missing else factor
 
@@ -71,9 +74,9 @@ def _convolution(x: Any, weights: Any, params: Any) -> Any:
 
 
 def _mix(x: Any, feature: int, place: int, groups: int, factor: Factor, contracted: int, made: int, params: Any) -> Any:
-    """A product at every point: x's features, in groups, contracted with the factor, become `made` features at `place`.
+    """Multiply x by a factor at every point: features, in groups, are contracted and become `made` features at `place`.
 
-    The factor may have `GROUP`; then each group meets its own part of it.
+    If the factor has the axis `GROUP`, each group is multiplied by its own part of it.
     """
     options = {name: params[name] for name in ("precision", "preferred_element_type")}
     split = x.reshape(*x.shape[:feature], groups, x.shape[feature] // groups, *x.shape[feature + 1 :])

@@ -1,7 +1,7 @@
-"""Functions with derivative rules of their own, applied to a kernel.
+"""Rules for functions with derivative rules of their own, applied to a kernel.
 
-A `custom_jvp` is kept: its function and its rule are both transformed, the kernel's tangent being low rank too. What
-`custom_vjp` returns for the kernel is a gradient of the kernel's shape, so there the kernel is materialised.
+A `custom_jvp` is kept: its function and its rule are both transformed, as a kernel's tangent is low rank too. The rule
+of a `custom_vjp` returns a gradient of the kernel's shape, so that the kernel is materialised there.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ RULES = Rules()
 
 @RULES("custom_jvp_call")
 def _custom_jvp(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
-    """The same function and rule, on kernels that stay factored."""
+    """Issue the `custom_jvp` again, function and rule, on kernels that stay factored."""
     if not all(jnp.issubdtype(var.aval.dtype, jnp.inexact) for var in eqn.outvars):
         return None
     if any(isinstance(value, LowRank) and value.gain is not None for value in values):
@@ -55,7 +55,8 @@ def _custom_jvp(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | No
             outputs = inner.evaluate(closed.jaxpr, closed.consts, [*at, *directions])
             return [inner.materialize(v, body.whole, "its output") if isinstance(v, LowRank) else v for v in outputs]
 
-        # The tangent of W + a b is dW + da b, along which the rest moves too, plus a db: both linear in what moves.
+        # The tangent of W + a b is (dW + da b) + a db. A derivative is linear in tangents, so the rule is run twice:
+        # with the first part and the tangents of all other values, and with the second part and zeros.
         outputs = transformed([_along_a(at[i], along[i]) for i in moving])
         others = transformed([_along_b(at[i], along[i]) for i in moving])
         count = len(outputs) // 2

@@ -1,4 +1,4 @@
-"""Dropout on the low-rank path only, before A and scaled by 1 / (1 - rate), as PEFT and the paper's code apply it."""
+"""Dropout of the activations that enter A, scaled by 1 / (1 - rate), as in PEFT and the paper's code; x W has none."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import jax.numpy as jnp
 
 
 class DropoutDraw(NamedTuple):
-    """What a kernel's mask is drawn from. Both are arrays: adapters of different rates run as one program."""
+    """The key and the rate of a dropout mask. Both are arrays: adapters of different rates run as one program."""
 
     key: Any
     rate: Any  # f32[]
 
 
 def draw_for(key: Any, rate: Any, path: str) -> DropoutDraw:
-    """The draw of one kernel: its key is folded from a hash of its path that is the same in every process."""
+    """The draw of one kernel: its key is folded from a hash of its path, which is the same in every process."""
     return fold(DropoutDraw(key, jnp.asarray(rate, jnp.float32)), zlib.crc32(path.encode()))
 
 
@@ -26,10 +26,10 @@ def fold(draw: DropoutDraw, number: Any) -> DropoutDraw:
 
 
 def drop(x: jax.Array, draw: DropoutDraw | None) -> jax.Array:
-    """x with each element zeroed with probability `rate`, the others scaled so that the expectation stays x.
+    """Set each element of x to zero with probability `rate`, and scale the others so that the expectation is x.
 
-    Each index of the first axis has a key of its own: what a row loses depends neither on the rows beside it nor on
-    how far the rows are padded.
+    Each index of the first axis has a key of its own, so that an example's mask depends neither on the other examples
+    of its batch nor on how far they are padded.
     """
     if draw is None:
         return x

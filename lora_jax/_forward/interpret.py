@@ -2,7 +2,7 @@
 
 `lora_jax._walk.walk` reads the jaxpr for a `Frame`. Equations that touch no kernel run as they are, in stretches,
 through `jax.core.eval_jaxpr`. The others go to the rule of their primitive. Where there is no rule, or the rule finds
-no low-rank form, the kernel is materialised and the frame takes note, so that the user is told.
+no low-rank form, the kernel is materialised, and the frame records an event of which the user is warned.
 """
 
 from __future__ import annotations
@@ -22,17 +22,18 @@ from lora_jax._forward import dropout
 from lora_jax._forward.lowrank import LowRank, dense, is_vector
 from lora_jax._walk import HOLDERS, walk
 
-# Equations that tell along which axes a multiplier varies.
+# Equations that show along which axes a multiplier varies.
 KEPT_PRODUCERS = frozenset({"broadcast_in_dim", "convert_element_type"})
 
 
 class Rule(NamedTuple):
-    """What is known of a primitive.
+    """The two rules of a primitive.
 
     Attributes:
-      values: `(frame, eqn, values)` to the outputs on W plus low rank; None, or None returned, materialises W + ΔW.
-      labels: `(reader, eqn, infos)` to what `kernel_axes` knows of the outputs; None for calls, loops and branches,
-        through which `lora_jax._walk` takes it.
+      values: The forward's rule: `(frame, eqn, values)` to the outputs. Where it is None, or returns None, W + ΔW is
+        materialised.
+      labels: The rule of `kernel_axes`: `(reader, eqn, infos)` to the `Info` of each output. None for calls, loops and
+        branches, whose jaxprs `lora_jax._walk` walks through.
     """
 
     values: Callable[..., list[Any] | None] | None
@@ -42,7 +43,7 @@ class Rule(NamedTuple):
 class Rules(dict[str, Rule]):
     """Rules by primitive name; `@RULES("transpose", labels=tracks.transpose)` adds the function below it.
 
-    One table for the forward and for `kernel_axes`: a primitive is in it with both rules, or not at all.
+    There is one table for the forward and for `kernel_axes`: a primitive is in it with both rules, or not at all.
 
     >>> Rules()("exp")
     Traceback (most recent call last):
@@ -63,7 +64,7 @@ class Rules(dict[str, Rule]):
 
 @dataclass(frozen=True)
 class Event:
-    """A kernel (the slots that it comes from) was materialised by a primitive at a line of the user's code."""
+    """The event that a primitive materialised a kernel (`origin`: its slots) at a line of the user's code."""
 
     origin: tuple[int, ...]
     primitive: str
@@ -72,7 +73,14 @@ class Event:
 
 @dataclass(eq=False)
 class Session:
-    """What one call of an adapted function shares among its jaxprs; `within` are the equations that a rule is at."""
+    """State that all jaxprs of one call of an adapted function share.
+
+    Attributes:
+      rules: The table of rules.
+      on_materialize: The setting of `adapt`.
+      cache: Transformed calls, by their jaxpr and pattern of kernels.
+      within: The equations whose rules are running, the outermost first.
+    """
 
     rules: Mapping[str, Rule]
     on_materialize: str = "warn"
@@ -80,13 +88,21 @@ class Session:
     within: list[Any] = field(default_factory=list)
 
     def line(self) -> str:
-        """The user's line: where the innermost equation is a library's own, that of the call around it."""
+        """The user's line: that of the innermost equation, or of a call around it where that is in a library."""
         return next(filter(None, map(source_of, reversed(self.within))), "in a library's code")
 
 
 @dataclass(eq=False)
 class Frame:
-    """The evaluation of one jaxpr. `names` gives the leaf's path (or paths) of each slot, for messages."""
+    """The evaluation of one jaxpr.
+
+    Attributes:
+      session: The state that all frames of a call share.
+      names: For each slot, the path of its leaf (or the paths, where kernels were joined), for messages.
+      events: The kernels that were materialised, in order.
+      uses: How often each kernel has been used, by its slots: each use has a dropout mask of its own.
+      producers: The equation that made a variable, for the kinds in `KEPT_PRODUCERS`.
+    """
 
     session: Session
     names: tuple[tuple[str, ...], ...]
@@ -95,7 +111,7 @@ class Frame:
     producers: dict[Any, Any] = field(default_factory=dict)
 
     def evaluate(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
-        """The outputs of `jaxpr` on `args`, of which some are `LowRank`; outputs may be `LowRank` too."""
+        """Evaluate `jaxpr` on `args`, some of them `LowRank`; outputs may be `LowRank` too."""
         self.producers.update((eqn.outvars[0], eqn) for eqn in jaxpr.eqns if eqn.primitive.name in KEPT_PRODUCERS)
         return walk(jaxpr, consts, args, self)
 
@@ -106,7 +122,7 @@ class Frame:
         return isinstance(value, LowRank)
 
     def equation(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
-        """The rule of the equation's primitive; materialise the kernels where there is none."""
+        """Evaluate an equation by the rule of its primitive, or on materialised kernels where there is none."""
         found = self.session.rules.get(eqn.primitive.name)
         self.session.within.append(eqn)
         try:
@@ -117,7 +133,7 @@ class Frame:
             self.session.within.pop()
 
     def stretch(self, eqns: Sequence[Any], read: Callable[[Any], Any], used: Callable[[Any], bool]) -> Any:
-        """Equations without adapted kernels run as they are, as one jaxpr: `eval_jaxpr` has a cost of its own."""
+        """Evaluate equations without adapted kernels as they are, all as one jaxpr: each `eval_jaxpr` has a cost."""
         made: dict[Any, None] = {}
         needed: dict[Any, None] = {}
         for eqn in eqns:
@@ -132,19 +148,20 @@ class Frame:
         return list(dict.fromkeys(path for slot in origin for path in self.names[slot]))
 
     def fresh_draw(self, kernel: LowRank) -> dropout.DropoutDraw | None:
-        """What dropout is drawn from at one more use of a kernel."""
+        """The dropout draw of one more use of a kernel; None without dropout."""
         if kernel.draw is None:
             return None
         self.uses[kernel.origin] = self.uses.get(kernel.origin, 0) + 1
         return dropout.fold(kernel.draw, self.uses[kernel.origin])
 
     def materialize(self, kernel: LowRank, primitive: str, source: str) -> Any:
-        """W + ΔW as an array; the user hears of it unless the kernel is a looked-up row, where it costs nothing."""
+        """W + ΔW as an array; recorded as an event unless the kernel is a looked-up row, where it costs nothing."""
         if not is_vector(kernel):
             self.note(Event(kernel.origin, primitive, source or self.session.line()))
         return dense(kernel)
 
     def note(self, event: Event) -> None:
+        """Record an event, or raise under `on_materialize="error"`."""
         self.events[event] = None
         if self.session.on_materialize == "error":
             path = " and ".join(self.paths(event.origin))
@@ -160,7 +177,7 @@ def source_of(eqn: Any) -> str:
 
 
 def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
-    """Evaluate one equation on arrays, in the name stack that its rule runs in, through a jaxpr of its own."""
+    """Evaluate one equation on arrays, through a jaxpr of its own, in the name stack of the rule that is running."""
     here = eqn.source_info.replace(name_stack=source_info_util.new_name_stack())
     eqn = eqn.replace(source_info=here)
     inputs: dict[Any, Any] = {}
@@ -179,13 +196,13 @@ def as_jaxpr(eqns: Sequence[Any], inputs: Sequence[Any], outputs: Sequence[Any])
 
 @functools.cache
 def _debug_info() -> Any:
-    """A jaxpr must say where it is from; older versions of JAX have no public name for that."""
+    """The debug information that a jaxpr must have; older versions of JAX have no public name for it."""
     return jax.make_jaxpr(lambda: ())().jaxpr.debug_info
 
 
 @contextlib.contextmanager
 def _context(eqn: Any) -> Iterator[None]:
-    """What is made here belongs to the user's line and module, and to the equation's own mesh and settings."""
+    """A context in which new equations get the user's line and module, and the equation's own mesh and settings."""
     info = eqn.source_info
     stack = source_info_util.current_name_stack() + info.name_stack
     with source_info_util.user_context(info.traceback, name_stack=stack), eqn.ctx.manager:
@@ -193,10 +210,10 @@ def _context(eqn: Any) -> Iterator[None]:
 
 
 def materialized(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
-    """The equation itself on W + ΔW."""
+    """Evaluate the equation itself on W + ΔW; a kernel that is several of its operands is materialised once."""
     source = source_of(eqn)
-    whole: dict[int, Any] = {}
+    arrays: dict[int, Any] = {}
     for value in values:
-        if isinstance(value, LowRank) and id(value) not in whole:
-            whole[id(value)] = frame.materialize(value, eqn.primitive.name, source)
-    return bind(eqn, [whole[id(value)] if isinstance(value, LowRank) else value for value in values])
+        if isinstance(value, LowRank) and id(value) not in arrays:
+            arrays[id(value)] = frame.materialize(value, eqn.primitive.name, source)
+    return bind(eqn, [arrays[id(value)] if isinstance(value, LowRank) else value for value in values])

@@ -1,4 +1,4 @@
-"""Layout rules: equations that move, cut, scale or cast a kernel act on W, on both factors and on a gain alike.
+"""Layout rules: an equation that moves, cuts or casts a kernel does the same to W, to both factors and to a gain.
 
 Each rule takes `(frame, eqn, values)` and returns the equation's outputs, or None where no low-rank form exists.
 """
@@ -24,19 +24,20 @@ RULES = Rules()
 
 
 def _each_factor(kernel: LowRank, w: Any, move: Callable[[Factor], Factor]) -> list[LowRank]:
+    """The outputs of an equation with one kernel as its result: W is `w`, and a, b and a gain are moved."""
     return [kernel.moved(w, move)]
 
 
 def plain(eqn: Any, values: Sequence[Any]) -> list[Any]:
-    """The equation itself, on the plain kernels."""
+    """Evaluate the equation itself, on the plain kernels."""
     return bind(eqn, [value.w if isinstance(value, LowRank) else value for value in values])
 
 
 @RULES("convert_element_type", labels=tracks.same)
 def _convert(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
-    """A cast of W leaves the factors alone: they are cast once, to the activation's dtype, where they are used.
+    """Cast W and leave the factors alone: they are cast once, to the activation's dtype, where they are used.
 
-    Not so below 16 bits: there the function quantizes its kernel, and has to be given W + ΔW to quantize.
+    A cast to fewer than 16 bits is different: the function quantizes its kernel, and must quantize W + ΔW.
     """
     dtype = eqn.params["new_dtype"]
     if not jnp.issubdtype(dtype, jnp.inexact) or narrow(dtype):
@@ -46,12 +47,13 @@ def _convert(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
 
 @RULES("reduce_precision", labels=tracks.same)
 def _reduce_precision(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
-    """As a cast to a dtype of as many bits."""
+    """Treat it as a cast to a dtype with as many bits."""
     bits = 1 + eqn.params["exponent_bits"] + eqn.params["mantissa_bits"]
     return None if bits < 16 else _unchanged(frame, eqn, values)
 
 
-# Marked as differing from shard to shard is W alone: a factor that doesn't differ is marked where it meets what does.
+# pvary and pcast mark W alone as differing between shards. A factor that doesn't differ is marked only where it enters
+# an equation with an operand that does.
 @RULES("copy", "copy_p", "name", "device_put", "pvary", "pcast", labels=tracks.each)
 def _unchanged(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
     outputs = plain(eqn, values)
@@ -60,13 +62,16 @@ def _unchanged(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
 
 @RULES("ppermute", labels=tracks.each)
 def _ppermute(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
-    """Each shard's factors go where its part of W goes, those that all shards share too: who receives nothing has 0."""
+    """Send each shard's factors where its part of W goes.
+
+    A factor that all shards share is sent too: a shard that receives nothing gets W = 0, and must get a ΔW of 0.
+    """
     kernel = values[0]
     return _elementwise(frame, eqn, [kernel.moved(kernel.w, lambda factor: _varying_as(kernel.w, factor))])
 
 
 def _varying_as(w: Any, factor: Factor) -> Factor:
-    """The factor, marked as differing along the mesh axes along which W differs: some collectives ask for it."""
+    """The factor, marked as differing along the mesh axes along which W differs, as some collectives require."""
     more = tuple(sorted(varying_mesh_axes(w) - varying_mesh_axes(factor.value)))
     if not more:
         return factor
@@ -78,7 +83,7 @@ def _varying_as(w: Any, factor: Factor) -> Factor:
 
 @RULES("optimization_barrier", "stop_gradient", labels=tracks.each)
 def _elementwise(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
-    """Equations that take any number of arrays of any shape: the factors go through as well."""
+    """Pass W and the factors through an equation that takes any number of arrays of any shape."""
     draws = [value.draw if isinstance(value, LowRank) else None for value in values]
     bare = [replace(value, draw=None) if isinstance(value, LowRank) else value for value in values]
     leaves, treedef = jax.tree.flatten(bare)
@@ -92,12 +97,14 @@ def _elementwise(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
 
 @RULES("transpose", labels=tracks.transpose)
 def _transpose(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
+    # W[in, out] transposed is [out, in]: only the names change, {0: 1, 1: 0}. a[in, r] with names (0, RANK) becomes
+    # (1, RANK), and its array stays as it is.
     names = {old: new for new, old in enumerate(eqn.params["permutation"])}
     return _each_factor(values[0], plain(eqn, values)[0], lambda factor: factor.rename(names))
 
 
 def drop(factor: Factor, axes: Sequence[int]) -> Factor:
-    """Without the given axes of W, which have size one."""
+    """The factor without the given axes of W, which have size one."""
     gone = [d for d, axis in enumerate(factor.axes) if axis in axes]
     if not gone:
         return factor
@@ -114,10 +121,11 @@ def _squeeze(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
 
 @RULES("broadcast_in_dim", labels=tracks.broadcast)
 def _broadcast(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
-    """New axes, and axes stretched from size one, are in neither factor: ΔW is constant along them."""
+    """Broadcast W alone: the factors don't get the new axes, or those stretched from size one: ΔW is constant there."""
     kernel, shape = values[0], eqn.params["shape"]
-    if len(values) > 1:
+    if len(values) > 1:  # sizes that are known when it runs
         return None
+    # W[in, out] to [5, in, out], with broadcast_dimensions (1, 2): a[in, r] is as it was, its axis 0 called 1.
     places = eqn.params["broadcast_dimensions"]
     stretched = [k for k, place in enumerate(places) if kernel.shape[k] != shape[place]]
     names = dict(enumerate(places))
@@ -213,14 +221,14 @@ def _rev(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
 
 @RULES("pad", labels=tracks.same)
 def _pad(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
-    """Whatever W is padded with, ΔW is padded with zeros, which zeros in either factor give, and a gain with ones."""
+    """Pad W with the equation's value, both factors with zeros (so that ΔW is 0 there), and a gain with ones."""
     kernel, config = values[0], eqn.params["padding_config"]
     if not isinstance(kernel, LowRank):
         return None
     padded = [k for k, width in enumerate(config) if width != (0, 0, 0)]
     zeros = isinstance(eqn.invars[1], jex.Literal) and eqn.invars[1].val == 0
     if kernel.gain is not None and not zeros and not set(padded) <= set(kernel.gain.axes):
-        return None  # the gain would scale what W is padded with
+        return None  # the gain would scale the padding too
 
     def extend(factor: Factor) -> Factor:
         widths = [(0, 0, 0) if axis == RANK else config[axis] for axis in factor.axes]
@@ -229,13 +237,14 @@ def _pad(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
         value = jnp.asarray(0 if RANK in factor.axes else 1, factor.value.dtype)
         return Factor(lax.pad(factor.value, value, widths), factor.axes)
 
+    # Along an axis that neither factor has, ΔW was constant; padded, it no longer is, and b gets the axis.
     constant = [k for k in padded if kernel.only(k) == "none"]
     spread = kernel.with_factors(kernel.w, kernel.a, _spread(kernel.b, constant, kernel.shape))
     return _each_factor(spread, plain(eqn, values)[0], extend)
 
 
 def _spread(factor: Factor, axes: Sequence[int], shape: Sequence[int]) -> Factor:
-    """With axes of its own along which ΔW was constant, and won't be."""
+    """The factor repeated along axes that it doesn't have, which come last."""
     if not axes:
         return factor
     sizes = [*factor.value.shape, *(shape[axis] for axis in axes)]
@@ -244,7 +253,10 @@ def _spread(factor: Factor, axes: Sequence[int], shape: Sequence[int]) -> Factor
 
 @RULES("reshape", labels=tracks.reshape)
 def _reshape(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
-    """Axes merge and split inside one side of the kernel; a merge of an input with an output has no low-rank form."""
+    """Merge and split axes within the inputs, the outputs or the stack; a merge across these has no low-rank form.
+
+    W[in, heads·head] split into [in, heads, head]: a[in, r] stays, and b[r, heads·head] becomes [r, heads, head].
+    """
     kernel, shape = values[0], eqn.params["new_sizes"]
     if eqn.params["dimensions"] is not None or 0 in shape:
         return None
@@ -263,6 +275,7 @@ def _reshape(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
 
 
 def _regroup(factor: Factor, groups: Sequence, old: Sequence[int], new: Sequence[int]) -> Factor:
+    """Reshape a factor as its kernel is; `groups` are pairs of old axes and the new axes that they become."""
     order, sizes, axes = [], [], []
     for before, after in groups:
         present = [k for k in before if k in factor.axes]
@@ -273,6 +286,7 @@ def _regroup(factor: Factor, groups: Sequence, old: Sequence[int], new: Sequence
         order += before
         axes += after
         sizes += [new[k] for k in after]
+    # The rank stays first (in b) or last (in a), so that the reshape needs no transpose.
     if RANK in factor.axes:
         rank = factor.size(RANK)
         order, axes, sizes = (
@@ -285,7 +299,7 @@ def _regroup(factor: Factor, groups: Sequence, old: Sequence[int], new: Sequence
 
 
 def stretch(factor: Factor, axes: Sequence[int], shape: Sequence[int]) -> Factor:
-    """Repeat the factor along axes that it doesn't have."""
+    """The factor repeated along axes that it doesn't have, which come first."""
     count = len(axes)
     value = lax.broadcast_in_dim(
         factor.value, [shape[k] for k in axes] + list(factor.value.shape), range(count, count + factor.value.ndim)
@@ -295,7 +309,7 @@ def stretch(factor: Factor, axes: Sequence[int], shape: Sequence[int]) -> Factor
 
 @RULES("sharding_constraint", labels=tracks.same)
 def _sharding_constraint(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
-    """The factors follow the kernel's placement along the axes that they have; the rank isn't sharded."""
+    """Constrain the factors as the kernel is constrained, along the axes that they have; the rank isn't sharded."""
     kernel, sharding = values[0], eqn.params["sharding"]
     w = plain(eqn, values)[0]
     if not isinstance(sharding, jax.sharding.NamedSharding):
@@ -329,14 +343,14 @@ def _reshard(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
 
 @RULES("all_gather", "all_gather_invariant", labels=tracks.all_gather)
 def _all_gather(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
-    """Gathering a kernel's shards gathers those of the factors that have the axis; the shards must share the others."""
+    """Gather the shards of W and of each factor that has the axis; one without it must be the same in all shards."""
     kernel, axis = values[0], eqn.params["all_gather_dimension"]
     if not isinstance(kernel, LowRank) or not eqn.params["tiled"] or kernel.only(axis) == "none":
         return None
     name = eqn.params["axis_name"]
     over = frozenset(name if isinstance(name, tuple | list) else (name,))
     differs = kernel.differs
-    if over & varying_mesh_axes(kernel.w):  # shard_map checks types, which say it exactly
+    if over & varying_mesh_axes(kernel.w):  # the types of a shard_map that checks them show it exactly
         differs = (varying_mesh_axes(kernel.a.value), varying_mesh_axes(kernel.b.value))
     for factor, along in zip((kernel.a, kernel.b), differs, strict=True):
         if axis not in factor.axes and along & (over | ANY_AXIS):

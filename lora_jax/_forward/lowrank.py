@@ -1,15 +1,15 @@
 """The value that the forward carries for an adapted kernel: W and its two factors, with named axes.
 
-A factor's dimensions are named by the axes of W that they follow, and `RANK`:
+A factor's dimensions are named by the axes of W to which they belong, and by `RANK`:
 
     ΔW[k_0, ..., k_n] = Σ_r a[axes of a, r] · b[axes of b, r]
 
-A kernel with a magnitude (DoRA) has a gain besides, a factor without `RANK`: it stands for gain · (W + ΔW), and a
-consumer puts the gain on whichever of its operands and results has the gain's axes.
+An axis that both factors have is a stack axis, an axis that only `a` has is an input, and one that only `b` has is an
+output. Along an axis that neither has (a broadcast axis, an axis of size one) ΔW is constant. A transpose of W only
+renames the factors' dimensions; no data moves before a consumer contracts.
 
-An axis that both factors have is a stack axis, one that only `a` has an input, one that only `b` has an output, and one
-that neither has (a broadcast axis, an axis of size one) leaves ΔW constant along it. Transposing W renames; nothing is
-moved until a consumer contracts.
+A kernel with a magnitude (DoRA) also has a gain, which is a factor without `RANK`. The value is then gain · (W + ΔW),
+and a consumer multiplies the gain into whichever operand or result has the gain's axes.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ import jax.numpy as jnp
 from jax import lax
 
 RANK = -1
-ANY_AXIS = frozenset({""})  # of a mesh: what an index that may be a shard's own has picked
+ANY_AXIS = frozenset({""})  # stands for any mesh axis: the factor may differ between shards, along axes not known here
 
 
 class Factor(NamedTuple):
-    """An array whose dimensions are named: `axes[d]` is the axis of W that dimension `d` follows, or `RANK`."""
+    """An array whose dimensions are named: `axes[d]` is the axis of W to which dimension `d` belongs, or `RANK`."""
 
     value: Any
     axes: tuple[int, ...]
@@ -37,7 +37,7 @@ class Factor(NamedTuple):
         return self.value.shape[self.axes.index(axis)]
 
     def rename(self, names: Mapping[int, int]) -> Factor:
-        """Follow a renumbering of W's axes; axes that `names` leaves out must not occur."""
+        """The factor after W's axes were renumbered; `names` must have every axis that the factor has."""
         return Factor(self.value, tuple(axis if axis == RANK else names[axis] for axis in self.axes))
 
     def ordered(self, axes: Sequence[int]) -> Any:
@@ -51,10 +51,16 @@ class Factor(NamedTuple):
 class LowRank:
     """A kernel on its way through the function: the plain array `w` and the factors of its update.
 
-    `draw` is what the kernel's dropout is drawn from (None without dropout) and `origin` says which adapted leaves it
-    comes from, as slots of the frame that evaluates it: slots, not paths, so that two layers share one transformed
-    function. `gain` is None unless the kernel has a magnitude. `differs` names the axes of the mesh along which a and b
-    may differ inside a `shard_map`, whose own types say it only where it checks them.
+    Attributes:
+      w: W, or the part of it that is left.
+      a: The factor with the inputs.
+      b: The factor with the outputs; the scale is multiplied into it.
+      draw: The key and the rate of the kernel's dropout; None without dropout.
+      origin: The adapted leaves that it comes from, as slots of the frame that evaluates it. They are slots and not
+        paths, so that two layers share one transformed function.
+      gain: The gain of a kernel that has a magnitude, else None.
+      differs: The mesh axes along which a and b may differ inside a `shard_map`. A `shard_map` that checks types has
+        them in its types too; others don't.
     """
 
     w: Any
@@ -94,21 +100,21 @@ class LowRank:
         return self.w.shape
 
     def only(self, axis: int) -> str:
-        """Where an axis lives: "a", "b", "both" or "none"."""
+        """The factors that have an axis: "a", "b", "both" or "none"."""
         return {(True, True): "both", (True, False): "a", (False, True): "b", (False, False): "none"}[
             axis in self.a.axes, axis in self.b.axes
         ]
 
     def with_factors(self, w: Any, a: Factor, b: Factor) -> LowRank:
-        """Other factors under the same gain: of what is linear in the kernel and leaves its axes alone."""
+        """The kernel with another W and other factors, and the same gain: the axes must be the same."""
         return replace(self, w=w, a=a, b=b)
 
     def picked(self) -> LowRank:
-        """The kernel, once an index has chosen a part of it that may be another for each shard."""
+        """The kernel after an index has picked a part of it, which may be another part in each shard."""
         return replace(self, differs=(ANY_AXIS, ANY_AXIS))
 
     def moved(self, w: Any, move: Callable[[Factor], Factor]) -> LowRank:
-        """The same move of both factors and of the gain, in this order."""
+        """The kernel with another W, and with `move` applied to a, to b and to the gain, in this order."""
         a, b, *gain = map(move, self.factors)
         return replace(self, w=w, a=a, b=b, gain=gain[0] if gain else None)
 
@@ -120,14 +126,16 @@ def product(
     place: Callable[[Sequence[int]], Any] = lambda axes: None,
     **options: Any,
 ) -> Factor:
-    """`dot_general` over names: a shared name is a batch dimension if it is in `keep` and is contracted otherwise.
+    """`dot_general` by names: a shared name is a batch dimension if it is in `keep`, and is contracted otherwise.
 
-    The result's dimensions are the batch, what is left of `lhs`, what is left of `rhs`, as `dot_general` orders them;
-    `place` gives its sharding, or None to leave that to JAX.
+    x (2, 0), which is [t, in], times a (0, RANK) with keep [2, RANK] is (2, RANK), which is [t, r]. The result's
+    dimensions are the batch dimensions, then the others of `lhs`, then the others of `rhs`, in `dot_general`'s order.
+    `place` returns its sharding, or None to let JAX decide.
 
-    On a CPU, what is left of each operand is one dimension while they meet: h [2, 128, r] times b [r, out] is computed
-    as [256, r] times [r, out]. The derivative by b then is hᵀ dy, of two matrices, which XLA computes as they lie; with
-    tokens in two dimensions it writes a transposed copy of dy first, of the full width, and takes twice the time.
+    On a CPU the free dimensions of each operand are merged for the product: h [2, 128, r] times b [r, out] is computed
+    as [256, r] times [r, out]. The derivative by b is then hᵀ dy, a product of two matrices, which XLA computes without
+    a copy. With two dimensions of tokens it first writes a transposed copy of dy, of the full width, and takes twice
+    the time.
     """
     shared = [axis for axis in lhs.axes if axis in rhs.axes]
     batch = [axis for axis in shared if axis in keep]
@@ -147,12 +155,12 @@ def product(
 
 
 def _on_one_cpu(*values: Any) -> bool:
-    """Whether merging dimensions costs nothing: no mesh may cut one of them."""
+    """Whether merging dimensions is free: on a CPU, where no mesh cuts one of them."""
     return jax.default_backend() == "cpu" and all(jax.typeof(value).sharding.mesh.empty for value in values)
 
 
 def _flat(lhs: Factor, rhs: Factor, contracted: Sequence[int]) -> tuple[Any, Any, Any] | None:
-    """The operands as matrices and their `dot_general` dimensions; None where they are, or where it would move data."""
+    """The operands as matrices, and their `dot_general` dimensions; None if both are, or if data would move."""
     inner = math.prod(lhs.size(k) for k in contracted)
     if lhs.value.ndim == rhs.value.ndim == 2 or not contracted or not inner:
         return None
@@ -171,7 +179,7 @@ def _flat(lhs: Factor, rhs: Factor, contracted: Sequence[int]) -> tuple[Any, Any
 
 
 def wide(dtype: Any) -> Any:
-    """float32, or the dtype itself if it is wider: what arithmetic on weights is done in."""
+    """The dtype for arithmetic on weights: float32, or `dtype` itself if it is wider."""
     return jnp.dtype(dtype) if jnp.dtype(dtype).itemsize >= 4 else jnp.dtype(jnp.float32)
 
 
@@ -211,7 +219,7 @@ def gained(value: Any, gain: Factor, places: Mapping[int, int] | Sequence[int]) 
 
 
 def is_vector(kernel: LowRank) -> bool:
-    """Whether one side has no extent left, as after looking up one row: then ΔW costs no more than the product."""
+    """Whether the inputs or the outputs have size one, as after looking up one row: then ΔW costs no more than b."""
     sides = [
         math.prod(f.size(k) for k in f.axes if k != RANK and kernel.only(k) == side)
         for f, side in ((kernel.a, "a"), (kernel.b, "b"))

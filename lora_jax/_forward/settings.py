@@ -1,4 +1,4 @@
-"""The settings of `adapt`, noted on the function that it returns, so that it is known again and adapted once."""
+"""The settings of `adapt`, recorded on the function that it returns, so that no function is adapted twice."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
 NOTE = "_lora_jax_adapted"
-DEPTH = 50  # wrappers that are looked through; what wraps itself has no end
+DEPTH = 50  # the number of wrappers that are looked through: a function that wraps itself has no end
 UNSET: Any = None
 OnMaterialize = Literal["warn", "error", "allow"]
 
@@ -18,7 +18,7 @@ _tracing = contextvars.ContextVar("tracing", default=False)
 
 
 class Settings(NamedTuple):
-    """What `adapt` was given; UNSET where nothing was said."""
+    """The settings that were given to `adapt`; UNSET for those that weren't."""
 
     dropout: Any = UNSET
     on_materialize: Any = UNSET
@@ -35,7 +35,7 @@ class Settings(NamedTuple):
         return Settings(*(own if own is not UNSET else usual for own, usual in zip(self, USUAL, strict=True)))
 
     def refuse_other(self, given: Settings) -> None:
-        """Raise where a setting is given that isn't the one that the function has."""
+        """Raise where a given setting differs from the one that the function was adapted with."""
         for name, own, other in zip(self._fields, self, given, strict=True):
             if other is not UNSET and other != own:
                 raise ValueError(
@@ -44,11 +44,11 @@ class Settings(NamedTuple):
                 )
 
     def refuse_none(self) -> None:
-        """Raise where arguments without nodes aren't wanted, or can't be meant."""
+        """Raise where arguments without nodes aren't allowed, or show that the function is adapted already."""
         if _tracing.get() and (self.dropout or not self.allow_none):
             raise ValueError(
-                "the function calls what adapt returned, so it seems to be adapted already; hand over what adapt"
-                " returned itself, or a function that calls the raw one"
+                "the function calls a function that adapt returned, so it seems to be adapted already; pass the adapted"
+                " function itself, or one that calls the raw function"
             )
         if not self.allow_none:
             raise ValueError(
@@ -61,7 +61,7 @@ USUAL = Settings(0.0, "warn", False)
 
 
 class Note(NamedTuple):
-    """What is written on an adapted function; wrappers that copy its attributes, as `jax.jit`, hand it on."""
+    """The record on an adapted function; wrappers that copy attributes, such as `jax.jit`'s, have it too."""
 
     function: Callable[..., Any]
     raw: Callable[..., Any]
@@ -74,7 +74,7 @@ def note(function: Callable[..., Any], raw: Callable[..., Any], settings: Settin
 
 
 def noted(function: Any) -> Note | None:
-    """The note on a function, or on what it says that it wraps; None if it isn't adapted, as far as can be seen."""
+    """The record on a function, or on the function that it wraps; None if neither has one."""
     for _ in range(DEPTH):
         found = getattr(function, NOTE, None)
         if isinstance(found, Note):
@@ -88,7 +88,7 @@ def noted(function: Any) -> Note | None:
 
 @contextlib.contextmanager
 def tracing() -> Iterator[None]:
-    """While an adapted function traces its own: an adapted function called now sees a tree without nodes."""
+    """Mark that an adapted function is tracing its own: an adapted function called inside gets a tree without nodes."""
     token = _tracing.set(True)
     try:
         yield

@@ -1,11 +1,11 @@
-"""What is known of values while `kernel_axes` walks a jaxpr, and how one equation passes it on.
+"""The labels of axes that `kernel_axes` follows through a jaxpr, and a rule of them for each kind of equation.
 
-Every kernel's axes carry labels (their own numbers) that follow the layout equations: a merged axis has the labels of
-its parts, both parts of a split axis have its label. The consumer sorts the labels into inputs (contracted or looked
-up), outputs (left free) and stack (batched, scanned over, or indexed away before the product).
+Every axis of a kernel has a label, which is its number. Layout equations move the labels: a merged axis has the labels
+of its parts, and both parts of a split axis have its label. A consumer sorts the labels into inputs (contracted or
+looked up), outputs (left free) and stack (batched, scanned over, or indexed away before the product).
 
-A rule takes `(reader, eqn, infos)` and returns what is known of the outputs, or None where the value stops being a
-kernel. Each is registered with the forward's rule of the same primitive, in the one table of both.
+A rule takes `(reader, eqn, infos)` and returns the `Info` of each output, or None where the value stops being a kernel.
+It is registered together with the forward's rule of the same primitive, in one table.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ NONE: frozenset[int] = frozenset()
 
 
 class EquationSite(NamedTuple):
-    """An equation: its primitive, the user's line, and what tells it from others."""
+    """An equation: its primitive, the user's line, and a number that identifies it."""
 
     primitive: str
     source: str
@@ -39,30 +39,30 @@ class EquationSite(NamedTuple):
 
 @dataclass(frozen=True)
 class Track:
-    """A kernel on its way: the labels of each current axis; those an index has already picked, and where it did."""
+    """A kernel on its way through a function: its leaf's path, and the labels of each axis of the value."""
 
     path: str
     labels: Labels
-    looked_up: frozenset[int] = NONE
-    where: EquationSite | None = None
+    looked_up: frozenset[int] = NONE  # labels of axes that an index has picked already
+    where: EquationSite | None = None  # the equation that did so
 
     @property
     def every(self) -> frozenset[int]:
-        """The kernel's axes that the value still has."""
+        """The labels of all axes of the value: the kernel's axes that it still has."""
         return NONE.union(*self.labels)
 
 
 class Info(NamedTuple):
-    """What is known of a value: the kernels that it is, the uses whose product it holds, whether it depends on data."""
+    """The facts about one value."""
 
-    tracks: tuple[Track, ...] = ()
-    reach: frozenset[Use] = frozenset()
-    data: bool = False
+    tracks: tuple[Track, ...] = ()  # the kernels that it is
+    reach: frozenset[Use] = frozenset()  # uses of kernels whose products reach it through no other kernel
+    data: bool = False  # whether it depends on an argument other than the parameters
 
 
 @dataclass(frozen=True)
 class Use:
-    """One consumption of a kernel."""
+    """One use of a kernel: its axes, and the equation that contracts, convolves or looks it up."""
 
     path: str
     axes: Axes
@@ -78,18 +78,21 @@ class Use:
 
 @dataclass(eq=False)
 class Reader(Analysis[Info]):
-    """Collects the uses while a jaxpr is walked. `shapes` are the kernels' own, `rules` those of all primitives."""
+    """Collects the uses of kernels while a jaxpr is walked, given each kernel's shape and each primitive's rules."""
 
     shapes: dict[str, tuple[int, ...]]
     rules: Mapping[str, Rule]
     uses: dict[Use, None] = field(default_factory=dict)
-    embeddings: set[str] = field(default_factory=set)
-    feeding: set[Use] = field(default_factory=set)
+    embeddings: set[str] = field(default_factory=set)  # paths of kernels that are looked up
+    feeding: set[Use] = field(default_factory=set)  # uses whose products enter another kernel's use
 
     def use(
         self, track: Track, where: EquationSite, inputs: frozenset[int], outputs: frozenset[int], stack: frozenset[int]
     ) -> Use | None:
-        """Note a use. A label on several sides counts as input before output before stack; one on none as stack."""
+        """Record a use; None where it has no input or no output.
+
+        A label in several groups counts as an input first, then as an output; a label in none belongs to the stack.
+        """
         shape = self.shapes[track.path]
         outputs = outputs - inputs
         rest = [k for k in range(len(shape)) if k not in inputs and k not in outputs]
@@ -107,7 +110,7 @@ class Reader(Analysis[Info]):
         return use
 
     def close(self, info: Info) -> Info:
-        """The value is a kernel no more: one that an index has read and no product has consumed is an embedding."""
+        """The facts about a value that stops being a kernel; if it was looked up, it is recorded as an embedding."""
         found = [self.embedding(track) for track in info.tracks]
         return Info(reach=info.reach.union(use for use in found if use is not None), data=info.data)
 
@@ -117,7 +120,7 @@ class Reader(Analysis[Info]):
         self.embeddings.add(track.path)
         return self.use(track, track.where, track.looked_up, NONE.union(*track.labels), NONE)
 
-    # How a walk is taken: see `Analysis`.
+    # The methods of `Analysis`.
 
     def constant(self, var: Any) -> Info:
         return Info()
@@ -141,7 +144,7 @@ class Reader(Analysis[Info]):
         return self.close(fact)
 
     def sliced(self, fact: Info) -> Info:
-        """The scanned axis is a stack: its label is in no product."""
+        """The facts about one slice: without the label of the scanned axis, which is a stack, as no product has it."""
         return fact._replace(tracks=tuple(replace(track, labels=track.labels[1:]) for track in fact.tracks))
 
 
@@ -149,12 +152,12 @@ LabelRule = Callable[[Reader, Any, Sequence[Info]], Sequence[Info] | None]
 
 
 def _merged(infos: Sequence[Info]) -> Info:
-    """What is known of an array that several go into, and that is no kernel."""
+    """The facts about an array that is computed from several and is no kernel."""
     return Info((), frozenset().union(*(info.reach for info in infos)), any(info.data for info in infos))
 
 
 def _tracked(eqn: Any, infos: Sequence[Info], tracks: Sequence[Track]) -> Sequence[Info] | None:
-    """The kernels that each output is, beside what is known of the operands."""
+    """The facts about each output: the kernels that it is, and the facts about the operands."""
     return [_merged(infos)._replace(tracks=tuple(tracks))] * len(eqn.outvars) if tracks else None
 
 
@@ -162,7 +165,7 @@ def _tracked(eqn: Any, infos: Sequence[Info], tracks: Sequence[Track]) -> Sequen
 
 
 def _moved(move: Callable[[Any, Labels], Labels]) -> LabelRule:
-    """The rule of an equation that moves the axes of its first operand."""
+    """The rule of an equation that moves the axes of its first operand, from a function of its labels."""
 
     def rule(reader: Reader, eqn: Any, infos: Sequence[Info]) -> Sequence[Info] | None:
         return _tracked(eqn, infos, [replace(track, labels=move(eqn, track.labels)) for track in infos[0].tracks])
@@ -172,7 +175,7 @@ def _moved(move: Callable[[Any, Labels], Labels]) -> LabelRule:
 
 @_moved
 def same(eqn: Any, labels: Labels) -> Labels:
-    """Cut, cast or padded, an axis is still the one that it was."""
+    """Keep the labels: an axis that is cut, cast or padded is still the same axis."""
     return labels
 
 
@@ -188,7 +191,7 @@ def squeeze(eqn: Any, labels: Labels) -> Labels:
 
 @_moved
 def reduce_sum(eqn: Any, labels: Labels) -> Labels:
-    """Kernels that are added up are a stack."""
+    """Remove the labels of summed axes: kernels that are added up are a stack."""
     return tuple(each for k, each in enumerate(labels) if k not in eqn.params["axes"])
 
 
@@ -200,7 +203,7 @@ def unstack(eqn: Any, labels: Labels) -> Labels:
 
 @_moved
 def all_gather(eqn: Any, labels: Labels) -> Labels:
-    """Shards put together along their own axis, or side by side along a new one."""
+    """Keep the labels, or add an axis without one: shards are concatenated along their axis, or along a new one."""
     axis = eqn.params["all_gather_dimension"]
     new = () if eqn.params["tiled"] else (NONE,)
     return (*labels[:axis], *new, *labels[axis:])
@@ -215,7 +218,7 @@ def broadcast(eqn: Any, labels: Labels) -> Labels:
 
 
 def reshape(reader: Reader, eqn: Any, infos: Sequence[Info]) -> Sequence[Info] | None:
-    """[8, 4·6] split into [8, 4, 6]: labels ({0}, {1}) become ({0}, {1}, {1}). Merged again: ({0}, {1})."""
+    """Regroup the labels: for [8, 4·6] split into [8, 4, 6], ({0}, {1}) becomes ({0}, {1}, {1}), and back if merged."""
     shape = eqn.params["new_sizes"]
     groups = reshape_groups(eqn.invars[0].aval.shape, shape)
     if groups is None:
@@ -232,7 +235,7 @@ def reshape(reader: Reader, eqn: Any, infos: Sequence[Info]) -> Sequence[Info] |
 
 
 def reshape_groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[tuple[int, ...], tuple[int, ...]]] | None:
-    """Which axes of the old shape become which of the new: the finest such grouping, axes of size one left out.
+    """Pairs of old axes and the new axes that they become in a reshape: the finest such groups, without sizes of one.
 
     >>> reshape_groups((8, 1, 24), (8, 4, 6)), reshape_groups((8, 6), (6, 8))
     ([((0,), (0,)), ((2,), (1, 2))], [((0, 1), (0, 1))])
@@ -243,7 +246,7 @@ def reshape_groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[tuple[i
     while i < len(before) and j < len(after):
         first_i, first_j, left, right = i, j, old[before[i]], new[after[j]]
         i, j = i + 1, j + 1
-        while left != right:  # the product that is behind takes the next axis in
+        while left != right:  # the smaller product takes in its next axis
             if left < right:
                 left, i = left * old[before[i]], i + 1
             else:
@@ -260,7 +263,7 @@ def stack(reader: Reader, eqn: Any, infos: Sequence[Info]) -> Sequence[Info] | N
 
 
 def each(reader: Reader, eqn: Any, infos: Sequence[Info]) -> Sequence[Info]:
-    """Any number of operands, each of which goes through by itself."""
+    """Keep the facts of each operand: the equation passes any number of operands through, one by one."""
     return infos
 
 
@@ -269,9 +272,9 @@ def combine(reader: Reader, eqn: Any, infos: Sequence[Info]) -> Sequence[Info] |
 
 
 def _combined(eqn: Any, infos: Sequence[Info]) -> list[Track]:
-    """What is made of weights alone is a kernel still; what data goes into is an activation.
+    """The kernels that an output is: a value computed from weights alone is a kernel, one from data an activation.
 
-    Of a kernel that meets a part of itself, such as its own norms, the whole counts.
+    Where a kernel is combined with a part of itself, as in W / ‖W‖, the track with the most axes counts.
     """
     ndim = len(eqn.outvars[0].aval.shape)
     if any(info.data for info in infos):
@@ -284,14 +287,15 @@ def _combined(eqn: Any, infos: Sequence[Info]) -> list[Track]:
 
 
 def weight_function(reader: Reader, eqn: Any, infos: Sequence[Info]) -> Sequence[Info] | None:
-    """A function of a weight is a weight; of what was looked up, an activation."""
+    """Keep the labels of a weight: a function of a weight is a weight, one of looked-up rows is an activation."""
     return _tracked(eqn, infos, [track for track in _combined(eqn, infos) if track.where is None])
 
 
-# Consumers: the kernel's uses. A product that uses none has an activation's output all the same.
+# Consumers record the kernel's uses. The output of a product is an activation even where none is recorded.
 
 
 def _used(reader: Reader, eqn: Any, infos: Sequence[Info], found: Sequence[Use | None]) -> Sequence[Info]:
+    """The facts about the outputs of a consumer: its uses reach them, and earlier uses end here."""
     uses = frozenset(use for use in found if use is not None)
     if not uses:
         return [_merged(infos)] * len(eqn.outvars)
@@ -300,7 +304,7 @@ def _used(reader: Reader, eqn: Any, infos: Sequence[Info], found: Sequence[Use |
 
 
 def _sorted_use(reader: Reader, eqn: Any, track: Track, inputs: Sequence[int], stack: Sequence[int]) -> Use | None:
-    """The use of a kernel whose axes `inputs` are contracted and `stack` batched; the others are left free."""
+    """The use of a kernel whose axes `inputs` are contracted and `stack` are batched; the others are free."""
     labels = track.labels
     contracted = NONE.union(*(labels[k] for k in inputs))
     batched = NONE.union(*(labels[k] for k in stack))
@@ -338,7 +342,7 @@ def ragged_dot(reader: Reader, eqn: Any, infos: Sequence[Info]) -> Sequence[Info
 def _kept_or_embedding(
     reader: Reader, eqn: Any, infos: Sequence[Info], tracks: Sequence[Track]
 ) -> Sequence[Info] | None:
-    """Rows looked up are an embedding's; matrices picked by an index stay kernels until something consumes them."""
+    """The facts about a look-up's output: rows are an embedding's, while matrices stay kernels until they are used."""
     if not tracks:
         return None
     shape, reach = eqn.outvars[0].aval.shape, _merged(infos).reach
@@ -373,7 +377,7 @@ def gather(reader: Reader, eqn: Any, infos: Sequence[Info]) -> Sequence[Info] | 
 
 
 def dynamic_slice(reader: Reader, eqn: Any, infos: Sequence[Info]) -> Sequence[Info] | None:
-    """An axis cut to one index at run time is looked up."""
+    """Follow a slice whose start is known at run time: an axis that is cut to one index is looked up."""
     shape, sizes = eqn.invars[0].aval.shape, eqn.params["slice_sizes"]
     gone = {k for k, size in enumerate(sizes) if size == 1 and shape[k] > 1}
     picked = [

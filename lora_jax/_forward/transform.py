@@ -1,4 +1,4 @@
-"""`adapt`: the same function, with x W + (alpha/r) (x A) B wherever a kernel has factors beside it."""
+"""`adapt` makes a function compute x W + (alpha/r) (x A) B wherever a kernel has factors beside it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ RULES = {
 
 
 class MaterializeWarning(UserWarning):
-    """W + ΔW of a kernel was made whole, at the cost of a product of its size, where no factored form exists."""
+    """Warns that W + ΔW of a kernel was materialised, where no factored form exists: it costs a product of W's size."""
 
 
 def adapt(
@@ -41,37 +41,37 @@ def adapt(
     on_materialize: OnMaterialize | None = None,
     allow_none: bool | None = None,
 ) -> Callable[..., Any]:
-    """Give a function the low-rank updates that lie beside the kernels in its arguments.
+    """Make a function apply the low-rank updates that are beside the kernels in its arguments.
 
         x W   becomes   x W + (alpha/r) (x A) B
         and with a magnitude (DoRA)   (x W + (alpha/r) (x A) B) m / ‖W + (alpha/r) A B‖
 
     The function is traced with the plain tree, exactly as it was before `init`, and evaluated with each adapted kernel
-    as W plus low rank; W + ΔW is never formed, nor is a gradient of W's shape. The result works under `jit`, `grad`,
-    `vmap` and meshes like any JAX function. Outside `jit` it is traced anew at every call, which takes milliseconds:
-    the function may read what no argument shows (a module's mode, a global), so that no call stands for the next. Put
-    `jax.jit` around it, which traces once for each shape.
+    as W plus low rank. Neither W + ΔW nor a gradient of W's shape is materialised. The result works under `jit`,
+    `grad`, `vmap` and meshes like any JAX function. Outside `jit` it is traced at every call, which takes milliseconds:
+    the function may depend on state that isn't an argument (a module's mode, a global), so that an earlier trace may be
+    wrong. Put `jax.jit` around it, which traces once for each shape.
 
-    What `adapt` returned is adapted no second time: `adapt(adapt(fn))` is `adapt(fn)`, with its own settings.
+    A function that `adapt` returned isn't adapted again: `adapt(adapt(fn))` is `adapt(fn)`, with its own settings.
 
     Args:
-      apply_fn: any function that JAX can trace, of any arguments. Arrays are traced; what isn't an array (flags,
-        strings, numbers, None, functions) reaches it unchanged and may decide what it computes.
-      dropout: the rate in [0, 1) at which the activations that enter A are dropped (only on the low-rank path, scaled
-        by 1 / (1 - rate)); 0 where not given. Active only in calls with a `dropout_key`. The same with a magnitude,
-        where PEFT drops activations of a second product with W too.
-      on_materialize: what to do where no factored form exists and W + ΔW must be formed: "warn" (once for each leaf;
-        where not given), "error", or "allow".
-      allow_none: accept arguments that hold no adapted kernel, and call `apply_fn` as it is; False where not given.
+      apply_fn: Any function that JAX can trace, with any arguments. Arrays are traced; other arguments (flags, strings,
+        numbers, None, functions) are passed on unchanged, and may decide what the function computes.
+      dropout: The rate in [0, 1) at which the activations that enter A are dropped (only on the low-rank path, scaled
+        by 1 / (1 - rate)); 0 by default. Active only in calls with a `dropout_key`. It is the same with a magnitude,
+        where PEFT also drops activations of a second product with W.
+      on_materialize: What to do where no factored form exists and W + ΔW must be materialised: "warn" (the default,
+        once for each leaf), "error", or "allow".
+      allow_none: Whether to accept arguments without an adapted kernel, and call `apply_fn` as it is; False by default.
 
     Returns:
-      A function of the same arguments and results, and the keyword `dropout_key`: a JAX PRNG key, a pair of a key and
-      a rate that takes the place of `dropout` and may be traced, or None.
+      A function with the same arguments and results, and the keyword `dropout_key`: a JAX PRNG key, or a pair of a key
+      and a rate, which replaces `dropout` and may be traced, or None.
 
     Raises:
-      ValueError: a rate outside [0, 1) or an unknown `on_materialize`; a function that is adapted already, with other
-        settings than those given; at the call, no adapted kernel in the arguments, one whose factors are another
-        kernel's, or one materialised under `on_materialize="error"`; at a gradient, factors in float16.
+      ValueError: The rate is outside [0, 1), `on_materialize` is unknown, or the function is adapted already with other
+        settings. At the call: no kernel in the arguments is adapted, a kernel's factors are another kernel's, or a
+        kernel is materialised under `on_materialize="error"`. At a gradient: factors are in float16.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax
@@ -88,7 +88,7 @@ def adapt(
     given.check()
     if not callable(apply_fn):
         raise ValueError(
-            f"apply_fn: {type(apply_fn).__name__} given, expected a function; say adapt(apply_fn)(params, x)"
+            f"apply_fn: {type(apply_fn).__name__} given, expected a function; write adapt(apply_fn)(params, x)"
         )
     known = noted(apply_fn)
     if known is not None:
@@ -98,16 +98,17 @@ def adapt(
 
 
 def ensure_adapted(apply_fn: Callable[..., Any], *, dropout: float = 0.0) -> Callable[..., Any]:
-    """A function that a user handed over, raw or adapted, as one that takes trees with nodes and trees without.
+    """Adapt a user's function unless it is adapted already; the result takes trees with nodes and trees without.
 
-    A wrapper, such as `jax.jit`, around what `adapt` returned takes trees without nodes only if that does.
+    A wrapper, such as `jax.jit`, around an adapted function takes trees without nodes only if that function does.
 
     Args:
-      apply_fn: raw, or what `adapt` returned, also under `jit` and other wrappers that say what they wrap.
-      dropout: the rate of a raw function; 0 leaves an adapted one its own.
+      apply_fn: A raw function, or one that `adapt` returned, also under `jit` and other wrappers that have the
+        attribute `__wrapped__`.
+      dropout: The rate for a raw function; with 0 an adapted function keeps its own.
 
     Raises:
-      ValueError: the function is adapted already, with another rate than `dropout`.
+      ValueError: The function is adapted already, with another rate than `dropout`.
 
     >>> ensure_adapted(ensure_adapted(abs, dropout=0.1), dropout=0.2)
     Traceback (most recent call last):
@@ -124,7 +125,7 @@ def ensure_adapted(apply_fn: Callable[..., Any], *, dropout: float = 0.0) -> Cal
 
 
 def dropout_of(apply_fn: Callable[..., Any]) -> float:
-    """The rate that a function was adapted with; 0 of a raw one.
+    """The dropout rate that a function was adapted with; 0 for a raw function.
 
     >>> dropout_of(adapt(abs, dropout=0.1)), dropout_of(abs)
     (0.1, 0.0)
@@ -136,8 +137,8 @@ def dropout_of(apply_fn: Callable[..., Any]) -> float:
 def _adapted(apply_fn: Callable[..., Any], settings: Settings) -> Callable[..., Any]:
     if "dropout_key" in _parameter_names(apply_fn):
         raise ValueError(
-            "the function takes dropout_key, so it seems to be adapted already: pass what adapt returned, not a wrapper"
-            " around it; a parameter of your own needs another name"
+            "the function takes dropout_key, so it seems to be adapted already: pass the function that adapt returned,"
+            " not a wrapper around it; a parameter of your own needs another name"
         )
 
     @functools.wraps(apply_fn)
@@ -163,14 +164,14 @@ def _adapted(apply_fn: Callable[..., Any], settings: Settings) -> Callable[..., 
         outputs = [
             frame.materialize(v, "output", "the function's output") if isinstance(v, LowRank) else v for v in outputs
         ]
-        _tell(frame)
+        _warn(frame)
         return rebuild(outputs)
 
     return note(adapted, apply_fn, settings)
 
 
 def _draws(dropout_key: Any, rate: Any) -> Callable[[str], dropping.DropoutDraw | None]:
-    """What each kernel's mask is drawn from; a pair brings a rate of its own, and a rate of 0 draws nothing."""
+    """A function from a kernel's path to its dropout draw: None without a key or at rate 0; a pair has its own rate."""
     key, rate = dropout_key if isinstance(dropout_key, tuple) else (dropout_key if rate else None, rate)
     return lambda path: None if key is None else dropping.draw_for(key, rate, path)
 
@@ -183,12 +184,12 @@ def _parameter_names(function: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def is_array(leaf: Any) -> bool:
-    """Arrays are traced; everything else, Python numbers included, reaches the function as it is."""
+    """Whether an argument is traced; all others, Python numbers included, are passed to the function as they are."""
     return isinstance(leaf, (jax.Array, np.ndarray, np.generic))
 
 
 def _detached(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Any, dict[int, tuple[str, LoRA]]]:
-    """The plain arguments as leaves, and for each adapted kernel its place among them, its path and its node."""
+    """The leaves of the plain arguments, their treedef, and the path and node of each adapted kernel by its leaf."""
     keywords = dict(sorted(kwargs.items()))
     plain: list[Any] = []
     leaves: list[Any] = []
@@ -209,7 +210,7 @@ def _detached(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any],
 def trace(
     apply_fn: Callable[..., Any], leaves: Sequence[Any], arrays: Sequence[int], treedef: Any
 ) -> tuple[Any, Callable]:
-    """The function's jaxpr on plain arrays, and what rebuilds its result: outputs that aren't arrays are kept aside."""
+    """The function's jaxpr on plain arrays, and a function that puts its outputs, arrays and others, together again."""
     result: list[Any] = []
 
     def flat(*values: Any) -> list[Any]:
@@ -235,15 +236,15 @@ def trace(
     return jaxpr, rebuild
 
 
-def _tell(frame: Frame) -> None:
-    """Warn once for each leaf."""
+def _warn(frame: Frame) -> None:
+    """Warn of materialised kernels, once for each leaf."""
     if frame.session.on_materialize != "warn":
         return
-    told: set[str] = set()
+    warned: set[str] = set()
     for event in frame.events:
         for path in frame.paths(event.origin):
-            if path not in told:
-                told.add(path)
+            if path not in warned:
+                warned.add(path)
                 warnings.warn(
                     f"{path}: {event.primitive} has no factored form here, so W + ΔW is materialised ({event.source})",
                     MaterializeWarning,

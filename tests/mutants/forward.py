@@ -322,8 +322,8 @@ TESTING = [
     ),
     Mutant(
         "_tables.py",
-        "        return one if one == other else _Of.OTHER if",
-        "        return one if one else _Of.OTHER if",
+        "        return one if one == other else _Ids.OTHER if",
+        "        return one if one else _Ids.OTHER if",
         "ids that a loop has changed are checked as those of the batch",
         tests_in("vocabulary", "other_lookups_bound_no_ids"),
     ),

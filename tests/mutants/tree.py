@@ -89,7 +89,7 @@ TREE = [
     ),
     Mutant(
         "_tree.py",
-        "adapter = _pruned(params, lambda path, leaf: isinstance(leaf, LoRA) or path in whole)",
+        "adapter = _pruned(params, lambda path, leaf: isinstance(leaf, LoRA) or path in in_full)",
         "adapter = _pruned(params, lambda path, leaf: isinstance(leaf, LoRA))",
         "leaves trained in full are in neither part",
         tests_in("tree", "leaves_trained_in_full_are_marked_and_of_low_precision_kept_in_float32"),
@@ -209,8 +209,8 @@ OPTIM = [
     ),
     Mutant(
         "_optim.py",
-        "return rebox(leaf, everything or path in whole)",
-        "return rebox(leaf, path in whole)",
+        "return rebox(leaf, everything or path in in_full)",
+        "return rebox(leaf, path in in_full)",
         "extra leaves of an adapter stay as they are",
         "tests/test_optim.py::test_what_split_was_told_to_train_trains",
     ),
