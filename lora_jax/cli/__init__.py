@@ -33,7 +33,7 @@ COMMANDS = {
     "analyze": "report what an adapter has learned (the paper's section 7) in HTML, JSON and PNG",
     "export": "rewrite an adapter for tools that ignore PEFT's patterns of ranks and alphas",
     "merge": "add an adapter to its model's weights and write an ordinary Hugging Face folder",
-    "plan": "compute what a training step needs of each chip, before anything is rented",
+    "plan": "compute the memory and FLOPs that a training step needs on each chip",
 }
 
 USAGE = "usage: lora-jax COMMAND [flags]\n\n{commands}\n\n`lora-jax COMMAND --help` lists the flags.\n{environment}"

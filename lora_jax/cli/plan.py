@@ -1,4 +1,4 @@
-"""`lora-jax plan`: what the step of `lora-jax train` needs of each chip, and whether it fits."""
+"""`lora-jax plan`: the memory and FLOPs of each chip in a step of `lora-jax train`, and whether it fits."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -14,29 +14,29 @@ from lora_jax.train import TrainConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What a training step needs of each chip: weights, adapter, optimizer, activations, FLOPs and what chips send.
+    """Print a training step's needs on each chip: weights, adapter, optimizer, activations, FLOPs, bytes sent.
 
-    The step that `lora-jax train` would run with the same flags is compiled, from the model's configuration alone: for
-    the TPUs of --topology, which needs the extra tpu-plan and no TPU, or for this machine.
+    The step of `lora-jax train` with the same flags is compiled, from the model's configuration alone: for the TPUs of
+    --topology, which needs the extra tpu-plan and no TPU, or for this machine.
     """
 
     topology: str | None = None
-    """generation and chips of a slice, such as v6e:2x4 or v5p:4x4x4; if not given, this machine's devices"""
+    """generation and chips of a slice, such as v6e:2x4 or v5p:4x4x4; this machine's devices if not given"""
     mesh: str | None = None
-    """devices along each of data, fsdp and model, such as fsdp=8 or data=2,fsdp=4; all along fsdp if not given"""
+    """number of devices along data, fsdp and model, such as fsdp=8 or data=2,fsdp=4; all along fsdp if not given"""
     full: bool = False
-    """compile full fine-tuning too, in about the same time"""
+    """compile full fine-tuning too, which takes about as long"""
     search: bool = False
-    """try other meshes, and how much is computed anew, and list what was found, the best first"""
+    """try other meshes and other settings of --remat, and list them, the best first"""
     json: bool = False
     """print one JSON object, and nothing else, on standard output"""
-    base: tyro.conf.OmitArgPrefixes[_base.Trained] = _base.Trained()
+    base: tyro.conf.OmitArgPrefixes[_base.TrainedBase] = _base.TrainedBase()
     lora: tyro.conf.OmitArgPrefixes[_base.LoRAFlags] = _base.LORA
     train: tyro.conf.OmitArgPrefixes[TrainConfig] = TrainConfig()
 
 
 def defaults(words: Sequence[str]) -> Settings:
-    """Of the embedded model what `lora-jax train` adapts of it."""
+    """The default settings: without --model, those of `lora-jax train` for the embedded model."""
     given = any(word.split("=")[0] == "--model" for word in words)
     return Settings(lora=_base.LORA if given else _base.LORA_EMBEDDED)
 
@@ -44,7 +44,7 @@ def defaults(words: Sequence[str]) -> Settings:
 def run(settings: Settings) -> None:
     lora = {field.name: getattr(settings.lora, field.name) for field in fields(lora_jax.LoRAConfig)}
     with _stages() as on_stage:
-        found = plan(
+        first = plan(
             settings.base.folder,
             lora_jax.LoRAConfig(**lora),
             settings.train,
@@ -55,7 +55,7 @@ def run(settings: Settings) -> None:
             on_stage=on_stage,
             **settings.base.execution,
         )
-        plans = search(found, on_stage=on_stage, on_plan=_note) if settings.search else [found]
+        plans = search(first, on_stage=on_stage, on_plan=_note) if settings.search else [first]
     if settings.json:
         others = {"search": [other.to_json() for other in plans]} if settings.search else {}
         _show.print_json(plans[0].to_json() | others)
@@ -89,7 +89,7 @@ def _note(found: Plan) -> None:
 
 @contextlib.contextmanager
 def _stages() -> Iterator[Callable[[str], None]]:
-    """What is being done: a spinner with the time it takes, where someone watches, else a line each."""
+    """Show the current stage: with a spinner on a terminal, else on a line of its own."""
     console = _show.notes()
     if not console.is_terminal:
         yield lambda stage: console.print(stage, markup=False, soft_wrap=True)
