@@ -1,9 +1,9 @@
 """Fine-tune a model from a Hugging Face folder in Python, save the adapter as PEFT does, and merge it.
 
-    python examples/hugging_face.py                # a tiny Llama that is made on the spot; no network
-    python examples/hugging_face.py FOLDER         # a folder of yours, or a hub name
+    python examples/hugging_face.py                # a tiny random Llama; no network
+    python examples/hugging_face.py FOLDER         # your own folder, or the hub's owner/model
 
-Two CPU cores, 20 seconds with the tiny model. Expect its loss to fall from 3.6 to below 0.1.
+It takes 20 seconds on two CPU cores with the tiny model. Expect its loss to fall from 3.6 to below 0.1.
 """
 
 import itertools
@@ -25,7 +25,7 @@ ROWS = [data.Completion(f"{a} plus one =", f" {b}") for a, b in itertools.pairwi
 
 
 def tiny_model(folder: Path) -> Path:
-    """Writes a Llama of random weights, and a tokenizer of a few words, as a Hugging Face folder."""
+    """Write a Llama with random weights, and a tokenizer of a few words, as a Hugging Face folder."""
     words = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")

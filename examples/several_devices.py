@@ -1,9 +1,9 @@
-"""LoRA on several devices: the base cut over a mesh, A and B placed as their kernels are, rows spread.
+"""Use LoRA on several devices: the base is sharded over a mesh, A and B as their kernels are, and rows over "data".
 
     XLA_FLAGS=--xla_force_host_platform_device_count=8 python examples/several_devices.py
 
-Eight devices, here of one CPU; 10 seconds on two cores. Expect the loss to fall from 1.5 to below 0.5, and B
-of `up` and A of `down` to be cut over "model", as their kernels are.
+It takes 10 seconds on two cores, as eight devices of one CPU. Expect the loss to fall from 1.5 to below 0.5, and B of
+`up` and A of `down` to be sharded over "model", as their kernels are.
 """
 
 import jax
@@ -31,7 +31,7 @@ def main(steps: int = 100) -> list[float]:
     x, y = (jax.device_put(jax.random.normal(keys[i], (64, width)), rows) for i, width in ((2, 32), (3, 16)))
 
     config = lora_jax.LoRAConfig(rank=4, alpha=8, targets=["up", "down"])
-    params = lora_jax.init(jax.random.key(1), base, config)  # factors are made in place, cut as their kernels are
+    params = lora_jax.init(jax.random.key(1), base, config)  # factors are created with their kernels' shardings
     for name in SPECS:
         node = params[f"{name}_lora"]
         print(f"{name}: W {base[name].sharding.spec}, A {node.a.sharding.spec}, B {node.b.sharding.spec}")

@@ -74,7 +74,7 @@ def parse(text: str) -> Form | None:
 
 
 def same(text: str, gold: str) -> bool:
-    """Whether two texts have the same logical form."""
+    """True if two texts have the same logical form."""
     form = parse(text)
     return form is not None and form == parse(gold)
 

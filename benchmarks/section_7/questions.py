@@ -26,7 +26,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def lower(name: str, other: str, found: Difference) -> str:
-    """Which of two has the lower loss, if the interval of their difference decides it."""
+    """The one of two that has the lower loss, if the interval of their difference decides it."""
     if math.isnan(found.half):
         return f"{name} minus {other}: {found.mean:+.4f}, of one seed, which says nothing of chance"
     told = {

@@ -125,7 +125,7 @@ class Base:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluatedBase(Base):
-    """A base model whose outputs are computed."""
+    """The base model, and how its outputs are computed."""
 
     attention: Literal["auto", "xla", "blockwise", "cudnn", "splash"] = "auto"
     """attention's implementation. auto: the fastest on this platform. cudnn (CUDA, 16-bit) and splash (TPU) are fused
@@ -139,7 +139,7 @@ class EvaluatedBase(Base):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedBase(EvaluatedBase):
-    """A base model whose gradients are computed."""
+    """The base model, and how its gradients are computed."""
 
     remat: Literal["auto", "none", "lean", "full"] = "auto"
     """activations that the backward pass recomputes to save memory. full: those of each layer; lean: all but products
@@ -159,7 +159,7 @@ def execution_line(model: Any, rows: int, length: int) -> str:
 
 
 def kernel_axes(model: Any) -> lora_jax.KernelAxes:
-    """How the model uses its kernels, from an abstract trace."""
+    """The axes of the model's kernels, from an abstract trace."""
     params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), model.params)
     return lora_jax.kernel_axes(model.apply, params, jax.ShapeDtypeStruct((1, TRACED_TOKENS), jnp.int32))
 

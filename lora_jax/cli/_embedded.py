@@ -37,7 +37,7 @@ def check_data_given(base: Base, given: Sequence[str] | Path | None) -> None:
 
 
 def _merged_from_embedded(folder: Path) -> bool:
-    """Whether the folder has the embedded model's tokenizer, which was made for the embedded task alone."""
+    """True if the folder has the embedded model's tokenizer, which was made for the embedded task alone."""
     own, given = (path / "tokenizer.json" for path in (text_to_sql.BASE, folder))
     return given.is_file() and given.read_bytes() == own.read_bytes()
 

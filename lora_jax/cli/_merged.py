@@ -34,7 +34,7 @@ class MergedWeights:
         return lora_jax.models.unflatten({path: replace(leaf, **changed) for path, leaf in self.leaves.items()})
 
     def report(self) -> MergeReport:
-        """How much of ΔW survives rounding, for all kernels that have been read."""
+        """Report how much of ΔW survives rounding in the kernels that have been read."""
         parts = {path: list(found.values()) for path, found in self.norms.items()}
         return report_of(parts, {path: self.leaves[path].dtype.name for path in parts})
 
@@ -96,7 +96,7 @@ def check_tensors(folder: Path, expected: MergedWeights) -> int:
 
 
 def _same(written: np.ndarray, expected: np.ndarray, dtype: np.dtype) -> bool:
-    """Whether `written` has the bits of `expected` in this dtype. Only some rows at a time are copied."""
+    """True if `written` has the bits of `expected` in this dtype. Only some rows at a time are copied."""
     if written.dtype != dtype or written.shape != expected.shape:
         return False
     step = max(1, BLOCK // max(1, written[:1].size))

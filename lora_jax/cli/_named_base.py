@@ -48,12 +48,12 @@ def _found(adapter: Path, named: str) -> str | None:
 
 
 def trains_tokens(adapter: Path) -> bool:
-    """Whether the adapter has trained rows of an embedding, as with tokens that were added to the vocabulary."""
+    """True if the adapter has trained rows of an embedding, as with tokens that were added to the vocabulary."""
     return adapter_folder.has_config(adapter) and adapter_folder.trains_embeddings(adapter)
 
 
 def fits(adapter: Path, model: Any, axes: Any) -> bool:
-    """Whether the adapter fits this model by names and shapes.
+    """True if the adapter fits this model by names and shapes.
 
     Raises:
         OSError: a file is missing.

@@ -75,7 +75,7 @@ def run(settings: Settings) -> None:
 
 
 def _compares(settings: Settings, model: Any) -> bool:
-    """Whether logits are to be compared."""
+    """True if logits are to be compared."""
     if settings.check != "auto":
         return settings.check == "always"
     return sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(model.params)) <= MOST_PARAMETERS

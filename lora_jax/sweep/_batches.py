@@ -24,7 +24,7 @@ class ShuffledBatches:
 
     @property
     def differ(self) -> bool:
-        """Whether there are several orders, so that each adapter has batches of its own."""
+        """True if there are several orders, so that each adapter has batches of its own."""
         return len(self._by_seed) > 1
 
     def batch(self, step: int, configs: Sequence[TrainConfig]) -> data.Batch:

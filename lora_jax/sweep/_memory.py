@@ -14,7 +14,7 @@ SMALL_MACHINE = 8 * 2**30  # bytes, assumed where a system reports none
 
 
 def adapters_per_round(count: int, fixed: int, needed: Callable[[int], int], memory: int) -> int:
-    """How many of `count` adapters train at once, so that rounds are equal and none needs more than `memory`.
+    """Number of adapters, of `count`, that train at once: rounds are equal and none needs more than `memory`.
 
     Args:
       count: number of all adapters.

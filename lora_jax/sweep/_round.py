@@ -23,7 +23,7 @@ from lora_jax.train._log import Log
 
 
 class RoundProgress(NamedTuple):
-    """Where one round reports its steps: the progress bar and the lines of the whole sweep."""
+    """Reports one round's steps on the sweep's progress bar and in its lines."""
 
     log: Log
     before: int  # steps of earlier rounds
@@ -49,7 +49,7 @@ class RoundTrainer(NamedTuple):
     task: Task
 
     def adapters_per_round(self, runs: Sequence[PlannedRun], memory: int) -> int:
-        """How many adapters train at once within `memory` bytes.
+        """Number of adapters that train at once within `memory` bytes.
 
         Raises:
           ValueError: not even one adapter fits.

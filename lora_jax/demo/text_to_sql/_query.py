@@ -47,7 +47,7 @@ class Query(NamedTuple):
 
 
 class Conventions(NamedTuple):
-    """How a database stores its rows, as far as a query depends on it. The defaults are the plain conventions."""
+    """The conventions of a database on which a query depends. The defaults are the plain ones."""
 
     cents: bool = False  # amounts are stored as whole cents; answers are in dollars
     compact_dates: bool = False  # dates are numbers, 20140503
