@@ -264,7 +264,9 @@ def test_mistakes(world, tmp_path, refused):
     assert "glue:TASK and a folder" in refused("train", *model, "--data", "glue:cola", "--output", out, *TRAIN)
     assert "glue:x: no such task" in refused("train", *model, "--data", "glue:x", tmp_path, "--output", out, *TRAIN)
     assert not out.exists()
-    assert "LlamaForCausalLM tells no labels" in refused("train", "--data", world["data"], "--output", out, *TRAIN)
+    assert "LlamaForCausalLM has no classification head" in refused(
+        "train", "--data", world["data"], "--output", out, *TRAIN
+    )
 
 
 def test_a_label_of_valid_that_train_lacks(world, tmp_path, refused):

@@ -137,7 +137,7 @@ def test_kernels_of_one_device_run_on_each(name):
 
 def test_the_choice_of_attention_knows_the_mesh():
     on_tpu = models.init(jax.random.key(0), llama(), platform="tpu")
-    assert on_tpu.attention(4, LENGTH).why.startswith("splash's kernel takes one device")
+    assert on_tpu.attention(4, LENGTH).why.startswith("splash's kernel runs on one device")
     assert on_tpu.on_mesh(mesh_of("model=8")).attention(4, LENGTH).form == "splash"
     on_cpu = models.init(jax.random.key(0), llama())
     rows = 2**28 // (4 * 8 * 1024**2)

@@ -25,25 +25,25 @@ def load_adapter(folder: str | Path) -> Saved:
     """Load the adapter of a run's newest checkpoint: the best one so far, or the last. The run may be going on.
 
     Args:
-      folder: The folder of a run, of its checkpoints, or of one checkpoint.
+        folder: The folder of a run, of its checkpoints, or of one checkpoint.
 
     Raises:
-      FileNotFoundError: There is no checkpoint.
-      ValueError: This library hasn't written the checkpoint.
+        FileNotFoundError: There is no checkpoint.
+        ValueError: This library hasn't written the checkpoint.
 
     Example:
-      >>> import tempfile
-      >>> import jax.numpy as jnp
-      >>> import lora_jax
-      >>> from lora_jax.checkpoint import Checkpoints, TrainState
-      >>> node = lora_jax.LoRA(jnp.ones((3, 2)), jnp.ones((2, 3)), jnp.float32(0.5))
-      >>> state = TrainState({"query": {"kernel_lora": node}}, (), jax.random.key(0), 7, {}, "f", {})
-      >>> folder = tempfile.mkdtemp()
-      >>> with Checkpoints(folder) as checkpoints:
-      ...     checkpoints.save(state)
-      >>> saved = load_adapter(folder)
-      >>> saved.step, saved.adapter["query"]["kernel_lora"].a.shape
-      (7, (3, 2))
+        >>> import tempfile
+        >>> import jax.numpy as jnp
+        >>> import lora_jax
+        >>> from lora_jax.checkpoint import Checkpoints, TrainState
+        >>> node = lora_jax.LoRA(jnp.ones((3, 2)), jnp.ones((2, 3)), jnp.float32(0.5))
+        >>> state = TrainState({"query": {"kernel_lora": node}}, (), jax.random.key(0), 7, {}, "f", {})
+        >>> folder = tempfile.mkdtemp()
+        >>> with Checkpoints(folder) as checkpoints:
+        ...     checkpoints.save(state)
+        >>> saved = load_adapter(folder)
+        >>> saved.step, saved.adapter["query"]["kernel_lora"].a.shape
+        (7, (3, 2))
     """
     folder, step = find(Path(folder).absolute())
     with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:

@@ -23,22 +23,22 @@ class Checkpoints:
     """The checkpoints of one run, newest last; a context manager, because saving goes on in the background.
 
     Args:
-      folder: Has one folder for each checkpoint, named by its step. It is created where it is missing, and locked.
-      keep: How many checkpoints to keep.
+        folder: Has one folder for each checkpoint, named by its step. It is created where it is missing, and locked.
+        keep: How many checkpoints to keep.
 
     Raises:
-      FileExistsError: Another run has locked the folder.
+        FileExistsError: Another run has locked the folder.
 
     Example:
-      >>> import tempfile
-      >>> import jax.numpy as jnp
-      >>> state = TrainState({"a": jnp.arange(2.0)}, (), jax.random.key(0), 7, {"next_index": 7}, "f", {})
-      >>> with tempfile.TemporaryDirectory() as folder:
-      ...     with Checkpoints(folder) as checkpoints:
-      ...         checkpoints.save(state)
-      ...     with Checkpoints(folder) as checkpoints:
-      ...         checkpoints.restore(state._replace(step=0)).step
-      7
+        >>> import tempfile
+        >>> import jax.numpy as jnp
+        >>> state = TrainState({"a": jnp.arange(2.0)}, (), jax.random.key(0), 7, {"next_index": 7}, "f", {})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with Checkpoints(folder) as checkpoints:
+        ...         checkpoints.save(state)
+        ...     with Checkpoints(folder) as checkpoints:
+        ...         checkpoints.restore(state._replace(step=0)).step
+        7
     """
 
     def __init__(self, folder: str | Path, *, keep: int = 2):
@@ -77,8 +77,8 @@ class Checkpoints:
         """Copy the state to the host and write it in the background; its arrays may be donated right after.
 
         Raises:
-          OSError: This checkpoint, or the one before it, can't be written. The message says which one, why, and which
-            checkpoint is complete.
+            OSError: This checkpoint, or the one before it, can't be written. The message says which one, why, and which
+                checkpoint is complete.
         """
         self.wait()
         facts, arrays = facts_of(state), arrays_of(state)
@@ -96,7 +96,7 @@ class Checkpoints:
         """Wait until the saved checkpoint is on the disk.
 
         Raises:
-          OSError: As `save`.
+            OSError: As `save`.
         """
         try:
             self._manager.wait_until_finished()
@@ -114,11 +114,11 @@ class Checkpoints:
         """The newest checkpoint, in the structure, dtypes and placement of `template`.
 
         Args:
-          template: The state of a run that has just begun, with the same model, adapter and optimizer.
+            template: The state of a run that has just begun, with the same model, adapter and optimizer.
 
         Raises:
-          FileNotFoundError: The folder has no checkpoint.
-          ValueError: The checkpoint has another base, other settings, another adapter or another optimizer.
+            FileNotFoundError: The folder has no checkpoint.
+            ValueError: The checkpoint has another base, other settings, another adapter or another optimizer.
         """
         if self.latest is None:
             raise FileNotFoundError(f"{self.folder}: no checkpoint to resume from")

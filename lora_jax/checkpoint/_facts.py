@@ -34,7 +34,7 @@ def check(facts: dict[str, Any], template: TrainState, where: Path) -> None:
     """Raise unless a checkpoint belongs to the run whose first state is `template`.
 
     Raises:
-      ValueError: It differs in the adapter, the base, the optimizer or a setting.
+        ValueError: It differs in the adapter, the base, the optimizer or a setting.
     """
     compare = [
         ("adapter axes of", facts["axes"], _axes(template.adapter)),

@@ -18,8 +18,8 @@ def fingerprint(tree: Any) -> str:
     whatever the sharding. It distinguishes models; it doesn't protect against someone who makes two look alike.
 
     Example:
-      >>> fingerprint({"w": jnp.arange(4.0)}) == fingerprint({"w": jnp.arange(4.0)[::-1]})
-      False
+        >>> fingerprint({"w": jnp.arange(4.0)}) == fingerprint({"w": jnp.arange(4.0)[::-1]})
+        False
     """
     named = by_path(tree)
     sums = jax.device_get(jax.jit(lambda leaves: [_checksum(leaf) for leaf in leaves])(list(named.values())))

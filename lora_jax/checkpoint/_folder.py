@@ -31,7 +31,7 @@ def find(folder: Path) -> tuple[Path, int]:
     """The folder of checkpoints and the step that `folder` means: a run's, a folder of checkpoints, or a checkpoint.
 
     Raises:
-      FileNotFoundError: There is no checkpoint.
+        FileNotFoundError: There is no checkpoint.
     """
     if folder.name.isdigit() and (folder / "facts").is_dir():
         return folder.parent, int(folder.name)

@@ -1,6 +1,6 @@
 """Models from Hugging Face folders: pure functions on plain trees of weights, in Flax Linen.
 
-A `Model` holds what the rest of the library needs of one: `apply`, `params` and `names`. Nothing here knows of LoRA.
+A `Model` has `apply`, `params` and `names`, which the rest of the library uses. Nothing here depends on LoRA.
 
     model = models.load("path/to/folder")
     logits = model.apply(model.params, input_ids)
@@ -17,6 +17,7 @@ from lora_jax.models._family import unflatten as unflatten
 from lora_jax.models._folder import find as find
 from lora_jax.models._heads import label_names as label_names
 from lora_jax.models._layout import RULES as RULES
+from lora_jax.models._load import ExecutionOptions as ExecutionOptions
 from lora_jax.models._load import init as init
 from lora_jax.models._load import load as load
 from lora_jax.models._load import load_abstract as load_abstract
@@ -33,6 +34,7 @@ from lora_jax.models._weights import Streamed as Streamed
 __all__ = [
     "RULES",
     "SUPPORTED",
+    "ExecutionOptions",
     "Model",
     "Streamed",
     "Weight",

@@ -1,7 +1,8 @@
-"""What a token may look at, and the cache of keys and values: shared by all decoders.
+"""Attention masks and the cache of keys and values, for all decoders.
 
-A query sees the keys of its row that are real, not after itself and, where there is a window, fewer than `window`
-positions back. A token's position is its number among its row's real tokens: padding on either side is not seen.
+A query attends to the keys of its row that aren't padding, aren't after itself and, with a window, are fewer than
+`window` positions back. A token's position is its number among the real tokens of its row, so that padding on either
+side makes no difference.
 """
 
 import functools
@@ -22,10 +23,10 @@ Cache = dict[str, jax.Array]
 
 
 def init_cache(layers: int, batch: int, length: int, heads: int, head_dim: int, dtype: Any) -> Cache:
-    """Empty keys and values for `length` tokens of `batch` rows.
+    """Make an empty cache for `length` tokens of `batch` rows.
 
-    `index` is the next free slot, the same for all rows; `positions` are those of the slots' tokens, -1 where a slot is
-    empty or holds padding.
+    `index` is the next free slot, the same for all rows; `positions` are the positions of the tokens in the slots, -1
+    for a slot that is empty or has padding.
     """
     shape = (layers, batch, length, heads, head_dim)
     return {
@@ -37,11 +38,11 @@ def init_cache(layers: int, batch: int, length: int, heads: int, head_dim: int, 
 
 
 def begin(input_ids: jax.Array, attention_mask: jax.Array | None, positions: jax.Array | None, cache: Cache | None):
-    """What a decoder's call starts with.
+    """Prepare the positions and the cache for a call of a decoder.
 
     Returns:
-      The positions, int32[B or 1, T], unless given; the cache with the positions of the new tokens in the slots that
-      they will take; its keys and values. The last two are None without a cache.
+        The positions, int32[B or 1, T], computed if they aren't given; the cache with the positions of the new tokens
+        in their slots; its keys and values. The last two are None without a cache.
     """
     if positions is None:
         positions = positions_of(input_ids, attention_mask)
@@ -52,19 +53,19 @@ def begin(input_ids: jax.Array, attention_mask: jax.Array | None, positions: jax
     now = jnp.broadcast_to(positions, input_ids.shape)
     if attention_mask is not None:
         now = jnp.where(attention_mask.astype(bool), now, -1)
-    noted = lax.dynamic_update_slice_in_dim(cache["positions"], now, cache["index"], axis=1)
-    return positions, cache | {"positions": noted}, (cache["k"], cache["v"])
+    updated = lax.dynamic_update_slice_in_dim(cache["positions"], now, cache["index"], axis=1)
+    return positions, cache | {"positions": updated}, (cache["k"], cache["v"])
 
 
 def positions_of(input_ids: jax.Array, attention_mask: jax.Array | None) -> jax.Array:
-    """int32[B or 1, T]: each token's position among its row's real tokens; padding before them has 0."""
+    """The position of each token among the real tokens of its row, int32[B or 1, T]; 0 for padding before them."""
     if attention_mask is None:
         return jnp.arange(input_ids.shape[1], dtype=jnp.int32)[None]
     return jnp.maximum(jnp.cumsum(attention_mask.astype(jnp.int32), axis=1) - 1, 0)
 
 
 def cached_mask(cache: Cache, positions: jax.Array, window: int | None) -> jax.Array:
-    """bool[B, 1, T, S]: which slots each of the T new tokens sees."""
+    """The slots that each of the T new tokens attends to, bool[B, 1, T, S]."""
     slots = jnp.arange(cache["positions"].shape[1])
     own = cache["index"] + jnp.arange(positions.shape[1])
     keys = cache["positions"][:, None, None, :]
@@ -73,7 +74,7 @@ def cached_mask(cache: Cache, positions: jax.Array, window: int | None) -> jax.A
 
 
 def causal_mask(positions: jax.Array, attention_mask: jax.Array | None, window: int | None) -> jax.Array:
-    """bool[B or 1, 1, T, T]: which tokens each token sees."""
+    """The tokens that each token attends to, bool[B or 1, 1, T, T]."""
     seen = jnp.tril(jnp.ones((positions.shape[1],) * 2, bool))[None, None]
     if window is not None:
         seen = seen & (positions[:, None, :, None] - positions[:, None, None, :] < window)
@@ -81,12 +82,12 @@ def causal_mask(positions: jax.Array, attention_mask: jax.Array | None, window: 
 
 
 def extend(past: tuple[jax.Array, jax.Array], new: tuple[jax.Array, jax.Array], index: jax.Array):
-    """One layer's cached keys and values, [B, S, K, d], with the new ones in their slots."""
+    """Put the new keys and values of one layer into their slots among the cached ones, [B, S, K, d]."""
     return tuple(lax.dynamic_update_slice_in_dim(old, now, index, axis=1) for old, now in zip(past, new, strict=True))
 
 
 def write(cache: Cache, new: Any, length: int) -> Cache:
-    """The cache with all layers' new keys and values, [L, B, T, K, d], and `length` slots fewer free."""
+    """Put the new keys and values of all layers, [L, B, T, K, d], into the cache, and advance its index by `length`."""
     k, v = (
         lax.dynamic_update_slice_in_dim(cache[name], now, cache["index"], axis=2)
         for name, now in zip("kv", new, strict=True)
@@ -95,11 +96,13 @@ def write(cache: Cache, new: Any, length: int) -> Cache:
 
 
 def real_first(attention_mask: Any) -> tuple[jax.Array, jax.Array]:
-    """How each row's real tokens come first, in their order, as the kernels want them: padding may be anywhere.
+    """The order that moves the real tokens of each row to its front, as the kernels need them; padding may be anywhere.
+
+    [0, 1, 0, 1] → order [1, 3, 0, 2], length 2.
 
     Returns:
-      The order, int32[B, T], for `ordered` and `put_back`; how many tokens are real, int32[B], at least 1: a row of
-      padding alone sees its first token, so that there is no NaN in it.
+        The order, int32[B, T], for `ordered` and `put_back`; the number of real tokens, int32[B], at least 1: a row of
+        padding only attends to its first token, so that it isn't NaN.
     """
     real = attention_mask.astype(bool)
     order = jnp.argsort(~real, axis=1, stable=True).astype(jnp.int32)
@@ -107,7 +110,7 @@ def real_first(attention_mask: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def ordered(order: jax.Array | None, x: jax.Array) -> jax.Array:
-    """[B or 1, T, ...] with each row in the order; None leaves it."""
+    """Put each row of [B or 1, T, ...] into the order; None changes nothing."""
     if order is None:
         return x
     x = jnp.broadcast_to(x, (order.shape[0], *x.shape[1:]))
@@ -137,27 +140,28 @@ def attend(
     """softmax(scale · q kᵀ) v with grouped queries, in the chosen form.
 
     Args:
-      choice: as `choose` gives it.
-      q: [B, T, N, d].
-      k, v: [B, S, K, d], K a divisor of N.
-      mask: bool, broadcast to [B, 1, T, S]; None with `causal` alone. The kernels have no use for it.
-      lengths: of the kernels: int32[B], each row's real tokens, which come first; None where all are.
-      layout: rows and heads are computed where it puts them.
-      softcap: c bounds the scores: c · tanh(scores / c).
-      window: of the kernels: how many keys a query sees, itself the last. A mask says it otherwise.
-      near: bool[], whether the window counts in this layer; None: it does.
+        choice: The form, from `choose`.
+        q: [B, T, N, d].
+        k, v: [B, S, K, d], K a divisor of N.
+        mask: Bool, broadcast to [B, 1, T, S]; None if `causal` is all. The kernels don't use it.
+        lengths: For the kernels: the number of real tokens of each row, which are first, int32[B]; None if all are.
+        layout: The devices that rows and heads are computed on.
+        softcap: The bound c of the scores: c · tanh(scores / c).
+        window: For the kernels: the number of keys that a query attends to, the last of which is its own. For the other
+            forms the mask has the window.
+        near: Whether this layer has the window, bool[]; None means that it has.
     """
-    how: dict[str, Any] = {"causal": causal, "scale": scale}
+    options: dict[str, Any] = {"causal": causal, "scale": scale}
     k, v = _as_cut(layout, q, k), _as_cut(layout, q, v)
     if choice.form not in KERNELS:
         form = _kernels.blockwise if choice.form == "blockwise" else _kernels.xla
-        return checkpoint_name(form(q, k, v, mask, softcap=softcap, **how), SAVED)
+        return checkpoint_name(form(q, k, v, mask, softcap=softcap, **options), SAVED)
     kernel = _kernels.cudnn
     if choice.form == "splash":
         kernel = functools.partial(_kernels.splash, softcap=softcap, interpret=choice.interpreted)
     if window is None or window >= q.shape[1]:
         window, near = None, None
-    run = lambda window: _on_each(layout, functools.partial(kernel, window=window, **how), lengths)
+    run = lambda window: _on_each(layout, functools.partial(kernel, window=window, **options), lengths)
     out = run(window)(q, k, v) if near is None else lax.cond(near, run(window), run(None), q, k, v)
     return checkpoint_name(out, SAVED)
 

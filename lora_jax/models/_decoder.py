@@ -1,6 +1,6 @@
-"""The decoder that Llama and its relatives share: what differs between them is a `DecoderSpec`, not code.
+"""The decoder that Llama and its relatives share: they differ in a `DecoderSpec`, not in code.
 
-Pre-norm blocks of causal grouped-query attention with rotary positions and a gated MLP, stacked under `nn.scan`:
+It has pre-norm blocks of causal grouped-query attention with rotary positions and a gated MLP, stacked under `nn.scan`:
 every leaf under `layers` has a leading axis of layers.
 """
 
@@ -25,7 +25,7 @@ from lora_jax.models._settings import check_ratios
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderSpec:
-    """Everything in which the models that share this decoder differ; hashable, as a module's fields must be."""
+    """The differences between the models that share this decoder; hashable, as a module's fields must be."""
 
     vocab_size: int
     hidden_size: int
@@ -37,23 +37,23 @@ class DecoderSpec:
     activation: str
     norm_eps: float
     rope: Rope
-    tied: bool  # the head is the transposed embedding
+    tied: bool  # whether the head is the transposed embedding
     init_std: float
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
-    query_key_norm: bool = False  # each head's queries and keys are normed
-    unit_offset: bool = False  # norms multiply by 1 + scale, in float32
-    sandwich: bool = False  # attention and MLP are normed after, too
+    query_key_norm: bool = False  # whether the queries and keys of each head are normalised
+    unit_offset: bool = False  # whether norms multiply by 1 + scale, in float32
+    sandwich: bool = False  # whether the outputs of attention and MLP are normalised too
     embedding_scale: float | None = None
     attention_scale: float | None = None  # of q kᵀ; None is 1/√head_dim
-    residual_scale: float | None = None  # of what attention and MLP add
+    residual_scale: float | None = None  # of the outputs of attention and MLP
     attention_softcap: float | None = None
     logit_softcap: float | None = None
     logit_divisor: float | None = None
-    window: int | None = None  # how far the sliding layers look back
-    sliding: tuple[bool, ...] = ()  # which layers slide; () for all where there is a window
-    sliding_rope: Rope | None = None  # of the sliding layers, where it differs
+    window: int | None = None  # the number of keys that a query of a sliding layer attends to
+    sliding: tuple[bool, ...] = ()  # whether each layer is sliding; () means that all are, if there is a window
+    sliding_rope: Rope | None = None  # of the sliding layers, if it differs
     experts: ExpertsSpec | None = None
 
     def __post_init__(self) -> None:
@@ -61,8 +61,8 @@ class DecoderSpec:
         check_ratios(num_attention_heads=self.num_heads, num_key_value_heads=self.num_kv_heads)
 
     @property
-    def kinds(self) -> tuple[bool, ...]:
-        """The kinds of attention that there are: of full layers (False), of sliding ones (True), or both."""
+    def layer_types(self) -> tuple[bool, ...]:
+        """The types of layers that the model has: full (False), sliding (True), or both."""
         if self.window is None:
             return (False,)
         return tuple(sorted(set(self.sliding))) or (True,)
@@ -159,13 +159,13 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """One block. Returns its new keys and values, which the caller writes to the cache.
+    """One block; returns its new keys and values too, which the caller writes to the cache.
 
     Args:
-      x: [B, T, D].
-      own: this layer's `past` (cached keys and values, or None) and whether it is `sliding` (None: all are alike).
-      context: what all layers share: by kind of attention the `rotation` and the `mask`; the rows' `lengths`; the
-        cache's `index`.
+        x: [B, T, D].
+        own: The layer's `past` (cached keys and values, or None) and whether it is `sliding` (None: all are equal).
+        context: The inputs that all layers share: the `rotation` and the `mask` for each type of layer, the `lengths`
+            of the rows, and the `index` of the cache.
     """
 
     spec: DecoderSpec
@@ -184,7 +184,7 @@ class Layer(nn.Module):
             x = x + (y if spec.residual_scale is None else y * spec.residual_scale)
             return self.layout.constrain(x, "batch", "length", "embed")
 
-        seen = _of_kind(own["sliding"], context["kinds"]) | {"near": own["sliding"]}
+        seen = _of_layer(own["sliding"], context["layer_types"]) | {"near": own["sliding"]}
         attended, new = Attention(spec, self.param_dtype, self.choice, self.layout, name="self_attn")(
             norm("input_layernorm", x), own["past"], seen | {name: context[name] for name in ("index", "lengths")}
         )
@@ -199,7 +199,7 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Token ids to logits. `dtype` is what the network computes in (None: the embedding's own)."""
+    """Token ids to logits. `dtype` is the dtype of the activations (None: the embedding's)."""
 
     spec: DecoderSpec
     dtype: Any = None
@@ -229,17 +229,19 @@ class Decoder(nn.Module):
         choice = self.attention(x.shape[0], x.shape[1], x.dtype, cached=cache is not None, placed=placed)
         order, lengths = _attention.real_first(attention_mask) if choice.packs(attention_mask) else (None, None)
         x, positions = _attention.ordered(order, x), _attention.ordered(order, positions)
-        own = {"past": past, "sliding": jnp.asarray(spec.sliding) if len(spec.kinds) > 1 else None}
+        own = {"past": past, "sliding": jnp.asarray(spec.sliding) if len(spec.layer_types) > 1 else None}
         context = {
             "index": None if cache is None else cache["index"],
             "lengths": lengths,
-            "kinds": [_seen(spec, choice, kind, positions, attention_mask, cache, x.dtype) for kind in spec.kinds],
+            "layer_types": [
+                _seen(spec, choice, sliding, positions, attention_mask, cache, x.dtype) for sliding in spec.layer_types
+            ],
         }
         layers = stacked(Layer, spec.num_layers, self.execution)
         x, new = layers(spec, self.param_dtype, choice, layout, name="layers")(x, own, context)
         x = _attention.put_back(order, x)
         x = RMSNorm(spec, self.param_dtype, name="norm")(x)
-        # A tree may have a head of its own all the same: an adapter that changed one of the two has untied them.
+        # The tree of a tied model may have a head of its own: an adapter that changes one of the two has untied them.
         tied = spec.tied and not self.has_variable("params", "lm_head")
         logits = embed.attend(x) if tied else dense(self, "lm_head", spec.vocab_size, x, ("embed", "vocab"), bias=False)
         logits = layout.constrain(logits, "batch", "length", "vocab")
@@ -251,33 +253,33 @@ class Decoder(nn.Module):
 
 
 def _seen(spec, choice, sliding, positions, attention_mask, cache, dtype):
-    """The rotation and the mask of one kind of layer. A mask of None leaves causality to the attention function."""
+    """The rotation and the mask of one type of layer; with a mask of None, the attention function applies causality."""
     rope = spec.sliding_rope if sliding and spec.sliding_rope else spec.rope
     window = spec.window if sliding else None
     if cache is not None:
         mask = _attention.cached_mask(cache, positions, window)
     elif choice.form in KERNELS:
         mask = None
-    elif window is None and len(spec.kinds) == 1 and spec.attention_softcap is None:
-        # Left to the attention function, causality is computed where it is used, and no [T, T] array is read.
+    elif window is None and len(spec.layer_types) == 1 and spec.attention_softcap is None:
+        # The attention function computes causality where it is used, without reading a [T, T] array.
         mask = None if attention_mask is None else attention_mask.astype(bool)[:, None, None, :]
     else:
         mask = _attention.causal_mask(positions, attention_mask, window)
     return {"rotation": rotation(rope, positions, dtype), "mask": mask}
 
 
-def _of_kind(sliding, kinds):
-    """What this layer sees, of the one kind or of both (full, sliding)."""
+def _of_layer(sliding, layer_types):
+    """The rotation and the mask of a layer, from those of the only type of layer, or of both (full, sliding)."""
     if sliding is None:
-        return kinds[0]
-    return jax.tree.map(lambda full, near: jnp.where(sliding, near, full), *kinds)
+        return layer_types[0]
+    return jax.tree.map(lambda full, near: jnp.where(sliding, near, full), *layer_types)
 
 
 # --- families --------------------------------------------------------------------------------------------------------
 
 
-def common(config: Any, turning: Rope | None = None) -> dict[str, Any]:
-    """The fields that are called alike in the configurations of all these families; the rotation too unless given."""
+def common(config: Any, rotation: Rope | None = None) -> dict[str, Any]:
+    """The fields that have the same names in the configurations of all these families, and the rotation."""
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -290,29 +292,30 @@ def common(config: Any, turning: Rope | None = None) -> dict[str, Any]:
         "norm_eps": config.rms_norm_eps,
         "tied": config.tie_word_embeddings,
         "init_std": config.initializer_range,
-        "rope": turning or rope(config, config.rope_parameters),
+        "rope": rotation or rope(config, config.rope_parameters),
     }
 
 
 def rope(config: Any, parameters: Any) -> Rope:
-    """The rotation that these `rope_parameters`, the configuration's or one kind of layer's, describe."""
+    """The rotation that `rope_parameters`, of the configuration or of one type of layer, describe."""
     return rope_of(parameters, head_dim(config), config.max_position_embeddings)
 
 
 def head_dim(config: Any) -> int:
+    """The channels of one head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def sliding_layers(config: Any) -> dict[str, Any]:
-    """The fields of a model that names the kind of attention of each layer."""
+    """The fields of a model whose configuration has the type of each layer."""
     return {
         "window": config.sliding_window if "sliding_attention" in config.layer_types else None,
-        "sliding": tuple(kind == "sliding_attention" for kind in config.layer_types),
+        "sliding": tuple(name == "sliding_attention" for name in config.layer_types),
     }
 
 
 def weights(spec: DecoderSpec) -> dict[str, Weight]:
-    """Every leaf of the tree and its name in a Hugging Face file, the same for all these families."""
+    """The leaves of the tree and their names in a Hugging Face file, the same for all these families."""
     projections = {f"self_attn/{name}_proj": spec.qkv_bias for name in "qkv"}
     projections["self_attn/o_proj"] = spec.output_bias
     if spec.experts is None:
@@ -338,11 +341,11 @@ def family(
     spec: Callable[[Any], DecoderSpec],
     more_weights: Callable[[DecoderSpec], dict[str, Weight]] = lambda spec: {},
 ) -> Family:
-    """A family that this decoder runs: its configuration read by `spec`, and weights beyond the common ones."""
+    """Make a family of this decoder: `spec` reads its configuration; `more_weights` are added to the common ones."""
 
     def init_cache(config, batch, length, dtype):
-        of = spec(config)
-        return _attention.init_cache(of.num_layers, batch, length, of.num_kv_heads, of.head_dim, dtype)
+        sizes = spec(config)
+        return _attention.init_cache(sizes.num_layers, batch, length, sizes.num_kv_heads, sizes.head_dim, dtype)
 
     return Family(
         config_class=config_class,

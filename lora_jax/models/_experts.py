@@ -1,7 +1,7 @@
 """A mixture of experts as one stack of kernels (Shazeer et al. 2017, arXiv 1701.06538), computed without padding.
 
-Each token goes to its `top_k` experts; the tokens are sorted by expert, so that every expert's are consecutive, and
-`ragged_dot` multiplies each run by its own kernel.
+Each token is passed to its `top_k` experts; the tokens are sorted by expert, so that the tokens of each expert are
+consecutive, and `ragged_dot` multiplies each run by its expert's kernel.
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ from lora_jax.models._layout import Layout
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertsSpec:
-    """How many experts, how many of them a token sees, and whether their weights are made to add up to one."""
+    """The number of experts, how many of them each token uses, and whether their weights are normalised to one."""
 
     count: int
     top_k: int
@@ -33,7 +33,7 @@ class ExpertsSpec:
 
 
 class Kernels(nn.Module):
-    """One kernel per expert, [E, in, out], applied to runs of rows."""
+    """One kernel for each expert, [E, in, out], applied to runs of rows."""
 
     count: int
     features: int
@@ -50,7 +50,7 @@ class Kernels(nn.Module):
 
 
 class Experts(nn.Module):
-    """The experts' gated MLPs: rows [M, D] sorted by expert, `sizes` int32[E] of each one's run -> [M, D]."""
+    """The experts' gated MLPs: rows [M, D] sorted by expert, and the lengths of their runs, int32[E] -> [M, D]."""
 
     spec: ExpertsSpec
     activation: Any
@@ -68,7 +68,7 @@ class Experts(nn.Module):
 
 
 class SparseMLP(nn.Module):
-    """Each token's weighted sum of its experts; the router's softmax is in float32."""
+    """The weighted sum of each token's experts; the router's softmax is in float32."""
 
     spec: ExpertsSpec
     activation: Any
@@ -102,10 +102,10 @@ def expert_weights(block: str, names: Mapping[str, str]) -> dict[str, Weight]:
     """The router's and the experts' leaves and their names in a Hugging Face file.
 
     Args:
-        block: what the layer's mixture is called there.
-        names: what an expert's `gate_proj`, `up_proj` and `down_proj` are called.
+        block: The name of a layer's mixture there.
+        names: The names of an expert's `gate_proj`, `up_proj` and `down_proj` there.
     """
-    own = "model.layers.{}.mlp"  # in transformers' model, which holds a layer's experts fused
+    own = "model.layers.{}.mlp"  # in transformers' model, in which a layer's experts are fused
     fused = {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "down_proj": "down_proj"}
     table = {"layers/mlp/gate/kernel": Weight(f"{block}.gate.weight", True, parameter=f"{own}.gate.weight")}
     for path, parameter in fused.items():

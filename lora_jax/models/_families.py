@@ -1,4 +1,4 @@
-"""The table of all families of models."""
+"""The table of all model families."""
 
 from lora_jax.models import bert, gemma, gpt2, granite, llama, mistral, qwen
 

@@ -1,4 +1,4 @@
-"""What a family of models has to say about itself: one module, one table of names."""
+"""The description of a model family: its module, and the names of its weights."""
 
 from collections.abc import Callable, Collection, Mapping
 from types import MappingProxyType
@@ -15,16 +15,16 @@ DType = Any
 
 
 class Weight(NamedTuple):
-    """Where one leaf of the tree lives in a Hugging Face file.
+    """The place of a leaf in a Hugging Face file.
 
     Attributes:
-        name: the tensor's name; each `{}` stands for a stack index (a layer, an expert), filled in order.
-        transpose: the file holds the last two axes the other way round; `nn.Linear` stores (out, in), Flax (in, out).
-        tied: names of further tensors that are this same leaf, such as the output head of a model with tied embeddings.
-        untied: for each of these the leaf that holds it where a tree has it apart, and where that is in a file.
-        parameter: what transformers' model calls the parameter that holds the leaf, where that isn't its name in files:
-            the experts of a layer are one parameter there, and their gate and up kernels too. Leaves of one parameter
-            stand in its order in a family's table.
+        name: The tensor's name; each `{}` stands for a stack index (a layer, an expert), in order.
+        transpose: Whether the last two axes are swapped in the file; `nn.Linear` stores (out, in), Flax (in, out).
+        tied: Names of further tensors that are this same leaf, such as the output head of a model with tied embeddings.
+        untied: For each of these, the path of its own leaf in an untied tree, and the place of that leaf in a file.
+        parameter: The name of the leaf's parameter in transformers' model, if it isn't the name in files: the experts
+            of a layer are one parameter there, and so are their gate and up kernels. A family's table has the leaves of
+            one parameter in its order.
     """
 
     name: str
@@ -35,22 +35,22 @@ class Weight(NamedTuple):
 
 
 class Family(NamedTuple):
-    """One model family: how its configuration becomes a module, and what its weights are called.
+    """A model family: the module that a configuration describes, and the names of its weights.
 
     Attributes:
-        config_class: the transformers configuration; its `model_type` is what a folder's `config.json` names.
-        architecture: the transformers class whose folders are read and written.
+        config_class: The transformers configuration; `config.json` of a folder has its `model_type`.
+        architecture: The transformers class whose folders are read and written.
         module: `(config, dtype, param_dtype, execution) -> nn.Module`, called as
-            `module(input_ids, attention_mask, ...)`; its `attention(rows, length, dtype)` is a call's form.
+            `module(input_ids, attention_mask, ...)`; its `attention(rows, length, dtype)` is the form of a call.
         weights: `config -> {leaf path: Weight}`, one entry for every leaf of the tree.
-        init_cache: `(config, batch, length, dtype) -> pytree` of empty keys and values; None where nothing is decoded.
-        ignored: regular expressions of names that files may hold besides the weights (buffers of old checkpoints).
-        copies: `config -> {name: name}`, tensors that files may hold as copies of another (a tied head).
-        heads: for a copy that is used by itself where a tree has it: the path of that leaf, a dense layer's kernel.
-        prefix: of the names; files of the bare model (its base class in transformers) lack it.
-        head: path of the classification head in the tree; empty where none does.
-        before_head: parts just before it, which files of other heads may lack.
-        other_heads: regular expressions of names of the heads that a new one takes the place of.
+        init_cache: `(config, batch, length, dtype) -> pytree` of empty keys and values; None for encoders.
+        ignored: Regular expressions of names that files may have besides the weights (buffers of old checkpoints).
+        copies: `config -> {name: name}`, tensors that may be in files as copies of another (a tied head).
+        heads: For each copy that an untied tree has as a leaf of its own: the leaf's path, a dense layer's kernel.
+        prefix: The prefix of the names that files of the bare model (its base class in transformers) lack.
+        head: The path of the classification head in the tree; empty for a family without one.
+        before_head: Parts just before the head, which files with other heads may lack.
+        other_heads: Regular expressions of the names of heads that a new head replaces.
         positions: `config -> int`, the most tokens of a row.
     """
 
@@ -69,7 +69,7 @@ class Family(NamedTuple):
     positions: Callable[[Any], int] = lambda config: config.max_position_embeddings
 
     def names(self, config: Any) -> dict[str, Weight]:
-        """The weights, each with the names of its copies."""
+        """The weights by leaf path, each with the names of its copies."""
         copies: dict[str, tuple[str, ...]] = {}
         for copy, original in self.copies(config).items():
             copies[original] = (*copies.get(original, ()), copy)
@@ -84,7 +84,7 @@ class Family(NamedTuple):
 
 
 def untied(names: Mapping[str, Weight]) -> dict[str, str]:
-    """The heads that share an embedding: the path of the head's own leaf, and that of the embedding."""
+    """The heads that share an embedding: the path of the head's own leaf, and the path of the embedding."""
     return {own: path for path, weight in names.items() for own, _ in weight.untied}
 
 

@@ -1,4 +1,4 @@
-"""A folder's safetensors files: which tensors they hold, and one tensor read at a time."""
+"""Reading a folder's safetensors files, one tensor at a time."""
 
 import json
 import re
@@ -20,12 +20,12 @@ DTYPES = {
 }
 
 
-MOST_BYTES = 32 * 2**20  # of an index, and of a file's header: 200 bytes for each of 160,000 tensors
+MOST_BYTES = 32 * 2**20  # size of an index or of a file's header: 200 bytes for each of 160,000 tensors
 _SHARD = re.compile(r"[^/\\\0]+\.safetensors")
 
 
 class Stored(NamedTuple):
-    """Where a tensor is: its file, first byte and size there, its shape, and what safetensors calls its dtype."""
+    """The place of a tensor: its file, first byte and size there, its shape, and safetensors' name of its dtype."""
 
     file: Path
     start: int
@@ -35,17 +35,17 @@ class Stored(NamedTuple):
 
 
 class TensorFiles:
-    """The tensors of a folder's safetensors files, in the files' order, read only when asked for.
+    """The tensors of a folder's safetensors files, in the files' order, each read on request.
 
-    safetensors checks the files, and maps them into memory: what is read through a map counts as this process's memory
-    as long as the map stands, and would add up to the whole model. So tensors are read as plain bytes.
+    safetensors checks the files, but it maps them into memory: pages read through a map count as this process's memory
+    while the map exists, and would add up to the whole model. So tensors are read as plain bytes.
 
     Attributes:
-        tensors: name -> where it is; names are `current`.
+        tensors: name -> place; names are `current`.
 
     Raises:
-        FileNotFoundError: there are no weights, or a file that the index names is not there.
-        ValueError: a file is damaged, or a tensor is in two of them.
+        FileNotFoundError: There are no weights, or a file that the index names is missing.
+        ValueError: A file is damaged, or a tensor is in two files.
     """
 
     def __init__(self, folder: Path):
@@ -59,18 +59,18 @@ class TensorFiles:
                 self.tensors[name] = where
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor, in memory of its own."""
+        """Read a tensor into memory of its own."""
         where = self.tensors[name]
         data = np.fromfile(where.file, np.uint8, where.size, offset=where.start)
         if data.size != where.size:
-            raise ValueError(f"{where.file}: tensor {name} can't be read: the file was cut short meanwhile")
+            raise ValueError(f"{where.file}: tensor {name} can't be read: the file has become shorter")
         return data.view(DTYPES[where.dtype]).reshape(where.shape)
 
 
 def _contents(path: Path) -> list[tuple[str, Stored]]:
-    """Name and place of a file's tensors, in the file's order, once safetensors has found the file sound."""
+    """Names and places of a file's tensors, in the file's order, after safetensors has checked the file."""
     if not path.exists():
-        there = "a link that leads nowhere" if path.is_symlink() else f"no such file, though {INDEX} names it"
+        there = "a broken link" if path.is_symlink() else f"no such file, though {INDEX} names it"
         raise FileNotFoundError(f"{path}: {there}; download the folder again")
     if what := not_a_file(path) or git_lfs_pointer(path):
         raise ValueError(f"{path}: {what}; expected a safetensors file")
@@ -83,7 +83,7 @@ def _contents(path: Path) -> list[tuple[str, Stored]]:
             pass
     except SafetensorError as error:
         raise ValueError(
-            f"{path}: not a whole safetensors file ({error}); it is truncated or corrupt: copy or download it again"
+            f"{path}: not a complete safetensors file ({error}); it is truncated or corrupt: copy or download it again"
         ) from None
     with path.open("rb") as file:
         file.seek(8)
@@ -97,7 +97,7 @@ def _contents(path: Path) -> list[tuple[str, Stored]]:
 
 
 def current(name: str) -> str:
-    """Today's name of a tensor: checkpoints that were converted from TensorFlow call a LayerNorm's weights otherwise.
+    """The current name of a tensor: checkpoints converted from TensorFlow have other names for a LayerNorm's weights.
 
     >>> current("bert.embeddings.LayerNorm.gamma")
     'bert.embeddings.LayerNorm.weight'
@@ -108,17 +108,17 @@ def current(name: str) -> str:
     return name
 
 
-def _is_there(path: Path) -> bool:
-    """Whether there is something, a link that leads nowhere included: what it is will be said of it."""
+def _exists(path: Path) -> bool:
+    """Whether a path exists, possibly as a broken link, for which there is a message of its own."""
     return path.is_symlink() or path.exists()
 
 
 def _files(folder: Path) -> list[Path]:
-    """The safetensors files that make up the folder's weights."""
+    """The safetensors files with the folder's weights."""
     index = folder / INDEX
-    if _is_there(folder / SINGLE):
+    if _exists(folder / SINGLE):
         return [folder / SINGLE]
-    if not _is_there(index):
+    if not _exists(index):
         pickles = sorted(path.name for path in (*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")))
         advice = (
             f"; {pickles[0]} is a pickle, which is never read: convert it to safetensors first "
@@ -126,9 +126,9 @@ def _files(folder: Path) -> list[Path]:
             if pickles
             else ""
         )
-        raise FileNotFoundError(f"{folder}: neither {SINGLE} nor {INDEX} is there{advice}")
+        raise FileNotFoundError(f"{folder}: has neither {SINGLE} nor {INDEX}{advice}")
     if not index.exists():
-        raise FileNotFoundError(f"{index}: a link that leads nowhere; download the folder again")
+        raise FileNotFoundError(f"{index}: a broken link; download the folder again")
     if what := not_a_file(index) or git_lfs_pointer(index):
         raise ValueError(f"{index}: {what}; expected a safetensors index")
     values = read_json(index, MOST_BYTES)
@@ -137,5 +137,5 @@ def _files(folder: Path) -> list[Path]:
         raise ValueError(f"{index}: not a safetensors index (a JSON object with a weight_map)")
     for name in table.values():
         if not isinstance(name, str) or not _SHARD.fullmatch(name):
-            raise ValueError(f"{index}: {str(name)[:80]!r} is no safetensors file of this folder")
+            raise ValueError(f"{index}: {str(name)[:80]!r} isn't the name of a safetensors file in this folder")
     return [folder / name for name in sorted(set(table.values()))]

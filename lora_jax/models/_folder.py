@@ -1,4 +1,4 @@
-"""A model's folder: finding it (here or on the hub), its configuration, and what is copied from it."""
+"""A model's folder: finding it, locally or on the hub, its configuration, and the files that are copied from it."""
 
 import os
 import re
@@ -24,11 +24,11 @@ _FOUND_BY = re.compile(r"(Class v|V)alidation error for (field|validator) '\w+':
 
 
 def find(path_or_hub_id: str | os.PathLike[str], *, weights: bool) -> Path:
-    """The local folder of a model; a hub name is downloaded (or found in the hub's cache) first.
+    """Find the local folder of a model; a model on the hub is downloaded first, unless it is in the hub's cache.
 
     Raises:
-        FileNotFoundError: neither a folder here nor a model that can be had from the hub.
-        NotADirectoryError: a file.
+        FileNotFoundError: There is no such folder, and no such model can be downloaded from the hub.
+        NotADirectoryError: It is a file.
     """
     folder = Path(path_or_hub_id).expanduser()
     if folder.is_dir():
@@ -37,24 +37,24 @@ def find(path_or_hub_id: str | os.PathLike[str], *, weights: bool) -> Path:
         raise NotADirectoryError(f"{folder}: a file, expected a model's folder (with {CONFIG} in it)")
     name = os.fspath(path_or_hub_id)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
-        raise FileNotFoundError(f"{folder}: no such folder, and not a hub name (owner/model) either")
+        raise FileNotFoundError(f"{folder}: no such folder, and no name on the hub (owner/model) either")
     try:
         return Path(snapshot_download(name, allow_patterns=[*TEXT_FILES, *(WEIGHT_FILES if weights else ())]))
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError):
         raise FileNotFoundError(
-            f"{name}: no such folder, and the hub can't be reached for a model of that name; give a local folder"
+            f"{name}: no such folder, and the hub can't be reached for a model with this name; give a local folder"
         ) from None
     except (HfHubHTTPError, HFValidationError) as error:
         reason = " ".join(str(error).split())
-        raise FileNotFoundError(f"{name}: no such folder, and the hub refuses that name: {reason}") from None
+        raise FileNotFoundError(f"{name}: no such folder, and the hub refuses this name: {reason}") from None
 
 
 def read_config(folder: Path, families: Mapping[str, Family]) -> tuple[Family, Any]:
-    """The family of the folder's model and its transformers configuration.
+    """Read the family and the transformers configuration of the folder's model.
 
     Raises:
-        FileNotFoundError: no `config.json`.
-        ValueError: it isn't JSON, describes a model that isn't supported, or a setting is none.
+        FileNotFoundError: There is no `config.json`.
+        ValueError: It isn't JSON, describes a model that isn't supported, or has an invalid setting.
     """
     path, values = folder / CONFIG, _settings.read(folder)
     try:
@@ -66,26 +66,26 @@ def read_config(folder: Path, families: Mapping[str, Family]) -> tuple[Family, A
         _settings.check(values, family.config_class)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    for name in ("dtype", "torch_dtype"):  # transformers looks either of the two spellings up in torch
+    for name in ("dtype", "torch_dtype"):  # transformers looks both up in torch
         if isinstance(values.get(name), str):
             values[name] = values[name].removeprefix("torch.")
     try:
-        return family, family.config_class(**values)  # `from_dict` writes it out for its log, which takes seconds
-    except Exception as error:  # transformers checks with whatever exceptions its validators raise
+        return family, family.config_class(**values)  # `from_dict` formats it for the log, which takes seconds
+    except Exception as error:  # transformers' validators raise many types
         raise ValueError(f"{path}: not a valid {family.config_class.__name__}: {_reason(error)}") from None
 
 
 def _reason(error: Exception) -> str:
-    """What is wrong, without where in transformers it was found."""
+    """The message of an error, without the place in transformers that raised it."""
     text = _settings.one_line(error, 1000)
     return _settings.one_line(ValueError(_FOUND_BY.sub("", text)), 110)
 
 
 def family_of(model_type: Any, architectures: Any, families: Mapping[str, Family]) -> Family:
-    """The family that a configuration names; where it names no architecture, the first of its model type.
+    """The family of a configuration: of its architecture, or the first of its model type if it names none.
 
     Raises:
-        ValueError: it isn't supported.
+        ValueError: The family isn't supported.
     """
     if not isinstance(architectures or [], list) or not all(isinstance(name, str) for name in architectures or ()):
         raise ValueError(f"architectures: {_settings.shown(architectures)} given, expected a list of names")
@@ -94,14 +94,14 @@ def family_of(model_type: Any, architectures: Any, families: Mapping[str, Family
         if name in of_type:
             return of_type[name]
     if of_type:
-        of = f"supported of model_type {model_type} are {', '.join(sorted(of_type))}"
-        raise ValueError(f"{ascii(architectures[0][:60])[1:-1]} is not supported; {of}")
+        supported = f"the supported ones with model_type {model_type} are {', '.join(sorted(of_type))}"
+        raise ValueError(f"{ascii(architectures[0][:60])[1:-1]} is not supported; {supported}")
     types = sorted({family.config_class.model_type for family in families.values()})
     raise ValueError(f"model_type {_settings.shown(model_type, 30)} is not supported; supported are {', '.join(types)}")
 
 
 def copy_text_files(source: Path, target: Path, patterns: Sequence[str] = TEXT_FILES) -> None:
-    """Copy the tokenizer's and generation's files; the configuration and the weights are written anew."""
+    """Copy the files of tokenizer and generation, but not the configuration and the weights."""
     for path in text_files(source, patterns):
         shutil.copyfile(path, target / path.name)
 

@@ -1,4 +1,4 @@
-"""The tokens that end a text, as a model's folder names them."""
+"""The tokens that end a text, from the files of a model's folder."""
 
 from pathlib import Path
 from typing import Any
@@ -6,25 +6,25 @@ from typing import Any
 from lora_jax._untrusted import not_a_file, read_json
 
 GENERATION = "generation_config.json"
-MOST_BYTES = 2**20  # of the file, which has a few dozen settings
+MOST_BYTES = 2**20  # size of the file, which has a few dozen settings
 
 
 def end_tokens(config: Any, folder: Path | None) -> tuple[int, ...]:
-    """End tokens of the configuration and of `generation_config.json`, where that is in the folder: each ends a text.
+    """The end tokens of the configuration and of the folder's `generation_config.json`, if any: each ends a text.
 
     Raises:
-        ValueError: the file isn't a JSON object or is too large, or its `eos_token_id` isn't an id or a list of them.
+        ValueError: The file isn't a JSON object or is too large, or its `eos_token_id` isn't an id or a list of them.
     """
     found = _ids(getattr(config, "eos_token_id", None), "config.json")
     path = None if folder is None else folder / GENERATION
     if path is not None and path.exists():
         if kind := not_a_file(path):
-            raise ValueError(f"{path}: {kind}, expected a file of settings")
+            raise ValueError(f"{path}: {kind}; expected a JSON file")
         values = read_json(path, MOST_BYTES)
         if not isinstance(values, dict):
             raise ValueError(f"{path}: expected a JSON object, found {type(values).__name__}")
         found += _ids(values.get("eos_token_id"), path)
-    # An id that no logit has, such as -1, ends nothing.
+    # An id outside the vocabulary, such as -1, has no logit.
     return tuple(dict.fromkeys(token for token in found if 0 <= token < config.vocab_size))
 
 

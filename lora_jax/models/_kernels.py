@@ -1,7 +1,7 @@
-"""The forms of attention: softmax(scale · q kᵀ) v with grouped queries, each where it is the fastest.
+"""The forms of attention: softmax(scale · q kᵀ) v with grouped queries.
 
-q is [B, T, N, d]; k and v are [B, S, K, d], K a divisor of N. Each query sees what `mask` or `lengths` leaves it, and
-with `causal` no key after itself.
+q is [B, T, N, d]; k and v are [B, S, K, d], K a divisor of N. Each query attends to the keys that `mask` or `lengths`
+allows and, with `causal`, to no key after itself.
 """
 
 from typing import Any
@@ -12,15 +12,15 @@ from jax import lax
 
 from lora_jax.models._execution import SAVED
 
-QUERIES = 512  # of one block
+QUERIES = 512  # the most queries of a block
 
 
 def xla(q, k, v, mask, *, causal: bool, scale: float, softcap: float | None = None) -> jax.Array:
-    """All scores at once, in float32: [B, N, T, S].
+    """Compute all scores at once, in float32: [B, N, T, S].
 
     Args:
-      mask: bool, broadcast to [B, 1, T, S]; None with `causal` alone.
-      softcap: c bounds the scores: c · tanh(scores / c).
+        mask: Bool, broadcast to [B, 1, T, S]; None if `causal` is all.
+        softcap: The bound c of the scores: c · tanh(scores / c).
     """
     if softcap is None:
         return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, scale=scale)
@@ -33,43 +33,43 @@ def xla(q, k, v, mask, *, causal: bool, scale: float, softcap: float | None = No
 
 
 def blockwise(q, k, v, mask, *, causal: bool, scale: float, softcap: float | None = None) -> jax.Array:
-    """`xla`, one block of queries after another; the backward pass computes a block's scores anew.
+    """Compute `xla` for one block of queries after another; the backward pass recomputes the scores of a block.
 
-    So no [T, S] array of all heads is held, at the price of one more product of queries and keys.
+    So there is never a [T, S] array of all heads, but the product of queries and keys is computed once more.
     """
     rows, length = q.shape[:2]
     size = min(QUERIES, length)
     count = -(-length // size)
-    spare = count * size - length
+    padding = count * size - length
     keys = jnp.arange(k.shape[1])
-    # The last queries are padding where the length isn't a multiple of the block's. They see every key: no NaN.
-    blocks = jnp.pad(q, ((0, 0), (0, spare), (0, 0), (0, 0))).reshape(rows, count, size, *q.shape[2:])
+    # The last queries are padding if the length isn't a multiple of the block's. They attend to all keys: no NaN.
+    blocks = jnp.pad(q, ((0, 0), (0, padding), (0, 0), (0, 0))).reshape(rows, count, size, *q.shape[2:])
     places = jnp.arange(count * size).reshape(count, size)
     parts = None
     if mask is not None and mask.shape[2] != 1:
-        parts = jnp.pad(mask, ((0, 0), (0, 0), (0, spare), (0, 0)), constant_values=True)
+        parts = jnp.pad(mask, ((0, 0), (0, 0), (0, padding), (0, 0)), constant_values=True)
         parts = parts.reshape(*mask.shape[:2], count, size, mask.shape[3]).transpose(2, 0, 1, 3, 4)
 
     @jax.checkpoint
     def attend(q, part, places):
-        seen = (keys <= places[:, None])[None, None] if causal else jnp.ones((1, 1, 1, 1), bool)
+        allowed = (keys <= places[:, None])[None, None] if causal else jnp.ones((1, 1, 1, 1), bool)
         for given in (part, mask if parts is None else None):
-            seen = seen if given is None else seen & given
-        return xla(q, k, v, seen, causal=False, scale=scale, softcap=softcap)
+            allowed = allowed if given is None else allowed & given
+        return xla(q, k, v, allowed, causal=False, scale=scale, softcap=softcap)
 
     _, out = lax.scan(lambda _, block: (None, attend(*block)), None, (blocks.swapaxes(0, 1), parts, places))
     return out.swapaxes(0, 1).reshape(rows, count * size, *q.shape[2:])[:, :length]
 
 
 def cudnn(q, k, v, lengths, *, causal: bool, scale: float, window: int | None = None) -> jax.Array:
-    """cuDNN's flash attention, for CUDA and 16-bit numbers.
+    """cuDNN's flash attention, for CUDA and 16-bit floats.
 
     Args:
-      lengths: int32[B], how many tokens of each row are real; these come first. None where all are.
-      window: each query sees as many keys, itself the last; None for all before it.
+        lengths: The number of real tokens of each row, which are first, int32[B]; None if all are real.
+        window: The number of keys that a query attends to, the last of which is its own; None for all keys before it.
     """
-    q, k, v, lengths = _alike(q, k, v, lengths)
-    # Queries after a row's end are left out, and give 0, where nothing can come of them: an encoder's may be pooled.
+    q, k, v, lengths = _batched_alike(q, k, v, lengths)
+    # A causal model doesn't use the outputs of padding, so its queries are left out: they give 0. An encoder may.
     queries = lengths if causal or lengths is None else jnp.full_like(lengths, q.shape[1])
     return jax.nn.dot_product_attention(
         q,
@@ -84,10 +84,10 @@ def cudnn(q, k, v, lengths, *, causal: bool, scale: float, window: int | None = 
     )
 
 
-def _alike(q, k, v, lengths) -> Any:
-    """The same arrays, each of which depends on all: under `vmap` the kernel takes all batched, or none.
+def _batched_alike(q, k, v, lengths) -> Any:
+    """The same arrays, each of which depends on all: under `vmap` the kernel requires all batched, or none.
 
-    What ties them is an integer that XLA knows to be zero, so nothing of it is left in the program.
+    They depend on each other through an integer that XLA simplifies to zero, so that nothing is computed.
     """
     first = [x[:, 0, 0, 0].astype(jnp.int32) for x in (q, k, v)]
     zero = 0 * (first[0] + first[1] + first[2])
@@ -99,11 +99,11 @@ def _alike(q, k, v, lengths) -> Any:
 
 
 def splash(q, k, v, lengths, *, causal: bool, scale: float, window: int | None = None, softcap=None, interpret=False):
-    """Splash attention, a Pallas kernel for TPU; `interpret` runs it anywhere, slowly.
+    """Splash attention, a Pallas kernel for TPUs; with `interpret` it runs on any platform, slowly.
 
     Args:
-      lengths, window: as in `cudnn`.
-      softcap: as in `xla`.
+        lengths, window: As in `cudnn`.
+        softcap: As in `xla`.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
@@ -131,7 +131,7 @@ def splash(q, k, v, lengths, *, causal: bool, scale: float, window: int | None =
     )
     ends = jnp.full(q.shape[0], length, jnp.int32) if lengths is None else lengths
     keys = (jnp.arange(padded) < ends[:, None]).astype(jnp.int32)
-    # Padding is a segment of its own, so that each query sees a key; an encoder's queries all see the real ones.
+    # Padding is a segment of its own, so that each query has a key; all queries of an encoder attend to real keys.
     queries = keys if causal else jnp.ones_like(keys)
     out = jax.vmap(lambda q, k, v, *ids: kernel(q, k, v, segment_ids=kernels.SegmentIds(*ids)))(q, k, v, queries, keys)
     return out.swapaxes(1, 2)[:, :length].astype(q.dtype)

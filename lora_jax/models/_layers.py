@@ -1,4 +1,4 @@
-"""The layers that all families are made of."""
+"""The layers that all families share."""
 
 from typing import Any
 
@@ -19,15 +19,15 @@ ACTIVATIONS = {
 
 
 def check_activation(name: str) -> None:
-    """Raises ValueError for an activation that isn't implemented, by name."""
+    """Raise ValueError for an activation that isn't implemented."""
     if name not in ACTIVATIONS:
         raise ValueError(f"hidden_act {name!r:.40} is not supported; supported are {', '.join(sorted(ACTIVATIONS))}")
 
 
 def dense(parent: Any, name: str, features: int, x: Any, axes: tuple[str, str | None], *, bias: bool = True) -> Any:
-    """x W + b in x's dtype, with the `spec.init_std` and the `param_dtype` of the module whose child this is.
+    """x W + b in x's dtype, with the `spec.init_std` and the `param_dtype` of the parent module.
 
-    `axes` are the kernel's, by name.
+    `axes` are the names of the kernel's axes.
     """
     return nn.Dense(
         features,
@@ -54,9 +54,9 @@ def layer_norm(parent: Any, name: str, x: Any) -> Any:
 
 
 class Embed(nn.Module):
-    """A table of `count` vectors; `attend` is a head tied to it.
+    """A table of `count` embeddings; `attend` is a head tied to it.
 
-    Called with `more`, f[E, features], ids below zero are looked up there, as further rows: -1 is the first of them.
+    With `more`, f[E, features], ids below zero are looked up there, as further rows: -1 is the first.
     """
 
     count: int
@@ -70,7 +70,7 @@ class Embed(nn.Module):
         self.embedding: Array = self.param("embedding", init, (self.count, self.features), self.param_dtype)
 
     def __call__(self, ids: Array, dtype: Any = None, more: Array | None = None) -> Array:
-        # Ids out of range give NaN (jnp.take's default), so they can't pass unseen.
+        # Ids out of range give NaN (jnp.take's default), so that they don't go unnoticed.
         x = jnp.take(self.embedding, ids if more is None else jnp.maximum(ids, 0), axis=0)
         x = x.astype(dtype or self.embedding.dtype)
         # Each device looks up, in its part of the channels, what those need that share it: the table stays cut.
@@ -81,5 +81,5 @@ class Embed(nn.Module):
         return x
 
     def attend(self, x: Array) -> Array:
-        """The product of [..., features] with every vector of the table."""
+        """The product of x, [..., features], with every embedding: [..., count]."""
         return x @ self.embedding.T.astype(x.dtype)

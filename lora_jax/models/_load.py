@@ -1,10 +1,10 @@
-"""Models from folders, from configurations alone, and with random weights."""
+"""Loading models from folders, from configurations alone, and making them with random weights."""
 
 import math
 import os
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import flax.linen as nn
 import jax
@@ -13,91 +13,90 @@ import numpy as np
 from transformers import PretrainedConfig
 
 from lora_jax.models import _folder, _heads, _settings, _weights
-from lora_jax.models._execution import Attention, Layers, Platform, Remat, execution
+from lora_jax.models._execution import Attention, Execution, Layers, Platform, Remat, execution
 from lora_jax.models._families import FAMILIES
 from lora_jax.models._family import flatten, unflatten
 from lora_jax.models._model import Model, abstract
 from lora_jax.models._weights import Streamed
 
 
+class ExecutionOptions(TypedDict, total=False):
+    """How a model is computed: the keyword arguments that `load`, `load_streamed`, `load_abstract` and `init` share."""
+
+    compute_dtype: Any
+    """The dtype of the activations; defaults to the embedding's dtype, and to float32 for float16 weights."""
+
+    attention: Attention
+    """The form of attention: "xla" computes all scores at once, "blockwise" those of one block of queries; "cudnn"
+    (CUDA, 16-bit) and "splash" (TPU) are kernels that never store scores; "auto", the default, is the fastest one."""
+
+    remat: Remat
+    """The values of a layer that the backward pass recomputes: "none"; "lean", all except the products with kernels and
+    attention's output; "full", all. "auto", the default, is "none" on CPUs and "lean" elsewhere."""
+
+    layers: Layers
+    """ "scan" is a loop over layers; "unrolled" takes longer to compile and saves 5 to 9 % of a step on CUDA, where it
+    is the meaning of "auto", the default."""
+
+    platform: Platform | None
+    """The platform that the model will be compiled for: "cpu", "cuda", "rocm" or "tpu"; defaults to JAX's default."""
+
+
 def load(
     path_or_hub_id: str | os.PathLike[str],
     dtype: Any = None,
     *,
-    compute_dtype: Any = None,
-    attention: Attention = "auto",
-    remat: Remat = "auto",
-    layers: Layers = "auto",
-    platform: Platform | None = None,
     labels: Sequence[str] | None = None,
     key: jax.Array | None = None,
+    **options: Unpack[ExecutionOptions],
 ) -> Model:
-    """Read a model from a Hugging Face folder, or from the hub by name.
+    """Load a model from a Hugging Face folder, or from the hub by name.
 
     Args:
-        path_or_hub_id: a folder with `config.json` and safetensors weights, or `owner/model`.
-        dtype: of the weights; None keeps each one's dtype in the file.
-        compute_dtype: of the activations; None is the embedding's, and float32 for float16 weights.
-        attention: its form: "xla" holds all scores, "blockwise" a block's; "cudnn" (CUDA, 16-bit) and "splash" (TPU)
-            are kernels that hold none; "auto" is the fastest that there is.
-        remat: what of a layer the backward pass computes anew: "none"; "lean", all but the products with kernels and
-            attention's output; "full", all. "auto" is "none" on CPUs and "lean" elsewhere.
-        layers: "scan", one loop; "unrolled", none, takes longer to compile and saves 5 to 9 % of a step on CUDA, where
-            it is what "auto" means.
-        platform: what it will be compiled for: "cpu", "cuda", "rocm" or "tpu"; None is where JAX computes by default.
-        labels: names of the labels that the model is to predict; one name is a score. The folder's own head is kept
-            where its labels are these (or as many without names); else a new one's leaves are `newly_initialized`.
-        key: of a new head; `jax.random.key(0)` where not given.
+        path_or_hub_id: A folder with `config.json` and safetensors weights, or `owner/model`.
+        dtype: The dtype of the weights; None keeps the dtype of each one in the files.
+        labels: The names of the labels that the model is to predict; a single name means a score. The folder's own head
+            is used if it has these labels (or as many without names); otherwise the leaves of a new head are
+            `newly_initialized`.
+        key: The random key of a new head; defaults to `jax.random.key(0)`.
+        options: How the model is computed: `ExecutionOptions`.
 
     Raises:
-        FileNotFoundError: no such folder, or it has no configuration or no weights.
-        OSError: the weights can't be read, or there is no memory for them.
-        ValueError: an architecture that isn't supported, or weights that don't fit the configuration.
+        FileNotFoundError: There is no such folder, or it has no configuration or no weights.
+        OSError: The weights can't be read, or there isn't enough memory for them.
+        ValueError: The architecture isn't supported, or the weights don't fit the configuration.
     """
-    model = load_streamed(
-        path_or_hub_id,
-        dtype,
-        compute_dtype=compute_dtype,
-        attention=attention,
-        remat=remat,
-        layers=layers,
-        platform=platform,
-        labels=labels,
-        key=key,
-    )
+    model = load_streamed(path_or_hub_id, dtype, labels=labels, key=key, **options)
     try:
-        return replace(model, params=jax.tree.map(_weights.hold, model.params))
+        return replace(model, params=jax.tree.map(_weights.materialize, model.params))
     except MemoryError:
         size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in flatten(model.params).values())
-        raise OSError(f"{model.folder}: the weights take {size:,} bytes, more than there is memory for") from None
+        raise OSError(f"{model.folder}: the weights take {size:,} bytes, more than the free memory") from None
 
 
 def load_streamed(
     path_or_hub_id: str | os.PathLike[str],
     dtype: Any = None,
     *,
-    compute_dtype: Any = None,
-    attention: Attention = "auto",
-    remat: Remat = "auto",
-    layers: Layers = "auto",
-    platform: Platform | None = None,
     labels: Sequence[str] | None = None,
     key: jax.Array | None = None,
+    **options: Unpack[ExecutionOptions],
 ) -> Model:
-    """Like `load`, but every leaf is a `Streamed`, of which one tensor at a time is read when it is asked for.
+    """Load a model like `load`, but with `Streamed` leaves, which are read one tensor at a time when they are used.
 
-    So a folder can be written anew, changed or in another dtype, in much less memory than it takes:
+    So a folder can be rewritten, changed or in another dtype, in much less memory than the model takes:
 
         model = models.load_streamed("path/to/folder")
         models.save("half", model, model.params, dtype="bfloat16")
     """
-    chosen = execution(attention, remat, layers, platform)
+    chosen, compute_dtype = _resolved(options)
     folder = _folder.find(path_or_hub_id, weights=True)
     family, config = _folder.read_config(folder, FAMILIES)
     new, ignored = (), family.ignored
     if labels is not None:
-        family, config, kept = _heads.labelled(family, config, labels, FAMILIES)
-        new, ignored = _heads.absent(folder, family.names(config), family, kept), family.ignored + family.other_heads
+        family, config, own_head = _heads.labelled(family, config, labels, FAMILIES)
+        new = _heads.absent(folder, family.names(config), family, own_head)
+        ignored = family.ignored + family.other_heads
     model = abstract(family, config, dtype, compute_dtype, chosen, folder)
     leaves = _weights.stream(
         folder,
@@ -109,25 +108,27 @@ def load_streamed(
         prefix=family.prefix,
     )
     found = next(iter(leaves.values())).dtype
-    if dtype is None and found != _settings.param_dtype(config, None):  # the configuration's need not be the file's
+    if dtype is None and found != _settings.param_dtype(
+        config, None
+    ):  # the files' dtype may differ from the configuration's
         model = abstract(family, config, found, compute_dtype, chosen, folder)
     if new:
-        drawn = family.module(config, compute_dtype, next(iter(leaves.values())).dtype, chosen)
-        leaves |= _drawn(drawn, jax.random.key(0) if key is None else key, new)
+        module = family.module(config, compute_dtype, next(iter(leaves.values())).dtype, chosen)
+        leaves |= _initialized(module, jax.random.key(0) if key is None else key, new)
     return replace(model, params=unflatten(leaves), newly_initialized=new)
 
 
-def _drawn(module: Any, key: jax.Array, paths: Sequence[str]) -> dict[str, Streamed]:
-    """Some leaves of a new model: no other is computed."""
+def _initialized(module: Any, key: jax.Array, paths: Sequence[str]) -> dict[str, Streamed]:
+    """Initialise some leaves of a model, without computing the others."""
 
     @jax.jit
-    def draw(key):
+    def initialize(key):
         leaves = flatten(nn.meta.unbox(module.init(key, jnp.zeros((1, 1), jnp.int32))["params"]))
         return {path: leaves[path] for path in paths}
 
     return {
         path: Streamed(leaf.shape, np.dtype(leaf.dtype), 0, np.asarray(leaf).__getitem__)
-        for path, leaf in draw(key).items()
+        for path, leaf in initialize(key).items()
     }
 
 
@@ -135,18 +136,14 @@ def load_abstract(
     path_or_hub_id: str | os.PathLike[str],
     dtype: Any = None,
     *,
-    compute_dtype: Any = None,
-    attention: Attention = "auto",
-    remat: Remat = "auto",
-    layers: Layers = "auto",
-    platform: Platform | None = None,
     labels: Sequence[str] | None = None,
+    **options: Unpack[ExecutionOptions],
 ) -> Model:
-    """Like `load`, from `config.json` alone: every leaf is a `jax.ShapeDtypeStruct`, and no weights are made or read.
+    """Load a model like `load`, but from `config.json` alone: every leaf is a `jax.ShapeDtypeStruct`.
 
-    With no `dtype`, leaves have the one that the configuration names, or float32.
+    Without `dtype`, leaves have the dtype that the configuration names, or float32.
     """
-    chosen = execution(attention, remat, layers, platform)
+    chosen, compute_dtype = _resolved(options)
     folder = _folder.find(path_or_hub_id, weights=False)
     family, config = _folder.read_config(folder, FAMILIES)
     if labels is not None:
@@ -155,17 +152,9 @@ def load_abstract(
 
 
 def init(
-    key: jax.Array,
-    config: PretrainedConfig,
-    dtype: Any = jnp.float32,
-    *,
-    compute_dtype: Any = None,
-    attention: Attention = "auto",
-    remat: Remat = "auto",
-    layers: Layers = "auto",
-    platform: Platform | None = None,
+    key: jax.Array, config: PretrainedConfig, dtype: Any = jnp.float32, **options: Unpack[ExecutionOptions]
 ) -> Model:
-    """A model with random weights: normal with the configuration's `initializer_range`, norms at one, biases at zero.
+    """Make a model with random weights: normal with the configuration's `initializer_range`, norms one, biases zero.
 
     >>> from transformers import LlamaConfig
     >>> config = LlamaConfig(vocab_size=32, hidden_size=8, intermediate_size=16, num_hidden_layers=2,
@@ -176,8 +165,14 @@ def init(
     >>> model.apply(model.params, jnp.ones((1, 3), jnp.int32)).shape
     (1, 3, 32)
     """
-    chosen = execution(attention, remat, layers, platform)
+    chosen, compute_dtype = _resolved(options)
     family = _folder.family_of(config.model_type, config.architectures, FAMILIES)
     model = abstract(family, config, dtype, compute_dtype, chosen, None)
     module = family.module(config, compute_dtype, dtype, chosen)
     return replace(model, params=nn.meta.unbox(jax.jit(module.init)(key, jnp.zeros((1, 1), jnp.int32))["params"]))
+
+
+def _resolved(options: ExecutionOptions) -> tuple[Execution, Any]:
+    """The choices, checked and resolved where they are "auto", and the dtype of the activations."""
+    choices: Any = {name: value for name, value in options.items() if name != "compute_dtype"}
+    return execution(**choices), options.get("compute_dtype")

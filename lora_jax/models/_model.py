@@ -1,4 +1,4 @@
-"""A model as data and pure functions, and how one is made without arrays."""
+"""A model as data and pure functions, and making one without arrays."""
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -23,33 +23,33 @@ class Model:
     """A model as data and pure functions.
 
     Attributes:
-        config: the transformers configuration.
-        params: nested dict of arrays (`jax.ShapeDtypeStruct` from `load_abstract`); leaves under `layers` are stacked,
-            the layer's axis first.
+        config: The transformers configuration.
+        params: A nested dict of arrays (`jax.ShapeDtypeStruct` from `load_abstract`); leaves under `layers` are
+            stacked, with the axis of layers first.
         names: leaf path -> `Weight`, its name in Hugging Face files.
         apply: `(params, input_ids, attention_mask=None, *, positions=None, cache=None, more_embeddings=None)` with
             `input_ids` int32[B, T] and `attention_mask` [B, T], 1 at real tokens (padding may be on either side)
-            -> logits [B, T, V], or `(logits, cache)` when a cache is given. `positions` int32[B, T] default to those
-            among the real tokens. Ids below 0 are looked up in `more_embeddings`, f[E, D], as further rows of the
-            table of embeddings: -1 is the first. Encoders take `token_type_ids` int32[B, T] instead of a cache, and
-            give what their head does.
+            -> logits [B, T, V], or `(logits, cache)` when a cache is given. `positions` int32[B, T] default to the
+            positions among the real tokens. Ids below 0 are looked up in `more_embeddings`, f[E, D], as further rows
+            of the table of embeddings: -1 is the first. Encoders take `token_type_ids` int32[B, T] instead of a cache,
+            and return the output of their head.
         init_cache: `(batch, length, dtype=None)` -> an empty cache for `length` tokens a row, padding included.
         attention: `(rows, length)` -> the `form` of attention of a batch of that shape, and `why` it isn't the
             platform's fastest; as a string it is a line to print. Decoders take `cached=True` too.
         remat: "none", "lean" or "full".
         layers: "scan" or "unrolled".
-        folder: where it was loaded from; None for `init`.
-        adapter: folder of an adapter whose tokenizer, or chat template, is used instead of the model's where it holds
-            one; `dataclasses.replace(model, adapter=folder)` gives it.
-        generates: whether it predicts next tokens: encoders don't.
-        head: path of the classification head in `params`; empty where there is none. Its labels: `label_names(config)`.
-        newly_initialized: paths of the leaves that weren't in the folder: a new head's.
-        max_length: the most tokens of a row.
-        axes: leaf path -> the names of its axes, for rules as `RULES` are; leaves without names are copied everywhere.
-        counts: how many things the axes of a name hold, where that isn't their size: an axis of "heads" holds their
-            channels too, and is cut between heads only.
-        mesh: what the activations are spread over, as `on_mesh` gave it, with Auto axes; None for one device.
-        rules: of that mesh.
+        folder: The folder that it was loaded from; None for `init`.
+        adapter: The folder of an adapter whose tokenizer or chat template, if any, replaces the model's; set with
+            `dataclasses.replace(model, adapter=folder)`.
+        generates: Whether it predicts next tokens; encoders don't.
+        head: The path of the classification head in `params`, whose labels are `label_names(config)`; empty without.
+        newly_initialized: The paths of the leaves of a new head, which the folder lacks.
+        max_length: The most tokens of a row.
+        axes: leaf path -> the names of its axes, for rules like `RULES`; leaves without names are copied everywhere.
+        counts: name of an axis -> its number of units, if that isn't its size: an axis of "heads" has the channels of
+            all heads, and is divided between heads only.
+        mesh: The mesh that activations are spread over, from `on_mesh`, with Auto axes; None for one device.
+        rules: The rules of that mesh.
         remade: `(layout) -> apply, init_cache, attention` of this model on another mesh.
     """
 
@@ -74,49 +74,50 @@ class Model:
     remade: Callable[[Layout], dict[str, Any]] = lambda layout: {}
 
     def on_mesh(self, mesh: Mesh, rules: Rules = RULES) -> "Model":
-        """The same model, whose activations are spread over a mesh, at the layers' borders and within them.
+        """The same model with activations that are spread over a mesh, between the layers and within them.
 
-        `params` stay where they are; `shardings(model)` says where they belong:
+        `params` aren't moved; `shardings(model)` are the shardings for them:
 
             model = models.load("path/to/folder").on_mesh(mesh)
             params = jax.device_put(model.params, models.shardings(model))
 
         Args:
-            mesh: with axes of any type.
-            rules: axes of the mesh by name of an axis, in the order of precedence: `RULES | {...}` changes some.
+            mesh: A mesh with axes of any type.
+            rules: The axes of the mesh for each name of an axis, in the order of precedence: `RULES | {...}` changes
+                some.
 
         Raises:
-            ValueError: an axis of the mesh that no rule names.
+            ValueError: No rule names an axis of the mesh.
         """
         layout = layout_of(mesh, rules)
         return replace(self, mesh=layout.mesh, rules=rules, **self.remade(layout))
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The folder's tokenizer, or its adapter's, loaded when first asked for.
+        """The tokenizer of the folder, or of the adapter, loaded at the first access.
 
         Raises:
-            ValueError: there is none.
+            ValueError: There is none.
         """
         return _tokenizer.load(self.folder, self.adapter, self.config)
 
     @cached_property
     def end_tokens(self) -> tuple[int, ...]:
-        """Tokens that end a text: those of the configuration and of the folder's `generation_config.json`.
+        """The tokens that end a text, from the configuration and the folder's `generation_config.json`.
 
-        The tokenizer's own end token may be another.
+        The tokenizer may have another end token.
 
         Raises:
-            ValueError: that file is damaged.
+            ValueError: The file is damaged.
         """
         return _generation.end_tokens(self.config, self.folder)
 
 
 def abstract(family: Family, config, dtype, compute_dtype, chosen: Execution, folder: Path | None) -> Model:
-    """The model without arrays.
+    """Make a model without arrays.
 
     Raises:
-        ValueError: these settings make no model; with the folder's `config.json` where they come from one.
+        ValueError: The settings don't describe a model; the message starts with the folder's `config.json`, if any.
     """
     param_dtype = _settings.param_dtype(config, dtype)
     if compute_dtype is None and param_dtype == jnp.float16:
@@ -130,9 +131,9 @@ def abstract(family: Family, config, dtype, compute_dtype, chosen: Execution, fo
         _settings.check_size(flatten(shapes))
     except ValueError as error:
         raise ValueError(f"{where}{_settings.one_line(error)}") from error
-    except Exception as error:  # whatever modules raise of settings that fit no other
+    except Exception as error:  # modules raise many types for settings that don't fit together
         what = f"{type(error).__name__}: {_settings.one_line(error, 100)}"
-        raise ValueError(f"{where}no {family.architecture} can be made of these settings ({what})") from error
+        raise ValueError(f"{where}these settings don't describe a {family.architecture} ({what})") from error
 
     def remade(layout: Layout) -> dict[str, Any]:
         return _functions(family, config, (compute_dtype, param_dtype), replace(chosen, layout=layout), shapes)
@@ -167,7 +168,7 @@ def _functions(family: Family, config: Any, dtypes: tuple[Any, Any], chosen: Exe
 
     def init_cache(batch: int, length: int, dtype: Any = None):
         if family.init_cache is None:
-            raise ValueError(f"{family.architecture} is an encoder: it generates no text and has no cache")
+            raise ValueError(f"{family.architecture}: an encoder, which generates no text and has no cache")
         return family.init_cache(config, batch, length, dtype or compute_dtype or param_dtype)
 
     def attention(rows: int, length: int, **call: bool) -> Choice:
@@ -177,26 +178,26 @@ def _functions(family: Family, config: Any, dtypes: tuple[Any, Any], chosen: Exe
 
 
 def shardings(model: Model, mesh: Mesh | None = None, rules: Rules | None = None) -> dict[str, Any]:
-    """Where the weights of a model belong on a mesh, and with them factors and moments.
+    """The shardings of a model's weights on a mesh, from which the shardings of factors and moments follow.
 
         model = models.load("path/to/folder")
         base = models.shardings(model, mesh)
         params = lora_jax.init(key, jax.device_put(model.params, base), config)
         where = lora_jax.shardings(params, base)
 
-    An axis that can't be cut, such as one of 5 heads on 8 devices, is copied, with a warning.
+    An axis that can't be divided, such as an axis of 5 heads on 8 devices, is copied, with a warning.
 
     Args:
-        model: of any of `load`, `load_abstract` and `init`.
-        mesh: with axes of any type: those of the result are Auto. The model's own where not given.
-        rules: axes of the mesh by name of an axis, in the order of precedence: `RULES | {...}` changes some. The
-            model's own where not given.
+        model: A model from `load`, `load_abstract` or `init`.
+        mesh: A mesh with axes of any type; the result has Auto axes. Defaults to the model's own.
+        rules: The axes of the mesh for each name of an axis, in the order of precedence: `RULES | {...}` changes some.
+            Defaults to the model's own.
 
     Returns:
-        A tree as `model.params`, of NamedShardings.
+        A tree like `model.params`, of NamedShardings.
 
     Raises:
-        ValueError: no mesh, or one with an axis that no rule names.
+        ValueError: There is no mesh, or no rule names one of its axes.
     """
     mesh = model.mesh if mesh is None else mesh
     if mesh is None:
@@ -216,7 +217,7 @@ def _axes(boxed: Any) -> dict[str, tuple[str | None, ...]]:
 
 
 def _check_known(params: Any, known: Collection[str]) -> None:
-    """Refuse leaves that no layer would look at: Flax passes them over in silence."""
+    """Refuse leaves that no layer uses: Flax ignores them silently."""
     for path, _ in jax.tree.leaves_with_path(params):
         if (name := jax.tree_util.keystr(path, simple=True, separator="/")) not in known:
             raise ValueError(

@@ -1,7 +1,7 @@
 """Rotary position embeddings (Su et al. 2021, arXiv 2104.09864), with the scalings that checkpoints use.
 
-Frequencies are computed in float32 and in transformers' order of operations: at position 100,000 one unit in the last
-place of a frequency turns a pair of channels by up to 0.006 radians, and models were trained with these.
+Frequencies are computed in float32 and in transformers' order of operations, with which models were trained: at
+position 100,000 one unit in the last place of a frequency turns a pair of channels by up to 0.006 radians.
 """
 
 import math
@@ -16,15 +16,15 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Rope:
-    """How the pairs of channels turn with the position; hashable, as a module's fields must be.
+    """The rotation of the pairs of channels by position; hashable, as a module's fields must be.
 
     Attributes:
-        frequencies: angular frequency of each pair of channels, in radians per position.
-        attention_factor: what cosines and sines are multiplied by: the logits of attention by its square.
-        context: length up to which `frequencies` hold; beyond it they are others if one of the next two is given.
-        long: the frequencies beyond `context` (LongRoPE).
-        theta: with `growth`, the base that grows with the length beyond `context` (dynamic NTK).
-        growth: the factor of that growth.
+        frequencies: The angular frequency of each pair of channels, in radians per position.
+        attention_factor: The factor of cosines and sines; attention's logits are multiplied by its square.
+        context: The length up to which `frequencies` are used; longer rows have others, if `long` or `growth` is given.
+        long: The frequencies beyond `context` (LongRoPE).
+        theta: With `growth`, the base that grows with the length beyond `context` (dynamic NTK).
+        growth: The factor of that growth.
     """
 
     frequencies: tuple[float, ...]
@@ -36,7 +36,7 @@ class Rope:
 
 
 class _Settings(NamedTuple):
-    """What a scaling is computed from: `rope_parameters`, and the model's sizes."""
+    """The inputs of a scaling: `rope_parameters`, and the model's sizes."""
 
     parameters: Mapping[str, Any]
     powers: np.ndarray  # θ^(2i/d) of each pair, float32
@@ -44,7 +44,7 @@ class _Settings(NamedTuple):
     max_positions: int
 
     def number(self, name: str, default: float | None = None, *, above: float = 0.0) -> float:
-        """A setting that must be a finite number above `above`; null is as good as absent."""
+        """A setting that must be a finite number above `above`; null means absent."""
         value = self.parameters.get(name)
         value = default if value is None else value
         real = isinstance(value, int | float) and not isinstance(value, bool)
@@ -54,62 +54,63 @@ class _Settings(NamedTuple):
 
     @property
     def context(self) -> float:
+        """The length that the model was trained with before scaling."""
         return self.number("original_max_position_embeddings", self.max_positions)
 
     @property
     def factor(self) -> float:
-        """How much longer than the original context rows may be; some configurations only say the two lengths."""
+        """The longest length divided by the original context; some configurations only have the two lengths."""
         return self.number("factor", self.max_positions / self.context)
 
 
 def rope_of(parameters: Any, head_dim: int, max_positions: int) -> Rope:
-    """The rotation that a configuration asks for: θ^(-2i/d), scaled as its `rope_type` says.
+    """The rotation that a configuration describes: θ^(-2i/d), scaled according to its `rope_type`.
+
+    The reference is transformers 5.23, modeling_rope_utils.py.
 
     Args:
         parameters: `rope_parameters` of a transformers configuration: `rope_theta`, `rope_type` and its settings.
-        head_dim: d, the channels of one head; all of them are rotated.
-        max_positions: `max_position_embeddings`, beside which lengths are judged where no original one is given.
+        head_dim: D, the channels of one head; all of them are rotated.
+        max_positions: `max_position_embeddings`, the default of the original length.
 
     Raises:
-        ValueError: a scaling that isn't implemented, or a setting that isn't what it should be, by name.
-
-    The reference: transformers 5.23, modeling_rope_utils.py
+        ValueError: The scaling isn't implemented, or a setting is out of its range.
 
     >>> rope_of({"rope_theta": 10000.0, "rope_type": "default"}, 4, 2048).frequencies
     (1.0, 0.009999999776482582)
     """
     if not isinstance(parameters, Mapping):
         raise ValueError(f"rope_parameters: {parameters!r:.60} given, expected an object with rope_theta and rope_type")
-    kind = parameters.get("rope_type", "default")
-    if not isinstance(kind, str) or kind not in _KINDS:
-        raise ValueError(f"rope_type {kind!r:.40} is not supported; supported are {', '.join(_KINDS)}")
-    if kind != "proportional" and parameters.get("partial_rotary_factor") not in (None, 1.0):
+    scaling = parameters.get("rope_type", "default")
+    if not isinstance(scaling, str) or scaling not in _SCALINGS:
+        raise ValueError(f"rope_type {scaling!r:.40} is not supported; supported are {', '.join(_SCALINGS)}")
+    if scaling != "proportional" and parameters.get("partial_rotary_factor") not in (None, 1.0):
         share = parameters["partial_rotary_factor"]
         raise ValueError(
-            f"partial_rotary_factor {share!r:.40} is not supported with rope_type {kind!r}; only 1.0 (every channel) is"
+            f"partial_rotary_factor {share!r:.40} is not supported with rope_type {scaling!r}; only 1.0 (all) is"
         )
     if head_dim % 2:
         raise ValueError(f"head_dim {head_dim} given, expected an even number: channels are rotated in pairs")
     base = _Settings(parameters, np.empty(0), head_dim, max_positions)
-    theta = np.float64(base.number("rope_theta", above=1.0 if kind == "yarn" else 0.0))
+    theta = np.float64(base.number("rope_theta", above=1.0 if scaling == "yarn" else 0.0))
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    # A power in float64 rounds to what torch's float32 one gives; numpy's own float32 one differs in one of six.
-    with np.errstate(all="ignore"):  # what isn't finite is refused at the end
+    # A power in float64 rounds to torch's float32 power; numpy's float32 power differs for one of six exponents.
+    with np.errstate(all="ignore"):  # `_floats` refuses frequencies that aren't finite
         powers = np.power(theta, exponents.astype(np.float64)).astype(np.float32)
-        return _KINDS[kind](base._replace(powers=powers))
+        return _SCALINGS[scaling](base._replace(powers=powers))
 
 
 def reach(parameters: Any, max_positions: int) -> int:
-    """The longest row that the rotation is meant for: some configurations go on giving the length before scaling.
+    """The longest row that the rotation is made for: `max_positions` of some configurations is the one before scaling.
 
     >>> reach({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}, 32768)
     131072
     """
-    kind = parameters.get("rope_type") if isinstance(parameters, Mapping) else None
-    if kind not in ("dynamic", "yarn", "longrope"):
+    scaling = parameters.get("rope_type") if isinstance(parameters, Mapping) else None
+    if scaling not in ("dynamic", "yarn", "longrope"):
         return max_positions
     settings = _Settings(parameters, np.empty(0), 0, max_positions)
-    return max(max_positions, int(settings.factor * (max_positions if kind == "dynamic" else settings.context)))
+    return max(max_positions, int(settings.factor * (max_positions if scaling == "dynamic" else settings.context)))
 
 
 def _default(settings: _Settings) -> Rope:
@@ -117,12 +118,12 @@ def _default(settings: _Settings) -> Rope:
 
 
 def _linear(settings: _Settings) -> Rope:
-    """Positions are divided by `factor`."""
+    """Linear scaling: positions are divided by `factor`."""
     return Rope(_floats(1 / settings.powers / np.float32(settings.number("factor"))))
 
 
 def _proportional(settings: _Settings) -> Rope:
-    """Only the first share of the pairs turns."""
+    """Partial rotation: only the first pairs turn, a share of `partial_rotary_factor`."""
     share = settings.number("partial_rotary_factor", 1.0)
     turning = int(min(share, 1.0) * settings.head_dim // 2)
     frequencies = 1 / settings.powers / np.float32(settings.number("factor", 1.0))
@@ -130,10 +131,10 @@ def _proportional(settings: _Settings) -> Rope:
 
 
 def _dynamic(settings: _Settings) -> Rope:
-    """NTK: beyond the model's length the base grows, so that the slowest pair turns no further than it was trained to.
+    """Dynamic NTK: beyond the model's length the base grows, so that the slowest pair turns no further than trained.
 
-    In one call all rows have the frequencies of the longest one, as in transformers; a cache's keys keep those with
-    which they were written.
+    All rows of a call have the frequencies of the longest row, as in transformers; the keys in a cache keep the
+    frequencies that they were written with.
     """
     if settings.head_dim < 4:
         raise ValueError(f"head_dim {settings.head_dim} given, expected 4 or more with rope_type 'dynamic'")
@@ -146,9 +147,9 @@ def _dynamic(settings: _Settings) -> Rope:
 
 
 def _yarn(settings: _Settings) -> Rope:
-    """YaRN (Peng et al. 2023, arXiv 2309.00071): slow pairs are interpolated, fast ones kept, a ramp between.
+    """YaRN (Peng et al. 2023, arXiv 2309.00071): slow pairs are interpolated, fast pairs aren't, with a ramp between.
 
-    The ramp goes from the pair that makes `beta_fast` turns within the original context to that of `beta_slow`.
+    The ramp goes from the pair that makes `beta_fast` turns in the original context to the pair of `beta_slow` turns.
     """
     factor, d = settings.factor, settings.head_dim
 
@@ -162,13 +163,14 @@ def _yarn(settings: _Settings) -> Rope:
     fast, slow = max(fast, 0), min(slow, d - 1)
     slow = slow + 0.001 if fast == slow else slow
     ramp = np.clip((np.arange(d // 2, dtype=np.float32) - np.float32(fast)) / np.float32(slow - fast), 0, 1)
-    kept = 1 - ramp
+    unscaled = 1 - ramp
     interpolated = 1 / (np.float32(factor) * settings.powers)
-    return Rope(_floats(interpolated * (1 - kept) + 1 / settings.powers * kept), _yarn_attention(settings, factor))
+    frequencies = interpolated * (1 - unscaled) + 1 / settings.powers * unscaled
+    return Rope(_floats(frequencies), _yarn_attention(settings, factor))
 
 
 def _yarn_attention(settings: _Settings, factor: float) -> float:
-    """0.1 ln(factor) + 1, or what the configuration says instead: by itself or as the ratio of two such."""
+    """0.1 ln(factor) + 1, unless the configuration has another value, or the weights of a ratio of two such values."""
 
     def scale(weight: float) -> float:
         return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
@@ -181,9 +183,9 @@ def _yarn_attention(settings: _Settings, factor: float) -> float:
 
 
 def _longrope(settings: _Settings) -> Rope:
-    """LongRoPE (Ding et al. 2024, arXiv 2402.13753): a divisor for each pair, others beyond the original context.
+    """LongRoPE (Ding et al. 2024, arXiv 2402.13753): a divisor for each pair, and another beyond the original context.
 
-    All rows of a call have the frequencies of the longest one, as in transformers.
+    All rows of a call have the frequencies of the longest row, as in transformers.
     """
     short, long = (
         _floats(1 / (_divisors(settings, name) * settings.powers)) for name in ("short_factor", "long_factor")
@@ -207,7 +209,7 @@ def _divisors(settings: _Settings, name: str) -> np.ndarray:
 
 
 def _llama3(settings: _Settings) -> Rope:
-    """Llama 3.1: long wavelengths are slowed down by `factor`, short ones kept, a linear blend between."""
+    """Llama 3.1: long wavelengths are slowed down by `factor`, short ones aren't, with a linear blend between."""
     factor, context = np.float32(settings.number("factor")), settings.context
     low, high = settings.number("low_freq_factor"), settings.number("high_freq_factor")
     if high <= low:
@@ -216,13 +218,13 @@ def _llama3(settings: _Settings) -> Rope:
         )
     frequencies = 1 / settings.powers
     wavelength = np.float32(2 * math.pi) / frequencies
-    kept = (np.float32(context) / wavelength - np.float32(low)) / np.float32(high - low)
-    blend = (1 - kept) * frequencies / factor + kept * frequencies
+    unscaled = (np.float32(context) / wavelength - np.float32(low)) / np.float32(high - low)
+    blend = (1 - unscaled) * frequencies / factor + unscaled * frequencies
     slowed = np.where(wavelength > context / low, frequencies / factor, blend)
     return Rope(_floats(np.where(wavelength < context / high, frequencies, slowed)))
 
 
-_KINDS: dict[str, Callable[[_Settings], Rope]] = {
+_SCALINGS: dict[str, Callable[[_Settings], Rope]] = {
     "default": _default,
     "linear": _linear,
     "dynamic": _dynamic,
@@ -235,19 +237,19 @@ _KINDS: dict[str, Callable[[_Settings], Rope]] = {
 
 def _floats(frequencies: np.ndarray) -> tuple[float, ...]:
     if not np.isfinite(frequencies).all():
-        raise ValueError("rope_parameters: these settings give frequencies that aren't finite")
+        raise ValueError("rope_parameters: with these settings frequencies aren't finite")
     return tuple(frequencies.astype(np.float32).tolist())
 
 
 def rotation(rope: Rope, positions: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """cos and sin of every position's angles, each `dtype[B, T, 1, d/2]`, from positions `int32[B, T]`."""
+    """Cosines and sines of the angles at positions int32[B, T], each dtype[B, T, 1, d/2]."""
     angles = positions[:, :, None, None].astype(jnp.float32) * _frequencies(rope, positions)
     cos, sin = ((turn(angles) * rope.attention_factor).astype(dtype) for turn in (jnp.cos, jnp.sin))
     return cos, sin
 
 
 def _frequencies(rope: Rope, positions: jax.Array) -> jax.Array:
-    """Frequencies for rows as long as the longest one."""
+    """The frequencies for the length of the longest row."""
     usual = jnp.asarray(rope.frequencies, jnp.float32)
     if not rope.long and not rope.growth:
         return usual
@@ -263,6 +265,6 @@ def _frequencies(rope: Rope, positions: jax.Array) -> jax.Array:
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Turn the pairs (x_i, x_{i+d/2}) of `x[B, T, N, d]` by their angle."""
+    """Rotate the pairs (x_i, x_{i+d/2}) of x, [B, T, N, d], by their angles."""
     first, second = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

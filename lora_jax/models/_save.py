@@ -1,4 +1,4 @@
-"""Models written as Hugging Face folders."""
+"""Writing models as Hugging Face folders."""
 
 import copy
 import os
@@ -33,23 +33,23 @@ def save(
     shard_bytes: int = 5 * 10**9,
     check: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write `params` as a Hugging Face folder: configuration, tokenizer, safetensors. It appears whole or not at all.
+    """Write `params` as a Hugging Face folder, completely or not at all: configuration, tokenizer, safetensors.
 
-    Where leaves are `Streamed`, tensors are made one at a time, and the shards are those of the model's own folder.
+    `Streamed` leaves are written one tensor at a time, into the same shards as in the model's own folder.
 
     Args:
-        folder: made, with its parents.
-        model: says what the weights are called; its folder's generation files and its tokenizer are copied.
-        params: a tree like `model.params` (merge an adapted one first), or like that of the `untied` model.
-        dtype: of the written weights; None keeps each leaf's.
-        overwrite: replace a folder that `save` has written, or the model's own; it stays until the new one is whole.
-        tokenizer: written instead of the model's own.
-        shard_bytes: above this size the weights are split into several files with an index.
-        check: called with the complete new folder before it takes its place; what it raises leaves all as it was.
+        folder: The folder, which is created with its parents.
+        model: The model, which has the names of the weights; its generation files and its tokenizer are copied.
+        params: A tree like `model.params` (merge an adapted one first), or like the `untied` model's.
+        dtype: The dtype of the written weights; None keeps each leaf's.
+        overwrite: Replace a folder that `save` has written, or the model's own; it stays until the new one is complete.
+        tokenizer: Written instead of the model's own.
+        shard_bytes: The largest size of a file; more weights are divided into several files with an index.
+        check: Called with the complete new folder before it is moved into place; if it raises, nothing changes.
 
     Raises:
-        FileExistsError: the folder holds something, and `overwrite` is False; or it holds what `save` hasn't written.
-        ValueError: `params` has other leaves or shapes than `model.params`, or a value in it isn't finite.
+        FileExistsError: The folder isn't empty and `overwrite` is False, or it has files that `save` hasn't written.
+        ValueError: `params` has other leaves or shapes than `model.params`, or a value isn't finite.
     """
     folder = Path(folder)
     leaves = flatten(dict(params))
@@ -76,17 +76,17 @@ def save(
 
 
 def check_free(folder: str | os.PathLike[str], *, overwrite: bool) -> None:
-    """Refuses a folder that `save` can't write to, before anything is computed for it.
+    """Refuse a folder that `save` can't write to, before anything is computed for it.
 
     Raises:
-        FileExistsError: as `save`, of another model than the folder's own.
+        FileExistsError: As `save`, for a model of another folder.
     """
     folder = Path(folder)
     _disk.check_free(folder, overwrite=overwrite, what=WRITTEN, ours=_shards.ours(folder, None))
 
 
 def _layout(model: Model, leaves: Mapping[str, Any]) -> dict[str, Path] | None:
-    """Which file of the model's folder holds each tensor, in the files' order; None where no leaf is streamed."""
+    """The file of each tensor in the model's folder, in the files' order; None if no leaf is streamed."""
     if model.folder is None or not any(isinstance(leaf, Streamed) for leaf in leaves.values()):
         return None
     files = TensorFiles(model.folder)
@@ -96,7 +96,7 @@ def _layout(model: Model, leaves: Mapping[str, Any]) -> dict[str, Path] | None:
     written_as = {name.removeprefix(cut): name for name in names}
     layout = {written_as[name]: stored.file for name, stored in files.tensors.items() if name in written_as}
     last = next(reversed(layout.values()))
-    return layout | {name: last for name in names if name not in layout}  # a new head's
+    return layout | {name: last for name in names if name not in layout}  # the tensors of a new head
 
 
 def _check_leaves(leaves: Mapping[str, Any], expected: Mapping[str, Any]) -> None:

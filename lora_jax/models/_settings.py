@@ -1,6 +1,6 @@
-"""What `config.json` may say: each setting that shapes a model, checked before anything is made of it.
+"""Reading `config.json`, and checking the range of each setting that determines sizes before it is used.
 
-transformers makes lists as long as the numbers in a configuration, and takes numbers that no model has: a billion
+transformers creates lists as long as the numbers in a configuration, and accepts numbers that no model has: a billion
 layers would take gigabytes before the first error. Here every such field has a range, and errors name file and field.
 """
 
@@ -15,13 +15,13 @@ import numpy as np
 from lora_jax._untrusted import git_lfs_pointer, not_a_file, read_json
 
 CONFIG = "config.json"
-MOST_BYTES = 4 * 2**20  # of config.json: the largest that are known have names for 20,000 labels, in 1 MB
+MOST_BYTES = 4 * 2**20  # size of config.json: the largest known ones have names of 20,000 labels, in 1 MB
 MOST_SETTINGS = 1000
 MOST_PARAMETERS = 10**15
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 _INT32 = 2**31 - 1
-# Whole numbers: the least and the most. What may be null is for transformers to say.
+# Whole numbers: the least and the most. transformers checks whether null is allowed.
 _WHOLE = {
     **dict.fromkeys(("vocab_size", "max_position_embeddings", "n_positions", "sliding_window"), (1, _INT32)),
     **dict.fromkeys(("hidden_size", "n_embd", "type_vocab_size"), (1, 2**20)),
@@ -33,7 +33,7 @@ _WHOLE = {
     "max_window_layers": (0, _INT32),
     "pad_token_id": (-1, _INT32),
 }
-# Numbers: above the first, or equal to it where the flag says so, and at most the last.
+# Numbers: the lower bound, whether the bound itself is allowed, and the upper bound.
 _REAL = {
     **dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"), (0, True, 1e3)),
     "initializer_range": (0, True, 1e3),
@@ -49,19 +49,19 @@ _ROPE = {
     **dict.fromkeys(("mscale", "mscale_all_dim"), (0, True, 1e30)),
     "partial_rotary_factor": (0, True, 1),
 }
-_ALWAYS = {"num_labels", "head_dim"}  # looked for in every configuration
+_ALWAYS = {"num_labels", "head_dim"}  # checked in every configuration
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The folder's `config.json`, whose settings are in range.
+    """Read the folder's `config.json`, without checking its settings.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is no file, too large, no JSON object, or a setting is none, by name.
+        FileNotFoundError: There is none.
+        ValueError: It isn't a regular file, is too large, or isn't a JSON object.
     """
     path = folder / CONFIG
     if not path.exists():
-        raise FileNotFoundError(f"{folder}: no {CONFIG} in it, so it isn't a Hugging Face model's folder")
+        raise FileNotFoundError(f"{folder}: has no {CONFIG}, so it isn't the folder of a Hugging Face model")
     if what := not_a_file(path) or git_lfs_pointer(path):
         raise ValueError(f"{path}: {what}; expected a model's configuration")
     values = read_json(path, MOST_BYTES)
@@ -71,7 +71,7 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def check(values: Mapping[str, Any], config_class: type) -> None:
-    """Refuses the first setting that no model of ours can have.
+    """Refuse the first setting that is out of its range.
 
     >>> check({"num_labels": 10**9}, object)
     Traceback (most recent call last):
@@ -96,13 +96,13 @@ def check(values: Mapping[str, Any], config_class: type) -> None:
         if values.get(name) not in (None, "auto"):
             check_dtype(values[name], name)
     if values.get("per_layer_config"):
-        raise ValueError("per_layer_config is not supported; only models whose layers are alike are")
+        raise ValueError("per_layer_config is not supported; only models with equal layers are")
     if len(values) > MOST_SETTINGS:
-        raise ValueError(f"{len(values):,} settings, expected at most {MOST_SETTINGS:,} of a model")
-    # transformers sets an attribute for every key, whatever it is called.
+        raise ValueError(f"{len(values):,} settings given, expected at most {MOST_SETTINGS:,}")
+    # transformers sets an attribute for every key, whatever its name.
     methods = [name for name in values if callable(getattr(config_class, name, None))]
     if methods:
-        raise ValueError(f"{shown(methods[0])} is no setting: it is a method's name")
+        raise ValueError(f"{shown(methods[0])} is the name of a method, expected the name of a setting")
 
 
 def _check_numbers(values: Mapping[str, Any], ranges: Mapping[str, tuple[float, bool, float]], where: str = "") -> None:
@@ -114,31 +114,31 @@ def _check_numbers(values: Mapping[str, Any], ranges: Mapping[str, tuple[float, 
 
 
 def _check_rope(name: str, value: Any) -> None:
-    """The numbers of a rotation, or of one for each kind of layer."""
+    """Check the numbers of a rotation, or of a rotation for each type of layer."""
     if value is None:
         return
     if not isinstance(value, dict):
         raise ValueError(f"{name}: {shown(value)} given, expected an object with rope_type and its settings")
     _check_numbers(value, _ROPE, f"{name}.")
-    for kind in ("full_attention", "sliding_attention"):
-        _check_rope(f"{name}.{kind}", value.get(kind))
+    for layer_type in ("full_attention", "sliding_attention"):
+        _check_rope(f"{name}.{layer_type}", value.get(layer_type))
 
 
 def check_dtype(value: Any, name: str) -> None:
-    """Refuses what is no dtype of weights.
+    """Refuse a value that isn't the name of a dtype of weights.
 
     Raises:
-        ValueError: it isn't one of `DTYPES`, as a string.
+        ValueError: It isn't one of `DTYPES`, as a string.
     """
     if not isinstance(value, str) or value.removeprefix("torch.") not in DTYPES:
         raise ValueError(f"{name}: {shown(value)} given, expected one of {', '.join(DTYPES)}")
 
 
 def param_dtype(config: Any, dtype: Any) -> np.dtype:
-    """The dtype that was asked for, or the configuration's.
+    """The given dtype, or the configuration's if it is None.
 
     Raises:
-        ValueError: it is none.
+        ValueError: It isn't a dtype of weights.
     """
     named = dtype if dtype is not None else getattr(config, "dtype", None)
     named = "float32" if named is None or str(named) == "auto" else named
@@ -151,14 +151,16 @@ def param_dtype(config: Any, dtype: Any) -> np.dtype:
 
 
 def check_size(leaves: Mapping[str, Any]) -> None:
-    """Refuses a model that no machine could hold, whose numbers can't be what was meant."""
+    """Refuse a model that is too large for any machine: its settings must be wrong."""
     if (total := sum(math.prod(leaf.shape) for leaf in leaves.values())) > MOST_PARAMETERS:
         path, leaf = max(leaves.items(), key=lambda item: math.prod(item[1].shape))
-        raise ValueError(f"these settings make a model of {total:.2g} parameters: {path} would have shape {leaf.shape}")
+        raise ValueError(
+            f"these settings describe a model of {total:.2g} parameters: {path} would have shape {leaf.shape}"
+        )
 
 
 def check_ratios(**counts: int) -> None:
-    """Refuses a pair of counts of which the second doesn't divide the first.
+    """Refuse two counts if the second doesn't divide the first.
 
     >>> check_ratios(num_attention_heads=4, num_key_value_heads=3)
     Traceback (most recent call last):
@@ -176,7 +178,7 @@ def _in_range(value: Any, least: float, equal: bool, most: float) -> bool:
 
 
 def shown(value: Any, most: int = 60) -> str:
-    """A value in a message: as Python writes it, cut where it is long; of a large container only the kind."""
+    """Format a value for a message: as Python does, but cut if it is long; for a large container only its type."""
     if isinstance(value, dict | list) and len(value) > most:
         return f"{type(value).__name__} of {len(value)}"
     if isinstance(value, int) and abs(value) > 10**most:
@@ -186,6 +188,6 @@ def shown(value: Any, most: int = 60) -> str:
 
 
 def one_line(error: Exception, most: int = 160) -> str:
-    """An error of somebody else's in one line, cut where it is long."""
+    """Format another package's error in one line, cut if it is long."""
     text = " ".join(str(error)[: 4 * most].split())
     return text if len(text) <= most else text[: most - 3] + "..."

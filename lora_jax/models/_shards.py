@@ -1,4 +1,4 @@
-"""A tree's leaves written as safetensors files, one tensor at a time."""
+"""Writing the leaves of a tree as safetensors files, one tensor at a time."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,12 +15,12 @@ from lora_jax.models._files import DTYPES, INDEX, SINGLE
 from lora_jax.models._weights import Streamed, cast, entries
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-FILES = "lora_jax_files"  # of the weights' metadata: what else was written with them
-BLOCK = 2**22  # numbers looked at together
+FILES = "lora_jax_files"  # the key of the weights' metadata with the names of all files written with them
+BLOCK = 2**22  # numbers checked at once
 
 
 class Entry(NamedTuple):
-    """A tensor to write: its name and shape in the file, and the leaf and the index that it comes from."""
+    """A tensor to write: its name and shape in the file, and the leaf and the stack index that it comes from."""
 
     name: str
     shape: tuple[int, ...]
@@ -30,6 +30,7 @@ class Entry(NamedTuple):
 
     @property
     def size(self) -> int:
+        """Bytes of the tensor."""
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
 
@@ -42,19 +43,19 @@ def write(
     shard_bytes: int = 5 * 10**9,
     layout: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write every leaf's tensors to `folder`, in one file, or in several with an index.
+    """Write the tensors of every leaf to `folder`, in one file, or in several with an index.
 
     Args:
-        folder: is there.
+        folder: The folder, which must exist.
         leaves: path -> array or `Streamed`.
-        weights: path -> what the leaf is called in the files.
-        dtype: of the tensors; None keeps each leaf's.
-        shard_bytes: above this size the tensors are split into several files.
-        layout: name -> anything that says which tensors stand in one file; instead of `shard_bytes`. Files and tensors
-            are written in its order.
+        weights: path -> name in the files.
+        dtype: The dtype of the tensors; None keeps each leaf's.
+        shard_bytes: The largest size of a file; more tensors are divided into several files.
+        layout: name -> any key: tensors with equal keys are written to one file, and `shard_bytes` isn't used. Files
+            and tensors are in the order of `layout`.
 
     Raises:
-        ValueError: a dtype that can't be written, a value that is beyond it, or one that isn't finite.
+        ValueError: The dtype can't be written, or a value is beyond it or isn't finite.
     """
     planned = list(_entries(leaves, weights, dtype))
     shards = _by_size(planned, shard_bytes) if layout is None else _by_layout(planned, layout)
@@ -73,7 +74,7 @@ def _entries(leaves, weights, dtype) -> Iterable[Entry]:
     for path, leaf in leaves.items():
         out = np.dtype(dtype or leaf.dtype)
         if out not in NAMES:
-            raise ValueError(f"{path}: {out} can't be written; expected one of {', '.join(map(str, NAMES))}")
+            raise ValueError(f"{path}: dtype {out} can't be written, expected one of {', '.join(map(str, NAMES))}")
         for index, name, shape in entries(weights[path], leaf.shape):
             yield Entry(name, shape, out, path, index)
 
@@ -99,7 +100,7 @@ def _by_layout(planned: Sequence[Entry], layout: Mapping[str, Any]) -> list[list
 
 
 def _write_file(path, shard, leaves, weights, metadata):
-    """Eight bytes of header length, a JSON header, then the tensors: safetensors' own writer wants them all at once."""
+    """Write eight bytes of header length, a JSON header, and the tensors: safetensors' writer needs all in memory."""
     header: dict[str, Any] = {"__metadata__": metadata}
     offset = 0
     for entry in shard:
@@ -111,15 +112,15 @@ def _write_file(path, shard, leaves, weights, metadata):
     with path.open("wb") as file:
         file.write(len(encoded).to_bytes(8, "little"))
         file.write(encoded)
-        held_path, held = None, np.empty(0)
+        current_path, current = None, np.empty(0)
         for entry in shard:
             leaf = leaves[entry.path]
             if isinstance(leaf, Streamed):
                 tensor = leaf.read(entry.index)
             else:
-                if entry.path != held_path:
-                    held_path, held = entry.path, np.asarray(leaf)  # from a device: a leaf at a time
-                tensor = held[entry.index]
+                if entry.path != current_path:
+                    current_path, current = entry.path, np.asarray(leaf)  # from a device, one leaf at a time
+                tensor = current[entry.index]
             tensor = np.swapaxes(tensor, -1, -2) if weights[entry.path].transpose else tensor
             tensor = np.ascontiguousarray(cast(tensor, entry.dtype, entry.name))
             _check_finite(tensor, entry)
@@ -127,26 +128,27 @@ def _write_file(path, shard, leaves, weights, metadata):
 
 
 def _check_finite(tensor: np.ndarray, entry: Entry) -> None:
-    """Raises ValueError where a value isn't finite; no more than a block of the tensor is copied for that."""
+    """Raise ValueError if a value isn't finite; needs memory for one block only."""
     flat = tensor.reshape(-1)
     for start in range(0, flat.size, BLOCK):
         if not np.all(np.isfinite(flat[start : start + BLOCK])):
             where = f"{entry.path}{list(entry.index) or ''}"
             raise ValueError(
-                f"{where}: {entry.name} has values that aren't finite, so it isn't written; look for them in the "
-                "adapter and in the model"
+                f"{where}: {entry.name} has values that aren't finite, so it isn't written; check the adapter and "
+                "the model for nan and inf"
             )
 
 
 def ours(folder: Path, source: Path | None) -> Callable[[Path], bool]:
-    """Says of a path in `folder` whether `write` and those who called it made it: the weights' metadata has the names.
+    """A predicate for paths in `folder`: whether they were written with weights by `write`, whose metadata names them.
 
-    In the model's own folder, `source`, it is also what the new folder has anew: configuration, weights, tokenizer.
+    In the model's own folder, `source`, it is also true for the files that the new folder will have: configuration,
+    weights, tokenizer.
     """
     names = _written(folder)
     if source is not None and folder.resolve() == source.resolve():
-        again = [*_folder.text_files(folder), *folder.glob("*.safetensors"), folder / INDEX, folder / _folder.CONFIG]
-        names |= {path.name for path in again}
+        replaced = [*_folder.text_files(folder), *folder.glob("*.safetensors"), folder / INDEX, folder / _folder.CONFIG]
+        names |= {path.name for path in replaced}
     return lambda path: path.name in names and path.is_file()
 
 

@@ -1,4 +1,4 @@
-"""A model's tokenizer: its folder's, or the one that lies in an adapter's, whose training may have added tokens."""
+"""A model's tokenizer: from its folder, or from the folder of an adapter, whose training may have added tokens."""
 
 import shutil
 from pathlib import Path
@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 from lora_jax._untrusted import git_lfs_pointer, not_a_file
 from lora_jax.models._settings import one_line
 
-# Each of the first makes a tokenizer, the others only describe one. An adapter's labels.json is neither.
+# Each of the first is enough for a tokenizer, the others only describe one. An adapter's labels.json is neither.
 VOCABULARIES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -20,27 +20,27 @@ VOCABULARIES = (
 )
 DESCRIPTIONS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
 TEMPLATE = "chat_template.jinja"
-MOST_BYTES = 2**20  # of a template
+MOST_BYTES = 2**20  # size of a template
 
 
 def beside(folder: Path) -> str:
-    """What a folder has to say of text: a `"tokenizer"`, a `"chat template"` alone, or nothing."""
+    """The part of a tokenizer that is in a folder: `"tokenizer"`, `"chat template"` only, or an empty string."""
     if any((folder / name).exists() for name in VOCABULARIES):
         return "tokenizer"
     return "chat template" if (folder / TEMPLATE).exists() else ""
 
 
 def load(folder: Path | None, adapter: Path | None, config: Any) -> Any:
-    """The adapter's tokenizer where its folder holds one; else the model's, with the adapter's chat template if any.
+    """Load the adapter's tokenizer if its folder has one; else the model's, with the adapter's chat template if any.
 
     Raises:
-        ValueError: there is none that can be used.
+        ValueError: There is none, or it can't be loaded.
     """
     own = "" if adapter is None else beside(adapter)
     if adapter is not None and own == "tokenizer":
-        return _read(adapter, config=config)  # says what it is for: an adapter's folder has no config.json
+        return _read(adapter, config=config)  # the config names the type: an adapter's folder has no config.json
     if folder is None:
-        raise ValueError("this model was made by models.init and has no tokenizer")
+        raise ValueError("tokenizer: a model from models.init has none; load the model from a folder")
     tokenizer = _read(folder)
     if adapter is not None and own:
         _check(adapter / TEMPLATE)
@@ -56,12 +56,12 @@ def _read(folder: Path, **keywords: Any) -> Any:
         _check(folder / name)
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **keywords)
-    except Exception as error:  # transformers raises whatever the tokenizer's kind raises
+    except Exception as error:  # each type of tokenizer raises other types
         raise ValueError(f"{folder}: no usable tokenizer: {one_line(error, 300)}") from error
 
 
 def _check(path: Path) -> None:
-    """Refuses what transformers would wait for, or call damaged."""
+    """Refuse files on which transformers would block, or which it would report as damaged."""
     if not path.exists():
         return
     if what := not_a_file(path) or git_lfs_pointer(path):
@@ -71,7 +71,7 @@ def _check(path: Path) -> None:
 
 
 def copy(adapter: Path, target: Path) -> None:
-    """Puts the adapter's tokenizer, or its template alone, in the place of what another folder holds of that kind."""
+    """Replace the tokenizer in another folder with the adapter's, or only the chat template."""
     own = beside(adapter)
     names = {"tokenizer": (*VOCABULARIES, *DESCRIPTIONS, TEMPLATE), "chat template": (TEMPLATE,), "": ()}[own]
     for name in names:

@@ -1,4 +1,4 @@
-"""A model whose output head no longer shares the embedding's weight."""
+"""Untying a model: giving its output head a weight of its own."""
 
 import copy
 from dataclasses import replace
@@ -13,13 +13,13 @@ from lora_jax.models._model import Model
 
 
 def untied(model: Model) -> Model:
-    """The same model with an output head of its own, where it shares the embedding: a transposed copy, to begin with.
+    """The same model with an output head of its own instead of the shared embedding: a transposed copy of it.
 
-    `apply` is the same function: it uses the head where its parameters have one. `lora_jax.peft.load` makes such
-    parameters of an adapter that changed one use only.
+    `apply` is the same function: it uses the head if its parameters have one. `lora_jax.peft.load` returns such
+    parameters for an adapter that changes only one of the two.
 
     Raises:
-        ValueError: the model has no head that shares the embedding, or folders of its kind can't hold another.
+        ValueError: The model has no head that shares the embedding, or its folders can't have a separate head.
 
     >>> from transformers import LlamaConfig
     >>> config = LlamaConfig(vocab_size=32, hidden_size=8, intermediate_size=16, num_hidden_layers=1,
@@ -38,7 +38,7 @@ def untied(model: Model) -> Model:
     names, leaves = family.names(config), flatten(model.params)
     for path, embedding in heads.items():
         if path not in names:
-            raise ValueError(f"{path}: folders of {family.architecture} aren't written with a head of its own")
+            raise ValueError(f"{path}: folders of {family.architecture} can't have a separate head")
         leaves[path] = _transposed(leaves[embedding])
     return replace(model, config=config, params=unflatten(leaves), names=names)
 

@@ -1,4 +1,4 @@
-"""Weights of Hugging Face's safetensors files as a tree of stacked leaves, one tensor at a time."""
+"""Reading the weights of safetensors files as stacked leaves, one tensor at a time."""
 
 import math
 import re
@@ -13,23 +13,24 @@ import numpy as np
 from lora_jax.models._family import Weight
 from lora_jax.models._files import DTYPES, TensorFiles
 
-MOST_SHOWN = 8  # of the mismatches in one error
+MOST_SHOWN = 8  # mismatches in one message
 LONGEST_NAME = 100
-MOST_MISSING = 10_000  # tensors whose names are looked for, however few there are
-ALIGNMENT = 64  # bytes; jax takes an array that begins at a multiple of it as it is, and copies others
+MOST_MISSING = 10_000  # tensors that a configuration may describe beyond twice the number in the files
+ALIGNMENT = 64  # bytes; jax uses an array that begins at a multiple of it without a copy
 
 
 @dataclass(frozen=True, eq=False)
 class Streamed:
-    """A leaf that isn't held in memory: `read(index)` makes what stands at one index of its stack axes.
+    """A leaf that isn't in memory: `read(index)` returns the array at one index of its stack axes.
 
-    `models.load_streamed` gives trees of these, `models.save` writes them one tensor at a time, and `np.asarray` holds
-    one whole. A leaf that is computed from another is a `Streamed` with another `read`.
+    `models.load_streamed` returns trees of these, `models.save` writes them one tensor at a time, and `np.asarray`
+    materialises one. A leaf that is computed from another is a `Streamed` with another `read`.
 
     Attributes:
-        shape: of the whole leaf.
-        dtype: of the leaf; what `read` gives may be wider, and is rounded when the leaf is written or held.
-        stack: how many axes, the first ones, are stacked: an index is a tuple of so many numbers.
+        shape: The shape of the whole leaf.
+        dtype: The dtype of the leaf; arrays of `read` may be wider, and are rounded when the leaf is written or
+            materialised.
+        stack: The number of stack axes, which are the first axes and the length of an index.
         read: index -> the array at that index.
 
     >>> layers = Streamed((2, 3), np.dtype(np.float32), 1, lambda index: np.full(3, index[0], np.float32))
@@ -47,28 +48,29 @@ class Streamed:
 
     @property
     def T(self) -> "Streamed":
-        """The transpose of a leaf without stack axes, as arrays have it."""
+        """The transpose of a leaf without stack axes, as for arrays."""
         if self.stack:
             raise ValueError(f"a leaf with {self.stack} stack axes has no transpose")
         return replace(self, shape=self.shape[::-1], read=lambda index: self.read(index).T)
 
     def indices(self) -> Iterator[tuple[int, ...]]:
+        """All indices of the stack axes."""
         return np.ndindex(*self.shape[: self.stack])
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        held = _aligned(self.shape, np.dtype(dtype or self.dtype))
+        array = _aligned(self.shape, np.dtype(dtype or self.dtype))
         for index in self.indices():
-            held[index] = cast(self.read(index), held.dtype, "a leaf")
-        return held
+            array[index] = cast(self.read(index), array.dtype, "a leaf")
+        return array
 
 
-def hold(leaf: Streamed) -> jax.Array:
-    """The leaf as an array. On a CPU it is the memory that was read into: no second copy is made."""
+def materialize(leaf: Streamed) -> jax.Array:
+    """Read the leaf into an array; on a CPU the array uses the memory that was read into, without a second copy."""
     return jax.device_put(np.asarray(leaf), may_alias=True)
 
 
 def entries(weight: Weight, shape: Sequence[int]) -> Iterator[tuple[tuple[int, ...], str, tuple[int, ...]]]:
-    """A leaf's tensors in the file: stack index, name and shape there.
+    """The tensors of a leaf in the file: stack index, name and shape there.
 
     >>> list(entries(Weight("layers.{}.up.weight", transpose=True), (2, 3, 5)))
     [((0,), 'layers.0.up.weight', (5, 3)), ((1,), 'layers.1.up.weight', (5, 3))]
@@ -91,22 +93,22 @@ def stream(
     copies: Mapping[str, str] | None = None,
     prefix: str = "",
 ) -> dict[str, Streamed]:
-    """Every leaf in the folder's files, checked against them and not yet read.
+    """The leaves in the folder's files, checked against the expected ones and not yet read.
 
     Args:
-        folder: holds `model.safetensors`, or shards and `model.safetensors.index.json`.
+        folder: A folder with `model.safetensors`, or with shards and `model.safetensors.index.json`.
         leaves: path -> anything with a shape, one for each leaf of the tree.
-        weights: path -> where it is in the files.
-        dtype: of the leaves; None keeps each tensor's own.
-        ignored: regular expressions of tensor names that may be there and are not weights.
-        copies: tensors that may be there as copies of another (a tied head), or in its place: name -> the other's name.
-        prefix: of the names in `weights`, which the files of a bare model lack.
+        weights: path -> place in the files.
+        dtype: The dtype of the leaves; None keeps each tensor's own.
+        ignored: Regular expressions of the names of tensors that may be in the files and aren't weights.
+        copies: Tensors that may be in the files as copies of another (a tied head), or in its place: name -> the other.
+        prefix: The prefix of the names in `weights`, which the files of a bare model lack.
 
     Returns:
-        path -> the leaf.
+        Path -> the leaf.
 
     Raises:
-        ValueError: missing, unexpected and misshapen tensors, all of them in one line.
+        ValueError: Tensors are missing, unexpected or of another shape; one line names them.
     """
     files = TensorFiles(folder)
     cut = missing_prefix(files, prefix)
@@ -125,28 +127,28 @@ def stream(
         if copy in files.tensors and not np.array_equal(files.read(copy), files.read(original)):
             raise ValueError(
                 f"{folder}: {copy} differs from {original}, but config.json ties them: set tie_word_embeddings "
-                "to false there if the head was trained on its own"
+                "to false there if the head was trained separately"
             )
     return {path: _streamed(files, weights[path], leaf.shape, dtype) for path, leaf in leaves.items()}
 
 
 def _check_count(files: TensorFiles, leaves: Mapping[str, Any], weights: Mapping[str, Weight]) -> None:
-    """Refuses more layers and experts than the files can hold, before each one's name is looked for.
+    """Refuse a configuration of far more layers and experts than the files have, before their names are made.
 
     Raises:
-        ValueError: there are by far fewer tensors.
+        ValueError: The files have far fewer tensors.
     """
     counts = {path: math.prod(leaf.shape[: weights[path].name.count("{}")]) for path, leaf in leaves.items()}
     if (total := sum(counts.values())) > MOST_MISSING + 2 * len(files.tensors):
         path = max(counts, key=lambda path: counts[path])
         raise ValueError(
-            f"{files.folder}: the weights don't fit config.json: that describes {total:,} tensors ({counts[path]:,} of "
-            f"{weights[path].name}), the files hold {len(files.tensors):,}"
+            f"{files.folder}: the weights don't fit config.json: it describes {total:,} tensors ({counts[path]:,} of "
+            f"{weights[path].name}), the files have {len(files.tensors):,}"
         )
 
 
 def missing_prefix(files: TensorFiles, prefix: str) -> str:
-    """The prefix, where the files lack it: where they are of the bare model, its base class in transformers."""
+    """The prefix if the files lack it, as files of the bare model (its base class in transformers) do; else empty."""
     return "" if any(name.startswith(prefix) for name in files.tensors) else prefix
 
 
@@ -178,7 +180,7 @@ def _streamed(files: TensorFiles, weight: Weight, shape: Sequence[int], dtype: A
 
 
 def _common(stored: Collection[str]) -> np.dtype:
-    """The dtype that holds a stack's layers as they are, which may differ: float16 and bfloat16 need float32.
+    """The dtype that all layers of a stack fit into without rounding: float16 and bfloat16 need float32.
 
     >>> _common({"BF16"}).name, _common({"BF16", "F16"}).name, _common({"F16", "F64"}).name
     ('bfloat16', 'float32', 'float64')
@@ -196,13 +198,13 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def cast(tensor: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
-    """The tensor in another dtype.
+    """Convert a tensor to another dtype.
 
     Raises:
-        ValueError: a finite value became infinite.
+        ValueError: A finite value is beyond the dtype's range.
     """
     with np.errstate(over="ignore"):
         out = tensor.astype(dtype, copy=False)
     if dtype != tensor.dtype and not np.array_equal(np.isfinite(out), np.isfinite(tensor)):
-        raise ValueError(f"{name}: a weight is beyond {dtype}'s range; choose bfloat16 or float32")
+        raise ValueError(f"{name}: a weight is beyond the range of {dtype}; choose bfloat16 or float32")
     return out

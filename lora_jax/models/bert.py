@@ -1,6 +1,6 @@
 """BERT (Devlin et al. 2018) and RoBERTa (Liu et al. 2019): encoders with a head for tokens, for texts, or none.
 
-RoBERTa is BERT whose positions count real tokens from the padding's id on, and whose heads have other names.
+RoBERTa is BERT with positions that count real tokens and begin after the padding's id, and with other names of heads.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from lora_jax.models._settings import check_ratios
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderSpec:
-    """Sizes and settings of a BERT or RoBERTa."""
+    """The sizes and settings of a BERT or RoBERTa model."""
 
     vocab_size: int
     hidden_size: int
@@ -32,7 +32,7 @@ class EncoderSpec:
     num_heads: int
     activation: str
     norm_eps: float
-    first_position: int | None  # RoBERTa: of a row's first real token; None: positions count padding too, from 0
+    first_position: int | None  # RoBERTa: the position of the first real token; None: positions count all tokens from 0
     head: str  # "none", "masked_lm" or "classification"
     num_labels: int
     init_std: float
@@ -42,19 +42,19 @@ def spec(config: Any, head: str) -> EncoderSpec:
     """The encoder that a `BertConfig` or `RobertaConfig` describes, with a head.
 
     Raises:
-      ValueError: a variant that isn't implemented, by name.
+        ValueError: The variant isn't implemented; the message names it.
     """
     for name in ("is_decoder", "add_cross_attention"):
         if getattr(config, name, False):
             raise ValueError(f"{name} is not supported; only encoders are")
     if head == "masked_lm" and not config.tie_word_embeddings:
-        raise ValueError("tie_word_embeddings false is not supported in an encoder; only a tied head is")
+        raise ValueError("tie_word_embeddings false is not supported for encoders; only a tied head is")
     check_activation(config.hidden_act)
     check_ratios(hidden_size=config.hidden_size, num_attention_heads=config.num_attention_heads)
     roberta, padding = config.model_type == "roberta", config.pad_token_id
     if roberta and (padding is None or not 0 <= padding < config.max_position_embeddings - 1):
         most = config.max_position_embeddings - 2
-        raise ValueError(f"pad_token_id: {padding} given, expected 0 to {most}: positions count on from it")
+        raise ValueError(f"pad_token_id: {padding} given, expected 0 to {most}: positions begin after it")
     return EncoderSpec(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
@@ -73,7 +73,7 @@ def spec(config: Any, head: str) -> EncoderSpec:
 
 
 class Embeddings(nn.Module):
-    """Words, positions and token types added up and normed."""
+    """The sum of the embeddings of words, positions and token types, normalised."""
 
     spec: EncoderSpec
     param_dtype: Any
@@ -107,7 +107,7 @@ class Embeddings(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Attention in both directions, up to but without the output projection."""
+    """Attention in both directions, without the output projection."""
 
     spec: EncoderSpec
     param_dtype: Any
@@ -130,7 +130,7 @@ class SelfAttention(nn.Module):
 
 
 class Output(nn.Module):
-    """Projects `y`, whose last axis is called `inner`, to the stream's width, adds it to `x` and norms the sum."""
+    """Projects `y`, whose last axis is named `inner`, to the width of `x`, adds it to `x` and normalises the sum."""
 
     spec: EncoderSpec
     param_dtype: Any
@@ -158,7 +158,7 @@ class Attention(nn.Module):
 
 
 class Intermediate(nn.Module):
-    """The MLP's first half."""
+    """The first half of the MLP."""
 
     spec: EncoderSpec
     param_dtype: Any
@@ -186,7 +186,7 @@ class Layer(nn.Module):
 
 
 class Pooler(nn.Module):
-    """tanh of a projection of the first token."""
+    """The tanh of a projection of the first token."""
 
     spec: EncoderSpec
     param_dtype: Any
@@ -209,7 +209,7 @@ class MaskedLMHead(nn.Module):
             self, "LayerNorm", ACTIVATIONS[self.activation](dense(self, "dense", spec.hidden_size, x, ("embed", "mlp")))
         )
         bias = self.param("bias", named(nn.initializers.zeros, "vocab"), (spec.vocab_size,), self.param_dtype)
-        # A tree may have a kernel of its own here: an adapter that changed one of the two has untied them.
+        # The tree may have a kernel of its own here, if an adapter that changes one of the two has untied them.
         if self.has_variable("params", "decoder"):
             logits = dense(self, "decoder", spec.vocab_size, x, ("embed", "vocab"), bias=False)
         else:
@@ -219,11 +219,11 @@ class MaskedLMHead(nn.Module):
     @property
     def activation(self) -> str:
         """The name of the activation between the two products."""
-        return "gelu" if self.spec.first_position is not None else self.spec.activation  # RoBERTa's is fixed
+        return "gelu" if self.spec.first_position is not None else self.spec.activation  # RoBERTa always uses gelu
 
 
 class ClassificationHead(nn.Module):
-    """RoBERTa's: tanh of a projection of the first token, then the labels."""
+    """RoBERTa's head: a projection of the tanh of a projection of the first token."""
 
     spec: EncoderSpec
     param_dtype: Any
@@ -235,9 +235,9 @@ class ClassificationHead(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Token ids to what the head gives, or to the last hidden states [B, T, D] where there is none.
+    """Token ids to the logits of the head, or to the last hidden states [B, T, D] without a head.
 
-    The head gives logits: [B, T, V] for tokens, [B, num_labels] for texts.
+    The logits are [B, T, V] for tokens, [B, num_labels] for texts.
     """
 
     spec: EncoderSpec
@@ -287,7 +287,7 @@ class Encoder(nn.Module):
 
 
 def weights(config: Any, head: str) -> dict[str, Weight]:
-    """Every leaf of the tree and its name in a Hugging Face file."""
+    """The leaves of the tree and their names in a Hugging Face file."""
     base = "" if head == "none" else f"{config.model_type}."
     table = {}
     for name in ("word", "position", "token_type"):
@@ -323,7 +323,7 @@ def weights(config: Any, head: str) -> dict[str, Weight]:
 
 
 def _copies(config: Any) -> dict[str, str]:
-    """A tied head's, which some files hold too."""
+    """The tensors of a tied head, which are in some files as copies."""
     of_head = "lm_head" if config.model_type == "roberta" else "cls.predictions"
     return {
         f"{of_head}.decoder.weight": f"{config.model_type}.embeddings.word_embeddings.weight",
@@ -332,12 +332,12 @@ def _copies(config: Any) -> dict[str, str]:
 
 
 def _positions(config: Any) -> int:
-    """RoBERTa counts from the padding's id on."""
+    """The most tokens of a row: RoBERTa's positions begin after the padding's id."""
     return config.max_position_embeddings - (config.pad_token_id + 1 if config.model_type == "roberta" else 0)
 
 
 def _family(config_class: Any, architecture: str, head: str) -> Family:
-    # Buffers of old files; and what files hold of a model that was trained with more heads than this one has.
+    # Buffers of old files, and tensors of further heads that the model was trained with.
     unused = [r"(.*\.)?embeddings\.position_ids"]
     unused += [r"cls\.seq_relationship\..*", r".*\.pooler\..*"] if head == "masked_lm" else []
     return Family(

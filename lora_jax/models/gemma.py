@@ -1,7 +1,7 @@
-"""Gemma 1, 2 and 3 (text): scaled embeddings and norms around 1; 2 and 3 norm a block's outputs too.
+"""Gemma 1, 2 and 3 (text): scaled embeddings and norms around 1; 2 and 3 also normalise the outputs of a block.
 
-Gemma 2 bounds its logits by a tanh and alternates between sliding and full layers; Gemma 3 norms queries and keys, and
-its sliding layers have rotary frequencies of their own.
+Gemma 2 bounds its logits by a tanh and alternates between sliding and full layers; Gemma 3 normalises queries and keys,
+and its sliding layers have rotary frequencies of their own.
 """
 
 from typing import Any
@@ -23,21 +23,21 @@ def gemma2(config: Any) -> DecoderSpec:
 
 def gemma3(config: Any) -> DecoderSpec:
     """The decoder that a `Gemma3TextConfig` describes."""
-    near, full = (rope(config, _of_kind(config, kind)) for kind in ("sliding_attention", "full_attention"))
+    near, full = (rope(config, _rope_parameters(config, name)) for name in ("sliding_attention", "full_attention"))
     return DecoderSpec(**_fields(config, full), **_later_fields(config), query_key_norm=True, sliding_rope=near)
 
 
-def _of_kind(config, kind):
-    """One kind of layer's parameters; transformers looks for YaRN's `truncate` beside the kinds, not in them."""
-    parameters = config.rope_parameters.get(kind)
+def _rope_parameters(config, layer_type):
+    """The parameters of one type of layer; transformers reads YaRN's `truncate` beside the types, not in them."""
+    parameters = config.rope_parameters.get(layer_type)
     return parameters and {**parameters, "truncate": config.rope_parameters.get("truncate", True)}
 
 
-def _fields(config, turning=None):
+def _fields(config, rotation=None):
     if getattr(config, "use_bidirectional_attention", None):
-        raise ValueError("use_bidirectional_attention is not supported; only causal Gemmas are")
+        raise ValueError("use_bidirectional_attention is not supported; only causal Gemma models are")
     bias = config.attention_bias
-    return common(config, turning) | {
+    return common(config, rotation) | {
         "unit_offset": True,
         "embedding_scale": config.hidden_size**0.5,
         "qkv_bias": bias,

@@ -1,6 +1,6 @@
 """GPT-2 (Radford et al. 2019): learned positions, LayerNorm, one fused kernel for queries, keys and values.
 
-Its files keep kernels as (in, out), so none is transposed.
+Its files store kernels as (in, out), so none is transposed.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from lora_jax.models._settings import check_ratios
 
 @dataclass(frozen=True, kw_only=True)
 class GPT2Spec:
-    """The sizes of a GPT-2."""
+    """The sizes and settings of a GPT-2 model."""
 
     vocab_size: int
     hidden_size: int
@@ -31,7 +31,7 @@ class GPT2Spec:
     num_heads: int
     activation: str
     norm_eps: float
-    scaled: bool  # attention's logits are divided by √head_dim
+    scaled: bool  # whether attention's logits are divided by √head_dim
     tied: bool
     init_std: float
 
@@ -40,7 +40,7 @@ def spec(config: Any) -> GPT2Spec:
     """The model that a `GPT2Config` describes.
 
     Raises:
-      ValueError: a variant that isn't implemented, by name.
+        ValueError: The variant isn't implemented; the message names it.
     """
     for name in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
         if getattr(config, name):
@@ -133,7 +133,7 @@ class Layer(nn.Module):
 
 
 class GPT2(nn.Module):
-    """Token ids to logits, called as the other decoders are. No position may be beyond the table of positions."""
+    """Token ids to logits, with the arguments of the other decoders. Positions must be in the table of positions."""
 
     spec: GPT2Spec
     dtype: Any = None
@@ -177,7 +177,7 @@ class GPT2(nn.Module):
         x, new = layers(spec, self.param_dtype, choice, layout, name="h")(x, past, context)
         x = _attention.put_back(order, x)
         x = layer_norm(self, "ln_f", x)
-        # A tree may have a head of its own all the same: an adapter that changed one of the two has untied them.
+        # The tree of a tied model may have a head of its own: an adapter that changes one of the two has untied them.
         tied = spec.tied and not self.has_variable("params", "lm_head")
         logits = (
             tokens.attend(x) if tied else dense(self, "lm_head", spec.vocab_size, x, ("embed", "vocab"), bias=False)
@@ -187,7 +187,7 @@ class GPT2(nn.Module):
 
 
 def weights(config: Any) -> dict[str, Weight]:
-    """Every leaf of the tree and its name in a Hugging Face file."""
+    """The leaves of the tree and their names in a Hugging Face file."""
     table = {
         "wte/embedding": Weight("transformer.wte.weight"),
         "wpe/embedding": Weight("transformer.wpe.weight"),
@@ -204,8 +204,10 @@ def weights(config: Any) -> dict[str, Weight]:
 
 
 def init_cache(config: Any, batch: int, length: int, dtype: Any) -> _attention.Cache:
-    of = spec(config)
-    return _attention.init_cache(of.num_layers, batch, length, of.num_heads, of.hidden_size // of.num_heads, dtype)
+    """Make an empty cache for the model that a `GPT2Config` describes."""
+    sizes = spec(config)
+    head_dim = sizes.hidden_size // sizes.num_heads
+    return _attention.init_cache(sizes.num_layers, batch, length, sizes.num_heads, head_dim, dtype)
 
 
 FAMILIES = (

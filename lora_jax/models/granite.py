@@ -1,4 +1,4 @@
-"""Granite 3: Llama with a factor each for embeddings, attention's logits, what layers add, and the head's logits."""
+"""Granite 3: Llama with factors of embeddings, attention's logits, the layers' residuals and the head's logits."""
 
 from dataclasses import replace
 from typing import Any

@@ -24,7 +24,7 @@ def qwen3_moe(config: Any) -> DecoderSpec:
     """The decoder that a `Qwen3MoeConfig` describes.
 
     Raises:
-      ValueError: some layers have a dense MLP; layers of one stack are alike.
+        ValueError: Some layers have a dense MLP, but all layers of a stack must be equal.
     """
     if config.mlp_only_layers or config.decoder_sparse_step != 1:
         raise ValueError(
