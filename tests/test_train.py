@@ -21,6 +21,7 @@ from lora_jax import data
 from lora_jax._node import trained
 from lora_jax.train import (
     TrainConfig,
+    _utilization,
     cross_entropy,
     evaluate,
     make_optimizer,
@@ -534,6 +535,38 @@ def test_a_line_is_the_mean_over_its_steps(tmp_path):
     weights = [batch["loss_weights"].sum() for batch in data.batches(rows, 8, seed=0, epochs=3)]
     expected = [np.average(losses(each)[i : i + 6], weights=weights[i : i + 6]) for i in (0, 6)]
     np.testing.assert_allclose(losses(lines), expected, rtol=1e-6)
+
+
+def test_the_share_of_the_peak_and_the_memory(monkeypatch):
+    """Products of a step by hand, over seconds and a peak, and the most memory of any device."""
+    size, width, rank, rows, length = 6, 5, 2, 8, 16
+
+    def apply_fn(params, ids, mask):
+        return params["embed"][ids] @ params["head"]["kernel"]
+
+    params = {"embed": jnp.ones((size, width)), "head": {"kernel": jnp.ones((width, size))}}
+    config = lora_jax.LoRAConfig(rank=rank, alpha=4, targets=["head"])
+    params = lora_jax.init(jax.random.key(0), params, config)
+    examples = [data.Example(np.full(length, 3, np.int32), np.arange(length) > 0)] * rows
+    config = dataclasses.replace(QUICK, batch_size=rows, max_steps=4, logging_steps=2, gradient_accumulation_steps=2)
+    plain = train(apply_fn, params, examples, config=config).history
+    assert not any({"share_of_peak", "peak_memory_gib"} & line.keys() for line in plain)  # a CPU has neither
+
+    class Device:
+        def __init__(self, count):
+            self.count = count
+
+        def memory_stats(self):
+            return {"peak_bytes_in_use": self.count}
+
+    monkeypatch.setitem(_utilization.PEAKS, "cpu", 1e6)
+    monkeypatch.setattr(jax, "local_devices", lambda: [Device(2**30), Device(3 * 2**30)])
+    lines = train(apply_fn, params, examples, config=config).history
+    # Forward x W, x A and (x A) B; backward of B, of x A and of A. The embedding's gradient isn't computed.
+    flops = 2 * rows * length * (width * size + 2 * width * rank + 3 * rank * size)
+    for line in lines:
+        assert line["share_of_peak"] == pytest.approx(flops / 1e6 / line["step_seconds"], abs=2e-4, rel=0.02)
+        assert line["peak_memory_gib"] == 3
 
 
 @pytest.mark.parametrize("terminal", few([False, True], [False]))

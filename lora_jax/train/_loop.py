@@ -28,6 +28,7 @@ from lora_jax.train._report import check_installed, reporters
 from lora_jax.train._save import Saver, Stopped, claimed, fixed
 from lora_jax.train._step import make_step
 from lora_jax.train._task import Task, task_of
+from lora_jax.train._utilization import Utilization
 from lora_jax.train._vocabulary import check_examples
 
 
@@ -139,6 +140,7 @@ def train(
         dropout=config.dropout,
     )
     step_fn = jax.jit(step, donate_argnums=(0, 1))
+    utilization = Utilization(step_fn, adapter)
     batches = _iterate(train_data, config, steps)
     validate = (
         Evaluator(apply_fn, valid_data, config.micro_batch_size, task) if valid_data else lambda params, stop: None
@@ -188,9 +190,10 @@ def train(
             if logged:
                 batch = next(batches)
                 step_key = jax.random.fold_in(state.key, step) if uses_dropout else None
+                at_peak = utilization.seconds(state.adapter, state.opt_state, base, batch=batch, key=step_key)
                 adapter, opt_state, metrics = step_fn(state.adapter, state.opt_state, base, batch, step_key)
                 state = state._replace(adapter=adapter, opt_state=opt_state, step=step)
-                meter.add(step, metrics, int(batch["attention_mask"].sum()))
+                meter.add(step, metrics, int(batch["attention_mask"].sum()), at_peak)
             if logged := not stop():
                 try:
                     state = log_step(state)

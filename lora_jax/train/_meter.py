@@ -31,12 +31,19 @@ class Meter:
     def restart(self) -> None:
         """Begin a new line."""
         self._steps: list[Any] = []  # StepMetrics, or tuples of the same values from an earlier process
-        self._tokens = 0
+        self._tokens, self._at_peak = 0, 0.0
         self._started = time.perf_counter()
 
-    def add(self, step: int, metrics: StepMetrics, tokens: int) -> None:
-        """Add step number `step` over `tokens` tokens (targets or not, padding excluded)."""
-        self._tokens += tokens
+    def add(self, step: int, metrics: StepMetrics, tokens: int, at_peak: float = 0.0) -> None:
+        """Add a step.
+
+        Args:
+            step: Its number.
+            metrics: Its metrics, which may still be computed.
+            tokens: Its tokens, targets or not, padding excluded.
+            at_peak: The seconds that it would take at the devices' peak; 0 if that isn't known.
+        """
+        self._tokens, self._at_peak = self._tokens + tokens, self._at_peak + at_peak
         self._in_flight.append((step, metrics))
         while len(self._in_flight) > 1:
             self._fetch()
@@ -70,12 +77,14 @@ class Meter:
         """The steps since `restart` as JSON values, which a checkpoint between two lines holds."""
         self._fetch_all()
         steps = [[float(value) for value in metrics] for metrics in self._steps]
-        return {"steps": steps, "tokens": self._tokens, "seconds": time.perf_counter() - self._started}
+        seconds = time.perf_counter() - self._started
+        return {"steps": steps, "tokens": self._tokens, "at_peak": self._at_peak, "seconds": seconds}
 
     def resume(self, progress: Mapping[str, Any]) -> None:
         """Continue from the `progress` of an earlier process."""
         self._steps = [tuple(metrics) for metrics in progress["steps"]]
-        self._tokens, self._started = progress["tokens"], time.perf_counter() - progress["seconds"]
+        self._tokens, self._at_peak = progress["tokens"], progress["at_peak"]
+        self._started = time.perf_counter() - progress["seconds"]
 
     def _fetch_all(self) -> None:
         while self._in_flight:
@@ -92,6 +101,7 @@ class Meter:
             "grad_norm": float(np.mean(norms)),
             "tokens_per_second": round(self._tokens / seconds, 1),
             "step_seconds": round(seconds / len(self._steps), 4),
+            **({"share_of_peak": round(self._at_peak / seconds, 4)} if self._at_peak else {}),
             **_peak_memory(),
         }
 

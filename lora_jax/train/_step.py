@@ -62,19 +62,19 @@ def make_step(
         UserWarning: At the call: the gradient of some leaves that train is zero in this way; the warning names them.
 
     Example:
-      >>> import lora_jax
-      >>> config = lora_jax.LoRAConfig(rank=2, alpha=4, targets=["head"])
-      >>> params = {"embed": jnp.ones((5, 3)), "head": {"kernel": jnp.ones((3, 5))}}
-      >>> params = lora_jax.init(jax.random.key(0), params, config)
-      >>> apply_fn = lambda p, ids, mask: p["embed"][ids] @ p["head"]["kernel"]
-      >>> base, adapter = lora_jax.split(params)
-      >>> tx = optax.sgd(0.1)
-      >>> step = jax.jit(make_step(apply_fn, tx), donate_argnums=(0, 1))
-      >>> ids = jnp.array([[1, 2, 3]])
-      >>> batch = {"input_ids": ids, "attention_mask": ids * 0 + 1, "loss_weights": jnp.ones((1, 3))}
-      >>> adapter, opt_state, metrics = step(adapter, tx.init(adapter), base, batch)
-      >>> round(float(metrics.loss), 4), int(metrics.weight)
-      (1.6094, 2)
+        >>> import lora_jax
+        >>> config = lora_jax.LoRAConfig(rank=2, alpha=4, targets=["head"])
+        >>> params = {"embed": jnp.ones((5, 3)), "head": {"kernel": jnp.ones((3, 5))}}
+        >>> params = lora_jax.init(jax.random.key(0), params, config)
+        >>> apply_fn = lambda p, ids, mask: p["embed"][ids] @ p["head"]["kernel"]
+        >>> base, adapter = lora_jax.split(params)
+        >>> tx = optax.sgd(0.1)
+        >>> step = jax.jit(make_step(apply_fn, tx), donate_argnums=(0, 1))
+        >>> ids = jnp.array([[1, 2, 3]])
+        >>> batch = {"input_ids": ids, "attention_mask": ids * 0 + 1, "loss_weights": jnp.ones((1, 3))}
+        >>> adapter, opt_state, metrics = step(adapter, tx.init(adapter), base, batch)
+        >>> round(float(metrics.loss), 4), int(metrics.weight)
+        (1.6094, 2)
     """
 
     apply = prefix.adapt(ensure_adapted(apply_fn, dropout=dropout))

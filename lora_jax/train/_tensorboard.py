@@ -37,8 +37,9 @@ class TensorBoard:
         folder = folder / FOLDER
         folder.mkdir(exist_ok=True)
         earlier = sorted(folder.glob(FILES))
-        for path in earlier if last is not None else ():
-            self._remove_after(path, last)
+        if last is not None:
+            for path in earlier:
+                self._remove_after(path, last)
         # TensorBoard reads the files of a folder in the order of their names.
         name = f"{FILES[:-1]}{int(time.time())}.{len(earlier):04}.{socket.gethostname()}"
         self._file = (folder / name).open("xb")
