@@ -224,7 +224,7 @@ def test_zero_update_has_rank_zero():
 
 @pytest.mark.parametrize("share", [0.0, 1.5])
 def test_energy_rank_refuses_a_share_outside_the_unit(share):
-    with pytest.raises(ValueError, match="energy share"):
+    with pytest.raises(ValueError, match="expected a share of the energy"):
         analysis.spectrum(np.eye(2)).energy_rank(share)
 
 

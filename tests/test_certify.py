@@ -271,7 +271,7 @@ def test_materialising_fails():
     """W + ΔW in the loss, and so a gradient of W; the FLOPs too."""
     found = lines(merged_step, *parts(), plain=loss)
     for name in ("W + ΔW", "its gradient"):
-        start = f"layers/down or layers/up: {name} is computed whole"
+        start = f"layers/down or layers/up: {name} is materialised"
         assert sum(line.startswith(start) for line in found) >= 1
     assert "in plain forward and backward" in found[-1]
 
@@ -296,7 +296,7 @@ def test_materialising_behind_a_barrier_fails():
         return jax.tree.map(jnp.subtract, adapter, grads)
 
     adapter, _, base, batch = parts()
-    assert any("W + ΔW is computed whole" in line for line in lines(step, adapter, base, batch))
+    assert any("W + ΔW is materialised" in line for line in lines(step, adapter, base, batch))
 
 
 def test_the_line_of_the_source_is_named():
@@ -406,7 +406,7 @@ def test_a_gradient_of_what_a_loop_adds_up_fails():
         total = lax.fori_loop(0, 3, lambda i, total: total + x, jnp.zeros_like(x))
         return jnp.mean(x @ params["w"]) + jnp.mean(x.T @ total)
 
-    with pytest.raises(ValueError, match=r"^w: its gradient is computed whole"):
+    with pytest.raises(ValueError, match=r"^w: its gradient is materialised"):
         certified(f)
 
 

@@ -1,4 +1,4 @@
-"""Reading a program before it runs: what its trace multiplies, and what its compiled text sends between devices."""
+"""Reading a program before it runs: the matrix products in its trace, and the collectives in its compiled text."""
 
 from lora_jax._program.cost import Cost as Cost
 from lora_jax._program.cost import cost_of as cost_of

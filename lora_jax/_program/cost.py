@@ -1,7 +1,7 @@
-"""What a traced program multiplies: its matrix products, how often each runs, and which operands depend on data.
+"""The matrix products of a traced program: how often each runs, and which of its operands depend on data.
 
-A product of two arrays that both depend on data and whose result has a kernel's shape is that kernel's gradient; a
-product of two that both depend on parameters only is a kernel's update made whole. Neither needs a compiler to be seen.
+If both operands depend on data and the result has a kernel's shape, the product is that kernel's gradient. If both
+depend on parameters only, it is a kernel's update, materialised. Both are found in the trace, without compiling.
 """
 
 import math
@@ -20,12 +20,12 @@ class Product(NamedTuple):
     """One matrix product of a program.
 
     Attributes:
-      shape: Of the result (on one device, inside a `shard_map`).
+      shape: Shape of the result (on one device, inside a `shard_map`).
       operands: Shapes of the two operands.
-      data: Which of the two operands depend on data, not on parameters and constants alone.
-      origins: The argument that each operand is, moved, cut or scaled perhaps; None if it is none.
-      flops: All runs together, a loop's body times its trip count.
-      source: File and line of the code that asked for it.
+      data: For each operand, whether it depends on data, and not on parameters and constants alone.
+      origins: For each operand, the number of the argument that it is, perhaps moved, cut or scaled; None if it is
+      none. flops: FLOPs of all its runs, in a loop's body times the trip count. source: File and line of the user's
+      code.
     """
 
     shape: tuple[int, ...]
@@ -37,7 +37,7 @@ class Product(NamedTuple):
 
 
 class Value(NamedTuple):
-    """What is known of an array: whether it depends on data, and which argument it is."""
+    """The facts about an array: whether it depends on data, and the number of the argument that it is."""
 
     data: bool
     origin: int | None = None
@@ -47,10 +47,10 @@ class Cost(NamedTuple):
     """The products of a program.
 
     Attributes:
-      products: Those that are seen.
-      uncounted: What is not among them: calls of foreign code, loops of unknown length.
-      kernels: FLOPs of the kernels among these, one entry a call, as the kernel itself says; where it doesn't, of the
-        products of its body at every point of its grid, also where a mask lets it skip them.
+      products: The products that are found in the trace.
+      uncounted: Descriptions of work that isn't among them: calls of foreign code, loops of unknown length.
+      kernels: FLOPs of the calls of kernels among these, one entry for each call: the kernel's own estimate, or without
+        one the products of its body at every point of its grid, also where a mask lets it skip them.
     """
 
     products: list[Product]
@@ -63,10 +63,10 @@ class Cost(NamedTuple):
 
 
 def cost_of(jaxpr: Any, data: Sequence[bool]) -> Cost:
-    """Walk a closed jaxpr, dead code left out.
+    """Collect the products of a closed jaxpr, without dead code.
 
     Args:
-      jaxpr: From `jax.jit(f).trace(...)` or `jax.make_jaxpr`.
+      jaxpr: A jaxpr from `jax.jit(f).trace(...)` or `jax.make_jaxpr`.
       data: For each input, whether it depends on data: batches and random keys do, parameters and the state don't.
     """
     live, used = partial_eval.dce_jaxpr(jaxpr.jaxpr, [True] * len(jaxpr.out_avals), instantiate=False)
@@ -82,7 +82,7 @@ class Flow(Analysis[Value]):
         self.times, self.cost = times, Cost([], [], [])
 
     def constant(self, var: Any) -> Value:
-        # A large constant is as likely a batch that was closed over as a parameter; a number, and one a layer, neither.
+        # A constant matrix may be a batch that was closed over, and counts as data. Scalars and vectors don't.
         return Value(not isinstance(var, jex.Literal) and sum(size > 1 for size in var.aval.shape) > 1)
 
     def joined(self, one: Value, other: Value) -> Value:
@@ -95,7 +95,7 @@ class Flow(Analysis[Value]):
         return Flow(self.times * runs)
 
     def ended(self, alternatives: Sequence["Flow"]) -> None:
-        """Of branches, the most expensive one counts."""
+        """Add the products inside; of several branches, those of the most expensive one."""
         most = max((flow.cost for flow in alternatives), key=lambda cost: cost.flops + sum(cost.kernels))
         self.cost.products.extend(most.products)
         self.cost.uncounted.extend(most.uncounted)
@@ -126,7 +126,7 @@ class Flow(Analysis[Value]):
             self.cost.uncounted.append(name)
             self.cost.kernels.append(self.times * _attention_flops(eqn))
             return [Value(data)] * len(eqn.outvars)
-        # Of anything else that holds jaxprs (a solver, a reduction) the parts count once.
+        # Any other equation with jaxprs (a solver, a reduction): each of its jaxprs is counted once.
         for inner, _ in map(opened, inner_jaxprs(eqn)):
             called = len(inner.invars) == len(facts)
             outputs = self.outputs(inner, facts if called else [Value(data)] * len(inner.invars))
@@ -137,19 +137,19 @@ class Flow(Analysis[Value]):
 
 
 def _product(eqn: Any, facts: list[Value], flops: int) -> Product:
-    # A scatter adds its third operand into its first: rows of an embedding's gradient.
+    # A scatter adds its third operand into its first: the gradient of an embedding is made so, row by row.
     scatter = eqn.primitive.name == "scatter-add"
     places = (0, 2) if scatter else (0, 1)
     left, right = (facts[i] for i in places)
     shapes = tuple(eqn.invars[i].aval.shape for i in places)
-    # Into zeros, it is a gradient; into an array that depends on data (a cache), it is not.
+    # A scatter into zeros is a gradient, which counts as data × data; one into an array of data (a cache) is not.
     data = (not left.data and right.data, right.data) if scatter else (left.data, right.data)
     source = source_info_util.summarize(eqn.source_info)
     return Product(eqn.outvars[0].aval.shape, shapes, data, (left.origin, right.origin), flops, source)
 
 
 def _pallas_flops(eqn: Any) -> int:
-    """As the kernel estimates them, or its body's products times the grid."""
+    """FLOPs of a Pallas kernel: its own estimate, or the products of its body times the grid."""
     if eqn.params.get("cost_estimate") is not None:
         return int(eqn.params["cost_estimate"].flops)
     points = math.prod(size for size in eqn.params["grid_mapping"].grid if isinstance(size, int))
@@ -159,7 +159,10 @@ def _pallas_flops(eqn: Any) -> int:
 
 
 def _attention_flops(eqn: Any) -> int:
-    """cuDNN's: two products of queries and keys forward, five backward. q is [B, T, N, d], k [B, S, K, d]."""
+    """FLOPs of cuDNN's attention: two products of queries and keys forward, five backward.
+
+    q is [B, T, N, d] and k is [B, S, K, d], so that one product has 2 · B·T·N·d · S FLOPs.
+    """
     q, k = eqn.invars[0].aval.shape, eqn.invars[1].aval.shape
     return (5 if "bwd" in eqn.primitive.name else 2) * 2 * math.prod(q) * k[1]
 
@@ -171,7 +174,7 @@ def _dot_general(eqn: Any) -> int:
 
 
 def _ragged_dot(eqn: Any) -> int:
-    """Each row meets the kernel of its group only."""
+    """FLOPs of a ragged product: each row is multiplied by the kernel of its group only."""
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     (_, rhs_contracting), (_, rhs_batch) = numbers.dot_dimension_numbers
     lhs, rhs = eqn.invars[0].aval.shape, eqn.invars[1].aval.shape

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 
-# `%name = f32[8,4]{1,0} all-reduce(` or, of several arrays at once, `= (f32[8,4]{1,0}, f32[3]{0}) all-reduce(`
+# `%name = f32[8,4]{1,0} all-reduce(`, or for several arrays at once `= (f32[8,4]{1,0}, f32[3]{0}) all-reduce(`
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.+?) ([a-z][a-z0-9\-]*)\(([^()]*)")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+[a-z0-9]*)\[([\d,]*)\]")

@@ -1,4 +1,4 @@
-"""Table 7: how much of W lies where ΔW acts, and how much larger ΔW is."""
+"""Table 7 of the paper: the part of W that lies in ΔW's subspace, and the factor by which ΔW is larger."""
 
 from typing import NamedTuple
 
@@ -8,16 +8,16 @@ from numpy.typing import ArrayLike
 
 from lora_jax._node import LoRA
 from lora_jax.analysis._spectrum import Spectrum
-from lora_jax.analysis._svd import Float, Sides, as_matrices, thin_svd, top_singular_values
+from lora_jax.analysis._svd import Float, ThinSVD, as_matrices, thin_svd, top_singular_values
 
 
 class Amplification(NamedTuple):
-    """Table 7 of the paper for one kernel (or one entry for each index of a stacked one). All are float64."""
+    """Table 7 of the paper for one kernel, or with an entry for each index of a stacked one; all are float64."""
 
     projected: Float
-    """‖UᵀWVᵀ‖_F with U and V the singular vectors of ΔW: how much of W lies where ΔW acts."""
+    """‖UᵀWVᵀ‖_F with the singular vectors U and V of ΔW: the norm of the part of W in ΔW's subspace."""
     projected_own: Float
-    """The same with W's own top r singular vectors: the most that r directions of W can hold."""
+    """The same with W's own top r singular vectors: the largest norm that a part of W of rank r can have."""
     projected_random: Float
     """The same with the singular vectors of a random Gaussian matrix of W's shape."""
     w_norm: Float
@@ -33,24 +33,24 @@ class Amplification(NamedTuple):
 
 
 def amplification(key: jax.Array, w: ArrayLike, lora: LoRA, *, own: Spectrum | None = None) -> Amplification:
-    """Whether ΔW strengthens directions that W has but does not stress (section 7.3, table 7; appendix H.4).
+    """Measure by how much ΔW amplifies directions that W has but does not emphasise (section 7.3, table 7).
 
-    With ΔW = U S Vᵀ thin and of rank r, the projection of W onto ΔW's subspace is UᵀWV, and
-    ‖ΔW‖_F / ‖UᵀWV‖_F says how much larger the update is than what W already does there. r counts the directions
-    that ΔW has: fewer than the adapter's rank where it is padded.
+    With the thin SVD ΔW = U S Vᵀ of rank r, the projection of W onto ΔW's subspace is UᵀWV, and ‖ΔW‖_F / ‖UᵀWV‖_F is
+    the factor by which the update is larger than W there (see also appendix H.4). r is the rank of ΔW, which is below
+    the adapter's rank where that is padded.
 
     Args:
-      key: draws the random baseline.
-      w: the kernel as it lies in the tree, any float dtype.
-      lora: the node beside it.
-      own: the kernel's spectrum, where it is known already. Without it W's top r singular values are sought, which
-        takes nearly all of the time: for 4096 × 4096 and rank 64 one to four seconds on two cores.
+      key: A random key, which draws the random baseline.
+      w: The kernel as it is in the tree, of any float dtype.
+      lora: The node beside it.
+      own: The kernel's spectrum, if it is known already. Without it W's top r singular values are computed, which takes
+        most of the time: one to four seconds for 4096 × 4096 and rank 64 on two cores.
 
     Returns:
       The five norms and their `factor`; scalars, or arrays of the kernel's stack shape.
 
     Raises:
-      ValueError: the kernel and the node do not fit each other, or hold a value that is not finite.
+      ValueError: The kernel and the node do not fit each other, or have a value that is not finite.
 
     >>> import jax, jax.numpy as jnp
     >>> from lora_jax import Axes, LoRA
@@ -62,31 +62,32 @@ def amplification(key: jax.Array, w: ArrayLike, lora: LoRA, *, own: Spectrum | N
     """
     kernel = as_matrices(w, lora.axes)
     stack = kernel.shape[:-2]
-    sides = thin_svd(lora)
-    if sides.left.shape[:-1] != kernel.shape[:-1] or sides.right.shape[:-1] != (*stack, kernel.shape[-1]):
+    update = thin_svd(lora)
+    if update.left.shape[:-1] != kernel.shape[:-1] or update.right.shape[:-1] != (*stack, kernel.shape[-1]):
         raise ValueError(
             f"the kernel {np.shape(w)} with axes {tuple(lora.axes)} does not fit factors {np.shape(lora.a)} and "
-            f"{np.shape(lora.b)}: pass the kernel that the node stands beside"
+            f"{np.shape(lora.b)}: pass the kernel that the node is beside"
         )
     rows = []
     for place, index in enumerate(np.ndindex(stack)):
-        found = Sides(*(part[index] for part in sides))
+        found = ThinSVD(*(part[index] for part in update))
         rank = int(np.count_nonzero(found.values))
         top = top_singular_values(kernel[index], rank) if own is None else own.singular_values[index][:rank]
         rows.append(_row(kernel[index], found, top, jax.random.fold_in(key, place)))
     return Amplification(*(np.asarray(column).reshape(stack) for column in zip(*rows, strict=True)))
 
 
-def _row(kernel: Float, update: Sides, top: Float, key: jax.Array) -> tuple[float, ...]:
-    """The five norms of one matrix, of which `top` are W's largest singular values, as many as the update has."""
+def _row(kernel: Float, update: ThinSVD, top: Float, key: jax.Array) -> tuple[float, ...]:
+    """The five norms of one matrix; `top` are W's largest singular values, as many as the update's rank."""
+    # U [in, r] and V [out, r] of the update -> UᵀWV [r, r]
     left, right = update.left[:, : len(top)], update.right[:, : len(top)]
-    noise_left, noise_right = _random_sides(key, kernel.shape, len(top))
+    noise_left, noise_right = _random_bases(key, kernel.shape, len(top))
     parts = (left.T @ kernel @ right, top, noise_left.T @ kernel @ noise_right, kernel, update.values)
     return tuple(float(np.linalg.norm(part)) for part in parts)
 
 
-def _random_sides(key: jax.Array, shape: tuple[int, ...], rank: int) -> tuple[Float, Float]:
-    """Orthonormal bases of uniformly random subspaces: the singular vectors of a Gaussian matrix are such."""
+def _random_bases(key: jax.Array, shape: tuple[int, ...], rank: int) -> tuple[Float, Float]:
+    """Orthonormal bases of uniformly random subspaces, which the singular vectors of a Gaussian matrix are."""
     keys = jax.random.split(key)
     draws = (jax.random.normal(one, (features, rank)) for one, features in zip(keys, shape, strict=True))
     left, right = (np.linalg.qr(np.asarray(draw, np.float64))[0] for draw in draws)

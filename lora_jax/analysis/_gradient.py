@@ -1,4 +1,4 @@
-"""What adapting a kernel promises, from its gradient before any training."""
+"""Scores of how much adapting a kernel could lower the loss, from its gradient before any training."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -13,57 +13,60 @@ from lora_jax.analysis._svd import Float, host, singular_values
 
 
 class GradientScore(NamedTuple):
-    """How much an update of one kernel could lower the loss to first order. float64, of the kernel's stack shape.
+    """The amount by which an update of one kernel could lower the loss to first order; float64, of its stack shape.
 
-    All are estimates from a random sketch of the mean gradient G of the loss by W, and comparable between kernels.
+    All entries are estimates from a random sketch of the mean gradient G of the loss by W. They can be compared between
+    kernels.
     """
 
     best: Float
-    """√Σ_{i≤r} σ_i(G)²: what the best rank-r update of Frobenius norm 1 takes off the loss."""
+    """√Σ_{i≤r} σ_i(G)²: the decrease of the loss by the best rank-r update of Frobenius norm 1."""
     first_step: Float
-    """r · Σ_j E|aᵀg_j|, g_j the columns of G, a standard normal: what Adam's first step takes off, in units of
-    learning rate · alpha/rank · the standard deviation of A."""
+    """r · Σ_j E|aᵀg_j|, with the columns g_j of G and a standard normal vector a: the decrease by Adam's first step, in
+    units of learning rate · alpha/rank · the standard deviation of A."""
     norm: Float
-    """‖G‖_F: what an update of full rank and norm 1 takes off. Under SGD, the first step takes off its square times r,
+    """‖G‖_F: the decrease by an update of full rank and norm 1. The decrease by SGD's first step is its square times r,
     in units of learning rate · (alpha/rank · standard deviation of A)²."""
     values: Float
-    """σ_1(G), ..., σ_r(G), (*stack, r), from which `best` of any lower rank follows."""
+    """σ_1(G), ..., σ_r(G), (*stack, r), from which `best` is computed for any lower rank."""
 
     def at_rank(self, rank: int) -> Float:
-        """`best` of another rank, up to the one that was asked for."""
+        """`best` for another rank, at most the rank that was given to `gradient_scores`."""
         return np.sqrt((self.values[..., :rank] ** 2).sum(-1))
 
 
 def gradient_scores(
     key: jax.Array, loss_fn: Callable[[Any, Any], jax.Array], params: Any, batches: Iterable[Any], *, rank: int
 ) -> dict[str, GradientScore]:
-    """A score for each kernel that has a node, from one backward pass over some batches: what to adapt under a budget.
+    """Score each kernel that has a node by one backward pass over some batches, to choose which kernels to adapt.
 
     To first order an update ΔW changes the loss by ⟨G, ΔW⟩. Among updates of rank r and ‖ΔW‖_F = 1 the best is
-    -G_r / ‖G_r‖_F with G_r the truncated SVD of G (Eckart and Young 1936), which gives `best`. LoRA doesn't start
-    there: with B = 0 only B moves at first, along s·AᵀG, which gives `first_step` for Adam and `norm` for SGD.
+    -G_r / ‖G_r‖_F, with the truncated SVD G_r of G (Eckart and Young 1936), from which `best` is computed. LoRA doesn't
+    start there: with B = 0 only B moves at first, along s·AᵀG, from which `first_step` is computed for Adam and `norm`
+    for SGD.
 
-    G is never formed. With a = [0, Ω] and b = [Ψ; 0] the update a·b is zero, and the gradients of the factors are GΨᵀ
-    and ΩᵀG, two random sketches of G, from which its leading singular values follow (Tropp, Yurtsever, Udell and Cevher
-    2017, arXiv 1609.00048): exactly where G has rank 2r + 1 or less, else with an error of the order of what it has
-    beyond. That is the backward pass of an adapter of rank 6r + 4, the memory included.
+    G is not materialised. With a = [0, Ω] and b = [Ψ; 0] the update a·b is zero, and the gradients of the factors are
+    GΨᵀ and ΩᵀG. These are two random sketches of G, from which its leading singular values are computed (Tropp,
+    Yurtsever, Udell and Cevher 2017, arXiv 1609.00048). They are exact where G has rank 2r + 1 or less; otherwise the
+    error is of the order of G's remaining singular values. The cost in time and memory is that of a backward pass of an
+    adapter of rank 6r + 4.
 
-    The score sees the start of training alone: neither curvature, nor how far a kernel can go before its gradient
-    turns, nor what kernels do together.
+    The score describes the start of training alone. It doesn't include curvature, the distance that a kernel can move
+    before its gradient changes, or the effect of several kernels together.
 
     Args:
-      key: draws the sketches.
-      loss_fn: `(params, batch)` to the mean loss of the adapted function: it calls what `lora_jax.adapt` gave.
-      params: a tree that `init` made, with nodes beside all kernels to be scored. The factors' values don't matter.
-      batches: of one shape; their gradients are averaged.
-      rank: r, of the adapters in question.
+      key: A random key, which draws the sketches.
+      loss_fn: A function from `(params, batch)` to the mean loss, which calls a function that `lora_jax.adapt`
+      returned. params: A tree that `init` made, with nodes beside all kernels to be scored. The factors' values don't
+      matter. batches: Batches of one shape; their gradients are averaged. rank: The rank r of the adapters to choose
+      among.
 
     Returns:
-      A score by kernel path. What several kernels promise together, under one norm of all their updates, is the root of
-      the sum of their squares.
+      The score of each kernel by its path. The decrease by several kernels together, with one norm for all their
+      updates, is the root of the sum of the squares of their scores.
 
     Raises:
-      ValueError: no node, no batch, a rank below 1, or a gradient that is not finite.
+      ValueError: There is no node or no batch, the rank is below 1, or a gradient is not finite.
 
     >>> import lora_jax
     >>> base = {"small": jnp.eye(4), "large": jnp.eye(4)}
@@ -77,12 +80,12 @@ def gradient_scores(
     if rank < 1:
         raise ValueError(f"rank: {rank} given, expected 1 or more")
     if not nodes_of(params):
-        raise ValueError("there is no node in these parameters, so there is nothing to score: make some with init")
+        raise ValueError("there is no node in these parameters, so there is nothing to score: add nodes with init")
     probes = {path: _probe(node, rank, one) for one, (path, node) in _keyed(nodes_of(params), key)}
     base, adapter = split(edit(params, leaf=lambda path, leaf: _replaced(path, leaf, probes)))
     gradient = jax.jit(jax.grad(lambda adapter, base, batch: loss_fn(combine(base, adapter), batch), allow_int=True))
     total, count = None, 0
-    for count, batch in enumerate(batches, 1):  # noqa: B007 - the last one is how many there are
+    for count, batch in enumerate(batches, 1):  # noqa: B007 - the last value is the number of batches
         found = {path: (node.a, node.b) for path, node in nodes_of(gradient(adapter, base, batch)).items()}
         total = found if total is None else jax.tree.map(jnp.add, total, found)
     if total is None:
@@ -99,7 +102,10 @@ def _replaced(path: str, leaf: Any, probes: dict[str, LoRA]) -> Any:
 
 
 def _probe(node: LoRA, rank: int, key: jax.Array) -> LoRA:
-    """A node whose update is zero and whose factors' gradients are two sketches of the kernel's."""
+    """A node whose update is zero, and whose factors have two sketches of the kernel's gradient as their gradients.
+
+    a = [0, Ω] is [in, few + many] and b = [Ψ; 0] is [few + many, out], with Ω [in, many] and Ψ [few, out].
+    """
     stack, inputs = len(node.axes.stack), len(node.axes.inputs)
     side_in, side_out = node.a.shape[:-1], node.b.shape[:stack] + node.b.shape[stack + 1 :]
     few, many = _sizes(node, rank)
@@ -112,7 +118,7 @@ def _probe(node: LoRA, rank: int, key: jax.Array) -> LoRA:
 
 
 def _sizes(node: LoRA, rank: int) -> tuple[int, int]:
-    """Columns of the two sketches: 2r + 1 for G's range, and twice that plus 1 for its rows, as Tropp et al. advise."""
+    """The sizes of the two sketches, as Tropp et al. advise: 2r + 1 for G's range, twice that plus 1 for its rows."""
     stack, inputs = len(node.axes.stack), len(node.axes.inputs)
     wide = int(np.prod(node.a.shape[stack : stack + inputs])), int(np.prod(node.b.shape[stack + 1 :]))
     few = min(2 * rank + 1, *wide)
@@ -122,6 +128,7 @@ def _sizes(node: LoRA, rank: int) -> tuple[int, int]:
 def _score(path: str, probe: LoRA, grad_a: jax.Array, grad_b: jax.Array, count: int, rank: int) -> GradientScore:
     few, many = _sizes(probe, rank)
     stack = probe.scale.shape
+    # Ω [in, many]; span GΨᵀ [in, few], the gradient by the zeros of a; rows ΩᵀG [many, out], that by the zeros of b.
     omega, span, rows = (
         part.reshape(*stack, *shape)
         for part, shape in (

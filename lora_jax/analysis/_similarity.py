@@ -1,4 +1,4 @@
-"""Figures 3 and 4: how much of one subspace lies in another."""
+"""Figures 3 and 4 of the paper: the similarity of the subspaces of two factors."""
 
 import jax
 import numpy as np
@@ -8,22 +8,22 @@ from lora_jax.analysis._svd import Float, directions, host
 
 
 def subspace_similarity(left: ArrayLike, right: ArrayLike) -> Float:
-    """How much of the span of one factor's top directions lies in another's, for all numbers of directions.
+    """Measure how much of the span of one factor's top i directions lies in that of another's top j, for all i and j.
 
-    φ(A, A', i, j) = ‖U_iᵀ U'_j‖²_F / min(i, j), with U_i the top i singular vectors of A on the feature side
-    (section 7.2, equation 4; figures 3 and 4; appendix G). 1 is containment, 0 is orthogonality. Two random
-    subspaces of d features give about max(i, j) / d.
+    φ(A, A', i, j) = ‖U_iᵀ U'_j‖²_F / min(i, j), where U_i are the top i singular vectors of A on the feature side
+    (section 7.2, equation 4; figures 3 and 4; appendix G). 1 is containment, and 0 is orthogonality. For two random
+    subspaces of d features it is about max(i, j) / d.
 
     Args:
-      left: a factor, `(*stack, features, rank)`: `lora.a` as it is, or `b` with its axes swapped.
-      right: another factor over the same features; its rank may differ.
+      left: A factor, `(*stack, features, rank)`: `lora.a` as it is, or `b` with its axes swapped.
+      right: Another factor over the same features; its rank may differ.
 
     Returns:
       φ with `phi[..., i - 1, j - 1]` = φ(left, right, i, j), float64, `(*stack, rank_left, rank_right)`.
-      Directions past a factor's numerical rank (a B still at zero, padding) span nothing: they add nothing.
+      Directions beyond a factor's numerical rank (where B is still zero, or padded) span nothing, and add nothing.
 
     Raises:
-      ValueError: the two do not share their features or their stack, or hold a value that is not finite.
+      ValueError: The two have different features or stacks, or a value that is not finite.
 
     >>> import numpy as np
     >>> basis = np.eye(4)
@@ -45,13 +45,13 @@ def subspace_similarity(left: ArrayLike, right: ArrayLike) -> Float:
 
 
 def random_similarity(key: jax.Array, features: int, rank: int, other: int) -> Float:
-    """φ of two Gaussian factors: the baseline that figures 3 and 4 are read against.
+    """Compute φ of two Gaussian factors, the baseline for figures 3 and 4.
 
     Args:
-      key: a PRNG key.
-      features: the number of rows of both factors.
-      rank: columns of the left factor.
-      other: columns of the right one.
+      key: A random key.
+      features: The number of rows of both factors.
+      rank: The number of columns of the left factor.
+      other: The number of columns of the right factor.
 
     Returns:
       φ, float64, `(rank, other)`.

@@ -1,4 +1,4 @@
-"""Singular values of W and of ΔW, and the ranks that they tell."""
+"""Singular values of W and of ΔW, and the measures of rank that are computed from them."""
 
 from dataclasses import dataclass
 
@@ -12,16 +12,17 @@ from lora_jax.analysis._svd import Float, as_matrices, singular_values, thin_svd
 
 @dataclass(frozen=True, eq=False)
 class Spectrum:
-    """Singular values of a kernel or of its update, and what they say of its rank.
+    """Singular values of a kernel or of its update, and measures of its rank.
 
-    `singular_values` is float64, `(*stack, n)`, descending: n is the rank for an update, min(in, out) for W.
+    Attributes:
+      singular_values: float64, `(*stack, n)`, descending; n is the rank for an update, and min(in, out) for W.
     """
 
     singular_values: Float
 
     @property
     def effective_rank(self) -> Float:
-        """exp(H(p)) with p_i = σ_i / Σσ (Roy and Vetterli 2007); 0 for a zero matrix."""
+        """The effective rank exp(H(p)) with p_i = σ_i / Σσ (Roy and Vetterli 2007); 0 for a zero matrix."""
         total = self.singular_values.sum(-1, keepdims=True)
         share = np.divide(self.singular_values, total, out=np.zeros_like(self.singular_values), where=total > 0)
         entropy = -np.sum(share * np.log(np.where(share > 0, share, 1.0)), axis=-1)
@@ -29,42 +30,42 @@ class Spectrum:
 
     @property
     def stable_rank(self) -> Float:
-        """‖M‖²_F / ‖M‖²_2 = Σσ² / σ_1²; 0 for a zero matrix."""
+        """The stable rank ‖M‖²_F / ‖M‖²_2 = Σσ² / σ_1²; 0 for a zero matrix."""
         energy = self.singular_values**2
         top = energy[..., 0]
         return np.divide(energy.sum(-1), top, out=np.zeros_like(top), where=top > 0)
 
     def energy_rank(self, share: float) -> NDArray[np.int64]:
-        """The fewest directions that hold `share` of the energy Σσ²; 0 for a zero matrix.
+        """The smallest number of directions with at least `share` of the energy Σσ²; 0 for a zero matrix.
 
         Raises:
-          ValueError: the share is not in (0, 1].
+          ValueError: The share is not in (0, 1].
 
         >>> Spectrum(np.array([3.0, 1.0, 0.0])).energy_rank(0.9).item()
         1
         """
         if not 0 < share <= 1:
-            raise ValueError(f"an energy share of {share} was given: it must lie in (0, 1]")
+            raise ValueError(f"share: {share} given, expected a share of the energy in (0, 1]")
         energy = np.cumsum(self.singular_values**2, axis=-1)
         total = energy[..., -1:]
-        # A rounding error below the last place must not ask for one direction more.
+        # The tolerance keeps a rounding error in the sum from adding one more direction.
         enough = energy >= share * total * (1 - 1e-12)
         return np.where(total[..., 0] > 0, np.argmax(enough, axis=-1) + 1, 0)
 
 
 def spectrum(w_or_lora: ArrayLike | LoRA, axes: Axes | None = None) -> Spectrum:
-    """The singular values of a kernel W, or of the update ΔW of a node from its factors alone.
+    """Compute the singular values of a kernel W, or those of a node's update ΔW from its factors alone.
 
     Args:
-      w_or_lora: a kernel of any float dtype, or a `LoRA` node.
-      axes: how a kernel's axes are used; by default the last two are inputs and outputs, the others the stack.
-        A node knows its own.
+      w_or_lora: A kernel of any float dtype, or a `LoRA` node.
+      axes: How a kernel's axes are used; by default the last two are inputs and outputs, and the others the stack. Not
+        needed for a node, which has its axes.
 
     Returns:
-      A :class:`Spectrum`; stacked kernels keep their stack in front.
+      The singular values, with the stack axes first.
 
     Raises:
-      ValueError: an array of fewer than two axes, or one with a value that is not finite.
+      ValueError: The array has fewer than two axes, or a value that is not finite.
 
     >>> import numpy as np
     >>> found = spectrum(np.diag([3.0, 4.0]))

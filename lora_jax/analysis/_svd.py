@@ -1,4 +1,4 @@
-"""Kernels and factors as float64 matrices on the host, and the decompositions that the measures rest on."""
+"""Conversion of kernels and factors to float64 matrices on the host, and their decompositions."""
 
 from typing import Any, NamedTuple
 
@@ -12,14 +12,14 @@ from lora_jax._node import LoRA
 Float = NDArray[np.float64]
 
 FULL_SVD_LIMIT = 1024
-"""Up to this many rows or columns LAPACK's SVD is the quicker way to the top singular values of W."""
-OVERSAMPLED = 16  # columns of a Krylov block besides those asked for
+"""With at most this many rows or columns, LAPACK's SVD is the faster way to the top singular values of W."""
+OVERSAMPLED = 16  # extra columns of a Krylov block, beyond the number of singular values
 MOST_BLOCKS = 24
 SETTLED = 1e-5
-"""Relative growth of the sum of squares at which the top singular values count as found; what then lacks is less."""
+"""The iteration stops when the sum of squares of the top singular values grows by less than this share."""
 
 
-class Sides(NamedTuple):
+class ThinSVD(NamedTuple):
     """A thin SVD of ΔW: left (*stack, inputs, r), values (*stack, r) descending, right (*stack, outputs, r)."""
 
     left: Float
@@ -28,17 +28,17 @@ class Sides(NamedTuple):
 
 
 def matrices(lora: LoRA) -> tuple[Float, Float]:
-    """Both factors of a node with their features in front of the rank, ready for `subspace_similarity`.
+    """Convert both factors of a node to matrices of features × rank, as `subspace_similarity` takes them.
 
     Args:
-      lora: a node, with any axes.
+      lora: A node, with any axes.
 
     Returns:
       `(right, left)`, float64: `a` as (*stack, inputs, rank), whose directions are the paper's right singular vectors,
-      and `b` as (*stack, outputs, rank), whose directions are its left ones.
+      and `b` as (*stack, outputs, rank), whose directions are the paper's left singular vectors.
 
     Raises:
-      ValueError: a value that is not finite.
+      ValueError: A value is not finite.
 
     >>> import jax.numpy as jnp
     >>> node = LoRA(jnp.ones((6, 2)), jnp.ones((2, 4, 5)), jnp.float32(1), axes=Axes(outputs=(1, 2)))
@@ -52,8 +52,12 @@ def matrices(lora: LoRA) -> tuple[Float, Float]:
     return raw.reshape(*stack, -1, rank), np.swapaxes(b, -1, -2)
 
 
-def thin_svd(lora: LoRA) -> Sides:
-    """ΔW's SVD, from QR of both factors. Values that only float64 rounding keeps from zero (padding) are zero."""
+def thin_svd(lora: LoRA) -> ThinSVD:
+    """Compute ΔW's SVD from QR decompositions of both factors; values within float64's rounding of zero become zero.
+
+    With a = Q_a R_a [in, r] and bᵀ = Q_b R_b [out, r]: ΔW = Q_a (s R_a R_bᵀ) Q_bᵀ, and the SVD of the r × r matrix in
+    the middle gives that of ΔW.
+    """
     if lora.magnitude is not None:
         raise ValueError("the node has a magnitude (DoRA): its update is not scale · a b, and has no thin SVD")
     a, b = matrices(lora)
@@ -63,11 +67,11 @@ def thin_svd(lora: LoRA) -> Sides:
     core_left, values, core_right = np.linalg.svd(scale * inner_left @ np.swapaxes(inner_right, -1, -2))
     values = values * (values > rounding(values, a.shape[-1]))
     count = values.shape[-1]
-    return Sides(left @ core_left[..., :count], values, right @ np.swapaxes(core_right, -1, -2)[..., :count])
+    return ThinSVD(left @ core_left[..., :count], values, right @ np.swapaxes(core_right, -1, -2)[..., :count])
 
 
 def directions(factor: Float) -> Float:
-    """Singular vectors on the feature side, zero past the numerical rank, (*stack, features, rank)."""
+    """Singular vectors on the feature side, (*stack, features, rank); zero beyond the numerical rank."""
     vectors, values, _ = np.linalg.svd(factor, full_matrices=False)
     vectors = vectors * (values > rounding(values, max(factor.shape[-2:])))[..., None, :]
     missing = factor.shape[-1] - vectors.shape[-1]
@@ -75,7 +79,7 @@ def directions(factor: Float) -> Float:
 
 
 def rounding(values: Float, size: int) -> Float:
-    """What float64 rounding leaves of a singular value that is zero."""
+    """The largest value that float64 rounding can make of a singular value of zero."""
     return 8 * size * np.finfo(np.float64).eps * values[..., :1]
 
 
@@ -84,16 +88,17 @@ def singular_values(kernel: Float) -> Float:
 
 
 def top_singular_values(kernel: Float, count: int) -> Float:
-    """W's largest singular values: LAPACK where that is quick, else a block Krylov space with a fixed start.
+    """Compute W's largest singular values: by LAPACK where that is fast, else in a block Krylov space.
 
-    The space holds (WᵀW)^q X for q = 0, 1, ... of a Gaussian X a little wider than `count` (Musco and Musco 2015,
-    arXiv 1504.05477), and grows until the values' sum of squares has settled; where it won't, LAPACK is asked, which
-    takes minutes for a kernel of 4096 × 4096. In float32: what a weight has beyond is noise to its top directions.
+    The space is spanned by (WᵀW)^q X for q = 0, 1, ..., with a fixed Gaussian X a little wider than `count` (Musco and
+    Musco 2015, arXiv 1504.05477). It grows until the values' sum of squares converges. If it doesn't converge, LAPACK
+    is used, which takes minutes for a kernel of 4096 × 4096. float32 is enough, as smaller digits of a weight don't
+    affect its top directions.
     """
     small = min(kernel.shape)
     if count == 0 or small <= FULL_SVD_LIMIT or count > small // 8:
         return singular_values(kernel)[:count]
-    unit = float(np.abs(kernel).max())  # so that no square under- or overflows
+    unit = float(np.abs(kernel).max())  # entries are divided by it, so that no square underflows or overflows
     if not unit:
         return np.zeros(count)
     w: NDArray[Any] = ((kernel if kernel.shape[0] >= kernel.shape[1] else kernel.T) / unit).astype(np.float32)
@@ -101,14 +106,14 @@ def top_singular_values(kernel: Float, count: int) -> Float:
     basis, image = np.empty((small, 0), np.float32), np.empty((w.shape[0], 0), np.float32)
     gram, energy = np.empty((0, 0)), 0.0
     for number in range(min(MOST_BLOCKS, small // block.shape[1])):
-        for _ in range(2):  # once is not enough: the first pass leaves what rounding takes from nearly parallel vectors
+        for _ in range(2):  # one pass isn't enough: rounding leaves nearly parallel vectors not quite orthogonal
             block = _orthonormal(block - basis @ (basis.T @ block))
         step = w @ block
         cross = image.T @ step
         gram = np.block([[gram, cross], [cross.T, step.T @ step]])
         basis, image = np.concatenate([basis, block], 1), np.concatenate([image, step], 1)
         block = w.T @ step
-        if number % 2:  # asked every other time, because that costs as much as a block does
+        if number % 2:  # at every other block, because this costs as much as a block does
             found = np.linalg.eigvalsh(gram)[::-1][:count]
             if found.sum() - energy <= SETTLED * found.sum():
                 return np.sqrt(np.maximum(found, 0.0)) * unit
@@ -117,14 +122,14 @@ def top_singular_values(kernel: Float, count: int) -> Float:
 
 
 def _orthonormal(block: NDArray[Any]) -> NDArray[Any]:
-    """An orthonormal basis of the columns' span, by their Gram matrix: done twice, as good as a QR and much quicker."""
+    """An orthonormal basis of the columns' span, by their Gram matrix: applied twice, as exact as a QR, and faster."""
     values, vectors = np.linalg.eigh(block.T.astype(np.float64) @ block)
     least = float(np.finfo(np.float32).eps) ** 2 * values[-1]
     return (block @ (vectors / np.sqrt(np.maximum(values, least)))).astype(np.float32)
 
 
 def as_matrices(kernel: ArrayLike, axes: Axes) -> Float:
-    """W as (*stack, inputs, outputs), each group of axes flattened."""
+    """Convert W to (*stack, inputs, outputs), with inputs and outputs flattened."""
     array = host("kernel", kernel)
     order = (*axes.stack, *axes.inputs, *axes.outputs)
     if sorted(order) != list(range(array.ndim)):
@@ -135,7 +140,8 @@ def as_matrices(kernel: ArrayLike, axes: Axes) -> Float:
 
 
 def host(name: str, array: ArrayLike) -> Float:
+    """Copy an array to the host as float64; raise ValueError where a value is not finite."""
     values = np.asarray(jax.device_get(array)).astype(np.float64)
     if not np.isfinite(values).all():
-        raise ValueError(f"{name} of shape {values.shape} holds a value that is not finite")
+        raise ValueError(f"{name} of shape {values.shape} has a value that is not finite")
     return values

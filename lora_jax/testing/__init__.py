@@ -1,4 +1,4 @@
-"""Checks for tests, and for the start of an expensive run: they raise where a training step isn't what LoRA should be.
+"""Checks for tests and for the start of an expensive run: they raise where a training step costs more than LoRA should.
 
 lora_jax.testing.certify(step, adapter, opt_state, base, batch, plain=loss_fn)
 """

@@ -1,4 +1,4 @@
-"""`certify`: what a compiled LoRA training step doesn't do, checked before anything is allocated."""
+"""`certify` checks, before anything is allocated, that a compiled LoRA training step does no unnecessary work."""
 
 import dataclasses
 import math
@@ -13,25 +13,26 @@ from lora_jax._jaxprs import inner_jaxprs, opened, used_inputs
 from lora_jax._program import Collective, Cost, collectives, cost_of
 from lora_jax.testing._step import Step, dims, read_step
 
-STATE_LIMIT = 4  # numbers of optimizer state for each trained one: Adam has 2, Adan 3
+STATE_LIMIT = 4  # numbers of optimizer state for each trainable parameter: Adam has 2, Adan 3
 
 
 @dataclasses.dataclass(frozen=True)
 class Certificate:
-    """What `certify` found; printable.
+    """The result of `certify`; `print` shows it.
 
     Attributes:
-      kernels: Adapted kernels.
+      kernels: The number of adapted kernels.
       idle: Kernels whose factors no gradient reaches, whatever the data: the function doesn't use them.
-      trained: Numbers that train.
-      base: Numbers in the base.
-      state: Numbers in the optimizer's state.
-      flops: Of all matrix products of one step, loop bodies times their trip counts.
-      plain_flops: Of the loss of the unadapted model and its gradient for the whole base; None without `plain`.
-      collectives: Collectives on arrays of a kernel's size in the compiled step (the base step has them too).
-      argument_bytes, output_bytes, temporary_bytes: Of the compiled step, on one device; outputs that reuse a donated
-        argument's memory are not counted.
-      uncounted: What `flops` leaves out.
+      trained: The number of trainable parameters.
+      base: The number of parameters in the base.
+      state: The number of entries in the optimizer's state.
+      flops: FLOPs of all matrix products of one step, loop bodies times their trip counts.
+      plain_flops: FLOPs of the unadapted model's loss and of its gradient for the whole base; None without `plain`.
+      collectives: Collectives on arrays of a kernel's size in the compiled step; the plain step has them too.
+      argument_bytes: Memory of the compiled step's arguments on one device.
+      output_bytes: Memory of its outputs on one device, without those that reuse a donated argument's memory.
+      temporary_bytes: Memory of its temporary arrays on one device.
+      uncounted: Work that isn't in `flops`.
     """
 
     kernels: int
@@ -67,27 +68,29 @@ class Certificate:
 def certify(
     step: Callable[..., Any], *args: Any, plain: Callable[..., Any] | None = None, **kwargs: Any
 ) -> Certificate:
-    """Compile a training step and check that it costs what LoRA should.
+    """Compile a training step and check that it costs no more than LoRA should.
 
-    Claims: a gradient reaches the factors; no gradient of a kernel's shape is computed, nor W + ΔW; no output is a copy
-    of the base; the base is an argument, not a captured constant; the optimizer's state is proportional to the adapter;
-    no collective moves an array of a kernel's shape unless the plain step does; and, with `plain`, FLOPs are below
-    those of plain forward and backward.
+    Claims: a gradient reaches the factors; neither a gradient of a kernel's shape nor W + ΔW is computed; no output is
+    a copy of the base; the base is an argument, not a captured constant; the optimizer's state is proportional to the
+    adapter; no collective moves an array of a kernel's shape unless the plain step does; and, with `plain`, the step
+    has fewer FLOPs than the plain forward and backward.
 
     Args:
-      step: A function that trains once: takes the adapter (what `split` gave, or the whole tree), the optimizer's
-        state, the base and a batch, in any order, and returns at least the new adapter and state. Jitted or not.
-      *args: Its arguments: arrays, or `jax.ShapeDtypeStruct` with or without shardings. The adapter is known by its
-        LoRA nodes, the base by the kernels at the nodes' paths, the state by being returned as it came.
-      plain: The unadapted model's loss, called with the plain parameters and those of `args` that are neither
-        adapter, state nor base.
-      **kwargs: Passed to `step`.
+      step: A function that does one training step. It takes the adapter (as `split` returns it, or the whole tree), the
+        optimizer's state, the base and a batch, in any order, and returns at least the new adapter and state. Jitted or
+        not.
+      *args: The arguments of `step`: arrays, or `jax.ShapeDtypeStruct` with or without shardings. The adapter is
+        recognised by its LoRA nodes, the base by the kernels at the nodes' paths, and the state by its structure, which
+        the step returns too.
+      plain: The unadapted model's loss. It is called with the plain parameters and with the arguments in `args` that
+        are neither adapter, state nor base.
+      **kwargs: Keyword arguments of `step`.
 
     Returns:
-      What was found.
+      A certificate with the numbers that were found.
 
     Raises:
-      ValueError: No LoRA node in `args`; or a claim fails (one line for each).
+      ValueError: There is no LoRA node in `args`, or claims fail (one line for each).
 
     >>> import jax, jax.numpy as jnp, optax, lora_jax
     >>> def loss(params, x):
@@ -116,13 +119,13 @@ def certify(
     plain_cost, plain_found = (None, None) if plain is None else _plain(plain, parts)
     idle = _idle(traced.jaxpr, parts)
     failures = [
-        *_ignored(idle, parts),
+        *_no_gradient(idle, parts),
         *_captured(traced.jaxpr, parts),
-        *_gradients(cost, parts),
+        *_materialised(cost, parts),
         *_copies(traced, lowered, parts),
         *_state(parts),
-        *_foreign(found, plain_found),
-        *_dearer(cost, plain_cost),
+        *_new_collectives(found, plain_found),
+        *_more_flops(cost, plain_cost),
     ]
     if failures:
         raise ValueError("\n".join(failures))
@@ -144,7 +147,7 @@ def certify(
 
 
 def _plain(loss: Callable[..., Any], step: Step) -> tuple[Cost, list[Collective]]:
-    """What full fine-tuning would do: the plain loss and its gradient for every leaf of the base."""
+    """The products and collectives of full fine-tuning, the plain loss and its gradient by every leaf of the base."""
     leaves, treedef = jax.tree.flatten(step.plain)
     inexact = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
 
@@ -161,13 +164,15 @@ def _plain(loss: Callable[..., Any], step: Step) -> tuple[Cost, list[Collective]
     return cost, collectives(traced.lower().compile().as_text() or "")
 
 
-# Claims: each gives a line for what breaks it -----------------------------------------------------------------------
+# Claims: each yields a line for each violation ----------------------------------------------------------------------
 
 
 def _idle(jaxpr: Any, step: Step) -> tuple[str, ...]:
-    """Kernels without a gradient by construction. A's is a product with B, and B's with A: neither reaches the other's.
+    """Paths of the kernels whose gradient is zero by construction.
 
-    One that does is enough: where A is frozen, as in LoRA-FA, only A reaches the new B.
+    The gradient of A is a product with B, and that of B a product with A. So where a kernel is used, the new A depends
+    on B, or the new B depends on A. One of the two is enough: with a frozen A, as in LoRA-FA, only the new B depends on
+    A.
     """
     if not step.trained_first:
         return ()
@@ -179,7 +184,8 @@ def _idle(jaxpr: Any, step: Step) -> tuple[str, ...]:
     return tuple(path for path, b in step.second.items() if not by_first[b] and not by_second[b - 1])
 
 
-def _ignored(idle: Sequence[str], step: Step) -> Iterator[str]:
+def _no_gradient(idle: Sequence[str], step: Step) -> Iterator[str]:
+    """No kernel's factors get a gradient."""
     if idle and len(idle) == len(step.kernels):
         yield (
             f"{_first(idle)}: the gradient is zero whatever the data, for the function ignores its LoRA nodes; "
@@ -188,9 +194,10 @@ def _ignored(idle: Sequence[str], step: Step) -> Iterator[str]:
 
 
 def _captured(jaxpr: Any, step: Step) -> Iterator[str]:
+    """The base, or an array of a kernel's shape, is a constant of the program."""
     if not step.base:
         path, shape = next(iter(step.kernels.items()))
-        yield f"{path}: no argument holds this kernel of shape {shape}, so it is a constant; pass the base to the step"
+        yield f"{path}: no argument has this kernel of shape {shape}, so it is a constant; pass the base to the step"
     shapes = {dims(leaf.shape) for leaf in step.base} | set(step.forms)
     for const in _constants(jaxpr):
         if len(dims(const.shape)) > 1 and dims(const.shape) in shapes:
@@ -207,30 +214,30 @@ def _constants(jaxpr: Any) -> Iterator[Any]:
             yield from _constants(inner)
 
 
-def _gradients(cost: Cost, step: Step) -> Iterator[str]:
-    """Products of a kernel's shape without the kernel: of data and data (its gradient), of factor and factor (ΔW)."""
+def _materialised(cost: Cost, step: Step) -> Iterator[str]:
+    """A product has a kernel's shape: of data and data it is the kernel's gradient, of factor and factor it is ΔW."""
     forms = dict(step.forms)
     sizes = {math.prod(form): names for form, names in forms.items()}
     for product in cost.products:
-        # The shapes that kernels have where they are used, after reshapes, are kernels' shapes too.
+        # A kernel may be reshaped before it is used, and then its gradient has the shape that it has there.
         for shape, origin in zip(product.operands, product.origins, strict=True):
             if origin in step.owners and math.prod(shape) in sizes:
                 forms.setdefault(dims(shape), [step.owners[origin]])
     forms = {form: names for form, names in forms.items() if form not in step.trained_in_full | step.factors}
-    told = set()
+    reported = set()
     for product in cost.products:
         names = forms.get(dims(product.shape))
         what = "its gradient" if all(product.data) else "W + ΔW" if step.parts.issuperset(product.origins) else None
-        if names and what and (*names, what) not in told:
-            told.add((*names, what))
+        if names and what and (*names, what) not in reported:
+            reported.add((*names, what))
             yield (
-                f"{_either(names)}: {what} is computed whole, as {product.shape} at {product.source}; "
+                f"{_either(names)}: {what} is materialised, as {product.shape} at {product.source}; "
                 "keep the kernel factored (if an activation has that shape, certify at another batch size)"
             )
 
 
 def _either(names: Sequence[str]) -> str:
-    """Which kernel it may be: several have one shape."""
+    """The paths of the kernels of one shape, any of which may be meant."""
     return " or ".join(names[:3]) + (" or another of that shape" if len(names) > 3 else "")
 
 
@@ -239,7 +246,7 @@ def _first(names: Sequence[str]) -> str:
 
 
 def _copies(traced: Any, lowered: Any, step: Step) -> Iterator[str]:
-    """Outputs of a base leaf's shape that reuse no donated argument and aren't an argument handed through."""
+    """An output has a base leaf's shape, doesn't reuse a donated argument, and isn't an argument returned unchanged."""
     donated = [info for info in jax.tree.leaves(lowered.args_info) if info.donated]
     allowed = Counter((leaf.shape, leaf.dtype) for leaf in (*donated, *step.kept))
     inputs = set(traced.jaxpr.jaxpr.invars)
@@ -254,16 +261,20 @@ def _copies(traced: Any, lowered: Any, step: Step) -> Iterator[str]:
 
 
 def _state(step: Step) -> Iterator[str]:
+    """The optimizer's state is larger than an adapter's."""
     size = sum(math.prod(leaf.shape) for leaf in step.state if leaf.shape)
     if size > STATE_LIMIT * step.trained:
         yield (
-            f"the optimizer's state has {size:,} numbers for {step.trained:,} trained ones; make it with "
+            f"the optimizer's state has {size:,} numbers for {step.trained:,} trainable parameters; make it with "
             "lora_jax.masked(tx).init(adapter)"
         )
 
 
-def _foreign(found: Sequence[Collective], plain: Sequence[Collective] | None) -> Iterator[str]:
-    """Without a plain step to compare with, kernels may be gathered (they are sharded) but never reduced."""
+def _new_collectives(found: Sequence[Collective], plain: Sequence[Collective] | None) -> Iterator[str]:
+    """A collective moves an array of a kernel's shape, and the plain step has no such collective.
+
+    Without a plain step to compare with, sharded kernels may be gathered but never reduced.
+    """
     of_plain = None if plain is None else {(collective.kind, collective.shape) for collective in plain}
     for kind, shape in dict.fromkeys((collective.kind, collective.shape) for collective in found):
         known = kind == "all-gather" if of_plain is None else (kind, shape) in of_plain
@@ -272,7 +283,8 @@ def _foreign(found: Sequence[Collective], plain: Sequence[Collective] | None) ->
             yield f"{what}, a kernel's shape: the plain step has none; check the shardings of adapter and base"
 
 
-def _dearer(cost: Cost, plain: Cost | None) -> Iterator[str]:
+def _more_flops(cost: Cost, plain: Cost | None) -> Iterator[str]:
+    """The step has more FLOPs than the plain step."""
     if plain is not None and cost.flops > plain.flops:
         yield (
             f"{cost.flops:,} FLOPs in matrix products, {plain.flops:,} in plain forward and backward; "

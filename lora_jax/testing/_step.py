@@ -1,4 +1,4 @@
-"""The arguments of a training step, told apart: adapter, base, optimizer state, data."""
+"""Recognising the arguments of a training step: adapter, base, optimizer state and data."""
 
 import itertools
 import math
@@ -12,26 +12,27 @@ from lora_jax._tree import combine, detach, is_box, kernel_path, nodes_of, path_
 
 
 def dims(shape: Sequence[int]) -> tuple[int, ...]:
-    """A shape up to transposition and axes of size one."""
+    """The sizes of a shape, sorted and without ones, so that it equals that of a transposed or squeezed array."""
     return tuple(sorted(size for size in shape if size != 1))
 
 
 class Step(NamedTuple):
-    """What a step's arguments are.
+    """The roles of a step's arguments.
 
     Attributes:
       kernels: Shapes of the adapted kernels by path.
-      forms: Shapes, as `dims` gives them, of a kernel whole or of one index of its stack, and whose they are.
-      factors: Shapes, as `dims` gives them, of the factors and of one index of theirs.
-      owners: Which kernel a flat argument is, of those that are kernels.
-      parts: Which flat arguments are factors.
-      second: The flat argument that each kernel's b is.
-      trained_first: The flat outputs that are the nodes' new a; empty where the step returns no adapter.
-      shards: The kernels' forms, and those of one device's part of the base's leaves.
-      base, state: Leaves of the base and of the optimizer's state.
-      kept: Leaves of adapter and state: what a step may return anew.
-      trained_in_full: Shapes of leaves trained in full, as `dims` gives them.
-      trained: How many numbers train.
+      forms: Shapes (by `dims`) of each kernel and of one index of its stack -> the paths of the kernels with it.
+      factors: Shapes (by `dims`) of the factors, and of one index of their stack.
+      owners: The number of each flat argument that is a kernel -> the kernel's path.
+      parts: The numbers of the flat arguments that are factors.
+      second: The number of the flat argument that is b, by the kernel's path.
+      trained_first: The numbers of the flat outputs that are the nodes' new a; empty if the step returns no adapter.
+      shards: The kernels' forms, and the forms of one device's part of the base's leaves.
+      base: Leaves of the base.
+      state: Leaves of the optimizer's state.
+      kept: Leaves of adapter and state, new versions of which a step may return.
+      trained_in_full: Shapes (by `dims`) of leaves trained in full.
+      trained: The number of trainable parameters.
       data: For each flat argument, whether it is neither adapter, base nor state.
       plain: The parameters as they were before `init`; None where the step takes no base.
       rest: The arguments that are data.
@@ -56,14 +57,14 @@ class Step(NamedTuple):
 
 
 def read_step(args: tuple[Any, ...], outputs: Any) -> Step:
-    """Tell the arguments apart.
+    """Recognise the role of each argument.
 
-    The adapter is the outermost subtree with LoRA nodes (an optimizer's moments have them deeper down), the base the
-    outermost with a leaf at a node's path that has the kernel's shape, the state whatever else of the step's arguments
-    comes back with the structure and shapes that it had.
+    The adapter is the outermost subtree with LoRA nodes (an optimizer's moments have them deeper down). The base is the
+    outermost subtree that has, at a node's path, a leaf of the kernel's shape. The state is any other argument that the
+    step returns with the same structure and shapes.
 
     Raises:
-      ValueError: No LoRA node among the arguments.
+      ValueError: There is no LoRA node among the arguments.
     """
     pairs, _ = jax.tree_util.tree_flatten_with_path(args, is_leaf=lambda x: isinstance(x, LoRA) or is_box(x))
     places = [path[: _mapping_start(path)] for path, leaf in pairs if isinstance(leaf, LoRA)]
@@ -125,7 +126,7 @@ def read_step(args: tuple[Any, ...], outputs: Any) -> Step:
 
 
 def _first_factors(outputs: Any) -> list[int]:
-    """Flat outputs that are the a of a node of the adapter: of the outermost nodes, for the moments' lie deeper."""
+    """The numbers of the flat outputs that are the a of the adapter's nodes, the outermost: the moments' are deeper."""
     pairs, _ = jax.tree_util.tree_flatten_with_path(outputs, is_leaf=lambda x: isinstance(x, LoRA))
     starts = {i: path[: _mapping_start(path)] for i, (path, leaf) in enumerate(pairs) if isinstance(leaf, LoRA)}
     outermost = min(starts.values(), key=len, default=())
@@ -134,7 +135,7 @@ def _first_factors(outputs: Any) -> list[int]:
 
 
 def _mapping_start(path: Sequence[Any]) -> int:
-    """Where the trailing run of mapping keys begins: what precedes it leads to the parameter tree."""
+    """The position in a key path at which the last run of mapping keys begins: the keys before it lead to the tree."""
     start = len(path)
     while start and hasattr(path[start - 1], "key"):
         start -= 1
@@ -164,7 +165,7 @@ def _forms(nodes: dict[str, LoRA], kernels: dict[str, tuple[int, ...]]) -> dict[
 
 
 def _factor_shapes(node: LoRA) -> Iterator[tuple[int, ...]]:
-    """Of each factor, whole and at one index of the stack."""
+    """The shapes of each factor, as a whole and at one index of the stack."""
     for factor in (node.a, node.b):
         yield factor.shape
         yield factor.shape[len(node.axes.stack) :]
@@ -181,9 +182,10 @@ def _find_base(pairs: Sequence[tuple[Any, Any]], kernels: dict[str, tuple[int, .
 
 
 def _carried(args: tuple[Any, ...], outputs: Any) -> set[int]:
-    """The arguments that the step returns anew, somewhere among its outputs.
+    """The numbers of the arguments that the step returns in a new version, somewhere among its outputs.
 
-    From the outermost output inwards, each for one argument: a batch that happens to be shaped as a factor isn't state.
+    Outputs are compared from the outermost inwards, and each is matched with one argument, so that a batch with the
+    shape of a factor isn't taken for state.
     """
     waiting: dict[Any, list[int]] = {}
     for i, arg in enumerate(args):
