@@ -6,11 +6,15 @@ from typing import TYPE_CHECKING, Any
 from lora_jax._axes import Axes, KernelAxes
 from lora_jax._config import LoRAConfig, Override
 from lora_jax._describe import describe, merge_report
-from lora_jax._forward import MaterializeWarning, adapt, kernel_axes
+from lora_jax._forward import MaterializeWarning, adapt, kernel_axes, quantized
 from lora_jax._init import init
 from lora_jax._merge import delta, merge, unmerge
 from lora_jax._node import LoRA, Prefix, Trained
 from lora_jax._optim import check_padding, mask, masked
+from lora_jax._quantize.config import QuantizeConfig
+from lora_jax._quantize.node import Quantized
+from lora_jax._quantize.report import quantize_report
+from lora_jax._quantize.transform import dequantize, quantize
 from lora_jax._sharding import shardings
 from lora_jax._stack import stack, unstack
 from lora_jax._tree import combine, split
@@ -23,11 +27,14 @@ __all__ = [
     "MaterializeWarning",
     "Override",
     "Prefix",
+    "QuantizeConfig",
+    "Quantized",
     "Trained",
     "adapt",
     "check_padding",
     "combine",
     "delta",
+    "dequantize",
     "describe",
     "init",
     "kernel_axes",
@@ -35,6 +42,9 @@ __all__ = [
     "masked",
     "merge",
     "merge_report",
+    "quantize",
+    "quantize_report",
+    "quantized",
     "shardings",
     "split",
     "stack",

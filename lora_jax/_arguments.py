@@ -24,16 +24,16 @@ def check_arguments(key: Any, params: Any, config: Any) -> None:
     """Raise ValueError where `init(key, params, config)` is called with something else, or in another order."""
     if not isinstance(config, LoRAConfig):
         order = "; the order is init(key, params, config)" if isinstance(params, LoRAConfig) else ""
-        raise ValueError(f"config: {_kind(config)} given, expected lora_jax.LoRAConfig(rank=..., alpha=...){order}")
+        raise ValueError(f"config: {kind(config)} given, expected lora_jax.LoRAConfig(rank=..., alpha=...){order}")
     if not _is_key(key):
         if _is_key(params):
-            raise ValueError(f"key: {_kind(key)} given, and a key as params; the order is init(key, params, config)")
-        raise ValueError(f"key: {_kind(key)} given, expected one JAX random key, such as jax.random.key(0)")
+            raise ValueError(f"key: {kind(key)} given, and a key as params; the order is init(key, params, config)")
+        raise ValueError(f"key: {kind(key)} given, expected one JAX random key, such as jax.random.key(0)")
     model = _model(params)
     if model is not None:
         raise ValueError(f"params: {model}")
     if not isinstance(params, Mapping) and (callable(params) or jax.tree_util.all_leaves([params])):
-        raise ValueError(f"params: {_kind(params)} given, expected a tree of arrays in mappings")
+        raise ValueError(f"params: {kind(params)} given, expected a tree of arrays in mappings")
     if not has_adams_eps(config.dtype):
         raise ValueError(
             f"dtype: A and B in {config.dtype} can't be trained, for Adam's eps of 1e-8 is 0 there and its second step"
@@ -70,7 +70,7 @@ def read_axes(axes: Any, paths: Collection[str], *, used: bool) -> tuple[dict[st
         return None, {}
     if not isinstance(axes, Mapping):
         raise ValueError(
-            f"axes: {_kind(axes)} given, expected what lora_jax.kernel_axes(apply_fn, params, *inputs) returns,"
+            f"axes: {kind(axes)} given, expected what lora_jax.kernel_axes(apply_fn, params, *inputs) returns,"
             " or a dict of patterns and Axes"
         )
     traced = isinstance(axes, KernelAxes)
@@ -105,7 +105,7 @@ def _other_tree(example: str, paths: Collection[str]) -> str:
 def _rule(pattern: str, entry: Any) -> Axes:
     groups = tuple(entry) if isinstance(entry, tuple | list) else ()
     if len(groups) != 3 or not all(isinstance(group, tuple | list) for group in groups):
-        raise ValueError(f"axes: {pattern!r} has {_kind(entry)}, expected lora_jax.Axes(stack, inputs, outputs)")
+        raise ValueError(f"axes: {pattern!r} has {kind(entry)}, expected lora_jax.Axes(stack, inputs, outputs)")
     return Axes(*(tuple(group) for group in groups))
 
 
@@ -129,7 +129,7 @@ def _model(x: Any) -> str | None:
     return None
 
 
-def _kind(x: Any) -> str:
+def kind(x: Any) -> str:
     """A short text for a value that was given."""
     if isinstance(x, jax.Array | np.ndarray):
         return f"an array {x.dtype}{list(x.shape)}"

@@ -12,6 +12,7 @@ from jax.core import Tracer
 
 from lora_jax._axes import Axes
 from lora_jax._node import LoRA, check_node, used_ranks
+from lora_jax._quantize.schemes import whole
 from lora_jax._tree import detach, leaves_with_paths, trained_paths, unbox
 from lora_jax._update import changed, difference
 
@@ -64,7 +65,7 @@ class Description:
         ]
         if all(row.scale is None for row in self.rows):  # ShapeDtypeStructs have none
             head, rows = (*head[:3], head[4]), [(*row[:3], row[4]) for row in rows]
-        return f"{_table(head, rows)}\n{self.trainable:,} of {self.total:,} parameters train ({self.share:.2%})"
+        return f"{table(head, rows)}\n{self.trainable:,} of {self.total:,} parameters train ({self.share:.2%})"
 
 
 def describe(params: Any, also_train: Any = ()) -> Description:
@@ -151,7 +152,7 @@ class MergeReport:
     def __str__(self) -> str:
         head = ("leaf", "dtype", "‖ΔW‖/‖W‖", "survives")
         rows = [(row.path, row.dtype, f"{row.relative:.2e}", f"{row.survives:.1%}") for row in self.rows]
-        return f"{_table(head, rows)}\n{self.survives:.1%} of the update survives the merge"
+        return f"{table(head, rows)}\n{self.survives:.1%} of the update survives the merge"
 
 
 def merge_report(params: Any, *, dtype: Any = None) -> MergeReport:
@@ -192,7 +193,7 @@ class Norms(NamedTuple):
 def norms_of(kernel: Any, node: LoRA, dtype: Any) -> Norms:
     """The norms of one merge into `dtype`; not jitted, for XLA removes a cast that the next cast undoes."""
     wide = jnp.promote_types(jnp.float32, kernel.dtype)
-    kernel = jnp.asarray(kernel, wide)
+    kernel = jnp.asarray(whole(kernel), wide)
     update = difference(kernel, node)
     lost = update - (changed(kernel, node).astype(dtype).astype(wide) - kernel.astype(dtype).astype(wide))
     return Norms(*(float(jnp.sqrt(jnp.sum(jnp.square(x)))) for x in (kernel, update, lost)))
@@ -231,7 +232,7 @@ def _span(value: Any) -> str:
     return f"{min(value):g}..{max(value):g}" if isinstance(value, tuple) else f"{value:g}"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns side by side, the last one flush right."""
     widths = [max(len(line[column]) for line in (head, *rows)) for column in range(len(head))]
     lines = []

@@ -5,7 +5,7 @@
 The norm is a constant in gradients (section 4.3 of the paper), as in PEFT.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,9 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax._axes import Axes
-from lora_jax._node import LoRA
+from lora_jax._node import LoRA, with_scale_as_data
+from lora_jax._quantize.node import Quantized
+from lora_jax._quantize.schemes import dense
 
 _EXACT = lax.Precision.HIGHEST
 
@@ -25,7 +27,23 @@ def magnitude_of(kernel: jax.Array, axes: Axes) -> jax.Array:
     >>> magnitude_of(jnp.array([[3.0, 0.0], [4.0, 2.0]]), Axes())
     Array([5., 2.], dtype=float32)
     """
+    if isinstance(kernel, Quantized):
+        node = LoRA(None, None, jnp.zeros(tuple(kernel.shape[k] for k in axes.stack)), axes=axes)
+        return by_stack_index(kernel, node, lambda w, node: magnitude_of(w, node.axes))
     return jnp.sqrt(_squares(kernel, axes))
+
+
+def by_stack_index(kernel: Quantized, node: LoRA, measure: Callable[[jax.Array, LoRA], jax.Array]) -> jax.Array:
+    """`measure(W, node)` of each stack index, one dequantized after the other."""
+    first, *stack = node.axes.stack or (None,)
+    if first is None or kernel.own_axes.stack != node.axes.stack:
+        return measure(dense(kernel), node)
+    fewer = Axes(*(tuple(k - (k > first) for k in group) for group in (stack, *node.axes[1:])))
+
+    def one(pair: tuple[Quantized, LoRA]) -> jax.Array:
+        return by_stack_index(pair[0], pair[1].replace(axes=fewer), measure)
+
+    return lax.map(one, (kernel, with_scale_as_data(node)))
 
 
 def along(kernel: jax.Array, node: LoRA) -> jax.Array:
@@ -44,6 +62,8 @@ def gain_of(kernel: jax.Array, node: LoRA) -> jax.Array:
 
     The gain is 1 where the scale is 0, at stack indices that aren't adapted.
     """
+    if isinstance(kernel, Quantized):
+        return by_stack_index(kernel, node, gain_of)
     w, a, b, scale = (lax.stop_gradient(x) for x in (kernel, node.a, node.b, node.scale))
     axes, stack = node.axes, len(node.axes.stack)
     batch, inputs = tuple(range(stack)), tuple(range(stack, a.ndim - 1))

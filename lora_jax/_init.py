@@ -6,7 +6,7 @@ import hashlib
 import math
 import warnings
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from lora_jax._config import LoRAConfig, Override
 from lora_jax._dora import magnitude_of
 from lora_jax._node import SUFFIX, LoRA, Trained, place, trained
 from lora_jax._paths import is_vector, match
-from lora_jax._tree import attach, holders, leaves_with_paths, unbox
+from lora_jax._tree import attach, holders, leaves_with_paths, refuse_quantized, unbox
 
 _EMBEDDING_NAMES = ("embedding", "embeddings")
 
@@ -65,8 +65,8 @@ def init(key: jax.Array, params: Any, config: LoRAConfig, *, axes: Mapping[str, 
     ((4, 2), (2, 6), 2.0)
     """
     check_arguments(key, params, config)
-    leaves = _by_path(params)
-    kernels = _select(leaves, config, axes)
+    leaves = by_path(params)
+    kernels = select(leaves, config, axes)
     _check_places(params, kernels)
     in_full = match(config.also_train, leaves, what="also_train")
     both = sorted(set(in_full) & set(kernels))
@@ -80,6 +80,16 @@ def init(key: jax.Array, params: Any, config: LoRAConfig, *, axes: Mapping[str, 
     return attach(params, nodes, {path: _master(path, leaves[path]) for path in in_full})
 
 
+class Selection(Protocol):
+    """Patterns of kernels, as a config has them."""
+
+    @property
+    def targets(self) -> tuple[str, ...]: ...
+
+    @property
+    def exclude(self) -> tuple[str, ...]: ...
+
+
 class _Kernel(NamedTuple):
     shape: tuple[int, ...]
     sharding: Any  # None: JAX chooses the device
@@ -91,7 +101,7 @@ class _Kernel(NamedTuple):
         return tuple(tuple(self.shape[axis] for axis in group) for group in self.axes)
 
 
-def _by_path(params: Any) -> dict[str, Any]:
+def by_path(params: Any) -> dict[str, Any]:
     """The leaves outside nodes by path; boxed leaves stay in their boxes."""
     pairs = [(path, leaf) for path, leaf in leaves_with_paths(params) if not isinstance(leaf, LoRA)]
     twice = [path for path, count in collections.Counter(path for path, _ in pairs).items() if count > 1]
@@ -103,7 +113,7 @@ def _by_path(params: Any) -> dict[str, Any]:
 # Selecting ----------------------------------------------------------------------------------------------------------
 
 
-def _select(leaves: Mapping[str, Any], config: LoRAConfig, axes: Mapping[str, Axes] | None) -> dict[str, _Kernel]:
+def select(leaves: Mapping[str, Any], config: Selection, axes: Mapping[str, Axes] | None) -> dict[str, _Kernel]:
     """The kernels that the config targets."""
     exact, rules = read_axes(axes, leaves, used=bool(config.targets))
     adaptable = {path for path, leaf in leaves.items() if _is_matrix(path, unbox(leaf), exact)}
@@ -308,6 +318,7 @@ def _measure(kernel: _Kernel) -> Callable[..., Any]:
 
 def _master(path: str, leaf: Any) -> Any:
     """The leaf marked as trained in full, float32 where its dtype is narrower."""
+    refuse_quantized(path, leaf)
     dtype = jnp.dtype(unbox(leaf).dtype)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"{path}: is {dtype.name}, and only floating-point leaves train; take it out of also_train")

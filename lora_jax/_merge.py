@@ -1,16 +1,18 @@
 """`merge` folds adapters into their kernels, `unmerge` takes them out again, and `delta` gives the updates alone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from lora_jax._node import LoRA, check_node
+from lora_jax._quantize.schemes import whole
 from lora_jax._tree import (
     combine,
     detach,
     edit,
+    is_quantized,
     leaves_with_paths,
     nodes_of,
     rebox,
@@ -29,6 +31,9 @@ def merge(params: Any, *, dtype: Any = None) -> Any:
 
     It can be jitted. `merge_report` reports how much of the update survives the rounding.
 
+    Where a kernel is quantized, W' is the dequantized W with its update, in 16 bits or more as the kernel was before;
+    quantized kernels without an adapter stay so.
+
     Args:
       params: A tree that `init` made.
       dtype: Dtype of the merged kernels; by default each kernel's own.
@@ -37,7 +42,8 @@ def merge(params: Any, *, dtype: Any = None) -> Any:
       The tree as it was before `init`, with W' in place of W, and the trained values of leaves trained in full.
 
     Raises:
-      ValueError: A node doesn't fit its kernel, or has several stacked adapters; the tree has prefix embeddings.
+      ValueError: A node doesn't fit its kernel, or has several stacked adapters; the tree has prefix embeddings; the
+        dtype has few bits, and a kernel is quantized.
 
     >>> node = LoRA(jnp.ones((2, 1)), jnp.ones((1, 3)), 0.5)
     >>> merge({"kernel": jnp.ones((2, 3)), "kernel_lora": node})
@@ -46,6 +52,7 @@ def merge(params: Any, *, dtype: Any = None) -> Any:
     """
     check_mergeable(params)
     plain, nodes = detach(params)
+    _check_dtype(plain, nodes, dtype)
     trained = trained_paths(params)
     # Copies, for the next training step may donate the adapter's buffers.
     plain = edit(plain, leaf=lambda path, leaf: jax.tree.map(jnp.array, leaf) if path in trained else leaf)
@@ -55,6 +62,18 @@ def merge(params: Any, *, dtype: Any = None) -> Any:
 def check_mergeable(params: Any) -> None:
     """Raise ValueError where a tree trains a prefix, which is input: no weight can contain it."""
     refuse_prefix(params, "are inputs and can't be merged into weights; merge lora_jax.prefix.take(params)[0]")
+
+
+def _check_dtype(plain: Any, nodes: Mapping[str, LoRA], dtype: Any) -> None:
+    """Refuse to round W' of a quantized kernel to few bits: that needs scales, and a user who wants it."""
+    if dtype is None or (jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits >= 16):
+        return
+    for path, leaf in leaves_with_paths(plain):
+        if path in nodes and is_quantized(unbox(leaf)):
+            raise ValueError(
+                f"{path}: is quantized, and dtype {jnp.dtype(dtype).name} given for W', expected a float of 16 bits or"
+                " more; quantize(merge(params), config) loses what it loses knowingly"
+            )
 
 
 def unmerge(params: Any, adapter: Any) -> Any:
@@ -108,7 +127,7 @@ def delta(params: Any) -> Any:
             return None
         node, kernel = nodes[path], unbox(leaf)
         check_node(path, kernel, node)
-        return rebox(leaf, difference(jnp.asarray(kernel, _wide(kernel)), node))
+        return rebox(leaf, difference(jnp.asarray(whole(kernel), _wide(kernel)), node))
 
     return edit(plain, leaf=update)
 
@@ -121,7 +140,7 @@ def _moved(plain: Any, nodes: dict[str, LoRA], move: Callable[[Any, LoRA], Any],
             return leaf
         kernel = unbox(leaf)
         check_node(path, kernel, nodes[path])
-        moved = move(jnp.asarray(kernel, _wide(kernel)), nodes[path])
+        moved = move(jnp.asarray(whole(kernel), _wide(kernel)), nodes[path])
         return rebox(leaf, moved.astype(kernel.dtype if dtype is None else dtype))
 
     return edit(plain, leaf=leaf_of)

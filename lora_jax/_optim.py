@@ -8,7 +8,7 @@ import numpy as np
 import optax
 
 from lora_jax._node import SUFFIX, LoRA, Trained, pad_rank, used_ranks
-from lora_jax._tree import edit, is_adapter, nodes_of, rebox, split, trained_paths
+from lora_jax._tree import edit, is_adapter, is_quantized, nodes_of, rebox, split, trained_paths
 
 # Sizes of the random gradients of the four steps with which an optimizer is tried. Clipping has an effect only at some
 # sizes, and a warm-up that begins at zero doesn't move at the first step.
@@ -42,6 +42,8 @@ def mask(tree: Any, also_train: Any = ()) -> Any:
             return flags if leaf.scale_is_static else flags.replace(scale=False)
         if isinstance(leaf, Trained):
             return jax.tree.map(lambda _: True, leaf)
+        if is_quantized(leaf):
+            return jax.tree.map(lambda _: False, leaf)
         return rebox(leaf, everything or path in in_full)
 
     flags = edit(tree, leaf=flag)

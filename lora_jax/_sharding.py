@@ -4,7 +4,9 @@ import dataclasses
 from typing import Any
 
 from lora_jax._node import LoRA, Trained, place
-from lora_jax._tree import edit, kernel_path, leaves_with_paths, unbox
+from lora_jax._quantize.node import Quantized
+from lora_jax._quantize.placement import place as place_quantized
+from lora_jax._tree import edit, kernel_path, leaves_with_paths, rebox, unbox
 
 
 def shardings(params: Any, base_shardings: Any) -> Any:
@@ -46,6 +48,8 @@ def shardings(params: Any, base_shardings: Any) -> Any:
             return None
         if isinstance(leaf, LoRA):
             return place(unbox(sharding_at(kernel_path(path))), leaf)
+        if isinstance(unbox(leaf), Quantized):
+            return rebox(leaf, place_quantized(unbox(sharding_at(path)), unbox(leaf)))
         return dataclasses.replace(leaf, value=sharding_at(path)) if isinstance(leaf, Trained) else sharding_at(path)
 
     return edit(params, leaf=put)

@@ -7,11 +7,17 @@ import jax
 
 from lora_jax._node import SUFFIX, LoRA, Prefix, Trained
 from lora_jax._paths import match
+from lora_jax._quantize.node import Quantized
 
 
 def is_node(x: Any) -> bool:
-    """Whether `x` is a LoRA node or a leaf trained in full: both are pytrees, and count as one leaf of a tree."""
-    return isinstance(x, LoRA | Trained)
+    """Whether `x` is a LoRA node, a leaf trained in full or a quantized kernel: pytrees that count as one leaf."""
+    return isinstance(x, LoRA | Trained | Quantized)
+
+
+def is_quantized(x: Any) -> bool:
+    """Whether `x` is a quantized kernel."""
+    return isinstance(x, Quantized)
 
 
 def path_of(key_path: Sequence[Any]) -> str:
@@ -40,20 +46,22 @@ def is_box(tree: Any) -> bool:
 
     A wrapper is recognised by its pytree form, a single child under `.value`, so that no framework need be imported.
     """
-    if isinstance(tree, Mapping | list | tuple | LoRA | Trained | jax.Array):
+    if isinstance(tree, Mapping | list | tuple | jax.Array) or is_node(tree):
         return False
     pairs, _ = _children(tree) or ([], None)
-    return [path_of([key]) for key, _ in pairs] == ["value"] and _children(pairs[0][1]) is None
+    return [path_of([key]) for key, _ in pairs] == ["value"] and (
+        is_quantized(pairs[0][1]) or _children(pairs[0][1]) is None
+    )
 
 
 def unbox(leaf: Any) -> Any:
     """The array of a leaf, without its wrapper if it has one."""
-    return jax.tree.leaves(leaf)[0] if is_box(leaf) else leaf
+    return jax.tree.leaves(leaf, is_leaf=is_quantized)[0] if is_box(leaf) else leaf
 
 
 def rebox(box: Any, value: Any) -> Any:
     """`value` in the same wrapper as `box`, if `box` has one."""
-    return jax.tree.unflatten(jax.tree.structure(box), [value]) if is_box(box) else value
+    return jax.tree.unflatten(jax.tree.structure(box, is_leaf=is_quantized), [value]) if is_box(box) else value
 
 
 def _entries(tree: Mapping) -> list[tuple[Any, Any]]:
@@ -239,7 +247,19 @@ def trained_paths(tree: Any, also_train: Any = ()) -> set[str]:
     """Paths of the leaves trained in full: those that `also_train` names, and those that are marked (`Trained`)."""
     leaves = [(path, leaf) for path, leaf in leaves_with_paths(tree) if not isinstance(leaf, LoRA)]
     known = {path for path, leaf in leaves if isinstance(leaf, Trained)}
-    return known | set(match(train_patterns(also_train), [path for path, _ in leaves], what="also_train"))
+    named = match(train_patterns(also_train), [path for path, _ in leaves], what="also_train")
+    for path, leaf in leaves:
+        if path in named:
+            refuse_quantized(path, leaf)
+    return known | set(named)
+
+
+def refuse_quantized(path: str, leaf: Any) -> None:
+    """Raise ValueError where a leaf that is to train in full is a quantized kernel."""
+    if isinstance(inner := unbox(leaf), Quantized):
+        raise ValueError(
+            f"{path}: is quantized ({inner.scheme}), and doesn't train; dequantize it, or take it out of also_train"
+        )
 
 
 def holders(tree: Any) -> dict[str, Mapping]:

@@ -63,6 +63,7 @@ TREE = {
     "_stack",
     "_dict",
     "_dora",
+    "_quantize",
 }  # further files of _tree
 
 

@@ -12,7 +12,7 @@ from lora_jax._axes import KernelAxes
 from lora_jax._forward.settings import noted
 from lora_jax._forward.tracks import Info, Reader, Track, Use
 from lora_jax._forward.transform import RULES, is_array, trace
-from lora_jax._tree import detach, leaf_paths
+from lora_jax._tree import detach, is_quantized, leaf_paths
 
 
 def kernel_axes(apply_fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> KernelAxes:
@@ -48,7 +48,7 @@ def kernel_axes(apply_fn: Callable[..., Any], params: Any, *args: Any, **kwargs:
     if (known := noted(apply_fn)) is not None:
         apply_fn = known.raw
     plain, _ = detach(params)
-    leaves, treedef = jax.tree.flatten(((plain, *args), kwargs))
+    leaves, treedef = jax.tree.flatten(((plain, *args), kwargs), is_leaf=is_quantized)
     paths = leaf_paths(plain)
     arrays = [i for i, leaf in enumerate(leaves) if is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)]
     closed, _ = trace(apply_fn, leaves, arrays, treedef)

@@ -6,14 +6,17 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from lora_jax._arguments import has_adams_eps
 from lora_jax._dora import gain_of
 from lora_jax._forward import dropout
 from lora_jax._forward.layout import drop
+from lora_jax._forward.lazy import Lazy
 from lora_jax._forward.lowrank import RANK, Factor, LowRank, wide
 from lora_jax._node import SUFFIX, LoRA, check_node
+from lora_jax._quantize.node import Quantized
 
 
 def carry(path: str, w: Any, node: LoRA, draw: dropout.DropoutDraw | None, slot: int) -> LowRank:
@@ -34,7 +37,14 @@ def carry(path: str, w: Any, node: LoRA, draw: dropout.DropoutDraw | None, slot:
         gain = drop(Factor(gain_of(w, node), (*axes.stack, *axes.outputs)), ones)
     a = drop(Factor(a, (*axes.stack, *axes.inputs, RANK)), ones)
     b = drop(Factor(b, (*axes.stack, RANK, *axes.outputs)), ones)
-    return LowRank(w, a, b, draw, (slot,), gain)
+    return LowRank(Lazy.of(w) if isinstance(w, Quantized) else w, a, b, draw, (slot,), gain)
+
+
+def carry_alone(w: Quantized, slot: int) -> LowRank:
+    """A quantized kernel without an adapter: with an update of rank 0, it takes the way of all others."""
+    stack, inputs, outputs = (tuple(w.shape[axis] for axis in group) for group in w.own_axes)
+    node = LoRA(jnp.zeros((*stack, *inputs, 0)), jnp.zeros((*stack, 0, *outputs)), 1.0, axes=w.own_axes)
+    return carry("", w, node, None, slot)
 
 
 def _check_fit(path: str, w: Any, node: LoRA) -> None:

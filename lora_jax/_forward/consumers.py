@@ -15,6 +15,7 @@ from jax import lax
 
 from lora_jax._forward import dropout, tracks
 from lora_jax._forward.interpret import Frame, Rules, bind, source_of
+from lora_jax._forward.lazy import settled
 from lora_jax._forward.lowrank import RANK, Factor, LowRank, gained, is_vector, narrow, product
 
 RULES = Rules()
@@ -168,6 +169,7 @@ def _gather(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
     # [9, rank] has become a[ids], [3, rank], and b is [rank, 4] as before.
     if not any(kernel.only(k) == "a" and sizes[k] == 1 for k in looked_up):
         return [picked]
+    w = settled(w)
     axes = [k for k in range(w.ndim) if picked.only(k) != "none"]
     delta = product(cast(picked.a, w.dtype), cast(picked.b, w.dtype), keep=axes).ordered(axes)
     return scaled(add(w, lax.broadcast_in_dim(delta, w.shape, axes)), picked.gain, {k: k for k in range(w.ndim)})

@@ -17,6 +17,7 @@ from jax import lax
 from lora_jax._forward import dropout
 from lora_jax._forward.interpret import Event, Frame, Rules, Session, as_jaxpr, source_of
 from lora_jax._forward.layout import factor_spec
+from lora_jax._forward.lazy import Lazy, specs_of
 from lora_jax._forward.lowrank import RANK, Factor, LowRank
 from lora_jax._jaxprs import opened
 from lora_jax._walk import CALLS, Loop
@@ -173,6 +174,8 @@ def _leaf_shardings(value: Any, sharding: Any) -> list[Any]:
     # The leaves of a kernel are W, a, b, a gain if there is one, and the key and rate of its dropout.
     extra = len(jax.tree.leaves(value.draw))
     factors = value.factors
+    if isinstance(value.w, Lazy):  # its arrays are where the tree has them
+        return [None] * len(jax.tree.leaves(value))
     if not isinstance(sharding, jax.sharding.NamedSharding):  # it doesn't name axes, so JAX decides where a and b are
         return [sharding if _specified(sharding) else None] + [None] * (len(factors) + extra)
     placed = [jax.sharding.NamedSharding(sharding.mesh, factor_spec(sharding.spec, factor.axes)) for factor in factors]
@@ -371,7 +374,7 @@ def _shard_map(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
     # psum adds up both.
     specs = []
     for value, spec in zip(inside.values, params["in_specs"], strict=True):
-        specs.append(spec)
+        specs += specs_of(value.w, spec) if isinstance(value, LowRank) else [spec]
         if isinstance(value, LowRank):
             specs += [factor_spec(spec, factor.axes) for factor in value.factors]
             specs += [jax.sharding.PartitionSpec()] * len(jax.tree.leaves(value.draw))

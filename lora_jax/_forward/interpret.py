@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -18,8 +18,9 @@ from jax import core
 from jax.extend import core as jex
 from jax.extend import source_info_util
 
-from lora_jax._forward import dropout
-from lora_jax._forward.lowrank import LowRank, dense, is_vector
+from lora_jax._forward import dropout, lazy
+from lora_jax._forward.lazy import PRODUCTS, Lazy
+from lora_jax._forward.lowrank import RANK, LowRank, dense, is_vector
 from lora_jax._walk import HOLDERS, walk
 
 # Equations that show along which axes a multiplier varies.
@@ -64,11 +65,20 @@ class Rules(dict[str, Rule]):
 
 @dataclass(frozen=True)
 class Event:
-    """The event that a primitive materialised a kernel (`origin`: its slots) at a line of the user's code."""
+    """The event that a primitive materialised a kernel (`origin`: its slots) at a line of the user's code.
+
+    `dequantized`: of a quantized W alone, where no product with activations asks for it; the update is factored still.
+    """
 
     origin: tuple[int, ...]
     primitive: str
     source: str
+    dequantized: bool = False
+
+    def __str__(self) -> str:
+        if self.dequantized:
+            return f"{self.primitive} has no rule for a quantized kernel, so W is dequantized there ({self.source})"
+        return f"{self.primitive} has no factored form here, so W + ΔW is materialised ({self.source})"
 
 
 @dataclass(eq=False)
@@ -127,10 +137,25 @@ class Frame:
         self.session.within.append(eqn)
         try:
             with _context(eqn):
+                values = self.admitted(eqn, values)
+                if _bare_product(eqn, values):
+                    return bind(eqn, [value.w if isinstance(value, LowRank) else value for value in values])
                 outputs = None if found is None or found.values is None else found.values(self, eqn, values)
                 return materialized(self, eqn, values) if outputs is None else outputs
         finally:
             self.session.within.pop()
+
+    def admitted(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
+        """The operands as the equation can have them: quantized kernels are dequantized if it has no rule for them."""
+        found: dict[int, Any] = {}
+        for place, value in enumerate(values):
+            if id(value) not in found and isinstance(value, LowRank) and isinstance(value.w, Lazy):
+                w = lazy.admits(eqn, place, value.w)
+                if w is None and not is_vector(value):
+                    self.note(Event(value.origin, eqn.primitive.name, source_of(eqn) or self.session.line(), True))
+                w = value.w.dense() if w is None else w
+                found[id(value)] = value if w is value.w else replace(value, w=w)
+        return [found.get(id(value), value) for value in values]
 
     def stretch(self, eqns: Sequence[Any], read: Callable[[Any], Any], used: Callable[[Any], bool]) -> Any:
         """Evaluate equations without adapted kernels as they are, all as one jaxpr: each `eval_jaxpr` has a cost."""
@@ -165,10 +190,21 @@ class Frame:
         self.events[event] = None
         if self.session.on_materialize == "error":
             path = " and ".join(self.paths(event.origin))
+            would = (
+                "rule for a quantized kernel and would dequantize W"
+                if event.dequantized
+                else "factored form here and would materialise W + ΔW"
+            )
             raise ValueError(
-                f"{path}: {event.primitive} has no factored form here and would materialise W + ΔW ({event.source}); "
+                f"{path}: {event.primitive} has no {would} ({event.source}); "
                 f"rewrite that line, leave the kernel out of the targets, or pass on_materialize='warn'"
             )
+
+
+def _bare_product(eqn: Any, values: Sequence[Any]) -> bool:
+    """Whether a product's kernels have updates of rank 0, as quantized ones without adapters do: x W is all."""
+    kernels = [value for value in values if isinstance(value, LowRank)]
+    return eqn.primitive.name in PRODUCTS and not any(kernel.a.size(RANK) or kernel.gain for kernel in kernels)
 
 
 def source_of(eqn: Any) -> str:
@@ -177,7 +213,12 @@ def source_of(eqn: Any) -> str:
 
 
 def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
-    """Evaluate one equation on arrays, through a jaxpr of its own, in the name stack of the rule that is running."""
+    """Evaluate one equation on arrays, through a jaxpr of its own, in the name stack of the rule that is running.
+
+    A value may be a quantized kernel: an equation that moves it gives another, a product dequantizes it.
+    """
+    if any(isinstance(value, Lazy) for value in values):
+        return lazy.apply(eqn, values, bind)
     here = eqn.source_info.replace(name_stack=source_info_util.new_name_stack())
     eqn = eqn.replace(source_info=here)
     inputs: dict[Any, Any] = {}

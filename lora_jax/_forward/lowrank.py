@@ -23,6 +23,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lora_jax._forward.lazy import settled
+
 RANK = -1
 ANY_AXIS = frozenset({""})  # stands for any mesh axis: the factor may differ between shards, along axes not known here
 
@@ -200,6 +202,9 @@ def update(kernel: LowRank) -> jax.Array:
 
 def dense(kernel: LowRank) -> jax.Array:
     """W + ΔW, or the gain times it, computed in float32 and rounded once to W's dtype, as `merge` does."""
+    kernel = replace(kernel, w=settled(kernel.w))
+    if not kernel.a.size(RANK):
+        return kernel.w
     delta = update(kernel)
     moved = kernel.w.astype(jnp.promote_types(wide(kernel.w.dtype), delta.dtype)) + delta
     if kernel.gain is not None:

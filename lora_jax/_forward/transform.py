@@ -13,12 +13,13 @@ import numpy as np
 
 from lora_jax._forward import arithmetic, consumers, control, convolution, custom_rules, layout
 from lora_jax._forward import dropout as dropping
-from lora_jax._forward.carry import carry
+from lora_jax._forward.carry import carry, carry_alone
 from lora_jax._forward.interpret import Frame, Session
 from lora_jax._forward.lowrank import LowRank
 from lora_jax._forward.settings import UNSET, OnMaterialize, Settings, note, noted, tracing
 from lora_jax._node import LoRA
-from lora_jax._tree import detach, leaf_paths, refuse_prefix, trained_paths
+from lora_jax._quantize.node import Quantized
+from lora_jax._tree import detach, is_quantized, leaf_paths, refuse_prefix, trained_paths
 
 RULES = {
     **layout.RULES,
@@ -31,7 +32,10 @@ RULES = {
 
 
 class MaterializeWarning(UserWarning):
-    """Warns that W + ΔW of a kernel was materialised, where no factored form exists: it costs a product of W's size."""
+    """Warns that W + ΔW of a kernel was materialised, where no factored form exists: it costs a product of W's size.
+
+    Or that a quantized W was dequantized where no product with activations asks for it, and is an array from there on.
+    """
 
 
 def adapt(
@@ -124,6 +128,27 @@ def ensure_adapted(apply_fn: Callable[..., Any], *, dropout: float = 0.0) -> Cal
     return apply_fn
 
 
+def quantized(apply_fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a function the quantized kernels in its arguments, as if they were arrays.
+
+    What `adapt` returned does so too, and is returned as it is, but for accepting a tree without adapters.
+
+    Args:
+      apply_fn: any function that JAX can trace, as `adapt` has it.
+
+    Returns:
+      A function of the same arguments and results. W is dequantized where it meets activations: of layers in a scan,
+      one at a time. There is no gradient of it.
+
+    >>> import jax.numpy as jnp, lora_jax
+    >>> config = lora_jax.QuantizeConfig(scheme="int8", targets="up")
+    >>> params = lora_jax.quantize({"up": jnp.array([[1.0, 2.0], [-1.0, 2.0]])}, config)
+    >>> quantized(lambda params, x: x @ params["up"])(params, jnp.ones(2))
+    Array([0., 4.], dtype=float32)
+    """
+    return ensure_adapted(apply_fn)
+
+
 def dropout_of(apply_fn: Callable[..., Any]) -> float:
     """The dropout rate that a function was adapted with; 0 for a raw function.
 
@@ -144,9 +169,9 @@ def _adapted(apply_fn: Callable[..., Any], settings: Settings) -> Callable[..., 
     @functools.wraps(apply_fn)
     def adapted(*args: Any, dropout_key: Any = None, **kwargs: Any) -> Any:
         leaves, treedef, nodes = _detached(args, kwargs)
+        if not any(nodes.values()) and not any(trained_paths(value) for value in (*args, *kwargs.values())):
+            settings.refuse_none()
         if not nodes:
-            if not any(trained_paths(value) for value in (*args, *kwargs.values())):
-                settings.refuse_none()
             args, kwargs = jax.tree.unflatten(treedef, leaves)
             return apply_fn(*args, **kwargs)
         arrays = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
@@ -156,7 +181,9 @@ def _adapted(apply_fn: Callable[..., Any], settings: Settings) -> Callable[..., 
         frame = Frame(Session(RULES, settings.on_materialize), names)
         draw = _draws(dropout_key, settings.dropout)
         kernels = {
-            place: carry(path, leaves[place], node, draw(path), slot)
+            place: carry_alone(leaves[place], slot)
+            if node is None
+            else carry(path, leaves[place], node, draw(path), slot)
             for slot, (place, (path, node)) in enumerate(nodes.items())
         }
         values = [kernels[i] if i in kernels else leaves[i] for i in arrays]
@@ -185,25 +212,34 @@ def _parameter_names(function: Callable[..., Any]) -> tuple[str, ...]:
 
 def is_array(leaf: Any) -> bool:
     """Whether an argument is traced; all others, Python numbers included, are passed to the function as they are."""
-    return isinstance(leaf, (jax.Array, np.ndarray, np.generic))
+    return isinstance(leaf, (jax.Array, np.ndarray, np.generic, Quantized))
 
 
-def _detached(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Any, dict[int, tuple[str, LoRA]]]:
-    """The leaves of the plain arguments, their treedef, and the path and node of each adapted kernel by its leaf."""
+def _detached(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[list[Any], Any, dict[int, tuple[str, LoRA | None]]]:
+    """The leaves of the plain arguments, their treedef, and the path and node of each adapted kernel by its leaf.
+
+    A quantized kernel without an adapter is among these, with None for its node.
+    """
     keywords = dict(sorted(kwargs.items()))
     plain: list[Any] = []
     leaves: list[Any] = []
-    places: dict[int, tuple[str, LoRA]] = {}
+    places: dict[int, tuple[str, LoRA | None]] = {}
     for value in (*args, *keywords.values()):
         refuse_prefix(value, "don't reach the function by themselves; call lora_jax.prefix.adapt(lora_jax.adapt(fn))")
         tree, nodes = detach(value)
-        if nodes:
+        found = jax.tree.leaves(tree, is_leaf=is_quantized)
+        quantized = {i for i, leaf in enumerate(found) if is_quantized(leaf)}
+        if nodes or quantized:
             start = len(leaves)
-            places |= {start + i: (path, nodes[path]) for i, path in enumerate(leaf_paths(tree)) if path in nodes}
+            pairs = [(i, path) for i, path in enumerate(leaf_paths(tree)) if path in nodes or i in quantized]
+            places |= {start + i: (path, nodes.get(path)) for i, path in pairs}
         plain.append(tree)
-        leaves += jax.tree.leaves(tree)
+        leaves += found
     count = len(args)
-    treedef = jax.tree.structure((tuple(plain[:count]), dict(zip(keywords, plain[count:], strict=True))))
+    whole = (tuple(plain[:count]), dict(zip(keywords, plain[count:], strict=True)))
+    treedef = jax.tree.structure(whole, is_leaf=is_quantized)
     return leaves, treedef, places
 
 
@@ -224,7 +260,8 @@ def trace(
         result[:] = [kept, traced, out_tree]
         return [outputs[i] for i in traced]
 
-    jaxpr = jax.make_jaxpr(flat)(*(leaves[i] for i in arrays))
+    given = [leaves[i].abstract() if is_quantized(leaves[i]) else leaves[i] for i in arrays]
+    jaxpr = jax.make_jaxpr(flat)(*given)
     kept, traced, out_tree = result
 
     def rebuild(values: Sequence[Any]) -> Any:
@@ -246,7 +283,7 @@ def _warn(frame: Frame) -> None:
             if path not in warned:
                 warned.add(path)
                 warnings.warn(
-                    f"{path}: {event.primitive} has no factored form here, so W + ΔW is materialised ({event.source})",
+                    f"{path}: {event}",
                     MaterializeWarning,
                     stacklevel=3,
                 )
