@@ -43,7 +43,7 @@ GROUPS = {
     "_render": (set(), {"transformers"}),  # a program that `data` runs
     "demo": (set(), {"numpy"}),  # nothing but the command line imports it
     "train": (
-        CORE | {"_disk", "data", "checkpoint", "prefix", "testing"},  # testing's count of a step's products
+        CORE | {"_program", "_disk", "data", "checkpoint", "prefix"},
         {"jax", "numpy", "grain", "optax", "rich", "scipy", "sklearn"},
     ),
     "generate": (CORE | {"data", "checkpoint", "prefix"}, {"jax", "numpy"}),

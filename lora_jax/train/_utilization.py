@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lora_jax.testing._cost import cost_of
+from lora_jax._program.cost import cost_of
 
 # Dense bfloat16 FLOP/s of one device, by the beginning of JAX's `device_kind`; of two that fit, the longer is meant.
 # Sources: cloud.google.com/tpu/docs (a v2 or v3 device is one of a chip's two cores), NVIDIA's data sheets (without
