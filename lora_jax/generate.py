@@ -24,7 +24,7 @@ from lora_jax.data._rows import check_text
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig:
-    """How completions are generated."""
+    """The settings of generation."""
 
     max_tokens: int = 64
     """the most new tokens of a completion"""

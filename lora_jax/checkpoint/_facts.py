@@ -1,4 +1,4 @@
-"""What a checkpoint holds beside its arrays, as JSON, and whether it fits a run."""
+"""The facts of a checkpoint, which are saved as JSON beside its arrays, and checking that they fit a run."""
 
 import math
 from pathlib import Path

@@ -22,7 +22,7 @@ def read_arrays(manager: ocp.CheckpointManager, step: int, abstract: dict[str, A
 
 
 def reason(error: BaseException) -> str:
-    """Why a checkpoint couldn't be written, in a few words: Orbax wraps the system's error many times."""
+    """The cause of an error while writing, in a few words: Orbax wraps the system's error many times."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, OSError) and seen.strerror:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from lora_jax.data._rows import check_text
 
-NEAR = 200  # characters before a boundary that are tokenised anew: far more than decide which tokens are next to it
+NEAR = 200  # characters before a boundary that are tokenised again: far more than decide which tokens are next to it
 RUN = 8  # equal tokens that align one tokenisation with another
 DRIFT = 16  # tokens by which the two may differ before that
 
@@ -89,7 +89,7 @@ class Boundaries:
         return 0, self._open(["".join(pieces)])[0]
 
     def _end(self, ids: list[int], part: list[int]) -> tuple[int, bool]:
-        """How many first `ids` are inside the text whose tokens are `part`, and whether the next crosses its end.
+        """Count the first `ids` that are in the text whose tokens are `part`, and check if the next crosses its end.
 
         Both are decoded, with their special tokens, so that any change that the decoder makes to a text is the same in
         both. Without a decoder, all tokens from the first difference on count as the text that follows.

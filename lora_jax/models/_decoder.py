@@ -208,7 +208,7 @@ class Decoder(nn.Module):
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many there are of what an axis of a kernel holds, where that isn't the axis's size."""
+        """The number of units of each named axis, if it isn't the size: heads, not their channels."""
         return {"heads": self.spec.num_heads, "kv_heads": self.spec.num_kv_heads}
 
     def attention(self, rows: int, length: int, dtype: Any, **call: bool) -> Choice:
@@ -269,7 +269,7 @@ def _seen(spec, choice, sliding, positions, attention_mask, cache, dtype):
 
 
 def _of_layer(sliding, layer_types):
-    """The rotation and the mask of a layer, from those of the only type of layer, or of both (full, sliding)."""
+    """The rotation and the mask of a layer, selected from both types (full, sliding) if the model has both."""
     if sliding is None:
         return layer_types[0]
     return jax.tree.map(lambda full, near: jnp.where(sliding, near, full), *layer_types)

@@ -14,8 +14,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 Axes = str | tuple[str, ...] | None
 Rules = Mapping[str, Axes]
 
-# In the order of precedence: an array is cut once along each axis of the mesh. So an activation, whose batch is cut
-# along "fsdp", keeps its "embed" whole, and a weight's "embed" is cut.
+# In the order of precedence, since each axis of the mesh divides one axis of an array: the "batch" of an activation is
+# divided along "fsdp", so its "embed" isn't, while the "embed" of a weight is.
 RULES: MappingProxyType[str, Axes] = MappingProxyType(
     {
         "batch": ("data", "fsdp"),
@@ -34,25 +34,25 @@ RULES: MappingProxyType[str, Axes] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Layout:
-    """A mesh and the rules of what is cut along which of its axes; without a mesh nothing is. Hashable, so a field."""
+    """A mesh and the rules that divide named axes along its axes; without a mesh, nothing is divided. Hashable."""
 
     mesh: Mesh | None = None
     rules: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
     def first(self, name: str) -> "Layout":
-        """The same, where the rule of this name goes before the others."""
+        """The same layout with the rule for a name before the others."""
         return Layout(self.mesh, tuple(sorted(self.rules, key=lambda rule: rule[0] != name)))
 
     def parts(self, name: str) -> int:
-        """How many parts the axes of the mesh cut an axis of this name into."""
+        """The number of parts that the mesh divides an axis with this name into."""
         return 1 if self.mesh is None else _size(self.mesh, dict(self.rules).get(name, ()))
 
     def spec(self, names: Sequence[str | None], counts: Sequence[int]) -> PartitionSpec:
-        """The mesh's axes of an array's, by name; an axis whose count isn't divisible isn't cut.
+        """The axes of the mesh for each axis of an array, by name; an axis whose count isn't divisible isn't divided.
 
-        Of several axes of the mesh for one of the array's, the last ones go first where they don't divide.
+        If several axes of the mesh are for one axis of the array and don't divide it, the last ones are left out first.
         """
-        # Of several axes those that are free are taken: Flax takes the first rule of a name whose axes all are.
+        # Rules for all subsets of the axes: Flax uses the first rule of a name all of whose axes are still unused.
         rules = [
             (name, part) for name, axes in self.rules for n in range(len(axes), 0, -1) for part in combinations(axes, n)
         ]
@@ -60,7 +60,7 @@ class Layout:
         return PartitionSpec(*(self._dividing(axes, count) for axes, count in zip(wanted, counts, strict=True)))
 
     def constrain(self, x: Any, *names: str | None) -> Any:
-        """`x`, laid out as its axes' names say; without a mesh `x` itself."""
+        """Constrain `x` to the sharding for the names of its axes; without a mesh, return `x` unchanged."""
         if self.mesh is None:
             return x
         return lax.with_sharding_constraint(x, NamedSharding(self.mesh, self.spec(names, x.shape)))
@@ -77,15 +77,16 @@ ONE_DEVICE = Layout()
 
 
 def layout_of(mesh: Mesh, rules: Rules = RULES) -> Layout:
-    """The layout of a mesh, whose axes become Auto: constraints then say what is cut, and XLA what follows from it.
+    """Make the layout of a mesh, whose axes become Auto: XLA derives all shardings from the constraints.
 
     Args:
-      mesh: with axes of any type; `jax.make_mesh` gives Explicit ones, under which each operation needs a type.
-      rules: the mesh's axes for each name, in the order of precedence. Axes that the mesh lacks are passed over.
+        mesh: With axes of any type; `jax.make_mesh` makes Explicit ones, which need a sharding of each operation.
+        rules: The mesh's axes for each name, in the order of precedence. Axes that the mesh lacks are ignored.
 
     Raises:
-      ValueError: an axis of the mesh that no rule names, so that its devices would all do the same.
+        ValueError: No rule names an axis of the mesh, so that all its devices would compute the same.
 
+    >>> import jax
     >>> layout_of(jax.make_mesh((1, 1), ("fsdp", "model"))).spec(("batch", "length", "mlp"), (8, 16, 64))
     PartitionSpec('fsdp', None, 'model')
     """
@@ -99,13 +100,13 @@ def layout_of(mesh: Mesh, rules: Rules = RULES) -> Layout:
 
 
 def shardings_of(layout: Layout, shapes: Mapping[str, Any], axes: Mapping[str, Any], counts: Mapping[str, int]) -> Any:
-    """A NamedSharding for each leaf by its path, and a warning where an axis can't be cut.
+    """The NamedSharding of each leaf by path; warns of axes that can't be divided.
 
     Args:
-      layout: with a mesh.
-      shapes: leaf path -> array or ShapeDtypeStruct.
-      axes: leaf path -> names of its axes; leaves that aren't in it have copies everywhere.
-      counts: how many things an axis of that name holds, where that isn't its size: heads, not their channels.
+        layout: A layout with a mesh.
+        shapes: Leaf path -> array or ShapeDtypeStruct.
+        axes: Leaf path -> names of its axes; other leaves are copied to all devices.
+        counts: Name of an axis -> its number of units, if that isn't its size: heads, not their channels.
     """
     assert layout.mesh is not None
     found, uncut = {}, {}

@@ -21,13 +21,13 @@ from lora_jax.models._weights import Streamed
 
 
 class ExecutionOptions(TypedDict, total=False):
-    """How a model is computed: the keyword arguments that `load`, `load_streamed`, `load_abstract` and `init` share."""
+    """Options of computing a model: keyword arguments of `load`, `load_streamed`, `load_abstract` and `init`."""
 
     compute_dtype: Any
     """The dtype of the activations; defaults to the embedding's dtype, and to float32 for float16 weights."""
 
     attention: Attention
-    """The form of attention: "xla" computes all scores at once, "blockwise" those of one block of queries; "cudnn"
+    """The form of attention: "xla" computes all scores at once, "blockwise" for a block of queries at a time; "cudnn"
     (CUDA, 16-bit) and "splash" (TPU) are kernels that never store scores; "auto", the default, is the fastest one."""
 
     remat: Remat

@@ -247,7 +247,7 @@ class Encoder(nn.Module):
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many there are of what an axis of a kernel holds, where that isn't the axis's size."""
+        """The number of units of each named axis, if it isn't the size: heads, not their channels."""
         return {"heads": self.spec.num_heads}
 
     def attention(self, rows: int, length: int, dtype: Any) -> Choice:

@@ -17,7 +17,7 @@ REPORTERS = ("tensorboard", "wandb")
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How to train: batches, optimizer, schedule, and how often to log, evaluate and save.
+    """The settings of a training run: batches, optimizer, schedule, and how often to log, evaluate and save.
 
     A setting that transformers' `TrainingArguments` has too has the same name and meaning there.
 

@@ -100,8 +100,8 @@ def train(
             nodes, `("/.*/",)` is full fine-tuning.
         on_log: Called with every line of metrics.
         console: Shows the progress: a bar on a terminal, about twenty lines elsewhere. None shows nothing.
-        resume: Continue from the newest checkpoint in `output`; the losses are those of an uninterrupted run, bit for
-            bit.
+        resume: Continue from the newest checkpoint in `output`; the losses are the same as in an uninterrupted run, bit
+            for bit.
         overwrite: Remove a run that is in `output`.
         stop: Called after every step and during evaluations. When it returns True, the run saves a checkpoint in
             `output` and raises `Stopped`; a resumed run continues from there, with no step lost.

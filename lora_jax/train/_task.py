@@ -1,4 +1,4 @@
-"""What a model is trained for: the loss that is minimised, the metrics, and which metric decides the best adapter."""
+"""Training tasks: the loss that is minimised, the metrics, and the metric that decides the best adapter."""
 
 import dataclasses
 from collections.abc import Callable, Sequence

@@ -134,7 +134,7 @@ def check_free(folder: Path, *, overwrite: bool, what: str = "", ours: Callable[
 
 @contextlib.contextmanager
 def _temporary(home: Path, name: str) -> Iterator[Path]:
-    """Yield a new folder in `home`, removed at the end if it still exists; removes those of killed processes too."""
+    """Yield a new folder in `home`, removed at the end if it still exists, and remove those of killed processes."""
     for stale in home.glob(f".{name}.*{PARTIAL}"):
         if stale.is_dir() and (descriptor := _lock(stale)) is not None:
             shutil.rmtree(stale, ignore_errors=True)
