@@ -6,11 +6,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from public_trees import attach, nodes_of
 from safetensors.numpy import load_file, save_file
 
-from lora_jax import Axes, LoRA, _tree
-from lora_jax._node import Trained
-from lora_jax._tree import attach
+from lora_jax import Axes, LoRA, Trained
 
 LAYERS, WIDTH, VOCABULARY = 3, 8, 12
 
@@ -89,8 +88,11 @@ def adapted(nodes=None, **options):
 
 def same(one, other):
     """Equal paths, values and scales; a mark of what is trained in full is no difference."""
-    one, other = (_tree.edit(tree, leaf=lambda _, x: x.value if isinstance(x, Trained) else x) for tree in (one, other))
-    scales = [{path: node.scale.tolist() for path, node in _tree.nodes_of(tree).items()} for tree in (one, other)]
+    one, other = (
+        jax.tree.map(lambda x: x.value if isinstance(x, Trained) else x, tree, is_leaf=lambda x: isinstance(x, Trained))
+        for tree in (one, other)
+    )
+    scales = [{path: node.scale.tolist() for path, node in nodes_of(tree).items()} for tree in (one, other)]
     assert scales[0] == scales[1]
     paths = [jax.tree_util.tree_leaves_with_path(tree) for tree in (one, other)]
     assert [path for path, _ in paths[0]] == [path for path, _ in paths[1]]

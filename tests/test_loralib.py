@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from public_trees import nodes_of
 
 import lora_jax
 from lora_jax import loralib, peft
-from lora_jax._tree import nodes_of
 from lora_jax.loralib._load import blocks_of
 
 GOLDEN = Path(__file__).parent / "golden" / "loralib"

@@ -28,11 +28,10 @@ from peft_trees import (
     shape_of,
     tensors_in,
 )
+from public_trees import attach, nodes_of
 
 import lora_jax
-from lora_jax import Axes, LoRA, peft
-from lora_jax._node import Trained
-from lora_jax._tree import attach, nodes_of
+from lora_jax import Axes, LoRA, Trained, peft
 
 
 @pytest.fixture

@@ -18,11 +18,11 @@ import numpy as np
 import pytest
 import test_peft_parameters as experts
 from peft_trees import EMBEDDING, HEAD, NAMES, QUERY, TIED, adapted, base, config_in, node, same, tensors_in
+from public_trees import attach
 from safetensors.numpy import save_file
 from test_peft_options import with_magnitudes
 
 from lora_jax import peft, prefix
-from lora_jax._tree import attach
 
 NODES = {QUERY: node(QUERY, [2, 1, 2], [2.0, 0.5, 2.0]), HEAD: node(HEAD, 3, 1.0)}
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"

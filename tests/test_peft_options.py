@@ -28,11 +28,11 @@ from peft_trees import (
     same,
     tensors_in,
 )
+from public_trees import nodes_of
 from test_peft_reference import llama, oracle
 
 import lora_jax
 from lora_jax import peft
-from lora_jax._tree import nodes_of
 from lora_jax.peft import _config_file, adapter_folder
 
 ROWS = "base_model.model.model.embed.token_adapter.trainable_tokens_delta"

@@ -4,9 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from peft_trees import config_in, edit, same, tensors_in
+from public_trees import attach
 
 from lora_jax import Axes, LoRA, peft
-from lora_jax._tree import attach
 from lora_jax.models import Weight
 
 LAYERS, EXPERTS, WIDTH, INNER = 2, 3, 4, 5

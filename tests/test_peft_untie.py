@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from agreement import assert_agrees
 from peft_trees import EMBEDDING, HEAD, NAMES, QUERY, TIED, adapted, base, config_in, edit, node, same, tensors_in
+from public_trees import attach
 from test_peft_families import make, read_by_peft, setting_of, written_by_peft
 from transformers import GPT2Config, LlamaConfig
 
 import lora_jax
 from lora_jax import models, peft
-from lora_jax._tree import attach
 from lora_jax.cli.analyze import weights_of
 
 OWN = {EMBEDDING: "model.embed", HEAD: "lm_head"}

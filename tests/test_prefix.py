@@ -19,8 +19,7 @@ from test_cli import tiny_model, write_rows
 from transformers import BertConfig, GPT2Config, LlamaConfig, PretrainedConfig
 
 import lora_jax
-from lora_jax import data, models, peft, prefix, sweep, train
-from lora_jax._node import Prefix
+from lora_jax import Prefix, data, models, peft, prefix, sweep, train
 from lora_jax._tree import leaf_paths
 from lora_jax.cli import main
 from lora_jax.generate import generate

@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from public_trees import nodes_of
 from transformers import RobertaConfig
 
 import lora_jax
 from lora_jax import data, loralib, models, peft
-from lora_jax._tree import nodes_of
 
 pytestmark = pytest.mark.real
 

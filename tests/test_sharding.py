@@ -10,9 +10,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSha
 from marks import few
 
 import lora_jax
-from lora_jax import Axes, LoRAConfig
+from lora_jax import Axes, LoRAConfig, Trained
 from lora_jax._init import _Kernel, _maker
-from lora_jax._node import Trained
 
 P = PartitionSpec
 KEY = jax.random.key(0)
