@@ -254,8 +254,7 @@ class _Issued:
         self.body = Body(frame.session, *opened(self.loop.body), self.inside.names, None, whole=primitive)
 
     def full(self, carry: Sequence[Any]) -> list[Any]:
-        """The original carry, in its order: the kernels that stay the same, and the values that change."""
-        # With fixed = {0: W} and moving = [1], [h] becomes [W, h], as the body expects.
+        """The original carry: with the kernel W fixed and h moving, [h] becomes [W, h], as the body expects."""
         state = self.fixed | dict(zip(self.moving, carry, strict=True))
         return [state[i] for i in range(len(state))]
 
@@ -351,7 +350,6 @@ def _cond(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
     # an output would be, isn't known when the function is traced.
     inside = enter(frame, operands)
     leaves, treedef = jax.tree.flatten(inside.values)
-    # `lax.switch` takes functions of the same flat arrays: those of the kernels and all others.
     bodies = [
         Body(frame.session, *opened(branch), inside.names, treedef, whole="cond") for branch in eqn.params["branches"]
     ]
