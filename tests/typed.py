@@ -31,7 +31,7 @@ version: str = lora_jax.__version__
 
 lora_jax.peft.load("adapter", base, names={})
 lora_jax.peft.laod("adapter", base, names={})  # pyright: ignore[reportAttributeAccessIssue]
-lora_jax.plan  # pyright: ignore[reportAttributeAccessIssue] # noqa: B018
+lora_jax.plans  # pyright: ignore[reportAttributeAccessIssue] # noqa: B018
 lora_jax.models.load("folder", layers="unrolled", platform="tpu")
 lora_jax.models.load("folder", layers="rolled")  # pyright: ignore[reportArgumentType]
 lora_jax.data.load("folder", "valid")
