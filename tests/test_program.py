@@ -9,7 +9,7 @@ from lora_jax._program import collectives, cost_of
 from lora_jax.models import _kernels
 
 # As XLA writes it, shortened: a loop of 32 in which a gather begins and ends in two pieces, the second in a loop of its
-# own; a branch; a reduction to a part; two arrays at once.
+# own that counts to 8 in twos; a branch; a reduction to a part; two arrays at once.
 TEXT = """HloModule jit_step, is_scheduled=true
 
 %add.1 (x: f32[], y: f32[]) -> f32[] {
@@ -27,10 +27,15 @@ TEXT = """HloModule jit_step, is_scheduled=true
   %all-gather.2 = bf16[1,4096,4096]{2,1,0} all-gather(%p), channel_id=7, dimensions={1}
   %collective-permute-start.1 = (bf16[1,256,64]{2,1,0}, bf16[1,256,64]{2,1,0:T(8,128)(2,1)S(1)}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%q), channel_id=8
   %collective-permute-done.1 = bf16[1,256,64]{2,1,0} collective-permute-done(%collective-permute-start.1)
+  %constant.3 = u32[]{:T(128)} constant(2)
+  %gte.4 = u32[]{:T(128)} get-tuple-element(%p), index=0, metadata={op_name="jit(step)"}
+  %add.4 = u32[]{:T(128)} add(%gte.4, %constant.3)
+  ROOT %tuple.4 = (u32[]{:T(128)}, /*index=1*/bf16[1,512,4096]{2,1,0}) tuple(%add.4, /*index=1*/%collective-permute-done.1)
 }
 
 %inner_condition.1 (p: (u32[], bf16[1,512,4096])) -> pred[] {
   %constant.1 = u32[]{:T(128)} constant(8)
+  %gte.1 = u32[]{:T(128)} get-tuple-element(%p), index=0
   ROOT %compare.1 = pred[]{:T(512)} compare(%gte.1, %constant.1), direction=LT
 }
 
@@ -65,7 +70,7 @@ def test_collectives_of_a_known_text():
     found = [(c.kind, c.shape, c.times, c.times * c.bytes) for c in collectives(TEXT)]
     assert found == [
         ("all-gather", (1, 4096, 4096), 32, 32 * 2 * 4096**2),
-        ("collective-permute", (1, 256, 64), 32 * 8, 32 * 8 * 2 * 256 * 64),
+        ("collective-permute", (1, 256, 64), 32 * 4, 32 * 4 * 2 * 256 * 64),
         ("all-reduce", (8, 4), 1, 128),
         ("all-reduce", (3,), 1, 3),
         ("reduce-scatter", (8, 4), 1, 128),

@@ -13,7 +13,9 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+[a-z0-9]*)\[([\d,]*)\]")
 _BRANCHES = re.compile(r"(?:branch_computations=\{([^}]*)\}|(?:true|false)_computation=%?([\w.\-]+))")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-_CONSTANT = re.compile(r"= [su]\d+\[\]\S* constant\((\d+)\)")
+_CONSTANT = re.compile(r"^\s*%?([\w.\-]+) = [su]\d+\[\]\S* constant\((\d+)\)", re.MULTILINE)
+_PART = re.compile(r"^\s*%?([\w.\-]+) = \S+ get-tuple-element\([^)]*\), index=(\d+)", re.MULTILINE)
+_SUM = re.compile(r"^\s*%?([\w.\-]+) = \S+ add\(%?([\w.\-]+), %?([\w.\-]+)\)", re.MULTILINE)
 
 
 class Collective(NamedTuple):
@@ -99,7 +101,7 @@ class _Reader:
                     yield Collective(kind, shape, dtype, times, origin[1] if origin else "")
             elif operation == "while":
                 body, condition = (_named(line, field) for field in ("body", "condition"))
-                yield from self.read(body, times * self.trips(line, condition), channels)
+                yield from self.read(body, times * self.trips(line, body, condition), channels)
             elif operation == "conditional":
                 taken = [list(self.read(branch, times, set(channels))) for branch in _branches(line)]
                 yield from max(taken, key=lambda found: sum(c.bytes * c.times for c in found), default=[])
@@ -117,14 +119,38 @@ class _Reader:
             self.silent[name] = not own and all(self.is_silent(callee) for callee in called)
         return self.silent[name]
 
-    def trips(self, line: str, condition: str) -> int:
-        """How often a loop's body runs: as noted, or the one constant that its condition compares with; else 1."""
+    def trips(self, line: str, body: str, condition: str) -> int:
+        """How often a loop's body runs: as noted, or from 0 to the one constant of its condition, else 1.
+
+        A loop that a compiler has unrolled counts in larger steps.
+        """
         if known := _TRIPS.search(line):
             return int(known[1])
         lines = self.computations.get(condition, [])
-        inner = [self.computations.get(callee, []) for each in lines for callee in _callees(each)]
-        constants = {number for each in [lines, *inner] for number in _CONSTANT.findall("\n".join(each))}
-        return int(constants.pop()) if len(constants) == 1 else 1
+        inner = [text for each in lines for callee in _callees(each) for text in self.computations.get(callee, [])]
+        bounds = {int(number) for _, number in _CONSTANT.findall("\n".join([*lines, *inner]))}
+        counters = {index for _, index in _PART.findall("\n".join(lines))}
+        if len(bounds) != 1:
+            return 1
+        stride = self.stride(body, counters.pop()) if len(counters) == 1 else 1
+        return -(-bounds.pop() // stride)
+
+    def stride(self, body: str, index: str) -> int:
+        """By how much a loop's body raises the part of its carry that has this index; 1 where that isn't seen."""
+        text = "\n".join(self.computations.get(body, []))
+        constants = {name: int(number) for name, number in _CONSTANT.findall(text)}
+        counters = {name for name, part in _PART.findall(text) if part == index}
+        results = re.search(r"^\s*ROOT .*? tuple\(([^()]*)\)", text, re.MULTILINE)
+        if results is None:
+            return 1
+        names = [name.strip().lstrip("%") for name in re.sub(r"/\*.*?\*/", "", results[1]).split(",")]
+        new = names[int(index)] if int(index) < len(names) else ""
+        steps = {
+            constants[right]
+            for name, left, right in _SUM.findall(text)
+            if name == new and left in counters and constants.get(right)
+        }
+        return steps.pop() if len(steps) == 1 else 1
 
 
 def _moved(
