@@ -14,7 +14,6 @@ from lora_jax._forward import kernel_axes
 from lora_jax._init import init
 from lora_jax._sharding import shardings
 from lora_jax._tree import split
-from lora_jax.plan._placement import base_shardings
 from lora_jax.plan._request import Request
 from lora_jax.train import LANGUAGE_MODELLING, make_optimizer, make_step
 
@@ -64,11 +63,12 @@ def make(request: Request, model: Any, devices: Sequence[Any], *, full: bool = F
     sizes = request.sizes(len(devices))
     auto = (AxisType.Auto,) * len(sizes)
     mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=auto, devices=devices)
-    model, placed_base = base_shardings(model, mesh)
+    if len(devices) > 1:
+        model = model.on_mesh(mesh)
     config = LoRAConfig(rank=1, alpha=1, targets=(), also_train=(EVERYTHING,)) if full else request.lora
     axes = None if full else kernel_axes(model.apply, model.params, jax.ShapeDtypeStruct((1, TRACED_TOKENS), jnp.int32))
     params = jax.eval_shape(lambda base: init(jax.random.key(0), base, config, axes=axes), model.params)
-    base, adapter = split(_at(params, shardings(params, placed_base)))
+    base, adapter = split(_at(params, shardings(params, models.shardings(model, mesh))))
     train = request.train
     tx = make_optimizer(train, STEPS)
     step = make_step(
