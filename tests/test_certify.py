@@ -459,3 +459,33 @@ def test_a_reduced_gradient_fails():
     """Data parallel training of the merged kernels: gradients of a kernel's shape go over the wire."""
     found = lines(merged_step, *sharded_parts(P()))
     assert any("all-reduce" in line and "a kernel's shape" in line for line in found)
+
+
+@pytest.mark.parametrize("constrained", [False, True])
+def test_a_whole_batchs_activations_are_seen(constrained):
+    """Kernels cut for storage: unless activations are constrained, XLA may send these instead."""
+    rows, length = 8, 16
+    local = NamedSharding(mesh(), P("data"))
+
+    def f(params, ids):
+        keep = lambda x: lax.with_sharding_constraint(x, local if constrained else NamedSharding(mesh(), P()))
+        x = keep(jnp.sin(ids[..., None] * jnp.arange(1.0, WIDTH + 1)))
+        return jnp.mean(keep(jnp.tanh(x @ params["up"])) ** 2)
+
+    params = {"up": jax.ShapeDtypeStruct((WIDTH, HIDDEN), jnp.float32, sharding=NamedSharding(mesh(), P("data")))}
+    config = lora_jax.LoRAConfig(rank=RANK, alpha=1.0, targets=("up",))
+    init = lambda params: lora_jax.init(jax.random.key(0), params, config)
+    base, adapter = lora_jax.split(jax.eval_shape(init, params))
+    adapter, base = placed(adapter, P()), placed(base, P("data"))
+
+    def step(adapter, base, ids):
+        grads = jax.grad(lambda a: lora_jax.adapt(f)(lora_jax.combine(base, a), ids))(adapter)
+        return jax.tree.map(lambda leaf, grad: leaf - 0.1 * grad, adapter, grads)
+
+    ids = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=local)
+    if constrained:
+        assert lora_jax.testing.certify(step, adapter, base, ids).kernels == 1
+        return
+    found = lines(step, adapter, base, ids)
+    assert all(f"activations of all {rows} rows, for jit(step)/" in line for line in found)
+    assert any(line.startswith(f"all-gather of [{rows}, {length}, ") for line in found)

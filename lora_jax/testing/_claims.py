@@ -72,8 +72,8 @@ def certify(
 
     Claims: a gradient reaches the factors; neither a gradient of a kernel's shape nor W + ΔW is computed; no output is
     a copy of the base; the base is an argument, not a captured constant; the optimizer's state is proportional to the
-    adapter; no collective moves an array of a kernel's shape unless the plain step does; and, with `plain`, the step
-    has fewer FLOPs than the plain forward and backward.
+    adapter; no collective moves an array of a kernel's shape unless the plain step does, nor the activations of a whole
+    batch whose rows a mesh cuts; and, with `plain`, the step has fewer FLOPs than the plain forward and backward.
 
     Args:
       step: A function that does one training step. It takes the adapter (as `split` returns it, or the whole tree), the
@@ -115,7 +115,8 @@ def certify(
     lowered = traced.lower()
     compiled = lowered.compile()
     cost = cost_of(traced.jaxpr, parts.data + [True for _ in jax.tree.leaves(kwargs)])
-    found = [c for c in collectives(compiled.as_text() or "") if dims(c.shape) in parts.shards]
+    sent = collectives(compiled.as_text() or "")
+    found = [c for c in sent if dims(c.shape) in parts.shards]
     plain_cost, plain_found = (None, None) if plain is None else _plain(plain, parts)
     idle = _idle(traced.jaxpr, parts)
     failures = [
@@ -125,6 +126,7 @@ def certify(
         *_copies(traced, lowered, parts),
         *_state(parts),
         *_new_collectives(found, plain_found),
+        *_whole_batches(sent, parts),
         *_more_flops(cost, plain_cost),
     ]
     if failures:
@@ -281,6 +283,42 @@ def _new_collectives(found: Sequence[Collective], plain: Sequence[Collective] | 
         if not known:
             what = Collective(kind, shape)
             yield f"{what}, a kernel's shape: the plain step has none; check the shardings of adapter and base"
+
+
+def _whole_batches(sent: Sequence[Collective], step: Step) -> Iterator[str]:
+    """Activations of all rows, where each device should see its own: left to itself, XLA may rather send these.
+
+    An `all-to-all` has all rows too where it moves each device's share, as of an embedding whose columns are cut.
+    """
+    cut = [leaf.shape for leaf in jax.tree.leaves(step.rest) if leaf.ndim > 1 and _rows_are_cut(leaf)]
+    known = step.shards | step.factors | step.trained_in_full
+    seen: set[tuple[str, tuple[int, ...]]] = set()
+    for one in sent:
+        held = (shape[0] for shape in cut if one.kind != "all-to-all" and _holds(one.shape, shape))
+        rows = next(held, None)
+        if rows is not None and dims(one.shape) not in known and (one.kind, one.shape) not in seen:
+            seen.add((one.kind, one.shape))
+            runs = f", {one.times} times" if one.times > 1 else ""
+            yield (
+                f"{one}{runs}: activations of all {rows} rows, for {one.origin or 'an unnamed operation'}; "
+                "constrain activations to their rows' sharding"
+            )
+
+
+def _rows_are_cut(leaf: Any) -> bool:
+    sharding = getattr(leaf, "sharding", None)
+    return sharding is not None and sharding.shard_shape(leaf.shape)[0] < leaf.shape[0]
+
+
+def _holds(shape: Sequence[int], batch: Sequence[int]) -> bool:
+    """Whether an array has every row and position of a batch [rows, length, ...], and several numbers for each.
+
+    >>> _holds((16, 8, 2048, 64), (16, 2048)), _holds((16 * 2048, 64), (16, 2048)), _holds((2, 2048, 64), (16, 2048))
+    (True, True, False)
+    """
+    sizes, (rows, length) = [size for size in shape if size != 1], batch[:2]
+    apart = rows in sizes and length in sizes and len(sizes) > 2
+    return apart or (rows * length in sizes and len(sizes) > 1)
 
 
 def _more_flops(cost: Cost, plain: Cost | None) -> Iterator[str]:
