@@ -148,7 +148,7 @@ def _named_embedding(path: str) -> bool:
 
 def _is_matrix(path: str, leaf: Any, exact: Mapping[str, TracedAxes] | None) -> bool:
     """Whether a leaf has an input and an output side, as far as can be known."""
-    if isinstance(leaf, Trained) or np.ndim(leaf) < 2:
+    if isinstance(leaf, Trained) or len(np.shape(leaf)) < 2:
         return False
     if exact is not None and path in exact:
         return bool(exact[path].inputs and exact[path].outputs)

@@ -2,11 +2,12 @@
 
 import functools
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from lora_jax._arguments import kind
@@ -30,7 +31,8 @@ def quantize(params: Any, config: QuantizeConfig, *, axes: Mapping[str, Axes] | 
     entries of one row in an embedding, whose rows are looked up.
 
     Args:
-      params: Mappings, at any depth, of arrays; with or without adapters.
+      params: Mappings, at any depth, of arrays; with or without adapters. Of the leaves of
+        `lora_jax.models.load_streamed`, which are still in their files, one kernel at a time is read.
       config: What to quantize and how.
       axes: How the kernels are used, as `init` has it. The default targets need `lora_jax.kernel_axes`.
 
@@ -80,9 +82,45 @@ def _check_groups(path: str, inputs: list[int], config: QuantizeConfig) -> None:
 
 def quantize_kernel(kernel: Any, config: QuantizeConfig, axes: Axes) -> Quantized:
     """One kernel as a node."""
-    data = _encoder(config.scheme, config.inputs_in_a_group, axes)(kernel)
-    dtype = jnp.dtype(kernel.dtype).name
-    return Quantized(**data, scheme=config.scheme, group_size=config.inputs_in_a_group, dtype=dtype, axes=axes)
+    dtype, size = jnp.dtype(kernel.dtype).name, config.inputs_in_a_group
+    if isinstance(kernel, ReadInParts) and kernel.stack and axes.stack[: kernel.stack] == (*range(kernel.stack),):
+        data = _part_by_part(kernel, config, axes)
+    else:
+        whole = np.asarray(kernel) if isinstance(kernel, ReadInParts) else kernel
+        data = _encoder(config.scheme, size, axes)(whole)
+    return Quantized(**data, scheme=config.scheme, group_size=size, dtype=dtype, axes=axes)
+
+
+@runtime_checkable
+class ReadInParts(Protocol):
+    """A kernel that isn't held in memory, as the leaves of `lora_jax.models.load_streamed` aren't."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+    stack: int
+
+    def indices(self) -> Iterator[tuple[int, ...]]: ...
+
+    def read(self, index: tuple[int, ...]) -> np.ndarray: ...
+
+
+def _part_by_part(kernel: ReadInParts, config: QuantizeConfig, axes: Axes) -> dict[str, Any]:
+    """The data of a stack of which one kernel at a time is read: at most that one is in memory besides them."""
+    stack = kernel.stack
+    inside = Axes(*(tuple(k - stack for k in group if k >= stack) for group in axes))
+    encoder = _encoder(config.scheme, config.inputs_in_a_group, inside)
+    data: Any = None
+    for index in kernel.indices():
+        part = encoder(np.asarray(kernel.read(index), kernel.dtype))
+        if data is None:
+            data = jax.tree.map(lambda array: jnp.zeros((*kernel.shape[:stack], *array.shape), array.dtype), part)
+        data = _put(data, part, index)
+    return data
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(data: Any, part: Any, index: tuple[Any, ...]) -> Any:
+    return jax.tree.map(lambda whole, one: whole.at[index].set(one), data, part)
 
 
 @functools.cache

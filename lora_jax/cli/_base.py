@@ -1,7 +1,7 @@
 """The base model that a command works on: its flags, and how it is loaded, with or without an adapter."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -110,8 +110,14 @@ class Base:
         with _show.working(f"reading {self.name}"):
             dtype = dtype or self.loaded_dtype
             return self._with_tokenizer(
-                lora_jax.models.load(self.folder, dtype, labels=labels, key=key, **self.execution)
+                lora_jax.models.load(
+                    self.folder, dtype, labels=labels, key=key, transform=self._transform(labels), **self.execution
+                )
             )
+
+    def _transform(self, labels: Sequence[str] | None) -> Callable[[Any], Any] | None:
+        """What becomes of the weights while they are read."""
+        return None
 
     def load_streamed(self, labels: Sequence[str] | None = None, key: jax.Array | None = None) -> Any:
         """The model with its weights still in their files, from which they are read one tensor at a time."""
@@ -130,6 +136,17 @@ class EvaluatedBase(Base):
     attention: Literal["auto", "xla", "blockwise", "cudnn", "splash"] = "auto"
     """attention's implementation. auto: the fastest on this platform. cudnn (CUDA, 16-bit) and splash (TPU) are fused
     kernels; xla has the scores of all pairs of tokens in memory, blockwise a part of them"""
+
+    quantize: Literal["nf4", "int4", "int8", "fp8"] | None = None
+    """number format of the linear kernels, embeddings and output head excepted, to which they are rounded as they are
+    read: nf4 (QLoRA's, 4.13 bits), int4 (4.5), int8, fp8; none if not given"""
+
+    def _transform(self, labels: Sequence[str] | None) -> Callable[[Any], Any] | None:
+        if self.quantize is None:
+            return None
+        config = lora_jax.QuantizeConfig(scheme=self.quantize)
+        axes = kernel_axes(self.abstract(labels=labels))
+        return lambda params: lora_jax.quantize(params, config, axes=axes)
 
     @property
     def execution(self) -> dict[str, Any]:
@@ -160,7 +177,11 @@ def execution_line(model: Any, rows: int, length: int) -> str:
 
 def kernel_axes(model: Any) -> lora_jax.KernelAxes:
     """The axes of the model's kernels, from an abstract trace."""
-    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), model.params)
+    params = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype),
+        model.params,
+        is_leaf=lambda leaf: isinstance(leaf, lora_jax.Quantized),
+    )
     return lora_jax.kernel_axes(model.apply, params, jax.ShapeDtypeStruct((1, TRACED_TOKENS), jnp.int32))
 
 

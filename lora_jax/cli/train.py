@@ -147,6 +147,7 @@ def _train(settings: Settings, stop: Callable[[], bool]) -> Callable[[], None]:
             "model": settings.base.model,
             "labels": None if rows.labels is None else list(rows.labels.names),
             "task_type": rows.task_type,
+            **({} if settings.base.quantize is None else {"quantize": settings.base.quantize}),
         },
     )
     _labels.save(settings.output, rows.labels)
@@ -269,6 +270,7 @@ def _comparison(result: TrainResult, before: Predictions, after: Predictions) ->
 
 def _next_command(settings: Settings, workload: Workload) -> str:
     model = [] if settings.base.model is None else ["--model", settings.base.model]
+    model += [] if settings.base.quantize is None else ["--quantize", settings.base.quantize]
     adapter = ["--adapter", str(settings.output)]
     if workload.examples.task is not None:
         return shlex.join(["lora-jax", "evaluate", *model, *adapter, "--data", *settings.data])

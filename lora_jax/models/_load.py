@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypedDict, Unpack
 
@@ -48,6 +48,7 @@ def load(
     *,
     labels: Sequence[str] | None = None,
     key: jax.Array | None = None,
+    transform: Callable[[Any], Any] | None = None,
     **options: Unpack[ExecutionOptions],
 ) -> Model:
     """Load a model from a Hugging Face folder, or from the hub by name.
@@ -59,6 +60,8 @@ def load(
             is used if it has these labels (or as many without names); otherwise the leaves of a new head are
             `newly_initialized`.
         key: The random key of a new head; defaults to `jax.random.key(0)`.
+        transform: Maps the tree of `Streamed` leaves before any is read. A leaf that it reads and replaces isn't held
+            in memory, for example where `lora_jax.quantize` rounds it to fewer bits.
         options: How the model is computed: `ExecutionOptions`.
 
     Raises:
@@ -68,7 +71,9 @@ def load(
     """
     model = load_streamed(path_or_hub_id, dtype, labels=labels, key=key, **options)
     try:
-        return replace(model, params=jax.tree.map(_weights.materialize, model.params))
+        params = model.params if transform is None else transform(model.params)
+        loaded = jax.tree.map(lambda leaf: _weights.materialize(leaf) if isinstance(leaf, Streamed) else leaf, params)
+        return replace(model, params=loaded)
     except MemoryError:
         size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in flatten(model.params).values())
         raise OSError(f"{model.folder}: the weights take {size:,} bytes, more than the free memory") from None

@@ -1,0 +1,122 @@
+"""Quantized bases from files: kernels are rounded as they are read, adapters go to PEFT and back, commands take it."""
+
+import contextlib
+import io
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_cli import TRAIN, tiny_model, write_rows
+
+import lora_jax
+from lora_jax import LoRAConfig, QuantizeConfig, Quantized, models, peft
+from lora_jax._quantize import transform
+from lora_jax._tree import leaves_with_paths
+from lora_jax.cli import main
+from lora_jax.models import _files
+
+IDS = jnp.asarray([[5, 9, 13, 2], [7, 7, 1, 0]])
+LINEAR = {f"layers/self_attn/{name}_proj/kernel" for name in "qkvo"} | {
+    f"layers/mlp/{name}_proj/kernel" for name in ("gate", "up", "down")
+}
+
+
+def axes_of(model):
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), model.params)
+    return lora_jax.kernel_axes(model.apply, shapes, jax.ShapeDtypeStruct((1, 8), jnp.int32))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_model(tmp_path_factory.mktemp("quantized") / "model", hidden_size=64, intermediate_size=128)
+
+
+def loaded(folder, scheme):
+    axes = axes_of(models.load_abstract(folder))
+    config = QuantizeConfig(scheme=scheme)
+    return models.load(folder, transform=lambda params: lora_jax.quantize(params, config, axes=axes))
+
+
+def same(one, other):
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(y, np.float32))
+
+
+@pytest.mark.parametrize("scheme", ["nf4", "int8"])
+def test_read_part_by_part_it_is_what_the_whole_would_be(folder, scheme):
+    model, plain = loaded(folder, scheme), models.load(folder)
+    same(model.params, lora_jax.quantize(plain.params, QuantizeConfig(scheme=scheme), axes=axes_of(plain)))
+    leaves = dict(leaves_with_paths(model.params))
+    assert {path for path, leaf in leaves.items() if isinstance(leaf, Quantized)} == LINEAR
+    ours = lora_jax.quantized(model.apply)(model.params, IDS)
+    np.testing.assert_allclose(ours, plain.apply(lora_jax.dequantize(model.params), IDS), rtol=1e-4, atol=1e-4)
+
+
+def test_one_tensor_is_read_after_the_other_was_rounded(folder, monkeypatch):
+    """Never two of a stack's kernels, and each once."""
+    read = []
+    original = _files.TensorFiles.read
+    monkeypatch.setattr(_files.TensorFiles, "read", lambda self, name: read.append(name) or original(self, name))
+    encoded = []
+    put = transform._put
+
+    def counted(data, part, index):
+        encoded.append(len(read))
+        return put(data, part, index)
+
+    monkeypatch.setattr(transform, "_put", counted)
+    loaded(folder, "nf4")
+    assert len(read) == len(set(read))
+    assert len(encoded) == 2 * len(LINEAR)
+    assert encoded == list(range(encoded[0], encoded[0] + len(encoded)))  # one more at each
+
+
+def test_an_adapter_of_a_quantized_base_is_anybody_s(folder, tmp_path):
+    """Saved from it and loaded beside it, and beside the plain base."""
+    model, plain = loaded(folder, "nf4"), models.load(folder)
+    axes = axes_of(models.load_abstract(folder))
+    params = lora_jax.init(jax.random.key(0), model.params, LoRAConfig(rank=2, alpha=4), axes=axes)
+    base, adapter = lora_jax.split(params)
+    adapter = jax.tree.map(lambda x: x + 0.1, adapter)
+    params = lora_jax.combine(base, adapter)
+    peft.save(tmp_path / "adapter", params, names=model.names)
+    again = peft.load(tmp_path / "adapter", model.params, names=model.names, axes=axes)
+    same(again, params)
+    beside = peft.load(tmp_path / "adapter", plain.params, names=plain.names, axes=axes)
+    same(lora_jax.split(beside)[1], adapter)
+    ours = lora_jax.adapt(model.apply, on_materialize="error")(again, IDS)
+    merged = plain.apply(lora_jax.merge(lora_jax.dequantize(params)), IDS)
+    np.testing.assert_allclose(ours, merged, rtol=1e-3, atol=1e-3)
+
+
+# The command line --------------------------------------------------------------------------------------------------
+
+
+def run(*argv):
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        assert main([str(word) for word in argv]) == 0
+    return said.getvalue()
+
+
+def test_train_evaluate_and_generate(folder, tmp_path):
+    data = write_rows(tmp_path / "data.jsonl")
+    base, out = ("--model", folder, "--quantize", "nf4"), tmp_path / "out"
+    said = run("train", *base, "--data", data, "--output", out, *TRAIN)
+    assert "--quantize nf4" in said  # in the next command
+    before = json.loads(run("evaluate", *base, "--data", data, "--json"))
+    after = json.loads(run("evaluate", *base, "--adapter", out, "--data", data, "--json"))
+    plain = json.loads(run("evaluate", "--model", folder, "--data", data, "--json"))
+    assert after["loss"] < before["loss"] != plain["loss"]
+    assert before["loss"] == pytest.approx(plain["loss"], rel=0.2)
+    run("generate", *base, "--adapter", out, "--prompt", "1 + 1 = ", "--max-tokens", "2")
+
+
+def test_a_kernel_that_groups_do_not_divide_is_named(tmp_path, capsys):
+    small = tiny_model(tmp_path / "model")
+    capsys.readouterr()
+    assert main(["generate", "--model", small, "--quantize", "nf4", "--prompt", "a"]) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "kernel: has 32 inputs, which groups of 64 don't divide; give another group_size, take int8" in message
