@@ -18,6 +18,7 @@ BOS, EOS = 1, 2
 class Tokenizer:
     """One token a character, `<s>` in front."""
 
+    bos_token_id = BOS
     eos_token_id = EOS
     chat_template = None
 
@@ -259,15 +260,37 @@ def test_chats_that_cannot_be_read():
 
 def test_rows_with_no_target_left_are_counted_and_left_out():
     rows = [Completion("long prompt", "x"), Completion("p", "a long completion"), Completion("p", "c")]
-    encoded = data.encode(rows, Tokenizer(), 8)
-    assert (len(encoded.examples), encoded.left_out, encoded.truncated) == (2, 1, 2)
+    encoded = data.encode(rows, Tokenizer(), 8, "keep_start")
+    assert (len(encoded.examples), encoded.left_out, encoded.truncated, encoded.dropped) == (2, 1, 2, 0)
     assert told(encoded.examples[0]) == ("^pa long", "a long")
-    with pytest.raises(ValueError, match="max_length: 3 given, but none of 1 rows has a target"):
-        data.encode([Completion("long", "x")], Tokenizer(), 3)
+    with pytest.raises(ValueError, match=r"max_length: 3 given, but none of 1 rows has a target .* keep_end"):
+        data.encode([Completion("long", "x")], Tokenizer(), 3, "keep_start")
     with pytest.raises(ValueError, match="expected at least 2"):
         data.encode(rows, Tokenizer(), 1)
     with pytest.raises(ValueError, match="no rows"):
         data.encode([], Tokenizer(), 8)
+
+
+def test_a_long_row_keeps_its_answer():
+    """And the token in front; without one, the first token that is left has nothing that predicts it."""
+    rows = [Completion("long prompt", "x"), Completion("p", "a long completion"), Completion("p", "c")]
+    encoded = data.encode(rows, Tokenizer(), 8)
+    assert [told(row) for row in encoded.examples] == [("^romptx$", "x$"), ("^letion$", "letion$"), ("^pc$", "c$")]
+    assert (encoded.left_out, encoded.truncated, encoded.dropped) == (0, 2, 0)
+    turns = ({"role": "user", "content": "a long question"}, {"role": "assistant", "content": "no"})
+    assert [told(row) for row in data.encode([Chat(turns)], Chatting(), 9).examples] == [("$><a:no$>", "no$>")]
+    assert [told(row) for row in data.encode([Chat(turns)], Chatting(), 4).examples] == [("no$>", "o$>")]
+
+
+def test_long_rows_are_dropped_where_asked():
+    rows = [Completion("long prompt", "x"), Completion("p", "c"), Completion("p", "123456")]
+    encoded = data.encode(rows, Tokenizer(), 9, "drop")
+    assert [told(row) for row in encoded.examples] == [("^pc$", "c$"), ("^p123456$", "123456$")]
+    assert (encoded.left_out, encoded.truncated, encoded.dropped) == (1, 0, 1)
+    with pytest.raises(ValueError, match="none of 1 rows has a target within it: all are longer"):
+        data.encode([Completion("long", "x")], Tokenizer(), 3, "drop")
+    with pytest.raises(ValueError, match="truncation_mode: 'left' given, expected keep_end, keep_start or drop"):
+        data.encode(rows, Tokenizer(), 9, "left")
 
 
 def test_an_empty_completion_teaches_to_stop():

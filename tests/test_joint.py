@@ -163,13 +163,14 @@ def test_a_tokenizer_without_offsets_that_closes():
     assert found.crossing == 0
 
 
-def test_truncation_cuts_the_end():
+def test_truncation_leaves_the_rest_as_it_was():
     tokenizer = metaspace("first")
     whole = encoded(tokenizer, Completion("a:", "x yes")).examples[0]
-    cut = encoded(tokenizer, Completion("a:", "x yes"), length=5)
-    assert cut.truncated == 1
-    assert cut.examples[0].input_ids.tolist() == whole.input_ids[:5].tolist()
-    assert cut.examples[0].targets.tolist() == whole.targets[:5].tolist()
+    for mode, kept in (("keep_start", [0, 1, 2, 3, 4]), ("keep_end", [0, -4, -3, -2, -1])):
+        cut = data.encode([Completion("a:", "x yes")], tokenizer, 5, mode)
+        assert cut.truncated == 1
+        assert cut.examples[0].input_ids.tolist() == whole.input_ids[kept].tolist()
+        assert cut.examples[0].targets.tolist() == whole.targets[kept].tolist()
 
 
 def test_pairs_are_the_tokenizers_own():

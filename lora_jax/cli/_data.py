@@ -1,4 +1,4 @@
-"""The `--data` flag: a file or folder in one word, or GLUE's own files in two."""
+"""The `--data` flag, a file or folder in one word or GLUE's own files in two, and the flags on how rows are read."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,6 +6,30 @@ from pathlib import Path
 
 from lora_jax import data
 from lora_jax.data import Labelled, Labels, Row
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataFlags:
+    """How the rows of `--data` are read."""
+
+    truncation_mode: data.TruncationMode | None = None
+    """what is done with a row of text that is longer than max_length: keep_end keeps its last tokens, so the answer,
+    and is the default; keep_start its first; drop leaves it out. Rows with labels are cut by the tokenizer"""
+
+    def check_text_only(self) -> None:
+        """Refuse the flags that have no effect on rows with labels.
+
+        Raises:
+            ValueError: one of them is given.
+        """
+        if self.truncation_mode is not None:
+            raise ValueError(
+                f"truncation_mode: {self.truncation_mode} given, but rows with labels are cut by the tokenizer; "
+                "leave it out"
+            )
+
+
+DEFAULTS = DataFlags()
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from lora_jax import data
 from lora_jax.cli import _base, _data, _embedded, _labels, _show
-from lora_jax.cli._data import DataSource
+from lora_jax.cli._data import DataFlags, DataSource
 from lora_jax.data import Example, LabelledExample, Labels, Row
 from lora_jax.train import Task
 
@@ -20,6 +20,7 @@ class Rows:
     source: DataSource | None  # None: the embedded task
     by_split: Mapping[str, Sequence[Row]]
     labels: Labels | None  # None: text
+    truncation_mode: data.TruncationMode = "keep_end"
 
     @property
     def label_names(self) -> tuple[str, ...] | None:
@@ -40,7 +41,7 @@ class EncodedRows(NamedTuple):
     task: Task | None  # None: next-token prediction
 
 
-def read(words: Sequence[str], base: _base.Base) -> Rows:
+def read(words: Sequence[str], base: _base.Base, flags: DataFlags = _data.DEFAULTS) -> Rows:
     """Read the rows that `--data` names, or the embedded task's.
 
     Raises:
@@ -52,14 +53,15 @@ def read(words: Sequence[str], base: _base.Base) -> Rows:
     model = base.abstract()
     if source is None or not train:
         _base.check_generates(model)
-        return Rows(source, by_split, None)
+        return Rows(source, by_split, None, flags.truncation_mode or "keep_end")
+    flags.check_text_only()
     return Rows(source, by_split, _labels.to_train(source, model, train, valid))
 
 
 def encode(rows: Rows, model: Any, max_length: int) -> EncodedRows:
     """Tokenise the rows, each cut to `max_length`, and print how many there are and how many were cut or left out."""
     if rows.source is None or rows.labels is None:
-        train, valid = (_encode_text(split, rows.by_split[split], model, max_length) for split in SPLITS)
+        train, valid = (_encode_text(split, rows, model, max_length) for split in SPLITS)
         report_unread(*train.unread, *valid.unread)
         return EncodedRows(train.examples, valid.examples, None)
     train, valid = (
@@ -69,11 +71,11 @@ def encode(rows: Rows, model: Any, max_length: int) -> EncodedRows:
     return EncodedRows(train, valid, _labels.task(rows.source, train, rows.labels))
 
 
-def _encode_text(split: str, rows: Sequence[Row], model: Any, length: int) -> data.Encoded:
-    if not rows:
+def _encode_text(split: str, rows: Rows, model: Any, length: int) -> data.Encoded:
+    if not rows.by_split[split]:
         return data.Encoded([], 0, 0)
-    encoded = data.encode(rows, model.tokenizer, length)
-    _report(split, len(encoded.examples), encoded.truncated, encoded.left_out, length, encoded.crossing)
+    encoded = data.encode(rows.by_split[split], model.tokenizer, length, rows.truncation_mode)
+    _report(split, encoded, length)
     return encoded
 
 
@@ -83,20 +85,24 @@ def _encode_labelled(
     if not rows:
         return []
     encoded = data.encode_labelled(rows, model.tokenizer, length, labels)
-    _report(split, len(encoded.examples), encoded.truncated, 0, length)
+    _report(split, encoded, length)
     return encoded.examples
 
 
-def _report(split: str, count: int, truncated: int, left_out: int, length: int, crossing: int = 0) -> None:
-    line = f"{split}: {count:,} rows"
-    if truncated:
-        line += f", {truncated:,} cut to {length} tokens"
-    if left_out:
-        line += f", {left_out:,} left out because no target remained"
-    if crossing:
-        line += (
-            f", {crossing:,} whose prompt ends within a token (put the space before a completion into the completion)"
-        )
+def _report(split: str, encoded: data.Encoded | data.EncodedLabelled, length: int) -> None:
+    line = f"{split}: {len(encoded.examples):,} rows"
+    if encoded.truncated:
+        line += f", {encoded.truncated:,} cut to {length} tokens"
+    if isinstance(encoded, data.Encoded):
+        if encoded.dropped:
+            line += f", {encoded.dropped:,} left out because they are longer than {length} tokens"
+        if without_target := encoded.left_out - encoded.dropped:
+            line += f", {without_target:,} left out because no target remained"
+        if encoded.crossing:
+            line += (
+                f", {encoded.crossing:,} whose prompt ends within a token"
+                " (put the space before a completion into the completion)"
+            )
     _show.results().print(line, soft_wrap=True)
 
 

@@ -32,9 +32,10 @@ class Settings:
     batch_size: int = TrainConfig.batch_size
     """rows that are computed at once"""
     max_length: int = TrainConfig.max_length
-    """most tokens of a row, which is cut to them"""
+    """most tokens of a row; a longer row is cut to them"""
     json: bool = False
     """print one JSON object, and nothing else, on standard output"""
+    reading: tyro.conf.OmitArgPrefixes[_data.DataFlags] = _data.DEFAULTS
     base: tyro.conf.OmitArgPrefixes[_base.EvaluatedBase] = _base.EvaluatedBase()
 
 
@@ -47,6 +48,7 @@ def run(settings: Settings) -> None:
     if source is None or not labelled:
         metrics = _evaluate_text(settings, rows)
     else:
+        settings.reading.check_text_only()
         metrics = _evaluate_labels(settings, source, labelled)
     if settings.json:
         _show.print_json(metrics)
@@ -58,7 +60,8 @@ def _evaluate_text(settings: Settings, rows: Sequence[Row]) -> dict[str, Any]:
     _base.check_generates(settings.base.abstract())
     model = settings.base.load()
     params = _base.with_adapter(model, settings.adapter)
-    encoded = data.encode(rows, model.tokenizer, min(settings.max_length, model.max_length))
+    length = min(settings.max_length, model.max_length)
+    encoded = data.encode(rows, model.tokenizer, length, settings.reading.truncation_mode or "keep_end")
     _show.notes().print(str(model.attention(settings.batch_size, settings.max_length)), markup=False, soft_wrap=True)
     with _show.working("evaluating"):
         evaluation = evaluate(model.apply, params, encoded.examples, batch_size=settings.batch_size)

@@ -15,7 +15,7 @@ import tyro
 
 import lora_jax
 from lora_jax import sweep
-from lora_jax.cli import _base, _embedded, _labels, _rows, _show
+from lora_jax.cli import _base, _data, _embedded, _labels, _rows, _show
 from lora_jax.cli._rows import Rows
 from lora_jax.demo import text_to_sql
 from lora_jax.sweep import Point, Results
@@ -65,6 +65,7 @@ class Settings:
     """write each adapter as a PEFT folder under adapters/ in the output"""
     prefix_length: int = 0
     """number of tokens before each row whose embeddings train beside A and B, unless the grid gives it"""
+    reading: tyro.conf.OmitArgPrefixes[_data.DataFlags] = _data.DEFAULTS
     base: tyro.conf.OmitArgPrefixes[_base.TrainedBase] = _base.TrainedBase()
     lora: tyro.conf.OmitArgPrefixes[_base.LoRAFlags] = _base.LORA
     train: tyro.conf.OmitArgPrefixes[TrainConfig] = TrainConfig()
@@ -87,7 +88,7 @@ def defaults(words: Sequence[str]) -> Settings:
 def run(settings: Settings) -> None:
     _check(settings)
     memory = None if settings.memory is None else read_size(settings.memory)
-    rows = _rows.read(settings.data, settings.base)
+    rows = _rows.read(settings.data, settings.base, settings.reading)
     model = settings.base.abstract(labels=rows.label_names)
     points, longest = _points(settings, model)
     show = _show.results()

@@ -45,6 +45,7 @@ class Settings:
     """continue from the newest checkpoint in the output folder"""
     prefix_length: int = 0
     """number of tokens before each row whose embeddings train beside A and B; such an adapter can't be merged"""
+    reading: tyro.conf.OmitArgPrefixes[_data.DataFlags] = _data.DEFAULTS
     base: tyro.conf.OmitArgPrefixes[_base.TrainedBase] = _base.TrainedBase()
     lora: tyro.conf.OmitArgPrefixes[_base.LoRAFlags] = _base.LORA
     train: tyro.conf.OmitArgPrefixes[TrainConfig] = TrainConfig()
@@ -102,7 +103,7 @@ def run(settings: Settings) -> None:
 def _train(settings: Settings, stop: Callable[[], bool]) -> Callable[[], None]:
     """Train and save the adapter, and return a function that prints the results."""
     began = time.perf_counter()
-    rows = _rows.read(settings.data, settings.base)
+    rows = _rows.read(settings.data, settings.base, settings.reading)
     key = jax.random.fold_in(jax.random.key(settings.train.seed), 0)  # training folds in the steps, from 1
 
     model = settings.base.abstract(labels=rows.label_names)

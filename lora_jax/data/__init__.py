@@ -19,6 +19,7 @@ from lora_jax.data._batches import pad as pad
 from lora_jax.data._encode import Encoded as Encoded
 from lora_jax.data._encode import Example as Example
 from lora_jax.data._encode import Tokenizer as Tokenizer
+from lora_jax.data._encode import TruncationMode as TruncationMode
 from lora_jax.data._encode import encode as encode
 from lora_jax.data._encode_labelled import EncodedLabelled as EncodedLabelled
 from lora_jax.data._encode_labelled import LabelledExample as LabelledExample

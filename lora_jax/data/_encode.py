@@ -1,7 +1,7 @@
 """Tokenising text, completions and chats, and marking the tokens that are targets of the loss."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 
@@ -9,6 +9,8 @@ from lora_jax.data._chat import Pieces, chat_pieces, keys_unread
 from lora_jax.data._joint import Boundaries, Joint
 from lora_jax.data._rows import Chat, Completion, Labelled, Row, Text
 from lora_jax.data._template import Budget
+
+TruncationMode = Literal["keep_end", "keep_start", "drop"]
 
 
 class Tokenizer(Protocol):
@@ -34,13 +36,16 @@ class Encoded(NamedTuple):
     """The result of `encode`."""
 
     examples: list[Example]
-    left_out: int  # rows without a target within max_length
+    left_out: int  # rows that aren't among the examples: without a target within max_length, or dropped
     truncated: int  # rows cut to max_length, including rows that are left out
     crossing: int = 0  # rows in which one token has the end of a prompt and the beginning of the text after it
     unread: tuple[str, ...] = ()  # keys of messages that the chat template doesn't read
+    dropped: int = 0  # rows left out because they are longer than max_length
 
 
-def encode(rows: Sequence[Row], tokenizer: Tokenizer, max_length: int) -> Encoded:
+def encode(
+    rows: Sequence[Row], tokenizer: Tokenizer, max_length: int, truncation_mode: TruncationMode = "keep_end"
+) -> Encoded:
     """Tokenise rows, cut them to `max_length`, and mark the tokens that are targets.
 
     A row is tokenised as one text, so that its tokens decode to prompt + completion exactly, and the tokens of a
@@ -51,22 +56,28 @@ def encode(rows: Sequence[Row], tokenizer: Tokenizer, max_length: int) -> Encode
     the completion. The end-of-sequence token is appended, as a target, unless the text already ends with it, as with
     some chat templates.
 
-    The first token of a row is never a target, because no token predicts it. Tokens after `max_length` are cut off; a
-    row without a target before it is counted in `left_out` and isn't among the examples.
+    The first token of a row is never a target, because no token predicts it. A row of more than `max_length` tokens
+    keeps its last tokens, because the answer is among them, and the tokenizer's beginning-of-sequence token if the row
+    begins with it. A row without a target is counted in `left_out` and isn't among the examples.
 
     Args:
         rows: Rows from `load`.
         tokenizer: A Hugging Face tokenizer, or any other `Tokenizer`.
         max_length: The most tokens of a row, at least 2.
+        truncation_mode: The part of a longer row that is kept: `"keep_end"`, or `"keep_start"`, its first tokens.
+            `"drop"` leaves such rows out.
 
     Raises:
-        ValueError: The rows have labels; the tokenizer has no end-of-sequence token, or no chat template for `Chat`
-            rows; the assistant's turns can't be found in the template's text; every row was left out.
+        ValueError: `truncation_mode` is another; the rows have labels; the tokenizer has no end-of-sequence token, or
+            no chat template for `Chat` rows; the assistant's turns can't be found in the template's text; every row was
+            left out.
     """
     if max_length < 2:
         raise ValueError(
             f"max_length: {max_length} given, expected at least 2 (a token and the next one, which it predicts)"
         )
+    if truncation_mode not in get_args(TruncationMode):
+        raise ValueError(f"truncation_mode: {truncation_mode!r} given, expected keep_end, keep_start or drop")
     if not rows:
         raise ValueError("no rows to encode")
     if isinstance(rows[0], Labelled):
@@ -81,17 +92,39 @@ def encode(rows: Sequence[Row], tokenizer: Tokenizer, max_length: int) -> Encode
     boundaries = Boundaries(tokenizer, special=not isinstance(rows[0], Chat))
     joints = list(boundaries.join([[text for text, _ in row] for row in pieces]))
     examples = [_example(*row, tokenizer.eos_token_id) for row in zip(joints, pieces, strict=True)]
-    truncated = sum(len(example.input_ids) > max_length for example in examples)
-    examples = [Example(example.input_ids[:max_length], example.targets[:max_length]) for example in examples]
+    long = sum(len(example.input_ids) > max_length for example in examples)
+    drop = truncation_mode == "drop"
+    if drop:
+        examples = [example for example in examples if len(example.input_ids) <= max_length]
+    examples = [_cut(example, max_length, truncation_mode == "keep_end", tokenizer) for example in examples]
     with_targets = [example for example in examples if example.targets.any()]
     if not with_targets:
         raise ValueError(
-            f"max_length: {max_length} given, but none of {len(rows)} rows has a target within it: "
-            "the prompts alone are longer, or there are no assistant turns"
+            f"max_length: {max_length} given, but none of {len(rows)} rows has a target within it: {_reason(drop)}"
         )
     crossing = sum(joint.crossings > 0 for joint in joints)
     unread = keys_unread((row.messages for row in rows if isinstance(row, Chat)), tokenizer)
-    return Encoded(with_targets, len(examples) - len(with_targets), truncated, crossing, unread)
+    left_out = len(rows) - len(with_targets)
+    return Encoded(with_targets, left_out, 0 if drop else long, crossing, unread, long if drop else 0)
+
+
+def _cut(example: Example, max_length: int, keep_end: bool, tokenizer: Any) -> Example:
+    """The example with at most `max_length` tokens."""
+    ids, targets = example
+    if len(ids) <= max_length or not keep_end:
+        return Example(ids[:max_length], targets[:max_length])
+    # Models have seen no text without the token in front of it.
+    first = int(ids[0] == getattr(tokenizer, "bos_token_id", None))
+    kept = np.r_[:first, len(ids) - max_length + first : len(ids)]
+    targets = targets[kept]
+    targets[0] = False
+    return Example(ids[kept], targets)
+
+
+def _reason(drop: bool) -> str:
+    if drop:
+        return "all are longer, or have no assistant turns; truncation_mode keep_end would cut them"
+    return "the prompts alone are longer (truncation_mode keep_end keeps the answers), or there are no assistant turns"
 
 
 def _example(joint: Joint, pieces: Pieces, eos: int) -> Example:

@@ -42,7 +42,7 @@ class TrainConfig:
     """Optimizer steps; overrides num_train_epochs."""
 
     max_length: int = 512
-    """Tokens that an example is cut to."""
+    """Most tokens of an example."""
 
     learning_rate: float = 1e-3
     """Peak learning rate."""

@@ -1,0 +1,89 @@
+"""The rows of `--data` as people's files have them: what the flags select, what is reported, what is refused."""
+
+import json
+
+import pytest
+from test_cli import tiny_model
+
+from lora_jax import models
+from lora_jax.cli import _rows, main
+from lora_jax.cli._base import Base
+from lora_jax.cli._data import DataFlags
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A model whose tokenizer has a token for each byte."""
+    return tiny_model(tmp_path_factory.mktemp("base") / "model")
+
+
+@pytest.fixture
+def texts(model):
+    """Reads and encodes a file as `train` does, and gives its training rows as text: the prompts and the targets."""
+
+    def read(path, length=64, **flags):
+        loaded = models.load(model)
+        encoded = _rows.encode(_rows.read((str(path),), Base(model=model), DataFlags(**flags)), loaded, length)
+        split = [(ids[~targets], ids[targets]) for ids, targets in encoded.train]
+        return [tuple(loaded.tokenizer.decode(part) for part in parts) for parts in split]
+
+    return read
+
+
+@pytest.fixture
+def refused(capsys):
+    """Runs a command that must fail, and gives its one line."""
+
+    def run(*argv):
+        assert main([str(word) for word in argv]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        return line.removeprefix("lora-jax: ")
+
+    return run
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+# --- long rows -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mode", "kept", "line"),
+    [
+        (None, ("mpt 3:", "3</s>"), "train: 4 rows, 4 cut to 8 tokens\n"),
+        ("keep_start", ("long pro", ""), None),
+        ("drop", None, None),
+    ],
+)
+def test_long_rows(tmp_path, capsys, texts, mode, kept, line):
+    rows = [{"prompt": f"long prompt {i}:", "completion": str(i)} for i in range(4)]
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for split in ("train", "valid"):
+        write(folder / f"{split}.jsonl", rows)
+    if line is None:
+        with pytest.raises(ValueError, match="max_length: 8 given, but none of 4 rows has a target within it"):
+            texts(folder, 8, truncation_mode=mode)
+    else:
+        assert texts(folder, 8, truncation_mode=mode)[3] == kept
+        assert line in capsys.readouterr().out
+
+
+def test_dropped_rows_are_counted(tmp_path, capsys, texts, model):
+    path = write(tmp_path / "rows.jsonl", [{"prompt": "p" * i, "completion": "c"} for i in range(1, 11)])
+    assert len(texts(path, 8, truncation_mode="drop")) < 9
+    out = capsys.readouterr().out
+    assert "left out because they are longer than 8 tokens" in out
+    assert "cut to" not in out
+    command = ["evaluate", "--model", model, "--data", path, "--max-length", 8, "--truncation-mode", "drop", "--json"]
+    assert main([str(word) for word in command]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["rows"], found["rows_left_out"], found["rows_truncated"]) == (6, 4, 0)
+
+
+def test_labels_are_cut_by_the_tokenizer():
+    with pytest.raises(ValueError, match="truncation_mode: drop given, but rows with labels are cut by the tokenizer"):
+        DataFlags(truncation_mode="drop").check_text_only()
