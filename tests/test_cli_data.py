@@ -47,6 +47,48 @@ def write(path, rows):
     return path
 
 
+# --- columns ---------------------------------------------------------------------------------------------------------
+
+
+QUESTION = ("--prompt-column", "question", "--completion-column", "answer", "--separator", r"\n")
+
+
+def test_columns_by_name(tmp_path, capsys, texts, refused, model):
+    path = write(tmp_path / "rows.jsonl", [{"question": f"q{i}", "answer": f"a{i}", "id": i} for i in range(11)])
+    flags = {"prompt_column": "question", "completion_column": "answer", "separator": r"\n"}
+    read = texts(path, **flags)
+    assert len(read) == 10
+    assert all(prompt.startswith("q") and answer == f"\na{prompt[1:]}</s>" for prompt, answer in read)
+    line = f"{path}: read (question, answer); columns left out: id\n"
+    assert capsys.readouterr().err.count(line) == 1
+    command = ("evaluate", "--model", model, "--data", str(path))
+    assert main([*command, *QUESTION, "--json"]) == 0
+    said = capsys.readouterr()
+    assert (json.loads(said.out)["rows"], said.err.count(line)) == (11, 1)
+    assert refused(*command) == (
+        f'{path}:1: keys question, answer, id; accepted are {{"text"}} or {{"prompt", "completion"}} or {{"messages"}}'
+        ' or {"text", "label"} or {"text", "text_pair", "label"} or {"instruction", "output"} or {"conversations"}; or'
+        " name the columns"
+    )
+
+
+def test_the_form_of_rows_is_printed_once(tmp_path, capsys, texts):
+    path = write(tmp_path / "rows.jsonl", [{"instruction": f"Say {i}.", "output": f"{i}"} for i in range(10)])
+    assert texts(path, 400)[0][1] == "0</s>"
+    assert capsys.readouterr().err.count(f"{path}: read as Alpaca (instruction, output, input)\n") == 1
+
+
+def test_flags_without_data_are_refused(refused):
+    assert refused("evaluate", "--prompt-column", "q") == (
+        "data: none given for --prompt-column, which is about the rows of a file; pass --data FILE"
+    )
+
+
+def test_flags_are_typed_as_they_were_given():
+    flags = DataFlags(format="sharegpt", messages_column="chat", truncation_mode="drop")
+    assert flags.words == ["--format", "sharegpt", "--messages-column", "chat", "--truncation-mode", "drop"]
+
+
 # --- long rows -------------------------------------------------------------------------------------------------------
 
 

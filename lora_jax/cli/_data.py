@@ -1,20 +1,52 @@
 """The `--data` flag, a file or folder in one word or GLUE's own files in two, and the flags on how rows are read."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from lora_jax import data
+from lora_jax.cli import _show
 from lora_jax.data import Labelled, Labels, Row
+
+COLUMNS = ("text", "text_pair", "label", "prompt", "completion", "messages")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataFlags:
     """How the rows of `--data` are read."""
 
+    format: data.Format | None = None
+    """form of the rows, which otherwise their columns say: alpaca (instruction, input, output) or sharegpt
+    (conversations of from and value)"""
+    prompt_column: str | None = None
+    """column of the prompts, text or lists of messages; prompt if not given. Columns without a use are left out"""
+    completion_column: str | None = None
+    """column of the completions; completion if not given"""
+    messages_column: str | None = None
+    """column of the conversations; messages if not given"""
+    text_column: str | None = None
+    """column of the texts; text if not given"""
+    text_pair_column: str | None = None
+    """column of the second texts, for rows with labels; text_pair if not given"""
+    label_column: str | None = None
+    """column of the labels; label if not given"""
+    separator: str = ""
+    """text put between prompts and completions, as a part of these; \\n is a line break"""
     truncation_mode: data.TruncationMode | None = None
     """what is done with a row of text that is longer than max_length: keep_end keeps its last tokens, so the answer,
     and is the default; keep_start its first; drop leaves it out. Rows with labels are cut by the tokenizer"""
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """The columns that are given, by field."""
+        given = {field: getattr(self, f"{field}_column") for field in COLUMNS}
+        return {field: column for field, column in given.items() if column is not None}
+
+    @property
+    def words(self) -> list[str]:
+        """The flags that are given, as they are typed."""
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        return [word for name, value in given.items() if value for word in (f"--{name.replace('_', '-')}", value)]
 
     def check_text_only(self) -> None:
         """Refuse the flags that have no effect on rows with labels.
@@ -38,10 +70,25 @@ class DataSource:
 
     path: Path
     glue: str | None = None
+    flags: DataFlags = DEFAULTS
+    _noted: set[str] = field(default_factory=set, compare=False)
 
-    def rows(self, split: data.Split) -> list[Row]:
-        """The rows of a split."""
-        return data.load(self.path, split, glue=self.glue)
+    def rows(self, split: data.Split | None) -> list[Row]:
+        """The rows of a split, or of a single file; how they were read is printed once."""
+        return data.load(
+            self.path,
+            split,
+            glue=self.glue,
+            format=self.flags.format,
+            columns=self.flags.columns,
+            separator=self.flags.separator.replace("\\n", "\n"),
+            note=self._note,
+        )
+
+    def _note(self, line: str) -> None:
+        if line not in self._noted:
+            self._noted.add(line)
+            _show.notes().print(line, markup=False, soft_wrap=True)
 
     @property
     def held_out(self) -> data.Split:
@@ -58,19 +105,23 @@ class DataSource:
         return data.labels_of(rows) if self.glue is None else Labels(data.glue_task(self.glue).labels)
 
 
-def source_of(words: Sequence[str]) -> DataSource:
-    """Read the flag's words: `PATH`, or `glue:TASK PATH`.
+def source_of(words: Sequence[str], flags: DataFlags = DEFAULTS) -> DataSource | None:
+    """Read the flag's words: `PATH`, or `glue:TASK PATH`; None for the embedded task, without words.
 
     Raises:
-        ValueError: the words have another form, or name an unknown task.
+        ValueError: the words have another form, name an unknown task, or are missing though flags say how to read them.
     """
+    if not words:
+        if given := flags.words:
+            raise ValueError(f"data: none given for {given[0]}, which is about the rows of a file; pass --data FILE")
+        return None
     match words:
         case [path] if not path.startswith("glue:"):
-            return DataSource(Path(path))
+            return DataSource(Path(path), flags=flags)
         case [task, path] if task.startswith("glue:"):
             name = task.removeprefix("glue:")
             data.glue_task(name)
-            return DataSource(Path(path), name)
+            return DataSource(Path(path), name, flags)
     raise ValueError(f"data: {' '.join(words)!r} given, expected a file or folder, or glue:TASK and a folder")
 
 

@@ -47,7 +47,7 @@ def read(words: Sequence[str], base: _base.Base, flags: DataFlags = _data.DEFAUL
     Raises:
         ValueError: a row that can't be used, by file and line, or rows that the model can't be trained on.
     """
-    source = _data.source_of(words) if words else None
+    source = _data.source_of(words, flags)
     by_split = {split: _embedded.rows(split) if source is None else source.rows(split) for split in SPLITS}
     train, valid = (_data.labelled(by_split[split]) for split in SPLITS)
     model = base.abstract()

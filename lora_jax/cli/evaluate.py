@@ -42,7 +42,7 @@ class Settings:
 def run(settings: Settings) -> None:
     settings = replace(settings, base=settings.base.for_adapter(settings.adapter))
     _embedded.check_data_given(settings.base, settings.data)
-    source = _data.source_of(settings.data) if settings.data else None
+    source = _data.source_of(settings.data, settings.reading)
     rows = _read(source, settings.split)
     labelled = _data.labelled(rows)
     if source is None or not labelled:
@@ -103,4 +103,4 @@ def _read(source: DataSource | None, split: data.Split | None) -> Sequence[Row]:
         return _embedded.rows(split or "test")
     if source.path.is_dir():
         return source.rows(split or source.held_out)
-    return data.load(source.path, glue=source.glue)
+    return source.rows(None)

@@ -274,6 +274,6 @@ def _next_command(settings: Settings, workload: Workload) -> str:
     model += [] if settings.base.quantize is None else ["--quantize", settings.base.quantize]
     adapter = ["--adapter", str(settings.output)]
     if workload.examples.task is not None:
-        return shlex.join(["lora-jax", "evaluate", *model, *adapter, "--data", *settings.data])
+        return shlex.join(["lora-jax", "evaluate", *model, *adapter, "--data", *settings.data, *settings.reading.words])
     prompt = workload.questions[0][0] if workload.questions else "..."
     return shlex.join(["lora-jax", "generate", *model, *adapter, "--prompt", prompt])

@@ -5,9 +5,10 @@
     for batch in batches(encoded.examples, 16, seed=0):    # numpy arrays [16, length], few lengths
         ...
 
-A file holds rows of one kind: `{"text"}`, `{"prompt", "completion"}`, `{"messages"}`, `{"text", "label"}` or
-`{"text", "text_pair", "label"}`. For the last two, and for GLUE's own files (`load(..., glue="cola")`), there is
-`encode_labelled(rows, tokenizer, 128, labels_of(rows))`.
+A file holds rows of one form: `{"text"}`, `{"prompt", "completion"}`, `{"messages"}`, `{"text", "label"}` or
+`{"text", "text_pair", "label"}`, Alpaca's or ShareGPT's; `load(..., columns={"prompt": "question", "completion":
+"answer"})` reads columns of other names. For rows with labels, and for GLUE's own files (`load(..., glue="cola")`),
+there is `encode_labelled(rows, tokenizer, 128, labels_of(rows))`.
 """
 
 from lora_jax.data._batches import WINDOW as WINDOW
@@ -25,14 +26,15 @@ from lora_jax.data._encode_labelled import EncodedLabelled as EncodedLabelled
 from lora_jax.data._encode_labelled import LabelledExample as LabelledExample
 from lora_jax.data._encode_labelled import PairTokenizer as PairTokenizer
 from lora_jax.data._encode_labelled import encode_labelled as encode_labelled
+from lora_jax.data._forms import Format as Format
 from lora_jax.data._glue import GLUE_TASKS as GLUE_TASKS
 from lora_jax.data._glue import GlueTask as GlueTask
 from lora_jax.data._glue import glue_task as glue_task
-from lora_jax.data._jsonl import read_jsonl as read_jsonl
 from lora_jax.data._labels import Labels as Labels
 from lora_jax.data._labels import labels_of as labels_of
 from lora_jax.data._load import Split as Split
 from lora_jax.data._load import load as load
+from lora_jax.data._load import read_jsonl as read_jsonl
 from lora_jax.data._rows import Chat as Chat
 from lora_jax.data._rows import Completion as Completion
 from lora_jax.data._rows import Labelled as Labelled

@@ -7,11 +7,13 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 
 from lora_jax.data import _glue
-from lora_jax.data._jsonl import read_jsonl
+from lora_jax.data._forms import Format, Parser, accepted
+from lora_jax.data._jsonl import objects
 from lora_jax.data._rows import Row
 
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
+FILES = {split: (f"{split}.jsonl",) for split in SPLITS}
 
 
 class _Layout(NamedTuple):
@@ -26,6 +28,10 @@ def load(
     split: Split | None = None,
     *,
     glue: str | None = None,
+    format: Format | None = None,
+    columns: Mapping[str, str] | None = None,
+    separator: str = "",
+    note: Callable[[str], None] | None = None,
     valid_share: float = 0.1,
     max_valid: int = 500,
     seed: int = 0,
@@ -36,22 +42,39 @@ def load(
     a share of `valid_share`, at least 1 row and at most `max_valid`, selected with `seed`. `"train"` and `"valid"` then
     don't overlap, and together are the whole file, each in the file's order. A file of one row has no validation rows.
 
+    The rows' columns say which form they have; of several, the first of `messages`, ShareGPT's `conversations`,
+    `prompt` and `completion`, Alpaca's `instruction`, `input` and `output`, `text` and `label`, `text`. Columns that
+    the form doesn't have are left out. A prompt and its completion may both be lists of messages.
+
     Args:
         path: A jsonl file, or a folder with `train.jsonl` and optionally `valid.jsonl` and `test.jsonl`.
         split: `"train"`, `"valid"` or `"test"`; None for all rows of a single file.
         glue: A task of GLUE (`GLUE_TASKS`), whose `train.tsv` and `dev.tsv` (`"valid"`) are in `path`.
+        format: `"alpaca"` or `"sharegpt"`, for rows that have the columns of another form too.
+        columns: The columns of a form whose names in the file are others, such as `{"prompt": "question",
+            "completion": "answer"}`, of `text`, `text_pair`, `label`, `prompt`, `completion` and `messages`. For
+            ShareGPT `messages` alone.
+        separator: Text put in front of each completion, of which it is a part.
+        note: Called with a line on how a file was read, if it hasn't exactly the columns of a form.
         valid_share: The share of the training rows that is held out if there is no file of validation rows.
         max_valid: The most rows that are held out.
         seed: The seed that selects the rows held out.
 
     Raises:
         FileNotFoundError: The file, the folder or the split's file doesn't exist.
-        ValueError: A line isn't JSON, has unknown keys, a value of the wrong type or other keys than the lines before
-            it (the message starts with `file:line`); or a file is empty.
+        ValueError: A line isn't JSON, lacks a column, has a value of the wrong type or another form than the lines
+            before it (the message starts with `file:line`); a file is empty; no form has these `columns`.
     """
     if split not in (None, *SPLITS):
         raise ValueError(f"split: {split!r} given, expected train, valid or test")
-    path, layout = Path(path), _layout(glue)
+    if glue is None:
+        layout = _Layout(FILES, lambda path: _read(path, Parser(format, columns, separator), note))
+    else:
+        if format or columns or separator:
+            raise ValueError(f"glue: {glue} given with a format, columns or a separator, which are for other data")
+        task = _glue.glue_task(glue)
+        layout = _Layout({**task.files, "test": ()}, lambda path: _glue.read(path, task))
+    path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such data file or folder")
     if path.is_dir():
@@ -77,11 +100,18 @@ def load(
     return [row for i, row in enumerate(rows) if (i in held_out) == (split == "valid")]
 
 
-def _layout(glue: str | None) -> _Layout:
-    if glue is None:
-        return _Layout({split: (f"{split}.jsonl",) for split in SPLITS}, read_jsonl)
-    task = _glue.glue_task(glue)
-    return _Layout({**task.files, "test": ()}, lambda path: _glue.read(path, task))
+def read_jsonl(path: str | Path) -> list[Row]:
+    """Read all rows of one jsonl file, without blank lines; raises the errors of `load`."""
+    return _read(Path(path), Parser(), None)
+
+
+def _read(path: Path, parser: Parser, note: Callable[[str], None] | None) -> list[Row]:
+    rows = [parser.row(fields, where) for where, fields in objects(path)]
+    if not rows:
+        raise ValueError(f"{path}: the file has no rows, expected one JSON object a line: {accepted()}")
+    if note is not None and (line := parser.note(path)) is not None:
+        note(line)
+    return rows
 
 
 def _first(folder: Path, names: tuple[str, ...]) -> Path | None:

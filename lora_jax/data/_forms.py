@@ -1,0 +1,197 @@
+"""The forms of rows: which columns each has, how it is recognised by them, and how its values are checked."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+from lora_jax.data._messages import chat, completed_chat, sharegpt
+from lora_jax.data._rows import Completion, Labelled, Row, Text, listed, quoted
+
+Format = Literal["alpaca", "sharegpt"]
+Fields = Mapping[str, Any]
+Names = Mapping[str, str]  # the column of each field
+
+# The prompts of the Alpaca project (Taori et al. 2023), which models trained on its files know.
+ALPACA = (
+    "Below is an instruction that describes a task{paired}. Write a response that appropriately completes the request."
+    "\n\n### Instruction:\n{instruction}\n\n{input}### Response:\n"
+)
+ALPACA_PAIRED = ", paired with an input that provides further context"
+
+
+class Form(NamedTuple):
+    """One form of rows."""
+
+    fields: tuple[str, ...]
+    parse: Callable[[Fields, Names, str], Row]
+    optional: tuple[str, ...] = ()
+    name: str = ""  # for forms that have one
+
+
+def _text(fields: Fields, names: Names, where: str) -> Text:
+    return Text(_string(fields, names["text"], where))
+
+
+def _completion(fields: Fields, names: Names, where: str) -> Row:
+    prompt, completion = names["prompt"], names["completion"]
+    if isinstance(fields[prompt], list) and isinstance(fields[completion], list):
+        return completed_chat(fields[prompt], fields[completion], (prompt, completion), where)
+    return Completion(_string(fields, prompt, where), _string(fields, completion, where))
+
+
+def _chat(fields: Fields, names: Names, where: str) -> Row:
+    return chat(fields[names["messages"]], names["messages"], where)
+
+
+def _sharegpt(fields: Fields, names: Names, where: str) -> Row:
+    return sharegpt(fields[names["conversations"]], names["conversations"], where)
+
+
+def _alpaca(fields: Fields, names: Names, where: str) -> Row:
+    given = _string(fields, "input", where) if fields.get("input") is not None else ""
+    prompt = ALPACA.format(
+        paired=ALPACA_PAIRED if given else "",
+        instruction=_string(fields, "instruction", where),
+        input=f"### Input:\n{given}\n\n" if given else "",
+    )
+    return Completion(prompt, _string(fields, "output", where))
+
+
+def _labelled(fields: Fields, names: Names, where: str) -> Labelled:
+    name, pair = names["label"], names.get("text_pair")
+    label = fields[name]
+    if isinstance(label, bool) or not isinstance(label, str | int | float):
+        raise ValueError(f'{where}: "{name}" is a {type(label).__name__}, expected a string, an integer or a float')
+    if isinstance(label, float) and not math.isfinite(label):
+        raise ValueError(f'{where}: "{name}" is {label}, expected a finite number')
+    second = None if pair is None else _string(fields, pair, where)
+    return Labelled(_string(fields, names["text"], where), label, second, where)
+
+
+def _string(fields: Fields, name: str, where: str) -> str:
+    value = fields[name]
+    if not isinstance(value, str):
+        raise ValueError(f'{where}: "{name}" is a {type(value).__name__}, expected a string')
+    return value
+
+
+TEXT = Form(("text",), _text)
+COMPLETION = Form(("prompt", "completion"), _completion)
+CHAT = Form(("messages",), _chat)
+LABELLED = Form(("text", "label"), _labelled)
+PAIR = Form(("text", "text_pair", "label"), _labelled)
+NAMED = {
+    "alpaca": Form(("instruction", "output"), _alpaca, ("input",), "Alpaca"),
+    "sharegpt": Form(("conversations",), _sharegpt, name="ShareGPT"),
+}
+PLAIN = (TEXT, COMPLETION, CHAT, LABELLED, PAIR)
+# A row has the first form whose columns it has: files often hold the same row in a second form too.
+RECOGNISED = (CHAT, NAMED["sharegpt"], COMPLETION, NAMED["alpaca"], PAIR, LABELLED, TEXT)
+FIELDS = tuple(dict.fromkeys(field for form in PLAIN for field in form.fields))
+
+
+def accepted() -> str:
+    """The columns of all forms, for messages."""
+    return _forms((*PLAIN, *NAMED.values()))
+
+
+class Parser:
+    """Makes rows of one file's records, which must all have the same form.
+
+    Args:
+        format: The name of the form; None: the form whose columns the records have, or that `columns` names.
+        columns: The columns of a form's fields, where they have other names: `{"prompt": "question"}`.
+        separator: Text put in front of each completion.
+
+    Raises:
+        ValueError: The format is unknown, or no form has these fields.
+    """
+
+    def __init__(self, format: Format | None = None, columns: Names | None = None, separator: str = ""):
+        self._given = _given(format, dict(columns or {}))
+        self._separator = separator
+        self._first: Form | None = None
+        self._kind: type[Row] | None = None
+        self._left_out: dict[str, None] = {}
+        self._known: dict[frozenset[str], Form | None] = {}
+
+    def row(self, fields: Fields, where: str) -> Row:
+        """Check one record.
+
+        Raises:
+            ValueError: It lacks a column, a value has the wrong type, or its form isn't that of the records before it;
+                the message starts with `where`.
+        """
+        form, names = self._form_of(fields, where)
+        if self._first is None:
+            self._first = form
+        elif form != self._first:
+            raise ValueError(
+                f"{where}: a row with {_shown(form.fields)} in a file with {_shown(self._first.fields)}; "
+                "all rows must have the same keys"
+            )
+        row = form.parse(fields, names, where)
+        self._kind = self._kind or type(row)
+        if type(row) is not self._kind:
+            what = "a string" if isinstance(row, Completion) else "a list of messages"
+            raise ValueError(f'{where}: "{names["prompt"]}" is {what}, unlike that of the rows before it')
+        used = {*names.values(), *form.optional}
+        self._left_out |= dict.fromkeys(name for name in fields if name not in used)
+        if not self._separator:
+            return row
+        if not isinstance(row, Completion):
+            raise ValueError(f"{where}: a separator is given, but the row has no prompt and completion of text")
+        return row._replace(completion=self._separator + row.completion)
+
+    def note(self, path: Path) -> str | None:
+        """A line on how the records were read; None if they have the columns of a form and no others."""
+        form = self._first
+        if form is None or not (form.name or self._left_out):
+            return None
+        read = f"read as {form.name} " if form.name else "read "
+        names = dict.fromkeys(form.fields + form.optional) if self._given is None else self._given[1].values()
+        rest = f"; columns left out: {listed(self._left_out)}" if self._left_out else ""
+        return f"{path}: {read}({', '.join(names)}){rest}"
+
+    def _form_of(self, fields: Fields, where: str) -> tuple[Form, Names]:
+        if self._given is not None:
+            form, names = self._given
+            missing = [names[field] for field in form.fields if names[field] not in fields]
+            if missing:
+                raise ValueError(f"{where}: no column {quoted(missing[0])}; the columns are {listed(fields)}")
+            return form, names
+        keys = frozenset(fields)
+        if keys not in self._known:
+            self._known[keys] = next((form for form in RECOGNISED if keys.issuperset(form.fields)), None)
+        form = self._known[keys]
+        if form is None:
+            raise ValueError(f"{where}: keys {listed(fields)}; accepted are {accepted()}; or name the columns")
+        return form, {field: field for field in form.fields}
+
+
+def _given(format: str | None, columns: dict[str, str]) -> tuple[Form, Names] | None:
+    """The form and the columns that arguments select; None if they select none."""
+    if unknown := [field for field in columns if field not in FIELDS]:
+        raise ValueError(f"columns: {quoted(unknown[0])} given, expected {listed(FIELDS, len(FIELDS))}")
+    if format is None:
+        if not columns:
+            return None
+        form = next((form for form in PLAIN if columns.keys() <= {*form.fields}), None)
+        if form is None:
+            raise ValueError(f"columns: {listed(columns)} given together, expected those of one form: {_forms(PLAIN)}")
+        return form, {field: columns.get(field, field) for field in form.fields}
+    if format not in NAMED:
+        raise ValueError(f"format: {quoted(format)} given, expected {' or '.join(get_args(Format))}")
+    form, allowed = NAMED[format], {"messages"} if format == "sharegpt" else set()
+    if other := columns.keys() - allowed:
+        raise ValueError(f"columns: {listed(sorted(other))} given with the format {format}, which has its own")
+    return form, {field: columns.get("messages", field) for field in form.fields}
+
+
+def _forms(forms: Iterable[Form]) -> str:
+    return " or ".join(_shown(form.fields) for form in forms)
+
+
+def _shown(keys: tuple[str, ...]) -> str:
+    return "{" + ", ".join(f'"{key}"' for key in keys) + "}"

@@ -1,0 +1,82 @@
+"""Conversations as files have them: messages with `role` and `content`, or ShareGPT's with `from` and `value`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lora_jax.data._rows import Chat, is_target, listed, quoted
+
+# ShareGPT's names; an exporter of any product adds its own, so others are refused by name.
+SHAREGPT_ROLES = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+}
+
+
+def chat(messages: Any, name: str, where: str) -> Chat:
+    """Check the messages of a conversation.
+
+    Args:
+        messages: The value of a column.
+        name: The name of the column, for messages.
+        where: The row's `file:line`.
+
+    Raises:
+        ValueError: It isn't a list of messages.
+    """
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f'{where}: "{name}" must be a list of {{"role", "content"}} and hold at least one')
+    return Chat(tuple(_message(message, f"{where}: {name}[{number}]") for number, message in enumerate(messages)))
+
+
+def completed_chat(prompt: Any, completion: Any, names: tuple[str, str], where: str) -> Chat:
+    """Join a prompt of messages and its completion: only assistant's turns of the completion are targets.
+
+    Raises:
+        ValueError: One of the two isn't a list of messages.
+    """
+    before, after = (chat(value, name, where).messages for value, name in zip((prompt, completion), names, strict=True))
+    return Chat((*({**message, "weight": 0} for message in before), *after))
+
+
+def sharegpt(messages: Any, name: str, where: str) -> Chat:
+    """Convert ShareGPT's messages.
+
+    Raises:
+        ValueError: It isn't a list of messages, or a speaker is unknown.
+    """
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f'{where}: "{name}" must be a list of {{"from", "value"}} and hold at least one')
+    converted = []
+    for number, message in enumerate(messages):
+        at = f"{where}: {name}[{number}]"
+        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("from", "value")):
+            hint = "; give --messages-column for role and content" if _has(message, "role") else ""
+            raise ValueError(f'{at} must be an object with the strings "from" and "value"{hint}')
+        role = SHAREGPT_ROLES.get(message["from"])
+        if role is None:
+            raise ValueError(f'{at}: "from" is {quoted(message["from"])}, expected {listed(SHAREGPT_ROLES, 20)}')
+        rest = {key: value for key, value in message.items() if key not in ("from", "value")}
+        converted.append(_message({"role": role, "content": message["value"]} | rest, at))
+    return Chat(tuple(converted))
+
+
+def _has(message: Any, key: str) -> bool:
+    return isinstance(message, dict) and key in message
+
+
+def _message(message: Any, at: str) -> Mapping[str, Any]:
+    if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
+        hint = "; for from and value give --format sharegpt" if _has(message, "from") else ""
+        raise ValueError(f'{at} must be an object with the strings "role" and "content"{hint}')
+    try:
+        is_target(message)
+    except ValueError as error:
+        raise ValueError(f"{at}: {error}") from None
+    return message

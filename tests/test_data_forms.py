@@ -1,0 +1,205 @@
+"""The forms of rows: columns of any name, conversational prompts, Alpaca's and ShareGPT's files, and what is told."""
+
+import json
+
+import pytest
+
+from lora_jax import data
+from lora_jax.data import Chat, Completion, Labelled, Text
+from lora_jax.data._rows import is_target
+
+USER, ASSISTANT = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}
+
+
+@pytest.fixture
+def load(tmp_path):
+    """Writes rows to a file and reads them, with the lines on how they were read, without the folder."""
+
+    def run(*rows, **options):
+        path, notes = tmp_path / "rows.jsonl", []
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        read = data.load(path, note=notes.append, **options)
+        return read, [note.removeprefix(f"{path}: ") for note in notes]
+
+    return run
+
+
+# --- columns ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "read"),
+    [
+        ({"question": "q", "answer": "a"}, {"prompt": "question", "completion": "answer"}, Completion("q", "a")),
+        ({"prompt": "q", "answer": "a"}, {"completion": "answer"}, Completion("q", "a")),
+        ({"chat": [USER, ASSISTANT]}, {"messages": "chat"}, Chat((USER, ASSISTANT))),
+        ({"review": "r"}, {"text": "review"}, Text("r")),
+    ],
+)
+def test_columns_may_have_any_names(load, row, columns, read):
+    assert load(row, columns=columns) == ([read], [])
+    names = ", ".join(row)
+    assert load(row | {"id": 3, "topic": "t"}, columns=columns) == (
+        [read],
+        [f"read ({names}); columns left out: id, topic"],
+    )
+
+
+def test_columns_of_labels_may_have_any_names(load):
+    (row,), _ = load({"s": "a", "t": "b", "stars": 3}, columns={"text": "s", "text_pair": "t", "label": "stars"})
+    assert row[:3] == ("a", 3, "b")
+    (row,), notes = load({"text": "a", "stars": 3, "text_pair": "b"}, columns={"label": "stars"})
+    assert row[:3] == ("a", 3, None)
+    assert notes == ["read (text, stars); columns left out: text_pair"]
+    with pytest.raises(ValueError, match=r'rows.jsonl:1: "stars" is a list, expected a string'):
+        load({"text": "a", "stars": [3]}, columns={"label": "stars"})
+
+
+def test_columns_without_a_use_are_left_out_and_listed_once(load):
+    rows, notes = load({"text": "a", "id": 1}, {"text": "b"}, {"text": "c", "id": None, "url": "x"})
+    assert rows == [Text("a"), Text("b"), Text("c")]
+    assert notes == ["read (text); columns left out: id, url"]
+    assert load({"text": "a"}) == ([Text("a")], [])
+
+
+@pytest.mark.parametrize(
+    ("row", "read", "note"),
+    [
+        (
+            {"prompt": "p", "prompt_id": "1", "messages": [USER, ASSISTANT]},
+            Chat((USER, ASSISTANT)),
+            "read (messages); columns left out: prompt, prompt_id",
+        ),
+        (
+            {"text": "pc", "prompt": "p", "completion": "c"},
+            Completion("p", "c"),
+            "read (prompt, completion); columns left out: text",
+        ),
+        ({"idx": 0, "text": "a", "label": "no"}, "a", "read (text, label); columns left out: idx"),
+    ],
+)
+def test_of_several_forms_the_first_is_read(load, row, read, note):
+    (found,), notes = load(row)
+    assert (found.text if isinstance(found, Labelled) else found) == read
+    assert notes == [note]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"columns": {"prompt": "q"}}, "rows.jsonl:1: no column 'q'; the columns are question, answer"),
+        ({"columns": {"completion": "answer"}}, "rows.jsonl:1: no column 'prompt'"),
+        (
+            {"columns": {"question": "q"}},
+            "columns: 'question' given, expected text, prompt, completion, messages, label",
+        ),
+        ({"columns": {"prompt": "q", "messages": "m"}}, "columns: prompt, messages given together, expected those of"),
+        ({"format": "alpaca", "columns": {"prompt": "q"}}, "columns: prompt given with the format alpaca, which has"),
+        ({"format": "vicuna"}, "format: 'vicuna' given, expected alpaca or sharegpt"),
+        ({"format": "alpaca"}, "rows.jsonl:1: no column 'instruction'; the columns are question, answer"),
+        ({"glue": "cola", "format": "alpaca"}, "glue: cola given with a format, columns or a separator"),
+    ],
+)
+def test_columns_that_are_not_there_are_one_line(load, options, message):
+    with pytest.raises(ValueError, match=message) as error:
+        load({"question": "q", "answer": "a"}, **options)
+    assert "\n" not in str(error.value)
+
+
+def test_a_separator_begins_the_completion(load):
+    assert load({"prompt": "p", "completion": "c"}, separator="\n") == ([Completion("p", "\nc")], [])
+    with pytest.raises(ValueError, match=r"rows.jsonl:1: a separator is given, but the row has no prompt"):
+        load({"text": "a"}, separator="\n")
+
+
+# --- conversations ---------------------------------------------------------------------------------------------------
+
+
+def test_a_conversational_prompt_has_no_targets(load):
+    rows, notes = load({"prompt": [USER, ASSISTANT, USER], "completion": [ASSISTANT]})
+    (messages,) = rows[0]
+    assert [is_target(message) for message in messages] == [False, False, False, True]
+    assert [(message["role"], message["content"]) for message in messages] == [
+        ("user", "hi"),
+        ("assistant", "yes"),
+        ("user", "hi"),
+        ("assistant", "yes"),
+    ]
+    assert notes == []
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": [USER], "completion": "yes"}, r'"prompt" is a list, expected a string'),
+        ({"prompt": "hi", "completion": [ASSISTANT]}, r'"completion" is a list, expected a string'),
+        ({"prompt": [USER], "completion": []}, r'"completion" must be a list of {"role", "content"}'),
+        ({"prompt": ["hi"], "completion": [ASSISTANT]}, r"prompt\[0\] must be an object"),
+        ({"prompt": "hi", "completion": "yes"}, r'"prompt" is a string, unlike that of the rows before it'),
+        ({"messages": [{"from": "human", "value": "hi"}]}, r"messages\[0\] .* give --format sharegpt"),
+    ],
+)
+def test_conversations_that_are_none(load, row, message):
+    with pytest.raises(ValueError, match=rf"rows.jsonl:2: .*{message}"):
+        load({"prompt": [USER], "completion": [ASSISTANT]}, row) if "prompt" in row else load({"messages": [USER]}, row)
+
+
+def test_sharegpt(load):
+    turns = [("system", "be"), ("human", "hi"), ("gpt", "yes"), ("human", "so"), ("gpt", "no")]
+    row = {"id": "x", "conversations": [{"from": speaker, "value": text} for speaker, text in turns]}
+    roles = ("system", "user", "assistant", "user", "assistant")
+    read = Chat(tuple({"role": role, "content": text} for role, (_, text) in zip(roles, turns, strict=True)))
+    assert load(row) == ([read], ["read as ShareGPT (conversations); columns left out: id"])
+    both = row | {"messages": [USER]}
+    assert load(both)[0] == [Chat((USER,))]
+    assert load(both, format="sharegpt")[0] == [read]
+    named = {"chat": row["conversations"]}
+    assert load(named, format="sharegpt", columns={"messages": "chat"}) == ([read], ["read as ShareGPT (chat)"])
+    (chat,), _ = load({"conversations": [row["conversations"][1], {"from": "gpt", "value": "no", "weight": 0}]})
+    assert not is_target(chat.messages[1])
+
+
+@pytest.mark.parametrize(
+    ("conversations", "message"),
+    [
+        ([], r'"conversations" must be a list of {"from", "value"}'),
+        ("hi", r'"conversations" must be a list of {"from", "value"}'),
+        ([{"from": "human"}], r'conversations\[0\] must be an object with the strings "from" and "value"$'),
+        ([USER], r"conversations\[0\] must be .*; give --messages-column for role and content"),
+        (
+            [{"from": "bard\n", "value": "x"}],
+            r"conversations\[0\]: \"from\" is 'bard\\n', expected system, human, user",
+        ),
+        ([{"from": "gpt", "value": "x", "weight": 2}], r'conversations\[0\]: "weight" is 2, expected 0 or 1'),
+    ],
+)
+def test_conversations_that_are_not_sharegpts(load, conversations, message):
+    with pytest.raises(ValueError, match=rf"rows.jsonl:1: {message}"):
+        load({"conversations": conversations})
+
+
+def test_alpaca(load):
+    row = {"instruction": "Add.", "input": "2 and 3", "output": "5"}
+    rows, notes = load(
+        row, row | {"input": ""}, {"instruction": "Say no.", "output": "no"}, row | {"text": "all of it"}
+    )
+    assert (
+        rows[0]
+        == rows[3]
+        == Completion(
+            "Below is an instruction that describes a task, paired with an input that provides further context. Write "
+            "a response that appropriately completes the request.\n\n### Instruction:\nAdd.\n\n### Input:\n2 and 3\n\n"
+            "### Response:\n",
+            "5",
+        )
+    )
+    assert rows[1] == Completion(
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+        "\n\n### Instruction:\nAdd.\n\n### Response:\n",
+        "5",
+    )
+    assert rows[2].completion == "no"
+    assert notes == ["read as Alpaca (instruction, output, input); columns left out: text"]
+    assert load({"instruction": "{input}", "output": "x"})[0][0].prompt.count("{input}") == 1
+    with pytest.raises(ValueError, match=r'rows.jsonl:1: "input" is a int, expected a string'):
+        load(row | {"input": 3})
