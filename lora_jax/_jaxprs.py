@@ -1,5 +1,6 @@
 """Access to the parts of a jaxpr that differ between JAX's versions."""
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -37,6 +38,19 @@ def inner_jaxprs(eqn: Any) -> Iterator[Any]:
     kinds = (jex.Jaxpr, jex.ClosedJaxpr)
     held = jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda value: isinstance(value, kinds))
     return (value for value in held if isinstance(value, kinds))
+
+
+def as_jaxpr(eqns: Sequence[Any], inputs: Sequence[Any], outputs: Sequence[Any]) -> Any:
+    """Equations of a jaxpr, or of a part of one, as a jaxpr without constants."""
+    info = _debug_info()._replace(arg_names=("",) * len(inputs), result_paths=("",) * len(outputs))
+    effects = frozenset().union(*(eqn.effects for eqn in eqns))
+    return jex.Jaxpr((), inputs, outputs, eqns, effects, info)
+
+
+@functools.cache
+def _debug_info() -> Any:
+    """A jaxpr must say where it is from; older versions of JAX have no public name for that."""
+    return jax.make_jaxpr(lambda: ())().jaxpr.debug_info
 
 
 def opened(jaxpr: Any) -> tuple[Any, Sequence[Any]]:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import prefix
+from lora_jax._ahead import ahead
 from lora_jax._finite import why_unfinite
 from lora_jax._forward import ensure_adapted
 from lora_jax._tables import Vocabulary, check_ids, vocabulary
@@ -155,7 +156,7 @@ def _generate(
 
     def advance(state):
         step, tokens, last, cache, finished, finite = state
-        logits, cache = apply(params, last[:, None], None, cache=cache)
+        logits, cache = following(last[:, None], cache)
         chosen = choose(logits[:, -1], step)
         # If any logit is nan, the maximum is nan, so that checking the chosen one is enough.
         chosen_logit = jnp.take_along_axis(logits[:, -1], chosen[:, None], axis=1)[:, 0]
@@ -166,6 +167,8 @@ def _generate(
 
     # The logits of the prompt aren't used, so XLA removes the head from this call.
     _, cache = apply(params, input_ids[:, :-1], mask[:, :-1], cache=init_cache(batch, length + max_tokens))
+    step = lambda params, ids, cache: apply(params, ids, None, cache=cache)
+    following = ahead(step, params, input_ids[:, -1:], cache)
     tokens = jnp.full((batch, max_tokens), eos_ids[0], jnp.int32)
     start = (jnp.int32(0), tokens, input_ids[:, -1], cache, empty, jnp.bool(True))
     _, tokens, _, _, _, finite = jax.lax.while_loop(unfinished, advance, start)

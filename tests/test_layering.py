@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "lora_jax"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # Modules of one group may import each other; a group imports the groups and the packages on its right.
-CORE = {"_paths", "_tree", "_forward", "_optim", "_sharding", "_jaxprs", "_walk", "_tables", "_finite"}
+CORE = {"_paths", "_tree", "_forward", "_optim", "_sharding", "_jaxprs", "_walk", "_ahead", "_tables", "_finite"}
 GROUPS = {
     "__main__": (set(), set()),
     "_extras": (set(), set()),  # all import it
@@ -19,6 +19,7 @@ GROUPS = {
     "_tree": ({"_paths"}, {"jax", "numpy", "ml_dtypes"}),
     "_jaxprs": (set(), {"jax"}),
     "_walk": ({"_jaxprs"}, {"jax"}),
+    "_ahead": ({"_jaxprs"}, {"jax"}),
     "_forward": ({"_tree", "_paths", "_jaxprs", "_walk"}, {"jax", "numpy"}),
     "_optim": ({"_tree", "_paths"}, {"jax", "numpy", "optax"}),
     "_sharding": ({"_tree", "_paths"}, {"jax", "numpy"}),

@@ -126,10 +126,11 @@ def test_padded_rows_of_encoders(setting):
     assert_agrees(output[real], setting.padded_ref32[real], setting.padded_ref64[real])
 
 
+@pytest.mark.parametrize("layers", few(["scan", "unrolled"], ["unrolled"]))
 @pytest.mark.parametrize("setting", STEPPED, indirect=True)
-def test_cached_steps_are_the_whole_forward(setting):
+def test_cached_steps_are_the_whole_forward(setting, layers):
     ids, mask, real = padded("left")
-    cache, first, steps = setting.model.init_cache(2, LENGTH + 3), LENGTH - 4, []
+    cache, first, steps = models.load(setting.folder, layers=layers).init_cache(2, LENGTH + 3), LENGTH - 4, []
     for part in (slice(0, first), *(slice(i, i + 1) for i in range(first, LENGTH))):
         now = jnp.asarray(ids[:, part], jnp.int32), jnp.asarray(mask[:, part], jnp.int32)
         logits, cache = setting.apply(setting.model.params, *now, cache=cache)

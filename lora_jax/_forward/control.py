@@ -15,11 +15,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax._forward import dropout
-from lora_jax._forward.interpret import Event, Frame, Rules, Session, as_jaxpr, source_of
+from lora_jax._forward.interpret import Event, Frame, Rules, Session, source_of
 from lora_jax._forward.layout import factor_spec
 from lora_jax._forward.lazy import Lazy, specs_of
 from lora_jax._forward.lowrank import RANK, Factor, LowRank
-from lora_jax._jaxprs import opened
+from lora_jax._jaxprs import as_jaxpr, opened
 from lora_jax._walk import CALLS, Loop
 
 RULES = Rules()

@@ -8,12 +8,10 @@ no low-rank form, the kernel is materialised, and the frame records an event of 
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-import jax
 from jax import core
 from jax.extend import core as jex
 from jax.extend import source_info_util
@@ -21,6 +19,7 @@ from jax.extend import source_info_util
 from lora_jax._forward import dropout, lazy
 from lora_jax._forward.lazy import PRODUCTS, Lazy
 from lora_jax._forward.lowrank import RANK, LowRank, dense, is_vector
+from lora_jax._jaxprs import as_jaxpr
 from lora_jax._walk import HOLDERS, walk
 
 # Equations that show along which axes a multiplier varies.
@@ -226,19 +225,6 @@ def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
         if not isinstance(var, jex.Literal):
             inputs[var] = value
     return core.eval_jaxpr(as_jaxpr([eqn], list(inputs), eqn.outvars), (), *inputs.values())
-
-
-def as_jaxpr(eqns: Sequence[Any], inputs: Sequence[Any], outputs: Sequence[Any]) -> Any:
-    """Equations of a jaxpr, or of a part of one, as a jaxpr without constants."""
-    info = _debug_info()._replace(arg_names=("",) * len(inputs), result_paths=("",) * len(outputs))
-    effects = frozenset().union(*(eqn.effects for eqn in eqns))
-    return jex.Jaxpr((), inputs, outputs, eqns, effects, info)
-
-
-@functools.cache
-def _debug_info() -> Any:
-    """The debug information that a jaxpr must have; older versions of JAX have no public name for it."""
-    return jax.make_jaxpr(lambda: ())().jaxpr.debug_info
 
 
 @contextlib.contextmanager

@@ -155,6 +155,15 @@ class EvaluatedBase(Base):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DecodedBase(EvaluatedBase):
+    """A base model that generates token by token."""
+
+    @property
+    def execution(self) -> dict[str, Any]:
+        return {"attention": self.attention, "remat": "none", "layers": "auto"}
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainedBase(EvaluatedBase):
     """The base model, and how its gradients are computed."""
 

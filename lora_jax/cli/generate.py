@@ -20,7 +20,7 @@ class Settings:
     """folder of an adapter, as `lora-jax train` writes it"""
     seed: int = 0
     """seed of sampling, at temperatures above 0"""
-    base: tyro.conf.OmitArgPrefixes[_base.EvaluatedBase] = _base.EvaluatedBase()
+    base: tyro.conf.OmitArgPrefixes[_base.DecodedBase] = _base.DecodedBase()
     generate: tyro.conf.OmitArgPrefixes[GenerateConfig] = GenerateConfig()
 
 

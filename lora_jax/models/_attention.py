@@ -1,5 +1,10 @@
 """Attention masks and the cache of keys and values, for all decoders.
 
+A layer's cached keys are [B K, S, d], and its values, as the products with queries read them: with B and K apart XLA
+merges them for the product, and can't write the cache in place any more. On a mesh, which may cut both, they are apart.
+If layers are decoded one by one, each has an array of its own; otherwise they are a stack, which the loop over layers
+slices.
+
 A query attends to the keys of its row that aren't padding, aren't after itself and, with a window, are fewer than
 `window` positions back. A token's position is its number among the real tokens of its row, so that padding on either
 side makes no difference.
@@ -16,22 +21,31 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from lora_jax.models import _kernels
-from lora_jax.models._execution import KERNELS, SAVED, Choice
+from lora_jax.models._execution import KERNELS, SAVED, Choice, Execution
 from lora_jax.models._layout import ONE_DEVICE, Layout
 
-Cache = dict[str, jax.Array]
+Cache = dict[str, Any]
 
 
-def init_cache(layers: int, batch: int, length: int, heads: int, head_dim: int, dtype: Any) -> Cache:
+def init_cache(
+    execution: Execution, layers: int, batch: int, length: int, heads: int, head_dim: int, dtype: Any
+) -> Cache:
     """Make an empty cache for `length` tokens of `batch` rows.
 
     `index` is the next free slot, the same for all rows; `positions` are the positions of the tokens in the slots, -1
     for a slot that is empty or has padding.
     """
-    shape = (layers, batch, length, heads, head_dim)
+    merged = execution.layout.mesh is None
+    shape = (batch * heads, length, head_dim) if merged else (batch, heads, length, head_dim)
+
+    def empty() -> Any:
+        if execution.decoding == "unrolled":
+            return tuple(jnp.zeros(shape, dtype) for _ in range(layers))
+        return jnp.zeros((layers, *shape), dtype)
+
     return {
-        "k": jnp.zeros(shape, dtype),
-        "v": jnp.zeros(shape, dtype),
+        "k": empty(),
+        "v": empty(),
         "positions": jnp.full((batch, length), -1, jnp.int32),
         "index": jnp.zeros((), jnp.int32),
     }
@@ -42,7 +56,8 @@ def begin(input_ids: jax.Array, attention_mask: jax.Array | None, positions: jax
 
     Returns:
         The positions, int32[B or 1, T], computed if they aren't given; the cache with the positions of the new tokens
-        in their slots; its keys and values. The last two are None without a cache.
+        in their slots; its keys and values: stacked, or for one token of layers one by one a list with those of each
+        layer. The last two are None without a cache.
     """
     if positions is None:
         positions = positions_of(input_ids, attention_mask)
@@ -54,7 +69,10 @@ def begin(input_ids: jax.Array, attention_mask: jax.Array | None, positions: jax
     if attention_mask is not None:
         now = jnp.where(attention_mask.astype(bool), now, -1)
     updated = lax.dynamic_update_slice_in_dim(cache["positions"], now, cache["index"], axis=1)
-    return positions, cache | {"positions": updated}, (cache["k"], cache["v"])
+    past = (cache["k"], cache["v"])
+    if isinstance(cache["k"], tuple):
+        past = list(zip(*past, strict=True)) if input_ids.shape[1] == 1 else tuple(map(jnp.stack, past))
+    return positions, cache | {"positions": updated}, past
 
 
 def positions_of(input_ids: jax.Array, attention_mask: jax.Array | None) -> jax.Array:
@@ -81,18 +99,38 @@ def causal_mask(positions: jax.Array, attention_mask: jax.Array | None, window: 
     return seen if attention_mask is None else seen & attention_mask.astype(bool)[:, None, None, :]
 
 
-def extend(past: tuple[jax.Array, jax.Array], new: tuple[jax.Array, jax.Array], index: jax.Array):
-    """Put the new keys and values of one layer into their slots among the cached ones, [B, S, K, d]."""
-    return tuple(lax.dynamic_update_slice_in_dim(old, now, index, axis=1) for old, now in zip(past, new, strict=True))
+def extend(past: tuple[Any, Any], k: jax.Array, v: jax.Array, index: jax.Array) -> tuple[Any, Any]:
+    """Put the new keys and values of one layer, [B, T, K, d], into their slots among the cached ones.
+
+    Returns:
+        The cached keys and values with the new ones; the new ones in the cache's shape, for `write`.
+    """
+
+    def laid(now: jax.Array, old: jax.Array) -> jax.Array:
+        return now.swapaxes(1, 2).reshape(*old.shape[:-2], -1, old.shape[-1]).astype(old.dtype)
+
+    new = laid(k, past[0]), laid(v, past[1])
+    return tuple(map(functools.partial(_put, index), past, new)), new
 
 
 def write(cache: Cache, new: Any, length: int) -> Cache:
-    """Put the new keys and values of all layers, [L, B, T, K, d], into the cache, and advance its index by `length`."""
+    """Put the new keys and values of all layers into the cache, and advance its index by `length`.
+
+    Args:
+        new: The results of `extend`: a list with those of each layer, or stacked.
+    """
+    if isinstance(new, list):
+        new = zip(*new, strict=True)
+    put = functools.partial(_put, cache["index"])
     k, v = (
-        lax.dynamic_update_slice_in_dim(cache[name], now, cache["index"], axis=2)
-        for name, now in zip("kv", new, strict=True)
+        tuple(map(put, old, now)) if isinstance(old, tuple) else put(old, now)
+        for old, now in zip((cache["k"], cache["v"]), new, strict=True)
     )
     return cache | {"k": k, "v": v, "index": cache["index"] + length}
+
+
+def _put(index: jax.Array, old: jax.Array, now: jax.Array) -> jax.Array:
+    return lax.dynamic_update_slice_in_dim(old, now, index, axis=old.ndim - 2)
 
 
 def real_first(attention_mask: Any) -> tuple[jax.Array, jax.Array]:

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.models import _attention
-from lora_jax.models._execution import KERNELS, Case, Choice, Execution, choose, stacked
+from lora_jax.models import _attention, _kernels
+from lora_jax.models._execution import KERNELS, Case, Choice, Execution, choose, one_by_one, stacked
 from lora_jax.models._experts import ExpertsSpec, SparseMLP
 from lora_jax.models._family import Family, Weight
 from lora_jax.models._layers import ACTIVATIONS, Embed, check_activation, dense
@@ -118,23 +118,25 @@ class Attention(nn.Module):
             k = RMSNorm(spec, self.param_dtype, name="k_norm")(k)
         q, k = rotate(q, *context["rotation"]), rotate(k, *context["rotation"])
         new = None
+        scale, softcap = spec.attention_scale or spec.head_dim**-0.5, spec.attention_softcap
         if past is not None:
-            new = (k.astype(past[0].dtype), v.astype(past[1].dtype))
-            k, v = (side.astype(x.dtype) for side in _attention.extend(past, new, context["index"]))
-        out = _attention.attend(
-            self.choice,
-            q,
-            k,
-            v,
-            context["mask"],
-            context["lengths"],
-            layout=self.layout,
-            causal=past is None,
-            scale=spec.attention_scale or spec.head_dim**-0.5,
-            softcap=spec.attention_softcap,
-            window=spec.window,
-            near=context["near"],
-        )
+            past, new = _attention.extend(past, k, v, context["index"])
+            out = _kernels.cached(q, past[0], past[1], context["mask"], scale=scale, softcap=softcap)
+        else:
+            out = _attention.attend(
+                self.choice,
+                q,
+                k,
+                v,
+                context["mask"],
+                context["lengths"],
+                layout=self.layout,
+                causal=True,
+                scale=scale,
+                softcap=softcap,
+                window=spec.window,
+                near=context["near"],
+            )
         out = out.reshape(*x.shape[:2], spec.num_heads * spec.head_dim)
         return dense(self, "o_proj", spec.hidden_size, out, ("heads", "embed"), bias=spec.output_bias), new
 
@@ -229,7 +231,6 @@ class Decoder(nn.Module):
         choice = self.attention(x.shape[0], x.shape[1], x.dtype, cached=cache is not None, placed=placed)
         order, lengths = _attention.real_first(attention_mask) if choice.packs(attention_mask) else (None, None)
         x, positions = _attention.ordered(order, x), _attention.ordered(order, positions)
-        own = {"past": past, "sliding": jnp.asarray(spec.sliding) if len(spec.layer_types) > 1 else None}
         context = {
             "index": None if cache is None else cache["index"],
             "lengths": lengths,
@@ -237,8 +238,15 @@ class Decoder(nn.Module):
                 _seen(spec, choice, sliding, positions, attention_mask, cache, x.dtype) for sliding in spec.layer_types
             ],
         }
-        layers = stacked(Layer, spec.num_layers, self.execution)
-        x, new = layers(spec, self.param_dtype, choice, layout, name="layers")(x, own, context)
+        if isinstance(past, list):
+            sliding = spec.sliding if len(spec.layer_types) > 1 else [None] * spec.num_layers
+            own = [{"past": one, "sliding": slides} for one, slides in zip(past, sliding, strict=True)]
+            layer = Layer(spec, self.param_dtype, choice, layout, parent=None)  # pyright: ignore[reportCallIssue]
+            x, new = one_by_one(self, "layers", layer, x, own, context)
+        else:
+            own = {"past": past, "sliding": jnp.asarray(spec.sliding) if len(spec.layer_types) > 1 else None}
+            layers = stacked(Layer, spec.num_layers, self.execution)
+            x, new = layers(spec, self.param_dtype, choice, layout, name="layers")(x, own, context)
         x = _attention.put_back(order, x)
         x = RMSNorm(spec, self.param_dtype, name="norm")(x)
         # The tree of a tied model may have a head of its own: an adapter that changes one of the two has untied them.
@@ -270,8 +278,8 @@ def _seen(spec, choice, sliding, positions, attention_mask, cache, dtype):
 
 def _of_layer(sliding, layer_types):
     """The rotation and the mask of a layer, selected from both types (full, sliding) if the model has both."""
-    if sliding is None:
-        return layer_types[0]
+    if sliding is None or isinstance(sliding, bool):
+        return layer_types[bool(sliding)]
     return jax.tree.map(lambda full, near: jnp.where(sliding, near, full), *layer_types)
 
 
@@ -343,9 +351,11 @@ def family(
 ) -> Family:
     """Make a family of this decoder: `spec` reads its configuration; `more_weights` are added to the common ones."""
 
-    def init_cache(config, batch, length, dtype):
+    def init_cache(config, batch, length, dtype, execution):
         sizes = spec(config)
-        return _attention.init_cache(sizes.num_layers, batch, length, sizes.num_kv_heads, sizes.head_dim, dtype)
+        return _attention.init_cache(
+            execution, sizes.num_layers, batch, length, sizes.num_kv_heads, sizes.head_dim, dtype
+        )
 
     return Family(
         config_class=config_class,

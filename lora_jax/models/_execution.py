@@ -5,12 +5,14 @@ while a function is traced, and a program may be traced on another machine than 
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, get_args
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from lora_jax.models._layout import Layout
 
@@ -21,16 +23,21 @@ Platform = Literal["cpu", "cuda", "rocm", "tpu"]
 
 KERNELS = ("cudnn", "splash")  # they take the number of a row's real tokens, which are first, instead of a mask
 MOST_SCORES = 2**28  # bytes of float32 scores, above which they are computed for one block of queries at a time
+LEAST_COPIED = 2**32  # bytes of a layer's leaves times tokens, from which decoding layers one by one pays on a CPU
 SAVED = "attention"  # the name of attention's output for the policies of rematerialisation
 
 
 @dataclass(frozen=True, kw_only=True)
 class Execution:
-    """The choices, hashable, as a field of a module; `remat` and `layers` aren't "auto" any more."""
+    """The choices, hashable, as a field of a module; `remat` and `layers` aren't "auto" any more.
+
+    `decoding` is the choice of `layers` for calls with a cache and one token; `decodes` resolves its "auto".
+    """
 
     attention: Attention = "auto"
     remat: Remat = "none"
     layers: Layers = "scan"
+    decoding: Layers = "scan"
     platform: str = "cpu"
     layout: Layout = Layout()
 
@@ -86,9 +93,22 @@ def execution(
         raise ValueError(f"attention: 'cudnn' given on {platform}, expected a CUDA GPU; use 'auto' or 'xla'")
     if remat == "auto":
         remat = "none" if platform == "cpu" else "lean"
+    decoding = layers
     if layers == "auto":
         layers = "unrolled" if platform == "cuda" else "scan"
-    return Execution(attention=attention, remat=remat, layers=layers, platform=platform)  # pyright: ignore[reportArgumentType]
+        decoding = {"cuda": "unrolled", "cpu": "auto"}.get(platform, "scan")
+    return Execution(attention=attention, remat=remat, layers=layers, decoding=decoding, platform=platform)  # pyright: ignore[reportArgumentType]
+
+
+def decodes(execution: Execution, layer_bytes: int, tokens: int) -> Execution:
+    """The choices for a cache of so many tokens, with `decoding` resolved.
+
+    A loop over the layers copies each kernel out of its stack for every token, some 10 GB/s on a CPU; without one, a
+    layer takes half a second to compile.
+    """
+    if execution.decoding != "auto":
+        return execution
+    return replace(execution, decoding="unrolled" if layer_bytes * tokens >= LEAST_COPIED else "scan")
 
 
 def default_platform() -> str:
@@ -178,6 +198,25 @@ def stacked(layer: type[nn.Module], count: int, execution: Execution) -> Any:
         length=count,
         unroll=count if unrolled else 1,
     )
+
+
+def one_by_one(parent: nn.Module, name: str, layer: nn.Module, x: Any, own: Sequence[Any], context: Any) -> Any:
+    """The layers under `name` without a loop, for what is called too often to copy a kernel out of its stack.
+
+    Args:
+      parent: whose child `stacked` made them.
+      layer: one of them, without a parent.
+      own: what `stacked` slices, already by layer.
+
+    Returns:
+      The last x; each layer's `out`.
+    """
+    stack, outs = parent.get_variable("params", name), []
+    for i, mine in enumerate(own):
+        params = jax.tree.map(lambda leaf, i=i: lax.index_in_dim(leaf, i, keepdims=False), stack)
+        x, out = layer.apply({"params": params}, x, mine, context)
+        outs.append(out)
+    return x, outs
 
 
 def lean(prim: Any, *avals: Any, **params: Any) -> bool:

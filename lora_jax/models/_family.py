@@ -43,7 +43,7 @@ class Family(NamedTuple):
         module: `(config, dtype, param_dtype, execution) -> nn.Module`, called as
             `module(input_ids, attention_mask, ...)`; its `attention(rows, length, dtype)` is the form of a call.
         weights: `config -> {leaf path: Weight}`, one entry for every leaf of the tree.
-        init_cache: `(config, batch, length, dtype) -> pytree` of empty keys and values; None for encoders.
+        init_cache: `(config, batch, length, dtype, execution) -> pytree` of empty keys and values; None for encoders.
         ignored: Regular expressions of names that files may have besides the weights (buffers of old checkpoints).
         copies: `config -> {name: name}`, tensors that may be in files as copies of another (a tied head).
         heads: For each copy that an untied tree has as a leaf of its own: the leaf's path, a dense layer's kernel.
@@ -58,7 +58,7 @@ class Family(NamedTuple):
     architecture: str
     module: Callable[[Any, DType, DType, Execution], Any]
     weights: Callable[[Any], dict[str, Weight]]
-    init_cache: Callable[[Any, int, int, DType], Tree] | None = None
+    init_cache: Callable[[Any, int, int, DType, Execution], Tree] | None = None
     ignored: tuple[str, ...] = ()
     copies: Callable[[Any], dict[str, str]] = lambda config: {}
     heads: Mapping[str, str] = MappingProxyType({})

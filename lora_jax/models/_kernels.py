@@ -4,6 +4,7 @@ q is [B, T, N, d]; k and v are [B, S, K, d], K a divisor of N. Each query attend
 allows and, with `causal`, to no key after itself.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -30,6 +31,25 @@ def xla(q, k, v, mask, *, causal: bool, scale: float, softcap: float | None = No
     logits = jnp.where(mask[:, :, None], logits, -1e30)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
     return jnp.einsum("bkgts,bskd->btkgd", weights, v).reshape(q.shape)
+
+
+def cached(q, k, v, mask, *, scale: float, softcap: float | None = None) -> jax.Array:
+    """`xla` on a cache, whose keys and values are read as they lie.
+
+    Args:
+      k, v: [B K, S, d] or [B, K, S, d].
+    """
+    (rows, length, _, width), (*outer, slots, _) = q.shape, k.shape
+    heads = math.prod(outer) // rows
+    grouped = q.reshape(rows, length, heads, -1, width).transpose(0, 2, 3, 1, 4)  # [B, K, N/K, T, d]
+    grouped = grouped.reshape(*outer, -1, width)
+    logits = jnp.einsum("...qd,...sd->...qs", grouped, k.astype(q.dtype), preferred_element_type=jnp.float32)
+    logits = logits.reshape(rows, heads, -1, length, slots) * scale
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
+    weights = jax.nn.softmax(jnp.where(mask[:, :, None], logits, -1e30), axis=-1).astype(q.dtype)
+    out = jnp.einsum("...qs,...sd->...qd", weights.reshape(*outer, -1, slots), v.astype(q.dtype))
+    return out.reshape(rows, heads, -1, length, width).transpose(0, 3, 1, 2, 4).reshape(q.shape)
 
 
 def blockwise(q, k, v, mask, *, causal: bool, scale: float, softcap: float | None = None) -> jax.Array:

@@ -1,5 +1,6 @@
 """A model as data and pure functions, and making one without arrays."""
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -13,7 +14,7 @@ from jax.sharding import Mesh
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from lora_jax.models import _family, _generation, _settings, _tokenizer
-from lora_jax.models._execution import Choice, Execution
+from lora_jax.models._execution import Choice, Execution, decodes
 from lora_jax.models._family import Family, Weight, flatten, unflatten
 from lora_jax.models._layout import RULES, Layout, Rules, layout_of, shardings_of
 
@@ -159,7 +160,11 @@ def _functions(family: Family, config: Any, dtypes: tuple[Any, Any], chosen: Exe
     """The model's functions: fields of a `Model`."""
     compute_dtype, param_dtype = dtypes
     module = family.module(config, compute_dtype, param_dtype, chosen)
-    expected, known = jax.tree.structure(shapes), {*flatten(shapes), *_family.untied(family.names(config))}
+    leaves, names = flatten(shapes), family.names(config)
+    expected, known = jax.tree.structure(shapes), {*leaves, *_family.untied(names)}
+    # Leaves of a stack have the layer's axis first.
+    stacks = [leaves[path] for path, weight in names.items() if "{}" in weight.name and path in leaves]
+    layer_bytes = sum(math.prod(leaf.shape[1:]) * leaf.dtype.itemsize for leaf in stacks)
 
     def apply(params, input_ids, attention_mask=None, **keywords):
         if jax.tree.structure(params) != expected:
@@ -169,7 +174,8 @@ def _functions(family: Family, config: Any, dtypes: tuple[Any, Any], chosen: Exe
     def init_cache(batch: int, length: int, dtype: Any = None):
         if family.init_cache is None:
             raise ValueError(f"{family.architecture}: an encoder, which generates no text and has no cache")
-        return family.init_cache(config, batch, length, dtype or compute_dtype or param_dtype)
+        how = decodes(chosen, layer_bytes, length)
+        return family.init_cache(config, batch, length, dtype or compute_dtype or param_dtype, how)
 
     def attention(rows: int, length: int, **call: bool) -> Choice:
         return module.attention(rows, length, compute_dtype or param_dtype, **call)

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jax import Array
 from transformers import GPT2Config
 
-from lora_jax.models import _attention
-from lora_jax.models._execution import Case, Choice, Execution, choose, stacked
+from lora_jax.models import _attention, _kernels
+from lora_jax.models._execution import Case, Choice, Execution, choose, one_by_one, stacked
 from lora_jax.models._family import Family, Weight
 from lora_jax.models._layers import ACTIVATIONS, Embed, check_activation, dense, layer_norm
 from lora_jax.models._layout import Layout
@@ -82,21 +82,13 @@ class Attention(nn.Module):
 
         q, k, v = (heads(part) for part in jnp.split(fused, 3, axis=-1))
         new = None
-        if past is not None:
-            new = (k.astype(past[0].dtype), v.astype(past[1].dtype))
-            k, v = (side.astype(x.dtype) for side in _attention.extend(past, new, context["index"]))
         scale = head_dim**-0.5 if spec.scaled else 1.0
-        out = _attention.attend(
-            self.choice,
-            q,
-            k,
-            v,
-            context["mask"],
-            context["lengths"],
-            layout=self.layout,
-            causal=past is None,
-            scale=scale,
-        )
+        if past is not None:
+            past, new = _attention.extend(past, k, v, context["index"])
+            out = _kernels.cached(q, past[0], past[1], context["mask"], scale=scale)
+        else:
+            mask, lengths = context["mask"], context["lengths"]
+            out = _attention.attend(self.choice, q, k, v, mask, lengths, layout=self.layout, causal=True, scale=scale)
         return dense(self, "c_proj", spec.hidden_size, out.reshape(x.shape), ("heads", "embed")), new
 
 
@@ -173,8 +165,12 @@ class GPT2(nn.Module):
             context |= {"index": cache["index"], "mask": _attention.cached_mask(cache, positions, None)}
         elif attention_mask is not None and lengths is None:
             context["mask"] = attention_mask.astype(bool)[:, None, None, :]
-        layers = stacked(Layer, spec.num_layers, self.execution)
-        x, new = layers(spec, self.param_dtype, choice, layout, name="h")(x, past, context)
+        if isinstance(past, list):
+            layer = Layer(spec, self.param_dtype, choice, layout, parent=None)  # pyright: ignore[reportCallIssue]
+            x, new = one_by_one(self, "h", layer, x, past, context)
+        else:
+            layers = stacked(Layer, spec.num_layers, self.execution)
+            x, new = layers(spec, self.param_dtype, choice, layout, name="h")(x, past, context)
         x = _attention.put_back(order, x)
         x = layer_norm(self, "ln_f", x)
         # The tree of a tied model may have a head of its own: an adapter that changes one of the two has untied them.
@@ -203,11 +199,11 @@ def weights(config: Any) -> dict[str, Weight]:
     return table
 
 
-def init_cache(config: Any, batch: int, length: int, dtype: Any) -> _attention.Cache:
+def init_cache(config: Any, batch: int, length: int, dtype: Any, execution: Execution) -> _attention.Cache:
     """Make an empty cache for the model that a `GPT2Config` describes."""
     sizes = spec(config)
     head_dim = sizes.hidden_size // sizes.num_heads
-    return _attention.init_cache(sizes.num_layers, batch, length, sizes.num_heads, head_dim, dtype)
+    return _attention.init_cache(execution, sizes.num_layers, batch, length, sizes.num_heads, head_dim, dtype)
 
 
 FAMILIES = (

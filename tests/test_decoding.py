@@ -1,0 +1,179 @@
+"""What a token costs: no kernel and no cache is copied, and what stays the same is computed before the loop."""
+
+import collections
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from marks import few
+from transformers import GPT2Config, LlamaConfig, Qwen2Config
+
+import lora_jax
+from lora_jax import models
+from lora_jax._ahead import ahead
+from lora_jax.generate import _generate, generate
+from lora_jax.models._execution import LEAST_COPIED, decodes, execution
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.2,
+    "max_position_embeddings": 64,
+}
+CONFIGS = {
+    "llama": LlamaConfig(**SIZES),
+    "two kinds of layers": Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=5, max_window_layers=1),
+    "gpt2": GPT2Config(vocab_size=64, n_embd=64, n_layer=2, n_head=4, n_positions=64, initializer_range=0.2),
+}
+LENGTH, NEW = 9, 40
+INSTRUCTION = re.compile(r"^(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\(")  # its name, shape and kind
+
+
+def model_of(name, layers):
+    """A model, and its tree with an adapter whose B isn't zero."""
+    model = models.init(jax.random.key(0), CONFIGS[name], layers=layers)
+    axes = lora_jax.kernel_axes(model.apply, model.params, jax.ShapeDtypeStruct((1, 4), jnp.int32))
+    config = lora_jax.LoRAConfig(rank=2, alpha=4, targets=("all-linear",))
+    base, adapter = lora_jax.split(lora_jax.init(jax.random.key(1), model.params, config, axes=axes))
+    return model, lora_jax.combine(base, jax.tree.map(lambda x: x + 0.05, adapter))
+
+
+def prompts(rows):
+    """Prompts padded on the left."""
+    ids = np.random.default_rng(0).integers(2, 60, (rows, LENGTH)).astype(np.int32)
+    mask = np.ones_like(ids)
+    mask[1:, :3] = 0
+    return ids, mask
+
+
+@pytest.mark.parametrize("name", few(CONFIGS, ["two kinds of layers"]))
+def test_layers_one_by_one_generate_what_the_loop_does(name):
+    (loop, params), (flat, _) = (model_of(name, layers) for layers in ("scan", "unrolled"))
+    tokens = [
+        generate(model.apply, model.init_cache, params, *prompts(3), max_tokens=NEW, eos_id=-1)
+        for model in (loop, flat)
+    ]
+    np.testing.assert_array_equal(tokens[1], tokens[0])
+    assert len(np.unique(tokens[0])) > 5
+
+
+def loop_body(text):
+    """The instructions of the loop over tokens: its body is the one that the entry's last `while` names."""
+    computations = collections.defaultdict(list)
+    name = None
+    for line in text.splitlines():
+        if head := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line):
+            name = head[1]
+        elif name is not None and " = " in line:
+            computations[name].append(line.strip())
+    (entry,) = re.findall(r"^ENTRY %?([\w.\-]+)", text, re.MULTILINE)
+    bodies = [found[1] for line in computations[entry] if (found := re.search(r" while\(.*body=%?([\w.\-]+)", line))]
+    return computations[bodies[-1]]
+
+
+def large(instructions, least):
+    """Instructions whose result has at least so many numbers, without those that move nothing."""
+    found = []
+    for name, shape, kind in (INSTRUCTION.findall(line)[0] for line in instructions):
+        sizes = [np.prod([int(n) for n in dims.split(",") if n]) for dims in re.findall(r"\[([\d,]*)\]", shape)]
+        if kind not in ("parameter", "get-tuple-element", "tuple", "bitcast") and max(sizes) >= least:
+            found.append(name)
+    return found
+
+
+@pytest.mark.parametrize("rows", few([1, 3], [3]))
+@pytest.mark.parametrize("name", few(CONFIGS, ["llama"]))
+def test_a_token_copies_no_kernel_and_no_cache(name, rows):
+    """All that is as large as a layer's keys is an update in place, one for its keys and one for its values.
+
+    In float32: a CPU widens 16-bit kernels for its products, token by token.
+    """
+    found = {}
+    for layers in ("scan", "unrolled"):
+        model, params = model_of(name, layers)
+        ids, mask = (jnp.asarray(side) for side in prompts(rows))
+        lowered = _generate.lower(
+            params,
+            ids,
+            mask.astype(bool),
+            jnp.array([1]),
+            jnp.float32(0),
+            jnp.float32(1),
+            jax.random.key(0),
+            model_apply=model.apply,
+            init_cache=model.init_cache,
+            max_tokens=NEW,
+            sample=False,
+            nucleus=False,
+        )
+        cached = rows * 64 * (LENGTH + NEW) // (1 if name == "gpt2" else 2)
+        found[layers] = large(loop_body(lowered.compile().as_text()), min(cached, 64 * 32))
+    assert len(found["unrolled"]) == 2 * 2
+    assert all("dynamic-update-slice" in instruction for instruction in found["unrolled"])
+    assert not all("dynamic-update-slice" in instruction for instruction in found["scan"])
+
+
+def test_on_a_cpu_layers_are_unrolled_where_their_compilation_pays():
+    auto, scan = (execution("auto", "auto", layers, "cpu") for layers in ("auto", "scan"))
+    assert decodes(auto, LEAST_COPIED // 10, 10).decoding == "scan"
+    assert decodes(auto, LEAST_COPIED // 10 + 1, 10).decoding == "unrolled"
+    assert decodes(scan, LEAST_COPIED, 10).decoding == "scan"
+    for platform, decoding in (("cuda", "unrolled"), ("tpu", "scan")):
+        assert execution("auto", "auto", "auto", platform).decoding == decoding
+    model = models.init(jax.random.key(0), CONFIGS["llama"])
+    tokens = LEAST_COPIED // 4 // sum(x[0].size for x in jax.tree.leaves(model.params["layers"]))
+    for length, kind in ((tokens, jax.ShapeDtypeStruct), (tokens + 1, tuple)):
+        assert isinstance(jax.eval_shape(lambda length=length: model.init_cache(1, length))["k"], kind)
+
+
+# --- what is computed before the loop --------------------------------------------------------------------------------
+
+
+def primitives(function, *args):
+    return [eqn.primitive.name for eqn in jax.make_jaxpr(function)(*args).eqns]
+
+
+def test_what_stays_is_computed_once():
+    """Slices, products and reductions of parameters are; transposes and what is larger than its operands aren't."""
+    params = {"w": jnp.arange(24.0).reshape(2, 3, 4), "half": jnp.ones(4, jnp.bfloat16)}
+
+    def function(params, x, y):
+        w, full = params["w"][1] * 2, params["half"].astype(jnp.float32)
+        wide = jnp.outer(params["w"][0, 0], full)
+        return {"a": x @ w + full, "b": jnp.exp(w).sum(0) + y, "c": params["w"][0].T @ y[:3], "d": x[0] * wide}, x
+
+    x, y = jnp.ones(3), jnp.ones(4)
+    y = y.at[0].set(2.0)
+    call = ahead(function, params, x, y)
+    jax.tree.map(np.testing.assert_array_equal, call(x, y), function(params, x, y))
+    left = primitives(call, x, y)
+    assert "exp" not in left
+    assert "reduce_sum" not in left
+    assert {"transpose", "convert_element_type"} <= set(left)
+    assert left.count("dot_general") == 2
+
+
+def test_what_has_an_effect_is_left_to_each_call():
+    calls = []
+
+    def function(w, x):
+        jax.debug.callback(lambda: calls.append(1))
+        return w[0] * x
+
+    call = ahead(function, jnp.ones(2), jnp.ones(()))
+    assert calls == []
+    for _ in range(2):
+        call(jnp.ones(()))
+    jax.effects_barrier()
+    assert len(calls) == 2
+
+
+def test_a_result_that_needs_no_argument_is_given_back():
+    call = ahead(lambda w, x: (w, w[0], 3.0, x), jnp.arange(2.0), jnp.ones(()))
+    assert [np.asarray(value).tolist() for value in call(jnp.ones(()))] == [[0.0, 1.0], 0.0, 3.0, 1.0]
