@@ -23,8 +23,8 @@ class Settings:
     """
 
     data: tuple[str, ...] = ()
-    """jsonl file, or folder with one file a split; or glue:TASK and a folder of GLUE's own files; the embedded task's
-    held-out rows if not given"""
+    """file (jsonl, JSON, CSV or TSV), or folder with one file a split; or glue:TASK and a folder of GLUE's own files;
+    the embedded task's held-out rows if not given"""
     split: Literal["train", "valid", "test"] | None = None
     """split of a folder or of the embedded task; test if not given, for GLUE valid"""
     adapter: Path | None = None
@@ -32,7 +32,7 @@ class Settings:
     batch_size: int = TrainConfig.batch_size
     """rows that are computed at once"""
     max_length: int = TrainConfig.max_length
-    """most tokens of a row; a longer row is cut to them"""
+    """most tokens of a row"""
     json: bool = False
     """print one JSON object, and nothing else, on standard output"""
     reading: tyro.conf.OmitArgPrefixes[_data.DataFlags] = _data.DEFAULTS

@@ -1,4 +1,4 @@
-"""Reading a jsonl file, checked line by line."""
+"""Reading jsonl, checked line by line, and a JSON file that holds a list of objects."""
 
 import json
 import re
@@ -14,14 +14,19 @@ from lora_jax.data._rows import quoted
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
-def lines(path: Path) -> Iterator[tuple[str, bytes]]:
-    """The lines that aren't blank, each with `file:line`.
+def check_file(path: Path) -> None:
+    """Refuse what isn't a file of data.
 
     Raises:
         ValueError: It is a pipe or a device, which can't be read twice or never ends, or a Git LFS pointer.
     """
     if kind := not_a_file(path) or git_lfs_pointer(path):
         raise ValueError(f"{path}: {kind}; expected a data file")
+
+
+def lines(path: Path) -> Iterator[tuple[str, bytes]]:
+    """The lines that aren't blank, each with `file:line`; raises the errors of `check_file`."""
+    check_file(path)
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if number == 1:
@@ -33,20 +38,43 @@ def lines(path: Path) -> Iterator[tuple[str, bytes]]:
 def objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """The JSON object of each line, with `file:line`."""
     for where, line in lines(path):
-        try:
-            fields = json.loads(line.decode(), object_pairs_hook=_object)
-            half = _half_character(fields) if _SURROGATE.search(line) else None
-        except _Twice as error:
-            raise ValueError(f"{where}: the key {quoted(error.args[0])} is twice in one object") from None
-        except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or a number too long to convert
-            raise ValueError(f"{where}: not a line of JSON ({error})") from None
-        if not isinstance(fields, dict):
-            raise ValueError(f"{where}: a JSON {type(fields).__name__}, expected an object: {accepted()}")
-        if half is not None:
-            raise ValueError(
-                f"{where}: {half} is half a character (a lone surrogate); write the whole character, or remove it"
-            )
-        yield where, fields
+        yield where, _checked(_parse(line, where, "a line of JSON"), where, bool(_SURROGATE.search(line)))
+
+
+def array(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The JSON objects of a list, with `file: row`; a file that doesn't begin with a list is read as jsonl."""
+    check_file(path)
+    content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    if not content.lstrip().startswith(b"["):
+        yield from objects(path)
+        return
+    surrogates = bool(_SURROGATE.search(content))
+    for number, fields in enumerate(_parse(content, str(path), "JSON"), 1):
+        where = f"{path}: row {number}"
+        yield where, _checked(fields, where, surrogates)
+
+
+def _parse(content: bytes, where: str, what: str) -> Any:
+    try:
+        return json.loads(content.decode(), object_pairs_hook=_object)
+    except _Twice as error:
+        raise ValueError(f"{where}: the key {quoted(error.args[0])} is twice in one object") from None
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or a number too long to convert
+        raise ValueError(f"{where}: not {what} ({error})") from None
+
+
+def _checked(fields: Any, where: str, surrogates: bool) -> dict[str, Any]:
+    if not isinstance(fields, dict):
+        raise ValueError(f"{where}: a JSON {type(fields).__name__}, expected an object: {accepted()}")
+    try:
+        half = _half_character(fields) if surrogates else None
+    except RecursionError as error:
+        raise ValueError(f"{where}: not a line of JSON ({error})") from None
+    if half is not None:
+        raise ValueError(
+            f"{where}: {half} is half a character (a lone surrogate); write the whole character, or remove it"
+        )
+    return fields
 
 
 class _Twice(Exception):

@@ -7,13 +7,15 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 
 from lora_jax.data import _glue
+from lora_jax.data._csv import with_numbers
 from lora_jax.data._forms import Format, Parser, accepted
-from lora_jax.data._jsonl import objects
+from lora_jax.data._records import READERS, TEXT_ONLY, records
 from lora_jax.data._rows import Row
 
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
-FILES = {split: (f"{split}.jsonl",) for split in SPLITS}
+NAMES = {"train": ("train",), "valid": ("valid", "validation", "dev"), "test": ("test",)}
+FILES = {split: tuple(name + ending for name in names for ending in READERS) for split, names in NAMES.items()}
 
 
 class _Layout(NamedTuple):
@@ -36,18 +38,22 @@ def load(
     max_valid: int = 500,
     seed: int = 0,
 ) -> list[Row]:
-    """Load the rows of a jsonl file, of `{split}.jsonl` in a folder, or of GLUE's own files.
+    """Load the rows of a file, of a split's file in a folder, or of GLUE's own files.
 
-    Without a `valid.jsonl` (for a single file, or a folder that lacks it), some of the training rows are held out:
-    a share of `valid_share`, at least 1 row and at most `max_valid`, selected with `seed`. `"train"` and `"valid"` then
-    don't overlap, and together are the whole file, each in the file's order. A file of one row has no validation rows.
+    A file is `.jsonl`, `.json` (a list of objects), `.csv` or `.tsv` (the first row has the columns' names; labels are
+    numbers if all of them are).
+
+    Without a file of validation rows, some of the training rows are held out: a share of `valid_share`, at least 1 row
+    and at most `max_valid`, selected with `seed`. `"train"` and `"valid"` then don't overlap, and together are the
+    whole file, each in the file's order. A file of one row has no validation rows.
 
     The rows' columns say which form they have; of several, the first of `messages`, ShareGPT's `conversations`,
     `prompt` and `completion`, Alpaca's `instruction`, `input` and `output`, `text` and `label`, `text`. Columns that
     the form doesn't have are left out. A prompt and its completion may both be lists of messages.
 
     Args:
-        path: A jsonl file, or a folder with `train.jsonl` and optionally `valid.jsonl` and `test.jsonl`.
+        path: A file, or a folder with `train.jsonl` and optionally `valid.jsonl` and `test.jsonl`, or with other
+            endings; `validation` and `dev` are `valid` too.
         split: `"train"`, `"valid"` or `"test"`; None for all rows of a single file.
         glue: A task of GLUE (`GLUE_TASKS`), whose `train.tsv` and `dev.tsv` (`"valid"`) are in `path`.
         format: `"alpaca"` or `"sharegpt"`, for rows that have the columns of another form too.
@@ -88,7 +94,7 @@ def load(
             if split != "train" or found["valid"] is not None:
                 return layout.read(file)
         elif split != "valid" or found["train"] is None:
-            expected = " or ".join(layout.files[split])
+            expected = " or ".join(layout.files[split]) if glue else f"{split} with {', '.join(READERS)}"
             raise FileNotFoundError(f"{path / layout.files[split][0]}: no such file; the folder must have {expected}")
         path = found["train"] or path
     elif split == "test":
@@ -106,9 +112,11 @@ def read_jsonl(path: str | Path) -> list[Row]:
 
 
 def _read(path: Path, parser: Parser, note: Callable[[str], None] | None) -> list[Row]:
-    rows = [parser.row(fields, where) for where, fields in objects(path)]
+    rows = [parser.row(fields, where) for where, fields in records(path)]
     if not rows:
-        raise ValueError(f"{path}: the file has no rows, expected one JSON object a line: {accepted()}")
+        raise ValueError(f"{path}: the file has no rows, expected {accepted()}")
+    if path.suffix.lower() in TEXT_ONLY:
+        rows = with_numbers(rows)
     if note is not None and (line := parser.note(path)) is not None:
         note(line)
     return rows

@@ -1,0 +1,67 @@
+"""Reading a CSV file, whose first row has the columns' names."""
+
+import csv
+import io
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from lora_jax.data._jsonl import check_file
+from lora_jax.data._rows import Labelled, Row, listed, quoted
+
+_INTEGER = re.compile(r"[+-]?\d{1,18}", re.ASCII)
+_NUMBER = re.compile(r"[+-]?(\d{1,18}(\.\d{0,30})?|\.\d{1,30})([eE][+-]?\d{1,2})?", re.ASCII)
+
+
+def records(path: Path, delimiter: str = ",") -> Iterator[tuple[str, dict[str, str]]]:
+    """The rows as cells by column, with `file:line` of each row's beginning.
+
+    Raises:
+        ValueError: It isn't UTF-8, a quotation mark is out of place, or a row has more or fewer cells than the header.
+    """
+    columns: list[str] | None = None
+    for line, cells in _cells(path, delimiter):
+        where = f"{path}:{line}"
+        if columns is None:
+            columns = cells
+            name, times = Counter(columns).most_common(1)[0]
+            if times > 1:
+                raise ValueError(f"{where}: the column {quoted(name)} is {times} times in the header")
+        elif len(cells) != len(columns):
+            raise ValueError(f"{where}: {len(cells)} cells, expected {len(columns)}: {listed(columns)}")
+        else:
+            yield where, dict(zip(columns, cells, strict=True))
+
+
+def _cells(path: Path, delimiter: str) -> list[tuple[int, list[str]]]:
+    """The rows that aren't blank, with the lines that they begin in."""
+    check_file(path)
+    content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}:{line}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
+    found, begin = [], 1
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    limit = csv.field_size_limit(len(text) + 1)  # 131,072 characters otherwise, which a text may have
+    try:
+        for cells in reader:
+            if cells:
+                found.append((begin, cells))
+            begin = reader.line_num + 1
+    except csv.Error as error:
+        raise ValueError(f"{path}:{begin}: not a row of CSV ({error})") from None
+    finally:
+        csv.field_size_limit(limit)
+    return found
+
+
+def with_numbers(rows: Sequence[Row]) -> list[Row]:
+    """The rows with numbers for labels if all labels are numbers in writing."""
+    labels = [row.label for row in rows if isinstance(row, Labelled)]
+    for pattern, convert in ((_INTEGER, int), (_NUMBER, float)):
+        if labels and all(isinstance(label, str) and pattern.fullmatch(label.strip()) for label in labels):
+            return [row._replace(label=convert(row.label)) if isinstance(row, Labelled) else row for row in rows]
+    return list(rows)
