@@ -23,8 +23,8 @@ class Settings:
     """
 
     data: tuple[str, ...] = ()
-    """file (jsonl, JSON, CSV or TSV), or folder with one file a split; or glue:TASK and a folder of GLUE's own files;
-    the embedded task's held-out rows if not given"""
+    """file (jsonl, JSON, CSV, TSV or Parquet), or folder with one file a split; or glue:TASK and a folder of GLUE's own
+    files; the embedded task's held-out rows if not given"""
     split: Literal["train", "valid", "test"] | None = None
     """split of a folder or of the embedded task; test if not given, for GLUE valid"""
     adapter: Path | None = None

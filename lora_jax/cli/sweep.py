@@ -38,8 +38,8 @@ class Settings:
     """
 
     data: tuple[str, ...] = ()
-    """file (jsonl, JSON, CSV or TSV), or folder with train.jsonl, or .csv, and perhaps valid.jsonl; or glue:TASK and a
-    folder of GLUE's own files; the embedded task if not given"""
+    """file (jsonl, JSON, CSV, TSV or Parquet), or folder with train.jsonl, or .csv, and perhaps valid.jsonl; or
+    glue:TASK and a folder of GLUE's own files; the embedded task if not given"""
     output: Path = Path("sweep")
     """folder for results.csv and results.json"""
     overwrite: bool = False

@@ -35,8 +35,8 @@ class Settings:
     """
 
     data: tuple[str, ...] = ()
-    """file (jsonl, JSON, CSV or TSV), or folder with train.jsonl, or .csv, and perhaps valid.jsonl; or glue:TASK and a
-    folder of GLUE's own files; the embedded task if not given"""
+    """file (jsonl, JSON, CSV, TSV or Parquet), or folder with train.jsonl, or .csv, and perhaps valid.jsonl; or
+    glue:TASK and a folder of GLUE's own files; the embedded task if not given"""
     output: Path = Path("out")
     """folder for the adapter, metrics.jsonl, TensorBoard's event files and checkpoints"""
     overwrite: bool = False

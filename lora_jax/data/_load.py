@@ -1,6 +1,7 @@
 """Loading the rows of a split from its own file, or holding them out of the training rows."""
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
@@ -15,14 +16,18 @@ from lora_jax.data._rows import Row
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 NAMES = {"train": ("train",), "valid": ("valid", "validation", "dev"), "test": ("test",)}
-FILES = {split: tuple(name + ending for name in names for ending in READERS) for split, names in NAMES.items()}
+SHARDS = re.compile(r".*-\d+-of-(\d+)\.parquet")
+FILES = {
+    split: tuple(name + ending for name in names for ending in (*READERS, "-*-of-*.parquet"))
+    for split, names in NAMES.items()
+}
 
 
 class _Layout(NamedTuple):
-    """The possible names of each split's file (the first that exists is read), and the function that reads it."""
+    """The possible names of each split's file or files (the first that exists is read), and what reads them."""
 
     files: Mapping[str, tuple[str, ...]]
-    read: Callable[[Path], list[Row]]
+    read: Callable[[Sequence[Path]], list[Row]]
 
 
 def load(
@@ -41,7 +46,8 @@ def load(
     """Load the rows of a file, of a split's file in a folder, or of GLUE's own files.
 
     A file is `.jsonl`, `.json` (a list of objects), `.csv` or `.tsv` (the first row has the columns' names; labels are
-    numbers if all of them are).
+    numbers if all of them are), or, with the extra `parquet`, `.parquet`, in a folder also in the parts in which
+    `datasets` writes it (`train-00000-of-00002.parquet`).
 
     Without a file of validation rows, some of the training rows are held out: a share of `valid_share`, at least 1 row
     and at most `max_valid`, selected with `seed`. `"train"` and `"valid"` then don't overlap, and together are the
@@ -67,6 +73,7 @@ def load(
         seed: The seed that selects the rows held out.
 
     Raises:
+        MissingExtra: It is a Parquet file, and pyarrow isn't installed.
         FileNotFoundError: The file, the folder or the split's file doesn't exist.
         ValueError: A line isn't JSON, lacks a column, has a value of the wrong type or another form than the lines
             before it (the message starts with `file:line`); a file is empty; no form has these `columns`.
@@ -74,45 +81,47 @@ def load(
     if split not in (None, *SPLITS):
         raise ValueError(f"split: {split!r} given, expected train, valid or test")
     if glue is None:
-        layout = _Layout(FILES, lambda path: _read(path, Parser(format, columns, separator), note))
+        layout = _Layout(FILES, lambda paths: _read(paths, Parser(format, columns, separator), note))
     else:
         if format or columns or separator:
             raise ValueError(f"glue: {glue} given with a format, columns or a separator, which are for other data")
         task = _glue.glue_task(glue)
-        layout = _Layout({**task.files, "test": ()}, lambda path: _glue.read(path, task))
+        layout = _Layout({**task.files, "test": ()}, lambda paths: _glue.read(paths[0], task))
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such data file or folder")
-    if path.is_dir():
-        if split is None:
-            raise ValueError(f"{path}: a folder, expected a file, or the split to read: train, valid or test")
-        if not layout.files[split]:
-            raise ValueError(f"{path}: GLUE publishes no labels for the {split} split; use the valid split (dev.tsv)")
-        found = {name: _first(path, names) for name, names in layout.files.items()}
-        file = found[split]
-        if file is not None:
-            if split != "train" or found["valid"] is not None:
-                return layout.read(file)
-        elif split != "valid" or found["train"] is None:
-            expected = " or ".join(layout.files[split]) if glue else f"{split} with {', '.join(READERS)}"
-            raise FileNotFoundError(f"{path / layout.files[split][0]}: no such file; the folder must have {expected}")
-        path = found["train"] or path
-    elif split == "test":
+    paths, divide = _files(path, split, layout.files) if path.is_dir() else ([path], split is not None)
+    if split == "test" and not path.is_dir():
         raise ValueError(f"{path}: a single file, which has no test split; give a folder with test.jsonl")
-    rows = layout.read(path)
-    if split is None:
+    rows = layout.read(paths)
+    if not divide:
         return rows
     held_out = _held_out(len(rows), valid_share, max_valid, seed)
     return [row for i, row in enumerate(rows) if (i in held_out) == (split == "valid")]
 
 
+def _files(folder: Path, split: Split | None, names: Mapping[str, tuple[str, ...]]) -> tuple[list[Path], bool]:
+    """The files of a split in a folder, and whether they are training rows from which some are held out."""
+    if split is None:
+        raise ValueError(f"{folder}: a folder, expected a file, or the split to read: train, valid or test")
+    if not names[split]:
+        raise ValueError(f"{folder}: GLUE publishes no labels for the {split} split; use the valid split (dev.tsv)")
+    found = {name: _first(folder, possible) for name, possible in names.items()}
+    if found[split]:
+        return found[split], split == "train" and not found["valid"]
+    if split != "valid" or not found["train"]:
+        expected = f"{split} with {', '.join(READERS)}" if names is FILES else " or ".join(names[split])
+        raise FileNotFoundError(f"{folder / names[split][0]}: no such file; the folder must have {expected}")
+    return found["train"], True
+
+
 def read_jsonl(path: str | Path) -> list[Row]:
     """Read all rows of one jsonl file, without blank lines; raises the errors of `load`."""
-    return _read(Path(path), Parser(), None)
+    return _read([Path(path)], Parser(), None)
 
 
-def _read(path: Path, parser: Parser, note: Callable[[str], None] | None) -> list[Row]:
-    rows = [parser.row(fields, where) for where, fields in records(path)]
+def _read(paths: Sequence[Path], parser: Parser, note: Callable[[str], None] | None) -> list[Row]:
+    path, rows = paths[0], [parser.row(fields, where) for path in paths for where, fields in records(path)]
     if not rows:
         raise ValueError(f"{path}: the file has no rows, expected {accepted()}")
     if path.suffix.lower() in TEXT_ONLY:
@@ -122,8 +131,16 @@ def _read(path: Path, parser: Parser, note: Callable[[str], None] | None) -> lis
     return rows
 
 
-def _first(folder: Path, names: tuple[str, ...]) -> Path | None:
-    return next((folder / name for name in names if (folder / name).exists()), None)
+def _first(folder: Path, names: tuple[str, ...]) -> list[Path]:
+    """The file with the first name that is there, or the files if it is a pattern; empty if there is none."""
+    for name in names:
+        found = sorted(folder.glob(name)) if "*" in name else [folder / name]
+        if found and found[0].exists():
+            shards = SHARDS.fullmatch(found[0].name)
+            if shards and len(found) != int(shards[1]):
+                raise ValueError(f"{folder}: {len(found)} files {name}, expected {int(shards[1])}, as their names say")
+            return found
+    return []
 
 
 def _held_out(count: int, share: float, most: int, seed: int) -> set[int]:

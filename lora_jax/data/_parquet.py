@@ -1,0 +1,103 @@
+"""Reading a Parquet file: its rows as mappings that decode a column when one of its values is first asked for."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from lora_jax._extras import require
+from lora_jax.data._jsonl import check_file
+from lora_jax.data._rows import quoted
+
+LONGEST_ERROR = 100  # characters of pyarrow's error in a message
+
+
+def records(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The rows, with `file: row`.
+
+    Raises:
+        MissingExtra: pyarrow isn't installed.
+        ValueError: It isn't a Parquet file, is damaged, or has a column twice.
+    """
+    check_file(path)
+    require(f"{path.name[-60:]}: a Parquet file", parquet=("pyarrow",))
+    file = _File(path)
+    number = 0
+    for group in range(file.groups):
+        columns = _Columns(file, group)
+        for row in range(columns.rows):
+            number += 1
+            yield f"{path}: row {number}", _Record(columns, row)
+
+
+class _File:
+    """An open file, whose errors name it."""
+
+    def __init__(self, path: Path):
+        # Here, because few data files need it and its import takes long.
+        self._arrow: Any = import_module("pyarrow")
+        self._path = path
+        parquet: Any = import_module("pyarrow.parquet")
+        self._file = self._try(lambda: parquet.ParquetFile(path))
+        self.groups: int = self._file.num_row_groups
+        self.names: list[str] = self._try(lambda: self._file.schema_arrow.names)
+        name, times = Counter(self.names).most_common(1)[0] if self.names else ("", 0)
+        if times > 1:
+            raise ValueError(f"{path}: the column {quoted(name)} is there {times} times")
+
+    def rows(self, group: int) -> int:
+        """The number of rows of a row group."""
+        return self._try(lambda: self._file.metadata.row_group(group).num_rows)
+
+    def column(self, group: int, name: str) -> list[Any]:
+        """The values of a column in a row group."""
+        what = f": column {quoted(name)}"
+        values = self._try(lambda: self._file.read_row_group(group, columns=[name]).column(name).to_pylist(), what)
+        if len(values) != self.rows(group):
+            raise ValueError(f"{self._path}{what}: {len(values)} values, expected {self.rows(group)}")
+        return values
+
+    def _try(self, read: Any, what: str = "") -> Any:
+        try:
+            return read()
+        except (ValueError, OSError, KeyError, OverflowError, self._arrow.ArrowException) as error:
+            said = " ".join(str(error).split())[:LONGEST_ERROR]
+            raise ValueError(f"{self._path}{what}: not readable as Parquet ({said})") from None
+
+
+class _Columns:
+    """The columns of a row group, each decoded when it is first asked for: most files have some without a use."""
+
+    def __init__(self, file: _File, group: int):
+        self._file, self._group = file, group
+        self._decoded: dict[str, list[Any]] = {}
+        self.names: Sequence[str] = file.names
+        self.rows = file.rows(group)
+
+    def value(self, name: str, row: int) -> Any:
+        """One value."""
+        if name not in self._decoded:
+            self._decoded[name] = self._file.column(self._group, name)
+        return self._decoded[name][row]
+
+
+class _Record(Mapping[str, Any]):
+    """A row."""
+
+    def __init__(self, columns: _Columns, row: int):
+        self._columns, self._row = columns, row
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._columns.names:
+            raise KeyError(name)
+        return self._columns.value(name, self._row)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._columns.names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._columns.names)
+
+    def __len__(self) -> int:
+        return len(self._columns.names)
