@@ -10,7 +10,7 @@ from lora_jax._forward import MaterializeWarning, adapt, kernel_axes, quantized
 from lora_jax._init import init
 from lora_jax._merge import delta, merge, unmerge
 from lora_jax._node import LoRA, Prefix, Trained
-from lora_jax._optim import check_padding, mask, masked
+from lora_jax._optim import check_padding, mask, masked, state_shardings
 from lora_jax._quantize.config import QuantizeConfig
 from lora_jax._quantize.node import Quantized
 from lora_jax._quantize.report import quantize_report
@@ -48,6 +48,7 @@ __all__ = [
     "shardings",
     "split",
     "stack",
+    "state_shardings",
     "unmerge",
     "unstack",
 ]

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax._node import SUFFIX, LoRA, Trained, pad_rank, used_ranks
 from lora_jax._tree import edit, is_adapter, is_quantized, nodes_of, rebox, split, trained_paths
@@ -90,6 +91,45 @@ def masked(tx: optax.GradientTransformation, also_train: Any = ()) -> optax.Grad
         return both.init(params)
 
     return optax.GradientTransformationExtraArgs(init, both.update)
+
+
+def state_shardings(tx: optax.GradientTransformation, adapter: Any) -> Any:
+    """The shardings of an optimizer's state: each moment is cut as its parameter is, and all else is on every device.
+
+        opt_state = jax.jit(tx.init, out_shardings=lora_jax.state_shardings(tx, adapter))(adapter)
+
+    It knows a moment by its path and its shape, so that it works for any optax optimizer, `masked` or not.
+
+    Args:
+      tx: The optimizer.
+      adapter: What `tx.init` is given, of arrays or of ShapeDtypeStructs with shardings.
+
+    Returns:
+      A tree as `tx.init(adapter)`, of shardings.
+
+    Raises:
+      ValueError: No leaf of `adapter` has a NamedSharding, which names a mesh.
+
+    >>> mesh = jax.make_mesh((1,), ("data",))
+    >>> w = jax.ShapeDtypeStruct((4, 2), "float32", sharding=NamedSharding(mesh, PartitionSpec("data")))
+    >>> state = state_shardings(optax.sgd(0.1, momentum=0.9), {"w": w})
+    >>> state[0].trace["w"].spec
+    P('data',)
+    """
+    leaves = {tuple(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(adapter)}
+    meshes = [leaf.sharding.mesh for leaf in leaves.values() if isinstance(leaf.sharding, NamedSharding)]
+    if not meshes:
+        raise ValueError("adapter: no leaf has a NamedSharding; place it with lora_jax.shardings first")
+    everywhere = NamedSharding(meshes[0], PartitionSpec())
+
+    def of(path: Any, leaf: Any) -> Any:
+        for start in range(len(path)):
+            like = leaves.get(tuple(path[start:]))
+            if like is not None:
+                return like.sharding if like.shape == leaf.shape else everywhere
+        return everywhere
+
+    return jax.tree_util.tree_map_with_path(of, jax.eval_shape(tx.init, adapter))
 
 
 def check_padding(tx: optax.GradientTransformation, adapter: Any, also_train: Any = ()) -> None:

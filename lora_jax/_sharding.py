@@ -14,8 +14,7 @@ def shardings(params: Any, base_shardings: Any) -> Any:
 
         kernel f[in, out]: P("data", "model")   →   a f[in, rank]: P("data", None),  b f[rank, out]: P(None, "model")
 
-    The optimizer's moments get the adapter's shardings: from `jax.jit(tx.init, out_shardings=...)`, or without it, as
-    JAX computes where its inputs are.
+    `state_shardings` does the same for the optimizer's moments.
 
     Args:
       params: A tree that `init` made, of arrays or of ShapeDtypeStructs.

@@ -6,3 +6,4 @@ from lora_jax._forward.transform import adapt as adapt
 from lora_jax._forward.transform import dropout_of as dropout_of
 from lora_jax._forward.transform import ensure_adapted as ensure_adapted
 from lora_jax._forward.transform import quantized as quantized
+from lora_jax._forward.transform import with_raw as with_raw

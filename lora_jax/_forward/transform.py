@@ -159,6 +159,18 @@ def dropout_of(apply_fn: Callable[..., Any]) -> float:
     return 0.0 if known is None else known.settings.dropout
 
 
+def with_raw(apply_fn: Callable[..., Any], other: Callable[[Any], Any]) -> Callable[..., Any]:
+    """What `other` makes of the raw function, adapted as `apply_fn` is; under a wrapper it isn't reached.
+
+    >>> with_raw(adapt(abs, dropout=0.1), lambda raw: round)._lora_jax_adapted.settings.dropout
+    0.1
+    """
+    known = noted(apply_fn)
+    if known is None:
+        return other(apply_fn)
+    return _adapted(other(known.raw), known.settings) if known.function is apply_fn else apply_fn
+
+
 def _adapted(apply_fn: Callable[..., Any], settings: Settings) -> Callable[..., Any]:
     if "dropout_key" in _parameter_names(apply_fn):
         raise ValueError(

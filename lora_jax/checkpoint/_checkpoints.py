@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax import _disk
 from lora_jax.checkpoint._facts import check, facts_of
@@ -45,9 +47,10 @@ class Checkpoints:
         self.folder: Path = Path(folder).absolute()
         self.folder.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
-            stack.enter_context(_disk.hold(self.folder))
-            stack.callback(remove_partial, self.folder)
-            remove_partial(self.folder)
+            if jax.process_index() == 0:  # one run's other processes write there too
+                stack.enter_context(_disk.hold(self.folder))
+                stack.callback(remove_partial, self.folder)
+                remove_partial(self.folder)
             stack.enter_context(quiet())
             options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
             self._manager = ocp.CheckpointManager(self.folder, options=options)
@@ -81,7 +84,7 @@ class Checkpoints:
                 checkpoint is complete.
         """
         self.wait()
-        facts, arrays = facts_of(state), arrays_of(state)
+        facts, arrays = facts_of(state), _saved(arrays_of(state))
         self._writing = state.step
         try:
             # Checked here, because Orbax's threads find a full disk one after another, each with a traceback.
@@ -106,12 +109,15 @@ class Checkpoints:
 
     def _fail(self, error: Exception) -> NoReturn:
         step, self._writing = self._writing, None
-        remove_partial(self.folder)
+        if jax.process_index() == 0:
+            remove_partial(self.folder)
         latest = f"checkpoint {self.latest} is complete" if self.latest is not None else "there is no earlier one"
         raise OSError(f"{self.folder / str(step)}: not saved: {reason(error)}; {latest}") from error
 
     def restore(self, template: TrainState) -> TrainState:
-        """The newest checkpoint, in the structure, dtypes and placement of `template`.
+        """The newest checkpoint, in the structure, dtypes and placement of `template`, whatever mesh saved it.
+
+        Of a template on a mesh what isn't on it, as counts and the key may not be, is restored to all its devices.
 
         Args:
             template: The state of a run that has just begun, with the same model, adapter and optimizer.
@@ -126,6 +132,25 @@ class Checkpoints:
         template = template._replace(best=facts["kept"] and BestAdapter(template.adapter, facts["kept"]))
         check(facts, template, self.folder / str(self.latest))
         wanted = arrays_of(template)
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), wanted)
-        state = with_arrays(template, read_arrays(self._manager, self.latest, abstract))
+        state = with_arrays(template, read_arrays(self._manager, self.latest, _abstract(wanted)))
         return state._replace(step=facts["step"], position=facts["position"], progress=facts["progress"])
+
+
+def _saved(arrays: dict[str, Any]) -> dict[str, Any]:
+    """The arrays as Orbax takes them: of several processes only those that all have a part of, and NumPy's."""
+    if jax.process_count() == 1:
+        return arrays
+    return {name: np.asarray(x) if x.is_fully_addressable else x for name, x in arrays.items()}
+
+
+def _abstract(arrays: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+    """What to restore, and where: on the devices that most of it is on."""
+    meshes = [x.sharding.mesh for x in arrays.values() if isinstance(x.sharding, NamedSharding)]
+    mesh = max(meshes, key=lambda mesh: mesh.size, default=None)
+
+    def where(x: jax.Array) -> Any:
+        if mesh is None or len(x.sharding.device_set) == mesh.size:
+            return x.sharding
+        return NamedSharding(mesh, PartitionSpec())
+
+    return {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where(x)) for name, x in arrays.items()}

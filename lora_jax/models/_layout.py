@@ -59,6 +59,11 @@ class Layout:
         wanted = logical_to_mesh(PartitionSpec(*names), rules)
         return PartitionSpec(*(self._dividing(axes, count) for axes, count in zip(wanted, counts, strict=True)))
 
+    def rows(self) -> NamedSharding:
+        """Where a batch belongs, whose first axis is its rows."""
+        assert self.mesh is not None
+        return NamedSharding(self.mesh, PartitionSpec(dict(self.rules).get("batch")))
+
     def constrain(self, x: Any, *names: str | None) -> Any:
         """Constrain `x` to the sharding for the names of its axes; without a mesh, return `x` unchanged."""
         if self.mesh is None:

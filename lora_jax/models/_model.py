@@ -1,16 +1,17 @@
 """A model as data and pure functions, and making one without arrays."""
 
 import math
+import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from lora_jax.models import _family, _generation, _settings, _tokenizer
@@ -136,8 +137,12 @@ def abstract(family: Family, config, dtype, compute_dtype, chosen: Execution, fo
         what = f"{type(error).__name__}: {_settings.one_line(error, 100)}"
         raise ValueError(f"{where}these settings don't describe a {family.architecture} ({what})") from error
 
+    counts = module.counts
+
     def remade(layout: Layout) -> dict[str, Any]:
-        return _functions(family, config, (compute_dtype, param_dtype), replace(chosen, layout=layout), shapes)
+        return _functions(
+            family, config, (compute_dtype, param_dtype), replace(chosen, layout=layout), shapes, (axes, counts)
+        )
 
     return Model(
         config=config,
@@ -150,18 +155,35 @@ def abstract(family: Family, config, dtype, compute_dtype, chosen: Execution, fo
         head=family.head,
         max_length=max_length,
         axes=axes,
-        counts=module.counts,
+        counts=counts,
         remade=remade,
         **remade(chosen.layout),
     )
 
 
-def _functions(family: Family, config: Any, dtypes: tuple[Any, Any], chosen: Execution, shapes: Any) -> dict[str, Any]:
+class OnMesh(NamedTuple):
+    """A model's function on a mesh, for those who have the function alone: `apply.on_mesh(mesh, rules)` gives it.
+
+    Attributes:
+        apply: the function whose activations are spread over the mesh.
+        shardings: leaf path -> where it belongs, of every leaf that the tree may have.
+        rows: where a batch belongs: its first axis is cut.
+    """
+
+    apply: Callable[..., Any]
+    shardings: dict[str, NamedSharding]
+    rows: NamedSharding
+
+
+def _functions(
+    family: Family, config: Any, dtypes: tuple[Any, Any], chosen: Execution, shapes: Any, named: tuple[Any, Any]
+) -> dict[str, Any]:
     """The model's functions: fields of a `Model`."""
     compute_dtype, param_dtype = dtypes
     module = family.module(config, compute_dtype, param_dtype, chosen)
     leaves, names = flatten(shapes), family.names(config)
-    expected, known = jax.tree.structure(shapes), {*leaves, *_family.untied(names)}
+    heads = _family.untied(names)
+    expected, known = jax.tree.structure(shapes), {*leaves, *heads}
     # Leaves of a stack have the layer's axis first.
     stacks = [leaves[path] for path, weight in names.items() if "{}" in weight.name and path in leaves]
     layer_bytes = sum(math.prod(leaf.shape[1:]) * leaf.dtype.itemsize for leaf in stacks)
@@ -175,11 +197,34 @@ def _functions(family: Family, config: Any, dtypes: tuple[Any, Any], chosen: Exe
         if family.init_cache is None:
             raise ValueError(f"{family.architecture}: an encoder, which generates no text and has no cache")
         how = decodes(chosen, layer_bytes, length)
-        return family.init_cache(config, batch, length, dtype or compute_dtype or param_dtype, how)
+        cache = family.init_cache(config, batch, length, dtype or compute_dtype or param_dtype, how)
+        axes = ("batch", "kv_heads", "length", "head_dim")  # of a layer's keys and values on a mesh
+
+        def place(x: Any) -> Any:
+            return chosen.layout.constrain(x, *("layers",) * (x.ndim - len(axes)), *axes)
+
+        return (
+            cache if chosen.layout.mesh is None else cache | {name: jax.tree.map(place, cache[name]) for name in "kv"}
+        )
 
     def attention(rows: int, length: int, **call: bool) -> Choice:
         return module.attention(rows, length, compute_dtype or param_dtype, **call)
 
+    def on_mesh(mesh: Mesh, rules: Rules = RULES) -> OnMesh:
+        layout, (axes, counts) = layout_of(mesh, rules), named
+        spread = _functions(family, config, dtypes, replace(chosen, layout=layout), shapes, named)
+        # A head that an adapter has untied is the transpose of the table it was tied to.
+        leaves = flatten(shapes) | {
+            own: jax.eval_shape(jnp.transpose, flatten(shapes)[path]) for own, path in heads.items()
+        }
+        axes = axes | {own: axes[path][::-1] for own, path in heads.items()}
+        with warnings.catch_warnings():
+            if layout == chosen.layout:  # whoever put the model there has been warned
+                warnings.simplefilter("ignore")
+            where = shardings_of(layout, leaves, axes, counts)
+        return OnMesh(spread["apply"], where, layout.rows())
+
+    apply.on_mesh = on_mesh  # pyright: ignore[reportFunctionMemberAccess] - where the trainer looks for it
     return {"apply": apply, "init_cache": init_cache, "attention": attention}
 
 

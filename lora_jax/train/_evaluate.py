@@ -6,9 +6,11 @@ from typing import Any, NamedTuple
 import grain
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from lora_jax import data
 from lora_jax._finite import why_unfinite
+from lora_jax.train._placement import Placement, placed
 from lora_jax.train._step import make_loss_sums
 from lora_jax.train._task import Task, task_of
 from lora_jax.train._vocabulary import check_examples
@@ -39,6 +41,8 @@ def evaluate(
     *,
     batch_size: int = 16,
     task: Task | None = None,
+    mesh: Mesh | None = None,
+    rules: Any = None,
 ) -> Evaluation:
     """Compute loss and metrics over tokenised examples; every target (token or label) counts alike.
 
@@ -48,15 +52,20 @@ def evaluate(
         examples: Tokenised examples, at least one.
         batch_size: Examples computed at once; it doesn't change the result.
         task: The loss and the metrics; defaults to `task_of(examples)`.
+        mesh: The devices to compute on, as for `train`.
+        rules: Other axes of the mesh for the names of the model's axes, as for `train`.
 
     Raises:
-        ValueError: There are no examples, the model has no row for a token, or the loss isn't finite; then the message
-            names the leaf that is the cause.
+        ValueError: There are no examples, the batch can't be spread evenly over the mesh, the model has no row for a
+            token, or the loss isn't finite; then the message names the leaf that is the cause.
     """
     if not examples:
         raise ValueError("no examples to evaluate on")
+    placement = placed(apply_fn, params, mesh, rules, batch_size)
+    apply_fn, params = placement.apply_fn, placement.params
     check_examples(apply_fn, params, {"example": examples}, batch_size)
-    found = Evaluator(apply_fn, examples, batch_size, task or task_of(examples))(params)
+    with placement.context():
+        found = Evaluator(apply_fn, examples, batch_size, task or task_of(examples), placement)(params)
     if not np.isfinite(found.loss):
         raise ValueError(f"the loss is {found.loss:g}: {why_unfinite(params)}")
     return found
@@ -65,10 +74,20 @@ def evaluate(
 class Evaluator:
     """Evaluates many parameters on one set of examples; compiles once."""
 
-    def __init__(self, apply: Callable[..., Any], examples: Sequence[data.AnyExample], batch_size: int, task: Task):
+    def __init__(
+        self,
+        apply: Callable[..., Any],
+        examples: Sequence[data.AnyExample],
+        batch_size: int,
+        task: Task,
+        placement: Placement | None = None,
+    ):
         self.task = task
+        self._placement = placement or Placement(apply, None)
         self._batches: grain.MapDataset[data.Batch] = data.batches(examples, batch_size)
-        self._loss_sums = make_loss_sums(apply, task.objective, task.predict)
+        loss_sums = make_loss_sums(apply, task.objective, task.predict)
+        # Predictions are on every device, so that each process can look at them all.
+        self._loss_sums = jax.jit(loss_sums, out_shardings=self._placement.everywhere)
 
     def __call__(self, params: Any, stop: Callable[[], bool] = lambda: False) -> Evaluation:
         """Evaluate `params`.
@@ -80,7 +99,7 @@ class Evaluator:
         for batch in self._batches:
             if stop():
                 raise InterruptedError("evaluation stopped")
-            sums.append(self._loss_sums(params, batch))
+            sums.append(self._loss_sums(params, self._placement.batch(batch)))
             labels.append((batch.get("labels"), batch["loss_weights"] > 0))
         # Fetched at the end: the device never waits for the host.
         return evaluation_of(self.task, jax.device_get(sums), labels)

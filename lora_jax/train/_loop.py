@@ -12,6 +12,7 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from rich.console import Console
 
 from lora_jax import data
@@ -24,6 +25,7 @@ from lora_jax.train._evaluate import Evaluation, Evaluator
 from lora_jax.train._log import Log, OnLog
 from lora_jax.train._meter import Meter, Record
 from lora_jax.train._optimizer import make_optimizer, schedule
+from lora_jax.train._placement import placed
 from lora_jax.train._report import check_installed, reporters
 from lora_jax.train._save import Saver, Stopped, claimed, fixed
 from lora_jax.train._step import make_step
@@ -77,6 +79,8 @@ def train(
     overwrite: bool = False,
     stop: Callable[[], bool] = lambda: False,
     about: Mapping[str, Any] | None = None,
+    mesh: Mesh | None = None,
+    rules: Any = None,
 ) -> TrainResult:
     """Fine-tune the adapter in `params` on next-token prediction, or on the labels of the examples.
 
@@ -106,10 +110,16 @@ def train(
         stop: Called after every step and during evaluations. When it returns True, the run saves a checkpoint in
             `output` and raises `Stopped`; a resumed run continues from there, with no step lost.
         about: JSON values that every checkpoint holds for readers of its adapter, such as the model's name.
+        mesh: The devices to train on, with the axes "data", "fsdp" and "model", of any type: the base, the adapter and
+            the optimizer's moments are cut along "fsdp" and "model", batches along "data" and "fsdp". The losses don't
+            depend on it, but for rounding. Functions of `lora_jax.models` say where their leaves belong; of others the
+            leaves that are on the mesh stay as they are, and the rest is copied to every device.
+        rules: Other axes of the mesh for the names of the model's axes, as `lora_jax.models.RULES` has them.
 
     Raises:
         ValueError: Nothing trains; there are no examples; the model has no row for a token; the loss isn't finite,
-            before training or later; the checkpoint is of another run; checkpoints lack an output folder.
+            before training or later; the checkpoint is of another run; checkpoints lack an output folder; the batch
+            can't be spread evenly over the mesh.
         Stopped: `stop` returned True.
         FileExistsError: `output` holds a run, and neither `resume` nor `overwrite` is given; or another run is writing
             there; or `overwrite` would remove a file that isn't of a run.
@@ -121,9 +131,11 @@ def train(
     config = config or TrainConfig()
     check_installed(config)
     folder = None if output is None else Path(output)
-    base, adapter = _parts(params, also_train)
     if not train_data:
         raise ValueError("no training examples")
+    parts = config.gradient_accumulation_steps
+    placement = placed(apply_fn, params, mesh, rules, config.batch_size, parts)
+    apply_fn, (base, adapter) = placement.apply_fn, _parts(placement.params, also_train)
     examples = {"training example": train_data, "validation example": valid_data or ()}
     check_examples(apply_fn, combine(base, adapter), examples, config.batch_size)
 
@@ -136,19 +148,22 @@ def train(
         apply_fn,
         tx,
         objective=task.objective,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        gradient_accumulation_steps=parts,
         dropout=config.dropout,
     )
     step_fn = jax.jit(step, donate_argnums=(0, 1))
     utilization = Utilization(step_fn, adapter)
     batches = _iterate(train_data, config, steps)
     validate = (
-        Evaluator(apply_fn, valid_data, config.micro_batch_size, task) if valid_data else lambda params, stop: None
+        Evaluator(apply_fn, valid_data, config.micro_batch_size, task, placement)
+        if valid_data
+        else lambda params, stop: None
     )
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(claimed(folder, config, resume, overwrite))
-        opt_state, key = jax.jit(tx.init)(adapter), jax.random.key(config.seed)
+        stack.enter_context(placement.context())
+        opt_state, key = placement.state(tx, adapter), placement.key(config.seed)
         state = TrainState(adapter, opt_state, key, 0, batches.get_state(), "", {})
         saver = stack.enter_context(Saver(folder, config, base, fixed(config, train_data, valid_data), about))
         if resume:
@@ -190,8 +205,9 @@ def train(
             if logged:
                 batch = next(batches)
                 step_key = jax.random.fold_in(state.key, step) if uses_dropout else None
-                at_peak = utilization.seconds(state.adapter, state.opt_state, base, batch=batch, key=step_key)
-                adapter, opt_state, metrics = step_fn(state.adapter, state.opt_state, base, batch, step_key)
+                batch_there = placement.batch(batch)
+                at_peak = utilization.seconds(state.adapter, state.opt_state, base, batch=batch_there, key=step_key)
+                adapter, opt_state, metrics = step_fn(state.adapter, state.opt_state, base, batch_there, step_key)
                 state = state._replace(adapter=adapter, opt_state=opt_state, step=step)
                 meter.add(step, metrics, int(batch["attention_mask"].sum()), at_peak)
             if logged := not stop():
