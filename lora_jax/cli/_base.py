@@ -1,6 +1,7 @@
 """The base model that a command works on: its flags, and how it is loaded, with or without an adapter."""
 
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,10 +10,11 @@ from typing import Annotated, Any, Literal
 import jax
 import jax.numpy as jnp
 import tyro
+from jax.sharding import Mesh
 
 import lora_jax
 from lora_jax._tree import trained_paths
-from lora_jax.cli import _named_base, _show
+from lora_jax.cli import _mesh, _named_base, _show
 from lora_jax.demo import text_to_sql
 from lora_jax.peft import adapter_folder
 
@@ -93,6 +95,10 @@ class Base:
         """Settings of the model's computation, for commands that compute with it."""
         return {}
 
+    def devices(self, rows: int) -> Mesh | None:
+        """The mesh to compute on, for batches of so many rows; None for one device."""
+        return None
+
     def abstract(self, *, labels: Sequence[str] | None = None) -> Any:
         """The model without weights, so that errors in its configuration are found before weights are read."""
         return self._with_tokenizer(
@@ -105,15 +111,23 @@ class Base:
         *,
         labels: Sequence[str] | None = None,
         key: jax.Array | None = None,
+        mesh: Mesh | None = None,
     ) -> Any:
         """The model with its weights; `labels` and `key` make a head if it has none that predicts these labels."""
-        with _show.working(f"reading {self.name}"):
-            dtype = dtype or self.loaded_dtype
-            return self._with_tokenizer(
-                lora_jax.models.load(
-                    self.folder, dtype, labels=labels, key=key, transform=self._transform(labels), **self.execution
-                )
+        with _show.working(f"reading {self.name}"), warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            model = lora_jax.models.load(
+                self.folder,
+                dtype or self.loaded_dtype,
+                labels=labels,
+                key=key,
+                transform=self._transform(labels),
+                mesh=mesh,
+                **self.execution,
             )
+        for warning in told:
+            _show.notes().print(str(warning.message), markup=False, soft_wrap=True)
+        return self._with_tokenizer(model)
 
     def _transform(self, labels: Sequence[str] | None) -> Callable[[Any], Any] | None:
         """What becomes of the weights while they are read."""
@@ -136,6 +150,12 @@ class EvaluatedBase(Base):
     attention: Literal["auto", "xla", "blockwise", "cudnn", "splash"] = "auto"
     """attention's implementation. auto: the fastest on this platform. cudnn (CUDA, 16-bit) and splash (TPU) are fused
     kernels; xla has the scores of all pairs of tokens in memory, blockwise a part of them"""
+    mesh: str | None = None
+    """devices to compute on, as sizes of the mesh's axes: data (batches are cut), fsdp (batches and weights) and model
+    (heads and MLPs): data=2,fsdp=4. auto: all devices, fsdp as far as the batch divides. One device if not given"""
+
+    def devices(self, rows: int) -> Mesh | None:
+        return None if self.mesh is None else _mesh.parse(self.mesh, rows)
 
     quantize: Literal["nf4", "int4", "int8", "fp8"] | None = None
     """number format of the linear kernels, embeddings and output head excepted, to which they are rounded as they are

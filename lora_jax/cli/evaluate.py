@@ -58,13 +58,14 @@ def run(settings: Settings) -> None:
 
 def _evaluate_text(settings: Settings, rows: Sequence[Row]) -> dict[str, Any]:
     _base.check_generates(settings.base.abstract())
-    model = settings.base.load()
+    mesh = settings.base.devices(settings.batch_size)
+    model = settings.base.load(mesh=mesh)
     params = _base.with_adapter(model, settings.adapter)
     length = min(settings.max_length, model.max_length)
     encoded = data.encode(rows, model.tokenizer, length, settings.reading.truncation_mode or "keep_end")
     _show.notes().print(str(model.attention(settings.batch_size, settings.max_length)), markup=False, soft_wrap=True)
     with _show.working("evaluating"):
-        evaluation = evaluate(model.apply, params, encoded.examples, batch_size=settings.batch_size)
+        evaluation = evaluate(model.apply, params, encoded.examples, batch_size=settings.batch_size, mesh=mesh)
     metrics: dict[str, Any] = {
         "loss": evaluation.loss,
         **evaluation.metrics,
@@ -82,14 +83,17 @@ def _evaluate_text(settings: Settings, rows: Sequence[Row]) -> dict[str, Any]:
 
 def _evaluate_labels(settings: Settings, source: DataSource, rows: list[Labelled]) -> dict[str, Any]:
     labels = _labels.to_evaluate(source, settings.base.abstract(), settings.adapter, rows)
-    model = settings.base.load(labels=labels.names)
+    mesh = settings.base.devices(settings.batch_size)
+    model = settings.base.load(labels=labels.names, mesh=mesh)
     params = _base.with_adapter(model, settings.adapter)
     length = min(settings.max_length, model.max_length)
     encoded = data.encode_labelled(rows, model.tokenizer, length, labels)
     task = _labels.task(source, encoded.examples, labels)
     _show.notes().print(str(model.attention(settings.batch_size, settings.max_length)), markup=False, soft_wrap=True)
     with _show.working("evaluating"):
-        evaluation = evaluate(model.apply, params, encoded.examples, batch_size=settings.batch_size, task=task)
+        evaluation = evaluate(
+            model.apply, params, encoded.examples, batch_size=settings.batch_size, task=task, mesh=mesh
+        )
     return {
         "loss": evaluation.loss,
         **evaluation.metrics,

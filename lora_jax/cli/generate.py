@@ -25,7 +25,8 @@ class Settings:
 
 
 def run(settings: Settings) -> None:
-    model = settings.base.for_adapter(settings.adapter).load()
+    mesh = settings.base.devices(min(len(settings.prompt), settings.generate.batch_size))
+    model = settings.base.for_adapter(settings.adapter).load(mesh=mesh)
     params = _base.with_adapter(model, settings.adapter)
     _base.check_generates(model)
     attention = model.attention(len(settings.prompt), model.max_length, cached=True)

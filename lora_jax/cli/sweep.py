@@ -95,7 +95,8 @@ def run(settings: Settings) -> None:
     labels = dict.fromkeys(point.without_seeds.label for point in points)
     show.print(f"{len(points)} adapters: {'; '.join(labels)}", markup=False, soft_wrap=True)
 
-    model = settings.base.load(labels=rows.label_names)
+    mesh = settings.base.devices(settings.train.micro_batch_size)
+    model = settings.base.load(labels=rows.label_names, mesh=mesh)
     lora = _labels.with_head(settings.lora, model)
     if rows.label_names is not None:
         show.print(f"labels: {', '.join(rows.label_names)}. {_labels.new_parts(model)}", markup=False)

@@ -15,7 +15,7 @@ from rich.table import Table
 import lora_jax
 from lora_jax import _disk
 from lora_jax.checkpoint import newest
-from lora_jax.cli import _base, _data, _embedded, _labels, _rows, _samples, _show, inspect
+from lora_jax.cli import _base, _data, _embedded, _labels, _mesh, _rows, _samples, _show, inspect
 from lora_jax.cli._rows import EncodedRows, Rows
 from lora_jax.cli._signals import Signals, exit_code
 from lora_jax.data import Labels
@@ -111,7 +111,8 @@ def _train(settings: Settings, stop: Callable[[], bool]) -> Callable[[], None]:
     lora = _labels.with_head(settings.lora, model)
     show = _show.results()
     show.print(str(inspect.match(model, lora)), markup=False, soft_wrap=True)
-    model = settings.base.load(labels=rows.label_names, key=jax.random.fold_in(key, 1))
+    mesh = settings.base.devices(settings.train.micro_batch_size)
+    model = settings.base.load(labels=rows.label_names, key=jax.random.fold_in(key, 1), mesh=mesh)
     lora = _labels.with_head(settings.lora, model)
     if rows.label_names is not None:
         show.print(f"labels: {', '.join(rows.label_names)}. {_labels.new_parts(model)}", markup=False)
@@ -120,6 +121,8 @@ def _train(settings: Settings, stop: Callable[[], bool]) -> Callable[[], None]:
         markup=False,
         soft_wrap=True,
     )
+    if mesh is not None:
+        show.print(_mesh.line(mesh), markup=False)
     workload = _workload(settings, model, rows)
     params = lora_jax.init(key, model.params, lora, axes=_base.kernel_axes(model))
     if settings.prefix_length:
@@ -143,6 +146,7 @@ def _train(settings: Settings, stop: Callable[[], bool]) -> Callable[[], None]:
         console=_show.notes(),
         resume=settings.resume,
         overwrite=settings.overwrite,
+        mesh=mesh,
         stop=stop,
         about={
             "model": settings.base.model,

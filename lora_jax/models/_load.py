@@ -10,13 +10,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from transformers import PretrainedConfig
 
 from lora_jax.models import _folder, _heads, _settings, _weights
 from lora_jax.models._execution import Attention, Execution, Layers, Platform, Remat, execution
 from lora_jax.models._families import FAMILIES
 from lora_jax.models._family import flatten, unflatten
+from lora_jax.models._layout import RULES, Rules
 from lora_jax.models._model import Model, abstract
+from lora_jax.models._model import shardings as places
 from lora_jax.models._weights import Streamed
 
 
@@ -50,6 +53,9 @@ def load(
     labels: Sequence[str] | None = None,
     key: jax.Array | None = None,
     transform: Callable[[Any], Any] | None = None,
+    mesh: Mesh | None = None,
+    rules: Rules = RULES,
+    shardings: Any = None,
     **options: Unpack[ExecutionOptions],
 ) -> Model:
     """Load a model from a Hugging Face folder, or from the hub by name.
@@ -63,6 +69,10 @@ def load(
         key: The random key of a new head; defaults to `jax.random.key(0)`.
         transform: Maps the tree of `Streamed` leaves before any is read. A leaf that it reads and replaces isn't held
             in memory, for example where `lora_jax.quantize` rounds it to fewer bits.
+        mesh: The devices to spread the model over: `Model.on_mesh`, with each weight where `models.shardings` puts it.
+            The host's memory then holds the parts of this process's devices, and one tensor.
+        rules: The axes of the mesh by the names of the model's axes, as for `models.shardings`.
+        shardings: Other places of the weights: one sharding, or a tree of them as `params`.
         options: How the model is computed: `ExecutionOptions`.
 
     Raises:
@@ -71,10 +81,22 @@ def load(
         ValueError: The architecture isn't supported, or the weights don't fit the configuration.
     """
     model = load_streamed(path_or_hub_id, dtype, labels=labels, key=key, **options)
+    if mesh is not None:
+        model = model.on_mesh(mesh, rules)
+        shardings = places(model) if shardings is None else shardings
+    leaves = flatten(model.params)
+    where = flatten(shardings) if isinstance(shardings, dict) else dict.fromkeys(leaves, shardings)
+    if leaves.keys() != where.keys():
+        path = min(leaves.keys() ^ where.keys())
+        raise ValueError(f"{path}: {'no sharding given' if path in leaves else 'the model has no such leaf'}")
     try:
         params = model.params if transform is None else transform(model.params)
-        loaded = jax.tree.map(lambda leaf: _weights.materialize(leaf) if isinstance(leaf, Streamed) else leaf, params)
-        return replace(model, params=loaded)
+
+        def read(key_path: Any, leaf: Any) -> Any:
+            path = jax.tree_util.keystr(key_path, simple=True, separator="/")
+            return _weights.materialize(leaf, where[path]) if isinstance(leaf, Streamed) else leaf
+
+        return replace(model, params=jax.tree_util.tree_map_with_path(read, params))
     except MemoryError:
         size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in flatten(model.params).values())
         raise OSError(f"{model.folder}: the weights take {size:,} bytes, more than the free memory") from None

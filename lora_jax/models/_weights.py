@@ -64,9 +64,29 @@ class Streamed:
         return array
 
 
-def materialize(leaf: Streamed) -> jax.Array:
-    """Read the leaf into an array; on a CPU the array uses the memory that was read into, without a second copy."""
-    return jax.device_put(np.asarray(leaf), may_alias=True)
+def materialize(leaf: Streamed, sharding: Any = None) -> jax.Array:
+    """Read the leaf into an array; on a CPU the array uses the memory that was read into, without a second copy.
+
+    With a sharding, each device has its part, and this process's memory its devices' parts and one tensor.
+    """
+    if sharding is None:
+        return jax.device_put(np.asarray(leaf), may_alias=True)
+    bounds = {
+        device: tuple(
+            (part.start or 0, size if part.stop is None else part.stop)
+            for part, size in zip(index, leaf.shape, strict=True)
+        )
+        for device, index in sharding.addressable_devices_indices_map(leaf.shape).items()
+    }
+    parts = {bound: _aligned(tuple(stop - start for start, stop in bound), leaf.dtype) for bound in bounds.values()}
+    for index in leaf.indices():
+        there = [bound for bound in parts if all(a <= i < b for i, (a, b) in zip(index, bound, strict=False))]
+        tensor = cast(leaf.read(index), leaf.dtype, "a leaf") if there else np.empty(0)
+        for bound in there:
+            place = tuple(i - start for i, (start, _) in zip(index, bound, strict=False))
+            parts[bound][place] = tensor[tuple(slice(*ends) for ends in bound[leaf.stack :])]
+    held = [jax.device_put(parts[bound], device, may_alias=True) for device, bound in bounds.items()]
+    return jax.make_array_from_single_device_arrays(leaf.shape, sharding, held)
 
 
 def entries(weight: Weight, shape: Sequence[int]) -> Iterator[tuple[tuple[int, ...], str, tuple[int, ...]]]:
