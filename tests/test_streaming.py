@@ -18,7 +18,7 @@ from transformers import BertConfig, LlamaConfig
 
 import lora_jax
 from lora_jax import models, peft
-from lora_jax._disk import whole
+from lora_jax._disk import atomic
 
 MB = 2**20
 
@@ -112,7 +112,7 @@ def test_a_mounted_disk_is_written_within(drawn, folder, monkeypatch, moves):
         return rename(source, target)
 
     monkeypatch.setattr(Path, "rename", within)
-    monkeypatch.setattr(whole, "_is_mounted", lambda path: path == folder)
+    monkeypatch.setattr(atomic, "_is_mounted", lambda path: path == folder)
     before, new = layout(folder), jax.tree.map(jnp.zeros_like, drawn.params)
     with contextlib.nullcontext() if moves is None else pytest.raises(OSError, match=os.strerror(errno.EIO)):
         models.save(folder, drawn, new, overwrite=True)
@@ -124,8 +124,8 @@ def test_a_mounted_disk_is_written_within(drawn, folder, monkeypatch, moves):
 
 
 def test_a_mount_is_known():
-    assert whole._is_mounted(Path("/"))
-    assert not whole._is_mounted(Path(__file__).parent)
+    assert atomic._is_mounted(Path("/"))
+    assert not atomic._is_mounted(Path(__file__).parent)
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
