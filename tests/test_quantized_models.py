@@ -61,13 +61,13 @@ def test_one_tensor_is_read_after_the_other_was_rounded(folder, monkeypatch):
     original = _files.TensorFiles.read
     monkeypatch.setattr(_files.TensorFiles, "read", lambda self, name: read.append(name) or original(self, name))
     encoded = []
-    put = transform._put
+    encoder_of = transform._encoder
 
-    def counted(data, part, index):
-        encoded.append(len(read))
-        return put(data, part, index)
+    def counted(*kind):
+        encoder = encoder_of(*kind)
+        return lambda kernel: encoded.append(len(read)) or encoder(kernel)
 
-    monkeypatch.setattr(transform, "_put", counted)
+    monkeypatch.setattr(transform, "_encoder", counted)
     loaded(folder, "nf4")
     assert len(read) == len(set(read))
     assert len(encoded) == 2 * len(LINEAR)

@@ -20,6 +20,7 @@ from lora_jax._quantize.codes import DYNAMIC, NF4
 from lora_jax._quantize.node import Quantized
 
 SCALES_IN_A_BLOCK = 256  # that share a second scale (Dettmers et al. 2023, section 3)
+MOST_COMPARED = 15  # limits with which each number is compared, elementwise; among more it is searched for
 _LEAST = float(np.finfo(np.float32).tiny)  # below it 1 / x is infinite, or x itself counts as 0
 
 
@@ -44,7 +45,9 @@ class Scheme(NamedTuple):
 def _nearest(x: jax.Array, codes: np.ndarray) -> jax.Array:
     """The place of the nearest of the sorted codes; of the lower one in the middle of two."""
     middles = (codes[:-1] + codes[1:]) / np.float32(2)
-    return jnp.searchsorted(middles, x, side="left", method="compare_all")
+    if len(middles) > MOST_COMPARED:
+        return jnp.searchsorted(middles, x, side="left")
+    return sum(((x > middle).astype(jnp.uint8) for middle in middles), start=jnp.zeros(x.shape, jnp.uint8))
 
 
 def _pick(codes: jax.Array, numbers: np.ndarray) -> jax.Array:

@@ -105,22 +105,14 @@ class ReadInParts(Protocol):
 
 
 def _part_by_part(kernel: ReadInParts, config: QuantizeConfig, axes: Axes) -> dict[str, Any]:
-    """The data of a stack of which one kernel at a time is read: at most that one is in memory besides them."""
+    """The data of a stack of which one kernel at a time is read: at most that one is in memory before it is rounded."""
     stack = kernel.stack
     inside = Axes(*(tuple(k - stack for k in group if k >= stack) for group in axes))
     encoder = _encoder(config.scheme, config.inputs_in_a_group, inside)
-    data: Any = None
-    for index in kernel.indices():
-        part = encoder(np.asarray(kernel.read(index), kernel.dtype))
-        if data is None:
-            data = jax.tree.map(lambda array: jnp.zeros((*kernel.shape[:stack], *array.shape), array.dtype), part)
-        data = _put(data, part, index)
-    return data
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _put(data: Any, part: Any, index: tuple[Any, ...]) -> Any:
-    return jax.tree.map(lambda whole, one: whole.at[index].set(one), data, part)
+    # Each before the next is read: dispatched ahead, all of them would be in memory at once.
+    parts = [jax.block_until_ready(encoder(np.asarray(kernel.read(index), kernel.dtype))) for index in kernel.indices()]
+    # Once for all: on a CPU, an update of 4-bit numbers in place would unpack the whole stack for each part.
+    return jax.tree.map(lambda *each: _joined(*each).reshape(*kernel.shape[:stack], *each[0].shape), *parts)
 
 
 @functools.cache
@@ -143,6 +135,11 @@ def _encoder(scheme: str, group_size: int, axes: Axes) -> Any:
         return jax.tree.map(lambda array: array.reshape(*sizes, *array.shape[1:]), data)
 
     return jax.jit(make)
+
+
+@jax.jit
+def _joined(*parts: jax.Array) -> jax.Array:
+    return jnp.stack(parts)
 
 
 def dequantize(params: Any) -> Any:
