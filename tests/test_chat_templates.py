@@ -137,6 +137,21 @@ def test_a_turn_of_weight_0_is_context(tokenizer):
         told(tokenizer, TURNS[0], other | {"weight": 0.5})
 
 
+def test_earlier_answers_are_context_where_the_last_has_a_block_for_reasoning(tokenizer):
+    """As with Qwen 3's template."""
+    tokenizer.chat_template = (
+        "{% for m in messages %}({{ m.role }}){% if m.role == 'assistant' and loop.last %}[]{% endif %}{{ m.content }}"
+        "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}(assistant){% endif %}"
+    )
+    turns = (*TURNS, TURNS[0], {"role": "assistant", "content": "ab"})
+    assert told(tokenizer, *turns) == "[]ab</s>"
+    assert told(tokenizer, *TURNS) == "[]yes</s>"
+    ids = data.encode([Chat(turns)], tokenizer, 200).examples[0].input_ids
+    expected = tokenizer.apply_chat_template(list(turns), tokenize=False)
+    assert tokenizer.decode(ids) == expected
+    assert "(assistant)yes" in expected
+
+
 def test_keys_that_no_template_reads_are_reported_once(tokenizer):
     tokenizer.chat_template = CHAT
     more = {"name": "Al", "weight": 1, "tool_calls": None, "reasoning": "because"}

@@ -252,10 +252,33 @@ def test_chats_that_cannot_be_read():
     turns = [{"role": role, "content": "x"} for role in ("user", "assistant", "user", "assistant")]
     with pytest.raises(ValueError, match="the tokenizer has no chat template"):
         data.encode([Chat(tuple(turns))], Tokenizer(), 100)
-    with pytest.raises(ValueError, match=r"row 2: the tokenizer's chat template rewrites earlier turns, so turn 2"):
-        data.encode([Chat(tuple(turns[:2])), Chat(tuple(turns))], Rewriting(), 100)
     with pytest.raises(ValueError, match=r"row 1: .* refuses it \(no tools here\)"):
         data.encode([Chat((*turns, {"role": "tool", "content": "x"}))], Chatting(), 100)
+
+
+def test_a_template_that_rewrites_earlier_turns_leaves_the_last():
+    turns = tuple({"role": role, "content": "xy"} for role in ("user", "assistant", "user", "assistant", "user"))
+    encoded = data.encode([Chat(turns[:2]), Chat(turns[:4]), Chat(turns), Chat(turns[:3])], Rewriting(), 100)
+    assert [told(row) for row in encoded.examples] == [
+        ("<u:xy$><a:xy$>", "xy$>"),
+        ("<u:xy$><a:-$><u:xy$><a:xy$>", "xy$>"),
+        ("<u:xy$><a:-$><u:xy$><a:xy$>", "xy$>"),
+        ("<u:xy$><a:xy$>", "xy$>"),
+    ]
+    assert encoded.rewritten == 2
+    assert encoded.left_out == 0
+
+
+def test_a_last_turn_that_no_generation_prompt_begins():
+    class Reasoning(Chatting):
+        def apply_chat_template(self, messages, *, tokenize, add_generation_prompt):
+            text = super().apply_chat_template(messages, tokenize=tokenize, add_generation_prompt=False)
+            return text + "<a:(think)" * add_generation_prompt
+
+    with pytest.raises(
+        ValueError, match="row 1: the tokenizer's chat template writes another text for turn 2 than its"
+    ):
+        data.encode([Chat(({"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}))], Reasoning(), 100)
 
 
 def test_rows_with_no_target_left_are_counted_and_left_out():

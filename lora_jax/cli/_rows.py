@@ -98,6 +98,8 @@ def _report(split: str, encoded: data.Encoded | data.EncodedLabelled, length: in
             line += f", {encoded.dropped:,} left out because they are longer than {length} tokens"
         if without_target := encoded.left_out - encoded.dropped:
             line += f", {without_target:,} left out because no target remained"
+        if encoded.rewritten:
+            line += f", {encoded.rewritten:,} with earlier turns that aren't targets: the chat template rewrites them"
         if encoded.crossing:
             line += (
                 f", {encoded.crossing:,} whose prompt ends within a token"

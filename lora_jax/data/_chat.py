@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from lora_jax.data._rows import is_target
 from lora_jax.data._template import Budget, refusal, render_parts, template_of
@@ -14,8 +14,18 @@ OURS = ("role", "content", "weight")
 REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
-def chat_pieces(messages: Sequence[Mapping[str, Any]], tokenizer: Any, number: int, budget: Budget) -> Pieces:
+class ChatPieces(NamedTuple):
+    """The text of a conversation in pieces."""
+
+    pieces: Pieces
+    rewritten: int = 0  # turns that are no targets because the text has them in another form than when they were last
+
+
+def chat_pieces(messages: Sequence[Mapping[str, Any]], tokenizer: Any, number: int, budget: Budget) -> ChatPieces:
     """Render a conversation with the tokenizer's chat template, divided before and after each turn that is a target.
+
+    A turn is a target if the text has it as it was when it was the last one, because generation writes that. A template
+    may rewrite earlier turns, as Qwen 3's does, which leaves their reasoning out: such a turn is context.
 
     Args:
         messages: The messages of the conversation.
@@ -24,7 +34,8 @@ def chat_pieces(messages: Sequence[Mapping[str, Any]], tokenizer: Any, number: i
         budget: The CPU time that is left for rendering.
 
     Raises:
-        ValueError: There is no template, it raises an error or takes too long, or the turns can't be found in its text.
+        ValueError: There is no template, it raises an error or takes too long, or the last turn that is to be a target
+            can't be found in its text.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
@@ -41,18 +52,23 @@ def chat_pieces(messages: Sequence[Mapping[str, Any]], tokenizer: Any, number: i
         whole, lengths = render_parts(shown, tokenizer, parts, budget=budget)
     except ValueError as error:
         raise ValueError(f"row {number}: {refusal(error)}") from error
-    pieces, end = [], 0
+    pieces, end, rewritten = [], 0, 0
     for turn, start, stop in zip(targets, lengths[::2], lengths[1::2], strict=True):
-        if start is None or stop is None or not end <= start <= stop:
+        if start is not None and stop is not None and end <= start <= stop:
+            pieces += [(whole[end:start], False), (whole[start:stop], True)]
+            end = stop
+        elif turn != targets[-1]:
+            rewritten += 1
+        elif turn + 1 < len(messages):  # what follows it isn't learned, so it may as well be the last
+            return chat_pieces(messages[: turn + 1], tokenizer, number, budget)
+        else:
             raise ValueError(
-                f"row {number}: the tokenizer's chat template rewrites earlier turns, so turn {turn + 1} can't be "
-                "found in the text; give conversations in which only the last turn is the assistant's"
+                f"row {number}: the tokenizer's chat template writes another text for turn {turn + 1} than its "
+                "generation prompt begins, so the turn can't be found; give a template whose texts agree"
             )
-        pieces += [(whole[end:start], False), (whole[start:stop], True)]
-        end = stop
     if end < len(whole) or not pieces:
         pieces.append((whole[end:], False))
-    return pieces
+    return ChatPieces(pieces, rewritten)
 
 
 def keys_unread(conversations: Iterable[Sequence[Mapping[str, Any]]], tokenizer: Any) -> tuple[str, ...]:

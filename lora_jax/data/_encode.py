@@ -5,7 +5,7 @@ from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 
-from lora_jax.data._chat import Pieces, chat_pieces, keys_unread
+from lora_jax.data._chat import ChatPieces, Pieces, chat_pieces, keys_unread
 from lora_jax.data._joint import Boundaries, Joint
 from lora_jax.data._rows import Chat, Completion, Labelled, Row, Text
 from lora_jax.data._template import Budget
@@ -41,6 +41,7 @@ class Encoded(NamedTuple):
     crossing: int = 0  # rows in which one token has the end of a prompt and the beginning of the text after it
     unread: tuple[str, ...] = ()  # keys of messages that the chat template doesn't read
     dropped: int = 0  # rows left out because they are longer than max_length
+    rewritten: int = 0  # rows with assistant's turns that are no targets because the chat template rewrites them
 
 
 def encode(
@@ -50,11 +51,12 @@ def encode(
 
     A row is tokenised as one text, so that its tokens decode to prompt + completion exactly, and the tokens of a
     conversation are the tokens of `apply_chat_template`. The tokens of the completion, or of the assistant's turns, are
-    targets, except for the turn of a message with a `"weight"` of 0. A token that has the end of a prompt and the
-    beginning of the text after it is a target too, and the row is counted in `crossing`: generation tokenises the
-    prompt alone, so it begins with other tokens than training had. To avoid this, put the space between the two into
-    the completion. The end-of-sequence token is appended, as a target, unless the text already ends with it, as with
-    some chat templates.
+    targets, except for the turn of a message with a `"weight"` of 0, and for earlier turns that the template has in
+    another form than when they were last (rows of these are counted in `rewritten`). A token that has the end of a
+    prompt and the beginning of the text after it is a target too, and the row is counted in `crossing`: generation
+    tokenises the prompt alone, so it begins with other tokens than training had. To avoid this, put the space between
+    the two into the completion. The end-of-sequence token is appended, as a target, unless the text already ends with
+    it, as with some chat templates.
 
     The first token of a row is never a target, because no token predicts it. A row of more than `max_length` tokens
     keeps its last tokens, because the answer is among them, and the tokenizer's beginning-of-sequence token if the row
@@ -69,8 +71,8 @@ def encode(
 
     Raises:
         ValueError: `truncation_mode` is another; the rows have labels; the tokenizer has no end-of-sequence token, or
-            no chat template for `Chat` rows; the assistant's turns can't be found in the template's text; every row was
-            left out.
+            no chat template for `Chat` rows; the last of the assistant's turns can't be found in the template's text;
+            every row was left out.
     """
     if max_length < 2:
         raise ValueError(
@@ -87,7 +89,8 @@ def encode(
             "the tokenizer has no eos_token, without which generation never stops: set it in tokenizer_config.json"
         )
     budget = Budget()
-    pieces = [_pieces(row, tokenizer, number, budget) for number, row in enumerate(rows, 1)]
+    divided = [_pieces(row, tokenizer, number, budget) for number, row in enumerate(rows, 1)]
+    pieces = [row.pieces for row in divided]
     # The text of a chat template has its special tokens already.
     boundaries = Boundaries(tokenizer, special=not isinstance(rows[0], Chat))
     joints = list(boundaries.join([[text for text, _ in row] for row in pieces]))
@@ -104,8 +107,9 @@ def encode(
         )
     crossing = sum(joint.crossings > 0 for joint in joints)
     unread = keys_unread((row.messages for row in rows if isinstance(row, Chat)), tokenizer)
+    rewritten = sum(row.rewritten > 0 for row in divided)
     left_out = len(rows) - len(with_targets)
-    return Encoded(with_targets, left_out, 0 if drop else long, crossing, unread, long if drop else 0)
+    return Encoded(with_targets, left_out, 0 if drop else long, crossing, unread, long if drop else 0, rewritten)
 
 
 def _cut(example: Example, max_length: int, keep_end: bool, tokenizer: Any) -> Example:
@@ -139,12 +143,12 @@ def _example(joint: Joint, pieces: Pieces, eos: int) -> Example:
     return Example(np.array(ids, np.int32), targets[: len(ids)])
 
 
-def _pieces(row: Row, tokenizer: Any, number: int, budget: Budget) -> Pieces:
+def _pieces(row: Row, tokenizer: Any, number: int, budget: Budget) -> ChatPieces:
     match row:
         case Text(text):
-            return [(text, True)]
+            return ChatPieces([(text, True)])
         case Completion(prompt, completion):
-            return [(prompt, False), (completion, True)]
+            return ChatPieces([(prompt, False), (completion, True)])
         case Chat(messages):
             return chat_pieces(messages, tokenizer, number, budget)
         case Labelled():
