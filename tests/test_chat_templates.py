@@ -152,6 +152,19 @@ def test_earlier_answers_are_context_where_the_last_has_a_block_for_reasoning(to
     assert "(assistant)yes" in expected
 
 
+def test_a_call_of_a_tool_is_a_target(tokenizer):
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{% if m.content is string %}{{ m.content }}{% else %}"
+        "{% for part in m.content %}{{ part.text }}{% endfor %}{% endif %}"
+        "{% for call in m.tool_calls %}{{ call.function | tojson }}{% endfor %}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    asked = {"role": "user", "content": [{"type": "text", "text": "1 "}, {"type": "text", "text": "+ 2"}]}
+    call = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": {"name": "add"}}]}
+    result, answer = {"role": "tool", "content": "3"}, {"role": "assistant", "content": "yes"}
+    assert told(tokenizer, asked, call, result, answer) == '{"name": "add"}</s>yes</s>'
+
+
 def test_keys_that_no_template_reads_are_reported_once(tokenizer):
     tokenizer.chat_template = CHAT
     more = {"name": "Al", "weight": 1, "tool_calls": None, "reasoning": "because"}

@@ -144,6 +144,49 @@ def test_conversations_that_are_none(load, row, message):
         load({"prompt": [USER], "completion": [ASSISTANT]}, row) if "prompt" in row else load({"messages": [USER]}, row)
 
 
+def test_a_completion_with_a_label_may_be_a_bad_one(load):
+    row = {"prompt": "p", "completion": "c", "label": False}
+    with pytest.raises(
+        ValueError, match=r"rows.jsonl:1: keys prompt, completion, label; accepted are .*name the columns"
+    ):
+        load(row)
+    columns = {"prompt": "prompt", "completion": "completion"}
+    assert load(row, columns=columns)[0] == [Completion("p", "c")]
+
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "assistant", "tool_calls": [CALL]},
+        {"role": "user", "content": [{"type": "text", "text": "hi"}]},
+        {"role": "tool", "name": "add", "content": "3"},
+    ],
+)
+def test_calls_of_tools_and_parts_of_content(load, message):
+    assert load({"messages": [USER, message]}) == ([Chat((USER, message))], [])
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "assistant", "content": None},
+        {"role": "assistant", "content": None, "tool_calls": []},
+        {"role": "user", "content": []},
+        {"role": "user", "content": ["hi"]},
+        {"role": "user", "content": [{"type": 1}]},
+        {"role": 1, "content": "hi"},
+        {"content": "hi"},
+    ],
+)
+def test_a_message_without_content(load, message):
+    with pytest.raises(ValueError, match=r"rows.jsonl:1: messages\[1\] must be an object with the strings"):
+        load({"messages": [USER, message]})
+
+
 def test_sharegpt(load):
     turns = [("system", "be"), ("human", "hi"), ("gpt", "yes"), ("human", "so"), ("gpt", "no")]
     row = {"id": "x", "conversations": [{"from": speaker, "value": text} for speaker, text in turns]}

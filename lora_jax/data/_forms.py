@@ -163,11 +163,17 @@ class Parser:
             return form, names
         keys = frozenset(fields)
         if keys not in self._known:
-            self._known[keys] = next((form for form in RECOGNISED if keys.issuperset(form.fields)), None)
+            self._known[keys] = _recognised(keys)
         form = self._known[keys]
         if form is None:
             raise ValueError(f"{where}: keys {listed(fields)}; accepted are {accepted()}; or name the columns")
         return form, {field: field for field in form.fields}
+
+
+def _recognised(keys: frozenset[str]) -> Form | None:
+    form = next((form for form in RECOGNISED if keys.issuperset(form.fields)), None)
+    # The label of a completion says whether it is a good one: to learn all alike must be asked for.
+    return None if form is COMPLETION and "label" in keys else form
 
 
 def _given(format: str | None, columns: dict[str, str]) -> tuple[Form, Names] | None:

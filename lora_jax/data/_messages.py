@@ -67,12 +67,20 @@ def sharegpt(messages: Any, name: str, where: str) -> Chat:
     return Chat(tuple(converted))
 
 
+def _has_content(message: Mapping[str, Any]) -> bool:
+    """Whether there is a text, a list of parts with their types, or none beside the calls of tools."""
+    content = message.get("content")
+    if isinstance(content, list):
+        return bool(content) and all(_has(part, "type") and isinstance(part["type"], str) for part in content)
+    return isinstance(content, str) or (content is None and bool(message.get("tool_calls")))
+
+
 def _has(message: Any, key: str) -> bool:
     return isinstance(message, dict) and key in message
 
 
 def _message(message: Any, at: str) -> Mapping[str, Any]:
-    if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str) or not _has_content(message):
         hint = "; for from and value give --format sharegpt" if _has(message, "from") else ""
         raise ValueError(f'{at} must be an object with the strings "role" and "content"{hint}')
     try:
