@@ -10,6 +10,8 @@ import pytest
 # Before jax is imported: it reads these once.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
+# XLA's threads: with as few as there are devices, independent collectives of one program may wait for each other forever.
+os.environ["NPROC"] = "64"
 os.environ.pop("COLUMNS", None)  # workers are told a terminal's width, by which tables would fold
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Two workers, and the commands of one run of CI, compile many a program that another has compiled.

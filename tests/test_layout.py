@@ -143,3 +143,23 @@ def test_the_choice_of_attention_knows_the_mesh():
     rows = 2**28 // (4 * 8 * 1024**2)
     assert on_cpu.attention(8 * rows, 1024).form == "blockwise"
     assert on_cpu.on_mesh(mesh_of("fsdp=8")).attention(8 * rows, 1024).form == "xla"  # of a device's rows
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "model": 2}], ids=str)
+def test_weights_are_read_to_their_devices(sizes, tmp_path):
+    drawn = models.init(jax.random.key(0), CONFIGS["grouped"], jnp.bfloat16)
+    models.save(tmp_path / "model", drawn, drawn.params)
+    folder = tmp_path / "model"
+    mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*don't divide by")
+        model = models.load(folder, mesh=mesh)
+        where = models.shardings(model)
+    for leaf, wanted, alone in zip(
+        *map(jax.tree.leaves, (model.params, where, models.load(folder).params)), strict=True
+    ):
+        assert leaf.sharding == wanted
+        np.testing.assert_array_equal(np.asarray(leaf, np.float32), np.asarray(alone, np.float32))
+        assert leaf.dtype == jnp.bfloat16
+    with pytest.raises(ValueError, match=r"^embed_tokens/embedding: no sharding given"):
+        models.load(folder, shardings={})
