@@ -10,7 +10,7 @@ import pytest
 # Before jax is imported: it reads these once.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
-# XLA's threads: with as few as there are devices, independent collectives of one program may wait for each other forever.
+# With as few threads as devices, independent collectives of one XLA program may wait for each other forever.
 os.environ["NPROC"] = "64"
 os.environ.pop("COLUMNS", None)  # workers are told a terminal's width, by which tables would fold
 os.environ["HF_HUB_OFFLINE"] = "1"
