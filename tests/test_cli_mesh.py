@@ -89,5 +89,7 @@ def test_what_can_not_be_is_one_line(inputs, tmp_path, capsys, mesh, words):
     model, rows = inputs
     given = ["--model", model, "--data", rows, "--output", str(tmp_path / "out"), *TRAIN]
     assert main(["train", *given, "--batch-size", "12", "--mesh", mesh]) == 2
-    assert words in capsys.readouterr().err
+    shown = capsys.readouterr()
+    assert words in shown.err
+    assert "layers: scan" not in shown.out  # printed once the weights are read
     assert not (tmp_path / "out" / "metrics.jsonl").exists()

@@ -50,6 +50,18 @@ def _sizes(text: str) -> dict[str, int]:
     return sizes
 
 
+def check_rows(mesh: Mesh | None, batch_size: int, parts: int = 1) -> None:
+    """Refuse a batch that can't be spread evenly, before any weights are read."""
+    over = {} if mesh is None else {name: size for name, size in mesh.shape.items() if name in AXES[:2]}
+    count = math.prod(over.values())
+    if batch_size // parts % count:
+        among = f" in {parts} parts (gradient_accumulation_steps)" if parts > 1 else ""
+        named = ", ".join(f"{name}={size}" for name, size in over.items())
+        raise ValueError(
+            f"batch_size: {batch_size} given{among}, expected a multiple of {count * parts}, to be spread over {named}"
+        )
+
+
 def line(mesh: Mesh) -> str:
     """One line on a mesh."""
     return "mesh: " + ", ".join(f"{name}={size}" for name, size in mesh.shape.items())

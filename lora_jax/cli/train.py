@@ -112,6 +112,7 @@ def _train(settings: Settings, stop: Callable[[], bool]) -> Callable[[], None]:
     show = _show.results()
     show.print(str(inspect.match(model, lora)), markup=False, soft_wrap=True)
     mesh = settings.base.devices(settings.train.micro_batch_size)
+    _mesh.check_rows(mesh, settings.train.batch_size, settings.train.gradient_accumulation_steps)
     model = settings.base.load(labels=rows.label_names, key=jax.random.fold_in(key, 1), mesh=mesh)
     lora = _labels.with_head(settings.lora, model)
     if rows.label_names is not None:
