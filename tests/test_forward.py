@@ -16,6 +16,7 @@ from marks import few
 import lora_jax
 from lora_jax import Axes, LoRA
 from lora_jax._forward import ensure_adapted
+from lora_jax._jaxprs import inner_jaxprs, opened
 from lora_jax._node import Trained, with_scale_as_data
 
 DENSE = Axes()
@@ -320,8 +321,14 @@ def test_on_a_cpu_low_rank_products_are_of_matrices(tokens):
         return jnp.sum(lora_jax.adapt(mlp)(PLAIN | nodes, x) ** 2)
 
     x = normal(*tokens, 6)
-    traced = jax.jit(jax.grad(loss)).trace(NODES, x).jaxpr
-    equations = [eqn for eqn in jax.tree.leaves(traced.eqns) if eqn.primitive.name == "dot_general"]
+
+    def products(jaxpr):
+        for eqn in jaxpr.eqns:
+            yield from [eqn] if eqn.primitive.name == "dot_general" else ()
+            for inner in inner_jaxprs(eqn):
+                yield from products(opened(inner)[0])
+
+    equations = list(products(jax.jit(jax.grad(loss)).trace(NODES, x).jaxpr))
     thin = [eqn for eqn in equations if any(2 in v.aval.shape[-2:] and v.aval.ndim == 2 for v in eqn.invars)]
     assert len(thin) >= 8
     assert all(v.aval.ndim == 2 for eqn in thin for v in eqn.invars)

@@ -145,7 +145,9 @@ def product(
     axes = batch + [k for k in lhs.axes if k not in shared] + [k for k in rhs.axes if k not in shared]
     if not batch and _on_one_cpu(lhs.value, rhs.value) and (flat := _flat(lhs, rhs, contracted)) is not None:
         shape = [factor.size(axis) for factor in (lhs, rhs) for axis in factor.axes if axis not in shared]
-        return Factor(lax.reshape(lax.dot_general(*flat, **options), shape), tuple(axes))
+        # Checkpointed, the backward pass keeps the operands as they are, which others keep too, not as matrices.
+        whole = jax.checkpoint(lambda *values: lax.reshape(flat(*values, **options), shape), prevent_cse=False)
+        return Factor(whole(lhs.value, rhs.value), tuple(axes))
     dimensions = (
         ([lhs.axes.index(k) for k in contracted], [rhs.axes.index(k) for k in contracted]),
         ([lhs.axes.index(k) for k in batch], [rhs.axes.index(k) for k in batch]),
@@ -161,23 +163,28 @@ def _on_one_cpu(*values: Any) -> bool:
     return jax.default_backend() == "cpu" and all(jax.typeof(value).sharding.mesh.empty for value in values)
 
 
-def _flat(lhs: Factor, rhs: Factor, contracted: Sequence[int]) -> tuple[Any, Any, Any] | None:
-    """The operands as matrices, and their `dot_general` dimensions; None if both are, or if data would move."""
+def _flat(lhs: Factor, rhs: Factor, contracted: Sequence[int]) -> Callable[..., Any] | None:
+    """The product of the operands as matrices; None where they are, or where it would move data."""
     inner = math.prod(lhs.size(k) for k in contracted)
     if lhs.value.ndim == rhs.value.ndim == 2 or not contracted or not inner:
         return None
-    matrices, dimensions = [], []
+    shapes, dimensions = [], []
     for factor in (lhs, rhs):
         outer = [k for k in factor.axes if k not in contracted]
         if factor.axes == (*outer, *contracted):
-            matrices.append(lax.reshape(factor.value, (factor.value.size // inner, inner)))
+            shapes.append((factor.value.size // inner, inner))
             dimensions.append([1])
         elif factor.axes == (*contracted, *outer):
-            matrices.append(lax.reshape(factor.value, (inner, factor.value.size // inner)))
+            shapes.append((inner, factor.value.size // inner))
             dimensions.append([0])
         else:
             return None
-    return (*matrices, (tuple(dimensions), ([], [])))
+
+    def flat(*values: Any, **options: Any) -> Any:
+        left, right = map(lax.reshape, values, shapes)
+        return lax.dot_general(left, right, (tuple(dimensions), ([], [])), **options)
+
+    return flat
 
 
 def wide(dtype: Any) -> Any:
