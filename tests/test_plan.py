@@ -305,6 +305,13 @@ def test_a_search_takes_the_least_computed_anew_that_fits(folder, cut, monkeypat
     assert len(told) == 4
 
 
+def test_auto_takes_all_devices(folder, child):
+    child("print(json.dumps({'error': sys.stdin.read(), 'kind': 'ValueError'}))")
+    with pytest.raises(ValueError, match=r"\{") as error:
+        plan(folder, LORA, TrainConfig(batch_size=4), topology="v6e:2x4", mesh="auto")
+    assert json.loads(str(error.value))["mesh"] == {"fsdp": 4, "model": 2}
+
+
 def test_candidates_divide():
     for devices in (1, 2, 4, 6, 64):
         for sizes in _mesh.candidates(devices, heads=8):

@@ -22,8 +22,6 @@ class Settings:
 
     topology: str | None = None
     """generation and chips of a slice, such as v6e:2x4 or v5p:4x4x4; this machine's devices if not given"""
-    mesh: str | None = None
-    """number of devices along data, fsdp and model, such as fsdp=8 or data=2,fsdp=4; all along fsdp if not given"""
     full: bool = False
     """compile full fine-tuning too, which takes about as long"""
     search: bool = False
@@ -42,6 +40,10 @@ def defaults(words: Sequence[str]) -> Settings:
 
 
 def run(settings: Settings) -> None:
+    if settings.base.quantize is not None:
+        raise ValueError(
+            f"quantize: {settings.base.quantize} given, expected none: a plan counts the weights as they are"
+        )
     lora = {field.name: getattr(settings.lora, field.name) for field in fields(lora_jax.LoRAConfig)}
     with _stages() as on_stage:
         first = plan(
@@ -49,7 +51,7 @@ def run(settings: Settings) -> None:
             lora_jax.LoRAConfig(**lora),
             settings.train,
             topology=settings.topology,
-            mesh=settings.mesh,
+            mesh=settings.base.mesh,
             dtype=settings.base.loaded_dtype,
             full=settings.full,
             on_stage=on_stage,

@@ -28,6 +28,16 @@ def parse(text: str) -> dict[str, int]:
     return sizes
 
 
+def auto(devices: int, rows: int) -> dict[str, int]:
+    """All devices: `fsdp` over as many as the rows divide by, `model` over the rest.
+
+    >>> auto(8, rows=4), auto(8, rows=16)
+    ({'fsdp': 4, 'model': 2}, {'fsdp': 8})
+    """
+    fsdp = math.gcd(devices, rows)
+    return {"fsdp": fsdp} if fsdp == devices else {"fsdp": fsdp, "model": devices // fsdp}
+
+
 def check(sizes: Mapping[str, int], devices: int) -> None:
     """Refuse a mesh that isn't of all devices.
 

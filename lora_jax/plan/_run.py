@@ -47,8 +47,8 @@ def plan(
       lora: what is adapted and how.
       train: batch, length, accumulation and optimizer; `TrainConfig()` where not given.
       topology: generation and chips, such as `"v6e:2x4"`; needs the extra `tpu-plan`.
-      mesh: devices along each of `data`, `fsdp` and `model`, as `"fsdp=8"` or a mapping; all along `fsdp` unless given,
-        and without a topology one device.
+      mesh: devices along each of `data`, `fsdp` and `model`, as `"fsdp=8"` or a mapping; or `"auto"`, as in training.
+        All along `fsdp` unless given, and without a topology one device.
       dtype, attention, remat, layers: as of `lora_jax.models.load`.
       full: compile full fine-tuning too, which otherwise has its arguments and gradients counted and no activations.
       on_stage: called with what is being done.
@@ -63,15 +63,18 @@ def plan(
     Traceback (most recent call last):
     ValueError: topology: 'v6e:2x4:1' given, expected 2 sizes of v6e's chips: v6e:4x4
     """
+    train, chips = train or TrainConfig(), None if topology is None else Topology.parse(topology)
+    if mesh == "auto":
+        mesh = _mesh.auto(jax.device_count() if chips is None else chips.chips, train.micro_batch_size)
     request = Request(
         model=os.fspath(model),
         lora=lora,
-        train=train or TrainConfig(),
+        train=train,
         dtype=dtype,
         attention=attention,
         remat=remat,
         layers=layers,
-        topology=None if topology is None else Topology.parse(topology),
+        topology=chips,
         mesh=_mesh.parse(mesh) if isinstance(mesh, str) else None if mesh is None else dict(mesh),
         full=full,
     )
