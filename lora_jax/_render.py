@@ -49,12 +49,13 @@ def _answer(render: Any, line: bytes) -> dict[str, Any]:
     """
     request = json.loads(line)
     memory, longest = request["memory"] + 64 * len(line), request["longest"] + 16 * len(line)
-    messages, template, names = request["messages"], request["template"], request["names"]
+    messages, tools = request["messages"], request["tools"]
+    template, names = request["template"], request["names"]
 
     def text_of(count: int, prompt: bool) -> str:
         # Copies of the messages, as a template may change them.
         given = [dict(message) for message in messages[:count]]
-        found = render([given], chat_template=template, add_generation_prompt=prompt, **names)
+        found = render([given], tools=tools, chat_template=template, add_generation_prompt=prompt, **names)
         text = (found[0] if isinstance(found, tuple) else found)[0]
         if len(text) > longest:
             raise ValueError(f"it writes {len(text):,} characters, {longest:,} are allowed")

@@ -165,6 +165,18 @@ def test_a_call_of_a_tool_is_a_target(tokenizer):
     assert told(tokenizer, asked, call, result, answer) == '{"name": "add"}</s>yes</s>'
 
 
+def test_a_template_has_the_tools(tokenizer):
+    tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+    tokenizer.chat_template = "{% if tools %}{{ tools | tojson }}{% endif %}" + CHAT
+    encoded = data.encode([Chat(TURNS, (tool,)), Chat(TURNS)], tokenizer, 200)
+    for example, tools in zip(encoded.examples, ([tool], None), strict=True):
+        expected = tokenizer.apply_chat_template(list(TURNS), tools=tools, tokenize=False)
+        assert tokenizer.decode(example.input_ids) == expected
+    assert encoded.unread == ()
+    tokenizer.chat_template = CHAT
+    assert data.encode([Chat(TURNS, (tool,))], tokenizer, 200).unread == ("tools",)
+
+
 def test_keys_that_no_template_reads_are_reported_once(tokenizer):
     tokenizer.chat_template = CHAT
     more = {"name": "Al", "weight": 1, "tool_calls": None, "reasoning": "because"}

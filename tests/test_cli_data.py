@@ -75,7 +75,7 @@ def test_columns_by_name(tmp_path, capsys, texts, refused, model):
 def test_the_form_of_rows_is_printed_once(tmp_path, capsys, texts):
     path = write(tmp_path / "rows.jsonl", [{"instruction": f"Say {i}.", "output": f"{i}"} for i in range(10)])
     assert texts(path, 400)[0][1] == "0</s>"
-    assert capsys.readouterr().err.count(f"{path}: read as Alpaca (instruction, output, input)\n") == 1
+    assert capsys.readouterr().err.count(f"{path}: read as Alpaca (instruction, output)\n") == 1
 
 
 def test_flags_without_data_are_refused(refused):

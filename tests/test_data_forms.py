@@ -117,7 +117,7 @@ def test_a_separator_begins_the_completion(load):
 
 def test_a_conversational_prompt_has_no_targets(load):
     rows, notes = load({"prompt": [USER, ASSISTANT, USER], "completion": [ASSISTANT]})
-    (messages,) = rows[0]
+    messages = rows[0].messages
     assert [is_target(message) for message in messages] == [False, False, False, True]
     assert [(message["role"], message["content"]) for message in messages] == [
         ("user", "hi"),
@@ -168,6 +168,26 @@ CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
 )
 def test_calls_of_tools_and_parts_of_content(load, message):
     assert load({"messages": [USER, message]}) == ([Chat((USER, message))], [])
+
+
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+
+
+def test_tools_belong_to_a_conversation(load):
+    row = {"messages": [USER, ASSISTANT]}
+    expected = [Chat((USER, ASSISTANT), (TOOL,))]
+    assert load(row | {"tools": [TOOL]}) == (expected, [])
+    assert load(row | {"tools": json.dumps([TOOL])}) == (expected, [])
+    assert load({"chat": row["messages"], "tools": [TOOL], "id": 1}, columns={"messages": "chat"}) == (
+        expected,
+        ["read (chat, tools); columns left out: id"],
+    )
+    for none in (None, [], ""):
+        assert load(row | {"tools": none})[0] == [Chat((USER, ASSISTANT))]
+    assert load({"prompt": [USER], "completion": [ASSISTANT], "tools": [TOOL]})[0][0].tools == (TOOL,)
+    for wrong, message in (("[", "not a text of JSON"), ({"a": 1}, "must be a list"), (["add"], "must be a list")):
+        with pytest.raises(ValueError, match=rf'rows.jsonl:1: "tools" .*{message}'):
+            load(row | {"tools": wrong})
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,10 @@
 """Dividing the text of a conversation into pieces that are targets and pieces that aren't."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from lora_jax.data._rows import is_target
+from lora_jax.data._rows import Chat, is_target
 from lora_jax.data._template import Budget, refusal, render_parts, template_of
 
 Pieces = list[tuple[str, bool]]  # text, and whether its tokens are targets
@@ -21,14 +21,14 @@ class ChatPieces(NamedTuple):
     rewritten: int = 0  # turns that are no targets because the text has them in another form than when they were last
 
 
-def chat_pieces(messages: Sequence[Mapping[str, Any]], tokenizer: Any, number: int, budget: Budget) -> ChatPieces:
+def chat_pieces(row: Chat, tokenizer: Any, number: int, budget: Budget) -> ChatPieces:
     """Render a conversation with the tokenizer's chat template, divided before and after each turn that is a target.
 
     A turn is a target if the text has it as it was when it was the last one, because generation writes that. A template
     may rewrite earlier turns, as Qwen 3's does, which leaves their reasoning out: such a turn is context.
 
     Args:
-        messages: The messages of the conversation.
+        row: The conversation.
         tokenizer: A tokenizer with a chat template.
         number: The number of the row, for messages.
         budget: The CPU time that is left for rendering.
@@ -37,6 +37,7 @@ def chat_pieces(messages: Sequence[Mapping[str, Any]], tokenizer: Any, number: i
         ValueError: There is no template, it raises an error or takes too long, or the last turn that is to be a target
             can't be found in its text.
     """
+    messages = row.messages
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
             'the tokenizer has no chat template, which rows of {"messages"} need: '
@@ -49,7 +50,7 @@ def chat_pieces(messages: Sequence[Mapping[str, Any]], tokenizer: Any, number: i
     shown = [{name: value for name, value in message.items() if name != "weight"} for message in messages]
     parts = [part for turn in targets for part in ((turn, True), (turn + 1, False))]
     try:
-        whole, lengths = render_parts(shown, tokenizer, parts, budget=budget)
+        whole, lengths = render_parts(shown, tokenizer, parts, budget=budget, tools=row.tools)
     except ValueError as error:
         raise ValueError(f"row {number}: {refusal(error)}") from error
     pieces, end, rewritten = [], 0, 0
@@ -60,7 +61,7 @@ def chat_pieces(messages: Sequence[Mapping[str, Any]], tokenizer: Any, number: i
         elif turn != targets[-1]:
             rewritten += 1
         elif turn + 1 < len(messages):  # what follows it isn't learned, so it may as well be the last
-            return chat_pieces(messages[: turn + 1], tokenizer, number, budget)
+            return chat_pieces(row._replace(messages=messages[: turn + 1]), tokenizer, number, budget)
         else:
             raise ValueError(
                 f"row {number}: the tokenizer's chat template writes another text for turn {turn + 1} than its "
@@ -71,15 +72,11 @@ def chat_pieces(messages: Sequence[Mapping[str, Any]], tokenizer: Any, number: i
     return ChatPieces(pieces, rewritten)
 
 
-def keys_unread(conversations: Iterable[Sequence[Mapping[str, Any]]], tokenizer: Any) -> tuple[str, ...]:
-    """Keys of messages that are ignored: neither this library nor the chat template has a use for them."""
-    keys = {
-        name
-        for messages in conversations
-        for message in messages
-        for name, value in message.items()
-        if value is not None
-    }
+def keys_unread(rows: Iterable[Chat], tokenizer: Any) -> tuple[str, ...]:
+    """Keys of messages, or `tools`, that are ignored: neither this library nor the chat template uses them."""
+    rows = list(rows)
+    keys = {"tools"} if any(row.tools for row in rows) else set()
+    keys |= {name for row in rows for message in row.messages for name, value in message.items() if value is not None}
     words = set(re.findall(r"\w+", template_of(tokenizer) or ""))
     read = {name for name in keys if name in OURS or str(name) in words}
     if words & {*REASONING}:

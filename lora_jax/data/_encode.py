@@ -106,7 +106,7 @@ def encode(
             f"max_length: {max_length} given, but none of {len(rows)} rows has a target within it: {_reason(drop)}"
         )
     crossing = sum(joint.crossings > 0 for joint in joints)
-    unread = keys_unread((row.messages for row in rows if isinstance(row, Chat)), tokenizer)
+    unread = keys_unread((row for row in rows if isinstance(row, Chat)), tokenizer)
     rewritten = sum(row.rewritten > 0 for row in divided)
     left_out = len(rows) - len(with_targets)
     return Encoded(with_targets, left_out, 0 if drop else long, crossing, unread, long if drop else 0, rewritten)
@@ -149,7 +149,7 @@ def _pieces(row: Row, tokenizer: Any, number: int, budget: Budget) -> ChatPieces
             return ChatPieces([(text, True)])
         case Completion(prompt, completion):
             return ChatPieces([(prompt, False), (completion, True)])
-        case Chat(messages):
-            return chat_pieces(messages, tokenizer, number, budget)
+        case Chat():
+            return chat_pieces(row, tokenizer, number, budget)
         case Labelled():
             raise ValueError(f"row {number} has a label, unlike the rows before it")

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
-from lora_jax.data._messages import chat, completed_chat, sharegpt
+from lora_jax.data._messages import chat, completed_chat, sharegpt, tools_of
 from lora_jax.data._rows import Completion, Labelled, Row, Text, listed, quoted
 
 Format = Literal["alpaca", "sharegpt"]
@@ -36,16 +36,19 @@ def _text(fields: Fields, names: Names, where: str) -> Text:
 def _completion(fields: Fields, names: Names, where: str) -> Row:
     prompt, completion = names["prompt"], names["completion"]
     if isinstance(fields[prompt], list) and isinstance(fields[completion], list):
-        return completed_chat(fields[prompt], fields[completion], (prompt, completion), where)
+        found = completed_chat(fields[prompt], fields[completion], (prompt, completion), where)
+        return found._replace(tools=tools_of(fields.get("tools"), where))
     return Completion(_string(fields, prompt, where), _string(fields, completion, where))
 
 
 def _chat(fields: Fields, names: Names, where: str) -> Row:
-    return chat(fields[names["messages"]], names["messages"], where)
+    found = chat(fields[names["messages"]], names["messages"], where)
+    return found._replace(tools=tools_of(fields.get("tools"), where))
 
 
 def _sharegpt(fields: Fields, names: Names, where: str) -> Row:
-    return sharegpt(fields[names["conversations"]], names["conversations"], where)
+    found = sharegpt(fields[names["conversations"]], names["conversations"], where)
+    return found._replace(tools=tools_of(fields.get("tools"), where))
 
 
 def _alpaca(fields: Fields, names: Names, where: str) -> Row:
@@ -77,13 +80,13 @@ def _string(fields: Fields, name: str, where: str) -> str:
 
 
 TEXT = Form(("text",), _text)
-COMPLETION = Form(("prompt", "completion"), _completion)
-CHAT = Form(("messages",), _chat)
+COMPLETION = Form(("prompt", "completion"), _completion, ("tools",))
+CHAT = Form(("messages",), _chat, ("tools",))
 LABELLED = Form(("text", "label"), _labelled)
 PAIR = Form(("text", "text_pair", "label"), _labelled)
 NAMED = {
     "alpaca": Form(("instruction", "output"), _alpaca, ("input",), "Alpaca"),
-    "sharegpt": Form(("conversations",), _sharegpt, name="ShareGPT"),
+    "sharegpt": Form(("conversations",), _sharegpt, ("tools",), "ShareGPT"),
 }
 PLAIN = (TEXT, COMPLETION, CHAT, LABELLED, PAIR)
 # A row has the first form whose columns it has: files often hold the same row in a second form too.
@@ -114,6 +117,7 @@ class Parser:
         self._first: Form | None = None
         self._kind: type[Row] | None = None
         self._left_out: dict[str, None] = {}
+        self._optional: set[str] = set()
         self._known: dict[frozenset[str], Form | None] = {}
 
     def row(self, fields: Fields, where: str) -> Row:
@@ -137,6 +141,7 @@ class Parser:
             what = "a string" if isinstance(row, Completion) else "a list of messages"
             raise ValueError(f'{where}: "{names["prompt"]}" is {what}, unlike that of the rows before it')
         used = {*names.values(), *form.optional}
+        self._optional |= {name for name in form.optional if name in fields}
         self._left_out |= dict.fromkeys(name for name in fields if name not in used)
         if not self._separator:
             return row
@@ -150,7 +155,8 @@ class Parser:
         if form is None or not (form.name or self._left_out):
             return None
         read = f"read as {form.name} " if form.name else "read "
-        names = dict.fromkeys(form.fields + form.optional) if self._given is None else self._given[1].values()
+        names = [*(form.fields if self._given is None else self._given[1].values())]
+        names += [name for name in form.optional if name in self._optional]
         rest = f"; columns left out: {listed(self._left_out)}" if self._left_out else ""
         return f"{path}: {read}({', '.join(names)}){rest}"
 

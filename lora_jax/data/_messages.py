@@ -1,5 +1,6 @@
 """Conversations as files have them: messages with `role` and `content`, or ShareGPT's with `from` and `value`."""
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,6 +34,21 @@ def chat(messages: Any, name: str, where: str) -> Chat:
     if not isinstance(messages, list) or not messages:
         raise ValueError(f'{where}: "{name}" must be a list of {{"role", "content"}} and hold at least one')
     return Chat(tuple(_message(message, f"{where}: {name}[{number}]") for number, message in enumerate(messages)))
+
+
+def tools_of(value: Any, where: str) -> tuple[Mapping[str, Any], ...]:
+    """Check the tools of a conversation: a list of JSON schemas, or its text, as files of columns have it.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    try:
+        value = json.loads(value) if isinstance(value, str) and value.strip() else value or []
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f'{where}: "tools" is not a text of JSON ({error})') from None
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise ValueError(f'{where}: "tools" must be a list of JSON schemas, which are objects')
+    return tuple(value)
 
 
 def completed_chat(prompt: Any, completion: Any, names: tuple[str, str], where: str) -> Chat:

@@ -24,6 +24,7 @@ class Chat(NamedTuple):
     """
 
     messages: tuple[Mapping[str, Any], ...]
+    tools: tuple[Mapping[str, Any], ...] = ()  # JSON schemas of the functions that the assistant may call
 
 
 class Labelled(NamedTuple):

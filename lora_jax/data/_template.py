@@ -73,6 +73,7 @@ def render_parts(
     parts: Sequence[tuple[int, bool]],
     add_generation_prompt: bool = False,
     budget: Budget | None = None,
+    tools: Sequence[Mapping[str, Any]] = (),
 ) -> tuple[str, list[int | None]]:
     """The text of a conversation, and the length of the text of each part of it.
 
@@ -88,10 +89,11 @@ def render_parts(
     if template is None:
         raise ValueError("the tokenizer has none")
     if not _is_transformers(tokenizer):
-        whole = _called(given, tokenizer, add_generation_prompt)
-        texts = [_called(given[:count], tokenizer, prompt) for count, prompt in parts]
+        whole = _called(given, tokenizer, add_generation_prompt, tools)
+        texts = [_called(given[:count], tokenizer, prompt, tools) for count, prompt in parts]
         return whole, [len(text) if whole.startswith(text) else None for text in texts]
     request = {"messages": given, "parts": parts, "prompt": add_generation_prompt, "template": template}
+    request["tools"] = list(tools) or None
     with _lock:
         text, lengths, seconds = _renderer().ask(request | {"names": tokenizer.special_tokens_map})
     if budget is not None:
@@ -119,9 +121,10 @@ def _is_transformers(tokenizer: Any) -> bool:
     return getattr(method, "__module__", None) == "transformers.tokenization_utils_base"
 
 
-def _called(messages: list[dict[str, Any]], tokenizer: Any, prompt: bool) -> str:
+def _called(messages: list[dict[str, Any]], tokenizer: Any, prompt: bool, tools: Sequence[Mapping[str, Any]]) -> str:
+    more = {"tools": list(tools)} if tools else {}
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **more)
     except Exception as error:  # a template may raise any exception
         raise ValueError(str(error)) from error
 
