@@ -1,4 +1,4 @@
-"""What a function computes of arguments that stay, done once: for a function that a loop calls many times."""
+"""Computing once what depends on fixed arguments alone, for a function that a loop calls many times."""
 
 import math
 from collections.abc import Callable, Sequence

@@ -42,7 +42,7 @@ def check_arguments(key: Any, params: Any, config: Any) -> None:
 
 
 def has_adams_eps(dtype: Any) -> bool:
-    """Whether 1e-8 isn't 0 in a dtype. In float16 it is, and Adam divides 0 by 0 where a gradient is small.
+    """Return whether 1e-8 isn't 0 in a dtype. In float16 it is, and Adam divides 0 by 0 where a gradient is small.
 
     >>> has_adams_eps("bfloat16"), has_adams_eps("float16")
     (True, False)
@@ -110,7 +110,7 @@ def _rule(pattern: str, entry: Any) -> Axes:
 
 
 def _is_key(x: Any) -> bool:
-    """Whether `x` is one random key: a typed scalar, or the uint32 words of an old one."""
+    """Return whether `x` is one random key: a typed scalar, or the uint32 words of an old one."""
     if not isinstance(x, jax.Array | np.ndarray):
         return False
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):

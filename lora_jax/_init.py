@@ -147,7 +147,7 @@ def _named_embedding(path: str) -> bool:
 
 
 def _is_matrix(path: str, leaf: Any, exact: Mapping[str, TracedAxes] | None) -> bool:
-    """Whether a leaf has an input and an output side, as far as can be known."""
+    """Return whether a leaf has an input and an output side, as far as can be known."""
     if isinstance(leaf, Trained) or len(np.shape(leaf)) < 2:
         return False
     if exact is not None and path in exact:

@@ -59,7 +59,7 @@ def opened(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
 
 
 def used_inputs(jaxpr: Any, outputs: Sequence[bool]) -> list[bool]:
-    """Whether the chosen outputs of a closed jaxpr depend on each input, by its equations: a product with 0 depends.
+    """Return whether the chosen outputs of a closed jaxpr depend on each input; a product with 0 depends.
 
     >>> import jax
     >>> used_inputs(jax.make_jaxpr(lambda x, y: (x + 1, x * y))(1.0, 2.0), [True, False])
@@ -70,7 +70,7 @@ def used_inputs(jaxpr: Any, outputs: Sequence[bool]) -> list[bool]:
 
 
 def differentiable_leaves(function: Callable[[Any], Any], tree: Any) -> list[bool]:
-    """Whether the function can have a nonzero derivative by each leaf of a tree, in the order of `jax.tree.leaves`.
+    """Return whether the function can have a nonzero derivative by each leaf, in the order of `jax.tree.leaves`.
 
     The derivative by the others is zero whatever the values: they aren't used, or only through `stop_gradient`, an
     integer or a comparison. It is found in an abstract trace of the forward derivative, so that nothing is computed.

@@ -94,7 +94,7 @@ class LoRA:
 
     @property
     def scale_is_static(self) -> bool:
-        """Whether the scale is a part of the tree's structure, not a leaf."""
+        """Return whether the scale is a part of the tree's structure, not a leaf."""
         return self._numbers is not None
 
     @property
@@ -313,7 +313,7 @@ def used_ranks(node: LoRA) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnums=2)
 def _used(a: jax.Array, b: jax.Array, stack: int) -> jax.Array:
-    """Whether each rank of each stack index is nonzero in a factor, bool[*stack, rank]."""
+    """Return whether each rank of each stack index is nonzero in a factor, bool[*stack, rank]."""
     in_a = (a != 0).any(axis=range(stack, a.ndim - 1))
     return in_a | (b != 0).any(axis=range(stack + 1, b.ndim))
 

@@ -177,7 +177,7 @@ def _singles(adapter: Any) -> list[Any]:
 
 
 def _keeps_padding(tx: optax.GradientTransformationExtraArgs, adapter: Any) -> bool:
-    """Whether padding stays zero, and one more column of padding doesn't change the steps of other entries."""
+    """Return whether padding stays zero, and one more column of padding doesn't change the steps of other entries."""
     rng = np.random.default_rng(0)
     real = edit(adapter, leaf=_real_entries)
 

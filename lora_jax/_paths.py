@@ -88,7 +88,7 @@ def match(
 
 
 def is_vector(path: str) -> bool:
-    """Whether the leaf's name is that of a bias or of a norm's scale."""
+    """Return whether the leaf's name is that of a bias or of a norm's scale."""
     return path.rpartition("/")[2] in VECTOR_NAMES
 
 

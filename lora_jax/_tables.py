@@ -242,7 +242,7 @@ def _is_zero(atom: Any) -> bool:
 
 
 def _handles_ids_beyond(eqn: Any) -> bool:
-    """Whether a lookup itself has a result for ids beyond the table: the last row, or a fill value other than JAX's."""
+    """Return whether a lookup has a result of its own for ids beyond the table: the last row, or a given fill value."""
     mode = jax.lax.GatherScatterMode.from_any(eqn.params["mode"])
     if mode == jax.lax.GatherScatterMode.CLIP:
         return True

@@ -11,12 +11,12 @@ from lora_jax._quantize.node import Quantized
 
 
 def is_node(x: Any) -> bool:
-    """Whether `x` is a LoRA node, a leaf trained in full or a quantized kernel: pytrees that count as one leaf."""
+    """Return whether `x` is a LoRA node, a leaf trained in full or a quantized kernel: each counts as one leaf."""
     return isinstance(x, LoRA | Trained | Quantized)
 
 
 def is_quantized(x: Any) -> bool:
-    """Whether `x` is a quantized kernel."""
+    """Return whether `x` is a quantized kernel."""
     return isinstance(x, Quantized)
 
 
@@ -42,7 +42,7 @@ def _children(tree: Any) -> tuple[list[tuple[Any, Any]], Any] | None:
 
 
 def is_box(tree: Any) -> bool:
-    """Whether `tree` is one array in a wrapper, such as `nn.Partitioned` and `nnx.Param`; it counts as one leaf.
+    """Return whether `tree` is one array in a wrapper, such as `nn.Partitioned` and `nnx.Param`; it counts as one leaf.
 
     A wrapper is recognised by its pytree form, a single child under `.value`, so that no framework need be imported.
     """
@@ -151,7 +151,7 @@ def nodes_of(tree: Any) -> dict[str, LoRA]:
 
 
 def is_adapter(tree: Any) -> bool:
-    """Whether `tree` is an adapter tree, as `split` returns it: it has nodes, and none has its kernel beside it."""
+    """Return whether `tree` is an adapter tree, as `split` returns it: it has nodes, without kernels beside them."""
     nodes, paths = nodes_of(tree), {path for path, leaf in leaves_with_paths(tree) if not isinstance(leaf, LoRA)}
     return bool(nodes) and paths.isdisjoint(nodes)
 

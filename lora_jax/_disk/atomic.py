@@ -186,7 +186,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _is_mounted(folder: Path) -> bool:
-    """Whether a folder is a mount point; Linux lists bind mounts, which look like ordinary folders otherwise."""
+    """Return whether a folder is a mount point; Linux lists bind mounts, which look like ordinary folders otherwise."""
     listed = Path("/proc/self/mountinfo")
     mounts = [line.split()[4] for line in listed.read_text().splitlines()] if listed.exists() else []
     return folder.is_mount() or str(folder).replace(" ", r"\040") in mounts

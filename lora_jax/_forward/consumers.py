@@ -187,7 +187,7 @@ def _names_after(numbers: Any, ndim: int, kernel_ndim: int) -> dict[int, int]:
 
 
 def _is_whole(factor: Factor, axis: int, params: Any) -> bool:
-    """Whether the slice is as long as its axis, as under vmap of dynamic_slice: then its index can only be zero."""
+    """Return whether the slice is as long as its axis, as under vmap of dynamic_slice: its index is then zero."""
     # In these modes an index that is too large is reduced until the slice fits, which is to 0 here.
     inside = params["mode"] in (lax.GatherScatterMode.CLIP, lax.GatherScatterMode.PROMISE_IN_BOUNDS)
     return inside and params["slice_sizes"][axis] == factor.size(axis)

@@ -201,7 +201,7 @@ class Frame:
 
 
 def _bare_product(eqn: Any, values: Sequence[Any]) -> bool:
-    """Whether a product's kernels have updates of rank 0, as quantized ones without adapters do: x W is all."""
+    """Return whether a product's kernels have updates of rank 0, as quantized ones without adapters do: x W is all."""
     kernels = [value for value in values if isinstance(value, LowRank)]
     return eqn.primitive.name in PRODUCTS and not any(kernel.a.size(RANK) or kernel.gain for kernel in kernels)
 

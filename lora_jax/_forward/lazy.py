@@ -81,7 +81,7 @@ class Lazy:
 
     @property
     def lead(self) -> int:
-        """How many of W's leading axes are those of the codes, untouched."""
+        """The number of leading axes of W that are axes of the codes, unchanged."""
         return self._made[1]
 
     @property
@@ -121,7 +121,7 @@ class Lazy:
 
 @functools.lru_cache(maxsize=4096)
 def _made(structure: Any, arrays: Any, steps: tuple[Step, ...]) -> tuple[jax.ShapeDtypeStruct, int]:
-    """What the steps make of the node, and how many leading axes none of them has touched."""
+    """Apply the steps to the node, and count the leading axes that none of them has changed."""
     node = jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(*each) for each in arrays])
     lead = node.values.ndim - len(node.axes.inputs) - len(node.axes.outputs)
     made = jax.ShapeDtypeStruct(node.values.shape, node.dtype)

@@ -159,7 +159,7 @@ def product(
 
 
 def _on_one_cpu(*values: Any) -> bool:
-    """Whether merging dimensions is free: on a CPU, where no mesh cuts one of them."""
+    """Return whether merging dimensions is free: on a CPU, where no mesh cuts one of them."""
     return jax.default_backend() == "cpu" and all(jax.typeof(value).sharding.mesh.empty for value in values)
 
 
@@ -193,7 +193,7 @@ def wide(dtype: Any) -> Any:
 
 
 def narrow(dtype: Any) -> bool:
-    """Whether a float dtype has fewer than 16 bits: rounding to it is quantization, not a choice of precision."""
+    """Return whether a float dtype has fewer than 16 bits, so that rounding to it is quantization."""
     return jnp.finfo(dtype).bits < 16
 
 
@@ -231,7 +231,7 @@ def gained(value: Any, gain: Factor, places: Mapping[int, int] | Sequence[int]) 
 
 
 def is_vector(kernel: LowRank) -> bool:
-    """Whether the inputs or the outputs have size one, as after looking up one row: then ΔW costs no more than b."""
+    """Return whether the inputs or the outputs have size one, as after looking up one row: ΔW costs no more than b."""
     sides = [
         math.prod(f.size(k) for k in f.axes if k != RANK and kernel.only(k) == side)
         for f, side in ((kernel.a, "a"), (kernel.b, "b"))

@@ -160,7 +160,7 @@ def dropout_of(apply_fn: Callable[..., Any]) -> float:
 
 
 def with_raw(apply_fn: Callable[..., Any], other: Callable[[Any], Any]) -> Callable[..., Any]:
-    """What `other` makes of the raw function, adapted as `apply_fn` is; under a wrapper it isn't reached.
+    """Apply `other` to the raw function and adapt the result as `apply_fn` is adapted; wrappers hide the raw function.
 
     >>> with_raw(adapt(abs, dropout=0.1), lambda raw: round)._lora_jax_adapted.settings.dropout
     0.1
@@ -223,7 +223,7 @@ def _parameter_names(function: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def is_array(leaf: Any) -> bool:
-    """Whether an argument is traced; all others, Python numbers included, are passed to the function as they are."""
+    """Return whether an argument is traced; the others, Python numbers included, are passed on as they are."""
     return isinstance(leaf, (jax.Array, np.ndarray, np.generic, Quantized))
 
 

@@ -54,7 +54,7 @@ class Tensor(NamedTuple):
 
     @property
     def is_linear(self) -> bool:
-        """Whether `"all-linear"` selects it."""
+        """Return whether `"all-linear"` selects it."""
         return self.takes_lora and not self.is_embedding and self.module != HEAD
 
     @property
@@ -135,7 +135,7 @@ def check_axes(tensor: Tensor, axes: Axes) -> None:
 
 
 def looks_up(tensor: Tensor, axes: Axes) -> bool:
-    """Whether `a` is on the vocabulary's side of an embedding, as PEFT's A is.
+    """Return whether `a` is on the vocabulary's side of an embedding, as PEFT's A is.
 
     Where a tied kernel's axes were read off its use as a head, the vocabulary is its output, and `b` is on that side.
     """

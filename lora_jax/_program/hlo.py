@@ -37,7 +37,7 @@ class Collective(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """Of one run."""
+        """The bytes of one run."""
         digits = re.search(r"\d+", self.dtype)
         return math.prod(self.shape) * (max(int(digits[0]) // 8, 1) if digits else 1)
 
@@ -79,7 +79,7 @@ class _Reader:
         self.silent: dict[str, bool] = {}
 
     def read(self, name: str, times: int, channels: set[tuple[str, str]]) -> Iterator[Collective]:
-        """What a computation sends; `channels` are those that were used before."""
+        """Add up what a computation sends; `channels` were used before."""
         if self.is_silent(name):
             return
         types: dict[str, str] = {}
@@ -110,7 +110,7 @@ class _Reader:
                     yield from self.read(callee, times, channels)
 
     def is_silent(self, name: str) -> bool:
-        """Whether a computation, and all that it calls, sends nothing."""
+        """Return whether a computation, and all that it calls, sends nothing."""
         if name not in self.silent:
             self.silent[name] = False  # a computation never calls itself
             text = "\n".join(self.computations.get(name, ()))
@@ -120,7 +120,7 @@ class _Reader:
         return self.silent[name]
 
     def trips(self, line: str, body: str, condition: str) -> int:
-        """How often a loop's body runs: as noted, or from 0 to the one constant of its condition, else 1.
+        """Count the runs of a loop's body: the noted number, or the one constant of its condition, else 1.
 
         A loop that a compiler has unrolled counts in larger steps.
         """

@@ -1,4 +1,4 @@
-"""What to quantize and how: the settings of `lora_jax.quantize`."""
+"""The settings of `lora_jax.quantize`."""
 
 import dataclasses
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Where the data of a quantized kernel lie on a mesh: cut as the kernel is."""
+"""The shardings of the data of a quantized kernel, which follow the kernel's."""
 
 import dataclasses
 import math

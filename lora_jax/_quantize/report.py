@@ -1,4 +1,4 @@
-"""What quantization changes: a report to read and to print."""
+"""A report of the rounding errors of quantized kernels."""
 
 import dataclasses
 import math

@@ -25,7 +25,7 @@ _LEAST = float(np.finfo(np.float32).tiny)  # below it 1 / x is infinite, or x it
 
 
 class Scheme(NamedTuple):
-    """How the numbers of a group are coded.
+    """A code for the numbers of a group.
 
     Attributes:
       group_size: Inputs that share a scale where nothing else is asked for; 0 of a scheme with a scale for each output.

@@ -144,7 +144,7 @@ def _saved(arrays: dict[str, Any]) -> dict[str, Any]:
 
 
 def _abstract(arrays: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
-    """What to restore, and where: on the devices that most of it is on."""
+    """Describe the arrays to restore, on the devices that most of them are on."""
     meshes = [x.sharding.mesh for x in arrays.values() if isinstance(x.sharding, NamedSharding)]
     mesh = max(meshes, key=lambda mesh: mesh.size, default=None)
 

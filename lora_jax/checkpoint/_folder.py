@@ -15,7 +15,7 @@ def newest(folder: str | Path) -> int | None:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a folder of checkpoints may hold `path`: a checkpoint, complete or partial, or the folder's lock."""
+    """Return whether `path` is a checkpoint, complete or partial, or the lock of a folder of checkpoints."""
     partial = _PARTIAL.fullmatch(path.name) is not None or path.name == ".lock"
     return partial or (path.name.isdigit() and path.is_dir())
 

@@ -130,7 +130,7 @@ class Base:
         return self._with_tokenizer(model)
 
     def _transform(self, labels: Sequence[str] | None) -> Callable[[Any], Any] | None:
-        """What becomes of the weights while they are read."""
+        """The transform of the weights while they are read."""
         return None
 
     def load_streamed(self, labels: Sequence[str] | None = None, key: jax.Array | None = None) -> Any:

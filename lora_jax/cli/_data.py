@@ -13,7 +13,7 @@ COLUMNS = ("text", "text_pair", "label", "prompt", "completion", "messages")
 
 @dataclass(frozen=True, kw_only=True)
 class DataFlags:
-    """How the rows of `--data` are read."""
+    """The options of reading the rows of `--data`."""
 
     format: data.Format | None = None
     """form of the rows, which otherwise their columns say: alpaca (instruction, input, output) or sharegpt

@@ -23,7 +23,7 @@ class Labels(NamedTuple):
 
     @property
     def regression(self) -> bool:
-        """Whether the label is a score."""
+        """Return whether the label is a score."""
         return len(self.names) == 1
 
     def value(self, row: Labelled) -> np.int32 | np.float32:

@@ -84,7 +84,7 @@ def sharegpt(messages: Any, name: str, where: str) -> Chat:
 
 
 def _has_content(message: Mapping[str, Any]) -> bool:
-    """Whether there is a text, a list of parts with their types, or none beside the calls of tools."""
+    """Return whether there is a text, a list of parts with their types, or none beside the calls of tools."""
     content = message.get("content")
     if isinstance(content, list):
         return bool(content) and all(_has(part, "type") and isinstance(part["type"], str) for part in content)

@@ -42,7 +42,7 @@ LONGEST_QUOTE = 40  # characters of a value in a message
 
 
 def is_target(message: Mapping[str, Any]) -> bool:
-    """Whether a message of a chat is a target.
+    """Return whether a message of a chat is a target.
 
     Raises:
         ValueError: Its weight is neither 0 nor 1.

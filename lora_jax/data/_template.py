@@ -116,7 +116,7 @@ def template_of(tokenizer: Any) -> str | None:
 
 
 def _is_transformers(tokenizer: Any) -> bool:
-    """Whether transformers' own method renders the template: any other method may do more than render it."""
+    """Return whether transformers' own method renders the template: any other method may do more than render it."""
     method = getattr(type(tokenizer), "apply_chat_template", None)
     return getattr(method, "__module__", None) == "transformers.tokenization_utils_base"
 
@@ -188,7 +188,7 @@ class _Renderer:
 
     @property
     def running(self) -> bool:
-        """Whether this process can send requests: a fork of it would read the answers to the other's requests."""
+        """True if this process may send requests: a fork of it would read the answers to the other's."""
         return self.owner == os.getpid() and self._process.poll() is None
 
     def close(self) -> None:

@@ -60,7 +60,7 @@ class _Global(NamedTuple):
 
 
 class _Mark(NamedTuple):
-    """Where a tuple or a run of items begins on the stack."""
+    """The mark at which a tuple or a run of items begins on the stack."""
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:

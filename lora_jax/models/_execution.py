@@ -67,7 +67,7 @@ class Choice(NamedTuple):
     interpreted: bool = False  # a kernel on another platform than the one that it is written for
 
     def packs(self, attention_mask: Any) -> bool:
-        """Whether the real tokens of each row must be moved to its front."""
+        """Return whether the real tokens of each row must be moved to its front."""
         return self.form in KERNELS and attention_mask is not None
 
     def __str__(self) -> str:
@@ -220,7 +220,7 @@ def one_by_one(parent: nn.Module, name: str, layer: nn.Module, x: Any, own: Sequ
 
 
 def lean(prim: Any, *avals: Any, **params: Any) -> bool:
-    """Whether a primitive's output is saved for the backward pass: products with a kernel, and attention's output.
+    """Return whether the backward pass gets a primitive's output: products with a kernel, and attention's output.
 
     A product costs 2k operations for each number of its output, where k is the size of the contracted axes. If k is
     small beside the outputs of its kernel, as the rank of a low-rank factor is, recomputing is cheaper than saving: so

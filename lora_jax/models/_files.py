@@ -109,7 +109,7 @@ def current(name: str) -> str:
 
 
 def _exists(path: Path) -> bool:
-    """Whether a path exists, possibly as a broken link, for which there is a message of its own."""
+    """Return whether a path exists, possibly as a broken link, for which there is a message of its own."""
     return path.is_symlink() or path.exists()
 
 

@@ -60,7 +60,7 @@ class Layout:
         return PartitionSpec(*(self._dividing(axes, count) for axes, count in zip(wanted, counts, strict=True)))
 
     def rows(self) -> NamedSharding:
-        """Where a batch belongs, whose first axis is its rows."""
+        """The sharding of a batch, whose first axis is its rows."""
         assert self.mesh is not None
         return NamedSharding(self.mesh, PartitionSpec(dict(self.rules).get("batch")))
 

@@ -59,7 +59,7 @@ class AdapterConfig:
         return {}
 
     def targets(self, module: str, *, linear: bool = False) -> bool:
-        """Whether PEFT would adapt `module` (its `check_target_module_exists`).
+        """Return whether PEFT would adapt `module` (its `check_target_module_exists`).
 
         Args:
             module: dotted name, without PEFT's `base_model.model.` prefix.
@@ -76,7 +76,7 @@ class AdapterConfig:
         return self._named(self.target_modules, module) and self._in_layers(module)
 
     def _named(self, patterns: tuple[str, ...] | str | None, module: str) -> bool:
-        """Whether `patterns` name the module: a regular expression for the whole name, or a list of name endings."""
+        """Return whether `patterns` name the module: a regular expression for its name, or a list of name endings."""
         if isinstance(patterns, str):
             return _module_patterns.fullmatch(patterns, module, self.budget)
         return any(module == name or module.endswith(f".{name}") for name in patterns or ())
@@ -105,7 +105,7 @@ class AdapterConfig:
         return default
 
     def saves(self, module: str) -> bool:
-        """Whether `modules_to_save` names `module` or a module that contains it.
+        """Return whether `modules_to_save` names `module` or a module that contains it.
 
         PEFT compares endings of names and doesn't ask for a dot before them: "head" names `lm_head` too.
         """

@@ -120,7 +120,7 @@ def _refuse(problems: list[str]) -> None:
 
 
 def _same(array: np.ndarray, slot: Slot, leaves: Mapping[str, Any]) -> bool:
-    """Whether an array of the file is the base's own tensor, in the array's dtype."""
+    """Return whether an array of the file is the base's own tensor, in the array's dtype."""
     assert isinstance(slot.goes_to, TrainedLeaf)
     tensor = slot.goes_to.tensor
     base = np.asarray(leaves[tensor.path])[tensor.index]

@@ -100,7 +100,7 @@ def check(patterns: Collection[str], around: Callable[[str], str] = whole) -> No
 
 
 def fullmatch(pattern: str, name: str, budget: Budget | None = None) -> bool:
-    """Whether `pattern` matches the whole of `name`, as `re.fullmatch` would say.
+    """Return whether `pattern` matches the whole of `name`, as `re.fullmatch` would say.
 
     >>> fullmatch(r"(?i:model)\\.layers\\.[0-3]\\..*(?<!k)_proj", "model.layers.2.self_attn.v_proj")
     True
@@ -112,7 +112,7 @@ def fullmatch(pattern: str, name: str, budget: Budget | None = None) -> bool:
 
 
 def names_end(pattern: str, name: str, budget: Budget | None = None) -> bool:
-    """Whether `pattern` matches `name`, or an ending of it that follows a dot: PEFT's rule for ranks and alphas.
+    """Return whether `pattern` matches `name`, or an ending of it that follows a dot: PEFT's rule for ranks and alphas.
 
     >>> names_end("q_proj", "model.layers.2.self_attn.q_proj"), names_end("proj", "model.layers.2.self_attn.q_proj")
     (True, False)
@@ -123,7 +123,7 @@ def names_end(pattern: str, name: str, budget: Budget | None = None) -> bool:
 
 
 def names_part(pattern: str, name: str, budget: Budget | None = None) -> bool:
-    """Whether `pattern` matches consecutive components of `name`: PEFT's rule for modules that are trained in full.
+    """Return whether `pattern` matches consecutive components of `name`: PEFT's rule for modules trained in full.
 
     >>> names_part("classifier", "model.classifier.dense"), names_part("class", "model.classifier.dense")
     (True, False)

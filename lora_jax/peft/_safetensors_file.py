@@ -64,6 +64,6 @@ def wrong_dtype(dtype: str) -> str:
 
 
 def is_finite(array: np.ndarray) -> bool:
-    """Whether every number is finite, in float32 too."""
+    """Return whether every number is finite, in float32 too."""
     with np.errstate(over="ignore"):
         return bool(np.isfinite(array.astype(np.float32)).all())

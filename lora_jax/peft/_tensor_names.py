@@ -82,7 +82,7 @@ def peft_name(name: str) -> str:
 
 
 def is_original(name: str) -> bool:
-    """Whether a name is that of a base's tensor, which some files have beside the trained one and which isn't needed.
+    """Return whether a name is that of a base's tensor, which some files have beside the trained one needlessly.
 
     >>> is_original("base_model.model.classifier.original_module.bias")
     True

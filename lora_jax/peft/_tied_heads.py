@@ -91,7 +91,7 @@ def check(tree: Parts, names: Mapping[str, Weight], tokens: Collection[str]) -> 
 
 
 def _differ(config: AdapterConfig, modules: Collection[str]) -> bool:
-    """Whether the adapter gives these modules, which share one weight, different weights."""
+    """Return whether the adapter gives these modules, which share one weight, different weights."""
     adapted = any(config.targets(module) for module in modules)
     if config.ensure_weight_tying:
         return adapted and config.use_dora  # PEFT gives each a magnitude of its own

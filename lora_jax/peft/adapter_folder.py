@@ -45,7 +45,7 @@ def find(folder: Path) -> tuple[AdapterConfig, Path]:
 
 
 def has_config(folder: Path) -> bool:
-    """Whether the folder has the config of an adapter."""
+    """Return whether the folder has the config of an adapter."""
     return (folder / CONFIG_FILE).is_file()
 
 
@@ -72,7 +72,7 @@ def base_model(folder: Path) -> Any:
 
 
 def trains_embeddings(folder: Path) -> bool:
-    """Whether the adapter trains an embedding or rows of one, as it does where tokens were added to the vocabulary."""
+    """Return whether the adapter trains an embedding or rows of one, as for tokens added to the vocabulary."""
     config = _config_file.read(folder)
     return bool(config.trainable_token_indices) or any("embed" in name for name in config.modules_to_save)
 
@@ -99,7 +99,7 @@ def labels(folder: Path, width: int) -> int | None:
 
 
 def saved_here(folder: Path) -> bool:
-    """Whether the adapter in the folder is one that `save` wrote."""
+    """Return whether the adapter in the folder is one that `save` wrote."""
     path = folder / TENSORS_FILE
     if not path.is_file():
         return False

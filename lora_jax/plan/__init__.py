@@ -1,4 +1,4 @@
-"""What a training step needs of each chip, found by compiling it: before a chip is rented, and without weights.
+"""Planning: the memory and the traffic of each chip in a training step, found by compiling it without weights.
 
 found = plan("path/to/folder", LoRAConfig(rank=8, alpha=16), TrainConfig(batch_size=8), topology="v6e:2x4")
 print(found)

@@ -93,7 +93,7 @@ def _measured(step: Step, platform: str | None, devices: int, report: Report, co
 
 
 def over_full(message: str, arguments: int) -> dict[str, Any]:
-    """What a compiler's refusal says of memory.
+    """Read the memory from a compiler's refusal.
 
     >>> text = "the total memory required for HLO temporaries (20.00G) exceeds available HBM (15.75G)."
     >>> found = over_full(f"RESOURCE_EXHAUSTED: Ran out of memory on HBM, {text}", arguments=2**30)
@@ -149,7 +149,7 @@ def _sent(compiled: Any) -> dict[str, Any]:
 
 
 def _share(step: Step) -> float:
-    """Of a kernel's blocks of queries and keys, how many a causal mask leaves: those on and below the diagonal."""
+    """Count the blocks of queries and keys on and below the diagonal, which a causal mask leaves to a kernel."""
     if not step.model.generates:
         return 1.0
     blocks = max(1, step.batch["input_ids"].shape[1] // 512)

@@ -51,7 +51,7 @@ def check(sizes: Mapping[str, int], devices: int) -> None:
 
 
 def size(sizes: Mapping[str, int]) -> int:
-    """How many devices there are."""
+    """The number of devices."""
     return math.prod(sizes.values())
 
 

@@ -1,4 +1,4 @@
-"""What is to be planned, as one value that goes to another process as JSON."""
+"""The request of a plan, which goes to another process as JSON."""
 
 import dataclasses
 from typing import Any

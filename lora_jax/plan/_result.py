@@ -11,7 +11,7 @@ SIZES = ("arguments", "temporaries", "outputs", "program", "total")
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a training step needs of each chip.
+    """The needs of a training step on each chip.
 
     Attributes:
       request: What was asked for.
@@ -57,7 +57,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether each chip holds the step."""
+        """Return whether each chip holds the step."""
         return self.short_by == 0
 
     @property
@@ -105,7 +105,7 @@ class Plan:
 
     @property
     def advice(self) -> list[str]:
-        """What would make it fit: each line one change. Empty where it fits."""
+        """Changes that would make the step fit, a line each; empty if it fits."""
         if self.fits:
             return []
         values, train = self.found["per_chip"], self.request.train

@@ -44,7 +44,7 @@ def search(
 
 
 def order(plan: Plan) -> tuple[int, int, int]:
-    """What sorts plans."""
+    """The key that sorts plans."""
     kinds = plan.per_chip["collectives"] or {}
     return (plan.short_by, plan.per_chip["flops"], sum(kind["bytes"] for kind in kinds.values()))
 

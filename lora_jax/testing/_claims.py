@@ -311,7 +311,7 @@ def _rows_are_cut(leaf: Any) -> bool:
 
 
 def _holds(shape: Sequence[int], batch: Sequence[int]) -> bool:
-    """Whether an array has every row and position of a batch [rows, length, ...], and several numbers for each.
+    """Return whether an array has every row and position of a batch [rows, length, ...], and several numbers for each.
 
     >>> _holds((16, 8, 2048, 64), (16, 2048)), _holds((16 * 2048, 64), (16, 2048)), _holds((2, 2048, 64), (16, 2048))
     (True, True, False)

@@ -79,8 +79,8 @@ class TrainConfig:
     """Steps between lines in metrics.jsonl."""
 
     report_to: tuple[str, ...] = ("tensorboard",)
-    """Where the lines of metrics.jsonl go too: tensorboard (event files in the output folder), wandb (Weights &
-    Biases, if installed) or none; several with commas."""
+    """Further destinations of the lines of metrics.jsonl: tensorboard (event files in the output folder), wandb
+    (Weights & Biases, if installed) or none; several with commas."""
 
     eval_steps: int | None = None
     """Steps between evaluations on the validation examples. 0: only before and after training. None: only before and

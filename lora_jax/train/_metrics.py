@@ -52,5 +52,5 @@ def regression_metrics(predictions: np.ndarray, labels: np.ndarray) -> dict[str,
 
 
 def _constant(x: np.ndarray) -> bool:
-    """Whether all values are equal up to rounding errors, which would correlate by chance."""
+    """Return whether all values are equal up to rounding errors, which would correlate by chance."""
     return bool(np.std(x) <= 1e-12 * np.abs(np.mean(x)))

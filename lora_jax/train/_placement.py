@@ -51,7 +51,7 @@ class Placement(NamedTuple):
         return jax.jit(lambda: jax.random.key(seed), out_shardings=self.everywhere)()
 
     def context(self) -> contextlib.AbstractContextManager[Any]:
-        """What the run is in: whatever mesh the caller has set, its arrays are of this one."""
+        """The context of the run: its arrays are on this mesh, whatever mesh the caller has set."""
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     @property
@@ -108,7 +108,7 @@ def placed(
 
 
 def _as_they_are(params: Any, mesh: Mesh) -> tuple[NamedSharding, dict[str, NamedSharding]]:
-    """Where batches are, and the leaves that are on the mesh's devices already."""
+    """The shardings of batches, and of the leaves that are on the mesh's devices already."""
     base = {}
     for path, leaf in leaves_with_paths(params):
         sharding = None if isinstance(leaf, LoRA) else getattr(jax.tree.leaves(leaf)[0], "sharding", None)

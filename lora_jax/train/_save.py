@@ -75,7 +75,7 @@ class Saver:
         return state
 
     def due(self, step: int, last: bool) -> bool:
-        """Whether a checkpoint is due: by steps if `save_steps` is given, else by minutes.
+        """Return whether a checkpoint is due: by steps if `save_steps` is given, else by minutes.
 
         The last step is saved if another step was: a run shorter than `save_minutes` leaves no checkpoints.
         """
