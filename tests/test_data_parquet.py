@@ -35,7 +35,8 @@ def test_conversations_and_labels(tmp_path):
     turns = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yes"}]
     shared = write(tmp_path / "shared.parquet", [{"conversations": turns}])
     assert data.load(shared) == [Chat((USER, ASSISTANT))]
-    labels = data.load(write(tmp_path / "labels.parquet", [{"text": "a", "label": 1}, {"text": "b", "label": 0}]))
+    rows = [{"text": "a", "label": 1}, {"text": "b", "label": 0}]
+    labels = data.load(write(tmp_path / "labels.parquet", rows, row_group_size=1))
     assert [(row.label, row.where) for row in labels] == [
         (1, f"{tmp_path}/labels.parquet: row 1"),
         (0, f"{tmp_path}/labels.parquet: row 2"),
