@@ -79,9 +79,12 @@ def test_heads_that_do_not_divide_are_told_and_generate(inputs, capsys):
 @pytest.mark.parametrize(
     ("mesh", "words"),
     [
-        ("fsdp=3", "--mesh: fsdp=3 given, of 3 devices, expected the 8 that there are; --mesh auto takes them all"),
-        ("rows=8", "--mesh: 'rows=8' given, expected auto, or sizes of data, fsdp and model: data=2,fsdp=4"),
-        ("fsdp=2,fsdp=4", "--mesh: 'fsdp=2,fsdp=4' given, expected auto"),
+        ("fsdp=3", "mesh: fsdp=3 is 3 devices, expected the 8 that there are; auto takes them all"),
+        (
+            "rows=8",
+            "mesh: 'rows=8' given, expected auto, or axes of data, fsdp, model, each once and with its size: fsdp=8",
+        ),
+        ("fsdp=2,fsdp=4", "mesh: 'fsdp=2,fsdp=4' given, expected auto"),
         ("fsdp=8", "batch_size: 12 given, expected a multiple of 8, to be spread over fsdp=8"),
     ],
 )

@@ -21,21 +21,22 @@ def parse(text: str) -> dict[str, int]:
         found = re.fullmatch(r"\s*(\w+)\s*=\s*([1-9]\d{0,5})\s*", part)
         if found is None or found[1] not in AXES or found[1] in sizes:
             raise ValueError(
-                f"mesh: {text!r:.60} given, expected axes of {', '.join(AXES)}, each once and with its size: fsdp=8, or"
-                " data=2,fsdp=4"
+                f"mesh: {text!r:.60} given, expected auto, or axes of {', '.join(AXES)}, each once and with its size:"
+                " fsdp=8, or data=2,fsdp=4"
             )
         sizes[found[1]] = int(found[2])
     return sizes
 
 
 def auto(devices: int, rows: int) -> dict[str, int]:
-    """All devices: `fsdp` over as many as the rows divide by, `model` over the rest.
+    """Spread over all devices: `fsdp` over as many as the rows divide by, `model` over the rest.
 
-    >>> auto(8, rows=4), auto(8, rows=16)
-    ({'fsdp': 4, 'model': 2}, {'fsdp': 8})
+    >>> auto(8, rows=4), auto(8, rows=16), auto(8, rows=3)
+    ({'fsdp': 4, 'model': 2}, {'fsdp': 8}, {'model': 8})
     """
     fsdp = math.gcd(devices, rows)
-    return {"fsdp": fsdp} if fsdp == devices else {"fsdp": fsdp, "model": devices // fsdp}
+    sizes = {"fsdp": fsdp, "model": devices // fsdp}
+    return {name: count for name, count in sizes.items() if count > 1} or {"fsdp": 1}
 
 
 def check(sizes: Mapping[str, int], devices: int) -> None:
@@ -46,7 +47,7 @@ def check(sizes: Mapping[str, int], devices: int) -> None:
     """
     if (given := size(sizes)) != devices:
         raise ValueError(
-            f"mesh: {show(sizes)} is {given} devices, expected {devices}, for there are as many: fsdp={devices}"
+            f"mesh: {show(sizes)} is {given} devices, expected the {devices} that there are; auto takes them all"
         )
 
 
@@ -56,7 +57,7 @@ def size(sizes: Mapping[str, int]) -> int:
 
 
 def rows_over(sizes: Mapping[str, int]) -> int:
-    """Over how many devices the rows of a batch are spread."""
+    """The number of devices that the rows of a batch are spread over."""
     return math.prod(count for name, count in sizes.items() if name != "model")
 
 

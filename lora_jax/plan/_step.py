@@ -12,6 +12,7 @@ from lora_jax import models
 from lora_jax._config import LoRAConfig
 from lora_jax._forward import kernel_axes
 from lora_jax._init import init
+from lora_jax._optim import state_shardings
 from lora_jax._sharding import shardings
 from lora_jax._tree import split
 from lora_jax.plan._request import Request
@@ -47,17 +48,17 @@ class Step(NamedTuple):
 
 
 def open_model(request: Request, platform: str | None) -> Any:
-    """The model without weights."""
+    """Read the configuration of the model, without weights."""
     names: Any = {name: getattr(request, name) for name in ("attention", "remat", "layers")}
     given: Any = platform
     return models.load_abstract(request.model, request.dtype, platform=given, **names)
 
 
 def make(request: Request, model: Any, devices: Sequence[Any], *, full: bool = False) -> Step:
-    """The step on these devices: LoRA's, or full fine-tuning's with a float32 copy of every weight.
+    """Make the step on these devices: LoRA's, or full fine-tuning's with a float32 copy of every weight.
 
     Raises:
-      ValueError: a mesh that these devices don't make.
+      ValueError: The mesh isn't of these devices.
     """
     request.check_devices(len(devices))
     sizes = request.sizes(len(devices))
@@ -86,7 +87,7 @@ def make(request: Request, model: Any, devices: Sequence[Any], *, full: bool = F
     return Step(
         jitted=jax.jit(step, donate_argnums=(0, 1)),
         adapter=adapter,
-        state=_beside(jax.eval_shape(tx.init, adapter), adapter, copied),
+        state=_at(jax.eval_shape(tx.init, adapter), state_shardings(tx, adapter)),
         base=base,
         batch={name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for name, dtype in dtypes.items()},
         key=jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=copied) if train.dropout and not full else None,
@@ -107,18 +108,3 @@ def bytes_on_a_device(tree: Any) -> int:
 
 def _at(tree: Any, places: Any) -> Any:
     return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree, places)
-
-
-def _beside(state: Any, adapter: Any, copied: NamedSharding) -> Any:
-    """The optimizer's state, each moment placed as the leaf that it is of, and what is of none copied everywhere."""
-    name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
-    places = {name(path): leaf.sharding for path, leaf in jax.tree.leaves_with_path(adapter)}
-
-    def put(path: Any, leaf: Any) -> Any:
-        parts = name(path).split("/")
-        ends = ("/".join(parts[start:]) for start in range(len(parts)))
-        return jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=next((places[e] for e in ends if e in places), copied)
-        )
-
-    return jax.tree.map_with_path(put, state)
