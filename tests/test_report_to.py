@@ -171,6 +171,17 @@ def test_wandb_has_the_same_points_and_a_resumed_run_goes_on(tmp_path, wandb):
     assert points == expected_of(tmp_path) == points_of(tmp_path)
 
 
+def test_wandb_that_starts_no_run_is_one_line_and_leaves_no_run(tmp_path, wandb, monkeypatch):
+    def init(**settings):
+        raise Exception("no API key\n(no-tty)")
+
+    monkeypatch.setattr(sys.modules["wandb"], "init", init)
+    config = dataclasses.replace(CONFIG, report_to=("tensorboard", "wandb"))
+    with pytest.raises(ValueError, match=r"^report_to: wandb can't start a run \(no API key \(no-tty\)\); "):
+        run(tmp_path / "out", config)
+    assert not (tmp_path / "out" / "tensorboard").exists()
+
+
 def test_wandb_that_is_missing_is_one_line_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(_extras, "find_spec", lambda name: None)
     line = r"^report_to wandb needs wandb: pip install 'lora_jax\[wandb\]'$"

@@ -179,6 +179,17 @@ def test_patterns_are_shown_as_they_are():
         assert point.targets[0] in shown
 
 
+def test_a_device_needs_memory_for_its_part_of_the_base():
+    mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+    cut = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
+    base = {"w": jax.device_put(np.ones((64, 4), np.float32), cut), "b": np.ones(4, np.float32)}
+    assert _memory.size_of(base) == 64 * 4 * 4 / 8 + 16
+    product = jax.jit(lambda tree, x: x @ tree["w"])
+    alone = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), base)
+    whole, part = (_memory.bytes_needed(product, tree, np.ones((1, 64))) for tree in (alone, _memory.shapes(base)))
+    assert part < whole - 800
+
+
 def test_memory_is_known_on_every_system(monkeypatch):
     assert 2**28 < _memory.free_memory() < 2**45
 

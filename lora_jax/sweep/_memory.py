@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
+from jax.sharding import NamedSharding
 
 SMALL_MACHINE = 8 * 2**30  # bytes, assumed where a system reports none
 
@@ -60,13 +60,28 @@ def bytes_needed(step: Callable[..., Any], *arguments: Any) -> int:
 
 
 def size_of(tree: Any) -> int:
-    """Bytes of all arrays."""
-    return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    """Bytes of all arrays on one device."""
+    return sum(math.prod(_part(leaf)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _part(leaf: Any) -> tuple[int, ...]:
+    """The shape of the part of an array that is on one device."""
+    sharding = getattr(leaf, "sharding", None)
+    return leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
 
 
 def shapes(tree: Any, lead: tuple[int, ...] = ()) -> Any:
-    """The tree with a `ShapeDtypeStruct` for each array, which has `lead` as further leading axes."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((*lead, *x.shape), x.dtype), tree)
+    """The tree with a `ShapeDtypeStruct` for each array, which has `lead` as further leading axes.
+
+    Without further axes, what is on a mesh stays there: a device needs memory for its part alone.
+    """
+
+    def shape(x: Any) -> Any:
+        sharding = getattr(x, "sharding", None)
+        placed = sharding if isinstance(sharding, NamedSharding) and not lead else None
+        return jax.ShapeDtypeStruct((*lead, *x.shape), x.dtype, sharding=placed)
+
+    return jax.tree.map(shape, tree)
 
 
 def free_memory() -> int:

@@ -202,3 +202,5 @@ def check_config(config: TrainConfig) -> None:
             raise ValueError(
                 f"{name}: {getattr(config, name)} given, but a sweep evaluates and saves at its end only; leave it out"
             )
+    if "wandb" in config.report_to:
+        raise ValueError("report_to: wandb given, but a sweep writes its results to its own files only; leave it out")

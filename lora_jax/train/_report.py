@@ -47,10 +47,10 @@ def reporters(config: TrainConfig, folder: Path | None, last: int | None) -> Ite
     """
     with contextlib.ExitStack() as stack:
         opened: list[Reporter] = []
+        if "wandb" in config.report_to:  # first: it may refuse, and then there is no file of a run yet
+            opened.append(stack.enter_context(_Wandb(config, folder)))
         if "tensorboard" in config.report_to and folder is not None:
             opened.append(stack.enter_context(TensorBoard(folder, last)))
-        if "wandb" in config.report_to:
-            opened.append(stack.enter_context(_Wandb(config, folder)))
         yield opened
 
 
@@ -70,6 +70,9 @@ class _Wandb:
     """A run of Weights & Biases; its environment variables (WANDB_PROJECT, WANDB_MODE, ...) apply.
 
     A resumed run has the same identifier. The service ignores steps that it has already, so no point is doubled.
+
+    Raises:
+        ValueError: The run can't be started, for example without a login.
     """
 
     def __init__(self, config: TrainConfig, folder: Path | None):
@@ -77,7 +80,14 @@ class _Wandb:
         run = secrets.token_hex(4) if path is None or not path.exists() else path.read_text().strip()
         wandb: Any = import_module("wandb")  # here, because few runs use it and its import takes seconds
         where = {} if folder is None else {"dir": str(folder), "name": folder.name}
-        self._run = wandb.init(id=run, resume="allow", config=vars(config), **where)
+        try:
+            self._run = wandb.init(id=run, resume="allow", config=vars(config), **where)
+        except Exception as error:  # wandb's own errors have no other base
+            why = " ".join(str(error).split())
+            raise ValueError(
+                f"report_to: wandb can't start a run ({why:.90}); call `wandb login`, set WANDB_MODE=offline, or"
+                " leave it out"
+            ) from error
         if path is not None:
             _disk.write(path, run)
 
