@@ -24,6 +24,7 @@ GROUPS = {
     "_optim": ({"_tree", "_paths"}, {"jax", "numpy", "optax"}),
     "_sharding": ({"_tree", "_paths"}, {"jax", "numpy"}),
     "_program": ({"_jaxprs", "_walk"}, {"jax"}),
+    "_mesh": (set(), set()),
     "testing": ({"_tree", "_paths", "_jaxprs", "_program"}, {"jax"}),
     "_tables": ({"_walk"}, {"jax", "numpy"}),
     "_finite": ({"_tree", "_paths"}, {"jax"}),
@@ -49,7 +50,7 @@ GROUPS = {
     ),
     "generate": (CORE | {"data", "checkpoint", "prefix"}, {"jax", "numpy"}),
     "sweep": (CORE | {"_disk", "data", "prefix", "train", "analysis", "models"}, {"jax", "numpy", "rich"}),
-    "plan": (CORE | {"_program", "models", "train"}, {"jax", "numpy"}),
+    "plan": (CORE | {"_program", "_mesh", "models", "train"}, {"jax", "numpy"}),
     "cli": (None, {"jax", "numpy", "rich", "tyro"}),  # None: everything
 }
 TREE = {

@@ -14,9 +14,9 @@ import pytest
 from transformers import LlamaConfig
 
 import lora_jax
-from lora_jax import _extras
+from lora_jax import _extras, _mesh
 from lora_jax.cli import main
-from lora_jax.plan import Plan, _mesh, _run, _search, plan
+from lora_jax.plan import Plan, _run, _search, plan
 from lora_jax.plan._measure import over_full
 from lora_jax.plan._request import Request
 from lora_jax.train import TrainConfig

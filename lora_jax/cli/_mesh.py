@@ -5,7 +5,7 @@ import math
 import jax
 from jax.sharding import AxisType, Mesh
 
-from lora_jax.plan import _mesh
+from lora_jax import _mesh
 
 
 def parse(text: str, rows: int) -> Mesh | None:

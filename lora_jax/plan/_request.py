@@ -3,8 +3,8 @@
 import dataclasses
 from typing import Any
 
+from lora_jax import _mesh
 from lora_jax._config import LoRAConfig, Override
-from lora_jax.plan import _mesh
 from lora_jax.plan._chips import Topology
 from lora_jax.train import TrainConfig
 

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from lora_jax.plan import _mesh
+from lora_jax import _mesh
 from lora_jax.plan._request import Request
 
 SIZES = ("arguments", "temporaries", "outputs", "program", "total")

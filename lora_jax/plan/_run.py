@@ -11,9 +11,9 @@ from typing import Any
 
 import jax
 
+from lora_jax import _mesh
 from lora_jax._config import LoRAConfig
 from lora_jax._extras import require
-from lora_jax.plan import _mesh
 from lora_jax.plan._chips import GENERATIONS, Topology
 from lora_jax.plan._measure import measure
 from lora_jax.plan._request import Request

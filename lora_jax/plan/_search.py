@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 
-from lora_jax.plan import _mesh
+from lora_jax import _mesh
 from lora_jax.plan._request import Request
 from lora_jax.plan._result import Plan
 from lora_jax.plan._run import OnStage, run
