@@ -169,6 +169,15 @@ def test_everything_comes_back(tmp_path):
     assert restored.adapter["head"][1].dtype == jnp.bfloat16
 
 
+@pytest.mark.parametrize("step", [3, 5])
+def test_a_step_that_is_there_or_passed_is_refused(tmp_path, step):
+    state = state_of(lora_jax.split(params_of())[1])
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state)
+        with pytest.raises(FileExistsError, match=rf"{step}: not saved: checkpoint 5 is there; restore it, or give"):
+            checkpoints.save(state._replace(step=step))
+
+
 def test_a_square_kernel_with_other_axes_is_refused(tmp_path):
     adapters = [{"q": {"kernel_lora": square_node(axes)}} for axes in (lora_jax.Axes(), lora_jax.Axes((), (1,), (0,)))]
     with Checkpoints(tmp_path) as checkpoints:

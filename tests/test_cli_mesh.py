@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from test_cli import tiny_model, write_rows
 
-from lora_jax.cli import main
+from lora_jax.cli import _base, main
 
 TRAIN = ("--rank", "2", "--alpha", "4", "--max-steps", "20", "--batch-size", "8", "--logging-steps", "1")
 
@@ -43,6 +43,26 @@ def test_the_commands_give_the_results_of_one_device(inputs, tmp_path, capsys):
     assert {name: value for name, value in found[1].items() if name not in ("loss", "perplexity")} == {
         name: value for name, value in found[0].items() if name not in ("loss", "perplexity")
     }
+
+
+@pytest.mark.slow
+def test_a_quantized_base_is_cut_too(inputs, capsys):
+    model, rows = inputs
+    found = []
+    for mesh in ([], ["--mesh", "fsdp=8"]):
+        assert main(["evaluate", "--model", model, "--data", rows, "--quantize", "int8", "--json", *mesh]) == 0
+        found.append(json.loads(capsys.readouterr().out)["loss"])
+    assert found[1] == pytest.approx(found[0], abs=1e-5)
+
+
+@pytest.mark.parametrize("mesh", [None, "fsdp=8"])
+def test_quantized_kernels_are_read_to_the_mesh(inputs, mesh):
+    base = _base.TrainedBase(model=inputs[0], quantize="int8", mesh=mesh)
+    model = base.load(mesh=base.devices(8))
+    kernel = model.params["layers"]["mlp"]["up_proj"]["kernel"]
+    assert len(kernel.values.sharding.device_set) == (8 if mesh else 1)
+    parts = {shard.data.size for shard in kernel.values.addressable_shards}
+    assert parts == {kernel.values.size // (8 if mesh else 1)}
 
 
 @pytest.mark.slow

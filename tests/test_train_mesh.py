@@ -162,10 +162,11 @@ def test_evaluation_and_parts_of_a_batch_on_a_mesh():
     np.testing.assert_allclose(losses(found), losses(expected), atol=1e-5)
 
 
-def test_a_function_of_ones_own():
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["Auto", "Explicit"])
+def test_a_function_of_ones_own(axis_type):
     """Its leaves stay where they are on the mesh, and those elsewhere are copied to every device."""
     params = tiny.init(jax.random.key(0))
-    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(axis_type,) * 2)
     cut = NamedSharding(mesh, jax.P(None, None, "model"))
     params["layers"]["q_proj"]["kernel"] = jax.device_put(params["layers"]["q_proj"]["kernel"], cut)
     axes = lora_jax.kernel_axes(tiny.apply, params, jnp.ones((1, 4), jnp.int32), jnp.ones((1, 4), jnp.int32))
@@ -174,9 +175,27 @@ def test_a_function_of_ones_own():
     found = train(tiny.apply, params, tiny.examples(30), config=config, mesh=mesh)
     expected = train(tiny.apply, jax.device_get(params), tiny.examples(30), config=config)
     np.testing.assert_allclose(losses(found), losses(expected), atol=1e-5)
-    assert found.params["layers"]["q_proj"]["kernel"].sharding == cut
+    kept = found.params["layers"]["q_proj"]["kernel"].sharding
+    assert (kept.spec, kept.mesh.shape) == (cut.spec, mesh.shape)
     assert found.params["layers"]["q_proj"]["kernel_lora"].b.sharding.spec == jax.P(None, None, "model")
     assert found.params["head"]["kernel"].is_fully_replicated
+
+
+def test_a_base_on_another_mesh_of_the_same_devices_is_refused():
+    params = {"w": jax.device_put(jnp.ones((8, 8)), NamedSharding(jax.make_mesh((8,), ("x",)), jax.P("x")))}
+    params = lora_jax.init(KEY, params, lora_jax.LoRAConfig(rank=2, alpha=4, targets=["w"]))
+    with pytest.raises(ValueError, match=r"^w: on a mesh of x=8, but mesh fsdp=8 given; device_put the base on"):
+        train(lambda p, ids, mask: p["w"], params, tiny.examples(8), config=CONFIG, mesh=jax.make_mesh((8,), ("fsdp",)))
+
+
+def test_a_model_on_a_mesh_keeps_its_rules():
+    model = models.init(KEY, CONFIGS["grouped"])
+    rules = models.RULES | {"vocab": None}
+    model = model.on_mesh(jax.make_mesh((4, 2), ("fsdp", "model")), rules)
+    where = models.shardings(model)["embed_tokens"]["embedding"].spec
+    assert where == jax.P(None, "fsdp")
+    assert model.apply.on_mesh(model.mesh).shardings["embed_tokens/embedding"].spec == where
+    assert models.shardings(model.on_mesh(model.mesh))["embed_tokens"]["embedding"].spec == where
 
 
 def test_a_run_is_resumed_on_another_mesh(tmp_path):

@@ -82,8 +82,15 @@ class Checkpoints:
         Raises:
             OSError: This checkpoint, or the one before it, can't be written. The message says which one, why, and which
                 checkpoint is complete.
+            FileExistsError: The folder has this step's checkpoint or a later one.
         """
         self.wait()
+        latest = self.latest
+        if latest is not None and state.step <= latest:  # Orbax would save nothing and say nothing
+            raise FileExistsError(
+                f"{self.folder / str(state.step)}: not saved: checkpoint {latest} is there; restore it, or give"
+                " an empty folder"
+            )
         facts, arrays = facts_of(state), _saved(arrays_of(state))
         self._writing = state.step
         try:

@@ -114,19 +114,23 @@ class Base:
         mesh: Mesh | None = None,
     ) -> Any:
         """The model with its weights; `labels` and `key` make a head if it has none that predicts these labels."""
-        with _show.working(f"reading {self.name}"), warnings.catch_warnings(record=True) as told:
+        with _show.working(f"reading {self.name}"), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
+            transform = self._transform(labels)
             model = lora_jax.models.load(
                 self.folder,
                 dtype or self.loaded_dtype,
                 labels=labels,
                 key=key,
-                transform=self._transform(labels),
+                transform=transform,
                 mesh=mesh,
                 **self.execution,
             )
-        for warning in told:
-            _show.notes().print(str(warning.message), markup=False, soft_wrap=True)
+            if mesh is not None and transform is not None:  # the arrays of new leaves aren't on the mesh yet
+                where = lora_jax.shardings(model.params, lora_jax.models.shardings(model))
+                model = replace(model, params=jax.device_put(model.params, where))
+        for message in dict.fromkeys(str(warning.message) for warning in caught):
+            _show.notes().print(message, markup=False, soft_wrap=True)
         return self._with_tokenizer(model)
 
     def _transform(self, labels: Sequence[str] | None) -> Callable[[Any], Any] | None:

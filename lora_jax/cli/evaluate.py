@@ -8,7 +8,7 @@ from typing import Any, Literal
 import tyro
 
 from lora_jax import data
-from lora_jax.cli import _base, _data, _embedded, _labels, _rows, _show
+from lora_jax.cli import _base, _data, _embedded, _labels, _mesh, _rows, _show
 from lora_jax.cli._data import DataSource
 from lora_jax.data import Labelled, Row
 from lora_jax.train import TrainConfig, evaluate
@@ -59,6 +59,7 @@ def run(settings: Settings) -> None:
 def _evaluate_text(settings: Settings, rows: Sequence[Row]) -> dict[str, Any]:
     _base.check_generates(settings.base.abstract())
     mesh = settings.base.devices(settings.batch_size)
+    _mesh.check_rows(mesh, settings.batch_size)
     model = settings.base.load(mesh=mesh)
     params = _base.with_adapter(model, settings.adapter)
     length = min(settings.max_length, model.max_length)
@@ -84,6 +85,7 @@ def _evaluate_text(settings: Settings, rows: Sequence[Row]) -> dict[str, Any]:
 def _evaluate_labels(settings: Settings, source: DataSource, rows: list[Labelled]) -> dict[str, Any]:
     labels = _labels.to_evaluate(source, settings.base.abstract(), settings.adapter, rows)
     mesh = settings.base.devices(settings.batch_size)
+    _mesh.check_rows(mesh, settings.batch_size)
     model = settings.base.load(labels=labels.names, mesh=mesh)
     params = _base.with_adapter(model, settings.adapter)
     length = min(settings.max_length, model.max_length)

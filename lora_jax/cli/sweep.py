@@ -15,7 +15,7 @@ import tyro
 
 import lora_jax
 from lora_jax import sweep
-from lora_jax.cli import _base, _data, _embedded, _labels, _rows, _show
+from lora_jax.cli import _base, _data, _embedded, _labels, _mesh, _rows, _show
 from lora_jax.cli._rows import Rows
 from lora_jax.demo import text_to_sql
 from lora_jax.sweep import Point, Results
@@ -96,6 +96,7 @@ def run(settings: Settings) -> None:
     show.print(f"{len(points)} adapters: {'; '.join(labels)}", markup=False, soft_wrap=True)
 
     mesh = settings.base.devices(settings.train.micro_batch_size)
+    _mesh.check_rows(mesh, settings.train.batch_size, settings.train.gradient_accumulation_steps)
     model = settings.base.load(labels=rows.label_names, mesh=mesh)
     lora = _labels.with_head(settings.lora, model)
     if rows.label_names is not None:

@@ -81,6 +81,11 @@ class Layout:
 ONE_DEVICE = Layout()
 
 
+def auto_mesh(mesh: Mesh) -> Mesh:
+    """The mesh with Auto axes."""
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+
+
 def layout_of(mesh: Mesh, rules: Rules = RULES) -> Layout:
     """Make the layout of a mesh, whose axes become Auto: XLA derives all shardings from the constraints.
 
@@ -99,7 +104,7 @@ def layout_of(mesh: Mesh, rules: Rules = RULES) -> Layout:
     named = {axis for axes in given.values() for axis in axes}
     if idle := [axis for axis in mesh.axis_names if axis not in named and mesh.shape[axis] > 1]:
         raise ValueError(f"mesh: axis {idle[0]!r} is in no rule; expected {', '.join(sorted(named))}, or rules= for it")
-    auto = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+    auto = auto_mesh(mesh)
     kept = tuple((name, tuple(axis for axis in axes if axis in mesh.shape)) for name, axes in given.items())
     return Layout(auto, tuple((name, axes) for name, axes in kept if axes))
 

@@ -17,7 +17,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from lora_jax.models import _family, _generation, _settings, _tokenizer
 from lora_jax.models._execution import Choice, Execution, decodes
 from lora_jax.models._family import Family, Weight, flatten, unflatten
-from lora_jax.models._layout import RULES, Layout, Rules, layout_of, shardings_of
+from lora_jax.models._layout import RULES, Layout, Rules, auto_mesh, layout_of, shardings_of
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -75,7 +75,7 @@ class Model:
     rules: Rules = field(default_factory=lambda: RULES)
     remade: Callable[[Layout], dict[str, Any]] = lambda layout: {}
 
-    def on_mesh(self, mesh: Mesh, rules: Rules = RULES) -> "Model":
+    def on_mesh(self, mesh: Mesh, rules: Rules | None = None) -> "Model":
         """The same model with activations that are spread over a mesh, between the layers and within them.
 
         `params` aren't moved; `shardings(model)` are the shardings for them:
@@ -91,6 +91,7 @@ class Model:
         Raises:
             ValueError: No rule names an axis of the mesh.
         """
+        rules = self.rules if rules is None else rules
         layout = layout_of(mesh, rules)
         return replace(self, mesh=layout.mesh, rules=rules, **self.remade(layout))
 
@@ -210,14 +211,16 @@ def _functions(
     def attention(rows: int, length: int, **call: bool) -> Choice:
         return module.attention(rows, length, compute_dtype or param_dtype, **call)
 
-    def on_mesh(mesh: Mesh, rules: Rules = RULES) -> OnMesh:
-        layout, (axes, counts) = layout_of(mesh, rules), named
+    def on_mesh(mesh: Mesh, rules: Rules | None = None) -> OnMesh:
+        own = rules is None and auto_mesh(mesh) == chosen.layout.mesh  # and so are the rules that put it there
+        layout = chosen.layout if own else layout_of(mesh, RULES if rules is None else rules)
+        axes, counts = named
         spread = _functions(family, config, dtypes, replace(chosen, layout=layout), shapes, named)
         # A head that an adapter has untied is the transpose of the table it was tied to.
         leaves = flatten(shapes) | {
-            own: jax.eval_shape(jnp.transpose, flatten(shapes)[path]) for own, path in heads.items()
+            untied: jax.eval_shape(jnp.transpose, flatten(shapes)[path]) for untied, path in heads.items()
         }
-        axes = axes | {own: axes[path][::-1] for own, path in heads.items()}
+        axes = axes | {untied: axes[path][::-1] for untied, path in heads.items()}
         with warnings.catch_warnings():
             if layout == chosen.layout:  # whoever put the model there has been warned
                 warnings.simplefilter("ignore")
@@ -245,7 +248,8 @@ def shardings(model: Model, mesh: Mesh | None = None, rules: Rules | None = None
             Defaults to the model's own.
 
     Returns:
-        A tree like `model.params`, of NamedShardings.
+        A tree like `model.params`, of NamedShardings. In place of a node, such as a quantized kernel, it has the
+        kernel's, from which `lora_jax.shardings(params, base)` derives those of the node's arrays.
 
     Raises:
         ValueError: There is no mesh, or no rule names one of its axes.
@@ -254,7 +258,9 @@ def shardings(model: Model, mesh: Mesh | None = None, rules: Rules | None = None
     if mesh is None:
         raise ValueError("mesh: none given, and the model is on none; pass shardings(model, mesh)")
     layout = layout_of(mesh, model.rules if rules is None else rules)
-    return unflatten(shardings_of(layout, flatten(model.params), model.axes, model.counts))
+    leaves = jax.tree.leaves_with_path(model.params, is_leaf=lambda x: hasattr(x, "shape"))  # quantized kernels too
+    shapes = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    return unflatten(shardings_of(layout, shapes, model.axes, model.counts))
 
 
 def _axes(boxed: Any) -> dict[str, tuple[str | None, ...]]:

@@ -85,7 +85,8 @@ def placed(
         parts: How many parts a batch is computed in, one after another.
 
     Raises:
-        ValueError: The examples of a part can't be spread evenly over the mesh; a mesh has an axis that no rule names.
+        ValueError: The examples of a part can't be spread evenly over the mesh; a mesh has an axis that no rule names;
+            a leaf is on another mesh of the same devices.
     """
     if mesh is None:
         return Placement(apply_fn, params)
@@ -108,15 +109,31 @@ def placed(
 
 
 def _as_they_are(params: Any, mesh: Mesh) -> tuple[NamedSharding, dict[str, NamedSharding]]:
-    """The shardings of batches, and of the leaves that are on the mesh's devices already."""
-    base = {}
+    """The shardings of batches, and of the leaves that are on the mesh's devices already.
+
+    Raises:
+        ValueError: A leaf is on another mesh of these devices.
+    """
+    base, there = {}, _auto(mesh)
     for path, leaf in leaves_with_paths(params):
         sharding = None if isinstance(leaf, LoRA) else getattr(jax.tree.leaves(leaf)[0], "sharding", None)
         if isinstance(sharding, NamedSharding) and sharding.device_set == {*mesh.devices.flat}:
-            base[path] = sharding
-    auto = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
-    there = next(iter(base.values())).mesh if base else auto
+            if _auto(sharding.mesh) != there:
+                raise ValueError(
+                    f"{path}: on a mesh of {_sizes(sharding.mesh)}, but mesh {_sizes(mesh)} given; device_put the base"
+                    " on the mesh that the run gets"
+                )
+            base[path] = NamedSharding(there, sharding.spec)
     return NamedSharding(there, PartitionSpec(tuple(axis for axis in ROWS if axis in there.shape))), base
+
+
+def _auto(mesh: Mesh) -> Mesh:
+    """The mesh with Auto axes."""
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+
+
+def _sizes(mesh: Mesh) -> str:
+    return ",".join(f"{name}={size}" for name, size in mesh.shape.items())
 
 
 def _check_rows(rows: NamedSharding, batch_size: int, parts: int) -> None:
