@@ -29,9 +29,8 @@ def test_rows_of_every_group(tmp_path):
 
 
 def test_conversations_and_labels(tmp_path):
-    """A structure has all keys in every row, null where they were not given."""
     chat = write(tmp_path / "chat.parquet", [{"messages": [USER, {**ASSISTANT, "weight": 1}]}, {"messages": [USER]}])
-    assert data.load(chat)[1] == Chat(({**USER, "weight": None},))
+    assert data.load(chat)[1] == Chat((USER,))
     turns = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yes"}]
     shared = write(tmp_path / "shared.parquet", [{"conversations": turns}])
     assert data.load(shared) == [Chat((USER, ASSISTANT))]
@@ -41,6 +40,19 @@ def test_conversations_and_labels(tmp_path):
         (1, f"{tmp_path}/labels.parquet: row 1"),
         (0, f"{tmp_path}/labels.parquet: row 2"),
     ]
+
+
+def test_keys_that_other_rows_have_are_left_out(tmp_path):
+    """All structures of a column have the keys of all of them, null where they were not given."""
+
+    def row(kind, **arguments):
+        call = {"type": "function", "function": {"name": kind, "arguments": arguments}}
+        tool = {"name": kind, "parameters": {"properties": {name: {"type": "string"} for name in arguments}}}
+        return {"messages": [USER, {"role": "assistant", "tool_calls": [call]}], "tools": [tool]}
+
+    rows = [row("weather", city="Paris", days=[{"at": 1}, {"until": 2}]), row("pay", amount=3), row("stop")]
+    read = data.load(write(tmp_path / "rows.parquet", rows))
+    assert [{"messages": list(chat.messages), "tools": list(chat.tools)} for chat in read] == rows
 
 
 def test_a_column_without_a_use_is_not_decoded(tmp_path):

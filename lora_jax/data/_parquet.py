@@ -53,10 +53,14 @@ class _File:
     def column(self, group: int, name: str) -> list[Any]:
         """The values of a column in a row group."""
         what = f": column {quoted(name)}"
-        values = self._try(lambda: self._file.read_row_group(group, columns=[name]).column(name).to_pylist(), what)
+        values = self._try(lambda: self._values(self._file.read_row_group(group, columns=[name]).column(name)), what)
         if len(values) != self.rows(group):
             raise ValueError(f"{self._path}{what}: {len(values)} values, expected {self.rows(group)}")
         return values
+
+    def _values(self, column: Any) -> list[Any]:
+        values = column.to_pylist()
+        return [_without_nulls(value) for value in values] if self._arrow.types.is_nested(column.type) else values
 
     def _try(self, read: Any, what: str = "") -> Any:
         try:
@@ -64,6 +68,13 @@ class _File:
         except (ValueError, OSError, KeyError, OverflowError, self._arrow.ArrowException) as error:
             said = " ".join(str(error).split())[:LONGEST_ERROR]
             raise ValueError(f"{self._path}{what}: not readable as Parquet ({said})") from None
+
+
+def _without_nulls(value: Any) -> Any:
+    """The value without the keys that are null: all structures of a column have the keys of all of them."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 class _Columns:
