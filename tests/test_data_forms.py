@@ -220,6 +220,8 @@ def test_sharegpt(load):
     assert load(named, format="sharegpt", columns={"messages": "chat"}) == ([read], ["read as ShareGPT (chat)"])
     (chat,), _ = load({"conversations": [row["conversations"][1], {"from": "gpt", "value": "no", "weight": 0}]})
     assert not is_target(chat.messages[1])
+    of_another = {"from": "gpt", "value": "no", "role": "user", "content": "so", "name": "x"}
+    assert load({"conversations": [of_another]})[0] == [Chat(({"role": "assistant", "content": "no", "name": "x"},))]
 
 
 @pytest.mark.parametrize(

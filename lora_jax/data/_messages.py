@@ -79,7 +79,7 @@ def sharegpt(messages: Any, name: str, where: str) -> Chat:
         if role is None:
             raise ValueError(f'{at}: "from" is {quoted(message["from"])}, expected {listed(SHAREGPT_ROLES, 20)}')
         rest = {key: value for key, value in message.items() if key not in ("from", "value")}
-        converted.append(_message({"role": role, "content": message["value"]} | rest, at))
+        converted.append(_message(rest | {"role": role, "content": message["value"]}, at))
     return Chat(tuple(converted))
 
 
