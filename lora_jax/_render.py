@@ -44,8 +44,8 @@ def main() -> None:
 def _answer(render: Any, line: bytes) -> dict[str, Any]:
     """The answer to one request: `{"text", "lengths", "seconds"}` or `{"error"}`.
 
-    `text` is the rendered text, `lengths` has the length of each part's text (None where the whole text doesn't begin
-    with it), and `seconds` is the CPU time.
+    `text` is the rendered text, `lengths` has the length of each part's text (None where the template refuses the
+    part, or the whole text doesn't begin with its text), and `seconds` is the CPU time.
     """
     request = json.loads(line)
     memory, longest = request["memory"] + 64 * len(line), request["longest"] + 16 * len(line)
@@ -61,13 +61,21 @@ def _answer(render: Any, line: bytes) -> dict[str, Any]:
             raise ValueError(f"it writes {len(text):,} characters, {longest:,} are allowed")
         return text
 
+    def length_of(whole: str, count: int, prompt: bool) -> int | None:
+        try:
+            text = text_of(count, prompt)
+        except MemoryError:
+            raise
+        except Exception:  # a template may need messages that the part lacks
+            return None
+        return len(text) if whole.startswith(text) else None
+
     began = time.process_time()
     try:
         with _limits(request["seconds"], memory):
             whole, lengths = text_of(len(messages), request["prompt"]), []
             for count, prompt in request["parts"]:
-                text = text_of(count, prompt)
-                lengths.append(len(text) if whole.startswith(text) else None)
+                lengths.append(length_of(whole, count, prompt))
         return {"text": whole, "lengths": lengths, "seconds": time.process_time() - began}
     except MemoryError:
         return {"error": f"it needs more than {memory // MEBIBYTE:,} MiB of memory"}

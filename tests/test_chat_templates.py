@@ -152,6 +152,20 @@ def test_earlier_answers_are_context_where_the_last_has_a_block_for_reasoning(to
     assert "(assistant)yes" in expected
 
 
+def test_a_conversation_may_begin_with_the_assistant(tokenizer):
+    """Qwen 2.5's template reads the first message, so it refuses the generation prompt alone."""
+    tokenizer.chat_template = "{% if messages[0]['role'] == 'system' %}s{% endif %}" + CHAT
+    greeting, other = {"role": "assistant", "content": "hi"}, {"role": "assistant", "content": "ab"}
+    assert told(tokenizer, greeting, TURNS[0], other) == "ab</s>"
+    rows = [Chat(turns) for turns in (TURNS, (greeting, TURNS[0], other), (greeting, TURNS[0]), (greeting,))]
+    encoded = data.encode(rows, tokenizer, 200)
+    assert (encoded.rewritten, encoded.left_out) == (3, 2)
+    expected = tokenizer.apply_chat_template(list(rows[1].messages), tokenize=False)
+    assert tokenizer.decode(encoded.examples[1].input_ids) == expected
+    tokenizer.chat_template = CHAT
+    assert told(tokenizer, greeting, TURNS[0], other) == "hi</s>ab</s>"
+
+
 def test_a_call_of_a_tool_is_a_target(tokenizer):
     tokenizer.chat_template = (
         "{% for m in messages %}<{{ m.role }}>{% if m.content is string %}{{ m.content }}{% else %}"

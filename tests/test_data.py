@@ -281,6 +281,19 @@ def test_a_last_turn_that_no_generation_prompt_begins():
         data.encode([Chat(({"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}))], Reasoning(), 100)
 
 
+def test_a_turn_whose_generation_prompt_is_refused_is_context():
+    class Beginning(Chatting):
+        def apply_chat_template(self, messages, *, tokenize, add_generation_prompt):
+            if not messages:
+                raise IndexError("list object has no element 0")
+            return super().apply_chat_template(messages, tokenize=tokenize, add_generation_prompt=add_generation_prompt)
+
+    turns = tuple({"role": role, "content": "xy"} for role in ("assistant", "user", "assistant"))
+    encoded = data.encode([Chat(turns)], Beginning(), 100)
+    assert [told(row) for row in encoded.examples] == [("<a:xy$><u:xy$><a:xy$>", "xy$>")]
+    assert encoded.rewritten == 1
+
+
 def test_rows_with_no_target_left_are_counted_and_left_out():
     rows = [Completion("long prompt", "x"), Completion("p", "a long completion"), Completion("p", "c")]
     encoded = data.encode(rows, Tokenizer(), 8, "keep_start")

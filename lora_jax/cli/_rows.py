@@ -99,7 +99,10 @@ def _report(split: str, encoded: data.Encoded | data.EncodedLabelled, length: in
         if without_target := encoded.left_out - encoded.dropped:
             line += f", {without_target:,} left out because no target remained"
         if encoded.rewritten:
-            line += f", {encoded.rewritten:,} with earlier turns that aren't targets: the chat template rewrites them"
+            line += (
+                f", {encoded.rewritten:,} with assistant's turns that aren't targets:"
+                " the chat template rewrites them, or refuses their generation prompt"
+            )
         if encoded.crossing:
             line += (
                 f", {encoded.crossing:,} whose prompt ends within a token"

@@ -18,14 +18,15 @@ class ChatPieces(NamedTuple):
     """The text of a conversation in pieces."""
 
     pieces: Pieces
-    rewritten: int = 0  # turns that are no targets because the text has them in another form than when they were last
+    rewritten: int = 0  # turns that are no targets because their beginning or end can't be found in the text
 
 
 def chat_pieces(row: Chat, tokenizer: Any, number: int, budget: Budget) -> ChatPieces:
     """Render a conversation with the tokenizer's chat template, divided before and after each turn that is a target.
 
     A turn is a target if the text has it as it was when it was the last one, because generation writes that. A template
-    may rewrite earlier turns, as Qwen 3's does, which leaves their reasoning out: such a turn is context.
+    may rewrite earlier turns, as Qwen 3's does, which leaves their reasoning out, or refuse the
+    generation prompt alone, as Qwen 2.5's does where a conversation begins with the assistant: such a turn is context.
 
     Args:
         row: The conversation.
@@ -62,10 +63,13 @@ def chat_pieces(row: Chat, tokenizer: Any, number: int, budget: Budget) -> ChatP
             rewritten += 1
         elif turn + 1 < len(messages):  # what follows it isn't learned, so it may as well be the last
             return chat_pieces(row._replace(messages=messages[: turn + 1]), tokenizer, number, budget)
+        elif turn == 0:  # no generation begins with nothing
+            rewritten += 1
         else:
             raise ValueError(
                 f"row {number}: the tokenizer's chat template writes another text for turn {turn + 1} than its "
-                "generation prompt begins, so the turn can't be found; give a template whose texts agree"
+                "generation prompt begins, or refuses the turns before it, so the turn can't be found; give a template "
+                "whose texts agree"
             )
     if end < len(whole) or not pieces:
         pieces.append((whole[end:], False))

@@ -41,7 +41,7 @@ class Encoded(NamedTuple):
     crossing: int = 0  # rows in which one token has the end of a prompt and the beginning of the text after it
     unread: tuple[str, ...] = ()  # keys of messages that the chat template doesn't read
     dropped: int = 0  # rows left out because they are longer than max_length
-    rewritten: int = 0  # rows with assistant's turns that are no targets because the chat template rewrites them
+    rewritten: int = 0  # rows with assistant's turns that are context: the chat template rewrites or refuses them
 
 
 def encode(
@@ -52,7 +52,8 @@ def encode(
     A row is tokenised as one text, so that its tokens decode to prompt + completion exactly, and the tokens of a
     conversation are the tokens of `apply_chat_template`. The tokens of the completion, or of the assistant's turns, are
     targets, except for the turn of a message with a `"weight"` of 0, and for earlier turns that the template has in
-    another form than when they were last (rows of these are counted in `rewritten`). A token that has the end of a
+    another form than when they were last or whose generation prompt it refuses, as that of a conversation that begins
+    with the assistant (rows of these are counted in `rewritten`). A token that has the end of a
     prompt and the beginning of the text after it is a target too, and the row is counted in `crossing`: generation
     tokenises the prompt alone, so it begins with other tokens than training had. To avoid this, put the space between
     the two into the completion. The end-of-sequence token is appended, as a target, unless the text already ends with

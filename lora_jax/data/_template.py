@@ -77,9 +77,9 @@ def render_parts(
 ) -> tuple[str, list[int | None]]:
     """The text of a conversation, and the length of the text of each part of it.
 
-    A part is a number of first messages, and whether the generation prompt follows them. Its length is None if the text
-    of the conversation doesn't begin with the part's text. The texts of the parts aren't returned, because all together
-    may be very long.
+    A part is a number of first messages, and whether the generation prompt follows them. Its length is None if the
+    template refuses it, or the text of the conversation doesn't begin with the part's text. The texts of the parts
+    aren't returned, because all together may be very long.
 
     Raises:
         ValueError: As `render_chat`.
@@ -90,8 +90,7 @@ def render_parts(
         raise ValueError("the tokenizer has none")
     if not _is_transformers(tokenizer):
         whole = _called(given, tokenizer, add_generation_prompt, tools)
-        texts = [_called(given[:count], tokenizer, prompt, tools) for count, prompt in parts]
-        return whole, [len(text) if whole.startswith(text) else None for text in texts]
+        return whole, [_length(whole, given[:count], tokenizer, prompt, tools) for count, prompt in parts]
     request = {"messages": given, "parts": parts, "prompt": add_generation_prompt, "template": template}
     request["tools"] = list(tools) or None
     with _lock:
@@ -127,6 +126,16 @@ def _called(messages: list[dict[str, Any]], tokenizer: Any, prompt: bool, tools:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **more)
     except Exception as error:  # a template may raise any exception
         raise ValueError(str(error)) from error
+
+
+def _length(
+    whole: str, messages: list[dict[str, Any]], tokenizer: Any, prompt: bool, tools: Sequence[Mapping[str, Any]]
+) -> int | None:
+    try:
+        text = _called(messages, tokenizer, prompt, tools)
+    except ValueError:
+        return None
+    return len(text) if whole.startswith(text) else None
 
 
 class _Renderer:
