@@ -6,6 +6,7 @@ import os
 
 import hypothesis
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 
 from lora_jax import data
@@ -17,6 +18,10 @@ CELLS = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 def write(path, content):
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return path
+
+
+def labelled(path, *labels):
+    return data.load(write(path, "text,label\n" + "".join(f"a,{label}\n" for label in labels)))
 
 
 # --- CSV -------------------------------------------------------------------------------------------------------------
@@ -48,20 +53,42 @@ def test_a_cell_may_be_long(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("labels", "read"),
+    ("labels", "names", "values"),
     [
-        (("0", "2", "-1"), [0, 2, -1]),
-        (("1", "2.5", "1e-3"), [1.0, 2.5, 0.001]),
-        (("1", "2", "3+"), ["1", "2", "3+"]),
-        (("nan", "inf"), ["nan", "inf"]),
-        (("9" * 5000, "1"), ["9" * 5000, "1"]),
+        (("0", "02", "-1", "10"), ("-1", "0", "2", "10"), [1, 2, 0, 3]),
+        (("1", " 2.5", "1e-3"), ("score",), [1, 2.5, 0.001]),
+        (("1", "2", "3+"), ("1", "2", "3+"), [0, 1, 2]),
+        (("nan", "inf"), ("inf", "nan"), [1, 0]),
+        (("9" * 5000, "1"), ("1", "9" * 5000), [1, 0]),
     ],
 )
-def test_labels_are_numbers_if_all_are(tmp_path, labels, read):
-    rows = data.load(write(tmp_path / "rows.csv", "text,label\n" + "".join(f"a,{label}\n" for label in labels)))
-    assert [row.label for row in rows] == read
-    assert [type(row.label) for row in rows] == [type(label) for label in read]
+def test_labels_are_numbers_if_all_are(tmp_path, labels, names, values):
+    rows = labelled(tmp_path / "rows.csv", *labels)
+    found = data.labels_of(rows)
+    assert found.names == names
+    assert np.allclose([found.value(row) for row in rows], values)
     assert [row.where for row in rows][:2] == [f"{tmp_path}/rows.csv:2", f"{tmp_path}/rows.csv:3"]
+
+
+@pytest.mark.parametrize(
+    ("train", "other", "values"),
+    [
+        (("n/a", "1.0", "2.0"), ("1.0", "2.0"), [0, 1]),
+        (("01", "x", "02"), ("01", "02"), [0, 1]),
+        (("01", "02"), ("2", "1"), [1, 0]),
+        (("0.5", "2"), ("1", "2"), [1, 2]),
+    ],
+)
+def test_the_training_rows_say_whether_labels_are_numbers(tmp_path, train, other, values):
+    labels = data.labels_of(labelled(tmp_path / "train.csv", *train))
+    assert [labels.value(row) for row in labelled(tmp_path / "test.csv", *other)] == values
+    with pytest.raises(ValueError, match=r"test.csv:3: label 'y', expected (one of|a number)"):
+        [labels.value(row) for row in labelled(tmp_path / "test.csv", other[0], "y")]
+
+
+def test_a_string_of_json_is_no_number(tmp_path):
+    path = write(tmp_path / "rows.jsonl", "".join(f'{{"text": "a", "label": "{label}"}}\n' for label in ("2.5", "1")))
+    assert data.labels_of(data.load(path)).names == ("1", "2.5")
 
 
 @pytest.mark.parametrize(

@@ -2,16 +2,12 @@
 
 import csv
 import io
-import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from lora_jax.data._jsonl import check_file
-from lora_jax.data._rows import Labelled, Row, listed, quoted
-
-_INTEGER = re.compile(r"[+-]?\d{1,18}", re.ASCII)
-_NUMBER = re.compile(r"[+-]?(\d{1,18}(\.\d{0,30})?|\.\d{1,30})([eE][+-]?\d{1,2})?", re.ASCII)
+from lora_jax.data._rows import listed, quoted
 
 
 def records(path: Path, delimiter: str = ",") -> Iterator[tuple[str, dict[str, str]]]:
@@ -56,12 +52,3 @@ def _cells(path: Path, delimiter: str) -> list[tuple[int, list[str]]]:
     finally:
         csv.field_size_limit(limit)
     return found
-
-
-def with_numbers(rows: Sequence[Row]) -> list[Row]:
-    """The rows with numbers for labels if all labels are numbers in writing."""
-    labels = [row.label for row in rows if isinstance(row, Labelled)]
-    for pattern, convert in ((_INTEGER, int), (_NUMBER, float)):
-        if labels and all(isinstance(label, str) and pattern.fullmatch(label.strip()) for label in labels):
-            return [row._replace(label=convert(row.label)) if isinstance(row, Labelled) else row for row in rows]
-    return list(rows)

@@ -1,14 +1,17 @@
 """The names of labels and their numbers, or a score."""
 
 import math
+import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from lora_jax.data._rows import Labelled, listed, quoted
+from lora_jax.data._rows import Cell, Labelled, listed, quoted
 
 SCORE = ("score",)
+INTEGER = re.compile(r"[+-]?\d{1,18}", re.ASCII)
+NUMBER = re.compile(r"[+-]?(\d{1,18}(\.\d{0,30})?|\.\d{1,30})([eE][+-]?\d{1,2})?", re.ASCII)
 
 
 class Labels(NamedTuple):
@@ -35,6 +38,8 @@ class Labels(NamedTuple):
         """
         where, label = row.where or quoted(row.text), row.label
         if self.regression:
+            if _is_written(label, NUMBER):
+                label = float(label)
             if isinstance(label, str):
                 raise ValueError(f"{where}: label {quoted(label)}, expected a number, as the other rows have")
             try:
@@ -44,6 +49,8 @@ class Labels(NamedTuple):
             if not math.isfinite(value):
                 raise ValueError(f"{where}: label {quoted(label)}, expected a finite number")
             return value
+        if _is_written(label, INTEGER) and label not in self.names and all(map(INTEGER.fullmatch, self.names)):
+            label = int(label)
         if isinstance(label, float) or str(label) not in self.names:
             raise ValueError(f"{where}: label {quoted(label)}, expected one of {listed(self.names)}")
         return np.int32(self.names.index(str(label)))
@@ -51,6 +58,8 @@ class Labels(NamedTuple):
 
 def labels_of(rows: Sequence[Labelled]) -> Labels:
     """Collect the labels that occur: strings in alphabetical order, integers by size; a score if any label is a float.
+
+    Labels of a CSV file are numbers if all of them are numbers in writing.
 
     Raises:
         ValueError: Strings and numbers are mixed (the message has the `file:line` of the first difference), or there is
@@ -62,6 +71,7 @@ def labels_of(rows: Sequence[Labelled]) -> Labels:
         >>> labels_of([Labelled("a", 2.5), Labelled("b", 1)]).regression
         True
     """
+    rows = _with_numbers(rows)
     text = isinstance(rows[0].label, str)
     for row in rows:
         if isinstance(row.label, str) != text:
@@ -73,3 +83,14 @@ def labels_of(rows: Sequence[Labelled]) -> Labels:
     if len(names) == 1:
         raise ValueError(f"every row has the label {quoted(names[0])}, expected at least two different labels")
     return Labels(names)
+
+
+def _with_numbers(rows: Sequence[Labelled]) -> Sequence[Labelled]:
+    for pattern, convert in ((INTEGER, int), (NUMBER, float)):
+        if all(_is_written(row.label, pattern) for row in rows):
+            return [row._replace(label=convert(row.label)) for row in rows]
+    return rows
+
+
+def _is_written(label: Any, pattern: re.Pattern[str]) -> bool:
+    return isinstance(label, Cell) and pattern.fullmatch(label.strip()) is not None

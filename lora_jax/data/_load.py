@@ -8,10 +8,9 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 
 from lora_jax.data import _glue
-from lora_jax.data._csv import with_numbers
 from lora_jax.data._forms import Format, Parser, accepted
 from lora_jax.data._records import READERS, TEXT_ONLY, records
-from lora_jax.data._rows import Row
+from lora_jax.data._rows import Cell, Labelled, Row
 
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -46,8 +45,8 @@ def load(
     """Load the rows of a file, of a split's file in a folder, or of GLUE's own files.
 
     A file is `.jsonl`, `.json` (a list of objects), `.csv` or `.tsv` (the first row has the columns' names; labels are
-    numbers if all of them are), or, with the extra `parquet`, `.parquet`, in a folder also in the parts in which
-    `datasets` writes it (`train-00000-of-00002.parquet`).
+    text, which `labels_of` takes for numbers if all are), or, with the extra `parquet`, `.parquet`, in a folder also
+    in the parts in which `datasets` writes it (`train-00000-of-00002.parquet`).
 
     Without a file of validation rows, some of the training rows are held out: a share of `valid_share`, at least 1 row
     and at most `max_valid`, selected with `seed`. `"train"` and `"valid"` then don't overlap, and together are the
@@ -125,7 +124,7 @@ def _read(paths: Sequence[Path], parser: Parser, note: Callable[[str], None] | N
     if not rows:
         raise ValueError(f"{path}: the file has no rows, expected {accepted()}")
     if path.suffix.lower() in TEXT_ONLY:
-        rows = with_numbers(rows)
+        rows = [row._replace(label=Cell(row.label)) if isinstance(row, Labelled) else row for row in rows]
     if note is not None and (line := parser.note(path)) is not None:
         note(line)
     return rows

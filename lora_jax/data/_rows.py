@@ -27,6 +27,10 @@ class Chat(NamedTuple):
     tools: tuple[Mapping[str, Any], ...] = ()  # JSON schemas of the functions that the assistant may call
 
 
+class Cell(str):
+    """A label as a cell of CSV has it: text, which means a number if the labels of all training rows are numbers."""
+
+
 class Labelled(NamedTuple):
     """A text or a pair of texts, and its label: a class (string or integer) or a score (float)."""
 
