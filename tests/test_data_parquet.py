@@ -67,13 +67,14 @@ def test_a_column_without_a_use_is_not_decoded(tmp_path):
         data.load(path, columns={"text": "seen"})
 
 
-def test_the_parts_of_a_split_are_read_in_order(tmp_path):
+@pytest.mark.parametrize("hashes", [("", ""), ("-a09b74b3ef9c3b56", "-0b1f55ee06d26b9e")])
+def test_the_parts_of_a_split_are_read_in_order(tmp_path, hashes):
     for part in range(2):
-        write(tmp_path / f"train-0000{part}-of-00002.parquet", [{"text": f"{part}"}])
+        write(tmp_path / f"train-0000{part}-of-00002{hashes[part]}.parquet", [{"text": f"{part}"}])
     write(tmp_path / "validation.parquet", [{"text": "v"}])
     assert data.load(tmp_path, "train") == [Text("0"), Text("1")]
     assert data.load(tmp_path, "valid") == [Text("v")]
-    os.unlink(tmp_path / "train-00001-of-00002.parquet")
+    os.unlink(tmp_path / f"train-00001-of-00002{hashes[1]}.parquet")
     with pytest.raises(ValueError, match=r"1 files train-\*-of-\*.parquet, expected 2, as their names say"):
         data.load(tmp_path, "train")
 

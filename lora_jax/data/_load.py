@@ -15,7 +15,7 @@ from lora_jax.data._rows import Cell, Labelled, Row
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 NAMES = {"train": ("train",), "valid": ("valid", "validation", "dev"), "test": ("test",)}
-SHARDS = re.compile(r".*-\d+-of-(\d+)\.parquet")
+SHARDS = re.compile(r".*-\d+-of-(\d+)(-[0-9a-f]+)?\.parquet")  # older names of the hub end in a hash
 FILES = {
     split: tuple(name + ending for name in names for ending in (*READERS, "-*-of-*.parquet"))
     for split, names in NAMES.items()
