@@ -182,9 +182,11 @@ def test_tools_belong_to_a_conversation(load):
         expected,
         ["read (chat, tools); columns left out: id"],
     )
-    for none in (None, [], ""):
+    for none in (None, [], "", " ", "null", "[]"):
         assert load(row | {"tools": none})[0] == [Chat((USER, ASSISTANT))]
     assert load({"prompt": [USER], "completion": [ASSISTANT], "tools": [TOOL]})[0][0].tools == (TOOL,)
+    text = {"prompt": "p", "completion": "c", "tools": [TOOL]}
+    assert load(text) == ([Completion("p", "c")], ["read (prompt, completion); columns left out: tools"])
     for wrong, message in (("[", "not a text of JSON"), ({"a": 1}, "must be a list"), (["add"], "must be a list")):
         with pytest.raises(ValueError, match=rf'rows.jsonl:1: "tools" .*{message}'):
             load(row | {"tools": wrong})

@@ -140,8 +140,9 @@ class Parser:
         if type(row) is not self._kind:
             what = "a string" if isinstance(row, Completion) else "a list of messages"
             raise ValueError(f'{where}: "{names["prompt"]}" is {what}, unlike that of the rows before it')
-        used = {*names.values(), *form.optional}
-        self._optional |= {name for name in form.optional if name in fields}
+        optional = () if form is COMPLETION and isinstance(row, Completion) else form.optional  # text has no tools
+        used = {*names.values(), *optional}
+        self._optional |= {name for name in optional if name in fields}
         self._left_out |= dict.fromkeys(name for name in fields if name not in used)
         if not self._separator:
             return row

@@ -43,7 +43,7 @@ def tools_of(value: Any, where: str) -> tuple[Mapping[str, Any], ...]:
         ValueError: It is neither.
     """
     try:
-        value = json.loads(value) if isinstance(value, str) and value.strip() else value or []
+        value = (json.loads(value.strip() or "null") if isinstance(value, str) else value) or []
     except (ValueError, RecursionError) as error:
         raise ValueError(f'{where}: "tools" is not a text of JSON ({error})') from None
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
