@@ -200,7 +200,21 @@ def test_what_has_no_effect_in_rows_is_reported_once(world, tmp_path, capsys):
         "rows_left_out": 0,
         "rows_truncated": 0,
         "rows_crossing": 0,
+        "rows_rewritten": 0,
     }
+
+
+def test_turns_that_are_context_are_reported(world, tmp_path, capsys):
+    shutil.copytree(world["model"], tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text(
+        "{% for m in messages %}({{ m.role }}){{ m.content if loop.last or m.role == 'user' }}{% endfor %}"
+        "{% if add_generation_prompt %}(assistant){% endif %}"
+    )
+    turns = [{"role": role, "content": "2"} for role in ("user", "assistant", "user", "assistant")]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"messages": turns[:count]}) + "\n" for count in (2, 4, 4)))
+    assert main(["evaluate", "--model", str(tmp_path / "model"), "--data", str(rows), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["rows_rewritten"] == 2
 
 
 def test_a_model_that_is_not_finite_is_named(refused, world, tmp_path):

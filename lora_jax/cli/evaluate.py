@@ -75,6 +75,7 @@ def _evaluate_text(settings: Settings, rows: Sequence[Row]) -> dict[str, Any]:
         "rows_left_out": encoded.left_out,
         "rows_truncated": encoded.truncated,
         "rows_crossing": encoded.crossing,
+        "rows_rewritten": encoded.rewritten,
     }
     _rows.report_unread(*encoded.unread)
     if not settings.data:
