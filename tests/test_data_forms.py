@@ -256,13 +256,13 @@ def test_alpaca(load):
         == Completion(
             "Below is an instruction that describes a task, paired with an input that provides further context. Write "
             "a response that appropriately completes the request.\n\n### Instruction:\nAdd.\n\n### Input:\n2 and 3\n\n"
-            "### Response:\n",
+            "### Response:",
             "5",
         )
     )
     assert rows[1] == Completion(
         "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-        "\n\n### Instruction:\nAdd.\n\n### Response:\n",
+        "\n\n### Instruction:\nAdd.\n\n### Response:",
         "5",
     )
     assert rows[2].completion == "no"

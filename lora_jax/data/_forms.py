@@ -12,10 +12,11 @@ Format = Literal["alpaca", "sharegpt"]
 Fields = Mapping[str, Any]
 Names = Mapping[str, str]  # the column of each field
 
-# The prompts of the Alpaca project (Taori et al. 2023), which models trained on its files know.
+# The prompts of train.py of Stanford Alpaca (Taori et al. 2023), which models trained on its files know: nothing
+# follows the last colon, not even a line break.
 ALPACA = (
     "Below is an instruction that describes a task{paired}. Write a response that appropriately completes the request."
-    "\n\n### Instruction:\n{instruction}\n\n{input}### Response:\n"
+    "\n\n### Instruction:\n{instruction}\n\n{input}### Response:"
 )
 ALPACA_PAIRED = ", paired with an input that provides further context"
 
