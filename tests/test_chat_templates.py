@@ -166,6 +166,23 @@ def test_a_conversation_may_begin_with_the_assistant(tokenizer):
     assert told(tokenizer, greeting, TURNS[0], other) == "hi</s>ab</s>"
 
 
+def test_answers_of_which_the_template_leaves_out_a_part_are_counted(tokenizer):
+    answer = {"role": "assistant", "content": "<think>because</think>yes"}
+    parts = answer | {"content": [{"type": "text", "text": "<think>because</think>"}, {"type": "text", "text": "yes"}]}
+    rows = [Chat((TURNS[0], answer)), Chat((TURNS[0], answer, *TURNS)), Chat(TURNS)]
+    tokenizer.chat_template = CHAT.replace("m.content", "m.content.split('</think>')[-1]")
+    assert data.encode(rows, tokenizer, 200).incomplete == 2
+    tokenizer.chat_template = CHAT.replace("m.content", "m.content[-1].text if m.role == 'assistant' else m.content")
+    assert data.encode([Chat((TURNS[0], parts))], tokenizer, 200).incomplete == 1
+    for template in (CHAT, CHAT.replace("m.content", "m.content.replace('think>', 'think>\n')")):
+        tokenizer.chat_template = template
+        assert data.encode(rows, tokenizer, 200).incomplete == 0
+    tokenizer.chat_template = CHAT.replace("<assistant>{{ '\n' }}", "<assistant>{{ '\n<think>' }}")
+    encoded = data.encode(rows[:1], tokenizer, 200)
+    assert tokenizer.decode(encoded.examples[0].input_ids[encoded.examples[0].targets]).startswith("because")
+    assert encoded.incomplete == 0
+
+
 def test_a_call_of_a_tool_is_a_target(tokenizer):
     tokenizer.chat_template = (
         "{% for m in messages %}<{{ m.role }}>{% if m.content is string %}{{ m.content }}{% else %}"

@@ -201,6 +201,7 @@ def test_what_has_no_effect_in_rows_is_reported_once(world, tmp_path, capsys):
         "rows_truncated": 0,
         "rows_crossing": 0,
         "rows_rewritten": 0,
+        "rows_incomplete": 0,
     }
 
 

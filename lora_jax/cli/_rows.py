@@ -103,6 +103,11 @@ def _report(split: str, encoded: data.Encoded | data.EncodedLabelled, length: in
                 f", {encoded.rewritten:,} with assistant's turns that aren't targets:"
                 " the chat template rewrites them, or refuses their generation prompt"
             )
+        if encoded.incomplete:
+            line += (
+                f", {encoded.incomplete:,} with answers of which the chat template leaves out or changes a part,"
+                " such as reasoning"
+            )
         if encoded.crossing:
             line += (
                 f", {encoded.crossing:,} whose prompt ends within a token"

@@ -76,6 +76,7 @@ def _evaluate_text(settings: Settings, rows: Sequence[Row]) -> dict[str, Any]:
         "rows_truncated": encoded.truncated,
         "rows_crossing": encoded.crossing,
         "rows_rewritten": encoded.rewritten,
+        "rows_incomplete": encoded.incomplete,
     }
     _rows.report_unread(*encoded.unread)
     if not settings.data:

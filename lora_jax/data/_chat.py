@@ -1,7 +1,7 @@
 """Dividing the text of a conversation into pieces that are targets and pieces that aren't."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from lora_jax.data._rows import Chat, is_target
@@ -19,14 +19,15 @@ class ChatPieces(NamedTuple):
 
     pieces: Pieces
     rewritten: int = 0  # turns that are no targets because their beginning or end can't be found in the text
+    incomplete: bool = False  # a target hasn't all of its message's content
 
 
 def chat_pieces(row: Chat, tokenizer: Any, number: int, budget: Budget) -> ChatPieces:
     """Render a conversation with the tokenizer's chat template, divided before and after each turn that is a target.
 
     A turn is a target if the text has it as it was when it was the last one, because generation writes that. A template
-    may rewrite earlier turns, as Qwen 3's does, which leaves their reasoning out, or refuse the
-    generation prompt alone, as Qwen 2.5's does where a conversation begins with the assistant: such a turn is context.
+    may rewrite earlier turns, as Qwen 3's does, which leaves their reasoning out, or refuse the generation prompt
+    alone, as Qwen 2.5's does where a conversation begins with the assistant: such a turn is context.
 
     Args:
         row: The conversation.
@@ -54,10 +55,12 @@ def chat_pieces(row: Chat, tokenizer: Any, number: int, budget: Budget) -> ChatP
         whole, lengths = render_parts(shown, tokenizer, parts, budget=budget, tools=row.tools)
     except ValueError as error:
         raise ValueError(f"row {number}: {refusal(error)}") from error
-    pieces, end, rewritten = [], 0, 0
+    pieces, end, rewritten, incomplete = [], 0, 0, False
     for turn, start, stop in zip(targets, lengths[::2], lengths[1::2], strict=True):
         if start is not None and stop is not None and end <= start <= stop:
             pieces += [(whole[end:start], False), (whole[start:stop], True)]
+            # The generation prompt may have the beginning of the content, such as <think>.
+            incomplete |= not _has_content(whole[end:stop], messages[turn])
             end = stop
         elif turn != targets[-1]:
             rewritten += 1
@@ -73,7 +76,19 @@ def chat_pieces(row: Chat, tokenizer: Any, number: int, budget: Budget) -> ChatP
             )
     if end < len(whole) or not pieces:
         pieces.append((whole[end:], False))
-    return ChatPieces(pieces, rewritten)
+    return ChatPieces(pieces, rewritten, incomplete)
+
+
+def _has_content(text: str, message: Mapping[str, Any]) -> bool:
+    """Return whether a text has all content of a message, apart from white space, which templates often change."""
+    content, written = message.get("content"), _without_space(text)
+    parts = content if isinstance(content, list) else [{"text": content}]
+    texts = [part.get("text") for part in parts if isinstance(part, Mapping)]
+    return all(_without_space(part) in written for part in texts if isinstance(part, str))
+
+
+def _without_space(text: str) -> str:
+    return "".join(text.split())
 
 
 def keys_unread(rows: Iterable[Chat], tokenizer: Any) -> tuple[str, ...]:

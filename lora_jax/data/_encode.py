@@ -42,6 +42,7 @@ class Encoded(NamedTuple):
     unread: tuple[str, ...] = ()  # keys of messages that the chat template doesn't read
     dropped: int = 0  # rows left out because they are longer than max_length
     rewritten: int = 0  # rows with assistant's turns that are context: the chat template rewrites or refuses them
+    incomplete: int = 0  # rows with a target of whose content the chat template leaves out or changes a part
 
 
 def encode(
@@ -53,7 +54,8 @@ def encode(
     conversation are the tokens of `apply_chat_template`. The tokens of the completion, or of the assistant's turns, are
     targets, except for the turn of a message with a `"weight"` of 0, and for earlier turns that the template has in
     another form than when they were last or whose generation prompt it refuses, as that of a conversation that begins
-    with the assistant (rows of these are counted in `rewritten`). A token that has the end of a
+    with the assistant (rows of these are counted in `rewritten`). Where the template leaves out or changes a part of a
+    target, such as reasoning within the content, the row is counted in `incomplete`. A token that has the end of a
     prompt and the beginning of the text after it is a target too, and the row is counted in `crossing`: generation
     tokenises the prompt alone, so it begins with other tokens than training had. To avoid this, put the space between
     the two into the completion. The end-of-sequence token is appended, as a target, unless the text already ends with
@@ -109,8 +111,17 @@ def encode(
     crossing = sum(joint.crossings > 0 for joint in joints)
     unread = keys_unread((row for row in rows if isinstance(row, Chat)), tokenizer)
     rewritten = sum(row.rewritten > 0 for row in divided)
-    left_out = len(rows) - len(with_targets)
-    return Encoded(with_targets, left_out, 0 if drop else long, crossing, unread, long if drop else 0, rewritten)
+    incomplete = sum(row.incomplete for row in divided)
+    return Encoded(
+        with_targets,
+        left_out=len(rows) - len(with_targets),
+        truncated=0 if drop else long,
+        crossing=crossing,
+        unread=unread,
+        dropped=long if drop else 0,
+        rewritten=rewritten,
+        incomplete=incomplete,
+    )
 
 
 def _cut(example: Example, max_length: int, keep_end: bool, tokenizer: Any) -> Example:
