@@ -1,14 +1,16 @@
 """The rows of `--data` as people's files have them: what the flags select, what is reported, what is refused."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from test_cli import tiny_model
 
 from lora_jax import models
-from lora_jax.cli import _rows, main
+from lora_jax.cli import _base, _rows, main
 from lora_jax.cli._base import Base
-from lora_jax.cli._data import DataFlags
+from lora_jax.cli._data import DataFlags, DataSource
+from lora_jax.data import Text
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +49,32 @@ def write(path, rows):
     return path
 
 
+class Encoder:
+    """A model without a head that predicts tokens."""
+
+    generates = False
+    config = SimpleNamespace(architectures=["BertModel"])
+
+
 # --- columns ---------------------------------------------------------------------------------------------------------
 
 
 QUESTION = ("--prompt-column", "question", "--completion-column", "answer", "--separator", r"\n")
+
+
+def test_the_columns_that_a_named_one_needs(tmp_path, capsys):
+    """A named column of texts alone means text, so the help and the error of an encoder name the other flags."""
+    path = write(tmp_path / "rows.jsonl", [{"s": "a", "t": "b", "label": 0}])
+    read = lambda **flags: DataSource(path, flags=DataFlags(**flags)).rows(None)[0]
+    assert read(text_column="s") == Text("a")
+    assert read(text_column="s", label_column="label")[:3] == ("a", 0, None)
+    assert read(text_column="s", text_pair_column="t")[:3] == ("a", 0, "b")
+    assert main(["train", "--help"]) == 0
+    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "column of the labels; needed where --text-column is given alone" in said
+    assert "second texts, for rows with labels; needed where another column is named" in said
+    with pytest.raises(ValueError, match=r'give rows of {"text", "label"}; with --text-column, --label-column too$'):
+        _base.check_generates(Encoder())
 
 
 def test_columns_by_name(tmp_path, capsys, texts, refused, model):

@@ -239,7 +239,10 @@ def check_generates(model: Any) -> None:
     """Refuse rows of text for a model that predicts no next token."""
     if not model.generates:
         name = model.config.architectures[0] if model.config.architectures else model.config.model_type
-        raise ValueError(f'{name} is an encoder, which predicts no next token: give rows of {{"text", "label"}}')
+        raise ValueError(
+            f'{name} is an encoder, which predicts no next token: give rows of {{"text", "label"}}; '
+            "with --text-column, --label-column too"
+        )
 
 
 def check_prefix(length: int, model: Any) -> None:

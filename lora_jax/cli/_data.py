@@ -27,9 +27,9 @@ class DataFlags:
     text_column: str | None = None
     """column of the texts; text if not given"""
     text_pair_column: str | None = None
-    """column of the second texts, for rows with labels; text_pair if not given"""
+    """column of the second texts, for rows with labels; needed where another column is named"""
     label_column: str | None = None
-    """column of the labels; label if not given"""
+    """column of the labels; needed where --text-column is given alone"""
     separator: str = ""
     """text put between prompts and completions, as a part of these; \\n is a line break"""
     truncation_mode: data.TruncationMode | None = None
