@@ -79,6 +79,16 @@ def test_the_recommended_loop_holds():
     assert (report.collectives, report.uncounted) == ((), ())
 
 
+def test_a_number_among_the_arguments_is_data():
+    """A Python scalar has no shape, so no rows of it are cut."""
+
+    def step(adapter, state, base, batch, scale):
+        return train_step(adapter, state, base, scale * batch)
+
+    plain = lambda params, batch, scale: loss(params, scale * batch)
+    assert lora_jax.testing.certify(step, *parts(), 0.5, plain=plain).kernels == 2
+
+
 IGNORING = {
     "raw": lambda step: step,
     "jitted": jax.jit,

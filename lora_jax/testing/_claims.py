@@ -290,7 +290,7 @@ def _whole_batches(sent: Sequence[Collective], step: Step) -> Iterator[str]:
 
     An `all-to-all` has all rows too where it moves each device's share, as of an embedding whose columns are cut.
     """
-    cut = [leaf.shape for leaf in jax.tree.leaves(step.rest) if leaf.ndim > 1 and _rows_are_cut(leaf)]
+    cut = [leaf.shape for leaf in jax.tree.leaves(step.rest) if getattr(leaf, "ndim", 0) > 1 and _rows_are_cut(leaf)]
     known = step.shards | step.factors | step.trained_in_full
     seen: set[tuple[str, tuple[int, ...]]] = set()
     for one in sent:
