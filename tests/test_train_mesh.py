@@ -139,12 +139,17 @@ def test_moments_are_cut_as_their_factors(name):
         lora_jax.state_shardings(tx, lora_jax.split(params)[1])
 
 
-def test_a_batch_that_does_not_divide_is_refused_first():
+def test_a_batch_that_does_not_divide_is_refused_first(caplog):
+    """Before anything is compiled."""
     model, params = adapted("llama")
     config = dataclasses.replace(CONFIG, batch_size=24, gradient_accumulation_steps=2)
     expected = r"^batch_size: 24 given in 2 parts \(gradient_accumulation_steps\), expected a multiple of 16, .*fsdp=8$"
     with pytest.raises(ValueError, match=expected), jax.log_compiles():
         train(model.apply, params, examples(40), config=config, mesh=mesh_of("fsdp=8"))
+    assert "Compiling" not in caplog.text
+    with jax.log_compiles():
+        jax.jit(lambda x: x + 1)(np.ones(3))
+    assert "Compiling" in caplog.text
     with pytest.raises(ValueError, match=r"^batch_size: 18 given, expected a multiple of 4, .* over data=2, fsdp=2$"):
         evaluate(model.apply, params, examples(4), batch_size=18, mesh=mesh_of("data=2,fsdp=2,model=2"))
 
