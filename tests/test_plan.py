@@ -140,6 +140,22 @@ def test_a_chip_that_is_too_small_is_so_by_how_much(one):
     assert one.advice == []
 
 
+def test_the_length_is_that_of_the_compiled_step(folder):
+    """Rows have no more tokens than the model has positions, and no more are reported or advised."""
+    found = plan(folder, LORA, TrainConfig(batch_size=1, max_length=64 * LENGTH))
+    assert found.per_chip["batch"] == 3 * 4 * LENGTH
+    assert f", 1 rows of {LENGTH} tokens a step;" in str(found)
+    assert found.to_json()["max_length"] == LENGTH
+    halved = found.per_chip["arguments"] + found.per_chip["temporaries"] // 2
+    advised = lambda length: [
+        line.split(":")[0]
+        for line in dataclasses.replace(found, capacity=halved, found=found.found | {"length": length}).advice
+        if line.startswith("--max-length")
+    ]
+    assert advised(found.found["length"]) == []
+    assert advised(1024) == ["--max-length 512"]
+
+
 def test_arguments_that_are_too_many_ask_for_chips(cut):
     small = dataclasses.replace(cut, capacity=cut.per_chip["arguments"] // 2)
     # An eighth of the whole is twice what there is, and a fifth is left for the rest: eight times 2 · 5/4.

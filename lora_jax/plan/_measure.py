@@ -45,6 +45,7 @@ def measure(request: Request, devices: Sequence[Any], platform: str | None, repo
         "trainable": sum(leaf.size for leaf in jax.tree.leaves(step.adapter)),
         "checkpoint": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(step.adapter)),
         "full_checkpoint": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(step.model.params)),
+        "length": step.batch["input_ids"].shape[1],
         "attention": str(step.attention),
         "remat": step.model.remat,
         "layers": step.model.layers,

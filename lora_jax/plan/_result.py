@@ -91,7 +91,7 @@ class Plan:
             "chips": self.chips,
             "batch_size": train.batch_size,
             "gradient_accumulation_steps": train.gradient_accumulation_steps,
-            "max_length": train.max_length,
+            "max_length": self.found["length"],
             "rank": self.request.lora.rank,
             **{name: self.found[name] for name in names},
             "checkpoint": {"adapter": self.found["checkpoint"], "model": self.found["full_checkpoint"]},
@@ -123,7 +123,7 @@ class Plan:
         if (parts := self._parts_of(fitting)) and parts > train.gradient_accumulation_steps:
             lines.append(f"--gradient-accumulation-steps {parts}: fewer rows at once")
         if room > 0:
-            length = int(train.max_length * room / max(values["temporaries"], 1)) // 128 * 128
+            length = int(self.found["length"] * room / max(values["temporaries"], 1)) // 128 * 128
             if rows == 1 and length >= 128:
                 lines.append(f"--max-length {length}: activations grow with it at least")
         if "model" not in self.mesh and self.chips > 1 and self.found["heads"] % 2 == 0:
@@ -181,7 +181,7 @@ def _lines(plan: Plan) -> list[str]:
         else f"does not fit: {size(own['total'])} needed of {size(plan.limit)}, {size(plan.short_by)} too much"
     )
     return [
-        f"{over}, {train.batch_size} rows of {train.max_length} tokens a step{at_once}; {found['compiler']}",
+        f"{over}, {train.batch_size} rows of {found['length']} tokens a step{at_once}; {found['compiler']}",
         f"{found['attention']}; remat: {found['remat']}; layers: {found['layers']}; "
         f"{found['trainable']:,} of {found['parameters']:,} parameters train",
         *(f"note: {note}" for note in found["notes"]),
