@@ -11,7 +11,7 @@ import sys
 
 import jax
 import pytest
-from transformers import LlamaConfig
+from transformers import BertConfig, LlamaConfig
 
 import lora_jax
 from lora_jax import _extras, _mesh
@@ -225,6 +225,15 @@ def test_a_mistake_is_one_line(folder, flags, said):
     assert (code, out) == (2, "")
     assert err[-1].startswith(f"lora-jax: {said}")
     assert all(line == "reading the configuration" for line in err[:-1])
+
+
+def test_an_encoder_is_refused(tmp_path):
+    BertConfig(architectures=["BertForSequenceClassification"]).save_pretrained(tmp_path)
+    code, out, err = run("--model", tmp_path, "--rank", RANK, "--targets", "query")
+    assert (code, out) == (2, "")
+    expected = f"lora-jax: model: {tmp_path} is an encoder (bert), which predicts no next token; expected a decoder, "
+    assert err[-1].startswith(expected)
+    assert err[:-1] == ["reading the configuration"]
 
 
 def test_without_the_compiler_its_extra_is_named(folder, monkeypatch):

@@ -151,7 +151,5 @@ def _sent(compiled: Any) -> dict[str, Any]:
 
 def _share(step: Step) -> float:
     """Count the blocks of queries and keys on and below the diagonal, which a causal mask leaves to a kernel."""
-    if not step.model.generates:
-        return 1.0
     blocks = max(1, step.batch["input_ids"].shape[1] // 512)
     return (blocks + 1) / (2 * blocks)

@@ -48,10 +48,20 @@ class Step(NamedTuple):
 
 
 def open_model(request: Request, platform: str | None) -> Any:
-    """Read the configuration of the model, without weights."""
+    """Read the configuration of the model, without weights.
+
+    Raises:
+      ValueError: The model is an encoder.
+    """
     names: Any = {name: getattr(request, name) for name in ("attention", "remat", "layers")}
     given: Any = platform
-    return models.load_abstract(request.model, request.dtype, platform=given, **names)
+    model = models.load_abstract(request.model, request.dtype, platform=given, **names)
+    if not model.generates:
+        raise ValueError(
+            f"model: {request.model} is an encoder ({model.config.model_type}), which predicts no next token; expected"
+            " a decoder, because a plan is of a step on text"
+        )
+    return model
 
 
 def make(request: Request, model: Any, devices: Sequence[Any], *, full: bool = False) -> Step:
