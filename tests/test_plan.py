@@ -10,6 +10,8 @@ import stat
 import sys
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from transformers import BertConfig, LlamaConfig
 
@@ -227,6 +229,13 @@ def test_a_mistake_is_one_line(folder, flags, said):
     assert all(line == "reading the configuration" for line in err[:-1])
 
 
+@pytest.mark.parametrize("mesh", [{"fsdp": 0}, {"fsdp": 1.0}, {"fsdp": -1, "data": -1}, {"rows": 8}, {}])
+def test_a_mapping_that_is_no_mesh_is_one_line(folder, mesh):
+    expected = f"^mesh: '{_mesh.show(mesh)}' given, expected auto, or axes of data, fsdp, model, each once"
+    with pytest.raises(ValueError, match=expected):
+        plan(folder, LORA, TRAIN, mesh=mesh)
+
+
 def test_an_encoder_is_refused(tmp_path):
     BertConfig(architectures=["BertForSequenceClassification"]).save_pretrained(tmp_path)
     code, out, err = run("--model", tmp_path, "--rank", RANK, "--targets", "query")
@@ -281,6 +290,14 @@ def test_a_request_goes_over_whole(folder, child):
     request = Request.from_json(json.loads(str(error.value)))
     assert (request.lora, request.train, request.mesh) == (lora, TRAIN, {"data": 2, "model": 2})
     assert (str(request.topology), request.remat, request.full) == ("v5p:2x2x1", "lean", False)
+
+
+def test_a_mesh_of_numpys_sizes_and_a_dtype_that_is_a_class_go_over(folder, child):
+    child("print(json.dumps({'error': sys.stdin.read(), 'kind': 'ValueError'}))")
+    with pytest.raises(ValueError, match=r"\{") as error:
+        plan(folder, LORA, TRAIN, topology="v6e:2x4", mesh={"fsdp": np.int64(8)}, dtype=jnp.bfloat16)
+    request = json.loads(str(error.value))
+    assert (request["mesh"], request["dtype"]) == ({"fsdp": 8}, "bfloat16")
 
 
 @pytest.mark.parametrize(

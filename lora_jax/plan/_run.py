@@ -10,6 +10,7 @@ from importlib.metadata import version
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from lora_jax import _mesh
 from lora_jax._config import LoRAConfig
@@ -30,7 +31,7 @@ def plan(
     *,
     topology: str | None = None,
     mesh: str | Mapping[str, int] | None = None,
-    dtype: str | None = None,
+    dtype: Any = None,
     attention: str = "auto",
     remat: str = "auto",
     layers: str = "auto",
@@ -70,12 +71,12 @@ def plan(
         model=os.fspath(model),
         lora=lora,
         train=train,
-        dtype=dtype,
+        dtype=None if dtype is None else jnp.dtype(dtype).name,
         attention=attention,
         remat=remat,
         layers=layers,
         topology=chips,
-        mesh=_mesh.parse(mesh) if isinstance(mesh, str) else None if mesh is None else dict(mesh),
+        mesh=None if mesh is None else _mesh.parse(mesh if isinstance(mesh, str) else _mesh.show(mesh)),
         full=full,
     )
     return run(request, on_stage)
