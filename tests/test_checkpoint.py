@@ -210,7 +210,7 @@ def test_arrays_come_back_where_the_template_has_them(tmp_path):
     np.testing.assert_array_equal(restored, np.arange(16.0))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8", "int32", "bool"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8", "int32", "bool", "uint4", "int4"])
 def test_a_fingerprint_sees_every_change(dtype):
     def of(x, name="w"):
         return fingerprint({"layers": {name: jnp.asarray(x, dtype), "b": jnp.ones(2)}})

@@ -3,11 +3,13 @@
 import contextlib
 import io
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 from test_cli import TRAIN, tiny_model, write_rows
 
 import lora_jax
@@ -112,6 +114,18 @@ def test_train_evaluate_and_generate(folder, tmp_path):
     assert after["loss"] < before["loss"] != plain["loss"]
     assert before["loss"] == pytest.approx(plain["loss"], rel=0.2)
     run("generate", *base, "--adapter", out, "--prompt", "1 + 1 = ", "--max-tokens", "2")
+
+
+def test_a_run_resumes_from_its_checkpoint(folder, tmp_path):
+    """The checkpoint names the base by its values, which are in 4 bits."""
+    data, out = write_rows(tmp_path / "data.jsonl"), tmp_path / "out"
+    given = ("train", "--model", folder, "--quantize", "nf4", "--data", data, "--output", out, *TRAIN)
+    run(*given, "--save-steps", "1")
+    trained = load_file(out / "adapter_model.safetensors")
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["1", "2"]
+    shutil.rmtree(out / "checkpoints" / "2")
+    run(*given, "--save-steps", "1", "--resume")
+    same(load_file(out / "adapter_model.safetensors"), trained)
 
 
 def test_a_kernel_that_groups_do_not_divide_is_named(tmp_path, capsys):

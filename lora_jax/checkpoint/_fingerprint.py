@@ -28,7 +28,9 @@ def fingerprint(tree: Any) -> str:
 
 
 def _checksum(x: Array) -> Array:
-    x = x.astype(jnp.uint8) if x.dtype == jnp.bool_ else x
+    # The narrowest number that has an integer of its own size is a byte: booleans and 4-bit numbers become bytes.
+    small = x.dtype == jnp.bool_ or (jnp.issubdtype(x.dtype, jnp.integer) and jnp.iinfo(x.dtype).bits < 8)
+    x = x.astype(jnp.uint8) if small else x
     bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * min(x.dtype.itemsize, 4)}")).astype(jnp.uint32)
     # Positions from iotas of each axis, [2, 3] → [[0, 1, 2], [3, 4, 5]]: a reshape would gather a sharded array.
     position = jnp.zeros(bits.shape, jnp.uint32)
