@@ -9,7 +9,7 @@ import pytest
 from pyarrow import parquet
 
 from lora_jax import _extras, data
-from lora_jax.data import Chat, Completion, Text
+from lora_jax.data import Chat, Completion, Text, _parquet
 
 USER, ASSISTANT = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}
 
@@ -100,6 +100,18 @@ def test_a_column_that_is_there_twice(tmp_path):
     parquet.write_table(table, tmp_path / "rows.parquet")
     with pytest.raises(ValueError, match=r"rows.parquet: the column 'text' is there 2 times"):
         data.load(tmp_path / "rows.parquet")
+
+
+def test_what_a_file_decodes_to_is_bounded(tmp_path, monkeypatch):
+    """One long text may be all rows of a small file."""
+    path = write(tmp_path / "rows.parquet", [{"text": "a" * 2**16, "other": "b" * 2**16}] * 600)
+    assert path.stat().st_size < 2**14
+    monkeypatch.setattr(_parquet, "MOST_BYTES", 2**26)
+    assert len(data.load(path)) == 600
+    monkeypatch.setattr(_parquet, "MOST_BYTES", 2**25)
+    line = r"rows.parquet: column 'text': more than 33,554,432 bytes in memory so far; divide the file's rows"
+    with pytest.raises(ValueError, match=line):
+        data.load(path)
 
 
 def test_a_damaged_file_is_a_line(tmp_path):

@@ -10,6 +10,8 @@ from lora_jax._extras import require
 from lora_jax.data._jsonl import check_file
 from lora_jax.data._rows import quoted
 
+MOST_BYTES = 2**33  # decoded, of the columns with a use: a small file may hold one long text for all of its rows
+BATCH = 256  # rows decoded at once
 LONGEST_ERROR = 100  # characters of pyarrow's error in a message
 
 
@@ -40,6 +42,7 @@ class _File:
         self._path = path
         parquet: Any = import_module("pyarrow.parquet")
         self._file = self._try(lambda: parquet.ParquetFile(path))
+        self._bytes = 0
         self.groups: int = self._file.num_row_groups
         self.names: list[str] = self._try(lambda: self._file.schema_arrow.names)
         name, times = Counter(self.names).most_common(1)[0] if self.names else ("", 0)
@@ -53,7 +56,16 @@ class _File:
     def column(self, group: int, name: str) -> list[Any]:
         """The values of a column in a row group."""
         what = f": column {quoted(name)}"
-        values = self._try(lambda: self._values(self._file.read_row_group(group, columns=[name]).column(name)), what)
+        values = []
+        batches = self._try(lambda: self._file.iter_batches(BATCH, row_groups=[group], columns=[name]), what)
+        while (batch := self._try(lambda: next(batches, None), what)) is not None:
+            column = self._try(lambda batch=batch: batch.column(name), what)
+            self._bytes += column.nbytes
+            if self._bytes > MOST_BYTES:
+                raise ValueError(
+                    f"{self._path}{what}: more than {MOST_BYTES:,} bytes in memory so far; divide the file's rows"
+                )
+            values += self._try(lambda column=column: self._values(column), what)
         if len(values) != self.rows(group):
             raise ValueError(f"{self._path}{what}: {len(values)} values, expected {self.rows(group)}")
         return values
