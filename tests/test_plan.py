@@ -347,6 +347,42 @@ def test_a_search_takes_the_least_computed_anew_that_fits(folder, cut, monkeypat
     assert len(told) == 4
 
 
+def test_a_search_passes_over_meshes_that_do_not_divide_the_rows(folder, monkeypatch):
+    """On this machine's devices, whose number isn't in the request."""
+    first = plan(folder, LORA, TrainConfig(batch_size=4, max_length=LENGTH), mesh="auto", remat="none")
+    assert first.mesh == {"fsdp": 4, "model": 2}
+    assert {"fsdp": 8} in _mesh.candidates(8, HEADS)
+    monkeypatch.setattr(_mesh, "candidates", lambda devices, heads: [{"fsdp": 8}, {"fsdp": 4, "model": 2}])
+    failures = []
+    assert _search.search(first, on_failure=failures.append) == [first]
+    assert failures == []
+
+
+def test_a_search_goes_on_after_what_does_not_compile(cut, monkeypatch):
+    """The next remat of that mesh is tried, then the other meshes."""
+    errors = {"none": ValueError("the compiler gives up"), "lean": OSError("the compiler's process ended (-9)")}
+
+    def pretend(request, on_stage):
+        if "model" not in request.mesh and request.remat in errors:
+            raise errors[request.remat]
+        return Plan(request, 8, cut.capacity, cut.found | {"remat": request.remat})
+
+    monkeypatch.setattr(_search, "run", pretend)
+    monkeypatch.setattr(_mesh, "candidates", lambda devices, heads: [{"fsdp": 8}, {"fsdp": 4, "model": 2}])
+    first = Plan(dataclasses.replace(cut.request, mesh={"data": 8}), 8, cut.capacity, cut.found)
+    failures = []
+    plans = _search.search(first, on_failure=failures.append)
+    assert [(_mesh.show(plan.mesh), plan.found["remat"]) for plan in plans] == [
+        ("data=8", "none"),
+        ("fsdp=8", "full"),
+        ("fsdp=4,model=2", "none"),
+    ]
+    assert failures == [
+        "fsdp=8, remat none: not compiled: the compiler gives up",
+        "fsdp=8, remat lean: not compiled: the compiler's process ended (-9)",
+    ]
+
+
 def test_auto_takes_all_devices(folder, child):
     child("print(json.dumps({'error': sys.stdin.read(), 'kind': 'ValueError'}))")
     with pytest.raises(ValueError, match=r"\{") as error:

@@ -57,7 +57,7 @@ def run(settings: Settings) -> None:
             on_stage=on_stage,
             **settings.base.execution,
         )
-        plans = search(first, on_stage=on_stage, on_plan=_note) if settings.search else [first]
+        plans = search(first, on_stage=on_stage, on_plan=_note, on_failure=_print) if settings.search else [first]
     if settings.json:
         others = {"search": [other.to_json() for other in plans]} if settings.search else {}
         _show.print_json(plans[0].to_json() | others)
@@ -84,9 +84,11 @@ def _row(found: Plan) -> tuple[str, ...]:
 
 def _note(found: Plan) -> None:
     mesh, remat, total, verdict, _, sent = _row(found)
-    _show.notes().print(
-        f"{mesh}, remat {remat}: {total} of a chip, {verdict}; {sent} sent", markup=False, soft_wrap=True
-    )
+    _print(f"{mesh}, remat {remat}: {total} of a chip, {verdict}; {sent} sent")
+
+
+def _print(line: str) -> None:
+    _show.notes().print(line, markup=False, soft_wrap=True)
 
 
 @contextlib.contextmanager

@@ -12,17 +12,22 @@ REMAT = ("none", "lean", "full")  # from the fewest operations to the least memo
 
 
 def search(
-    first: Plan, *, on_stage: OnStage = lambda stage: None, on_plan: Callable[[Plan], None] = lambda plan: None
+    first: Plan,
+    *,
+    on_stage: OnStage = lambda stage: None,
+    on_plan: Callable[[Plan], None] = lambda plan: None,
+    on_failure: Callable[[str], None] = lambda line: None,
 ) -> list[Plan]:
     """Other meshes for the step of a plan, the best first: what fits, of that the fewest FLOPs, then the least sent.
 
     On each mesh "none", "lean" and "full" are compiled up to the first that fits: those after it compute more. A mesh
-    that doesn't divide the rows is passed over.
+    that doesn't divide the rows is passed over, and so is what doesn't compile.
 
     Args:
       first: A plan, as `plan` made it. It is one of the results.
       on_stage: As of `plan`.
       on_plan: Called with each plan once it is known.
+      on_failure: Called with a line for each mesh and remat that doesn't compile.
 
     Returns:
       All that was compiled, at least one.
@@ -32,10 +37,12 @@ def search(
         for remat in REMAT:
             try:
                 request = dataclasses.replace(first.request, mesh=sizes, remat=remat)
+                request.check_devices(first.chips)
             except ValueError:
                 break
             if (known := _known(found, request)) is None:
-                known = run(request, lambda stage, request=request: on_stage(f"{_name(request)}: {stage}"))
+                if (known := _compiled(request, on_stage, on_failure)) is None:
+                    continue
                 found.append(known)
                 on_plan(known)
             if known.fits:
@@ -47,6 +54,14 @@ def order(plan: Plan) -> tuple[int, int, int]:
     """The key that sorts plans."""
     kinds = plan.per_chip["collectives"] or {}
     return (plan.short_by, plan.per_chip["flops"], sum(kind["bytes"] for kind in kinds.values()))
+
+
+def _compiled(request: Request, on_stage: OnStage, on_failure: Callable[[str], None]) -> Plan | None:
+    try:
+        return run(request, lambda stage: on_stage(f"{_name(request)}: {stage}"))
+    except (ValueError, OSError, MemoryError) as error:  # the plans made so far are worth more than a whole search
+        on_failure(f"{_name(request)}: not compiled: {error}")
+        return None
 
 
 def _known(found: list[Plan], request: Request) -> Plan | None:
