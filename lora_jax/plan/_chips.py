@@ -14,9 +14,9 @@ class Generation(NamedTuple):
     Attributes:
       hbm: Bytes of high-bandwidth memory of a chip, by Cloud TPU's documentation of that generation
         (cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e).
-      dimensions: Of the torus or mesh that its chips form.
-      accelerator: What the compiler's environment calls a small slice.
-      chip_config: What the compiler calls a chip whose cores are one device.
+      dimensions: Number of dimensions of the torus or mesh that its chips form.
+      accelerator: Name of a small slice in the compiler's environment.
+      chip_config: The compiler's name of a chip whose cores are one device.
     """
 
     hbm: int

@@ -1,4 +1,4 @@
-"""Compiling a step, and what the compiler says of it."""
+"""Compiling a step, and the compiler's figures of it."""
 
 import re
 import time
@@ -23,7 +23,7 @@ _USED = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) \w+")
 
 
 def measure(request: Request, devices: Sequence[Any], platform: str | None, report: Report) -> dict[str, Any]:
-    """Trace and compile the step for these devices; bytes and FLOPs of one of them, and of full fine-tuning's.
+    """Trace and compile the step for these devices; count bytes and FLOPs of one device, and those of full fine-tuning.
 
     Raises:
       ValueError: a model, a mesh or an adapter that can't be; the compiler's own reason where it isn't memory.

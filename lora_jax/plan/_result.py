@@ -14,7 +14,7 @@ class Plan:
     """The needs of a training step on each chip.
 
     Attributes:
-      request: What was asked for.
+      request: The request that it answers.
       chips: Devices of the mesh.
       capacity: Bytes of a chip's memory.
       found: Figures of the compiled step, as in `to_json`.
@@ -81,7 +81,7 @@ class Plan:
         }
 
     def to_json(self) -> dict[str, Any]:
-        """One object: what was asked for, `per_chip`, full fine-tuning beside it, and what would help."""
+        """One object: the request, `per_chip`, full fine-tuning beside it, and the advice."""
         train = self.request.train
         names = ("device", "compiler", "attention", "remat", "layers", "parameters", "trainable")
         return {

@@ -45,14 +45,14 @@ def plan(
 
     Args:
       model: folder with `config.json`, or a hub name; no weights are read.
-      lora: what is adapted and how.
+      lora: the adapter's settings.
       train: batch, length, accumulation and optimizer; `TrainConfig()` where not given.
       topology: generation and chips, such as `"v6e:2x4"`; needs the extra `tpu-plan`.
       mesh: devices along each of `data`, `fsdp` and `model`, as `"fsdp=8"` or a mapping; or `"auto"`, as in training.
         All along `fsdp` unless given, and without a topology one device.
-      dtype, attention, remat, layers: as of `lora_jax.models.load`.
+      dtype, attention, remat, layers: the options of `lora_jax.models.load`.
       full: compile full fine-tuning too, which otherwise has its arguments and gradients counted and no activations.
-      on_stage: called with what is being done.
+      on_stage: called with each stage as it begins.
 
     Raises:
       ValueError: a topology, a mesh, a model or an adapter that can't be, or a batch that doesn't divide by the mesh.
@@ -148,7 +148,7 @@ def _in_child(request: Request, on_stage: OnStage) -> dict[str, Any]:
 
 
 def _answer(process: Any, request: Request, on_stage: OnStage) -> dict[str, Any]:
-    """The last line; those before it are stages.
+    """The child's result; the lines before it are stages.
 
     Raises:
       EOFError: there is none.

@@ -18,19 +18,19 @@ def search(
     on_plan: Callable[[Plan], None] = lambda plan: None,
     on_failure: Callable[[str], None] = lambda line: None,
 ) -> list[Plan]:
-    """Other meshes for the step of a plan, the best first: what fits, of that the fewest FLOPs, then the least sent.
+    """Plan a step on other meshes too, and sort: first the plans that fit, then by FLOPs, then by bytes sent.
 
     On each mesh "none", "lean" and "full" are compiled up to the first that fits: those after it compute more. A mesh
     that doesn't divide the rows is passed over, and so is what doesn't compile.
 
     Args:
       first: A plan, as `plan` made it. It is one of the results.
-      on_stage: As of `plan`.
+      on_stage: Called with the current stage, after its mesh and remat.
       on_plan: Called with each plan once it is known.
       on_failure: Called with a line for each mesh and remat that doesn't compile.
 
     Returns:
-      All that was compiled, at least one.
+      All plans that were made, at least one.
     """
     found = [first]
     for sizes in _mesh.candidates(first.chips, first.found["heads"]):

@@ -27,9 +27,9 @@ class Step(NamedTuple):
     """A step and what it takes.
 
     Attributes:
-      jitted: Donates adapter and state, as the trainer does.
-      adapter, state, base, batch, key: Of `jax.ShapeDtypeStruct`s with shardings; no key without dropout.
-      model: Without weights.
+      jitted: The jitted function, which donates adapter and state, as the trainer's does.
+      adapter, state, base, batch, key: Its arguments, `jax.ShapeDtypeStruct`s with shardings; no key without dropout.
+      model: The model, without weights.
       attention: The form of attention of a batch.
     """
 
