@@ -8,6 +8,7 @@ import os
 import re
 import stat
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -294,8 +295,9 @@ def test_a_request_goes_over_whole(folder, child):
 
 def test_a_mesh_of_numpys_sizes_and_a_dtype_that_is_a_class_go_over(folder, child):
     child("print(json.dumps({'error': sys.stdin.read(), 'kind': 'ValueError'}))")
+    mesh: Any = {"fsdp": np.int64(8)}
     with pytest.raises(ValueError, match=r"\{") as error:
-        plan(folder, LORA, TRAIN, topology="v6e:2x4", mesh={"fsdp": np.int64(8)}, dtype=jnp.bfloat16)
+        plan(folder, LORA, TRAIN, topology="v6e:2x4", mesh=mesh, dtype=jnp.bfloat16)
     request = json.loads(str(error.value))
     assert (request["mesh"], request["dtype"]) == ({"fsdp": 8}, "bfloat16")
 
