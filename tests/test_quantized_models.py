@@ -94,6 +94,22 @@ def test_an_adapter_of_a_quantized_base_is_anybody_s(folder, tmp_path):
     np.testing.assert_allclose(ours, merged, rtol=1e-3, atol=1e-3)
 
 
+def test_a_kernel_that_the_adapter_has_in_full_is_quantized_no_more(folder, tmp_path):
+    model, plain = loaded(folder, "int8"), models.load(folder)
+    axes = axes_of(models.load_abstract(folder))
+    config = LoRAConfig(rank=2, alpha=4, targets=("q_proj",), also_train=("v_proj/kernel",))
+    base, adapter = lora_jax.split(lora_jax.init(jax.random.key(0), plain.params, config, axes=axes))
+    params = lora_jax.combine(base, jax.tree.map(lambda x: x + 0.1, adapter))
+    peft.save(tmp_path / "adapter", params, names=model.names)
+    beside = peft.load(tmp_path / "adapter", model.params, names=model.names, axes=axes)
+    again = peft.load(tmp_path / "adapter", plain.params, names=plain.names, axes=axes)
+    same(lora_jax.split(beside)[1], lora_jax.split(again)[1])
+    leaves = dict(leaves_with_paths(beside))
+    assert {path for path, leaf in leaves.items() if isinstance(leaf, Quantized)} == LINEAR - {
+        "layers/self_attn/v_proj/kernel"
+    }
+
+
 # The command line --------------------------------------------------------------------------------------------------
 
 

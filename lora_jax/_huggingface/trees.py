@@ -10,6 +10,7 @@ import numpy as np
 from lora_jax import _tree
 from lora_jax._huggingface.tensors import Tensor
 from lora_jax._node import LoRA, Trained, trained
+from lora_jax._quantize.schemes import whole
 
 
 class Parts(NamedTuple):
@@ -65,7 +66,12 @@ def put(
     """
     for path, leaf in (new or {}).items():
         params = _with_leaf(params, path, leaf)
-    leaves = {path: leaf for path, leaf in _tree.leaves_with_paths(params) if path in values} if values else {}
+    # A quantized kernel doesn't train: the adapter's value takes its place, in the dtype that the kernel had.
+    leaves = {
+        path: _tree.rebox(leaf, whole(_tree.unbox(leaf)))
+        for path, leaf in (_tree.leaves_with_paths(params) if values else ())
+        if path in values
+    }
     return _tree.attach(params, nodes, {path: trained(leaf, values[path]) for path, leaf in leaves.items()})
 
 
@@ -94,7 +100,7 @@ def filled(values: Iterable[tuple[Tensor, np.ndarray]], leaves: Mapping[str, Any
     new: dict[str, np.ndarray] = {}
     for tensor, value in values:
         if tensor.path not in new:
-            new[tensor.path] = np.array(leaves[tensor.path], np.float32)
+            new[tensor.path] = np.array(whole(leaves[tensor.path]), np.float32)
         new[tensor.path][tensor.index] = tensor.saved(value)
     return new
 

@@ -8,6 +8,7 @@ import numpy as np
 from lora_jax._huggingface import trees
 from lora_jax._huggingface.factors import Factors, nodes_of
 from lora_jax._huggingface.tensors import Tensor
+from lora_jax._quantize.schemes import whole
 from lora_jax.peft import _fused_experts
 from lora_jax.peft._expected import AdaptedModule, AdaptedParameter, Destination, Expected, TrainedLeaf, TrainedRows
 from lora_jax.peft._tied_heads import Base
@@ -61,7 +62,7 @@ class _TrainedLeaves:
 
     def _leaf(self, path: str) -> np.ndarray:
         if path not in self.values:
-            self.values[path] = np.array(self._leaves[path], np.float32)
+            self.values[path] = np.array(whole(self._leaves[path]), np.float32)
         return self.values[path]
 
     def replace(self, tensor: Tensor, value: np.ndarray) -> None:
