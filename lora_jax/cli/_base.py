@@ -162,13 +162,15 @@ class EvaluatedBase(Base):
         return None if self.mesh is None else _mesh.parse(self.mesh, rows)
 
     quantize: Literal["nf4", "int4", "int8", "fp8"] | None = None
-    """number format of the linear kernels, embeddings and output head excepted, to which they are rounded as they are
-    read: nf4 (QLoRA's, 4.13 bits), int4 (4.5), int8, fp8; none if not given"""
+    """number format of the linear kernels, embeddings and heads excepted, to which they are rounded as they are read:
+    nf4 (QLoRA's, 4.13 bits), int4 (4.5), int8, fp8; none if not given"""
 
     def _transform(self, labels: Sequence[str] | None) -> Callable[[Any], Any] | None:
         if self.quantize is None:
             return None
-        config = lora_jax.QuantizeConfig(scheme=self.quantize)
+        # The leaves that train in full stay as they are; which ones a new head has, the files alone show.
+        in_full = () if labels is None else head_leaves(self.load_streamed(labels))
+        config = lora_jax.QuantizeConfig(scheme=self.quantize, exclude=in_full)
         axes = kernel_axes(self.abstract(labels=labels))
         return lambda params: lora_jax.quantize(params, config, axes=axes)
 
@@ -206,6 +208,14 @@ class TrainedBase(EvaluatedBase):
 def execution_line(model: Any, rows: int, length: int) -> str:
     """One line on how a model computes its steps: attention, remat and layers."""
     return f"{model.attention(rows, min(length, model.max_length))}; remat: {model.remat}; layers: {model.layers}"
+
+
+def head_leaves(model: Any) -> tuple[str, ...]:
+    """Patterns of the leaves that train in full on labels: those of the head and all newly initialised ones."""
+    if not model.head:
+        return ()
+    new = (path for path in model.newly_initialized if not path.startswith(f"{model.head}/"))
+    return (f"/{model.head}/.*/", *new)
 
 
 def kernel_axes(model: Any) -> lora_jax.KernelAxes:

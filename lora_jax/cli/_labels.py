@@ -11,7 +11,7 @@ import numpy as np
 import lora_jax
 from lora_jax import _disk, data
 from lora_jax._untrusted import git_lfs_pointer, not_a_file, read_json
-from lora_jax.cli._base import Base
+from lora_jax.cli._base import Base, head_leaves
 from lora_jax.cli._data import DataSource
 from lora_jax.data import Labelled, LabelledExample, Labels
 from lora_jax.peft import adapter_folder
@@ -110,10 +110,8 @@ def with_head(config: lora_jax.LoRAConfig, model: Any) -> lora_jax.LoRAConfig:
 
     A model without a head needs no change.
     """
-    if not model.head:
+    if not (new := head_leaves(model)):
         return config
-    head = f"/{model.head}/.*/"
-    new = (head, *(path for path in model.newly_initialized if not path.startswith(f"{model.head}/")))
     exclude = (*config.exclude, *new) if config.targets else ()  # "all-linear" would select a kernel of RoBERTa's head
     return dataclasses.replace(config, also_train=(*config.also_train, *new), exclude=exclude)
 
