@@ -32,7 +32,7 @@ def merge(params: Any, *, dtype: Any = None) -> Any:
     It can be jitted. `merge_report` reports how much of the update survives the rounding.
 
     Where a kernel is quantized, W' is the dequantized W with its update, in 16 bits or more as the kernel was before;
-    quantized kernels without an adapter stay so.
+    quantized kernels without an adapter stay so, and `dequantize(merge(params))` has none, as files of models need it.
 
     Args:
       params: A tree that `init` made.

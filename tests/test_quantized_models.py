@@ -110,6 +110,20 @@ def test_a_kernel_that_the_adapter_has_in_full_is_quantized_no_more(folder, tmp_
     }
 
 
+def test_a_merged_quantized_model_is_saved_dequantized(folder, tmp_path):
+    model = loaded(folder, "int8")
+    config = LoRAConfig(rank=2, alpha=4, targets=("q_proj",))
+    params = lora_jax.init(jax.random.key(0), model.params, config, axes=axes_of(models.load_abstract(folder)))
+    merged = lora_jax.merge(params)
+    for given in (params, merged, model.params):
+        with pytest.raises(ValueError, match=r"/kernel: is quantized \(int8\), .*; save lora_jax.dequantize\(lora_jax"):
+            models.save(tmp_path / "out", model, given)
+    dense = lora_jax.dequantize(merged)
+    for like in (model, models.load_abstract(folder)):
+        models.save(tmp_path / "out", like, dense, overwrite=True)
+        same(models.load(tmp_path / "out").params, dense)
+
+
 # The command line --------------------------------------------------------------------------------------------------
 
 

@@ -89,12 +89,12 @@ def untied(names: Mapping[str, Weight]) -> dict[str, str]:
 
 
 def flatten(tree: Tree) -> dict[str, Any]:
-    """A nested dict as `{"a/b": leaf}`.
+    """A nested dict as `{"a/b": leaf}`; a leaf is what has a shape, and so a quantized kernel is one leaf.
 
     >>> flatten({"a": {"b": 1}, "c": 2})
     {'a/b': 1, 'c': 2}
     """
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: hasattr(node, "shape"))
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 

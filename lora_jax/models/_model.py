@@ -258,9 +258,7 @@ def shardings(model: Model, mesh: Mesh | None = None, rules: Rules | None = None
     if mesh is None:
         raise ValueError("mesh: none given, and the model is on none; pass shardings(model, mesh)")
     layout = layout_of(mesh, model.rules if rules is None else rules)
-    leaves = jax.tree.leaves_with_path(model.params, is_leaf=lambda x: hasattr(x, "shape"))  # quantized kernels too
-    shapes = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-    return unflatten(shardings_of(layout, shapes, model.axes, model.counts))
+    return unflatten(shardings_of(layout, flatten(model.params), model.axes, model.counts))
 
 
 def _axes(boxed: Any) -> dict[str, tuple[str | None, ...]]:

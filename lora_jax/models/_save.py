@@ -40,7 +40,8 @@ def save(
     Args:
         folder: The folder, which is created with its parents.
         model: The model, which has the names of the weights; its generation files and its tokenizer are copied.
-        params: A tree like `model.params` (merge an adapted one first), or like the `untied` model's.
+        params: A tree like `model.params`, or like the `untied` model's; of an adapted or quantized one
+            `lora_jax.dequantize(lora_jax.merge(params))`.
         dtype: The dtype of the written weights; None keeps each leaf's.
         overwrite: Replace a folder that `save` has written, or the model's own; it stays until the new one is complete.
         tokenizer: Written instead of the model's own.
@@ -49,7 +50,8 @@ def save(
 
     Raises:
         FileExistsError: The folder isn't empty and `overwrite` is False, or it has files that `save` hasn't written.
-        ValueError: `params` has other leaves or shapes than `model.params`, or a value isn't finite.
+        ValueError: `params` has other leaves or shapes than `model.params`, a kernel is quantized, or a value isn't
+            finite.
     """
     folder = Path(folder)
     leaves = flatten(dict(params))
@@ -100,6 +102,12 @@ def _layout(model: Model, leaves: Mapping[str, Any]) -> dict[str, Path] | None:
 
 
 def _check_leaves(leaves: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    for path, leaf in leaves.items():
+        if scheme := getattr(leaf, "scheme", None):  # a `lora_jax.Quantized`
+            raise ValueError(
+                f"{path}: is quantized ({scheme}), and can't be written so; save"
+                " lora_jax.dequantize(lora_jax.merge(params))"
+            )
     problems = [f"{path} is missing" for path in expected if path not in leaves]
     problems += [f"{path} is unexpected" for path in leaves if path not in expected]
     problems += [
