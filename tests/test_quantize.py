@@ -323,7 +323,7 @@ REFUSED = {
     ),
     "a group that doesn't divide": (
         lambda: lora_jax.quantize(tree(), QuantizeConfig(scheme="nf4", targets="down", group_size=96)),
-        "down/kernel: has 128 inputs, which groups of 96 don't divide; give another group_size",
+        "down/kernel: has 128 inputs, which groups of 96 don't divide; take int8, or a QuantizeConfig with",
     ),
     "twice": (
         lambda: lora_jax.quantize(lora_jax.quantize(tree(), CONFIG), CONFIG),

@@ -163,4 +163,5 @@ def test_a_kernel_that_groups_do_not_divide_is_named(tmp_path, capsys):
     capsys.readouterr()
     assert main(["generate", "--model", small, "--quantize", "nf4", "--prompt", "a"]) == 2
     message = capsys.readouterr().err.splitlines()[-1]
-    assert "kernel: has 32 inputs, which groups of 64 don't divide; give another group_size, take int8" in message
+    assert "kernel: has 32 inputs, which groups of 64 don't divide; take int8, or a QuantizeConfig with" in message
+    run("generate", "--model", small, "--quantize", "int8", "--prompt", "a", "--max-tokens", "1")

@@ -75,8 +75,8 @@ def _check_groups(path: str, inputs: list[int], config: QuantizeConfig) -> None:
     size, count = config.inputs_in_a_group, math.prod(inputs)
     if size and count % size:
         raise ValueError(
-            f"{path}: has {count} inputs, which groups of {size} don't divide; give another group_size, take int8, or"
-            " exclude it"
+            f"{path}: has {count} inputs, which groups of {size} don't divide; take int8, or a QuantizeConfig with"
+            " another group_size or with this kernel in exclude"
         )
 
 
