@@ -349,13 +349,13 @@ def apply(eqn: Any, values: Sequence[Any], bind: Callable[[Any, Sequence[Any]], 
     """One equation on operands of which some are quantized kernels.
 
     Where it is a product, its derivative dequantizes once more: a forward pass that kept W for it would keep a whole
-    model in 16 bits.
+    model in 16 bits. The codes wait for the activations, or without a loop over layers all are dequantized at once.
     """
     make = PLANS.get(eqn.primitive.name)
     plan = make(eqn, values[0]) if make is not None and isinstance(values[0], Lazy) else None
     if plan is not None:
         return plan(values)
-    return jax.checkpoint(lambda operands: bind(eqn, list(map(settled, operands))))(list(values))
+    return jax.checkpoint(lambda ops: bind(eqn, list(map(settled, lax.optimization_barrier(ops)))))(list(values))
 
 
 def settled(w: Any) -> Any:
