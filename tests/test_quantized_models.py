@@ -16,7 +16,7 @@ import lora_jax
 from lora_jax import LoRAConfig, QuantizeConfig, Quantized, models, peft
 from lora_jax._quantize import transform
 from lora_jax._tree import leaves_with_paths
-from lora_jax.cli import main
+from lora_jax.cli import _base, main
 from lora_jax.models import _files
 
 IDS = jnp.asarray([[5, 9, 13, 2], [7, 7, 1, 0]])
@@ -156,6 +156,13 @@ def test_a_run_resumes_from_its_checkpoint(folder, tmp_path):
     shutil.rmtree(out / "checkpoints" / "2")
     run(*given, "--save-steps", "1", "--resume")
     same(load_file(out / "adapter_model.safetensors"), trained)
+
+
+def test_tokens_are_generated_with_a_loop_over_quantized_layers(folder):
+    layers = {
+        scheme: _base.DecodedBase(model=str(folder), quantize=scheme).execution["layers"] for scheme in (None, "nf4")
+    }
+    assert layers == {None: "auto", "nf4": "scan"}
 
 
 def test_a_kernel_that_groups_do_not_divide_is_named(tmp_path, capsys):

@@ -186,7 +186,8 @@ class DecodedBase(EvaluatedBase):
 
     @property
     def execution(self) -> dict[str, Any]:
-        return {"attention": self.attention, "remat": "none", "layers": "auto"}
+        # Without a loop over the layers, XLA dequantizes all of them ahead of the loop over tokens.
+        return {"attention": self.attention, "remat": "none", "layers": "scan" if self.quantize else "auto"}
 
 
 @dataclass(frozen=True, kw_only=True)
