@@ -10,7 +10,7 @@ import pytest
 from flax import linen as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from scipy.stats import norm
 
 import lora_jax
@@ -283,6 +283,17 @@ def test_data_lie_on_a_mesh_as_the_kernel_does():
         ].a,
         lora_jax.init(jax.random.key(1), tree(), LORA)["up"]["kernel_lora"].a,
     )
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_a_kernel_on_a_mesh_is_quantized_there(kind):
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(kind, kind))
+    kernel = normal(128, 16)
+    with jax.set_mesh(mesh):
+        node = quantized(jax.device_put(kernel, NamedSharding(mesh, P("data", "model"))), Axes(), "nf4")
+    same(jax.device_get(node), jax.device_get(quantized(kernel, Axes(), "nf4")))
+    assert node.sharding is not None
+    assert node.sharding.spec == P("data", "model")
 
 
 def test_the_report_says_what_was_lost():
