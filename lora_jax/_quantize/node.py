@@ -35,7 +35,7 @@ class Quantized:
       offset: None, or of nested scales f32[*stack]: what is added to all of them.
       scheme: "int8", "int4", "nf4" or "fp8".
       group_size: Inputs that share a scale; 0 where all of an output's do.
-      dtype: Name of the kernel's dtype, in which it meets activations.
+      dtype: The kernel's dtype, in which it meets activations.
       axes: The kernel's, stack axes and all.
     """
 
@@ -47,6 +47,9 @@ class Quantized:
     group_size: int
     dtype: Any
     axes: Axes
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
 
     @property
     def own_axes(self) -> Axes:
@@ -76,7 +79,7 @@ class Quantized:
     def abstract(self) -> jax.ShapeDtypeStruct:
         """The kernel's shape and dtype, as a traced function sees them; on an explicit mesh its place."""
         typed = jax.typeof(self.values).sharding if isinstance(self.values, jax.Array) else None
-        return jax.ShapeDtypeStruct(self.shape, jnp.dtype(self.dtype), sharding=self._of_kernel(typed))
+        return jax.ShapeDtypeStruct(self.shape, self.dtype, sharding=self._of_kernel(typed))
 
     @property
     def sharding(self) -> NamedSharding | None:

@@ -82,13 +82,13 @@ def _check_groups(path: str, inputs: list[int], config: QuantizeConfig) -> None:
 
 def quantize_kernel(kernel: Any, config: QuantizeConfig, axes: Axes) -> Quantized:
     """One kernel as a node."""
-    dtype, size = jnp.dtype(kernel.dtype).name, config.inputs_in_a_group
+    size = config.inputs_in_a_group
     if isinstance(kernel, ReadInParts) and kernel.stack and axes.stack[: kernel.stack] == (*range(kernel.stack),):
         data = _part_by_part(kernel, config, axes)
     else:
         whole = np.asarray(kernel) if isinstance(kernel, ReadInParts) else kernel
         data = _encoder(config.scheme, size, axes)(whole)
-    return Quantized(**data, scheme=config.scheme, group_size=size, dtype=dtype, axes=axes)
+    return Quantized(**data, scheme=config.scheme, group_size=size, dtype=kernel.dtype, axes=axes)
 
 
 @runtime_checkable
