@@ -297,6 +297,18 @@ def test_a_kernel_on_a_mesh_is_quantized_there(kind):
     assert node.sharding.spec == P("data", "model")
 
 
+def test_a_large_stack_that_a_mesh_cuts_stays_cut(monkeypatch):
+    monkeypatch.setattr("lora_jax._quantize.transform._AT_ONCE", 2 * 64 * 32)
+    _encoder.cache_clear()
+    mesh = jax.make_mesh((8,), ("layers",))
+    kernel = normal(8, 64, 32)
+    node = quantized(jax.device_put(kernel, NamedSharding(mesh, P("layers"))), STACKED, "int8")
+    _encoder.cache_clear()
+    assert {shard.data.shape for shard in node.values.addressable_shards} == {(1, 64, 32)}
+    same(node, quantized(kernel, STACKED, "int8"))
+    _encoder.cache_clear()
+
+
 def test_the_report_says_what_was_lost():
     params = tree()
     quantized = lora_jax.quantize(params, CONFIG)

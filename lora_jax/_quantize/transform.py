@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
+from jax.sharding import NamedSharding
 
 from lora_jax._arguments import kind
 from lora_jax._axes import Axes
@@ -87,8 +89,15 @@ def quantize_kernel(kernel: Any, config: QuantizeConfig, axes: Axes) -> Quantize
         data = _part_by_part(kernel, config, axes)
     else:
         whole = np.asarray(kernel) if isinstance(kernel, ReadInParts) else kernel
-        data = _encoder(config.scheme, size, axes)(whole)
+        data = _encoder(config.scheme, size, axes, _stack_is_cut(whole, axes))(whole)
     return Quantized(**data, scheme=config.scheme, group_size=size, dtype=kernel.dtype, axes=axes)
+
+
+def _stack_is_cut(kernel: Any, axes: Axes) -> bool:
+    """Return whether a mesh cuts a stack axis: a loop over the stack would gather it on each device."""
+    placed = jax.typeof(kernel).sharding if isinstance(kernel, Tracer) else getattr(kernel, "sharding", None)
+    spec = tuple(placed.spec) if isinstance(placed, NamedSharding) else ()
+    return any(spec[axis] is not None for axis in axes.stack if axis < len(spec))
 
 
 @runtime_checkable
@@ -116,8 +125,8 @@ def _part_by_part(kernel: ReadInParts, config: QuantizeConfig, axes: Axes) -> di
 
 
 @functools.cache
-def _encoder(scheme: str, group_size: int, axes: Axes) -> Any:
-    """The compiled function from a kernel to a node's data; a stack is encoded a few kernels at a time."""
+def _encoder(scheme: str, group_size: int, axes: Axes, at_once: bool = False) -> Any:
+    """The compiled function from a kernel to a node's data; a large stack in parts, unless `at_once`."""
     order = [axis for group in axes for axis in group]
     stack, inputs = len(axes.stack), len(axes.inputs)
 
@@ -128,7 +137,7 @@ def _encoder(scheme: str, group_size: int, axes: Axes) -> Any:
         laid = kernel.transpose(order)
         sizes, each = laid.shape[:stack], math.prod(laid.shape[stack:])
         count = math.prod(sizes)
-        if count == 1 or count * each <= _AT_ONCE:
+        if at_once or count == 1 or count * each <= _AT_ONCE:
             return encode(laid, scheme, group_size, stack, inputs)
         flat = laid.reshape(count, *laid.shape[stack:])
         data = lax.map(one, flat, batch_size=max(1, _AT_ONCE // each))
