@@ -31,6 +31,9 @@ DEQUANTIZES = {
     "added_to_an_array": "add",
     "subtracted_from_an_array": "sub",
     "sum_of_two_kernels": "add",
+    **dict.fromkeys(("embedding", "embedding_clipped", "embedding_filled_with_zeros"), "gather"),  # not a stack of rows
+    **dict.fromkeys(("embedding_in_bounds", "embedding_one_by_one", "embedding_of_a_stack"), "gather"),
+    **dict.fromkeys(("tied_embedding", "columns_taken"), "gather"),
     "padded": "pad",
     "tiled": "tile",
     "put_on_a_device_together": "device_put",
@@ -141,6 +144,18 @@ def test_the_trace_sees_the_kernels_that_were():
             lambda p, case=case: arrays_only(case.call(case.fn, p, case.arrays)), params_of(name, "int8")
         )
         assert {path: found.get(path) for path in case.axes} == case.axes
+
+
+def test_an_index_for_each_row_of_a_batch_dequantizes_and_is_told():
+    """The gather that `vmap` makes of it has no form by codes."""
+    kernel = jnp.asarray(np.random.default_rng(0).normal(size=(LAYERS, 8, 4)), jnp.float32)
+    params = lora_jax.quantize({"w": kernel}, QuantizeConfig(scheme="int8", targets="w"), axes={"w": STACKED})
+    fn = lambda p, x, i: jax.vmap(lambda x, i: x @ p["w"][i])(x, i)
+    x, i = jnp.ones((2, 8)), jnp.array([0, 2])
+    with pytest.raises(ValueError, match=r"^w: gather has no rule for a quantized kernel"):
+        lora_jax.adapt(fn, allow_none=True, on_materialize="error")(params, x, i)
+    ours = lora_jax.adapt(fn, allow_none=True, on_materialize="allow")(params, x, i)
+    np.testing.assert_allclose(ours, fn(lora_jax.dequantize(params), x, i), rtol=1e-5)
 
 
 # A model of layers -------------------------------------------------------------------------------------------------

@@ -339,7 +339,7 @@ def admits(eqn: Any, place: int, w: Lazy) -> Lazy | None:
         return w if w.lead else None
     if name == "shard_map":
         return _cuttable(w, eqn.params["in_specs"][place], eqn.params["mesh"].shape)
-    if name in HOLDERS or name in PRODUCTS or name == "gather":
+    if name in HOLDERS or name in PRODUCTS:
         return w
     plan = PLANS.get(name)
     return w if place == 0 and plan is not None and plan(eqn, w) is not None else None
