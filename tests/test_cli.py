@@ -468,10 +468,11 @@ def test_missing_adapter(refused, world, tmp_path):
 
 
 def test_output_that_holds_a_run(refused, world, tmp_path):
-    before = {name: (tmp_path.joinpath(world["out"], name)).read_bytes() for name in os.listdir(world["out"])}
+    files = [name for name in os.listdir(world["out"]) if os.path.isfile(tmp_path / world["out"] / name)]
+    before = {name: (tmp_path.joinpath(world["out"], name)).read_bytes() for name in files}
     message = refused("train", "--model", world["model"], "--data", world["data"], "--output", world["out"], *TRAIN)
     assert "--overwrite" in message
-    assert before == {name: (tmp_path.joinpath(world["out"], name)).read_bytes() for name in os.listdir(world["out"])}
+    assert before == {name: (tmp_path.joinpath(world["out"], name)).read_bytes() for name in files}
 
 
 def test_output_that_cannot_be_written(refused, world, tmp_path, monkeypatch):

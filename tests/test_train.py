@@ -623,7 +623,7 @@ def test_an_output_folder_that_holds_a_run(tmp_path):
         train(tiny.small_apply, small(), rows, config=config, output=tmp_path)
     plain = dataclasses.replace(QUICK, max_steps=1)
     train(tiny.small_apply, small(), rows, config=plain, output=tmp_path, overwrite=True)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "notes.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "notes.txt", "tensorboard"]
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
 
 

@@ -98,7 +98,7 @@ def layout_of(mesh: Mesh, rules: Rules = RULES) -> Layout:
 
     >>> import jax
     >>> layout_of(jax.make_mesh((1, 1), ("fsdp", "model"))).spec(("batch", "length", "mlp"), (8, 16, 64))
-    PartitionSpec('fsdp', None, 'model')
+    P('fsdp', None, 'model')
     """
     given = {name: (axes,) if isinstance(axes, str) else tuple(axes or ()) for name, axes in rules.items()}
     named = {axis for axes in given.values() for axis in axes}
