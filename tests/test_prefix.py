@@ -440,7 +440,7 @@ def test_from_the_command_line(tmp_path, capsys):
         main(["merge", "--model", model, "--adapter", out, "--check", "never", "--output", str(tmp_path / "merged")])
         == 2
     )
-    assert "no weights to merge" in capsys.readouterr().err
+    assert "can't be merged into weights" in capsys.readouterr().err
     assert not (tmp_path / "merged").exists()
 
 
