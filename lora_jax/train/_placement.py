@@ -117,10 +117,12 @@ def _as_they_are(params: Any, mesh: Mesh) -> tuple[NamedSharding, dict[str, Name
     base, there = {}, _auto(mesh)
     for path, leaf in leaves_with_paths(params):
         sharding = None if isinstance(leaf, LoRA) else getattr(jax.tree.leaves(leaf)[0], "sharding", None)
-        if isinstance(sharding, NamedSharding) and sharding.device_set == {*mesh.devices.flat}:
-            if _auto(sharding.mesh) != there:
+        if not isinstance(sharding, NamedSharding) or not isinstance(theirs := sharding.mesh, Mesh):
+            continue
+        if {*theirs.devices.flat} == {*mesh.devices.flat}:
+            if _auto(theirs) != there:
                 raise ValueError(
-                    f"{path}: on a mesh of {_sizes(sharding.mesh)}, but mesh {_sizes(mesh)} given; device_put the base"
+                    f"{path}: on a mesh of {_sizes(theirs)}, but mesh {_sizes(mesh)} given; device_put the base"
                     " on the mesh that the run gets"
                 )
             base[path] = NamedSharding(there, sharding.spec)
