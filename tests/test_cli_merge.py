@@ -229,6 +229,7 @@ def test_transformers_agrees_on_a_merged_tied_embedding(tied):
 # One use of a tied embedding ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", [pytest.param("the head adapted", marks=pytest.mark.slow), "both trained in full"])
 def test_a_model_that_the_adapter_unties_is_merged_and_exported(way, tmp_path, capsys):
     """As adapters from PEFT do it: what `lora-jax merge` writes is untied, and `export` keeps both copies."""

@@ -23,6 +23,7 @@ def losses(folder):
     return [line["loss"] for line in lines if "loss" in line]
 
 
+@pytest.mark.slow
 def test_the_commands_give_the_results_of_one_device(inputs, tmp_path, capsys):
     model, rows = inputs
     for name, mesh in (("alone", []), ("mesh", ["--mesh", "data=2,fsdp=2,model=2"])):

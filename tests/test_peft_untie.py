@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from agreement import assert_agrees
+from marks import few
 from peft_trees import EMBEDDING, HEAD, NAMES, QUERY, TIED, adapted, base, config_in, edit, node, same, tensors_in
 from public_trees import attach
 from test_peft_families import make, read_by_peft, setting_of, written_by_peft
@@ -111,7 +112,7 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", few(CONFIGS, ["llama"]))
 def test_the_models_function_uses_a_head_that_is_there(name, tmp_path):
     model = models.init(jax.random.key(0), CONFIGS[name])
     ids = jnp.arange(5)[None]

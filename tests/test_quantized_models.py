@@ -146,6 +146,7 @@ def test_train_evaluate_and_generate(folder, tmp_path):
     run("generate", *base, "--adapter", out, "--prompt", "1 + 1 = ", "--max-tokens", "2")
 
 
+@pytest.mark.slow
 def test_a_run_resumes_from_its_checkpoint(folder, tmp_path):
     """The checkpoint names the base by its values, which are in 4 bits."""
     data, out = write_rows(tmp_path / "data.jsonl"), tmp_path / "out"

@@ -69,6 +69,7 @@ def cost(compiled):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("targets", TARGETS)
 def test_the_model_by_hand_is_the_same_model(targets):
     model, base, adapter = setting(targets)

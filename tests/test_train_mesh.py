@@ -71,10 +71,10 @@ def alone():
 
 
 CASES = [(name, mesh, kind) for name in ("llama", "five") for mesh in MESHES for kind in ("auto", "explicit")]
-CHOSEN = [("llama", "data=2,fsdp=2,model=2", "explicit")]
 
 
-@pytest.mark.parametrize("case", few(CASES, CHOSEN), ids="-".join)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids="-".join)
 def test_losses_do_not_depend_on_the_mesh(case, alone):
     """With dropout, and within whatever mesh the caller has set."""
     name, mesh, kind = case
@@ -204,6 +204,7 @@ def test_a_model_on_a_mesh_keeps_its_rules():
     assert models.shardings(model.on_mesh(model.mesh))["embed_tokens"]["embedding"].spec == where
 
 
+@pytest.mark.slow
 def test_a_run_is_resumed_on_another_mesh(tmp_path):
     """And on one device, with the losses of a run that wasn't stopped."""
     params = tiny.init(KEY)
