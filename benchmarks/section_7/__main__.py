@@ -48,7 +48,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", metavar="EXPERIMENT", help="of the experiments, the ones to run")
     parser.add_argument("--page", action="store_true", help="measure nothing")
     parser.add_argument(
-        "--two-cores", type=Path, help="results at scale small on two cores, whose times the page tells"
+        "--two-cores", type=Path, help="results at scale small on two cores, whose times the page reports"
     )
     args = parser.parse_args()
     args.results = args.results or OUT / args.scale

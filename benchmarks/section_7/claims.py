@@ -8,7 +8,7 @@ from pictures import short
 from results import SCORES, TITLES, Results
 from statistics_of import Difference, difference, spread
 
-ONE_SEED = "not told, of one seed,"
+ONE_SEED = "not reported, of one seed,"
 
 
 class Claim(NamedTuple):
@@ -45,17 +45,17 @@ def by_task(
 
     Verdicts are on the dev loss. Scores are shown beside it; for them the claim is that the difference is positive.
     """
-    told, held, scored = [], {}, {}
+    parts, held, scored = [], {}, {}
     for task in results.tasks:
         loss = of(task, "dev_loss")
         if loss is None:
             continue
-        told.append(f"{TITLES[task]} {loss}")
+        parts.append(f"{TITLES[task]} {loss}")
         held[TITLES[task]] = verdict(loss)
         score = of(task, "score")
         if score is not None and task in SCORES:
             scored[TITLES[task]] = verdict(Difference(-score.mean, score.half, score.seeds))
-    return "; ".join(told), f"by dev loss {_grouped(held)}; by score {_grouped(scored)}"
+    return "; ".join(parts), f"by dev loss {_grouped(held)}; by score {_grouped(scored)}"
 
 
 def _grouped(held: Mapping[str, str]) -> str:
@@ -166,18 +166,18 @@ def _subspaces(results: Results) -> Iterator[Claim]:
 
         `holds` takes one seed's values, in the order of `figures`.
         """
-        told = []
+        parts = []
         for kind in kinds:
             of_kind = [kernel for name, kernel in found.items() if name.split()[0] == kind]
             ranges = (_range([x for kernel in of_kind for x in figure(kernel)]) for figure in figures.values())
-            told.append(f"{kind}: " + ", ".join(f"{what} {each}" for what, each in zip(figures, ranges, strict=True)))
+            parts.append(f"{kind}: " + ", ".join(f"{what} {each}" for what, each in zip(figures, ranges, strict=True)))
         held = {
             name: _verdict(
                 [holds(*each) for each in zip(*(figure(kernel) for figure in figures.values()), strict=True)], over
             )
             for name, kernel in found.items()
         }
-        return Claim(said, theirs, f"over tasks and {over}, {'; '.join(told)}; held where {rule}", _grouped(held))
+        return Claim(said, theirs, f"over tasks and {over}, {'; '.join(parts)}; held where {rule}", _grouped(held))
 
     def phi(name: str, i: int) -> Callable[[dict], list[float]]:
         return lambda kernel: [float(np.mean(layers)) for layers in kernel[name][str(i)]]
@@ -229,19 +229,19 @@ def _subspaces(results: Results) -> Iterator[Claim]:
 
 def _more_of_q_than_of_v(runs: Mapping[str, Any]) -> Iterator[Claim]:
     """The second claim of figure 4: ΔW_q has more common directions than ΔW_v."""
-    told, held = [], {}
+    parts, held = [], {}
     for task in (task for task in TITLES if task in runs):
         shared = {
             short(path)[0]: [float(np.mean(layers)) for layers in kernel["seeds_top"]["1"]]
             for path, kernel in runs[task]["kernels"].items()
         }
         more = [q - v for q, v in zip(shared["q"], shared["v"], strict=True)]
-        told.append(f"{TITLES[task]} {spread(more, 2)}")
+        parts.append(f"{TITLES[task]} {spread(more, 2)}")
         held[TITLES[task]] = _verdict([each > 0 for each in more], "pairs")
     yield Claim(
         "Two seeds share more of ΔW_q than of ΔW_v (7.2, figure 4)",
         "a picture",
-        f"φ(1, 1) of ΔW_q minus that of ΔW_v, over pairs: {'; '.join(told)}",
+        f"φ(1, 1) of ΔW_q minus that of ΔW_v, over pairs: {'; '.join(parts)}",
         _grouped(held),
     )
 

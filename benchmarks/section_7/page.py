@@ -58,7 +58,7 @@ def text(found: Results, images: dict[str, str]) -> str:
         "## Which kernels, under one budget? (table 5)\n\n" + questions.table_5(found),
         "### Is one rank-8 matrix as good as two of rank 4, or four of rank 2?\n\n" + questions.one_two_or_four(found),
         "### Is W_o good because it is large?\n\n" + questions.is_o_good_because_it_is_large(found),
-        "### Can a score tell before training?\n\n"
+        "### Does a score before training predict the gain?\n\n"
         + picture("kernels.png", "gain of each kernel alone against its gradient score")
         + questions.does_the_score_choose(found),
         "## What rank? (table 6)\n\n" + picture("ranks.png", "dev loss by rank") + questions.table_6(found),
@@ -88,11 +88,11 @@ def _opening(found: Results) -> str:
             [TITLES[task], str(runs[0]["steps"]), str(runs[0]["batch_size"]),
              f"{runs[0]['steps'] * runs[0]['batch_size']:,}", str(len(found.points(task))), str(len(runs))]
         )  # fmt: skip
-    told = [
+    paragraphs = [
         "# Section 7 of the LoRA paper, on models of your own",
-        "Which weights to adapt, at what rank, and what ΔW is to W: the questions of section 7 of "
-        "[Hu et al. 2021](https://arxiv.org/abs/2106.09685), and some that a reader is left with, asked of small pretrained "
-        "models on real data. The numbers come from",
+        "This page asks the questions of section 7 of [Hu et al. 2021](https://arxiv.org/abs/2106.09685) of small pretrained "
+        "models on real data: which weights to adapt, at what rank, and how ΔW relates to W. It adds some questions that "
+        "the paper leaves open. The numbers come from",
         f"    {COMMAND}",
         "which writes them and this page into out/section-7; `--page --results docs/section-7 --output docs/section-7.md` "
         "writes the page anew from the numbers that are here. The encoder is all-MiniLM-L6-v2 (22.7M parameters, 6 layers of width 384) "
@@ -111,23 +111,23 @@ def _opening(found: Results) -> str:
         "because on MRPC and CoLA the loss rises where the score does too: the model grows too sure of what it gets wrong. "
         "Verdicts on subspaces are of the mean over layers, for each seed, or for each pair of seeds where two are "
         "compared (three pairs of three seeds are not independent); their bounds, which stand in the rows, are ours. "
-        "Nothing is corrected for the number of comparisons: of verdicts by an interval, one in twenty tells a difference where "
+        "Nothing is corrected for the number of comparisons: of verdicts by an interval, one in twenty reports a difference where "
         "there is none.",
     ]
-    return "\n\n".join(told)
+    return "\n\n".join(paragraphs)
 
 
 def _time(found: Results) -> str:
     total, cpu = (sum(run[key] for runs in found.experiments.values() for run in runs.values() if key in run)
                   for key in ("seconds", "cpu_seconds"))  # fmt: skip
     devices = sorted({run["device"] for runs in found.experiments.values() for run in runs.values()} - {"cpu"})
-    told = (
+    text = (
         f"Time: {total / 60:.0f} minutes, were one run made after the other, on {', '.join(devices) or 'CPU cores'}, with "
         f"{cpu / 60:.0f} minutes of processor time{' (products in TF32, as XLA computes float32 there)' * bool(devices)}."
     )
     if found.two_cores:
-        told += " " + _time_on_two_cores(found.two_cores)
-    return told
+        text += " " + _time_on_two_cores(found.two_cores)
+    return text
 
 
 def _time_on_two_cores(times: dict[str, Any]) -> str:
@@ -139,7 +139,7 @@ def _time_on_two_cores(times: dict[str, Any]) -> str:
     hours = sum(seconds.values()) * len(SMALL.seeds) / 3600
     days = ratio * seconds["grid"] * len(FULL.seeds) / 86_400
     return (
-        f"`--scale small` runs all of it with fewer steps and points, enough to see that it works and too few to tell anything: "
+        f"`--scale small` runs all of it with fewer steps and points, enough to see that it works and too few to conclude anything: "
         f"its first seed took {sum(seconds.values()) / 60:.0f} minutes on {cores} CPU cores "
         f"({', '.join(f'{name} {each / 60:.1f}' for name, each in seconds.items())}), with "
         f"{sum(run['cpu_seconds'] for run in runs) / 60:.0f} minutes of processor time; by that, its {len(SMALL.seeds)} seeds "
@@ -204,7 +204,7 @@ def _amplifications(found: Results) -> str:
 
 
 def _spectra(found: Results) -> str:
-    rows, told = [], []
+    rows, lines = [], []
     for task, run in found.runs("subspaces").items():
         for path, kernel in run["kernels"].items():
             for name, said in (("8", "ΔW, rank 8"), ("64", "ΔW, rank 64"), ("W", "W")):
@@ -213,7 +213,7 @@ def _spectra(found: Results) -> str:
                              *(layered(values[key], 1) for key in ("effective_rank", "stable_rank", "energy_rank_0.9",
                                                                   "energy_rank_0.99"))])  # fmt: skip
             needed = np.array(kernel["spectrum"]["64"]["energy_rank_0.9"])
-            told.append(
+            lines.append(
                 f"{TITLES[task]}, {pictures.short(path)}: {needed.min()} to {needed.max()} of 64 directions, by layer and "
                 "seed, hold 90 % of ΔW's energy."
             )
@@ -224,16 +224,16 @@ def _spectra(found: Results) -> str:
         table(head, rows)
         + f"\n\nThe picture is of {TITLES[next(iter(found.runs('subspaces')))]}, seed 0 and the middle layer. "
         f"The table has {LAYERED}; W has no seed. The effective rank is exp of the entropy of σ / Σσ, the stable rank "
-        "‖·‖²_F / σ₁².\n\n" + "\n".join(f"- {line}" for line in told)
+        "‖·‖²_F / σ₁².\n\n" + "\n".join(f"- {line}" for line in lines)
     )
 
 
 def _limits() -> str:
     return (
-        "## What this can't tell\n\n"
+        "## What this page doesn't show\n\n"
         "The paper's models are up to four orders of magnitude larger and were trained to the end with a searched learning "
         "rate. That a claim isn't borne out here says that it doesn't hold of every model and run, not "
-        "that the paper is wrong; that one is undecided says that these runs can't tell. Per-kernel gains are of training loss over few steps. On WikiSQL hardly any "
+        "that the paper is wrong; that one is undecided says that these runs don't decide it. Per-kernel gains are of training loss over few steps. On WikiSQL hardly any "
         "query is right to the letter: a model of 10M parameters doesn't learn in 1,000 steps to copy names and values, so "
         "logical form says nothing there and the loss must do."
     )

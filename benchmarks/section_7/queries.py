@@ -85,6 +85,6 @@ def _quoted(text: str) -> str:
 
 def _text(sql: dict, columns: list[str]) -> str:
     column, aggregate = f'"{columns[sql["sel"]]}"', AGGREGATES[sql["agg"]]
-    told = f"{aggregate}({column})" if aggregate else column
+    text = f"{aggregate}({column})" if aggregate else column
     conditions = [f'"{columns[c]}" {OPERATORS[operator]} "{_quoted(value)}"' for c, operator, value in sql["conds"]]
-    return f"SELECT {told}" + (f" WHERE {' AND '.join(conditions)}" if conditions else "")
+    return f"SELECT {text}" + (f" WHERE {' AND '.join(conditions)}" if conditions else "")

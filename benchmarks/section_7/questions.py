@@ -29,12 +29,12 @@ def lower(name: str, other: str, found: Difference) -> str:
     """The one of two that has the lower loss, if the interval of their difference decides it."""
     if math.isnan(found.half):
         return f"{name} minus {other}: {found.mean:+.4f}, of one seed, which says nothing of chance"
-    told = {
+    verdicts = {
         -1: f"{name} is lower",
         1: f"{other} is lower",
         0: "the interval holds zero, so neither is shown to be lower",
     }
-    return f"{name} minus {other}: {found} ({told[found.sign]})"
+    return f"{name} minus {other}: {found} ({verdicts[found.sign]})"
 
 
 # --- tables 5 and 6 --------------------------------------------------------------------------------------------------
@@ -59,8 +59,8 @@ def table_5(results: Results) -> str:
                         str(len(losses)),
                     ]
                 )
-    told = table(["task", "adapted", "rank", "parameters", "dev loss", "score", "seeds"], rows) if rows else NOT_RUN
-    return told + (
+    text = table(["task", "adapted", "rank", "parameters", "dev loss", "score", "seeds"], rows) if rows else NOT_RUN
+    return text + (
         "\n\nThe score is Matthews' correlation on CoLA, the share of greedy queries with the gold logical form on WikiSQL "
         "(conditions as a set), and accuracy elsewhere. `parameters` counts A and B and not the head, which all have "
         "alike. `nothing` trains the head alone, and on WikiSQL nothing at all."
@@ -109,7 +109,7 @@ def is_alpha_a_rate(results: Results) -> str:
         return {seed: row[figure] for seed, row in rows if (row["alpha"], row["learning_rate"]) == (alpha, rate)}
 
     cells = [[f"α = {alpha:g}", *(spread(list(at(alpha, rate).values()), 4) for rate in rates)] for alpha in alphas]
-    told = table(["dev loss", *(f"rate {rate:g}" for rate in rates)], cells)
+    text = table(["dev loss", *(f"rate {rate:g}" for rate in rates)], cells)
     products: dict[float, list[float]] = {}
     for alpha in alphas:
         for rate in rates:
@@ -117,11 +117,11 @@ def is_alpha_a_rate(results: Results) -> str:
     within = [max(each) - min(each) for each in products.values() if len(each) > 1]
     means = [np.mean(each) for each in products.values()]
     if within:
-        told += (
+        text += (
             f"\n\nIf α were only a factor of the learning rate, cells of one product α · rate would be equal. They differ "
             f"by up to {max(within):.4f}; the means over products differ by up to {max(means) - min(means):.4f}."
         )
-    return told
+    return text
 
 
 def where_the_scale_is(results: Results) -> str:
@@ -139,9 +139,9 @@ def where_the_scale_is(results: Results) -> str:
     ]
     steps = next(iter(results.runs("place").values()))["steps"]
     same = max(of("as a learning rate of B", "apart").values())
-    told = table(["α/r = 4 is put", f"training loss, last fifth of {steps} steps",
+    text = table(["α/r = 4 is put", f"training loss, last fifth of {steps} steps",
                   "largest relative distance from the first row's losses"], cells)  # fmt: skip
-    told += (
+    text += (
         "\n\nAdam's step doesn't change when its gradients are multiplied by a constant. So s · A · B with B learning at "
         "rate λ is A · B' with B' = s · B learning at s · λ: the scale at every forward, as loralib computes it, is a "
         "learning rate of B alone, and A keeps its own. That holds while nothing else sees the size of B or of its "
@@ -158,7 +158,7 @@ def where_the_scale_is(results: Results) -> str:
         )
         for name in ("as a learning rate of A and B", "once, in the start of A", "nowhere")
     ]
-    return told + "\n\n" + "\n".join(f"- {line}." for line in found)
+    return text + "\n\n" + "\n".join(f"- {line}." for line in found)
 
 
 def does_dropout_matter(results: Results) -> str:
@@ -175,20 +175,20 @@ def does_dropout_matter(results: Results) -> str:
          spread(list(of(rate, "score").values()))]
         for rate in rates
     ]  # fmt: skip
-    told = table(["dropout", "training loss", "dev loss", "Matthews"], cells)
+    text = table(["dropout", "training loss", "dev loss", "Matthews"], cells)
     first = [max(row["apart"][0] for _, row in rows), max(row["apart"][2] for _, row in rows if row["dropout"])]
-    told += (
+    text += (
         f"\n\nWith B at zero what dropout does to x A reaches nothing: the first loss differs by {first[0]:.1g}. It "
         f"reaches B's gradient in the same step, though, and the tenth loss differs by up to {first[1]:.2g}."
     )
     found = [
         lower(f"dropout {rate:g}", "none", difference(of(rate, "dev_loss"), of(0.0, "dev_loss"))) for rate in rates[1:]
     ]
-    return told + "\n\n" + "\n".join(f"- Dev loss, {line}." for line in found)
+    return text + "\n\n" + "\n".join(f"- Dev loss, {line}." for line in found)
 
 
 def is_o_good_because_it_is_large(results: Results) -> str:
-    told = []
+    paragraphs = []
     rows = results.rows("kernels", "cola")
     if rows:
         kernels = list(dict.fromkeys(row["kernel"] for _, row in rows))
@@ -198,20 +198,20 @@ def is_o_good_because_it_is_large(results: Results) -> str:
             norms = [row["w_norm"] for row in mine[: len({row["layer"] for row in mine})]]  # the same for each seed
             gains = _per_seed(rows, lambda row, kernel=kernel: row["kernel"] == kernel)
             cells.append([short(kernel), spread(norms, 2), spread(gains, 5)])
-        told.append(table(["kernel", "‖W‖_F over layers", "training loss gained by one layer's alone"], cells))
+        paragraphs.append(table(["kernel", "‖W‖_F over layers", "training loss gained by one layer's alone"], cells))
         rank = _correlations(rows, "w_norm")
-        told.append(f"Rank correlation of ‖W‖_F with that gain over all kernels, by seed: {spread(rank, 2)}.")
+        paragraphs.append(f"Rank correlation of ‖W‖_F with that gain over all kernels, by seed: {spread(rank, 2)}.")
     for task in results.tasks:
         singles = {name: results.grid(task, name, 8) for name in SINGLES if results.grid(task, name, 8)}
         if len(singles) == 4:
             order = sorted(singles, key=lambda name: np.mean(list(singles[name].values())))
-            told.append(
+            paragraphs.append(
                 f"{TITLES[task]}: the four kinds, of one size each, from the lowest dev loss: {', '.join(order)}; "
                 + lower("o", "v", difference(singles["o"], singles["v"]))
                 + "."
             )
     sizes = "All four have the same shape in these models, so one rank is one number of parameters."
-    return "\n\n".join([*told, sizes]) if told else NOT_RUN
+    return "\n\n".join([*paragraphs, sizes]) if paragraphs else NOT_RUN
 
 
 def _per_seed(rows: Sequence[tuple[int, dict]], of: Callable[[dict], bool]) -> list[float]:
@@ -228,22 +228,22 @@ def _correlations(rows: Sequence[tuple[int, dict]], figure: str) -> list[float]:
 
 
 def one_two_or_four(results: Results) -> str:
-    told = []
+    lines = []
     for task in results.tasks:
         singles = {name: results.grid(task, name, 8) for name in SINGLES if results.grid(task, name, 8)}
         two, four = results.grid(task, "q,v", 4), results.grid(task, "q,k,v,o", 2)
         if not (singles and two and four):
             continue
         best = min(singles, key=lambda name: np.mean(list(singles[name].values())))
-        told += [
+        lines += [
             f"- {TITLES[task]}, {lower('q,v at 4', f'{best} at 8 (the best single kind of those run)', difference(two, singles[best]))}.",
             f"- {TITLES[task]}, {lower('q,k,v,o at 2', 'q,v at 4', difference(four, two))}.",
         ]
-    return "\n".join(told) or NOT_RUN
+    return "\n".join(lines) or NOT_RUN
 
 
 def does_rank_1_suffice(results: Results) -> str:
-    told = []
+    lines = []
     for task in results.tasks:
         for targets in ("q", "q,v", "q,k,v,o"):
             ranks = sorted(rank for name, rank in results.points(task) if name == targets)
@@ -251,15 +251,17 @@ def does_rank_1_suffice(results: Results) -> str:
                 continue
             best = min(ranks, key=lambda rank: np.mean(list(results.grid(task, targets, rank).values())))
             if best == 1:
-                told.append(f"- {TITLES[task]}, {targets}: rank 1 has the lowest mean of all ranks.")
+                lines.append(f"- {TITLES[task]}, {targets}: rank 1 has the lowest mean of all ranks.")
             else:
                 found = difference(results.grid(task, targets, 1), results.grid(task, targets, best))
-                told.append(f"- {TITLES[task]}, {targets}, {lower('rank 1', f'rank {best} (the lowest mean)', found)}.")
+                lines.append(
+                    f"- {TITLES[task]}, {targets}, {lower('rank 1', f'rank {best} (the lowest mean)', found)}."
+                )
     note = (
         "\n\nThe lowest of five means is low by chance too, which counts against rank 1 here. α is the same at all ranks, "
         "as in the paper, so rank 1 also learns with a scale 64 times that of rank 64."
     )
-    return "\n".join(told) + note if told else NOT_RUN
+    return "\n".join(lines) + note if lines else NOT_RUN
 
 
 def is_rank_2_enough_for_13b(results: Results) -> str:
@@ -268,15 +270,15 @@ def is_rank_2_enough_for_13b(results: Results) -> str:
         return NOT_RUN
     cells = [[row["targets"], str(row["rank"]), f"{row['trainable']:,}", f"{row['share']:.4%}",
               f"{16 * row['trainable'] / 2**20:,.0f} MiB"] for row in rows if row["rank"] in (1, 2, 8)]  # fmt: skip
-    told = table(["adapted", "rank", "parameters", "of all", "weights, gradient and Adam in float32"], cells)
+    text = table(["adapted", "rank", "parameters", "of all", "weights, gradient and Adam in float32"], cells)
     by = {(row["targets"], row["rank"]): row["trainable"] for row in rows}
-    told += (
+    text += (
         f"\n\nOn Llama 2 13B rank 2 on q,k,v,o has {by['q,k,v,o', 2]:,} parameters, as many as rank 8 on q alone "
         f"({by['q', 8]:,}) and rank 4 on q,v ({by['q,v', 4]:,}). The paper's budget on GPT-3 (18M, rank 2 on all four of "
         "96 layers of width 12,288) is of the same kind. Whether rank 2 is enough there isn't measured: no 13B model was "
         "trained. What the models here show of rank 2 is the table of ranks above."
     )
-    return told
+    return text
 
 
 def does_the_score_choose(results: Results) -> str:
@@ -285,9 +287,9 @@ def does_the_score_choose(results: Results) -> str:
         return NOT_RUN
     count = len(rows) // len({seed for seed, _ in rows})
     cells = [[f"`{name}`", spread(_correlations(rows, name), 2)] for name in ("first_step", "best", "norm")]
-    told = table(["score before training", f"rank correlation with the gain, over {count} kernels, by seed"], cells)
+    text = table(["score before training", f"rank correlation with the gain, over {count} kernels, by seed"], cells)
     steps = next(iter(results.runs("kernels").values()))["steps"]
-    return told + (
+    return text + (
         f"\n\nEach kernel of each layer was adapted alone at rank 8 for {steps} steps; its gain is the training loss of "
         "the head alone minus its own, over the last fifth, on the same rows. The score is one backward pass over eight "
         "batches, at a head trained alone. It sees the start of training only, and says nothing of pairs of kernels."
