@@ -17,7 +17,7 @@ from lora_jax.models import _attention, _kernels
 from lora_jax.models._execution import KERNELS, Case, Choice, Execution, choose, one_by_one, stacked
 from lora_jax.models._experts import ExpertsSpec, SparseMLP
 from lora_jax.models._family import Family, Weight
-from lora_jax.models._layers import ACTIVATIONS, Embed, check_activation, dense
+from lora_jax.models._layers import ACTIVATIONS, Embed, check_activation, dense, head_kernel
 from lora_jax.models._layout import Layout
 from lora_jax.models._rope import Rope, reach, rope_of, rotate, rotation
 from lora_jax.models._settings import check_ratios
@@ -221,7 +221,9 @@ class Decoder(nn.Module):
         return choose(self.execution, case)
 
     @nn.compact
-    def __call__(self, input_ids, attention_mask=None, *, positions=None, cache=None, more_embeddings=None):
+    def __call__(
+        self, input_ids, attention_mask=None, *, positions=None, cache=None, more_embeddings=None, hidden=False
+    ):
         spec, layout = self.spec, self.execution.layout
         placed = positions is not None and spec.window is not None
         positions, cache, past = _attention.begin(input_ids, attention_mask, positions, cache)
@@ -250,15 +252,27 @@ class Decoder(nn.Module):
             x, new = layers(spec, self.param_dtype, choice, layout, name="layers")(x, own, context)
         x = _attention.put_back(order, x)
         x = RMSNorm(spec, self.param_dtype, name="norm")(x)
+        if hidden:
+            return x
         # The tree of a tied model may have a head of its own: an adapter that changes one of the two has untied them.
         tied = spec.tied and not self.has_variable("params", "lm_head")
         logits = embed.attend(x) if tied else dense(self, "lm_head", spec.vocab_size, x, ("embed", "vocab"), bias=False)
-        logits = layout.constrain(logits, "batch", "length", "vocab")
-        if spec.logit_divisor is not None:
-            logits = logits / spec.logit_divisor
-        if spec.logit_softcap is not None:
-            logits = spec.logit_softcap * jnp.tanh(logits / spec.logit_softcap)
+        logits = _scaled(spec, layout.constrain(logits, "batch", "length", "vocab"))
         return logits if cache is None else (logits, _attention.write(cache, new, input_ids.shape[1]))
+
+
+def unembed(spec: DecoderSpec, layout: Layout, params: Any) -> Callable[[Any], Any]:
+    """The function from the last hidden states to the logits, as at the end of `Decoder`."""
+    kernel = head_kernel(params, "embed_tokens", layout)
+    return lambda x: _scaled(spec, layout.constrain(x @ kernel.astype(x.dtype), "batch", "length", "vocab"))
+
+
+def _scaled(spec, logits):
+    if spec.logit_divisor is not None:
+        logits = logits / spec.logit_divisor
+    if spec.logit_softcap is not None:
+        logits = spec.logit_softcap * jnp.tanh(logits / spec.logit_softcap)
+    return logits
 
 
 def _seen(spec, choice, sliding, positions, attention_mask, cache, dtype):
@@ -364,6 +378,7 @@ def family(
         module=lambda config, dtype, param_dtype, execution: Decoder(spec(config), dtype, param_dtype, execution),
         weights=lambda config: weights(spec(config)) | more_weights(spec(config)),
         init_cache=init_cache,
+        unembed=lambda config, layout, params: unembed(spec(config), layout, params),
         prefix="model.",
         ignored=(r".*rotary_emb\.inv_freq",),  # a buffer, in old files
         copies=lambda config: {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_word_embeddings else {},

@@ -9,6 +9,7 @@ from flax import traverse_util
 from transformers import PretrainedConfig
 
 from lora_jax.models._execution import Execution
+from lora_jax.models._layout import Layout
 
 Tree = dict[str, Any]
 DType = Any
@@ -44,6 +45,7 @@ class Family(NamedTuple):
             `module(input_ids, attention_mask, ...)`; its `attention(rows, length, dtype)` is the form of a call.
         weights: `config -> {leaf path: Weight}`, one entry for every leaf of the tree.
         init_cache: `(config, batch, length, dtype, execution) -> pytree` of empty keys and values; None for encoders.
+        unembed: `(config, layout, params) -> x -> logits`, from the last hidden states; None for encoders.
         ignored: Regular expressions of names that files may have besides the weights (buffers of old checkpoints).
         copies: `config -> {name: name}`, tensors that may be in files as copies of another (a tied head).
         heads: For each copy that an untied tree has as a leaf of its own: the leaf's path, a dense layer's kernel.
@@ -59,6 +61,7 @@ class Family(NamedTuple):
     module: Callable[[Any, DType, DType, Execution], Any]
     weights: Callable[[Any], dict[str, Weight]]
     init_cache: Callable[[Any, int, int, DType, Execution], Tree] | None = None
+    unembed: Callable[[Any, Layout, Tree], Callable[[Any], Any]] | None = None
     ignored: tuple[str, ...] = ()
     copies: Callable[[Any], dict[str, str]] = lambda config: {}
     heads: Mapping[str, str] = MappingProxyType({})

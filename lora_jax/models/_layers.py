@@ -1,5 +1,6 @@
 """The layers that all families share."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -83,3 +84,12 @@ class Embed(nn.Module):
     def attend(self, x: Array) -> Array:
         """The product of x, [..., features], with every embedding: [..., count]."""
         return x @ self.embedding.T.astype(x.dtype)
+
+
+def head_kernel(params: Mapping[str, Any], table: str, layout: Layout) -> Array:
+    """The kernel of the head, [D, V]: the tree's own `lm_head`, or the transposed embedding that it is tied to.
+
+    On a mesh each device gets all of its inputs here, once, so that many products with it gather nothing more.
+    """
+    kernel = params["lm_head"]["kernel"] if "lm_head" in params else params[table]["embedding"].T
+    return layout.constrain(kernel, None, "vocab")

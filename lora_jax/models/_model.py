@@ -33,8 +33,11 @@ class Model:
             `input_ids` int32[B, T] and `attention_mask` [B, T], 1 at real tokens (padding may be on either side)
             -> logits [B, T, V], or `(logits, cache)` when a cache is given. `positions` int32[B, T] default to the
             positions among the real tokens. Ids below 0 are looked up in `more_embeddings`, f[E, D], as further rows
-            of the table of embeddings: -1 is the first. Encoders take `token_type_ids` int32[B, T] instead of a cache,
-            and return the output of their head.
+            of the table of embeddings: -1 is the first. With `hidden=True` it computes no logits and returns the last
+            hidden states, [B, T, D]. Encoders take `token_type_ids` int32[B, T] instead of a cache and of `hidden`, and
+            return the output of their head.
+        unembed: `params -> (x -> logits)`, the model's head as a function of the last hidden states [B, T, D] or of
+            some of them. The head's kernel is gathered once for each call with `params`.
         init_cache: `(batch, length, dtype=None)` -> an empty cache for `length` tokens a row, padding included.
         attention: `(rows, length)` -> the `form` of attention of a batch of that shape, and `why` it isn't the
             platform's fastest; as a string it is a line to print. Decoders take `cached=True` too.
@@ -52,7 +55,7 @@ class Model:
             all heads, and is divided between heads only.
         mesh: The mesh that activations are spread over, from `on_mesh`, with Auto axes; None for one device.
         rules: The rules of that mesh.
-        remade: `(layout) -> apply, init_cache, attention` of this model on another mesh.
+        remade: `(layout) -> apply, init_cache, unembed, attention` of this model on another mesh.
     """
 
     config: PretrainedConfig
@@ -60,6 +63,7 @@ class Model:
     names: Mapping[str, Weight]
     apply: Callable[..., Any]
     init_cache: Callable[..., Any]
+    unembed: Callable[[Any], Callable[[Any], Any]]
     attention: Callable[..., Choice] = lambda rows, length: Choice("xla", "")
     remat: str = "none"
     layers: str = "scan"
@@ -208,6 +212,11 @@ def _functions(
             cache if chosen.layout.mesh is None else cache | {name: jax.tree.map(place, cache[name]) for name in "kv"}
         )
 
+    def unembed(params):
+        if family.unembed is None:
+            raise ValueError(f"{family.architecture}: an encoder, which predicts no next token")
+        return family.unembed(config, chosen.layout, params)
+
     def attention(rows: int, length: int, **call: bool) -> Choice:
         return module.attention(rows, length, compute_dtype or param_dtype, **call)
 
@@ -227,8 +236,10 @@ def _functions(
             where = shardings_of(layout, leaves, axes, counts)
         return OnMesh(spread["apply"], where, layout.rows())
 
-    apply.on_mesh = on_mesh  # pyright: ignore[reportFunctionMemberAccess] - where the trainer looks for it
-    return {"apply": apply, "init_cache": init_cache, "attention": attention}
+    # Where the trainer looks for them, which is given the function alone.
+    apply.on_mesh = on_mesh  # pyright: ignore[reportFunctionMemberAccess]
+    apply.unembed = unembed  # pyright: ignore[reportFunctionMemberAccess]
+    return {"apply": apply, "init_cache": init_cache, "unembed": unembed, "attention": attention}
 
 
 def shardings(model: Model, mesh: Mesh | None = None, rules: Rules | None = None) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 Its files store kernels as (in, out), so none is transposed.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import GPT2Config
 from lora_jax.models import _attention, _kernels
 from lora_jax.models._execution import Case, Choice, Execution, choose, one_by_one, stacked
 from lora_jax.models._family import Family, Weight
-from lora_jax.models._layers import ACTIVATIONS, Embed, check_activation, dense, layer_norm
+from lora_jax.models._layers import ACTIVATIONS, Embed, check_activation, dense, head_kernel, layer_norm
 from lora_jax.models._layout import Layout
 from lora_jax.models._settings import check_ratios
 
@@ -151,6 +152,7 @@ class GPT2(nn.Module):
         positions: Array | None = None,
         cache: _attention.Cache | None = None,
         more_embeddings: Array | None = None,
+        hidden: bool = False,
     ) -> Any:
         spec, layout = self.spec, self.execution.layout
         positions, cache, past = _attention.begin(input_ids, attention_mask, positions, cache)
@@ -173,6 +175,8 @@ class GPT2(nn.Module):
             x, new = layers(spec, self.param_dtype, choice, layout, name="h")(x, past, context)
         x = _attention.put_back(order, x)
         x = layer_norm(self, "ln_f", x)
+        if hidden:
+            return x
         # The tree of a tied model may have a head of its own: an adapter that changes one of the two has untied them.
         tied = spec.tied and not self.has_variable("params", "lm_head")
         logits = (
@@ -180,6 +184,12 @@ class GPT2(nn.Module):
         )
         logits = layout.constrain(logits, "batch", "length", "vocab")
         return logits if cache is None else (logits, _attention.write(cache, new, input_ids.shape[1]))
+
+
+def unembed(config: Any, layout: Layout, params: Any) -> Callable[[Array], Array]:
+    """The function from the last hidden states to the logits, as at the end of `GPT2`."""
+    kernel = head_kernel(params, "wte", layout)
+    return lambda x: layout.constrain(x @ kernel.astype(x.dtype), "batch", "length", "vocab")
 
 
 def weights(config: Any) -> dict[str, Weight]:
@@ -213,6 +223,7 @@ FAMILIES = (
         module=lambda config, dtype, param_dtype, execution: GPT2(spec(config), dtype, param_dtype, execution),
         weights=weights,
         init_cache=init_cache,
+        unembed=unembed,
         ignored=(r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias",),  # buffers, in old files
         copies=lambda config: {"lm_head.weight": "transformer.wte.weight"} if config.tie_word_embeddings else {},
         heads={"lm_head.weight": "lm_head/kernel"},

@@ -118,6 +118,8 @@ class Plan:
                 lines.append("--mesh fsdp=... instead of data=...: weights are then cut, not copied")
         if self.found["remat"] != "full":
             lines.append("--remat full: each layer is computed anew in the backward pass")
+        if not train.loss_chunk:
+            lines.append("--loss-chunk 256: the logits of all positions are never held at once")
         rows = train.micro_batch_size // _mesh.rows_over(self.mesh)
         fitting = int(rows * max(room, 0) / max(values["temporaries"], 1))
         if (parts := self._parts_of(fitting)) and parts > train.gradient_accumulation_steps:

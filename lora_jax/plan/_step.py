@@ -16,7 +16,7 @@ from lora_jax._optim import state_shardings
 from lora_jax._sharding import shardings
 from lora_jax._tree import split
 from lora_jax.plan._request import Request
-from lora_jax.train import LANGUAGE_MODELLING, make_optimizer, make_step
+from lora_jax.train import LANGUAGE_MODELLING, losses_in_chunks, make_optimizer, make_step
 
 STEPS = 1000  # of the schedule; how many there are changes no shape
 TRACED_TOKENS = 8  # of the abstract call that shows how each kernel is used
@@ -82,10 +82,11 @@ def make(request: Request, model: Any, devices: Sequence[Any], *, full: bool = F
     base, adapter = split(_at(params, shardings(params, models.shardings(model, mesh))))
     train = request.train
     tx = make_optimizer(train, STEPS)
+    apply_fn, task = losses_in_chunks(model.apply, LANGUAGE_MODELLING, train.loss_chunk, base, adapter)
     step = make_step(
-        model.apply,
+        apply_fn,
         tx,
-        objective=LANGUAGE_MODELLING.objective,
+        objective=task.objective,
         gradient_accumulation_steps=train.gradient_accumulation_steps,
         dropout=0.0 if full else train.dropout,
     )

@@ -33,3 +33,4 @@ from lora_jax.train._task import REGRESSION as REGRESSION
 from lora_jax.train._task import Task as Task
 from lora_jax.train._task import classification as classification
 from lora_jax.train._task import task_of as task_of
+from lora_jax.train._token_losses import losses_in_chunks as losses_in_chunks

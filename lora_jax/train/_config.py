@@ -44,6 +44,10 @@ class TrainConfig:
     max_length: int = 512
     """Most tokens of an example."""
 
+    loss_chunk: int = 0
+    """Positions of each row whose logits are held at once, to save memory; 0 holds all. It changes losses by rounding
+    only."""
+
     learning_rate: float = 1e-3
     """Peak learning rate."""
 
@@ -102,6 +106,7 @@ class TrainConfig:
             "gradient_accumulation_steps": (1 <= self.gradient_accumulation_steps <= MOST_BATCH, f"1 to {MOST_BATCH}"),
             "num_train_epochs": (0 < self.num_train_epochs <= MOST_STEPS, f"more than 0 and at most {MOST_STEPS}"),
             "max_steps": (self.max_steps is None or 1 <= self.max_steps <= MOST_STEPS, f"1 to {MOST_STEPS}"),
+            "loss_chunk": (0 <= self.loss_chunk <= MOST_STEPS, f"0 to {MOST_STEPS}"),
             "max_length": (2 <= self.max_length <= MOST_STEPS, f"2 to {MOST_STEPS}"),
             "learning_rate": (0 < self.learning_rate < math.inf, "more than 0"),
             "warmup_steps": (

@@ -30,6 +30,7 @@ from lora_jax.train._report import check_installed, reporters
 from lora_jax.train._save import Saver, Stopped, claimed, fixed
 from lora_jax.train._step import make_step
 from lora_jax.train._task import Task, task_of
+from lora_jax.train._token_losses import losses_in_chunks
 from lora_jax.train._utilization import Utilization
 from lora_jax.train._vocabulary import check_examples
 
@@ -139,7 +140,7 @@ def train(
     examples = {"training example": train_data, "validation example": valid_data or ()}
     check_examples(apply_fn, combine(base, adapter), examples, config.batch_size)
 
-    task = task or task_of(train_data)
+    apply_fn, task = losses_in_chunks(apply_fn, task or task_of(train_data), config.loss_chunk, base, adapter)
     steps = config.total_steps(len(train_data))
     every = config.evaluation_interval(len(train_data), task.metrics is not None)
     rate, tx = schedule(config, steps), make_optimizer(config, steps, also_train=also_train)

@@ -58,11 +58,25 @@ def next_token_loss(logits: Array, batch: dict[str, Array]) -> tuple[Array, Arra
     Returns:
         Two float32 scalars.
     """
+    return summed_token_losses(cross_entropy(logits, following(batch["input_ids"])), batch)
 
-    def following(x):  # the last position predicts nothing
-        return jnp.pad(x[:, 1:], ((0, 0), (0, 1)))
 
-    return _sums(cross_entropy(logits, following(batch["input_ids"])), following(batch["loss_weights"]))
+def summed_token_losses(losses: Array, batch: dict[str, Array]) -> tuple[Array, Array]:
+    """The weighted sum of the tokens' losses, and of the weights, of a function that returns losses and no logits.
+
+    Args:
+        losses: Float32 [batch, length]; position t has the loss of token t + 1.
+        batch: `loss_weights` as for `next_token_loss`.
+
+    Returns:
+        Two float32 scalars.
+    """
+    return _sums(losses, following(batch["loss_weights"]))
+
+
+def following(x: Array) -> Array:
+    """The value of the next position, [batch, length]; 0 at the last, which predicts nothing."""
+    return jnp.pad(x[:, 1:], ((0, 0), (0, 1)))
 
 
 def classification_loss(logits: Array, batch: dict[str, Array]) -> tuple[Array, Array]:
