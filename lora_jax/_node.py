@@ -12,6 +12,7 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax._axes import Axes
+from lora_jax._processes import on_host
 
 SUFFIX = "_lora"
 PREFIX = "prefix"  # where a tree of parameters has its prefix embeddings
@@ -306,7 +307,7 @@ def used_ranks(node: LoRA) -> np.ndarray:
     full = np.full(stack, rank)
     if any(isinstance(x, Tracer | jax.ShapeDtypeStruct) for x in (node.a, node.b, node.scale)):
         return full
-    used = np.asarray(_used(node.a, node.b, len(stack)))
+    used = np.asarray(on_host(_used(node.a, node.b, len(stack))))
     counts = np.where(used.any(-1), rank - np.argmax(used[..., ::-1], -1), 0)
     return np.where((counts == 0) & (np.asarray(node.scale) != 0), full, counts)
 

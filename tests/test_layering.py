@@ -10,13 +10,25 @@ PACKAGE = Path(__file__).parent.parent / "lora_jax"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # Modules of one group may import each other; a group imports the groups and the packages on its right.
-CORE = {"_paths", "_tree", "_forward", "_optim", "_sharding", "_jaxprs", "_walk", "_ahead", "_tables", "_finite"}
+CORE = {
+    "_paths",
+    "_tree",
+    "_forward",
+    "_optim",
+    "_sharding",
+    "_jaxprs",
+    "_walk",
+    "_ahead",
+    "_tables",
+    "_finite",
+    "_processes",
+}
 GROUPS = {
     "__main__": (set(), set()),
     "_extras": (set(), set()),  # all import it
     "_disk": (set(), set()),
     "_paths": (set(), set()),
-    "_tree": ({"_paths"}, {"jax", "numpy", "ml_dtypes"}),
+    "_tree": ({"_paths", "_processes"}, {"jax", "numpy", "ml_dtypes"}),
     "_jaxprs": (set(), {"jax"}),
     "_walk": ({"_jaxprs"}, {"jax"}),
     "_ahead": ({"_jaxprs"}, {"jax"}),
@@ -25,6 +37,7 @@ GROUPS = {
     "_sharding": ({"_tree", "_paths"}, {"jax", "numpy"}),
     "_program": ({"_jaxprs", "_walk"}, {"jax"}),
     "_mesh": (set(), set()),
+    "_processes": (set(), {"jax", "numpy"}),
     "testing": ({"_tree", "_paths", "_jaxprs", "_program"}, {"jax"}),
     "_tables": ({"_walk"}, {"jax", "numpy"}),
     "_finite": ({"_tree", "_paths"}, {"jax"}),

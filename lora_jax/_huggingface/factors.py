@@ -10,6 +10,7 @@ import numpy as np
 from lora_jax._axes import Axes
 from lora_jax._huggingface.tensors import Tensor, check_axes, looks_up
 from lora_jax._node import LoRA
+from lora_jax._processes import on_host
 
 
 class Factors(NamedTuple):
@@ -40,8 +41,8 @@ def factors_of(path: str, node: LoRA, tensors: Sequence[Tensor]) -> list[Factors
     Raises:
         ValueError: The axes don't fit the name, a factor isn't finite, or PEFT's format has no such magnitude.
     """
-    a, b, scale = (np.asarray(x) for x in jax.device_get((node.a, node.b, node.scale)))
-    magnitude = None if node.magnitude is None else np.asarray(jax.device_get(node.magnitude))
+    a, b, scale = (np.asarray(x) for x in jax.device_get(on_host((node.a, node.b, node.scale))))
+    magnitude = None if node.magnitude is None else np.asarray(jax.device_get(on_host(node.magnitude)))
     rank = a.shape[-1]
     found = []
     for tensor in tensors:

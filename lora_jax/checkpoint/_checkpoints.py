@@ -13,6 +13,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax import _disk
+from lora_jax._processes import is_first, one_writes
 from lora_jax.checkpoint._facts import check, facts_of
 from lora_jax.checkpoint._folder import newest, remove_partial
 from lora_jax.checkpoint._orbax import quiet, read_arrays, read_facts, reason
@@ -45,12 +46,13 @@ class Checkpoints:
 
     def __init__(self, folder: str | Path, *, keep: int = 2):
         self.folder: Path = Path(folder).absolute()
-        self.folder.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
-            if jax.process_index() == 0:  # one run's other processes write there too
-                stack.enter_context(_disk.hold(self.folder))
-                stack.callback(remove_partial, self.folder)
-                remove_partial(self.folder)
+            with one_writes() as writes:
+                if writes:
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                    stack.enter_context(_disk.hold(self.folder))
+                    stack.callback(remove_partial, self.folder)
+                    remove_partial(self.folder)
             stack.enter_context(quiet())
             options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
             self._manager = ocp.CheckpointManager(self.folder, options=options)
@@ -116,7 +118,7 @@ class Checkpoints:
 
     def _fail(self, error: Exception) -> NoReturn:
         step, self._writing = self._writing, None
-        if jax.process_index() == 0:
+        if is_first():
             remove_partial(self.folder)
         latest = f"checkpoint {self.latest} is complete" if self.latest is not None else "there is no earlier one"
         raise OSError(f"{self.folder / str(step)}: not saved: {reason(error)}; {latest}") from error

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TextIO
 
+import jax
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -17,12 +18,17 @@ LOG_WIDTH = 120  # width of files and pipes; a terminal has its own
 
 def results() -> Console:
     """A console for a command's results. It is new at each call, so that a redirected `sys.stdout` is used."""
-    return Console(highlight=False, width=_width(sys.stdout))
+    return Console(highlight=False, width=_width(sys.stdout), quiet=not is_shown())
 
 
 def notes() -> Console:
     """A console for everything but results: files that are being read, progress, hints."""
-    return Console(stderr=True, highlight=False, width=_width(sys.stderr))
+    return Console(stderr=True, highlight=False, width=_width(sys.stderr), quiet=not is_shown())
+
+
+def is_shown() -> bool:
+    """Return whether this process prints: of several processes of one run the first does."""
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def _width(stream: TextIO) -> int | None:
@@ -31,7 +37,8 @@ def _width(stream: TextIO) -> int | None:
 
 def print_json(values: dict[str, Any]) -> None:
     """Print one JSON object on one line of standard output, with null for values that aren't finite."""
-    print(_disk.to_json(values))
+    if is_shown():
+        print(_disk.to_json(values))
 
 
 def table(columns: Iterable[str], rows: Iterable[Iterable[Any]], *, title: str | None = None) -> Table:

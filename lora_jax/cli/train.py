@@ -14,8 +14,9 @@ from rich.table import Table
 
 import lora_jax
 from lora_jax import _disk
+from lora_jax._processes import one_writes
 from lora_jax.checkpoint import newest
-from lora_jax.cli import _base, _data, _embedded, _labels, _mesh, _rows, _samples, _show, inspect
+from lora_jax.cli import _base, _data, _distributed, _embedded, _labels, _mesh, _rows, _samples, _show, inspect
 from lora_jax.cli._rows import EncodedRows, Rows
 from lora_jax.cli._signals import Signals, exit_code
 from lora_jax.data import Labels
@@ -47,6 +48,7 @@ class Settings:
     """number of tokens before each row whose embeddings train beside A and B; such an adapter can't be merged"""
     reading: tyro.conf.OmitArgPrefixes[_data.DataFlags] = _data.DEFAULTS
     base: tyro.conf.OmitArgPrefixes[_base.TrainedBase] = _base.TrainedBase()
+    processes: tyro.conf.OmitArgPrefixes[_distributed.DistributedFlags] = _distributed.FLAGS
     lora: tyro.conf.OmitArgPrefixes[_base.LoRAFlags] = _base.LORA
     train: tyro.conf.OmitArgPrefixes[TrainConfig] = TrainConfig()
 
@@ -83,7 +85,14 @@ class Predictions(NamedTuple):
 
 
 def run(settings: Settings) -> None:
-    _check(settings)
+    with _distributed.joined(settings.processes):
+        _run(settings)
+
+
+def _run(settings: Settings) -> None:
+    with one_writes() as writes:
+        if writes:
+            _check(settings)
     signals = Signals(
         lambda name: f"{name}: stopped before a first step: nothing to save{_resume_hint(settings, settings.resume)}",
         lambda name: f"{name}: ended at once{_resume_hint(settings, True)}",
@@ -156,7 +165,9 @@ def _train(settings: Settings, stop: Callable[[], bool]) -> Callable[[], None]:
             **({} if settings.base.quantize is None else {"quantize": settings.base.quantize}),
         },
     )
-    _labels.save(settings.output, rows.labels)
+    with one_writes() as writes:
+        if writes:
+            _labels.save(settings.output, rows.labels)
     lora_jax.peft.save(
         settings.output,
         result.params,

@@ -14,6 +14,7 @@ import safetensors.numpy
 from lora_jax import _disk, prefix
 from lora_jax._huggingface.messages import show
 from lora_jax._node import Prefix
+from lora_jax._processes import on_host
 from lora_jax.peft import _safetensors_file
 from lora_jax.peft._adapter_config import CHECKSUM, AdapterConfig, checksum
 from lora_jax.peft._config_file import CONFIG_FILE, read_json
@@ -34,7 +35,7 @@ def files(node: Prefix | None, config: AdapterConfig, **descriptive: Any) -> dic
     """The contents of the prefix's files by name; None for a file that must not be there."""
     if node is None:
         return dict.fromkeys(FILES)
-    value = np.asarray(node.value)
+    value = np.asarray(on_host(node.value))
     if not np.isfinite(value).all():
         raise ValueError(f"{FOLDER}: the embeddings hold NaN or infinity: they are not saved")
     fields = {

@@ -12,6 +12,7 @@ import safetensors.numpy
 from lora_jax import _disk, prefix
 from lora_jax._huggingface import trees
 from lora_jax._huggingface.tensors import Weight
+from lora_jax._processes import on_host, one_writes
 from lora_jax.peft import _check_arguments, _config_file, _prefix_folder
 from lora_jax.peft._adapter_config import CHECKSUM, checksum
 from lora_jax.peft._collect import collect
@@ -46,7 +47,8 @@ def save(
     Prefix embeddings are saved in a folder `prefix`, which PEFT reads as an adapter of type PROMPT_TUNING. PEFT can't
     use both at once; a field of the config makes it warn when it loads the adapter without the prefix.
 
-    The files are moved into place when all are complete: after any failure an earlier adapter is as it was.
+    The files are moved into place when all are complete: after any failure an earlier adapter is as it was. Of several
+    processes all call this; the first one writes, and the others wait for it.
 
     Args:
         folder: The folder to write; created if it doesn't exist. Other files in it are kept.
@@ -92,16 +94,15 @@ def save(
     folder, rows = _check_arguments.check_save(
         folder, params, names, also_train, tokens, base_model=base_model, task_type=task_type
     )
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"{folder} is a file; an adapter is saved as a folder")
-    if (folder / CONFIG_FILE).exists() and not overwrite:
-        raise FileExistsError(f"{folder} already holds an adapter; pass overwrite=True to replace it")
+    with one_writes() as writes:  # the others don't look: the first one may be done before they are here
+        if writes:
+            _check_free(folder, overwrite)
     params, node = prefix.take(params)
     saved = collect(
         trees.parts(params, also_train), names, portable=portable, tokens=rows, fused=fused, prefixed=node is not None
     )
     config, tensors = config_of(saved), named(saved)
-    _check_finite(tensors if node is None else {**tensors, prefix.PREFIX: np.asarray(node.value)})
+    _check_finite(tensors if node is None else {**tensors, prefix.PREFIX: on_host(node.value)})
     if node is not None:
         config = dataclasses.replace(config, lora_jax_prefix=_prefix_folder.declared(node))
     descriptive = {"base_model_name_or_path": base_model and os.fspath(base_model), "task_type": task_type}
@@ -112,7 +113,16 @@ def save(
         **_prefix_folder.files(node, config, **descriptive),
         CONFIG_FILE: _config_file.to_json(config, **descriptive).encode(),
     }
-    _place(folder, files)
+    with one_writes() as writes:
+        if writes:
+            _place(folder, files)
+
+
+def _check_free(folder: Path, overwrite: bool) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file; an adapter is saved as a folder")
+    if (folder / CONFIG_FILE).exists() and not overwrite:
+        raise FileExistsError(f"{folder} already holds an adapter; pass overwrite=True to replace it")
 
 
 def _place(folder: Path, files: Mapping[str, bytes | None]) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 from lora_jax._huggingface.messages import show
 from lora_jax._huggingface.tensors import Tensor
 from lora_jax._huggingface.trees import Parts
+from lora_jax._processes import on_host
 from lora_jax.peft._adapter_config import AdapterConfig
 
 # Where row numbers have no module name, PEFT uses the module that transformers' get_input_embeddings returns.
@@ -66,7 +67,7 @@ def collect(tokens: Mapping[str, Sequence[int]], tree: Parts, table: Mapping[str
         count = embeddings[path].shape[0]
         if not rows or len(set(rows)) < len(rows) or not all(0 <= row < count for row in rows):
             raise ValueError(f"tokens: {path}: rows {show(rows)}, expected some of 0 to {count - 1}, each once")
-        value = np.asarray(tree.leaves[path])[list(rows)]
+        value = np.asarray(on_host(tree.leaves[path]))[list(rows)]
         if not np.isfinite(value.astype(np.float32)).all():
             raise ValueError(f"{path}: the leaf holds NaN or infinity: it is not saved")
         found.append(TokenRows(embeddings[path], tuple(map(int, rows)), value))

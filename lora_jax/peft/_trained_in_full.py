@@ -10,6 +10,7 @@ import numpy as np
 
 from lora_jax._huggingface.tensors import Tensor, Weight
 from lora_jax._huggingface.trees import Parts
+from lora_jax._processes import on_host
 
 
 class TrainedInFull(NamedTuple):
@@ -42,7 +43,7 @@ class TrainedInFull(NamedTuple):
             raise ValueError(
                 f"{tensor.path} is saved with the module it belongs to: pass the whole tree, base included"
             )
-        value = np.asarray(leaf)[tensor.index]
+        value = np.asarray(on_host(leaf))[tensor.index]
         if not np.isfinite(value.astype(np.float32)).all():
             raise ValueError(f"{tensor.path}: the leaf holds NaN or infinity: it is not saved")
         if tensor.transpose and value.ndim != 2:

@@ -18,6 +18,7 @@ from rich.console import Console
 from lora_jax import data
 from lora_jax._finite import unfinite_leaf, why_unfinite
 from lora_jax._forward import dropout_of
+from lora_jax._processes import is_first
 from lora_jax._tree import combine, split
 from lora_jax.checkpoint import BestAdapter, TrainState
 from lora_jax.train._config import TrainConfig
@@ -179,8 +180,9 @@ def train(
                 why = why_unfinite(combine(base, state.adapter))
                 raise ValueError(f"the validation loss is {before.loss:g} before training: {why}")
         last = state.step if logged else state.step - 1
-        reports = stack.enter_context(reporters(config, folder, last if resume else None))
-        log = stack.enter_context(Log(steps, state.step, folder, console, on_log, last=last, reporters=reports))
+        there = (folder, console) if is_first() else (None, None)
+        reports = stack.enter_context(reporters(config, there[0], last if resume else None)) if is_first() else ()
+        log = stack.enter_context(Log(steps, state.step, *there, on_log, last=last, reporters=reports))
         if before is not None and not state.step:
             log.record(0, {}, before)
         meter = Meter(log.step, lambda: unfinite_leaf(base))

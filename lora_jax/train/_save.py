@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax import _disk, data
+from lora_jax._processes import one_writes
 from lora_jax.checkpoint import Checkpoints, TrainState, fingerprint, is_checkpoint, shapes
 from lora_jax.train import _tensorboard
 from lora_jax.train._config import TrainConfig
@@ -121,6 +122,15 @@ def claimed(folder: Path | None, config: TrainConfig, resume: bool, overwrite: b
         return
     if resume and not (folder / CHECKPOINTS).exists():
         raise FileNotFoundError(f"{folder / CHECKPOINTS}: no checkpoint to resume from")
+    with contextlib.ExitStack() as stack:
+        with one_writes() as writes:
+            if writes:
+                stack.enter_context(_claimed(folder, resume, overwrite))
+        yield
+
+
+@contextlib.contextmanager
+def _claimed(folder: Path, resume: bool, overwrite: bool) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if not folder.exists():
             folder.mkdir(parents=True)
