@@ -1,13 +1,20 @@
 """The flags of a run on the devices of several processes, and joining and leaving them."""
 
 import contextlib
-from collections.abc import Iterator
+import itertools
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import jax
+from jax.experimental import multihost_utils
+
+from lora_jax.cli._watchdog import Watchdog
 
 HEARTBEAT_SECONDS = 30  # a process that isn't heard for so long has ended; JAX's default is 100
 SHUTDOWN_SECONDS = 30  # the first process to leave waits so long for the others
+
+_watchdog: Watchdog | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +25,7 @@ class DistributedFlags:
     """compute on the devices of several processes, each of which runs this command. Under Slurm, on GKE and on Cloud
     TPU they find each other; elsewhere give the three flags below"""
     coordinator_address: str | None = None
-    """host:port of process 0, where it listens for the others; the port must be free"""
+    """host:port of process 0, where the others find it; the port must be free"""
     num_processes: int | None = None
     """number of processes"""
     process_id: int | None = None
@@ -32,15 +39,60 @@ FLAGS = DistributedFlags()
 def joined(flags: DistributedFlags) -> Iterator[None]:
     """Join the other processes, if there are any, and leave them at the end of the block.
 
+    If another process dies within the block, this one ends within a minute with one line.
+
     Raises:
         ValueError: The processes can't be found, or a flag is missing or wrong.
+        OSError: The other processes can't be reached.
     """
+    global _watchdog
     given = (flags.coordinator_address, flags.num_processes, flags.process_id)
     if not flags.distributed and given == (None, None, None):
         yield
         return
-    jax.distributed.initialize(
-        *given, heartbeat_timeout_seconds=HEARTBEAT_SECONDS, shutdown_timeout_seconds=SHUTDOWN_SECONDS
-    )
-    yield
+    _join(*given)
+    _watchdog = Watchdog(jax.process_index(), jax.process_count())
+    try:
+        yield
+        multihost_utils.sync_global_devices("all is done")  # leaving has a time limit, and writing has none
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            # If another process is gone, a connection breaks first; then JAX finds out, and ends this process too.
+            time.sleep(HEARTBEAT_SECONDS + 15)
+        raise
+    finally:
+        said_so()
     jax.distributed.shutdown()
+    _watchdog.close()
+    _watchdog = None
+
+
+def stopping() -> Callable[[], bool]:
+    """A function to call again and again: whether all processes stop at this call, after a SIGTERM to any of them."""
+    calls = itertools.count(1)
+    return lambda: multihost_utils.reached_preemption_sync_point(next(calls))
+
+
+def said_so() -> None:
+    """Announce that this process has said why it ends, so that its watchdog says nothing."""
+    if _watchdog is not None:
+        _watchdog.dismiss()
+
+
+def _join(address: str | None, count: int | None, number: int | None) -> None:
+    try:
+        jax.distributed.initialize(
+            address,
+            count,
+            number,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"distributed: the other processes weren't found ({error}); outside of Slurm, GKE and Cloud TPU give"
+            " --coordinator-address HOST:PORT, --num-processes and --process-id"
+        ) from None
+    except jax.errors.JaxRuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise OSError(f"distributed: process 0 can't be reached at {address} ({reason:.90})") from None

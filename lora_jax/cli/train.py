@@ -4,7 +4,7 @@ import shlex
 import signal
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from rich.table import Table
 
 import lora_jax
 from lora_jax import _disk
-from lora_jax._processes import one_writes
+from lora_jax._processes import one_writes, several
 from lora_jax.checkpoint import newest
 from lora_jax.cli import _base, _data, _distributed, _embedded, _labels, _mesh, _rows, _samples, _show, inspect
 from lora_jax.cli._rows import EncodedRows, Rows
@@ -86,6 +86,8 @@ class Predictions(NamedTuple):
 
 def run(settings: Settings) -> None:
     with _distributed.joined(settings.processes):
+        if several() and settings.base.mesh is None:
+            settings = replace(settings, base=replace(settings.base, mesh="auto"))
         _run(settings)
 
 
@@ -96,6 +98,7 @@ def _run(settings: Settings) -> None:
     signals = Signals(
         lambda name: f"{name}: stopped before a first step: nothing to save{_resume_hint(settings, settings.resume)}",
         lambda name: f"{name}: ended at once{_resume_hint(settings, True)}",
+        together=_distributed.stopping() if several() else None,
     )
     try:
         with signals:
@@ -103,7 +106,7 @@ def _run(settings: Settings) -> None:
             signals.done(f"the adapter is complete: {settings.output}")
             report()
     except Stopped as stopped:
-        number = signals.caught or signal.SIGINT
+        number = signals.caught or (signal.SIGTERM if several() else signal.SIGINT)
         saved = f"checkpoint {stopped.checkpoint} is complete{_resume_hint(settings, True)}"
         _print_note(f"{number.name}: stopped after step {stopped.step} of {stopped.steps}; {saved}")
         raise SystemExit(exit_code(number)) from None

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax import _disk, data
-from lora_jax._processes import one_writes
+from lora_jax._processes import from_first, one_writes, several
 from lora_jax.checkpoint import Checkpoints, TrainState, fingerprint, is_checkpoint, shapes
 from lora_jax.train import _tensorboard
 from lora_jax.train._config import TrainConfig
@@ -21,6 +21,8 @@ from lora_jax.train._report import WANDB_RUN
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
 FILES = (METRICS, CHECKPOINTS, _tensorboard.FOLDER, WANDB_RUN)  # of a run, beside its adapter
+
+_CLOCK_STEPS = 10  # of several processes
 
 # Settings that a resumed run may change: they decide what is logged and saved, not what is learned.
 _FREE = ("logging_steps", "eval_steps", "save_steps", "save_minutes", "report_to")
@@ -78,7 +80,8 @@ class Saver:
     def due(self, step: int, last: bool) -> bool:
         """Return whether a checkpoint is due: by steps if `save_steps` is given, else by minutes.
 
-        The last step is saved if another step was: a run shorter than `save_minutes` leaves no checkpoints.
+        The last step is saved if another step was: a run shorter than `save_minutes` leaves no checkpoints. Several
+        processes look at the clock every ten steps.
         """
         if self._folder is None:
             return False
@@ -87,7 +90,11 @@ class Saver:
         minutes = self._config.save_minutes
         if not minutes:
             return False
-        return time.monotonic() - self._saved_at >= 60 * minutes or (last and self._latest is not None)
+        due = time.monotonic() - self._saved_at >= 60 * minutes or (last and self._latest is not None)
+        if not several():
+            return due
+        # The clock of the first process decides, and asking for it takes a moment.
+        return (last or step % _CLOCK_STEPS == 0) and from_first(bytes([due])) == b"\1"
 
     def save(self, state: TrainState) -> Path | None:
         """Save and wait until all is on the disk: a run that is killed loses only the steps after its last save."""
