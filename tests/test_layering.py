@@ -22,19 +22,20 @@ CORE = {
     "_tables",
     "_finite",
     "_processes",
+    "number format",
 }
 GROUPS = {
     "__main__": (set(), set()),
     "_extras": (set(), set()),  # all import it
     "_disk": (set(), set()),
     "_paths": (set(), set()),
-    "_tree": ({"_paths", "_processes"}, {"jax", "numpy", "ml_dtypes"}),
+    "_tree": ({"_paths", "_processes", "number format"}, {"jax", "numpy", "ml_dtypes"}),
     "_jaxprs": (set(), {"jax"}),
     "_walk": ({"_jaxprs"}, {"jax"}),
     "_ahead": ({"_jaxprs"}, {"jax"}),
-    "_forward": ({"_tree", "_paths", "_jaxprs", "_walk"}, {"jax", "numpy"}),
-    "_optim": ({"_tree", "_paths"}, {"jax", "numpy", "optax"}),
-    "_sharding": ({"_tree", "_paths"}, {"jax", "numpy"}),
+    "_forward": ({"_tree", "_paths", "number format", "_jaxprs", "_walk"}, {"jax", "numpy"}),
+    "_optim": ({"_tree", "_paths", "number format"}, {"jax", "numpy", "optax"}),
+    "_sharding": ({"_tree", "_paths", "number format"}, {"jax", "numpy"}),
     "_program": ({"_jaxprs", "_walk"}, {"jax"}),
     "_mesh": (set(), set()),
     "_processes": (set(), {"jax", "numpy"}),
@@ -43,8 +44,9 @@ GROUPS = {
     "_finite": ({"_tree", "_paths"}, {"jax"}),
     "lora_jax": (CORE, set()),
     "_untrusted": (set(), set()),
+    "number format": (set(), {"jax", "numpy"}),  # a quantized kernel is a kind of array, as LoRA isn't
     "models": (
-        {"_disk", "_untrusted"},
+        {"_disk", "_untrusted", "number format"},
         {"jax", "numpy", "ml_dtypes", "flax", "transformers", "safetensors", "huggingface_hub"},
     ),
     "prefix": (CORE, {"jax", "numpy"}),
@@ -80,6 +82,7 @@ TREE = {
     "_dora",
     "_quantize",
 }  # further files of _tree
+NUMBER_FORMAT = {f"lora_jax.{name}" for name in ("_axes", "_quantize.node", "_quantize.codes", "_quantize.placement")}
 
 
 def group_of(module: str) -> str:
@@ -87,6 +90,8 @@ def group_of(module: str) -> str:
     parts = module.split(".")
     if len(parts) == 1:
         return "lora_jax"
+    if module in NUMBER_FORMAT:
+        return "number format"
     return "_tree" if parts[1] in TREE else parts[1]
 
 

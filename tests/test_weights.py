@@ -282,7 +282,7 @@ def test_broken_configuration(folder, config):
         ({"layer_types": ["a"]}, "LlamaConfig: The `layer_types` entries must be in"),
         ({"architectures": None, "model_type": "opt"}, "model_type 'opt' is not supported"),
         ({"model_type": None}, "model_type None is not supported"),
-        ({"quantization_config": {"bits": 4}}, "a quantized model is not supported"),
+        ({"quantization_config": {"bits": 4}}, "expected 'bitsandbytes' or 'fp8'"),
         ({"rope_parameters": {"rope_type": "axial", "rope_theta": 1e4}}, "rope_type 'axial'"),
         ({"hidden_act": "mish"}, "hidden_act 'mish' is not supported"),
         ({"hidden_act": 5}, "not a valid LlamaConfig"),

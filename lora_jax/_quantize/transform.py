@@ -57,6 +57,8 @@ def quantize(params: Any, config: QuantizeConfig, *, axes: Mapping[str, Axes] | 
     for path, kernel in kernels.items():
         if isinstance(unbox(leaves[path]), Quantized):
             raise ValueError(f"{path}: is quantized already, as {unbox(leaves[path]).scheme}; dequantize it first")
+        if scheme := getattr(leaves[path], "scheme_in_files", ""):  # a leaf of `models.load_streamed`
+            raise ValueError(f"{path}: is quantized in its files already, as {scheme}; leave quantize out")
         _check_groups(path, [kernel.shape[axis] for axis in _quantized_axes(kernel).inputs], config)
 
     def node_of(path: str, leaf: Any) -> Any:

@@ -129,7 +129,8 @@ class Base:
             if mesh is not None and transform is not None:  # the arrays of new leaves aren't on the mesh yet
                 where = lora_jax.shardings(model.params, lora_jax.models.shardings(model))
                 model = replace(model, params=jax.device_put(model.params, where))
-        for message in dict.fromkeys(str(warning.message) for warning in caught):
+        notes = [*([] if transform else _stay_in_few_bits(model)), *(str(warning.message) for warning in caught)]
+        for message in dict.fromkeys(notes):
             _show.notes().print(message, markup=False, soft_wrap=True)
         return self._with_tokenizer(model)
 
@@ -187,7 +188,8 @@ class DecodedBase(EvaluatedBase):
     @property
     def execution(self) -> dict[str, Any]:
         # Without a loop over the layers, XLA dequantizes all of them ahead of the loop over tokens.
-        return {"attention": self.attention, "remat": "none", "layers": "scan" if self.quantize else "auto"}
+        in_few_bits = self.quantize or lora_jax.models.quant_method(self.folder)
+        return {"attention": self.attention, "remat": "none", "layers": "scan" if in_few_bits else "auto"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,6 +206,14 @@ class TrainedBase(EvaluatedBase):
     @property
     def execution(self) -> dict[str, Any]:
         return {"attention": self.attention, "remat": self.remat, "layers": self.layers}
+
+
+def _stay_in_few_bits(model: Any) -> list[str]:
+    """A line on the kernels that are in few bits in the model's folder and stay so."""
+    leaves = lora_jax.models.flatten(model.params).values()
+    schemes = sorted(leaf.scheme for leaf in leaves if isinstance(leaf, lora_jax.Quantized))
+    named = ", ".join(f"{schemes.count(scheme)} in {scheme}" for scheme in dict.fromkeys(schemes))
+    return [f"kernels that stay in few bits, as they are in {model.folder}: {named}"] if schemes else []
 
 
 def execution_line(model: Any, rows: int, length: int) -> str:

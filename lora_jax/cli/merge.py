@@ -69,6 +69,11 @@ def run(settings: Settings) -> None:
         show.print("`--output-dtype float32` keeps all of the update, in larger files", markup=False)
     for line in lines:
         show.print(line, markup=False, soft_wrap=True)
+    if method := lora_jax.models.quant_method(settings.base.folder):
+        line = (
+            f"the base is in few bits ({method}): the adapter was added to its dequantized kernels, not to the original"
+        )
+        show.print(f"{line}; nothing was rounded to few bits again", markup=False, soft_wrap=True)
     show.print(f"merged model: {settings.output}", markup=False)
     next_words = "generate --model {} --prompt ..." if labels is None else "evaluate --model {} --data ..."
     show.print(f"next: lora-jax {next_words.format(settings.output)}", markup=False)

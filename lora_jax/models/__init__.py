@@ -22,6 +22,7 @@ from lora_jax.models._load import init as init
 from lora_jax.models._load import load as load
 from lora_jax.models._load import load_abstract as load_abstract
 from lora_jax.models._load import load_streamed as load_streamed
+from lora_jax.models._load import quant_method as quant_method
 from lora_jax.models._model import Model as Model
 from lora_jax.models._model import shardings as shardings
 from lora_jax.models._save import check_free as check_free
@@ -47,6 +48,7 @@ __all__ = [
     "load",
     "load_abstract",
     "load_streamed",
+    "quant_method",
     "save",
     "shardings",
     "tokenizer_in",

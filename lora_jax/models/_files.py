@@ -3,7 +3,7 @@
 import json
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -42,6 +42,8 @@ class TensorFiles:
 
     Attributes:
         tensors: name -> place; names are `current`.
+        packed: name -> `_packed.Packed`, for weights in few bits once `_packed.take` has found them. Their shape in
+            `tensors` is the matrix's, their dtype the one to which they are dequantized.
 
     Raises:
         FileNotFoundError: There are no weights, or a file that the index names is missing.
@@ -51,6 +53,7 @@ class TensorFiles:
     def __init__(self, folder: Path):
         self.folder = folder
         self.tensors: dict[str, Stored] = {}
+        self.packed: dict[str, Any] = {}
         for path in _files(folder):
             for stored, where in _contents(path):
                 name = current(stored)
@@ -59,12 +62,18 @@ class TensorFiles:
                 self.tensors[name] = where
 
     def read(self, name: str) -> np.ndarray:
-        """Read a tensor into memory of its own."""
+        """Read a tensor into memory of its own; of a weight in few bits the numbers that it means, in float32."""
+        if name in self.packed:
+            return self.packed[name].numbers()
         where = self.tensors[name]
+        return self.data(name, where).view(DTYPES[where.dtype]).reshape(where.shape)
+
+    def data(self, name: str, where: Stored) -> np.ndarray:
+        """The bytes of a tensor."""
         data = np.fromfile(where.file, np.uint8, where.size, offset=where.start)
         if data.size != where.size:
             raise ValueError(f"{where.file}: tensor {name} can't be read: the file has become shorter")
-        return data.view(DTYPES[where.dtype]).reshape(where.shape)
+        return data
 
 
 def _contents(path: Path) -> list[tuple[str, Stored]]:

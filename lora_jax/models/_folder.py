@@ -12,6 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from lora_jax.models import _settings
 from lora_jax.models._family import Family
+from lora_jax.models._packed import check_method
 from lora_jax.models._settings import CONFIG
 
 TEXT_FILES = ("*.json", "*.txt", "*.model", "*.jinja")  # configuration and tokenizer
@@ -61,8 +62,7 @@ def read_config(folder: Path, families: Mapping[str, Family]) -> tuple[Family, A
         if not isinstance(model_type := values.get("model_type"), str | None):
             raise ValueError(f"model_type: {_settings.shown(model_type)} given, expected a model type's name")
         family = family_of(model_type, values.get("architectures"), families)
-        if values.get("quantization_config"):
-            raise ValueError("a quantized model is not supported; use the float16, bfloat16 or float32 original")
+        check_method(values.pop("quantization_config", None))  # of the files, not of the model
         _settings.check(values, family.config_class)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None

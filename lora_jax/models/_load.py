@@ -2,6 +2,7 @@
 
 import math
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypedDict, Unpack
@@ -17,9 +18,11 @@ from lora_jax.models import _folder, _heads, _settings, _weights
 from lora_jax.models._execution import Attention, Execution, Layers, Platform, Remat, execution
 from lora_jax.models._families import FAMILIES
 from lora_jax.models._family import flatten, unflatten
+from lora_jax.models._kept import PackedReader
 from lora_jax.models._layout import RULES, Rules
 from lora_jax.models._model import Model, abstract
 from lora_jax.models._model import shardings as places
+from lora_jax.models._packed import check_method
 from lora_jax.models._weights import Streamed
 
 
@@ -60,6 +63,10 @@ def load(
 ) -> Model:
     """Load a model from a Hugging Face folder, or from the hub by name.
 
+    Kernels that the folder has in few bits stay so, as `lora_jax.Quantized` nodes, where there is a scheme for them:
+    bitsandbytes' NF4 and int8, and transformers' fp8, whose blocks become groups. `lora_jax.dequantize(model.params)`
+    has them as arrays, and so does `load_streamed`.
+
     Args:
         path_or_hub_id: A folder with `config.json` and safetensors weights, or `owner/model`.
         dtype: The dtype of the weights; None keeps the dtype of each one in the files.
@@ -79,6 +86,10 @@ def load(
         FileNotFoundError: There is no such folder, or it has no configuration or no weights.
         OSError: The weights can't be read, or there isn't enough memory for them.
         ValueError: The architecture isn't supported, or the weights don't fit the configuration.
+
+    Warns:
+        UserWarning: Kernels in few bits are dequantized, for there is no scheme for them (fp4; groups that don't divide
+            the inputs; layers of which some are in 16 bits).
     """
     model = load_streamed(path_or_hub_id, dtype, labels=labels, key=key, **options)
     if mesh is not None:
@@ -91,6 +102,7 @@ def load(
         raise ValueError(f"{path}: {'no sharding given' if path in leaves else 'the model has no such leaf'}")
     try:
         params = model.params if transform is None else transform(model.params)
+        _warn_of_dequantized(model.folder, params)
 
         def read(key_path: Any, leaf: Any) -> Any:
             path = jax.tree_util.keystr(key_path, simple=True, separator="/")
@@ -100,6 +112,16 @@ def load(
     except MemoryError:
         size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in flatten(model.params).values())
         raise OSError(f"{model.folder}: the weights take {size:,} bytes, more than the free memory") from None
+
+
+def _warn_of_dequantized(folder: Any, params: Any) -> None:
+    """Warn of kernels that are in few bits in the files, and don't stay so."""
+    readers = {path: leaf.read for path, leaf in flatten(params).items() if isinstance(leaf, Streamed)}
+    reasons = {path: read.why for path, read in readers.items() if isinstance(read, PackedReader) and read.why}
+    if reasons:
+        path, why = next(iter(reasons.items()))
+        more = f", as {len(reasons) - 1} more" if len(reasons) > 1 else ""
+        warnings.warn(f"{folder}: {path} is dequantized{more}: {why}", stacklevel=3)
 
 
 def load_streamed(
@@ -134,6 +156,8 @@ def load_streamed(
         ignored=ignored,
         copies=family.copies(config),
         prefix=family.prefix,
+        quantization=_settings.read(folder).get("quantization_config"),
+        packed_dtype=_settings.param_dtype(config, None),
     )
     found = next(iter(leaves.values())).dtype
     if dtype is None and found != _settings.param_dtype(
@@ -158,6 +182,20 @@ def _initialized(module: Any, key: jax.Array, paths: Sequence[str]) -> dict[str,
         path: Streamed(leaf.shape, np.dtype(leaf.dtype), 0, np.asarray(leaf).__getitem__)
         for path, leaf in initialize(key).items()
     }
+
+
+def quant_method(path_or_hub_id: str | os.PathLike[str]) -> str:
+    """Name the method by which a folder's weights are in few bits, "bitsandbytes" or "fp8"; empty for plain weights.
+
+    Raises:
+        FileNotFoundError: There is no such folder, or it has no configuration.
+        ValueError: The method isn't one that `load` reads.
+    """
+    folder = _folder.find(path_or_hub_id, weights=False)
+    try:
+        return check_method(_settings.read(folder).get("quantization_config"))
+    except ValueError as error:
+        raise ValueError(f"{folder / _settings.CONFIG}: {error}") from None
 
 
 def load_abstract(

@@ -10,8 +10,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from lora_jax.models import _packed
 from lora_jax.models._family import Weight
 from lora_jax.models._files import DTYPES, TensorFiles
+from lora_jax.models._kept import PackedReader, node_of
 
 MOST_SHOWN = 8  # mismatches in one message
 LONGEST_NAME = 100
@@ -47,6 +49,11 @@ class Streamed:
     read: Callable[[tuple[int, ...]], np.ndarray]
 
     @property
+    def scheme_in_files(self) -> str:
+        """The scheme of `lora_jax.Quantized` in which its files have it, and in which it stays; empty otherwise."""
+        return self.read.scheme if isinstance(self.read, PackedReader) else ""
+
+    @property
     def T(self) -> "Streamed":
         """The transpose of a leaf without stack axes, as for arrays."""
         if self.stack:
@@ -64,11 +71,14 @@ class Streamed:
         return array
 
 
-def materialize(leaf: Streamed, sharding: Any = None) -> jax.Array:
+def materialize(leaf: Streamed, sharding: Any = None) -> Any:
     """Read the leaf into an array; on a CPU the array uses the memory that was read into, without a second copy.
 
-    With a sharding, each device has its part, and this process's memory its devices' parts and one tensor.
+    With a sharding, each device has its part, and this process's memory its devices' parts and one tensor. A leaf that
+    is in few bits in its files becomes a `lora_jax.Quantized` node, where there is one for its scheme.
     """
+    if isinstance(leaf.read, PackedReader) and leaf.read.scheme:
+        return node_of(leaf, leaf.read, sharding)
     if sharding is None:
         return jax.device_put(np.asarray(leaf), may_alias=True)
     bounds = {
@@ -112,6 +122,8 @@ def stream(
     ignored: Sequence[str] = (),
     copies: Mapping[str, str] | None = None,
     prefix: str = "",
+    quantization: Any = None,
+    packed_dtype: Any = np.float32,
 ) -> dict[str, Streamed]:
     """The leaves in the folder's files, checked against the expected ones and not yet read.
 
@@ -123,6 +135,8 @@ def stream(
         ignored: Regular expressions of the names of tensors that may be in the files and aren't weights.
         copies: Tensors that may be in the files as copies of another (a tied head), or in its place: name -> the other.
         prefix: The prefix of the names in `weights`, which the files of a bare model lack.
+        quantization: The configuration's `quantization_config`, by which weights in few bits are read.
+        packed_dtype: The dtype of those whose files don't say it.
 
     Returns:
         Path -> the leaf.
@@ -131,6 +145,7 @@ def stream(
         ValueError: Tensors are missing, unexpected or of another shape; one line names them.
     """
     files = TensorFiles(folder)
+    _packed.take(files, quantization, np.dtype(packed_dtype))
     cut = missing_prefix(files, prefix)
     weights = {path: weight._replace(name=weight.name.removeprefix(cut)) for path, weight in weights.items()}
     copies = {name: original.removeprefix(cut) for name, original in (copies or {}).items()}
@@ -138,7 +153,12 @@ def stream(
         if copy in files.tensors and original not in files.tensors:  # a tied head may be the one that is stored
             files.tensors[original] = files.tensors.pop(copy)
     _check_count(files, leaves, weights)
-    expected = {name: shape for path, leaf in leaves.items() for _, name, shape in entries(weights[path], leaf.shape)}
+    expected = {
+        # In few bits a weight is [out, in] where the plain one isn't (GPT-2's) too.
+        name: shape[::-1] if name in files.packed and not weights[path].transpose else shape
+        for path, leaf in leaves.items()
+        for _, name, shape in entries(weights[path], leaf.shape)
+    }
     problems = _mismatches(files, expected, ignored, copies)
     if problems:
         more = f"; and {len(problems) - MOST_SHOWN} more" if len(problems) > MOST_SHOWN else ""
@@ -193,10 +213,13 @@ def _streamed(files: TensorFiles, weight: Weight, shape: Sequence[int], dtype: A
     dtype = np.dtype(dtype or _common({files.tensors[name].dtype for name in names.values()}))
 
     def read(index: tuple[int, ...]) -> np.ndarray:
-        tensor = cast(files.read(names[index]), dtype, names[index])
-        return np.swapaxes(tensor, -1, -2) if weight.transpose else tensor
+        name = names[index]
+        tensor = cast(files.read(name), dtype, name)
+        return np.swapaxes(tensor, -1, -2) if weight.transpose or name in files.packed else tensor
 
-    return Streamed(tuple(shape), dtype, weight.name.count("{}"), read)
+    each = {index: files.packed.get(name) for index, name in names.items()}
+    packed = any(one is not None for one in each.values())
+    return Streamed(tuple(shape), dtype, weight.name.count("{}"), PackedReader(read, each) if packed else read)
 
 
 def _common(stored: Collection[str]) -> np.dtype:
