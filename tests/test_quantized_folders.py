@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from agreement import assert_agrees
-from golden.make_quantized_folders import CASES, FOLDERS, MODULES, PATH, TOKENS
+from golden.make_quantized_folders import ADAPTER, CASES, FOLDERS, MODULES, PATH, PROBE, TOKENS
 from safetensors.numpy import load_file, save_file
 from test_cli import TRAIN, tiny_model, write_rows
 
@@ -86,6 +86,40 @@ def test_logits_are_those_of_the_reference(case):
     assert_agrees(ours, reference["logits32"], reference["logits64"])
     kept = jax.jit(lora_jax.quantized(model.apply))(model.params, jnp.asarray(TOKENS))
     np.testing.assert_allclose(kept, ours, atol=(1e-2 if name == "fp8" else 1e-5) * np.abs(ours).max())
+
+
+@pytest.fixture(scope="module")
+def peft_beside_nf4(live, tmp_path_factory):
+    """The folder of an adapter, and PEFT's logits and gradients with it beside the NF4 base."""
+    if live:
+        adapter = tmp_path_factory.mktemp("adapter")
+        return adapter, importlib.import_module("golden.make_quantized_folders").adapted(FOLDERS / "nf4", adapter)
+    with np.load(PATH) as file:
+        found = {name.removeprefix("adapted/"): file[name] for name in file.files if name.startswith("adapted/")}
+    return ADAPTER, found
+
+
+def test_logits_and_gradients_are_peft_s(peft_beside_nf4, tmp_path):
+    """Ours beside the quantized kernels; PEFT's in float32 beside bitsandbytes' layers and in float64.
+
+    The gradients are written as an adapter, so that they have PEFT's names.
+    """
+    adapter, reference = peft_beside_nf4
+    model = models.load(FOLDERS / "nf4", compute_dtype=jnp.float32)
+    params = lora_jax.peft.load(adapter, model.params, names=model.names)
+    base, own = lora_jax.split(params)
+    apply = lora_jax.adapt(model.apply)
+
+    def loss(own):
+        logits = apply(lora_jax.combine(base, own), jnp.asarray(TOKENS))
+        return jnp.sum(logits * PROBE), logits
+
+    gradients, logits = jax.jit(jax.grad(loss, has_aux=True))(own)
+    lora_jax.peft.save(tmp_path, gradients, names=model.names)
+    ours = {"logits": np.asarray(logits), **load_file(tmp_path / "adapter_model.safetensors")}
+    low, high = ({name: reference[f"{name}/{bits}"] for name in ours} for bits in (32, 64))
+    assert len(ours) == len(reference) // 2 == 13
+    assert_agrees(ours, low, high)
 
 
 def test_on_a_mesh():

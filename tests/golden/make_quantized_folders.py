@@ -36,7 +36,9 @@ CASES: dict[str, dict[str, Any] | None] = {
 }
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [32, 32]}
 MODULES = ("model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj")  # whose numbers the golden file has
+ADAPTER = FOLDERS / "adapter"  # PEFT's, beside "nf4"
 TOKENS = np.random.default_rng(0).integers(3, CONFIG["vocab_size"], (2, 9))
+PROBE = np.random.default_rng(2).normal(size=(2, 9, CONFIG["vocab_size"])).astype(np.float32)
 
 
 def write(folder: Path, name: str) -> Path:
@@ -99,11 +101,49 @@ def reference(folder: Path) -> dict[str, np.ndarray]:
     return found
 
 
+def adapted(folder: Path, adapter: Path) -> dict[str, np.ndarray]:
+    """PEFT's logits beside the NF4 base, and the gradients of A and B of sum(logits · PROBE): `{name}/32` and `/64`.
+
+    In float32 on bitsandbytes' layers, in float64 on their dequantized weights. The adapter is written to `adapter`.
+    """
+    import peft
+    import torch
+    import transformers
+
+    found = {}
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "v_proj", "down_proj"])
+    for bits, dtype in ((32, torch.float32), (64, torch.float64)):
+        if bits == 32:
+            base: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, device_map="cpu")
+            for parameter in base.parameters():
+                parameter.data = parameter.data.float() if parameter.is_floating_point() else parameter.data
+        else:
+            base = dequantized(folder).to(dtype)
+        model: Any = peft.get_peft_model(base, config)
+        rng = np.random.default_rng(1)
+        for name, parameter in sorted(model.named_parameters()):
+            if "lora_" in name:
+                parameter.data = torch.tensor(0.2 * rng.normal(size=parameter.shape)).float().to(dtype)
+        logits = model(torch.tensor(TOKENS)).logits
+        (logits * torch.tensor(PROBE, dtype=dtype)).sum().backward()
+        found[f"logits/{bits}"] = logits.detach().numpy()
+        gradients = {name: it.grad for name, it in model.named_parameters() if "lora_" in name}
+        found |= {f"{name.replace('.default', '')}/{bits}": it.numpy() for name, it in gradients.items()}
+        if bits == 32:
+            model.save_pretrained(adapter)
+            path = adapter / "adapter_config.json"
+            fields = json.loads(path.read_text()) | {"base_model_name_or_path": "nf4"}  # not this machine's path
+            path.write_text(json.dumps(fields, indent=2))
+    return found
+
+
 if __name__ == "__main__":
     values = {}
     for case in CASES:
         values |= {f"{case}/{key}": value for key, value in reference(write(FOLDERS / case, case)).items()}
         (FOLDERS / case / "generation_config.json").unlink(missing_ok=True)
+    values |= {f"adapted/{key}": value for key, value in adapted(FOLDERS / "nf4", ADAPTER).items()}
+    (ADAPTER / "README.md").unlink(missing_ok=True)
     np.savez_compressed(PATH, **values)
     size = sum(path.stat().st_size for path in [PATH, *FOLDERS.rglob("*.*")])
     print(f"{PATH}, {FOLDERS}: {size:,} bytes")
