@@ -41,11 +41,11 @@ from jax.profiler import ProfileData
 from step import Row, card
 
 import lora_jax
-import lora_jax.generate
+import lora_jax.generate._loop
 from lora_jax import models
 
 PROMPT = 32
-generation: Any = sys.modules["lora_jax.generate"]
+generation: Any = sys.modules["lora_jax.generate._loop"]
 ahead = generation.ahead
 
 

@@ -31,21 +31,41 @@ def ahead(function: Callable[..., Any], fixed: Any, *args: Any) -> Callable[...,
     >>> half(jnp.ones(2)).tolist()
     [9.0, 13.0]
     """
+    early, late = divided(function, fixed, *args)
+    values = early(fixed)
+    return lambda *args: late(fixed, values, *args)
+
+
+def divided(
+    function: Callable[..., Any], fixed: Any, *args: Any
+) -> tuple[Callable[[Any], list[Any]], Callable[..., Any]]:
+    """Divide a function into what `ahead` computes at once and what it leaves to the calls.
+
+    Args:
+      function: as for `ahead`, and so are `fixed` and `args`, of which only shapes and dtypes are used.
+
+    Returns:
+      `early(fixed) -> values` and `late(fixed, values, *args)`, which together are `function(fixed, *args)`. In another
+      program, the same function and shapes give the same division.
+    """
     closed, shape = jax.make_jaxpr(function, return_shape=True)(fixed, *args)
     jaxpr, structure = closed.jaxpr, jax.tree.structure(shape)
-    leaves = jax.tree.leaves(fixed)
-    given = jaxpr.invars[: len(leaves)]
+    count = len(jax.tree.leaves(fixed))
+    given = jaxpr.invars[:count]
     now, later = _parts(jaxpr, given)
     made = {var for eqn in now for var in eqn.outvars}.difference(*(eqn.outvars for eqn in later))
     crossing = [var for var in _used(later, jaxpr.outvars) if var in made]
-    values = core.eval_jaxpr(as_jaxpr(now, given, crossing), (), *leaves)
-    rest = as_jaxpr(later, [*jaxpr.constvars, *given, *crossing, *jaxpr.invars[len(leaves) :]], jaxpr.outvars)
+    first = as_jaxpr(now, given, crossing)
+    rest = as_jaxpr(later, [*jaxpr.constvars, *given, *crossing, *jaxpr.invars[count:]], jaxpr.outvars)
 
-    def call(*args: Any) -> Any:
-        outputs = core.eval_jaxpr(rest, (), *closed.consts, *leaves, *values, *jax.tree.leaves(args))
-        return structure.unflatten(outputs)
+    def early(fixed: Any) -> list[Any]:
+        return core.eval_jaxpr(first, (), *jax.tree.leaves(fixed))
 
-    return call
+    def late(fixed: Any, values: list[Any], *args: Any) -> Any:
+        leaves = (*jax.tree.leaves(fixed), *values, *jax.tree.leaves(args))
+        return structure.unflatten(core.eval_jaxpr(rest, (), *closed.consts, *leaves))
+
+    return early, late
 
 
 def _parts(jaxpr: Any, given: Sequence[Any]) -> tuple[list[Any], list[Any]]:

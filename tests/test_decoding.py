@@ -13,7 +13,8 @@ from transformers import GPT2Config, LlamaConfig, Qwen2Config
 import lora_jax
 from lora_jax import models
 from lora_jax._ahead import ahead
-from lora_jax.generate import _generate, generate
+from lora_jax.generate import generate
+from lora_jax.generate._loop import _generate
 from lora_jax.models._execution import LEAST_COPIED, decodes, execution
 
 SIZES = {

@@ -18,7 +18,8 @@ from transformers import LlamaConfig
 
 import lora_jax
 from lora_jax import models
-from lora_jax.generate import GenerateConfig, _generate, continuation, generate, generate_text
+from lora_jax.generate import GenerateConfig, continuation, generate, generate_text
+from lora_jax.generate._loop import _generate
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz .,"
 EOS = 1
@@ -179,7 +180,7 @@ def test_a_token_without_a_row_is_refused(model, adapted):
 
 
 def test_the_table_is_read_once_for_each_model(model, adapted):
-    reads = importlib.import_module("lora_jax.generate")._read_limits
+    reads = importlib.import_module("lora_jax.generate._loop")._read_limits
     ids, mask = prompts(3, 9)
     run(model, adapted, ids, mask)
     before = reads.cache_info().misses

@@ -29,6 +29,7 @@ COMMANDS = {
     "train": "fine-tune a model with LoRA; without arguments, the embedded model on the embedded task",
     "evaluate": "print loss and metrics on a data file, with or without an adapter",
     "generate": "complete prompts, with or without an adapter",
+    "chat": "talk with a model, with or without an adapter, by its chat template",
     "sweep": "train a grid of adapters at once (ranks, targets, learning rates, seeds, ...) and compare them",
     "analyze": "report what an adapter has learned (the paper's section 7) in HTML, JSON and PNG",
     "export": "rewrite an adapter for tools that ignore PEFT's patterns of ranks and alphas",

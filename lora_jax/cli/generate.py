@@ -6,18 +6,27 @@ from pathlib import Path
 import jax
 import tyro
 
-from lora_jax.cli import _base, _show
-from lora_jax.generate import GenerateConfig, generate_text
+from lora_jax.cli import _base, _prompts, _show
+from lora_jax.generate import GenerateConfig, generate_text, stream_text
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Complete prompts, with or without an adapter. Only the completions go to standard output."""
+    """Complete prompts, with or without an adapter.
 
-    prompt: tuple[str, ...]
-    """one or more prompts"""
+    One completion is printed while it is generated; several come each below a line with its number and prompt.
+    """
+
+    prompt: tuple[str, ...] = ()
+    """one or more prompts; - is all of standard input. If none is given, each line of standard input is one"""
     adapter: Path | None = None
     """folder of an adapter, as `lora-jax train` writes it"""
+    chat: bool = False
+    """render each prompt with the chat template, as a user's message"""
+    system: str | None = None
+    """system message before each prompt; selects --chat"""
+    json: bool = False
+    """print one JSON object for each prompt, with prompt and completion, and nothing else, on standard output"""
     seed: int = 0
     """seed of sampling, at temperatures above 0"""
     base: tyro.conf.OmitArgPrefixes[_base.DecodedBase] = _base.DecodedBase()
@@ -25,13 +34,20 @@ class Settings:
 
 
 def run(settings: Settings) -> None:
-    mesh = settings.base.devices(min(len(settings.prompt), settings.generate.batch_size))
-    model = settings.base.for_adapter(settings.adapter).load(mesh=mesh)
+    prompts = _prompts.prompts_of(settings.prompt)
+    mesh = settings.base.devices(min(len(prompts), settings.generate.batch_size))
+    base, given = settings.base.for_adapter(settings.adapter), prompts
+    if settings.chat or settings.system is not None:
+        given = _prompts.rendered(base.abstract(), prompts, settings.system)
+    model = base.load(mesh=mesh)
     params = _base.with_adapter(model, settings.adapter)
     _base.check_generates(model)
-    attention = model.attention(len(settings.prompt), model.max_length, cached=True)
+    attention = model.attention(len(prompts), model.max_length, cached=True)
     _show.notes().print(str(attention), markup=False, soft_wrap=True)
+    key = jax.random.key(settings.seed)
+    if len(prompts) == 1 and not settings.json:
+        _prompts.print_stream(stream_text(model, params, given[0], settings.generate, key=key))
+        return
     with _show.working("generating"):
-        texts = generate_text(model, params, settings.prompt, settings.generate, key=jax.random.key(settings.seed))
-    for text in texts:
-        print(text)
+        texts = generate_text(model, params, given, settings.generate, key=key)
+    _prompts.show_completions(prompts, texts, settings.json)

@@ -124,5 +124,21 @@ class Boundaries:
         return [ids[: len(ids) - self._closing] for ids in found]
 
     def _ids(self, texts: list[str], special: bool) -> list[list[int]]:
+        if not texts:
+            return []
         # One call for all texts, because a tokenizer then uses several threads.
-        return self._tokenizer(texts, add_special_tokens=special)["input_ids"] if texts else []
+        found = self._tokenizer(texts, add_special_tokens=special)["input_ids"]
+        if not special:
+            return found
+        return [without_second_start(text, ids, self._tokenizer) for text, ids in zip(texts, found, strict=True)]
+
+
+def without_second_start(text: str, ids: list[int], tokenizer: Any) -> list[int]:
+    """The tokens of a text without the start token that the tokenizer has put in front of the text's own.
+
+    What a chat template has rendered may begin with that token already, and a model has never seen two.
+    """
+    start, token = getattr(tokenizer, "bos_token", None), getattr(tokenizer, "bos_token_id", None)
+    if start and text.startswith(start) and ids[:2] == [token, token] and not text.startswith(2 * start):
+        return ids[1:]
+    return ids

@@ -24,7 +24,13 @@ PATIENCE = 12  # wall time as a multiple of the CPU time, for systems without a 
 Message = Mapping[str, Any]
 
 
-def render_chat(messages: Sequence[Message], tokenizer: Any, *, add_generation_prompt: bool = False) -> str:
+def render_chat(
+    messages: Sequence[Message],
+    tokenizer: Any,
+    *,
+    add_generation_prompt: bool = False,
+    tools: Sequence[Mapping[str, Any]] = (),
+) -> str:
     """Render a conversation with the tokenizer's chat template, to the text of `apply_chat_template(tokenize=False)`.
 
     The template of a transformers tokenizer is rendered in another process, which is limited to 5 seconds of CPU time,
@@ -35,7 +41,7 @@ def render_chat(messages: Sequence[Message], tokenizer: Any, *, add_generation_p
         ValueError: There is no template, it raises an error, or it exceeds a limit.
     """
     try:
-        return render_parts(messages, tokenizer, (), add_generation_prompt)[0]
+        return render_parts(messages, tokenizer, (), add_generation_prompt, tools=tools)[0]
     except ValueError as error:
         raise ValueError(refusal(error)) from error
 

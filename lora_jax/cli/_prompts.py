@@ -1,0 +1,89 @@
+"""Prompts on the command line: from flags or standard input, as text or as a conversation's first message."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from lora_jax import prefix
+from lora_jax.cli import _show
+from lora_jax.generate import GenerateConfig, chat_prompt
+
+Message = dict[str, Any]
+SHOWN = 100  # characters of a prompt above its completion
+
+
+def prompts_of(given: Sequence[str]) -> list[str]:
+    """The prompts of the flag; without any, each line of standard input is one, and `-` is all of standard input.
+
+    Raises:
+        ValueError: none is given, and standard input is a terminal or empty; or `-` is given twice.
+    """
+    if given:
+        if given.count("-") > 1:
+            raise ValueError("prompt: '-' given twice, expected it once: it is all of standard input")
+        return [sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt for prompt in given]
+    found = [] if sys.stdin.isatty() else list(lines())
+    if not found:
+        raise ValueError("prompt: none given; pass --prompt TEXT, or pipe one prompt a line into the command")
+    return found
+
+
+def lines() -> Iterator[str]:
+    """The lines of standard input that aren't blank, as they come."""
+    for line in sys.stdin:
+        if text := line.rstrip("\r\n"):
+            yield text
+
+
+def opening(system: str | None) -> list[Message]:
+    """The messages before the first of the user's."""
+    return [] if system is None else [{"role": "system", "content": system}]
+
+
+def rendered(model: Any, prompts: Sequence[str], system: str | None) -> list[list[int]]:
+    """Each prompt as the user's message of a conversation of its own, by the model's chat template."""
+    return [chat_prompt(model.tokenizer, [*opening(system), {"role": "user", "content": text}]) for text in prompts]
+
+
+def fitted(model: Any, params: Any, ids: Sequence[int], config: GenerateConfig) -> GenerateConfig:
+    """The settings with as many new tokens as the model has positions for, after a conversation's tokens.
+
+    Raises:
+        ValueError: there is no position left.
+    """
+    room = model.max_length - prefix.length(params) - len(ids)
+    if room < 1:
+        raise ValueError(
+            f"the conversation has {len(ids)} tokens, as many as the model has positions ({model.max_length}); "
+            "begin a new one"
+        )
+    return replace(config, max_tokens=min(config.max_tokens, room))
+
+
+def show_completions(prompts: Sequence[str], texts: Sequence[str], json: bool) -> None:
+    """Print one completion alone, and several each below a line with its number and prompt; or an object for each."""
+    for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True), 1):
+        if json:
+            _show.print_json({"prompt": prompt, "completion": text})
+        elif len(prompts) == 1:
+            print(text)
+        else:
+            first = " ".join(prompt.split())
+            print(f"--- {number} of {len(prompts)}: {first if len(first) <= SHOWN else first[:SHOWN] + '...'}")
+            print(text)
+
+
+def print_stream(pieces: Iterator[str], *, interruptible: bool = False) -> str:
+    """Print a text while it is generated, and return it; an interrupt is raised, or ends the text."""
+    text = ""
+    try:
+        for piece in pieces:
+            text += piece
+            print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        if not interruptible:
+            raise
+    finally:
+        print(flush=True)
+    return text

@@ -1,0 +1,179 @@
+"""Prompts and conversations on the command line: what goes into the model, and what is printed of its answers."""
+
+import io
+import json
+import sys
+
+import pytest
+from test_cli import tiny_model
+from transformers import AutoTokenizer
+
+from lora_jax import models
+from lora_jax.cli import main
+from lora_jax.generate import GenerateConfig, chat_prompt, generate_text
+
+TEMPLATE = (
+    "{% for m in messages %}({{ m.role }}){{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}(assistant){% endif %}"
+)
+SHORT = ("--max-tokens", "6")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model whose tokenizer has a token for each byte, and a chat template."""
+    folder = tiny_model(tmp_path_factory.mktemp("base") / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def answered(folder):
+    """The model's answer to a conversation, each message of which is a role's first letter and a text."""
+    model = models.load(folder)
+    roles = {"s": "system", "u": "user", "a": "assistant"}
+
+    def answer(*turns):
+        messages = [{"role": roles[turn[0]], "content": turn[1:]} for turn in turns]
+        return generate_text(
+            model, model.params, [chat_prompt(model.tokenizer, messages)], GenerateConfig(max_tokens=6)
+        )[0]
+
+    return answer
+
+
+class Terminal(io.StringIO):
+    """Standard input of a person."""
+
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def said(capsys, monkeypatch):
+    """Runs a command with a standard input, and gives its exit code and what it printed."""
+
+    def run(*argv, given="", terminal=False):
+        monkeypatch.setattr(sys, "stdin", (Terminal if terminal else io.StringIO)(given))
+        capsys.readouterr()
+        code = main([str(word) for word in argv])
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return run
+
+
+@pytest.fixture
+def typed(said, folder, monkeypatch):
+    """Has a conversation at a terminal: what is typed (or raised), line by line."""
+
+    def run(*lines, flags=()):
+        left = iter(lines)
+
+        def ask(prompt):
+            line = next(left, None)
+            if line is None:
+                raise EOFError
+            print(prompt, end="")
+            return line
+
+        monkeypatch.setattr("builtins.input", ask)
+        return said("chat", "--model", folder, *SHORT, *flags, terminal=True)
+
+    return run
+
+
+# --- chat ------------------------------------------------------------------------------------------------------------
+
+
+def test_each_line_that_is_piped_is_a_turn(said, folder, answered):
+    code, out, _ = said("chat", "--model", folder, "--system", "be brief", *SHORT, given="hi\n\nand more\n")
+    first = answered("sbe brief", "uhi")
+    assert (code, out) == (0, f"{first}\n{answered('sbe brief', 'uhi', 'a' + first, 'uand more')}\n")
+
+
+def test_a_conversation_at_a_terminal(typed, answered):
+    first = answered("uhi")
+    code, out, err = typed(" hi ", "", "more", "/clear", "hi", "/exit", "never asked")
+    assert (code, out) == (0, f"> {first}\n> > {answered('uhi', 'a' + first, 'umore')}\n> > {first}\n> ")
+    assert "/exit or Ctrl-D ends the conversation" in err
+
+
+def test_the_end_of_input_ends_a_conversation(typed, answered):
+    assert typed("hi")[:2] == (0, f"> {answered('uhi')}\n\n")
+
+
+def test_an_interrupt_ends_the_answer(typed, answered, monkeypatch):
+    """What was said of it is a part of the conversation."""
+    flushed, real = [], print
+
+    def interrupted(*words, **how):
+        real(*words, **how)
+        if how.get("end") == "" and how.get("flush"):
+            flushed.append(words[0])
+            if len(flushed) == 1:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.print", interrupted)
+    code, out, _ = typed("hi", "more")
+    assert code == 0
+    assert out == f"> {flushed[0]}\n> {answered('uhi', 'a' + flushed[0], 'umore')}\n\n"
+    assert answered("uhi").startswith(flushed[0])
+    assert answered("uhi") != flushed[0]
+
+
+def test_a_conversation_that_is_too_long(typed, said, folder, answered):
+    code, out, err = typed("x" * 120, "hi")
+    assert (code, out) == (0, f"> > {answered('uhi')}\n\n")
+    line = "the conversation has 137 tokens, as many as the model has positions (128); begin a new one"
+    assert f"{line} (/clear)" in err
+    assert said("chat", "--model", folder, given="x" * 120)[::2] == (2, f"lora-jax: {line}\n")
+
+
+def test_the_last_answer_has_the_positions_that_are_left(said, folder):
+    code, out, _ = said("chat", "--model", folder, given="x" * 108)
+    assert code == 0
+    assert 0 < len(out) <= 4
+
+
+def test_a_model_without_a_template_has_no_conversations(said, tmp_path):
+    for argv in (("chat",), ("generate", "--prompt", "a", "--system", "b")):
+        code, out, err = said(*argv, "--model", tiny_model(tmp_path / argv[0]), given="hi")
+        assert (code, out) == (2, "")
+        assert err.startswith("lora-jax: the tokenizer has no chat template")
+
+
+# --- generate --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags", [("--chat",), ("--system", "be brief")])
+def test_generate_by_the_chat_template(said, folder, answered, flags):
+    code, out, _ = said("generate", "--model", folder, "--prompt", "hi", *flags, *SHORT)
+    assert (code, out) == (0, answered(*["s" + flag for flag in flags[1:]], "uhi") + "\n")
+
+
+def test_several_completions_are_told_apart(said, folder):
+    command = ("generate", "--model", folder, *SHORT)
+    alone = [said(*command, "--prompt", prompt)[1] for prompt in ("hi\nthere", "you")]
+    code, out, _ = said(*command, "--prompt", "hi\nthere", "you")
+    assert (code, out) == (0, f"--- 1 of 2: hi there\n{alone[0]}--- 2 of 2: you\n{alone[1]}")
+    code, out, _ = said(*command, "--prompt", "hi\nthere", "you", "--json")
+    objects = [json.loads(line) for line in out.split("\n")[:-1]]
+    assert (code, objects) == (
+        0,
+        [{"prompt": prompt, "completion": text[:-1]} for prompt, text in zip(("hi\nthere", "you"), alone, strict=True)],
+    )
+
+
+def test_prompts_of_standard_input(said, folder):
+    command = ("generate", "--model", folder, "--json", *SHORT)
+    prompts = lambda out: [json.loads(line)["prompt"] for line in out.split("\n")[:-1]]
+    assert prompts(said(*command, given="one\n\ntwo\n")[1]) == ["one", "two"]
+    assert prompts(said(*command, "--prompt", "zero", "-", given="one\ntwo\n")[1]) == ["zero", "one\ntwo"]
+    for given, terminal in (("", False), ("one\n", True)):
+        code, out, err = said(*command, given=given, terminal=terminal)
+        assert (code, out) == (2, "")
+        assert err == "lora-jax: prompt: none given; pass --prompt TEXT, or pipe one prompt a line into the command\n"
+    assert "'-' given twice" in said(*command, "--prompt", "-", "-")[2]
