@@ -8,8 +8,11 @@ import pytest
 from test_cli import tiny_model
 from transformers import AutoTokenizer
 
-from lora_jax import models
+from lora_jax import data, models
+from lora_jax.cli import chat as chat_command
+from lora_jax.cli import generate as generate_command
 from lora_jax.cli import main
+from lora_jax.data import encode as real_encode
 from lora_jax.generate import GenerateConfig, chat_prompt, generate_text
 
 TEMPLATE = (
@@ -177,3 +180,91 @@ def test_prompts_of_standard_input(said, folder):
         assert (code, out) == (2, "")
         assert err == "lora-jax: prompt: none given; pass --prompt TEXT, or pipe one prompt a line into the command\n"
     assert "'-' given twice" in said(*command, "--prompt", "-", "-")[2]
+
+
+# --- a template of one's own -----------------------------------------------------------------------------------------
+
+
+OWN = TEMPLATE.replace("(", "<").replace(")", ">")
+TRAIN = ("--rank", "2", "--alpha", "4", "--max-steps", "1", "--batch-size", "4", "--report-to", "none")
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A file with a template."""
+    path = tmp_path / "own.jinja"
+    path.write_text(OWN)
+    return path
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """The texts that go into `generate_text`, `stream_text` or the encoding of rows, from now on."""
+    texts = []
+
+    def record(place, name, text_of):
+        real = getattr(place, name)
+
+        def recorded(*args, **keywords):
+            texts.append(text_of(*args))
+            return real(*args, **keywords)
+
+        monkeypatch.setattr(place, name, recorded)
+
+    for command in (generate_command, chat_command):
+        record(command, "stream_text", lambda model, params, ids, *_: model.tokenizer.decode(ids))
+    record(data, "encode", lambda rows, tokenizer, *_: tokenizer.decode(real_encode(rows, tokenizer, 99)[0][0][0]))
+    return texts
+
+
+@pytest.fixture
+def train(said, folder, tmp_path):
+    """Trains on conversations, in `out`."""
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+    (tmp_path / "rows.jsonl").write_text(f"{json.dumps({'messages': messages})}\n" * 4)
+    command = ("train", "--model", folder, "--data", tmp_path / "rows.jsonl", "--output", tmp_path / "out", *TRAIN)
+    return lambda *flags: said(*command, *flags)
+
+
+ASKED = "<user>hi<assistant>"
+
+
+def test_a_template_of_ones_own_is_a_part_of_the_run(said, train, own, seen, tmp_path):
+    out = tmp_path / "out"
+    assert train("--chat-template", own)[0] == 0
+    assert (out / "chat_template.jinja").read_text() == OWN
+    seen.clear()
+    assert said("chat", "--adapter", out, *SHORT, given="hi\n")[0] == 0
+    assert seen == [ASKED]
+
+
+@pytest.mark.slow
+def test_commands_with_a_template_of_ones_own(said, folder, train, own, seen, tmp_path):
+    out, rows = tmp_path / "out", tmp_path / "rows.jsonl"
+    assert train("--chat-template", own)[0] == 0
+    for argv in (
+        ("generate", "--adapter", out, "--chat", "--prompt", "hi", *SHORT),
+        ("generate", "--model", folder, "--prompt", "hi", "--chat-template", own, *SHORT),
+        ("chat", "--model", folder, "--chat-template", own, *SHORT),
+        ("evaluate", "--adapter", out, "--data", rows),
+        ("evaluate", "--model", folder, "--data", rows, "--chat-template", own),
+    ):
+        seen.clear()
+        assert said(*argv, given="hi\n")[0] == 0
+        assert seen == [f"{ASKED}yes</s>" if argv[0] == "evaluate" else ASKED]
+    assert "holds a run already" in train()[2]
+    assert train("--overwrite")[0] == 0
+    assert not (out / "chat_template.jinja").exists()
+
+
+def test_a_template_that_is_none_is_refused(said, folder, tmp_path):
+    (tmp_path / "latin").write_bytes(b"\xe9")
+    (tmp_path / "long").write_text("a" * (2**20 + 1))
+    for name, words in (
+        ("none", "No such file or directory"),
+        ("latin", "not UTF-8, expected a chat template"),
+        ("long", "1,048,577 bytes, expected a template of at most 1,048,576"),
+        (".", "a folder; expected a chat template"),
+    ):
+        code, _, err = said("chat", "--model", folder, "--chat-template", tmp_path / name, given="hi")
+        assert (code, err) == (2, f"lora-jax: {tmp_path / name}: {words}\n")

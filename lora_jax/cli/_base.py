@@ -46,6 +46,8 @@ class Base:
     """dtype of the model's weights and activations; as in the files if not given (the embedded model: float32)"""
     adapter_folder: tyro.conf.Suppress[Path | None] = None
     """folder of the adapter, whose tokenizer takes precedence over the model's"""
+    template_file: tyro.conf.Suppress[Path | None] = None
+    """file of a chat template, which takes precedence over the tokenizer's"""
 
     def for_adapter(self, adapter: Path | None) -> "Base":
         """The base of this adapter: the model that was given, or else the one that the adapter names.
@@ -145,7 +147,7 @@ class Base:
         )
 
     def _with_tokenizer(self, model: Any) -> Any:
-        return replace(model, adapter=self.adapter_folder)
+        return replace(model, adapter=self.adapter_folder, template=self.template_file)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import tyro
 
-from lora_jax.cli import _base, _prompts, _show
+from lora_jax.cli import _base, _prompts, _show, _template
 from lora_jax.cli._prompts import Message
 from lora_jax.generate import GenerateConfig, chat_prompt, stream_text
 
@@ -32,12 +32,13 @@ class Settings:
     """system message before the first turn"""
     seed: int = 0
     """seed of sampling, at temperatures above 0"""
+    template: tyro.conf.OmitArgPrefixes[_template.TemplateFlags] = _template.NONE
     base: tyro.conf.OmitArgPrefixes[_base.DecodedBase] = _base.DecodedBase()
     generate: tyro.conf.OmitArgPrefixes[GenerateConfig] = GenerateConfig(max_tokens=512)
 
 
 def run(settings: Settings) -> None:
-    base = settings.base.for_adapter(settings.adapter)
+    base = settings.template.of(settings.base).for_adapter(settings.adapter)
     _base.check_generates(base.abstract())
     _prompts.rendered(base.abstract(), ["?"], settings.system)  # errors of the template, before weights are read
     model = base.load(mesh=settings.base.devices(1))

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import tyro
 
 from lora_jax import data
-from lora_jax.cli import _base, _data, _embedded, _labels, _mesh, _rows, _show
+from lora_jax.cli import _base, _data, _embedded, _labels, _mesh, _rows, _show, _template
 from lora_jax.cli._data import DataSource
 from lora_jax.data import Labelled, Row
 from lora_jax.train import TrainConfig, evaluate
@@ -36,11 +36,12 @@ class Settings:
     json: bool = False
     """print one JSON object, and nothing else, on standard output"""
     reading: tyro.conf.OmitArgPrefixes[_data.DataFlags] = _data.DEFAULTS
+    template: tyro.conf.OmitArgPrefixes[_template.TemplateFlags] = _template.NONE
     base: tyro.conf.OmitArgPrefixes[_base.EvaluatedBase] = _base.EvaluatedBase()
 
 
 def run(settings: Settings) -> None:
-    settings = replace(settings, base=settings.base.for_adapter(settings.adapter))
+    settings = replace(settings, base=settings.template.of(settings.base).for_adapter(settings.adapter))
     _embedded.check_data_given(settings.base, settings.data)
     source = _data.source_of(settings.data, settings.reading)
     rows = _read(source, settings.split)
@@ -49,6 +50,7 @@ def run(settings: Settings) -> None:
         metrics = _evaluate_text(settings, rows)
     else:
         settings.reading.check_text_only()
+        settings.template.check_text_only()
         metrics = _evaluate_labels(settings, source, labelled)
     if settings.json:
         _show.print_json(metrics)

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import tyro
 
-from lora_jax.cli import _base, _prompts, _show
+from lora_jax.cli import _base, _prompts, _show, _template
 from lora_jax.generate import GenerateConfig, generate_text, stream_text
 
 
@@ -22,13 +22,14 @@ class Settings:
     adapter: Path | None = None
     """folder of an adapter, as `lora-jax train` writes it"""
     chat: bool = False
-    """render each prompt with the chat template, as a user's message"""
+    """render each prompt with the chat template, as a user's message; --chat-template selects it too"""
     system: str | None = None
     """system message before each prompt; selects --chat"""
     json: bool = False
     """print one JSON object for each prompt, with prompt and completion, and nothing else, on standard output"""
     seed: int = 0
     """seed of sampling, at temperatures above 0"""
+    template: tyro.conf.OmitArgPrefixes[_template.TemplateFlags] = _template.NONE
     base: tyro.conf.OmitArgPrefixes[_base.DecodedBase] = _base.DecodedBase()
     generate: tyro.conf.OmitArgPrefixes[GenerateConfig] = GenerateConfig()
 
@@ -36,8 +37,8 @@ class Settings:
 def run(settings: Settings) -> None:
     prompts = _prompts.prompts_of(settings.prompt)
     mesh = settings.base.devices(min(len(prompts), settings.generate.batch_size))
-    base, given = settings.base.for_adapter(settings.adapter), prompts
-    if settings.chat or settings.system is not None:
+    base, given = settings.template.of(settings.base).for_adapter(settings.adapter), prompts
+    if settings.chat or settings.system is not None or settings.template.chat_template is not None:
         given = _prompts.rendered(base.abstract(), prompts, settings.system)
     model = base.load(mesh=mesh)
     params = _base.with_adapter(model, settings.adapter)

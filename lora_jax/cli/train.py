@@ -16,7 +16,7 @@ import lora_jax
 from lora_jax import _disk
 from lora_jax._processes import one_writes, several
 from lora_jax.checkpoint import newest
-from lora_jax.cli import _base, _data, _distributed, _embedded, _labels, _mesh, _rows, _samples, _show, inspect
+from lora_jax.cli import _base, _data, _distributed, _embedded, _labels, _mesh, _rows, _samples, _show, _template, inspect
 from lora_jax.cli._rows import EncodedRows, Rows
 from lora_jax.cli._signals import Signals, exit_code
 from lora_jax.data import Labels
@@ -25,7 +25,7 @@ from lora_jax.train import Stopped, Task, TrainConfig, TrainResult, train
 from lora_jax.train._report import check_installed
 from lora_jax.train._save import CHECKPOINTS, FILES, check_ours
 
-RUN_FILES = (_labels.FILE, "adapter_config.json", "adapter_model.safetensors", *FILES)
+RUN_FILES = (_labels.FILE, "adapter_config.json", "adapter_model.safetensors", *FILES, _template.FILE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +47,7 @@ class Settings:
     prefix_length: int = 0
     """number of tokens before each row whose embeddings train beside A and B; such an adapter can't be merged"""
     reading: tyro.conf.OmitArgPrefixes[_data.DataFlags] = _data.DEFAULTS
+    template: tyro.conf.OmitArgPrefixes[_template.TemplateFlags] = _template.NONE
     base: tyro.conf.OmitArgPrefixes[_base.TrainedBase] = _base.TrainedBase()
     processes: tyro.conf.OmitArgPrefixes[_distributed.DistributedFlags] = _distributed.FLAGS
     lora: tyro.conf.OmitArgPrefixes[_base.LoRAFlags] = _base.LORA
@@ -85,6 +86,7 @@ class Predictions(NamedTuple):
 
 
 def run(settings: Settings) -> None:
+    settings = replace(settings, base=settings.template.of(settings.base))
     with _distributed.joined(settings.processes):
         if several() and settings.base.mesh is None:
             settings = replace(settings, base=replace(settings.base, mesh="auto"))
@@ -116,6 +118,8 @@ def _train(settings: Settings, stop: Callable[[], bool]) -> Callable[[], None]:
     """Train and save the adapter, and return a function that prints the results."""
     began = time.perf_counter()
     rows = _rows.read(settings.data, settings.base, settings.reading)
+    if rows.labels is not None:
+        settings.template.check_text_only()
     key = jax.random.fold_in(jax.random.key(settings.train.seed), 0)  # training folds in the steps, from 1
 
     model = settings.base.abstract(labels=rows.label_names)
@@ -171,6 +175,7 @@ def _train(settings: Settings, stop: Callable[[], bool]) -> Callable[[], None]:
     with one_writes() as writes:
         if writes:
             _labels.save(settings.output, rows.labels)
+            settings.template.save(settings.output)
     lora_jax.peft.save(
         settings.output,
         result.params,

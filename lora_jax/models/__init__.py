@@ -29,6 +29,7 @@ from lora_jax.models._save import check_free as check_free
 from lora_jax.models._save import save as save
 from lora_jax.models._tokenizer import beside as tokenizer_in
 from lora_jax.models._tokenizer import copy as copy_tokenizer
+from lora_jax.models._tokenizer import read_template as read_template
 from lora_jax.models._untied import untied as untied
 from lora_jax.models._weights import Streamed as Streamed
 
@@ -49,6 +50,7 @@ __all__ = [
     "load_abstract",
     "load_streamed",
     "quant_method",
+    "read_template",
     "save",
     "shardings",
     "tokenizer_in",

@@ -46,6 +46,7 @@ class Model:
         folder: The folder that it was loaded from; None for `init`.
         adapter: The folder of an adapter whose tokenizer or chat template, if any, replaces the model's; set with
             `dataclasses.replace(model, adapter=folder)`.
+        template: A file with a chat template, which replaces the tokenizer's own.
         generates: Whether it predicts next tokens; encoders don't.
         head: The path of the classification head in `params`, whose labels are `label_names(config)`; empty without.
         newly_initialized: The paths of the leaves of a new head, which the folder lacks.
@@ -69,6 +70,7 @@ class Model:
     layers: str = "scan"
     folder: Path | None = None
     adapter: Path | None = None
+    template: Path | None = None
     generates: bool = True
     head: str = ""
     newly_initialized: tuple[str, ...] = ()
@@ -106,7 +108,7 @@ class Model:
         Raises:
             ValueError: There is none.
         """
-        return _tokenizer.load(self.folder, self.adapter, self.config)
+        return _tokenizer.load(self.folder, self.adapter, self.config, self.template)
 
     @cached_property
     def end_tokens(self) -> tuple[int, ...]:

@@ -30,25 +30,43 @@ def beside(folder: Path) -> str:
     return "chat template" if (folder / TEMPLATE).exists() else ""
 
 
-def load(folder: Path | None, adapter: Path | None, config: Any) -> Any:
+def load(folder: Path | None, adapter: Path | None, config: Any, template: Path | None = None) -> Any:
     """Load the adapter's tokenizer if its folder has one; else the model's, with the adapter's chat template if any.
+
+    The file `template` takes precedence over all other chat templates.
 
     Raises:
         ValueError: There is none, or it can't be loaded.
     """
     own = "" if adapter is None else beside(adapter)
-    if adapter is not None and own == "tokenizer":
-        return _read(adapter, config=config)  # the config names the type: an adapter's folder has no config.json
-    if folder is None:
-        raise ValueError("tokenizer: a model from models.init has none; load the model from a folder")
-    tokenizer = _read(folder)
     if adapter is not None and own:
-        _check(adapter / TEMPLATE)
-        try:
-            tokenizer.chat_template = (adapter / TEMPLATE).read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise ValueError(f"{adapter / TEMPLATE}: not UTF-8, expected a chat template") from None
+        template = template or (adapter / TEMPLATE if own == "chat template" else None)
+    if adapter is not None and own == "tokenizer":
+        # The config names the type: an adapter's folder has no config.json.
+        tokenizer = _read(adapter, config=config)
+    elif folder is None:
+        raise ValueError("tokenizer: a model from models.init has none; load the model from a folder")
+    else:
+        tokenizer = _read(folder)
+    if template is not None:
+        tokenizer.chat_template = read_template(template)
     return tokenizer
+
+
+def read_template(path: Path) -> str:
+    """Read a file with a chat template.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is no text, or a long one.
+    """
+    _check(path, "a chat template")
+    if path.exists() and path.stat().st_size > MOST_BYTES:
+        raise ValueError(f"{path}: {path.stat().st_size:,} bytes, expected a template of at most {MOST_BYTES:,}")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not UTF-8, expected a chat template") from None
 
 
 def _read(folder: Path, **keywords: Any) -> Any:
@@ -60,12 +78,12 @@ def _read(folder: Path, **keywords: Any) -> Any:
         raise ValueError(f"{folder}: no usable tokenizer: {one_line(error, 300)}") from error
 
 
-def _check(path: Path) -> None:
+def _check(path: Path, expected: str = "a file of a tokenizer") -> None:
     """Refuse files on which transformers would block, or which it would report as damaged."""
     if not path.exists():
         return
     if what := not_a_file(path) or git_lfs_pointer(path):
-        raise ValueError(f"{path}: {what}; expected a file of a tokenizer")
+        raise ValueError(f"{path}: {what}; expected {expected}")
     if path.name == TEMPLATE and path.stat().st_size > MOST_BYTES:
         raise ValueError(f"{path}: {path.stat().st_size:,} bytes, expected a template of at most {MOST_BYTES:,}")
 
