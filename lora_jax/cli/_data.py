@@ -32,6 +32,9 @@ class DataFlags:
     """column of the labels; needed where --text-column is given alone"""
     separator: str = ""
     """text put between prompts and completions, as a part of these; \\n is a line break"""
+    loss: data.Loss | None = None
+    """tokens of a row that are learned. all: the completion, or all of the assistant's turns, and is the default; last:
+    the last of these turns; prompt-and-completion: every token"""
     truncation_mode: data.TruncationMode | None = None
     """what is done with a row of text that is longer than max_length: keep_end keeps its last tokens, so the answer,
     and is the default; keep_start its first; drop leaves it out. Rows with labels are cut by the tokenizer"""
@@ -54,6 +57,8 @@ class DataFlags:
         Raises:
             ValueError: one of them is given.
         """
+        if self.loss is not None:
+            raise ValueError(f"loss: {self.loss} given, but of rows with labels the label is learned; leave it out")
         if self.truncation_mode is not None:
             raise ValueError(
                 f"truncation_mode: {self.truncation_mode} given, but rows with labels are cut by the tokenizer; "

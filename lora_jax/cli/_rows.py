@@ -21,6 +21,7 @@ class Rows:
     by_split: Mapping[str, Sequence[Row]]
     labels: Labels | None  # None: text
     truncation_mode: data.TruncationMode = "keep_end"
+    loss: data.Loss = "all"
 
     @property
     def label_names(self) -> tuple[str, ...] | None:
@@ -53,7 +54,7 @@ def read(words: Sequence[str], base: _base.Base, flags: DataFlags = _data.DEFAUL
     model = base.abstract()
     if source is None or not train:
         _base.check_generates(model)
-        return Rows(source, by_split, None, flags.truncation_mode or "keep_end")
+        return Rows(source, by_split, None, flags.truncation_mode or "keep_end", flags.loss or "all")
     flags.check_text_only()
     return Rows(source, by_split, _labels.to_train(source, model, train, valid))
 
@@ -74,7 +75,7 @@ def encode(rows: Rows, model: Any, max_length: int) -> EncodedRows:
 def _encode_text(split: str, rows: Rows, model: Any, length: int) -> data.Encoded:
     if not rows.by_split[split]:
         return data.Encoded([], 0, 0)
-    encoded = data.encode(rows.by_split[split], model.tokenizer, length, rows.truncation_mode)
+    encoded = data.encode(rows.by_split[split], model.tokenizer, length, rows.truncation_mode, rows.loss)
     _report(split, encoded, length)
     return encoded
 

@@ -65,7 +65,8 @@ def _evaluate_text(settings: Settings, rows: Sequence[Row]) -> dict[str, Any]:
     model = settings.base.load(mesh=mesh)
     params = _base.with_adapter(model, settings.adapter)
     length = min(settings.max_length, model.max_length)
-    encoded = data.encode(rows, model.tokenizer, length, settings.reading.truncation_mode or "keep_end")
+    reading = settings.reading
+    encoded = data.encode(rows, model.tokenizer, length, reading.truncation_mode or "keep_end", reading.loss or "all")
     _show.notes().print(str(model.attention(settings.batch_size, settings.max_length)), markup=False, soft_wrap=True)
     with _show.working("evaluating"):
         evaluation = evaluate(model.apply, params, encoded.examples, batch_size=settings.batch_size, mesh=mesh)

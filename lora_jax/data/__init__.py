@@ -38,6 +38,7 @@ from lora_jax.data._load import read_jsonl as read_jsonl
 from lora_jax.data._rows import Chat as Chat
 from lora_jax.data._rows import Completion as Completion
 from lora_jax.data._rows import Labelled as Labelled
+from lora_jax.data._rows import Loss as Loss
 from lora_jax.data._rows import Row as Row
 from lora_jax.data._rows import Text as Text
 from lora_jax.data._rows import listed as listed

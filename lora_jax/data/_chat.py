@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from lora_jax.data._rows import Chat, is_target
+from lora_jax.data._rows import Chat, Loss, is_target
 from lora_jax.data._template import Budget, refusal, render_parts, template_of
 
 Pieces = list[tuple[str, bool]]  # text, and whether its tokens are targets
@@ -22,7 +22,7 @@ class ChatPieces(NamedTuple):
     incomplete: bool = False  # a target hasn't all of its message's content
 
 
-def chat_pieces(row: Chat, tokenizer: Any, number: int, budget: Budget) -> ChatPieces:
+def chat_pieces(row: Chat, tokenizer: Any, number: int, budget: Budget, loss: Loss = "all") -> ChatPieces:
     """Render a conversation with the tokenizer's chat template, divided before and after each turn that is a target.
 
     A turn is a target if the text has it as it was when it was the last one, because generation writes that. A template
@@ -34,6 +34,7 @@ def chat_pieces(row: Chat, tokenizer: Any, number: int, budget: Budget) -> ChatP
         tokenizer: A tokenizer with a chat template.
         number: The number of the row, for messages.
         budget: The CPU time that is left for rendering.
+        loss: `"last"` has only the last of the targets, `"prompt-and-completion"` the whole text as one.
 
     Raises:
         ValueError: There is no template, it raises an error or takes too long, or the last turn that is to be a target
@@ -49,12 +50,16 @@ def chat_pieces(row: Chat, tokenizer: Any, number: int, budget: Budget) -> ChatP
         targets = [turn for turn, message in enumerate(messages) if is_target(message)]
     except ValueError as error:
         raise ValueError(f"row {number}: {error}") from None
+    if loss != "all":
+        targets = targets[-1:] if loss == "last" else []
     shown = [{name: value for name, value in message.items() if name != "weight"} for message in messages]
     parts = [part for turn in targets for part in ((turn, True), (turn + 1, False))]
     try:
         whole, lengths = render_parts(shown, tokenizer, parts, budget=budget, tools=row.tools)
     except ValueError as error:
         raise ValueError(f"row {number}: {refusal(error)}") from error
+    if loss == "prompt-and-completion":
+        return ChatPieces([(whole, True)])
     pieces, end, rewritten, incomplete = [], 0, 0, False
     for turn, start, stop in zip(targets, lengths[::2], lengths[1::2], strict=True):
         if start is not None and stop is not None and end <= start <= stop:
@@ -65,7 +70,7 @@ def chat_pieces(row: Chat, tokenizer: Any, number: int, budget: Budget) -> ChatP
         elif turn != targets[-1]:
             rewritten += 1
         elif turn + 1 < len(messages):  # what follows it isn't learned, so it may as well be the last
-            return chat_pieces(row._replace(messages=messages[: turn + 1]), tokenizer, number, budget)
+            return chat_pieces(row._replace(messages=messages[: turn + 1]), tokenizer, number, budget, loss)
         elif turn == 0:  # no generation begins with nothing
             rewritten += 1
         else:

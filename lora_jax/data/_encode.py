@@ -7,7 +7,7 @@ import numpy as np
 
 from lora_jax.data._chat import ChatPieces, Pieces, chat_pieces, keys_unread
 from lora_jax.data._joint import Boundaries, Joint
-from lora_jax.data._rows import Chat, Completion, Labelled, Row, Text
+from lora_jax.data._rows import Chat, Completion, Labelled, Loss, Row, Text
 from lora_jax.data._template import Budget
 
 TruncationMode = Literal["keep_end", "keep_start", "drop"]
@@ -46,7 +46,11 @@ class Encoded(NamedTuple):
 
 
 def encode(
-    rows: Sequence[Row], tokenizer: Tokenizer, max_length: int, truncation_mode: TruncationMode = "keep_end"
+    rows: Sequence[Row],
+    tokenizer: Tokenizer,
+    max_length: int,
+    truncation_mode: TruncationMode = "keep_end",
+    loss: Loss = "all",
 ) -> Encoded:
     """Tokenise rows, cut them to `max_length`, and mark the tokens that are targets.
 
@@ -71,11 +75,13 @@ def encode(
         max_length: The most tokens of a row, at least 2.
         truncation_mode: The part of a longer row that is kept: `"keep_end"`, or `"keep_start"`, its first tokens.
             `"drop"` leaves such rows out.
+        loss: The targets: `"all"` has the completion, or all of the assistant's turns, `"last"` the last of these, and
+            `"prompt-and-completion"` every token of the row, whatever the weights of its messages.
 
     Raises:
-        ValueError: `truncation_mode` is another; the rows have labels; the tokenizer has no end-of-sequence token, or
-            no chat template for `Chat` rows; the last of the assistant's turns can't be found in the template's text;
-            every row was left out.
+        ValueError: `truncation_mode` or `loss` is another; the rows have labels; the tokenizer has no end-of-sequence
+            token, or no chat template for `Chat` rows; the last of the assistant's turns can't be found in the
+            template's text; every row was left out.
     """
     if max_length < 2:
         raise ValueError(
@@ -83,6 +89,8 @@ def encode(
         )
     if truncation_mode not in get_args(TruncationMode):
         raise ValueError(f"truncation_mode: {truncation_mode!r} given, expected keep_end, keep_start or drop")
+    if loss not in get_args(Loss):
+        raise ValueError(f"loss: {loss!r} given, expected last, all or prompt-and-completion")
     if not rows:
         raise ValueError("no rows to encode")
     if isinstance(rows[0], Labelled):
@@ -92,7 +100,7 @@ def encode(
             "the tokenizer has no eos_token, without which generation never stops: set it in tokenizer_config.json"
         )
     budget = Budget()
-    divided = [_pieces(row, tokenizer, number, budget) for number, row in enumerate(rows, 1)]
+    divided = [_pieces(row, tokenizer, number, budget, loss) for number, row in enumerate(rows, 1)]
     pieces = [row.pieces for row in divided]
     # The text of a chat template has its special tokens already.
     boundaries = Boundaries(tokenizer, special=not isinstance(rows[0], Chat))
@@ -155,13 +163,14 @@ def _example(joint: Joint, pieces: Pieces, eos: int) -> Example:
     return Example(np.array(ids, np.int32), targets[: len(ids)])
 
 
-def _pieces(row: Row, tokenizer: Any, number: int, budget: Budget) -> ChatPieces:
+def _pieces(row: Row, tokenizer: Any, number: int, budget: Budget, loss: Loss) -> ChatPieces:
     match row:
         case Text(text):
             return ChatPieces([(text, True)])
         case Completion(prompt, completion):
-            return ChatPieces([(prompt, False), (completion, True)])
+            whole = loss == "prompt-and-completion"
+            return ChatPieces([(prompt + completion, True)] if whole else [(prompt, False), (completion, True)])
         case Chat():
-            return chat_pieces(row, tokenizer, number, budget)
+            return chat_pieces(row, tokenizer, number, budget, loss)
         case Labelled():
             raise ValueError(f"row {number} has a label, unlike the rows before it")

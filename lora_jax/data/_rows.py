@@ -1,7 +1,9 @@
 """The kinds of rows of a data file, and how messages quote them."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
+
+Loss = Literal["last", "all", "prompt-and-completion"]  # the part of a row that is learned
 
 
 class Text(NamedTuple):
