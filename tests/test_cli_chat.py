@@ -268,3 +268,34 @@ def test_a_template_that_is_none_is_refused(said, folder, tmp_path):
     ):
         code, _, err = said("chat", "--model", folder, "--chat-template", tmp_path / name, given="hi")
         assert (code, err) == (2, f"lora-jax: {tmp_path / name}: {words}\n")
+
+
+# --- samples before and after training -------------------------------------------------------------------------------
+
+
+def test_samples_show_the_users_last_message(said, folder, tmp_path):
+    """Not the template's last line, and not what follows it in the row; the next command is a chat."""
+    turns = [("system", "be brief"), ("user", "hi"), ("assistant", "yes"), ("user", "and\nmore?"), ("assistant", "no")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    last = {"role": "user", "content": "thanks"}
+    parts = [{"type": "text", "text": "in "}, {"type": "text", "text": "parts"}]
+    rows = [[*messages, last], [{"role": "user", "content": parts}, messages[-1]]]
+    for split in ("train", "valid"):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    command = ("train", "--model", folder, "--data", tmp_path, "--output", tmp_path / "out", *TRAIN)
+    code, out, _ = said(*command, "--loss", "prompt-and-completion")
+    assert code == 0
+    lines = out.splitlines()
+    for message in ("and more?", "in parts"):
+        assert lines[lines.index(message) + 1].split() == ["expected", "no"]
+    assert f"next: lora-jax chat --model {folder} --adapter {tmp_path / 'out'}" in lines
+
+
+@pytest.mark.slow
+def test_samples_of_prompts_show_their_last_line(said, folder, tmp_path):
+    rows = [{"prompt": f"columns: a\nquestion: {i}?\nsql: ", "completion": f"select {i}"} for i in range(3)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ("train", "--model", folder, "--data", tmp_path / "rows.jsonl", "--output", tmp_path / "out", *TRAIN)
+    lines = said(*command, "--max-length", 40)[1].splitlines()
+    shown = next(i for i, line in enumerate(lines) if line.startswith("question: "))
+    assert lines[shown + 1].split() == ["expected", "select", lines[shown].strip("question: ?")]

@@ -4,53 +4,85 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from rich import text as rich_text
 from rich.console import Console
-from rich.text import Text
 
-from lora_jax.data import Example
+from lora_jax.data import Chat, Example, Row, Text, TruncationMode, encode
+from lora_jax.data._rows import is_target
 from lora_jax.generate import GenerateConfig, continuation, generate_text
 
 SHOWN = 5
+TRIED = 50  # rows, of which some may be too long
+LONGEST_LINE = 160  # characters of a prompt
 CONFIG = GenerateConfig(max_tokens=48, batch_size=SHOWN)
 
 
-class Sample(NamedTuple):
-    """A prompt with the expected answer and the model's answers."""
+class Question(NamedTuple):
+    """A prompt with the expected answer."""
 
     prompt: str
     expected: str
+    message: str | None = None  # of a conversation: the user's last message, which is shown in place of the prompt
+
+
+class Sample(NamedTuple):
+    """A question with the model's answers."""
+
+    question: Question
     answers: dict[str, tuple[str, bool | None]]  # name -> the answer, and whether it is right (None: unknown)
 
 
 class Prompt(NamedTuple):
-    """The part of an example that the model is given, and the expected rest."""
+    """The part of a row that the model is given, and the question that it is."""
 
-    given: str | list[int]  # what the model is given: text or token ids
-    text: str
-    expected: str
+    given: str | list[int]  # text or token ids
+    question: Question
 
 
-def prompts_of(model: Any, examples: Sequence[Example]) -> list[Prompt]:
-    """Make prompts of the first examples that leave the model enough positions for an answer.
+def prompts_of(model: Any, rows: Sequence[Row], max_length: int, truncation_mode: TruncationMode) -> list[Prompt]:
+    """Make prompts of the first rows, each cut to `max_length` tokens and the rest that the model is to predict.
 
-    An example is cut before the last stretch of targets, or, if all tokens are targets, before the last line.
+    The rest is the completion, the assistant's last turn or a text's last line.
     """
-    room = model.config.max_position_embeddings - CONFIG.max_tokens
-    return [_cut(model.tokenizer, example) for example in examples if len(example.input_ids) <= room][:SHOWN]
+    length = max_length - CONFIG.max_tokens
+    prompts: list[Prompt] = []
+    for row in rows[:TRIED]:
+        try:
+            encoded = encode([row], model.tokenizer, max(length, 2), truncation_mode, "last")
+        except ValueError:  # the row is dropped, or has no answer
+            continue
+        prompts.append(_cut(model.tokenizer, row, encoded.examples[0]))
+        if len(prompts) == SHOWN:
+            break
+    return prompts
 
 
-def _cut(tokenizer: Any, example: Example) -> Prompt:
+def _cut(tokenizer: Any, row: Row, example: Example) -> Prompt:
     def text_of(ids: np.ndarray) -> str:
         return tokenizer.decode(ids.tolist(), skip_special_tokens=True)
 
     ids, targets = example
-    start = int(np.flatnonzero(np.diff(targets.astype(int), prepend=0) == 1)[-1])
-    if start > 1:
-        given = ids[:start].tolist()
-        return Prompt(given, text_of(ids[:start]), continuation(tokenizer, given, ids[start:].tolist()))
+    if not isinstance(row, Text):
+        (learned,) = np.nonzero(targets)
+        start, stop = int(learned[0]), int(learned[-1]) + 1
+        given, message = ids[:start].tolist(), _asked(row) if isinstance(row, Chat) else None
+        expected = continuation(tokenizer, given, ids[start:stop].tolist())
+        return Prompt(given, Question(text_of(ids[:start]), expected, message))
     text = text_of(ids).strip()
     middle = text.rfind("\n") + 1 or text.rfind(" ", 0, len(text) // 2) + 1
-    return Prompt(text[:middle], text[:middle], text[middle:])
+    return Prompt(text[:middle], Question(text[:middle], text[middle:]))
+
+
+def _asked(row: Chat) -> str:
+    """The text of the user's last message before the last answer that is learned; empty if there is none."""
+    last = max((turn for turn, message in enumerate(row.messages) if is_target(message)), default=0)
+    for message in reversed(row.messages[:last]):
+        if message["role"] == "user":
+            content = message.get("content")
+            parts = content if isinstance(content, list) else [{"text": content}]
+            texts = [part.get("text") for part in parts]
+            return " ".join(text for text in texts if isinstance(text, str))
+    return ""
 
 
 def complete(model: Any, params: Any, prompts: Sequence[Prompt]) -> list[str]:
@@ -59,15 +91,19 @@ def complete(model: Any, params: Any, prompts: Sequence[Prompt]) -> list[str]:
 
 
 def show(console: Console, samples: Sequence[Sample]) -> None:
-    """Print each sample as a few lines: the prompt's end, the expected answer, and the model's answers."""
+    """Print each sample as a few lines: the prompt's end or the user's message, and the answers to it."""
     console.print()
     for sample in samples:
-        console.print(Text(_last_line(sample.prompt), "bold"))
-        lines = {"expected": (sample.expected, None), **sample.answers}
+        prompt, expected, message = sample.question
+        line = _last_line(prompt) if message is None else _shortened(message)
+        console.print(rich_text.Text(line, "bold"))
+        lines = {"expected": (expected, None), **sample.answers}
         for name, (text, right) in lines.items():
             mark = {True: ("✓", "green"), False: ("✗", "red"), None: (" ", "")}[right]
             console.print(
-                Text.assemble(f"  {name:8} ", mark, " ", " ".join(text.split())), overflow="ellipsis", no_wrap=True
+                rich_text.Text.assemble(f"  {name:8} ", mark, " ", " ".join(text.split())),
+                overflow="ellipsis",
+                no_wrap=True,
             )
         console.print()
 
@@ -80,4 +116,13 @@ def _last_line(prompt: str) -> str:
     """
     lines = [line.strip() for line in prompt.splitlines() if line.strip()]
     filled = [line for line in lines if not line.endswith(":")]
-    return (filled or lines or [""])[-1][-160:]
+    return (filled or lines or [""])[-1][-LONGEST_LINE:]
+
+
+def _shortened(message: str) -> str:
+    """
+    >>> _shortened("Who wrote\\n  Hamlet?"), len(_shortened("a" * 200))
+    ('Who wrote Hamlet?', 163)
+    """
+    line = " ".join(message.split())
+    return line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]}..."

@@ -18,6 +18,7 @@ from lora_jax._processes import one_writes, several
 from lora_jax.checkpoint import newest
 from lora_jax.cli import _base, _data, _distributed, _embedded, _labels, _mesh, _rows, _samples, _show, _template, inspect
 from lora_jax.cli._rows import EncodedRows, Rows
+from lora_jax.cli._samples import Question
 from lora_jax.cli._signals import Signals, exit_code
 from lora_jax.data import Labels
 from lora_jax.demo import text_to_sql
@@ -73,7 +74,7 @@ class Workload(NamedTuple):
     """Examples to train on, and held-out questions to show before and after training."""
 
     examples: EncodedRows
-    questions: list[tuple[str, str]]  # each with the expected answer
+    questions: list[Question]
     predict: Callable[[Any], "Predictions"]  # parameters -> answers to the questions
 
 
@@ -234,31 +235,33 @@ def _print_note(line: str) -> None:
 
 
 def _workload(settings: Settings, model: Any, rows: Rows) -> Workload:
-    examples = _rows.encode(rows, model, min(settings.train.max_length, model.max_length - settings.prefix_length))
+    positions = model.max_length - settings.prefix_length
+    examples = _rows.encode(rows, model, min(settings.train.max_length, positions))
     if rows.source is None:
-        questions = [(row.prompt, row.completion) for row in _embedded.rows("test")[: _samples.SHOWN]]
+        questions = [Question(row.prompt, row.completion) for row in _embedded.rows("test")[: _samples.SHOWN]]
         return Workload(examples, questions, lambda params: _answers(model, params))
     if rows.labels is not None and examples.task is not None:
         return _workload_of_labels(model, rows, examples, rows.labels, examples.task)
-    valid: Any = examples.valid  # text, because there are no labels
-    prompts = _samples.prompts_of(model, valid)
+    shown = min(settings.train.max_length + _samples.CONFIG.max_tokens, positions)
+    prompts = _samples.prompts_of(model, rows.by_split["valid"], shown, rows.truncation_mode)
 
     def complete(params: Any) -> Predictions:
         texts = _samples.complete(model, params, prompts)
         return Predictions(texts, [None] * len(texts), None)
 
-    return Workload(examples, [(prompt.text, prompt.expected) for prompt in prompts], complete)
+    return Workload(examples, [prompt.question for prompt in prompts], complete)
 
 
 def _workload_of_labels(model: Any, rows: Rows, examples: EncodedRows, labels: Labels, task: Task) -> Workload:
     shown: Any = examples.valid[: _samples.SHOWN]
-    questions = _labels.texts_and_labels(_data.labelled(rows.by_split["valid"])[: _samples.SHOWN], shown, labels)
+    labelled = _data.labelled(rows.by_split["valid"])[: _samples.SHOWN]
+    questions = [Question(*pair) for pair in _labels.texts_and_labels(labelled, shown, labels)]
 
     def predict(params: Any) -> Predictions:
         texts = _labels.predict(model, params, shown, labels, task)
         right = [
-            None if labels.regression else text == expected
-            for text, (_, expected) in zip(texts, questions, strict=True)
+            None if labels.regression else text == question.expected
+            for text, question in zip(texts, questions, strict=True)
         ]
         return Predictions(texts, right, None)
 
@@ -270,13 +273,11 @@ def _answers(model: Any, params: Any) -> Predictions:
     return Predictions(answers.texts, answers.right, answers.accuracy)
 
 
-def _samples_of(questions: list[tuple[str, str]], before: Predictions, after: Predictions) -> list[_samples.Sample]:
+def _samples_of(questions: list[Question], before: Predictions, after: Predictions) -> list[_samples.Sample]:
     answers = list(zip(before.texts, before.right, after.texts, after.right, strict=True))
     return [
-        _samples.Sample(prompt, expected, {"before": (text, right), "after": (new_text, new_right)})
-        for (prompt, expected), (text, right, new_text, new_right) in zip(
-            questions, answers[: len(questions)], strict=True
-        )
+        _samples.Sample(question, {"before": (text, right), "after": (new_text, new_right)})
+        for question, (text, right, new_text, new_right) in zip(questions, answers[: len(questions)], strict=True)
     ]
 
 
@@ -299,5 +300,8 @@ def _next_command(settings: Settings, workload: Workload) -> str:
     adapter = ["--adapter", str(settings.output)]
     if workload.examples.task is not None:
         return shlex.join(["lora-jax", "evaluate", *model, *adapter, "--data", *settings.data, *settings.reading.words])
-    prompt = workload.questions[0][0] if workload.questions else "..."
+    question = workload.questions[0] if workload.questions else Question("...", "")
+    if question.message is not None:
+        return shlex.join(["lora-jax", "chat", *model, *adapter])
+    prompt = question.prompt
     return shlex.join(["lora-jax", "generate", *model, *adapter, "--prompt", prompt])
