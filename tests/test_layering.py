@@ -56,7 +56,7 @@ GROUPS = {
     "checkpoint": (CORE | {"_disk"}, {"jax", "numpy", "orbax"}),
     "analysis": (CORE, {"jax", "numpy"}),
     "report": (CORE | {"_disk", "analysis"}, {"jax", "numpy", "matplotlib", "jinja2", "markupsafe"}),
-    "data": ({"_untrusted"}, {"numpy", "grain", "pyarrow"}),
+    "data": ({"_untrusted"}, {"numpy", "grain", "pyarrow", "datasets"}),
     "_render": (set(), {"transformers"}),  # a program that `data` runs
     "demo": (set(), {"numpy"}),  # nothing but the command line imports it
     "train": (

@@ -39,7 +39,7 @@ class Settings:
 
     data: tuple[str, ...] = ()
     """file (jsonl, JSON, CSV, TSV or Parquet), or folder with train.jsonl, or .csv, and perhaps valid.jsonl; or
-    glue:TASK and a folder of GLUE's own files; the embedded task if not given"""
+    glue:TASK and a folder of GLUE's own files; or a set of datasets, as for train; the embedded task if not given"""
     output: Path = Path("sweep")
     """folder for results.csv and results.json"""
     overwrite: bool = False

@@ -38,7 +38,8 @@ class Settings:
 
     data: tuple[str, ...] = ()
     """file (jsonl, JSON, CSV, TSV or Parquet), or folder with train.jsonl, or .csv, and perhaps valid.jsonl; or
-    glue:TASK and a folder of GLUE's own files; the embedded task if not given"""
+    glue:TASK and a folder of GLUE's own files; or a set of datasets: a folder of save_to_disk or the hub's owner/name;
+    the embedded task if not given"""
     output: Path = Path("out")
     """folder for the adapter, metrics.jsonl, TensorBoard's event files and checkpoints"""
     overwrite: bool = False

@@ -42,4 +42,5 @@ from lora_jax.data._rows import Loss as Loss
 from lora_jax.data._rows import Row as Row
 from lora_jax.data._rows import Text as Text
 from lora_jax.data._rows import listed as listed
+from lora_jax.data._sets import has_splits as has_splits
 from lora_jax.data._template import render_chat as render_chat

@@ -3,14 +3,14 @@
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from lora_jax.data import _glue
+from lora_jax.data import _glue, _sets
 from lora_jax.data._forms import Format, Parser, accepted
-from lora_jax.data._records import READERS, TEXT_ONLY, records
-from lora_jax.data._rows import Cell, Labelled, Row
+from lora_jax.data._records import READERS, TEXT_ONLY, Records, records
+from lora_jax.data._rows import Cell, Labelled, Row, listed
 
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -46,7 +46,8 @@ def load(
 
     A file is `.jsonl`, `.json` (a list of objects), `.csv` or `.tsv` (the first row has the columns' names; labels are
     text, which `labels_of` takes for numbers if all are), or, with the extra `parquet`, `.parquet`, in a folder also
-    in the parts in which `datasets` writes it (`train-00000-of-00002.parquet`).
+    in the parts in which `datasets` writes it (`train-00000-of-00002.parquet`). With the extra `datasets`, it may also
+    be a folder that `save_to_disk` has written, or a name on the hub, `owner/name` or `owner/name:configuration`.
 
     Without a file of validation rows, some of the training rows are held out: a share of `valid_share`, at least 1 row
     and at most `max_valid`, selected with `seed`. `"train"` and `"valid"` then don't overlap, and together are the
@@ -58,7 +59,7 @@ def load(
 
     Args:
         path: A file, or a folder with `train.jsonl` and optionally `valid.jsonl` and `test.jsonl`, or with other
-            endings; `validation` and `dev` are `valid` too.
+            endings; `validation` and `dev` are `valid` too. Or a set of `datasets`.
         split: `"train"`, `"valid"` or `"test"`; None for all rows of a single file.
         glue: A task of GLUE (`GLUE_TASKS`), whose `train.tsv` and `dev.tsv` (`"valid"`) are in `path`.
         format: `"alpaca"` or `"sharegpt"`, for rows that have the columns of another form too.
@@ -72,7 +73,7 @@ def load(
         seed: The seed that selects the rows held out.
 
     Raises:
-        MissingExtra: It is a Parquet file, and pyarrow isn't installed.
+        MissingExtra: It is a Parquet file, and pyarrow isn't installed, or a set, and `datasets` isn't.
         FileNotFoundError: The file, the folder or the split's file doesn't exist.
         ValueError: A line isn't JSON, lacks a column, has a value of the wrong type or another form than the lines
             before it (the message starts with `file:line`); a file is empty; no form has these `columns`.
@@ -87,16 +88,43 @@ def load(
         task = _glue.glue_task(glue)
         layout = _Layout({**task.files, "test": ()}, lambda paths: _glue.read(paths[0], task))
     path = Path(path)
+    if glue is None and (_sets.is_saved(path) or (not path.exists() and _sets.is_hub_name(path, READERS))):
+        rows, divide = _of_set(path, split, Parser(format, columns, separator), note)
+    else:
+        rows, divide = _of_files(path, split, layout)
+    if not divide:
+        return rows
+    held_out = _held_out(len(rows), valid_share, max_valid, seed)
+    return [row for i, row in enumerate(rows) if (i in held_out) == (split == "valid")]
+
+
+def _of_files(path: Path, split: Split | None, layout: _Layout) -> tuple[list[Row], bool]:
+    """The rows of a split's file, and whether they are training rows from which some are held out."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such data file or folder")
     paths, divide = _files(path, split, layout.files) if path.is_dir() else ([path], split is not None)
     if split == "test" and not path.is_dir():
         raise ValueError(f"{path}: a single file, which has no test split; give a folder with test.jsonl")
-    rows = layout.read(paths)
-    if not divide:
-        return rows
-    held_out = _held_out(len(rows), valid_share, max_valid, seed)
-    return [row for i, row in enumerate(rows) if (i in held_out) == (split == "valid")]
+    return layout.read(paths), divide
+
+
+def _of_set(path: Path, split: Split | None, parser: Parser, note: Any) -> tuple[list[Row], bool]:
+    """The same for a set of `datasets`."""
+    found = _sets.splits(path)
+    if "" in found:
+        name, divide = None if split == "test" else "", split is not None
+    elif split is None:
+        raise ValueError(f"{path}: has the splits {listed(found)}, expected one of them: train, valid or test")
+    else:
+        own = {split: next((name for name in names if name in found), None) for split, names in NAMES.items()}
+        name, divide = own[split], split == "train" and own["valid"] is None
+        if name is None and split == "valid":
+            name, divide = own["train"], True
+    if name is None:
+        has = "it is a single set" if "" in found else f"it has {listed(found)}"
+        raise FileNotFoundError(f"{path}: no {split} split; {has}")
+    where = f"{path}: {name}" if name else str(path)
+    return _parsed(path, _sets.records(found[name], where), parser, note), divide
 
 
 def _files(folder: Path, split: Split | None, names: Mapping[str, tuple[str, ...]]) -> tuple[list[Path], bool]:
@@ -120,11 +148,18 @@ def read_jsonl(path: str | Path) -> list[Row]:
 
 
 def _read(paths: Sequence[Path], parser: Parser, note: Callable[[str], None] | None) -> list[Row]:
-    path, rows = paths[0], [parser.row(fields, where) for path in paths for where, fields in records(path)]
-    if not rows:
-        raise ValueError(f"{path}: the file has no rows, expected {accepted()}")
+    path = paths[0]
+    rows = _parsed(path, (record for path in paths for record in records(path)), parser, note)
     if path.suffix.lower() in TEXT_ONLY:
         rows = [row._replace(label=Cell(row.label)) if isinstance(row, Labelled) else row for row in rows]
+    return rows
+
+
+def _parsed(path: Path, found: Records, parser: Parser, note: Callable[[str], None] | None) -> list[Row]:
+    """The rows of records."""
+    rows = [parser.row(fields, where) for where, fields in found]
+    if not rows:
+        raise ValueError(f"{path}: the file has no rows, expected {accepted()}")
     if note is not None and (line := parser.note(path)) is not None:
         note(line)
     return rows

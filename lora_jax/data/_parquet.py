@@ -72,7 +72,7 @@ class _File:
 
     def _values(self, column: Any) -> list[Any]:
         values = column.to_pylist()
-        return [_without_nulls(value) for value in values] if self._arrow.types.is_nested(column.type) else values
+        return [without_nulls(value) for value in values] if self._arrow.types.is_nested(column.type) else values
 
     def _try(self, read: Any, what: str = "") -> Any:
         try:
@@ -82,11 +82,11 @@ class _File:
             raise ValueError(f"{self._path}{what}: not readable as Parquet ({said})") from None
 
 
-def _without_nulls(value: Any) -> Any:
+def without_nulls(value: Any) -> Any:
     """The value without the keys that are null: all structures of a column have the keys of all of them."""
     if isinstance(value, dict):
-        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
-    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
+        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 class _Columns:
