@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+from pathlib import Path
 
 import pytest
 from test_cli import tiny_model
@@ -19,6 +20,7 @@ TEMPLATE = (
     "{% for m in messages %}({{ m.role }}){{ m.content }}{% endfor %}"
     "{% if add_generation_prompt %}(assistant){% endif %}"
 )
+DOCS = Path(__file__).parent.parent / "docs" / "chat-template.jinja"
 SHORT = ("--max-tokens", "6")
 
 
@@ -299,3 +301,28 @@ def test_samples_of_prompts_show_their_last_line(said, folder, tmp_path):
     lines = said(*command, "--max-length", 40)[1].splitlines()
     shown = next(i for i, line in enumerate(lines) if line.startswith("question: "))
     assert lines[shown + 1].split() == ["expected", "select", lines[shown].strip("question: ?")]
+
+
+def test_the_template_in_the_docs(folder):
+    """Every token of an answer is learned, and the tools and their calls are in the text."""
+    tokenizer = models.load_abstract(folder).tokenizer
+    tokenizer.chat_template = DOCS.read_text()
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
+    turns = (
+        {"role": "user", "content": "2 + 3?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "5"},
+        {"role": "assistant", "content": "It is 5."},
+    )
+    text = (
+        '<|tools|>\n{"name": "add"}\n<|user|>\n2 + 3?\n<|assistant|>\n<tool_call>{"name": "add", "arguments": {"a": 2}}'
+        "</tool_call></s>\n<|tool|>\n5\n<|assistant|>\nIt is 5.</s>\n"
+    )
+    assert data.render_chat(turns, tokenizer, tools=[{"name": "add"}]) == text
+    encoded = data.encode([data.Chat(turns, ({"name": "add"},))], tokenizer, 500)
+    assert (encoded.rewritten, encoded.unread, encoded.incomplete) == (0, (), 0)
+    ids, targets = encoded.examples[0]
+    assert (
+        tokenizer.decode(ids[targets])
+        == '<tool_call>{"name": "add", "arguments": {"a": 2}}</tool_call></s>\nIt is 5.</s>\n'
+    )

@@ -226,6 +226,21 @@ def test_sharegpt(load):
     assert load({"conversations": [of_another]})[0] == [Chat(({"role": "assistant", "content": "no", "name": "x"},))]
 
 
+def test_a_call_of_a_tool_is_an_assistants_turn_of_sharegpt(load):
+    call = {"name": "add", "arguments": {"a": 2, "b": [3]}}
+    for value in (call, [call, call]):
+        turns = [("human", "2 + 3?"), ("function_call", json.dumps(value)), ("observation", "5"), ("gpt", "5.")]
+        row = {
+            "conversations": [{"from": speaker, "value": text} for speaker, text in turns],
+            "tools": [{"name": "add"}],
+        }
+        ((read,), _) = load(row)
+        assert [message["role"] for message in read.messages] == ["user", "assistant", "tool", "assistant"]
+        calls = value if isinstance(value, list) else [value]
+        assert read.messages[1]["tool_calls"] == [{"type": "function", "function": call} for call in calls]
+        assert is_target(read.messages[1])
+
+
 @pytest.mark.parametrize(
     ("conversations", "message"),
     [
@@ -236,6 +251,10 @@ def test_sharegpt(load):
         (
             [{"from": "bard\n", "value": "x"}],
             r"conversations\[0\]: \"from\" is 'bard\\n', expected system, human, user",
+        ),
+        (
+            [{"from": "function_call", "value": "add(2, 3)"}],
+            r"conversations\[0\]: the value of a function_call must be JSON, an object with",
         ),
         ([{"from": "gpt", "value": "x", "weight": 2}], r'conversations\[0\]: "weight" is 2, expected 0 or 1'),
     ],

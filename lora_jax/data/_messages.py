@@ -15,6 +15,7 @@ SHAREGPT_ROLES = {
     "chatgpt": "assistant",
     "assistant": "assistant",
     "model": "assistant",
+    "function_call": "assistant",  # a turn of its own, whose value is JSON
     "tool": "tool",
     "observation": "tool",
 }
@@ -79,8 +80,23 @@ def sharegpt(messages: Any, name: str, where: str) -> Chat:
         if role is None:
             raise ValueError(f'{at}: "from" is {quoted(message["from"])}, expected {listed(SHAREGPT_ROLES, 20)}')
         rest = {key: value for key, value in message.items() if key not in ("from", "value")}
-        converted.append(_message(rest | {"role": role, "content": message["value"]}, at))
+        calls = message["from"] == "function_call"
+        value = message["value"]
+        said = {"content": None, "tool_calls": _calls(value, at)} if calls else {"content": value}
+        converted.append(_message(rest | {"role": role} | said, at))
     return Chat(tuple(converted))
+
+
+def _calls(text: str, at: str) -> list[dict[str, Any]]:
+    """The calls of tools in a turn `function_call`: one object with `name` and `arguments`, or a list of them."""
+    try:
+        calls = json.loads(text)
+    except (ValueError, RecursionError):
+        calls = None
+    calls = calls if isinstance(calls, list) else [calls]
+    if not calls or not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
+        raise ValueError(f'{at}: the value of a function_call must be JSON, an object with "name" and "arguments"')
+    return [{"type": "function", "function": call} for call in calls]
 
 
 def _has_content(message: Mapping[str, Any]) -> bool:
