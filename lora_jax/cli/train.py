@@ -16,7 +16,19 @@ import lora_jax
 from lora_jax import _disk
 from lora_jax._processes import one_writes, several
 from lora_jax.checkpoint import newest
-from lora_jax.cli import _base, _data, _distributed, _embedded, _labels, _mesh, _rows, _samples, _show, _template, inspect
+from lora_jax.cli import (
+    _base,
+    _data,
+    _distributed,
+    _embedded,
+    _labels,
+    _mesh,
+    _rows,
+    _samples,
+    _show,
+    _template,
+    inspect,
+)
 from lora_jax.cli._rows import EncodedRows, Rows
 from lora_jax.cli._samples import Question
 from lora_jax.cli._signals import Signals, exit_code
