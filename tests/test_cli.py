@@ -126,8 +126,17 @@ def test_train_leaves_an_adapter_and_its_metrics(world):
         "adapter_config.json",
         "adapter_model.safetensors",
         "metrics.jsonl",
+        "run.yaml",
         "tensorboard",
     ]
+
+
+@pytest.mark.slow
+def test_the_run_file_repeats_the_run(world, tmp_path):
+    assert main(["train", "--config", f"{world['out']}/run.yaml", "--output", str(tmp_path)]) == 0
+    written, repeated = (load_file(Path(folder, "adapter_model.safetensors")) for folder in (world["out"], tmp_path))
+    assert written.keys() == repeated.keys()
+    assert all((written[name] == repeated[name]).all() for name in written)
 
 
 def test_train_prints_what_it_matched_and_the_next_command(world):

@@ -14,7 +14,8 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import masked_crc32c
 
 import lora_jax
-from lora_jax import _extras, cli
+from lora_jax import _extras
+from lora_jax.cli import _flags
 from lora_jax.cli import train as command
 from lora_jax.train import Stopped, TrainConfig, train
 
@@ -200,7 +201,7 @@ def test_wandb_that_is_missing_is_one_line_before_anything_is_written(tmp_path, 
     ],
 )
 def test_the_flag(words, expected):
-    assert cli._parse(command, words, prog="lora-jax train").train.report_to == expected
+    assert _flags.parse(command, words, prog="lora-jax train").train.report_to == expected
 
 
 @pytest.mark.parametrize("given", ["mlflow", "none,wandb"])

@@ -4,25 +4,19 @@ A command's flags are generated from the dataclasses that the library's function
 once. Only the module of the command that was asked for is imported: help and mistyped flags answer at once.
 """
 
-import contextlib
 import importlib
-import io
 import os
 import re
 import sys
 import traceback
 from collections.abc import Sequence
 from importlib.metadata import version
-from types import ModuleType
-from typing import Any
 
 from lora_jax._extras import MissingExtra, require
 
-require("lora-jax", train=("rich", "tyro"))
+require("lora-jax", train=("rich", "tyro", "yaml"))
 
-import tyro
-
-from lora_jax.cli import _signals
+from lora_jax.cli import _flags, _signals
 
 COMMANDS = {
     "inspect": "show which kernels would be adapted and what they cost, from the model's config alone",
@@ -69,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )  # else transformers warns that torch isn't installed
     try:
         command = importlib.import_module(f"{__name__}.{words[0]}")
-        command.run(_parse(command, words[1:], prog=f"lora-jax {words[0]}"))
+        command.run(_flags.parse(command, words[1:], prog=f"lora-jax {words[0]}"))
     except SystemExit as exit:  # after help, or after tyro's message on a mistyped flag
         return int(exit.code or 0)
     except KeyboardInterrupt:
@@ -144,47 +138,3 @@ def _in_one_line(error: Exception) -> str:
     """
     parts = [error.filename, error.strerror] if isinstance(error, OSError) and error.strerror else [error]
     return " ".join(": ".join(str(part) for part in parts if part is not None).split())
-
-
-def _parse(command: ModuleType, words: list[str], *, prog: str) -> Any:
-    """Convert flags to the command's `Settings`, whose defaults may depend on the flags.
-
-    An error of this library (rank 0) is raised as it is, not in the box in which tyro explains a mistyped flag.
-    """
-    default = command.defaults(words) if hasattr(command, "defaults") else tyro.MISSING_NONPROP
-    messages = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(messages):
-            return tyro.cli(
-                command.Settings, args=words, prog=prog, default=default, config=(tyro.conf.FlagCreatePairsOff,)
-            )
-    except SystemExit as exit:
-        cause = exit.__context__
-        while cause is not None and not _raised_by_us(cause):
-            cause = cause.__context__
-        if cause is not None:
-            raise cause from None
-        if (mistake := _not_a_number(messages.getvalue())) is not None:
-            raise ValueError(mistake) from None
-        sys.stderr.write(messages.getvalue())
-        raise
-
-
-def _not_a_number(box: str) -> str | None:
-    """Rewrite tyro's box about a value that isn't a number as one line; None for a box about anything else.
-
-    >>> _not_a_number("| Error parsing --batch-size: invalid literal for int() with base 10: '1e9' |")
-    "--batch-size: '1e9' given, expected a whole number"
-    """
-    text = " ".join(box.replace("│", " ").replace("|", " ").split())
-    flag = re.search(r"Error parsing (--[\w-]+)", text)
-    found = re.search(r"(invalid literal for int\(\) with base 10|could not convert string to float): ('[^']*')", text)
-    if flag is None or found is None:
-        return None
-    expected = "a whole number" if "int" in found[1] else "a number"
-    return f"{flag[1]}: {found[2]} given, expected {expected}"
-
-
-def _raised_by_us(error: BaseException) -> bool:
-    frames = list(traceback.walk_tb(error.__traceback__))
-    return isinstance(error, ValueError) and frames[-1][0].f_globals["__name__"].startswith("lora_jax")

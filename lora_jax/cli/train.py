@@ -1,5 +1,7 @@
 """`lora-jax train`: trains an adapter for a model on a data file, or without arguments on the embedded task."""
 
+import functools
+import itertools
 import shlex
 import signal
 import time
@@ -24,6 +26,7 @@ from lora_jax.cli import (
     _labels,
     _mesh,
     _rows,
+    _run_file,
     _samples,
     _show,
     _template,
@@ -38,7 +41,7 @@ from lora_jax.train import Stopped, Task, TrainConfig, TrainResult, train
 from lora_jax.train._report import check_installed
 from lora_jax.train._save import CHECKPOINTS, FILES, check_ours
 
-RUN_FILES = (_labels.FILE, "adapter_config.json", "adapter_model.safetensors", *FILES, _template.FILE)
+RUN_FILES = (_labels.FILE, _run_file.FILE, "adapter_config.json", "adapter_model.safetensors", *FILES, _template.FILE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +56,9 @@ class Settings:
     glue:TASK and a folder of GLUE's own files; or a set of datasets: a folder of save_to_disk or the hub's owner/name;
     the embedded task if not given"""
     output: Path = Path("out")
-    """folder for the adapter, metrics.jsonl, TensorBoard's event files and checkpoints"""
+    """folder for the adapter, metrics.jsonl, run.yaml, TensorBoard's event files and checkpoints"""
+    config: Path | None = None
+    """YAML file of settings by the names of these flags, such as a run's run.yaml; flags override it"""
     overwrite: bool = False
     """replace a run that is in the output folder"""
     resume: bool = False
@@ -69,16 +74,34 @@ class Settings:
 
 
 def defaults(words: Sequence[str]) -> Settings:
-    """The default settings, which are different for the embedded task."""
-    if any(word.split("=")[0] in ("--model", "--data") for word in words):
-        return Settings()
+    """The default settings: those of the `--config` file, and others for the embedded task than for data files."""
+    given = {word.split("=")[0].removeprefix("--").replace("-", "_") for word in words if word.startswith("--")}
+    path = _config_in(words)
+    in_file = {} if path is None else _run_file.read(path, Settings)
+    named = given | {name for name, flag in in_file.items() if flag not in (["--data"], ["--model=None"])}
+    settings = Settings() if named & {"model", "data"} else _of_embedded_task("num_train_epochs" in named)
+    if path is not None:
+        settings = _run_file.settings(path, in_file, settings)
+        if "num_train_epochs" in given:  # of which max_steps in the file would be the stronger
+            settings = replace(settings, train=replace(settings.train, max_steps=None))
+    return settings
+
+
+def _config_in(words: Sequence[str]) -> Path | None:
+    """The last file that `--config` names; without a name tyro explains the mistake."""
+    found = [word.removeprefix("--config=") for word in words if word.startswith("--config=")]
+    found += [name for flag, name in itertools.pairwise(words) if flag == "--config"]
+    return Path(found[-1]) if found else None
+
+
+def _of_embedded_task(by_epochs: bool) -> Settings:
     task = text_to_sql.DEFAULTS
     return Settings(
         lora=_base.LORA_EMBEDDED,
         train=TrainConfig(
             learning_rate=task.learning_rate,
             batch_size=task.batch_size,
-            max_steps=None if any(word.split("=")[0] == "--num-train-epochs" for word in words) else task.steps,
+            max_steps=None if by_epochs else task.steps,
         ),
     )
 
@@ -163,6 +186,16 @@ def _train(settings: Settings, stop: Callable[[], bool]) -> Callable[[], None]:
         )
         size = sum(leaf.size for leaf in jax.tree.leaves(lora_jax.prefix.take(params)[1]))
         show.print(f"prefix: {settings.prefix_length} tokens, {size:,} parameters")
+
+    @functools.cache
+    def write_settings() -> None:
+        if jax.process_index() == 0:
+            _run_file.write(settings.output, settings)
+
+    def stop_after_step() -> bool:  # first called when the run's folder is there and nothing is refused any more
+        write_settings()
+        return stop()
+
     before = workload.predict(params)
     if before.accuracy is not None:
         show.print(f"before training: {_show.percent(before.accuracy)} of {len(before.texts)} held-out questions right")
@@ -178,7 +211,7 @@ def _train(settings: Settings, stop: Callable[[], bool]) -> Callable[[], None]:
         resume=settings.resume,
         overwrite=settings.overwrite,
         mesh=mesh,
-        stop=stop,
+        stop=stop_after_step,
         about={
             "model": settings.base.model,
             "labels": None if rows.labels is None else list(rows.labels.names),

@@ -1,0 +1,90 @@
+"""Flags: the words after a command become its settings, and a mistake among them one line."""
+
+import contextlib
+import io
+import re
+import sys
+import traceback
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import tyro
+
+
+def parse(command: ModuleType, words: Sequence[str], *, prog: str) -> Any:
+    """Convert flags to the command's `Settings`, whose defaults may depend on the flags.
+
+    An error of this library (rank 0) is raised as it is, not in the box in which tyro explains a mistyped flag.
+    """
+    default = command.defaults(words) if hasattr(command, "defaults") else tyro.MISSING_NONPROP
+    return settings_of(command.Settings, words, default, prog=prog, config=(tyro.conf.FlagCreatePairsOff,))
+
+
+def settings_of(
+    kind: Any, words: Sequence[str], default: Any, *, prog: str, config: Any, in_one_line: bool = False
+) -> Any:
+    """The dataclass `kind` with the values of its flags.
+
+    Args:
+        kind: The dataclass.
+        words: The flags.
+        default: The value of `kind` where flags are left out.
+        prog: What tyro calls the program.
+        config: Settings of tyro's.
+        in_one_line: Whether a choice that there isn't is a `ValueError` too, without tyro's box.
+    """
+    messages = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(messages):
+            return tyro.cli(kind, args=words, prog=prog, default=default, config=config)
+    except SystemExit as exit:
+        cause = exit.__context__
+        while cause is not None and not _raised_by_us(cause):
+            cause = cause.__context__
+        if cause is not None:
+            raise cause from None
+        mistake = _not_a_number(messages.getvalue())
+        if mistake is None and in_one_line and exit.code:
+            mistake = _no_choice(messages.getvalue())
+        if mistake is not None:
+            raise ValueError(mistake) from None
+        sys.stderr.write(messages.getvalue())
+        raise
+
+
+def _not_a_number(box: str) -> str | None:
+    """Rewrite tyro's box about a value that isn't a number as one line; None for a box about anything else.
+
+    >>> _not_a_number("| Error parsing --batch-size: invalid literal for int() with base 10: '1e9' |")
+    "--batch-size: '1e9' given, expected a whole number"
+    """
+    text = _text_in(box)
+    flag = re.search(r"Error parsing (--[\w-]+)", text)
+    found = re.search(r"(invalid literal for int\(\) with base 10|could not convert string to float): ('[^']*')", text)
+    if flag is None or found is None:
+        return None
+    expected = "a whole number" if "int" in found[1] else "a number"
+    return f"{flag[1]}: {found[2]} given, expected {expected}"
+
+
+def _no_choice(box: str) -> str:
+    """Rewrite tyro's box about a choice that there isn't as one line, and any other box as its first sentence.
+
+    >>> _no_choice("| invalid choice 'x' for argument '--optim'. Expected one of ('adamw', 'lion', 'sgd'). |")
+    "--optim: 'x' given, expected adamw, lion or sgd"
+    """
+    text = _text_in(box)
+    if found := re.search(r"invalid choice (.*) for argument '(--[\w-]+)'. Expected one of \((.*?)\)", text):
+        known = re.findall(r"'([^']*)'", found[3])
+        return f"{found[2]}: {found[1]} given, expected {', '.join(known[:-1])} or {known[-1]}"
+    return text.split(" For full helptext")[0].split(" Argument helptext")[0]
+
+
+def _text_in(box: str) -> str:
+    return " ".join(re.sub(r"[─╭╮╰╯]+", " ", box).replace("│", " ").replace("|", " ").split())
+
+
+def _raised_by_us(error: BaseException) -> bool:
+    frames = list(traceback.walk_tb(error.__traceback__))
+    return isinstance(error, ValueError) and frames[-1][0].f_globals["__name__"].startswith("lora_jax")

@@ -1,0 +1,117 @@
+"""The file of a run, run.yaml: its settings by the names of the flags, to read and to write."""
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+import tyro
+import yaml
+
+from lora_jax import _disk
+from lora_jax._config import PEFT_NAMES
+from lora_jax.cli import _flags
+
+FILE = "run.yaml"
+ONCE = ("config", "overwrite", "resume")  # flags of one call, which another call doesn't repeat
+
+_SUPPRESSED = get_args(tyro.conf.Suppress[int])[1]
+
+
+def read(path: Path, kind: Any) -> dict[str, list[str]]:
+    """The flags that a file of settings stands for, as words, by name: `rank: 8` is `--rank=8`.
+
+    Args:
+        path: A YAML file of one mapping, from names of flags to their values; underscores or hyphens join words.
+        kind: The dataclass of all settings.
+
+    Raises:
+        OSError: The file can't be read.
+        ValueError: It is no such mapping, or has a name that no flag has; the message has the nearest one.
+    """
+    try:
+        content = yaml.safe_load(path.read_bytes())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: no YAML: {' '.join(str(error).split()):.120}") from None
+    except RecursionError:
+        raise ValueError(f"{path}: nested too deeply, expected a mapping from flags to values") from None
+    if content is None:
+        content = {}
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: a {type(content).__name__} given, expected a mapping such as `rank: 8`")
+    known = {name: hint for name, hint in _types(kind) if name not in ONCE}
+    words = {}
+    for given, value in content.items():
+        name = str(given).replace("-", "_")
+        if name in ONCE:
+            raise ValueError(f"{path}: {name}: belongs to one call, expected on the command line")
+        if name not in known:
+            raise ValueError(f"{path}: no setting {str(given)!r:.60}{_nearest(name, known)}")
+        words[name] = _words(f"{path}: {name}", name, value, several=get_origin(known[name]) is tuple)
+    return words
+
+
+def settings(path: Path, words: dict[str, list[str]], default: Any) -> Any:
+    """The default settings with the file's values.
+
+    Raises:
+        ValueError: A value has the wrong type or is out of range.
+    """
+    # Every flag takes a word here, so that false can be written out.
+    config = (tyro.conf.FlagConversionOff,)
+    listed = [word for flag in words.values() for word in flag]
+    try:
+        return _flags.settings_of(type(default), listed, default, prog=str(path), config=config, in_one_line=True)
+    except ValueError as error:
+        raise ValueError(f"{path}: {str(error).removeprefix('--')}") from None
+
+
+def write(folder: Path, settings: Any) -> None:
+    """Write the run's settings to `run.yaml`, all of them, so that later defaults don't change them."""
+    values = {name: value for name, value in _values(settings) if name not in ONCE}
+    head = f"# lora-jax train --config {FILE} repeats this run of lora_jax {version('lora_jax')}; flags override it.\n"
+    _disk.write(folder / FILE, head + yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=110))
+
+
+def _words(where: str, name: str, value: Any, *, several: bool) -> list[str]:
+    """A flag with its value, as it is typed; `several` says whether it takes a list."""
+    values = value if several and isinstance(value, list) else [value]
+    if any(isinstance(x, list | dict) for x in values):
+        raise ValueError(f"{where}: {value!s:.60} given, expected {'a list of values' if several else 'one value'}")
+    flag = f"--{name.replace('_', '-')}"
+    return [flag, *map(str, values)] if several else [f"{flag}={value}"]
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    if (ours := PEFT_NAMES.get(name, "")) in known:
+        return f": PEFT's {name} is here {ours}"
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0)
+    return f"; the nearest is {near[0]}"
+
+
+def _fields(kind: Any) -> Iterator[tuple[str, str, Any]]:
+    """The field, the flag and the type of each setting of a dataclass; nested ones have their own fields for a flag."""
+    hints = get_type_hints(kind, include_extras=True)
+    for field in dataclasses.fields(kind):
+        hint, marks = hints[field.name], ()
+        if get_origin(hint) is Annotated:
+            hint, *marks = get_args(hint)
+        if _SUPPRESSED not in marks and field.name != "overrides":  # which have no flag
+            named = next((mark.name for mark in marks if getattr(mark, "name", None)), field.name)
+            yield field.name, named.replace("-", "_"), hint
+
+
+def _types(kind: Any) -> Iterator[tuple[str, Any]]:
+    for _, name, hint in _fields(kind):
+        yield from _types(hint) if dataclasses.is_dataclass(hint) else ((name, hint),)
+
+
+def _values(settings: Any) -> Iterator[tuple[str, Any]]:
+    for field, name, hint in _fields(type(settings)):
+        value = getattr(settings, field)
+        if dataclasses.is_dataclass(hint):
+            yield from _values(value)
+        else:
+            yield name, list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
