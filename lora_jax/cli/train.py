@@ -24,13 +24,12 @@ from lora_jax.cli import (
     _distributed,
     _embedded,
     _labels,
-    _mesh,
     _rows,
     _run_file,
     _samples,
     _show,
+    _start,
     _template,
-    inspect,
 )
 from lora_jax.cli._rows import EncodedRows, Rows
 from lora_jax.cli._samples import Question
@@ -63,6 +62,8 @@ class Settings:
     """replace a run that is in the output folder"""
     resume: bool = False
     """continue from the newest checkpoint in the output folder"""
+    from_adapter: Path | None = None
+    """folder of an adapter to go on from: its factors, and leaves trained in full, are where the run starts"""
     prefix_length: int = 0
     """number of tokens before each row whose embeddings train beside A and B; such an adapter can't be merged"""
     reading: tyro.conf.OmitArgPrefixes[_data.DataFlags] = _data.DEFAULTS
@@ -123,7 +124,7 @@ class Predictions(NamedTuple):
 
 
 def run(settings: Settings) -> None:
-    settings = replace(settings, base=settings.template.of(settings.base))
+    settings = replace(settings, base=settings.template.of(settings.base.for_adapter(settings.from_adapter)))
     with _distributed.joined(settings.processes):
         if several() and settings.base.mesh is None:
             settings = replace(settings, base=replace(settings.base, mesh="auto"))
@@ -157,35 +158,19 @@ def _train(settings: Settings, stop: Callable[[], bool]) -> Callable[[], None]:
     rows = _rows.read(settings.data, settings.base, settings.reading)
     if rows.labels is not None:
         settings.template.check_text_only()
-    key = jax.random.fold_in(jax.random.key(settings.train.seed), 0)  # training folds in the steps, from 1
-
-    model = settings.base.abstract(labels=rows.label_names)
-    _base.check_prefix(settings.prefix_length, model)
-    lora = _labels.with_head(settings.lora, model)
+    if settings.from_adapter is not None:
+        rows = _start.labels_of_adapter(rows, settings.from_adapter)
     show = _show.results()
-    show.print(str(inspect.match(model, lora)), markup=False, soft_wrap=True)
-    mesh = settings.base.devices(settings.train.micro_batch_size)
-    _mesh.check_rows(mesh, settings.train.batch_size, settings.train.gradient_accumulation_steps)
-    model = settings.base.load(labels=rows.label_names, key=jax.random.fold_in(key, 1), mesh=mesh)
-    lora = _labels.with_head(settings.lora, model)
-    if rows.label_names is not None:
-        show.print(f"labels: {', '.join(rows.label_names)}. {_labels.new_parts(model)}", markup=False)
-    show.print(
-        _base.execution_line(model, settings.train.micro_batch_size, settings.train.max_length),
-        markup=False,
-        soft_wrap=True,
+    model, params, mesh = _start.begin(
+        settings.base,
+        rows,
+        settings.train,
+        show,
+        lora=settings.lora,
+        prefix_length=settings.prefix_length,
+        adapter=settings.from_adapter,
     )
-    if mesh is not None:
-        show.print(_mesh.line(mesh), markup=False)
-    workload = _workload(settings, model, rows)
-    params = lora_jax.init(key, model.params, lora, axes=_base.kernel_axes(model))
-    if settings.prefix_length:
-        # The run's key itself is free: training uses its folds by step, and init its fold 0.
-        params = lora_jax.prefix.init(
-            jax.random.key(settings.train.seed), params, settings.prefix_length, after=_base.prefix_place(model)
-        )
-        size = sum(leaf.size for leaf in jax.tree.leaves(lora_jax.prefix.take(params)[1]))
-        show.print(f"prefix: {settings.prefix_length} tokens, {size:,} parameters")
+    workload = _workload(settings, model, rows, lora_jax.prefix.length(params))
 
     @functools.cache
     def write_settings() -> None:
@@ -254,6 +239,8 @@ def _check(settings: Settings) -> None:
     _embedded.check_data_given(settings.base, settings.data)
     check_installed(settings.train)
     _base.check_writable(settings.output)
+    if settings.from_adapter is not None:
+        _start.check_adapter(settings.from_adapter, settings.output, settings.lora, settings.prefix_length)
     held = [name for name in RUN_FILES if (settings.output / name).exists()]
     if held and not (settings.overwrite or settings.resume):
         raise FileExistsError(
@@ -280,9 +267,8 @@ def _print_note(line: str) -> None:
     _show.notes().print(f"lora-jax: {line}", markup=False, soft_wrap=True)
 
 
-def _workload(settings: Settings, model: Any, rows: Rows) -> Workload:
-    positions = model.max_length - settings.prefix_length
-    examples = _rows.encode(rows, model, min(settings.train.max_length, positions))
+def _workload(settings: Settings, model: Any, rows: Rows, prefix_length: int) -> Workload:
+    examples = _rows.encode(rows, model, min(settings.train.max_length, model.max_length - prefix_length))
     if rows.source is None:
         questions = [Question(row.prompt, row.completion) for row in _embedded.rows("test")[: _samples.SHOWN]]
         return Workload(examples, questions, lambda params: _answers(model, params))
