@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import io
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ import pytest
 import tiny
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from marks import few
+from rich.console import Console
 
 import lora_jax
 from lora_jax.checkpoint import Checkpoints, TrainState, fingerprint, load_adapter
@@ -120,14 +122,11 @@ def square_node(axes):
             {"params": params_of(rank=2)},
             r"array adapter/head/kernel_lora/a: float32\[24, 4\] in the checkpoint, float32\[24, 2\]",
         ),
-        (
-            {"config": dataclasses.replace(CONFIG, learning_rate=2e-2)},
-            "setting learning_rate: 0.01 in the checkpoint, 0.02",
-        ),
+        ({"config": dataclasses.replace(CONFIG, optim="lion")}, "array opt_state/"),
         ({"config": dataclasses.replace(CONFIG, max_steps=20)}, "setting max_steps: 12 in the checkpoint, 20 here"),
         ({"rows": ROWS[:-1] + tiny.examples(1, seed=7)}, "setting training examples: 40, "),
     ],
-    ids=["base", "dtype", "targets", "rank", "rate", "steps", "rows"],
+    ids=["base", "dtype", "targets", "rank", "optimizer", "steps", "rows"],
 )
 def test_a_checkpoint_of_another_run_is_refused(finished, changed, message):
     before = (finished / "metrics.jsonl").read_bytes()
@@ -139,6 +138,48 @@ def test_a_checkpoint_of_another_run_is_refused(finished, changed, message):
 
 def test_what_decides_nothing_may_change(finished):
     run(finished, resume=True, config=dataclasses.replace(CONFIG, logging_steps=3, eval_steps=5, save_steps=2))
+
+
+CONSTANT = dataclasses.replace(CONFIG, lr_scheduler_type="constant", max_steps=8, eval_steps=4)
+
+
+@pytest.mark.bits
+def test_more_steps_of_a_constant_rate_are_those_of_a_longer_run(tmp_path):
+    longer = dataclasses.replace(CONSTANT, max_steps=24)  # beyond the second epoch, which has another order
+    expected = run(tmp_path / "whole", config=longer)
+    run(tmp_path / "resumed", config=CONSTANT)
+    result = run(tmp_path / "resumed", config=longer, resume=True)
+    assert lines(tmp_path / "resumed") == lines(tmp_path / "whole")
+    assert (result.steps, result.adapter_step) == (24, expected.adapter_step)
+    for x, y in zip(jax.tree.leaves(result.params), jax.tree.leaves(expected.params), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_another_peak_holds_from_the_checkpoint_on(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "copy")
+    config = dataclasses.replace(CONFIG, learning_rate=2e-2)
+    assert run(tmp_path / "copy", config=config, resume=True).steps == 12
+    run(tmp_path / "half", config=CONSTANT)
+    said = Console(file=io.StringIO(), width=120)
+    changed = dataclasses.replace(CONSTANT, learning_rate=2e-2, max_steps=12)
+    run(tmp_path / "half", config=changed, resume=True, console=said)
+    assert "learning_rate: 0.01 until step 8, 0.02 from there on" in said.file.getvalue()
+    assert "max_steps: 8 until step 8, 12 from there on" in said.file.getvalue()
+    rates = [line["learning_rate"] for line in lines(tmp_path / "half")[1:]]
+    np.testing.assert_allclose(rates, [1e-2] * 8 + [2e-2] * 4, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_steps": 4}, "setting max_steps: 8 in the checkpoint, 4 here"),
+        ({"lr_scheduler_type": "linear"}, "setting lr_scheduler_type: constant in the checkpoint, linear here"),
+    ],
+)
+def test_a_schedule_that_the_steps_done_did_not_have_is_refused(tmp_path, changes, message):
+    run(tmp_path, config=CONSTANT)
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, config=dataclasses.replace(CONSTANT, **changes), resume=True)
 
 
 def state_of(adapter, tx=None):

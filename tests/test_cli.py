@@ -532,7 +532,7 @@ def test_disk_full_while_saving(refused, world, tmp_path, monkeypatch, command):
     """What was there stays whole, and nothing half-written stays behind."""
     source = world["out"] if command == "train" else world["model"]
     shutil.copytree(source, tmp_path / "out")
-    names = [name for name in os.listdir(source) if name not in ("metrics.jsonl", "tensorboard")]
+    names = [name for name in os.listdir(source) if name not in ("metrics.jsonl", "run.yaml", "tensorboard")]
 
     def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -78,6 +78,11 @@ class Checkpoints:
         """Steps done at the newest checkpoint; None if there is none."""
         return newest(self.folder)
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings of the run in the newest checkpoint, as `TrainState.settings` had them; empty without one."""
+        return {} if self.latest is None else read_facts(self._manager, self.latest)["settings"]
+
     def save(self, state: TrainState) -> None:
         """Copy the state to the host and write it in the background; its arrays may be donated right after.
 

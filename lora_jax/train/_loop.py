@@ -107,7 +107,8 @@ def train(
         on_log: Called with every line of metrics.
         console: Shows the progress: a bar on a terminal, about twenty lines elsewhere. None shows nothing.
         resume: Continue from the newest checkpoint in `output`; the losses are the same as in an uninterrupted run, bit
-            for bit.
+            for bit. Settings of the schedule may differ from the checkpoint's if they give the steps done the rates that
+            they had, as shares of the peak: more steps of a constant rate, or another peak from here on.
         overwrite: Remove a run that is in `output`.
         stop: Called after every step and during evaluations. When it returns True, the run saves a checkpoint in
             `output` and raises `Stopped`; a resumed run continues from there, with no step lost.
@@ -167,9 +168,11 @@ def train(
         stack.enter_context(placement.context())
         opt_state, key = placement.state(tx, adapter), placement.key(config.seed)
         state = TrainState(adapter, opt_state, key, 0, batches.get_state(), "", {})
-        saver = stack.enter_context(Saver(folder, config, base, fixed(config, train_data, valid_data), about))
+        settings = fixed(config, train_data, valid_data)
+        saver = stack.enter_context(Saver(folder, config, base, settings, about, examples=len(train_data)))
         if resume:
             state = saver.restore(state)
+            _note_changes(console, state.step, saver.changed, config)
             batches.set_state(state.position)
         progress = state.progress or {}
         logged = progress.get("logged", True)  # False: the run was stopped before the line of its last step
@@ -255,6 +258,12 @@ def _parts(params: Any, also_train: Any) -> tuple[Any, Any]:
             "nothing to train: no LoRA node in params (lora_jax.init adds them), and also_train names no leaf"
         )
     return jax.tree.map(jnp.asarray, base), jax.tree.map(jnp.array, adapter)
+
+
+def _note_changes(console: Console | None, step: int, changed: Mapping[str, Any], config: TrainConfig) -> None:
+    if console is not None:
+        for name, value in changed.items():
+            console.print(f"{name}: {value} until step {step}, {getattr(config, name)} from there on", markup=False)
 
 
 def _iterate(examples: Sequence[data.AnyExample], config: TrainConfig, steps: int) -> grain.DatasetIterator:

@@ -17,6 +17,7 @@ from lora_jax.checkpoint import Checkpoints, TrainState, fingerprint, is_checkpo
 from lora_jax.train import _tensorboard
 from lora_jax.train._config import TrainConfig
 from lora_jax.train._report import WANDB_RUN
+from lora_jax.train._resume import changed_schedule
 
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
@@ -50,6 +51,10 @@ class Saver:
         base: The parameters that the adapter is trained on; a checkpoint holds their fingerprint.
         settings: The settings that must be the same in a resumed run.
         about: JSON values that every checkpoint holds.
+        examples: Training examples.
+
+    Attributes:
+        changed: After `restore`, the checkpoint's values of the settings of the schedule that this run has otherwise.
     """
 
     def __init__(
@@ -59,9 +64,12 @@ class Saver:
         base: Any,
         settings: dict[str, Any],
         about: Mapping[str, Any] | None = None,
+        *,
+        examples: int,
     ):
         self._folder, self._config, self._base = folder, config, base
         self._settings, self._about = settings, dict(about or {})
+        self._examples, self.changed = examples, {}
         self._stack, self._checkpoints, self._identity = contextlib.ExitStack(), None, None
         self._saved_at, self._latest = time.monotonic(), None
 
@@ -73,7 +81,10 @@ class Saver:
 
     def restore(self, template: TrainState) -> TrainState:
         """The state of the newest checkpoint, as from `Checkpoints.restore`."""
-        state = self._open().restore(self._identified(template))
+        checkpoints = self._open()
+        saved = checkpoints.settings
+        self.changed = changed_schedule(saved, self._config, checkpoints.latest or 0, self._examples) or {}
+        state = checkpoints.restore(self._identified(template)._replace(settings=self._settings | self.changed))
         self._latest = state.step
         return state
 
