@@ -20,10 +20,8 @@ from lora_jax._axes import Axes, TracedAxes
 from lora_jax._config import LoRAConfig, Override
 from lora_jax._dora import magnitude_of
 from lora_jax._node import SUFFIX, LoRA, Trained, place, trained
-from lora_jax._paths import is_vector, match
+from lora_jax._paths import is_embedding, is_vector, match
 from lora_jax._tree import attach, holders, leaves_with_paths, refuse_quantized, unbox
-
-_EMBEDDING_NAMES = ("embedding", "embeddings")
 
 
 def init(key: jax.Array, params: Any, config: LoRAConfig, *, axes: Mapping[str, Axes] | None = None) -> Any:
@@ -139,11 +137,7 @@ def select(leaves: Mapping[str, Any], config: Selection, axes: Mapping[str, Axes
 def _linear(exact: Mapping[str, TracedAxes], rules: Collection[str]) -> set[str]:
     """The kernels of `"all-linear"`: contracted with activations in the trace and no head, or given axes by a rule."""
     traced = {path for path, entry in exact.items() if not entry.embedding and not entry.head}
-    return traced | {path for path in rules if path not in exact and not _named_embedding(path)}
-
-
-def _named_embedding(path: str) -> bool:
-    return path.rpartition("/")[2] in _EMBEDDING_NAMES
+    return traced | {path for path in rules if path not in exact and not is_embedding(path)}
 
 
 def _is_matrix(path: str, leaf: Any, exact: Mapping[str, TracedAxes] | None) -> bool:
@@ -176,7 +170,7 @@ def _kernel(path: str, leaf: Any, exact: Mapping[str, TracedAxes] | None, rules:
         )
     if sorted(sum(axes, ())) != list(range(len(shape))) or not axes.inputs or not axes.outputs:
         raise ValueError(f"{path}: {axes} must name each axis of shape {shape} once, with inputs and outputs")
-    embedding = _named_embedding(path) if traced is None else traced.embedding
+    embedding = is_embedding(path) if traced is None else traced.embedding
     return _Kernel(shape, _sharding_of(leaf), axes, embedding)
 
 

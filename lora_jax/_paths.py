@@ -10,6 +10,7 @@ ALL_LINEAR = "all-linear"
 # Final names that are the same in all layers: a pattern may leave them out.
 LEAF_NAMES = frozenset({"kernel", "weight", "w", "embedding", "embeddings", "bias", "b", "scale", "offset"})
 # Names of leaves that are a vector in each layer, even where stacking or heads give them more axes.
+EMBEDDING_NAMES = frozenset({"embedding", "embeddings"})
 VECTOR_NAMES = frozenset({"bias", "b", "scale", "offset"})
 
 _MOST_SHOWN = 60  # characters of a pattern in a message
@@ -90,6 +91,11 @@ def match(
 def is_vector(path: str) -> bool:
     """Return whether the leaf's name is that of a bias or of a norm's scale."""
     return path.rpartition("/")[2] in VECTOR_NAMES
+
+
+def is_embedding(path: str) -> bool:
+    """Return whether the leaf's name is that of an embedding."""
+    return path.rpartition("/")[2] in EMBEDDING_NAMES
 
 
 def _is_regex(pattern: str) -> bool:

@@ -267,6 +267,8 @@ FIRST_STEPS = {
     "sgd": lambda g: g,
     "rmsprop": lambda g: np.sign(g) / np.sqrt(0.1),
     "adagrad": lambda g: g / np.sqrt(0.1 + g**2),
+    "adafactor": np.sign,
+    "schedule_free_adamw": np.sign,
 }
 
 
@@ -676,6 +678,7 @@ AFTER_WARMUP = {
     "linear": [1, 2, 1.4, 0],
     "constant": [2, 2, 2, 2],
     "constant_with_warmup": [1, 2, 2, 2],
+    "inverse_sqrt": [1, 2, 1, 2 / 11**0.5],
 }
 
 

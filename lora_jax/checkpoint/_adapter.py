@@ -54,6 +54,8 @@ def load_adapter(folder: str | Path) -> Saved:
             best = facts["kept"]
             prefix, seen = ("adapter/", facts["step"]) if best is None else ("kept/", best["step"])
             leaves = {name.removeprefix(prefix): x for name, x in arrays.items() if name.startswith(prefix)}
+            if best is None:
+                leaves = _averaged(leaves, arrays)
             adapter = _tree_of(leaves, facts["axes"], facts["scales"], facts["whole"])
         except (KeyError, TypeError, ValueError, FileNotFoundError) as error:
             reason = " ".join(str(error).split())[:80]
@@ -77,6 +79,15 @@ def _tree_of(leaves: dict[str, Any], axes: dict[str, Any], scales: dict[str, Any
     for path, leaf in leaves.items():
         _put(adapter, path, leaf)
     return adapter
+
+
+def _averaged(leaves: dict[str, Any], arrays: dict[str, Any]) -> dict[str, Any]:
+    """The adapter's averaged weights, x = (y − (1 − β₁) z) / β₁, if its optimizer is `optax.contrib.schedule_free`."""
+    states = [name.removesuffix("weight_sum") for name in arrays if name.endswith("/weight_sum")]
+    if not states:
+        return leaves
+    b1, moved = arrays[f"{states[0]}b1"], f"{states[0]}z/"
+    return {name: (y - (1 - b1) * arrays[moved + name]) / b1 for name, y in leaves.items()}
 
 
 def _abstract(text: str, sharding: Any) -> jax.ShapeDtypeStruct:

@@ -24,6 +24,7 @@ from lora_jax.sweep._round import RoundProgress, RoundTrainer
 from lora_jax.sweep._score import kernel_scores, score_of
 from lora_jax.sweep._start import AdapterFactory, NewValues
 from lora_jax.train import Task, TrainConfig, task_of
+from lora_jax.train._config import ELEMENTWISE
 from lora_jax.train._log import Log
 from lora_jax.train._vocabulary import check_examples
 
@@ -202,5 +203,10 @@ def check_config(config: TrainConfig) -> None:
             raise ValueError(
                 f"{name}: {getattr(config, name)} given, but a sweep evaluates and saves at its end only; leave it out"
             )
+    if config.optim not in ELEMENTWISE:
+        raise ValueError(
+            f"optim: {config.optim} given, expected {', '.join(ELEMENTWISE[:-1])} or {ELEMENTWISE[-1]} in a sweep,"
+            " which pads ranks with zeros"
+        )
     if "wandb" in config.report_to:
         raise ValueError("report_to: wandb given, but a sweep writes its results to its own files only; leave it out")

@@ -21,6 +21,7 @@ from lora_jax.train._loss import cross_entropy as cross_entropy
 from lora_jax.train._loss import next_token_loss as next_token_loss
 from lora_jax.train._loss import regression_loss as regression_loss
 from lora_jax.train._meter import Record as Record
+from lora_jax.train._optimizer import averaged as averaged
 from lora_jax.train._optimizer import make_optimizer as make_optimizer
 from lora_jax.train._optimizer import schedule as schedule
 from lora_jax.train._save import Stopped as Stopped

@@ -10,8 +10,11 @@ MOST_BATCH = 2**20
 # A batch is padded to its full size, so the batch size is limited: to 1024, or to 4 times the number of examples.
 MOST_PADDED, MOST_PADDED_TIMES = 1024, 4
 
-Scheduler = Literal["cosine_with_min_lr", "cosine", "linear", "constant", "constant_with_warmup"]
-Optimizer = Literal["adamw", "lion", "sgd", "rmsprop", "adagrad"]
+Scheduler = Literal["cosine_with_min_lr", "cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt"]
+Optimizer = Literal["adamw", "lion", "sgd", "rmsprop", "adagrad", "adafactor", "muon", "schedule_free_adamw"]
+# These move each entry by its own gradients alone, so that the zeros with which ranks are padded stay zero.
+ELEMENTWISE = ("adamw", "lion", "sgd", "rmsprop", "adagrad")
+SCHEDULE_FREE = ("schedule_free_adamw",)
 REPORTERS = ("tensorboard", "wandb")
 
 
@@ -55,14 +58,20 @@ class TrainConfig:
     """Steps over which the learning rate rises to its peak; below 1, a share of all steps."""
 
     lr_scheduler_type: Scheduler = "cosine_with_min_lr"
-    """Learning rate after warm-up: a cosine decay to min_lr_rate of the peak or (cosine) to 0, a linear decay to 0, or
-    constantly the peak. Only constant has no warm-up."""
+    """Learning rate after warm-up: a cosine decay to min_lr_rate of the peak or (cosine) to 0, a linear decay to 0,
+    constantly the peak, or (inverse_sqrt) the peak over the root of the step. Only constant has no warm-up."""
 
     min_lr_rate: float = 0.1
     """Share of the peak learning rate that cosine_with_min_lr ends at."""
 
     optim: Optimizer = "adamw"
-    """Optimizer, with optax's defaults except for the learning rate and weight_decay."""
+    """Optimizer, with optax's defaults except for the learning rate and weight_decay. adafactor and muon see each
+    layer's matrix; muon's steps have adamw's size. schedule_free_adamw needs a constant lr_scheduler_type, and its
+    averaged weights are evaluated and saved."""
+
+    loraplus_lr_ratio: float = 1.0
+    """Learning rate of B over that of A (LoRA+, Hayou et al. 2024, arXiv 2402.12354; 16 there). Biases, norms and
+    magnitudes learn as B does, other leaves trained in full and the factors of embeddings as A does."""
 
     weight_decay: float = 0.01
     """Decoupled weight decay of the trained weights; the base never decays."""
@@ -116,6 +125,7 @@ class TrainConfig:
             "lr_scheduler_type": (self.lr_scheduler_type in get_args(Scheduler), " or ".join(get_args(Scheduler))),
             "min_lr_rate": (0 <= self.min_lr_rate <= 1, "0 to 1"),
             "optim": (self.optim in get_args(Optimizer), " or ".join(get_args(Optimizer))),
+            "loraplus_lr_ratio": (0 < self.loraplus_lr_ratio < math.inf, "more than 0"),
             "weight_decay": (0 <= self.weight_decay < math.inf, "at least 0"),
             "max_grad_norm": (0 <= self.max_grad_norm < math.inf, "at least 0"),
             "dropout": (0 <= self.dropout < 1, "at least 0 and less than 1"),
@@ -134,6 +144,11 @@ class TrainConfig:
         for name, (fits, expected) in ranges.items():
             if not fits:
                 raise ValueError(f"{name}: {getattr(self, name)} given, expected {expected}")
+        if self.optim in SCHEDULE_FREE and self.lr_scheduler_type not in ("constant", "constant_with_warmup"):
+            raise ValueError(
+                f"lr_scheduler_type: {self.lr_scheduler_type} given with {self.optim}, which has no schedule, expected"
+                " constant or constant_with_warmup"
+            )
         if self.batch_size % self.gradient_accumulation_steps:
             raise ValueError(
                 f"batch_size: {self.batch_size} given for the whole step, expected a multiple of"

@@ -25,7 +25,7 @@ from lora_jax.train._config import TrainConfig
 from lora_jax.train._evaluate import Evaluation, Evaluator
 from lora_jax.train._log import Log, OnLog
 from lora_jax.train._meter import Meter, Record
-from lora_jax.train._optimizer import make_optimizer, schedule
+from lora_jax.train._optimizer import averaged, make_optimizer, schedule
 from lora_jax.train._placement import placed
 from lora_jax.train._report import check_installed, reporters
 from lora_jax.train._save import Saver, Stopped, claimed, fixed
@@ -107,8 +107,8 @@ def train(
         on_log: Called with every line of metrics.
         console: Shows the progress: a bar on a terminal, about twenty lines elsewhere. None shows nothing.
         resume: Continue from the newest checkpoint in `output`; the losses are the same as in an uninterrupted run, bit
-            for bit. Settings of the schedule may differ from the checkpoint's if they give the steps done the rates that
-            they had, as shares of the peak: more steps of a constant rate, or another peak from here on.
+            for bit. Settings of the schedule may differ from the checkpoint's if they give the steps done the rates
+            that they had, as shares of the peak: more steps of a constant rate, or another peak from here on.
         overwrite: Remove a run that is in `output`.
         stop: Called after every step and during evaluations. When it returns True, the run saves a checkpoint in
             `output` and raises `Stopped`; a resumed run continues from there, with no step lost.
@@ -174,11 +174,15 @@ def train(
             state = saver.restore(state)
             _note_changes(console, state.step, saver.changed, config)
             batches.set_state(state.position)
+
+        def evaluated(state: TrainState) -> Any:
+            return combine(base, averaged(state.opt_state, state.adapter))
+
         progress = state.progress or {}
         logged = progress.get("logged", True)  # False: the run was stopped before the line of its last step
         before, after = _evaluation(progress.get("before")), None
         if not state.step:
-            before = after = validate(combine(base, state.adapter), lambda: False)
+            before = after = validate(evaluated(state), lambda: False)
             if before is not None and not np.isfinite(before.loss):
                 why = why_unfinite(combine(base, state.adapter))
                 raise ValueError(f"the validation loss is {before.loss:g} before training: {why}")
@@ -196,7 +200,7 @@ def train(
             evaluates = state.step == steps or _due(state.step, every)
             if evaluates or _due(state.step, config.logging_steps):
                 metrics = meter.read() | {"learning_rate": float(np.asarray(rate(state.step - 1)))}
-                found = validate(combine(base, state.adapter), stop) if evaluates else None
+                found = validate(evaluated(state), stop) if evaluates else None
                 log.record(state.step, metrics, found)
                 if found is not None:
                     after, state = found, state._replace(best=_better(state, found, task, config))
@@ -231,15 +235,15 @@ def train(
                     raise Stopped(step, steps, saver.save(state))
                 saver.save(state)
         if after is None and state.best is None:
-            after = validate(combine(base, state.adapter), lambda: False)
+            after = validate(evaluated(state), lambda: False)
 
-    adapter_step = steps
+    adapter_step, adapter = steps, averaged(state.opt_state, state.adapter)
     if state.best is not None:
         adapter_step, after = state.best.facts["step"], _of_facts(state.best.facts)
-        state = state._replace(adapter=state.best.adapter)
+        adapter = state.best.adapter
     speeds = [line["tokens_per_second"] for line in log.history if "tokens_per_second" in line]
     return TrainResult(
-        params=combine(base, state.adapter),
+        params=combine(base, adapter),
         history=log.history,
         before=before,
         after=after,
@@ -282,7 +286,8 @@ def _better(state: TrainState, found: Evaluation, task: Task, config: TrainConfi
         value, best = found.metric(task.best), _of_facts(state.best.facts).metric(task.best)
         if not (value > best if task.highest else value < best):
             return state.best
-    return BestAdapter(jax.tree.map(jnp.array, state.adapter), {"step": state.step, **found._asdict()})
+    adapter = averaged(state.opt_state, state.adapter)
+    return BestAdapter(jax.tree.map(jnp.array, adapter), {"step": state.step, **found._asdict()})
 
 
 def _of_facts(facts: Mapping[str, Any]) -> Evaluation:

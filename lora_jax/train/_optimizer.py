@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lora_jax._node import LoRA
+from lora_jax._node import SUFFIX, LoRA
 from lora_jax._optim import masked
-from lora_jax._paths import is_vector
+from lora_jax._paths import is_embedding, is_vector
 from lora_jax._tree import edit
-from lora_jax.train._config import TrainConfig
+from lora_jax.train._config import SCHEDULE_FREE, TrainConfig
+from lora_jax.train._matrices import by_matrix, muon
 
 
 def schedule(config: TrainConfig, steps: int, peak: Any = None) -> optax.Schedule:
@@ -21,6 +22,7 @@ def schedule(config: TrainConfig, steps: int, peak: Any = None) -> optax.Schedul
                                                                     f = min_lr_rate, or 0 for "cosine"
         lr(t) = peak · (1 − u)                                      for "linear"
         lr(t) = peak                                                for "constant" (w = 0) and "constant_with_warmup"
+        lr(t) = peak / √(1 + (t − w) / s)                           for "inverse_sqrt", s = w, or 10,000 for w = 0
 
     The first step has a rate above 0, since a step at 0 would be wasted. `peak` defaults to the config's learning rate.
 
@@ -31,14 +33,14 @@ def schedule(config: TrainConfig, steps: int, peak: Any = None) -> optax.Schedul
     """
     peak = config.learning_rate if peak is None else peak
     warmup = config.warmup(steps)
-    fall = _after_warmup(config, peak, steps - warmup)
+    fall = _after_warmup(config, peak, steps - warmup, warmup)
     if not warmup:
         return fall
     rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
     return optax.join_schedules([rise, fall], [warmup])
 
 
-def _after_warmup(config: TrainConfig, peak: Any, steps: int) -> optax.Schedule:
+def _after_warmup(config: TrainConfig, peak: Any, steps: int, warmup: int) -> optax.Schedule:
     match config.lr_scheduler_type:
         case "cosine_with_min_lr":
             return optax.cosine_decay_schedule(peak, steps, alpha=config.min_lr_rate)
@@ -48,6 +50,8 @@ def _after_warmup(config: TrainConfig, peak: Any, steps: int) -> optax.Schedule:
             return optax.linear_schedule(peak, 0, steps)
         case "constant" | "constant_with_warmup":
             return optax.constant_schedule(peak)
+        case "inverse_sqrt":  # as in transformers
+            return lambda step: peak / jnp.sqrt(1 + step / (warmup or 10_000))
 
 
 def make_optimizer(
@@ -75,20 +79,72 @@ def make_optimizer(
     return masked(tx, also_train)
 
 
+def averaged(opt_state: Any, adapter: Any) -> Any:
+    """The adapter to evaluate and to save: of a schedule-free optimizer the averaged weights, else `adapter` itself.
+
+        x = (y − (1 − β₁) z) / β₁        y: the weights at which gradients are taken, z: those that the steps move
+
+    Args:
+        opt_state: The state of the optimizer that `make_optimizer` returns, for an adapter.
+        adapter: The adapter that the steps have moved, y, as `lora_jax.split` returns it.
+
+    Example:
+        >>> config = TrainConfig(optim="schedule_free_adamw", lr_scheduler_type="constant", learning_rate=0.5)
+        >>> tx, adapter = make_optimizer(config, steps=2), {"w_lora": LoRA(jnp.ones((2, 1)), jnp.ones((1, 2)), 1.0)}
+        >>> state = tx.init(adapter)
+        >>> for _ in range(2):
+        ...     updates, state = tx.update(adapter, state, adapter)
+        ...     adapter = optax.apply_updates(adapter, updates)
+        >>> bool((averaged(state, adapter)["w_lora"].a > adapter["w_lora"].a).all())
+        True
+
+    Source: Defazio et al. 2024, arXiv 2405.15682; `optax.contrib.schedule_free_eval_params`.
+    """
+
+    def is_averaging(x: Any) -> bool:
+        return isinstance(x, optax.contrib.ScheduleFreeState)
+
+    found = [x for x in jax.tree.leaves(opt_state, is_leaf=is_averaging) if is_averaging(x)]
+    return optax.contrib.schedule_free_eval_params(found[0], adapter) if found else adapter
+
+
 def _optimizer(config: TrainConfig, rate: optax.Schedule, decay: Any) -> optax.GradientTransformation:
-    """The optimizer by name; all are elementwise, so that the zeros that ranks are padded with stay zero."""
+    """The optimizer by name, its last part the learning rate, LoRA+'s included."""
     match config.optim:
         case "adamw":
-            return optax.adamw(rate, weight_decay=decay, mask=decayed)
+            scaled = optax.scale_by_adam()
         case "lion":
-            return optax.lion(rate, weight_decay=decay, mask=decayed)
+            scaled = optax.scale_by_lion()
         case "sgd":
             scaled = optax.identity()
         case "rmsprop":
             scaled = optax.scale_by_rms()
         case "adagrad":
             scaled = optax.scale_by_rss()
-    return optax.chain(scaled, optax.add_decayed_weights(decay, decayed), optax.scale_by_learning_rate(rate))
+        case "adafactor":  # as transformers has it: no step is relative to the weight's size
+            scaled = optax.chain(by_matrix(optax.adafactor(multiply_by_parameter_scale=False)), optax.scale(-1))
+        case "muon":  # 0.2 is the rms of Adam's steps (Liu et al. 2025, arXiv 2502.16982)
+            scaled = optax.chain(muon(1.0, consistent_rms=0.2), optax.scale(-1))
+        case "schedule_free_adamw":  # without momentum, in whose place is the average
+            scaled = optax.scale_by_rms(0.999, eps=1e-8, eps_in_sqrt=False, bias_correction=True)
+    tx = optax.chain(scaled, optax.add_decayed_weights(decay, decayed), optax.scale_by_learning_rate(rate))
+    if config.loraplus_lr_ratio != 1:
+        tx = optax.chain(tx, _loraplus(config.loraplus_lr_ratio))
+    return optax.contrib.schedule_free(tx, rate) if config.optim in SCHEDULE_FREE else tx
+
+
+def _loraplus(ratio: float) -> optax.GradientTransformation:
+    """Scale the steps of B and of vectors by the ratio, in the groups of PEFT's `create_loraplus_optimizer`."""
+
+    def scaled(path: str, leaf: Any) -> Any:
+        if leaf is None:
+            return None
+        if isinstance(leaf, LoRA):
+            b = leaf.b if is_embedding(path.removesuffix(SUFFIX)) else jax.tree.map(lambda x: ratio * x, leaf.b)
+            return leaf.replace(b=b, magnitude=jax.tree.map(lambda x: ratio * x, leaf.magnitude))
+        return jax.tree.map(lambda x: x if jnp.ndim(x) > 1 and not is_vector(path) else ratio * x, leaf)
+
+    return optax.stateless(lambda updates, _: edit(updates, leaf=scaled))
 
 
 def decayed(tree: Any) -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.train._config import TrainConfig
+from lora_jax.train._config import SCHEDULE_FREE, TrainConfig
 from lora_jax.train._optimizer import schedule
 
 SCHEDULE = ("max_steps", "num_train_epochs", "learning_rate", "warmup_steps", "lr_scheduler_type", "min_lr_rate")
@@ -31,7 +31,9 @@ def changed_schedule(saved: Mapping[str, Any], config: TrainConfig, step: int, e
     changed = {name: saved[name] for name in SCHEDULE if name in saved and saved[name] != given[name]}
     try:
         earlier = dataclasses.replace(config, **changed)
-        was, now = (schedule(c, c.total_steps(examples), 1.0) for c in (earlier, config))
+        # Schedule-free weights the average by the rates themselves.
+        peak = None if config.optim in SCHEDULE_FREE else 1.0
+        was, now = (schedule(c, c.total_steps(examples), peak) for c in (earlier, config))
     except (TypeError, ValueError):  # no settings of ours
         return None
     done = np.arange(step)
