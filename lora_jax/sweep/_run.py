@@ -198,7 +198,7 @@ def check_selection(score_batches: int, best: int | None) -> None:
 
 def check_config(config: TrainConfig) -> None:
     """Refuse settings of long runs, which a sweep has no use for."""
-    for name in ("eval_steps", "save_steps"):
+    for name in ("eval_steps", "save_steps", "early_stopping_patience"):
         if getattr(config, name):
             raise ValueError(
                 f"{name}: {getattr(config, name)} given, but a sweep evaluates and saves at its end only; leave it out"

@@ -102,6 +102,10 @@ class TrainConfig:
     load_best_model_at_end: bool = True
     """Return the adapter that was best on the validation examples, instead of the last one."""
 
+    early_stopping_patience: int | None = None
+    """Stop after this many evaluations in a row that found no better adapter; needs validation examples, eval_steps
+    (labels have some without) and load_best_model_at_end. None: train to the end."""
+
     save_minutes: float = 10.0
     """Minutes between checkpoints to resume from, unless save_steps is given; 0 saves none."""
 
@@ -138,12 +142,21 @@ class TrainConfig:
             ),
             "eval_steps": (self.eval_steps is None or 0 <= self.eval_steps <= MOST_STEPS, f"0 to {MOST_STEPS}"),
             "load_best_model_at_end": (isinstance(self.load_best_model_at_end, bool), "True or False"),
+            "early_stopping_patience": (
+                self.early_stopping_patience is None or 1 <= self.early_stopping_patience <= MOST_STEPS,
+                f"1 to {MOST_STEPS}",
+            ),
             "save_minutes": (0 <= self.save_minutes < math.inf, "at least 0"),
             "save_steps": (0 <= self.save_steps <= MOST_STEPS, f"0 to {MOST_STEPS}"),
         }
         for name, (fits, expected) in ranges.items():
             if not fits:
                 raise ValueError(f"{name}: {getattr(self, name)} given, expected {expected}")
+        if self.early_stopping_patience and not self.load_best_model_at_end:
+            raise ValueError(
+                f"early_stopping_patience: {self.early_stopping_patience} given without load_best_model_at_end, which"
+                " finds the best adapter; leave one of the two out"
+            )
         if self.optim in SCHEDULE_FREE and self.lr_scheduler_type not in ("constant", "constant_with_warmup"):
             raise ValueError(
                 f"lr_scheduler_type: {self.lr_scheduler_type} given with {self.optim}, which has no schedule, expected"

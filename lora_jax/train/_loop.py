@@ -120,9 +120,9 @@ def train(
         rules: Other axes of the mesh for the names of the model's axes, as `lora_jax.models.RULES` has them.
 
     Raises:
-        ValueError: Nothing trains; there are no examples; the model has no row for a token; the loss isn't finite,
-            before training or later; the checkpoint is of another run; checkpoints lack an output folder; the batch
-            can't be spread evenly over the mesh.
+        ValueError: Nothing trains; there are no examples, or no evaluations on which to stop early; the model has no
+            row for a token; the loss isn't finite, before training or later; the checkpoint is of another run;
+            checkpoints lack an output folder; the batch can't be spread evenly over the mesh.
         Stopped: `stop` returned True.
         FileExistsError: `output` holds a run, and neither `resume` nor `overwrite` is given; or another run is writing
             there; or `overwrite` would remove a file that isn't of a run.
@@ -145,6 +145,7 @@ def train(
     apply_fn, task = losses_in_chunks(apply_fn, task or task_of(train_data), config.loss_chunk, base, adapter)
     steps = config.total_steps(len(train_data))
     every = config.evaluation_interval(len(train_data), task.metrics is not None)
+    _check_patience(config, every, valid_data)
     rate, tx = schedule(config, steps), make_optimizer(config, steps, also_train=also_train)
     uses_dropout = config.dropout or dropout_of(apply_fn)
     step = make_step(
@@ -181,6 +182,7 @@ def train(
         progress = state.progress or {}
         logged = progress.get("logged", True)  # False: the run was stopped before the line of its last step
         before, after = _evaluation(progress.get("before")), None
+        stale = progress.get("stale", 0)  # evaluations in a row that found no better adapter
         if not state.step:
             before = after = validate(evaluated(state), lambda: False)
             if before is not None and not np.isfinite(before.loss):
@@ -196,14 +198,16 @@ def train(
 
         def log_step(state: TrainState) -> TrainState:
             """Log and evaluate after a step, if either is due."""
-            nonlocal after
+            nonlocal after, stale
             evaluates = state.step == steps or _due(state.step, every)
             if evaluates or _due(state.step, config.logging_steps):
                 metrics = meter.read() | {"learning_rate": float(np.asarray(rate(state.step - 1)))}
                 found = validate(evaluated(state), stop) if evaluates else None
                 log.record(state.step, metrics, found)
                 if found is not None:
-                    after, state = found, state._replace(best=_better(state, found, task, config))
+                    best = _better(state, found, task, config)
+                    stale = stale + 1 if best is state.best else 0
+                    after, state = found, state._replace(best=best)
                 meter.restart()
             return state
 
@@ -211,7 +215,10 @@ def train(
         if "line" in progress:
             meter.resume(progress["line"])
 
-        for step in range(state.step + (1 if logged else 0), steps + 1):
+        def ends(step: int) -> bool:
+            return step == steps or (logged and stale >= (config.early_stopping_patience or math.inf))
+
+        for step in range(state.step + (1 if logged else 0), state.step if ends(state.step) else steps + 1):
             if logged:
                 batch = next(batches)
                 step_key = jax.random.fold_in(state.key, step) if uses_dropout else None
@@ -225,19 +232,24 @@ def train(
                     state = log_step(state)
                 except InterruptedError:
                     logged = False
-            if not (stopped := not logged or stop()) and not saver.due(step, step == steps):
-                continue
-            with meter.paused():
-                log.sync()
-                progress = {"before": before and before._asdict(), "logged": logged, "line": meter.progress}
-                state = state._replace(position=batches.get_state(), progress=progress)
-                if stopped:
-                    raise Stopped(step, steps, saver.save(state))
-                saver.save(state)
+            stopped, ended = not logged or stop(), ends(step)
+            if stopped or saver.due(step, ended):
+                with meter.paused():
+                    log.sync()
+                    before_facts = before and before._asdict()
+                    progress = {"before": before_facts, "logged": logged, "stale": stale, "line": meter.progress}
+                    state = state._replace(position=batches.get_state(), progress=progress)
+                    checkpoint = saver.save(state)
+                    if stopped:
+                        raise Stopped(step, steps, checkpoint)
+            if ended:
+                break
         if after is None and state.best is None:
             after = validate(evaluated(state), lambda: False)
 
-    adapter_step, adapter = steps, averaged(state.opt_state, state.adapter)
+    if state.step < steps and console is not None:
+        console.print(f"stopped early after step {state.step} of {steps}: {stale} evaluations found no better adapter")
+    adapter_step, adapter = state.step, averaged(state.opt_state, state.adapter)
     if state.best is not None:
         adapter_step, after = state.best.facts["step"], _of_facts(state.best.facts)
         adapter = state.best.adapter
@@ -247,11 +259,17 @@ def train(
         history=log.history,
         before=before,
         after=after,
-        steps=steps,
+        steps=state.step,
         adapter_step=adapter_step,
         tokens_per_second=float(np.median(speeds)) if speeds else 0.0,
         seconds=time.perf_counter() - began,
     )
+
+
+def _check_patience(config: TrainConfig, every: int, valid_data: Sequence[data.AnyExample] | None) -> None:
+    if config.early_stopping_patience and not (every and valid_data):
+        lacking = "there are no validation examples" if every else "nothing is evaluated on the way; give eval_steps"
+        raise ValueError(f"early_stopping_patience: {config.early_stopping_patience} given, but {lacking}")
 
 
 def _parts(params: Any, also_train: Any) -> tuple[Any, Any]:

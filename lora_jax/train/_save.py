@@ -25,8 +25,8 @@ FILES = (METRICS, CHECKPOINTS, _tensorboard.FOLDER, WANDB_RUN)  # of a run, besi
 
 _CLOCK_STEPS = 10  # of several processes
 
-# Settings that a resumed run may change: they decide what is logged and saved, not what is learned.
-_FREE = ("logging_steps", "eval_steps", "save_steps", "save_minutes", "report_to")
+# Settings that a resumed run may change: they decide what is logged and saved and when it ends, not what is learned.
+_FREE = ("logging_steps", "eval_steps", "early_stopping_patience", "save_steps", "save_minutes", "report_to")
 
 
 class Stopped(Exception):
