@@ -123,8 +123,10 @@ def refused(capsys, monkeypatch):
 
 def test_train_leaves_an_adapter_and_its_metrics(world):
     assert sorted(os.listdir(world["out"])) == [
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
+        "loss.png",
         "metrics.jsonl",
         "run.yaml",
         "tensorboard",

@@ -104,8 +104,8 @@ def test_a_file_that_is_not_there(tmp_path, capsys):
 
 def test_what_is_written_is_what_is_read(parsed, written, tmp_path):
     settings = parsed("--config", written(GIVEN), "--exclude", "a", "/b,c/", "--output", "a folder", "--seed", 3)
-    _run_file.write(tmp_path, settings)
-    assert parsed("--config", tmp_path / "run.yaml") == settings
+    _run_file.write(tmp_path, command.replace(settings, push_to_hub="owner/name"))
+    assert parsed("--config", tmp_path / "run.yaml") == command.replace(settings, config=tmp_path / "run.yaml")
     _run_file.write(tmp_path, parsed())
     assert parsed("--config", tmp_path / "run.yaml") == command.replace(parsed(), config=tmp_path / "run.yaml")
     assert set(yaml.safe_load((tmp_path / "run.yaml").read_text())) & {"config", "overwrite", "resume"} == set()

@@ -16,6 +16,7 @@ from lora_jax.cli import _flags
 
 FILE = "run.yaml"
 ONCE = ("config", "overwrite", "resume")  # flags of one call, which another call doesn't repeat
+NOT_WRITTEN = (*ONCE, "push_to_hub")  # a run that is repeated replaces nothing on the hub
 
 _SUPPRESSED = get_args(tyro.conf.Suppress[int])[1]
 
@@ -70,9 +71,14 @@ def settings(path: Path, words: dict[str, list[str]], default: Any) -> Any:
 
 def write(folder: Path, settings: Any) -> None:
     """Write the run's settings to `run.yaml`, all of them, so that later defaults don't change them."""
-    values = {name: value for name, value in _values(settings) if name not in ONCE}
+    values = {name: value for name, value in values_of(settings).items() if name not in NOT_WRITTEN}
     head = f"# lora-jax train --config {FILE} repeats this run of lora_jax {version('lora_jax')}; flags override it.\n"
     _disk.write(folder / FILE, head + yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=110))
+
+
+def values_of(settings: Any) -> dict[str, Any]:
+    """The settings by the names of the flags, as YAML and JSON have them."""
+    return dict(_values(settings))
 
 
 def _words(where: str, name: str, value: Any, *, several: bool) -> list[str]:

@@ -20,9 +20,11 @@ from lora_jax._processes import one_writes, several
 from lora_jax.checkpoint import newest
 from lora_jax.cli import (
     _base,
+    _card,
     _data,
     _distributed,
     _embedded,
+    _hub,
     _labels,
     _rows,
     _run_file,
@@ -40,7 +42,15 @@ from lora_jax.train import Stopped, Task, TrainConfig, TrainResult, train
 from lora_jax.train._report import check_installed
 from lora_jax.train._save import CHECKPOINTS, FILES, check_ours
 
-RUN_FILES = (_labels.FILE, _run_file.FILE, "adapter_config.json", "adapter_model.safetensors", *FILES, _template.FILE)
+RUN_FILES = (
+    _labels.FILE,
+    _run_file.FILE,
+    _card.CURVE,
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    *FILES,
+    _template.FILE,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +65,8 @@ class Settings:
     glue:TASK and a folder of GLUE's own files; or a set of datasets: a folder of save_to_disk or the hub's owner/name;
     the embedded task if not given"""
     output: Path = Path("out")
-    """folder for the adapter, metrics.jsonl, run.yaml, TensorBoard's event files and checkpoints"""
+    """folder for the adapter, its card (README.md), loss.png, metrics.jsonl, run.yaml, TensorBoard's event files and
+    checkpoints"""
     config: Path | None = None
     """YAML file of settings by the names of these flags, such as a run's run.yaml; flags override it"""
     overwrite: bool = False
@@ -64,6 +75,9 @@ class Settings:
     """continue from the newest checkpoint in the output folder"""
     from_adapter: Path | None = None
     """folder of an adapter to go on from: its factors, and leaves trained in full, are where the run starts"""
+    push_to_hub: str | None = None
+    """owner/name of the repository on the Hugging Face hub that the adapter and its card are uploaded to at the end; it
+    is made, as a private one, if it isn't there"""
     prefix_length: int = 0
     """number of tokens before each row whose embeddings train beside A and B; such an adapter can't be merged"""
     reading: tyro.conf.OmitArgPrefixes[_data.DataFlags] = _data.DEFAULTS
@@ -216,6 +230,14 @@ def _train(settings: Settings, stop: Callable[[], bool]) -> Callable[[], None]:
         task_type=rows.task_type,
         overwrite=True,  # _check has refused a folder that mustn't be overwritten
     )
+    _card.write(
+        settings.output,
+        result,
+        _run_file.values_of(settings),
+        base=settings.base.name,
+        data=settings.data,
+        task_type=rows.task_type,
+    )
     return lambda: _report(settings, workload, result, before, time.perf_counter() - began)
 
 
@@ -231,6 +253,8 @@ def _report(settings: Settings, workload: Workload, result: TrainResult, before:
         f"{seconds:.0f} s in all, {result.seconds:.0f} s of them training at {result.tokens_per_second:,.0f} tokens/s"
     )
     show.print(f"adapter: {settings.output}", markup=False)
+    if settings.push_to_hub is not None:
+        _hub.push(settings.output, settings.push_to_hub)
     show.print(f"next: {_next_command(settings, workload)}", markup=False, soft_wrap=True)
 
 
@@ -238,6 +262,8 @@ def _check(settings: Settings) -> None:
     """Refuse settings and outputs before any model or data are read."""
     _embedded.check_data_given(settings.base, settings.data)
     check_installed(settings.train)
+    if settings.push_to_hub is not None:
+        _hub.check(settings.push_to_hub)
     _base.check_writable(settings.output)
     if settings.from_adapter is not None:
         _start.check_adapter(settings.from_adapter, settings.output, settings.lora, settings.prefix_length)
@@ -268,7 +294,8 @@ def _print_note(line: str) -> None:
 
 
 def _workload(settings: Settings, model: Any, rows: Rows, prefix_length: int) -> Workload:
-    examples = _rows.encode(rows, model, min(settings.train.max_length, model.max_length - prefix_length))
+    positions = model.max_length - prefix_length
+    examples = _rows.encode(rows, model, min(settings.train.max_length, positions))
     if rows.source is None:
         questions = [Question(row.prompt, row.completion) for row in _embedded.rows("test")[: _samples.SHOWN]]
         return Workload(examples, questions, lambda params: _answers(model, params))

@@ -10,6 +10,7 @@ from lora_jax._extras import require
 
 require(__name__, report=("jinja2", "markupsafe", "matplotlib"))
 
+from lora_jax.report._loss import loss_png as loss_png
 from lora_jax.report._measure import KernelMeasurements as KernelMeasurements
 from lora_jax.report._measure import check_comparable as check_comparable
 from lora_jax.report._measure import measure as measure
