@@ -230,14 +230,16 @@ def _train(settings: Settings, stop: Callable[[], bool]) -> Callable[[], None]:
         task_type=rows.task_type,
         overwrite=True,  # _check has refused a folder that mustn't be overwritten
     )
-    _card.write(
-        settings.output,
-        result,
-        _run_file.values_of(settings),
-        base=settings.base.name,
-        data=settings.data,
-        task_type=rows.task_type,
-    )
+    with one_writes() as writes:
+        if writes:
+            _card.write(
+                settings.output,
+                result,
+                _run_file.values_of(settings),
+                base=settings.base.name,
+                data=settings.data,
+                task_type=rows.task_type,
+            )
     return lambda: _report(settings, workload, result, before, time.perf_counter() - began)
 
 
@@ -253,7 +255,7 @@ def _report(settings: Settings, workload: Workload, result: TrainResult, before:
         f"{seconds:.0f} s in all, {result.seconds:.0f} s of them training at {result.tokens_per_second:,.0f} tokens/s"
     )
     show.print(f"adapter: {settings.output}", markup=False)
-    if settings.push_to_hub is not None:
+    if settings.push_to_hub is not None and jax.process_index() == 0:
         _hub.push(settings.output, settings.push_to_hub)
     show.print(f"next: {_next_command(settings, workload)}", markup=False, soft_wrap=True)
 
