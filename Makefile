@@ -10,7 +10,7 @@ CORE := paths tree init merge optim stack describe sharding kernel_axes dropout 
 	forward others_get_wrong battery forward_properties
 VERSIONED := stack sharding transforms frameworks forward forward_properties
 
-.PHONY: run test slow oracle real oldest bench browser tpu mutants check clean
+.PHONY: run test slow oracle real oldest bench browser docs tpu mutants check clean
 
 run: .venv/.run  ## fine-tune the embedded model on the embedded task
 	$(BIN)/lora-jax train
@@ -30,8 +30,12 @@ real: .venv/.oracle  ## published weights against their references: make real DA
 bench: .venv/.oracle  ## a training step beside PEFT's, in turn: make bench DEVICE=gpu where torch and jax see one
 	$(BIN)/python benchmarks/step.py --device $(or $(DEVICE),cpu)
 
-browser: .venv/.browser  ## reports, opened in headless Chromium
-	$(BIN)/python -m pytest --browser tests/test_report_browser.py
+browser: .venv/.browser  ## reports and the site, opened in headless Chromium
+	$(BIN)/python -m pytest --browser tests/test_report_browser.py tests/test_site_browser.py
+
+docs: .venv/.docs  ## the site, in build/site; any warning is an error
+	$(BIN)/python -m doctest docs/site/hooks.py docs/site/griffe_extension.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 tpu: .venv/.tpu  ## plans for TPU topologies, compiled with libtpu; no TPU is needed
 	$(BIN)/python -m pytest --tpu tests/test_plan_tpu.py
@@ -80,9 +84,13 @@ $(BIN)/python:
 
 # Chromium comes from the system's packages, by their Debian names.
 .venv/.browser: .venv/.test
-	$(PIP) -c constraints.txt -e '.[test,browser]'
+	$(PIP) -c constraints.txt -e '.[test,browser,docs]'
 	command -v chromium && command -v chromedriver || \
 		($(SUDO) apt-get update && $(SUDO) apt-get install -y --no-install-recommends chromium chromium-driver)
+	touch $@
+
+.venv/.docs: $(INPUTS) | $(BIN)/python
+	$(PIP) -c constraints.txt -e '.[docs]'
 	touch $@
 
 # In a folder of its own: where JAX finds libtpu it looks for a TPU.

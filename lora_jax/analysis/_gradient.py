@@ -57,9 +57,10 @@ def gradient_scores(
     Args:
       key: A random key, which draws the sketches.
       loss_fn: A function from `(params, batch)` to the mean loss, which calls a function that `lora_jax.adapt`
-      returned. params: A tree that `init` made, with nodes beside all kernels to be scored. The factors' values don't
-      matter. batches: Batches of one shape; their gradients are averaged. rank: The rank r of the adapters to choose
-      among.
+        returned.
+      params: A tree that `init` made, with nodes beside all kernels to be scored. The factors' values don't matter.
+      batches: Batches of one shape; their gradients are averaged.
+      rank: The rank r of the adapters to choose among.
 
     Returns:
       The score of each kernel by its path. The decrease by several kernels together, with one norm for all their

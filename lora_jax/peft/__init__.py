@@ -3,6 +3,8 @@
     params = lora_jax.peft.load("adapter", model.params, names=model.names)
     lora_jax.peft.save("adapter", params, names=model.names)
 
+A model of your own has no `names`: `lora_jax.peft.names(params)` makes them from the paths of its leaves.
+
 Only LoRA is read (`peft_type` "LORA"), strictly: every field of the config is honoured or refused by name, and tensors
 that are missing, unexpected, misshapen or not finite are reported together. No pickle is ever read.
 """
@@ -12,5 +14,6 @@ from lora_jax._extras import require
 require(__name__, hf=("regex", "safetensors"))
 
 from lora_jax.peft._load import load as load
+from lora_jax.peft._names import names as names
 from lora_jax.peft._save import save as save
 from lora_jax.peft._updates import updates as updates

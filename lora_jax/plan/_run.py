@@ -50,7 +50,10 @@ def plan(
       topology: generation and chips, such as `"v6e:2x4"`; needs the extra `tpu-plan`.
       mesh: devices along each of `data`, `fsdp` and `model`, as `"fsdp=8"` or a mapping; or `"auto"`, as in training.
         All along `fsdp` unless given, and without a topology one device.
-      dtype, attention, remat, layers: the options of `lora_jax.models.load`.
+      dtype: the dtype of the weights, as in `lora_jax.models.load`.
+      attention: the attention kernel, as in `lora_jax.models.ExecutionOptions`.
+      remat: what the backward pass recomputes, as there.
+      layers: the form of the stack of layers, as there.
       full: compile full fine-tuning too, which otherwise has its arguments and gradients counted and no activations.
       on_stage: called with each stage as it begins.
 
