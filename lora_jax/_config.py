@@ -84,6 +84,11 @@ class Override:
       target: A pattern, as in `LoRAConfig.targets`.
       rank: The rank of these kernels; for a stacked kernel also one for each stack index, 0 where it isn't adapted.
       alpha: The alpha of these kernels; for a stacked kernel also one for each stack index.
+
+    >>> LoRAConfig(rank=8, alpha=16, targets=("q", "v"), overrides=[Override(target="v", rank=2)]).overrides
+    (Override(target='v', rank=2, alpha=None),)
+    >>> Override(target="layers/q", rank=[8, 0, 4]).rank  # of three stacked layers, the second isn't adapted
+    (8, 0, 4)
     """
 
     target: str

@@ -205,6 +205,13 @@ class Trained:
     Attributes:
       value: The leaf, float32 where its own dtype is narrower and so too coarse for an optimizer's steps.
       dtype: Name of the dtype in which the function gets it; `value` is cast to it at use.
+
+    >>> import jax.numpy as jnp, lora_jax
+    >>> params = {"w": jnp.ones((3, 3)), "bias": jnp.zeros(3, jnp.bfloat16)}
+    >>> config = lora_jax.LoRAConfig(rank=1, alpha=1, targets=("w",), also_train="bias")
+    >>> bias = lora_jax.init(jax.random.key(0), params, config)["bias"]
+    >>> bias.value.dtype.name, bias.cast().dtype.name
+    ('float32', 'bfloat16')
     """
 
     value: Any
@@ -224,6 +231,13 @@ class Prefix(Trained):
       value: The embeddings, f32[length, width].
       dtype: Name of the dtype in which the function gets them.
       after: The number of tokens that stay before the prefix: 1 where the first token is pooled, else 0.
+
+    >>> import jax.numpy as jnp, lora_jax
+    >>> params = {"embedding": jnp.ones((7, 4)), "out": jnp.ones((4, 3))}
+    >>> params = lora_jax.prefix.init(jax.random.key(0), params, length=2, embedding="embedding")
+    >>> prefix = next(leaf for leaf in params.values() if isinstance(leaf, lora_jax.Prefix))
+    >>> prefix.value.shape, prefix.after
+    ((2, 4), 0)
     """
 
     after: int = 0

@@ -94,7 +94,12 @@ def take(params: Any) -> tuple[Any, Prefix | None]:
 
 
 def length(params: Any) -> int:
-    """Tokens of the prefix in `params`; 0 without one."""
+    """Tokens of the prefix in `params`; 0 without one.
+
+    >>> params = {"embedding": jnp.ones((7, 4)), "out": jnp.ones((4, 3))}
+    >>> length(params), length(init(jax.random.key(0), params, length=2, embedding="embedding"))
+    (0, 2)
+    """
     node = take(params)[1]
     return 0 if node is None else len(node.value)
 
@@ -166,7 +171,12 @@ def adapt(apply_fn: Callable[..., Any], *, used: Any = None) -> Callable[..., An
 
 
 def note(apply_fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Mark a function as taking trees with a prefix, so that `adapt` doesn't change it."""
+    """Mark a function as taking trees with a prefix, so that `adapt` doesn't change it.
+
+    >>> fn = lambda params, ids: params["embedding"][ids]
+    >>> adapt(note(fn)) is fn  # it puts the prefix before the tokens itself
+    True
+    """
     setattr(apply_fn, _KNOWN, apply_fn)  # the function itself, since a wrapper copies its attributes
     return apply_fn
 

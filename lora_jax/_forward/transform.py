@@ -35,6 +35,15 @@ class MaterializeWarning(UserWarning):
     """Warns that W + ΔW of a kernel was materialised, where no factored form exists: it costs a product of W's size.
 
     Or that a quantized W was dequantized where no product with activations asks for it, and is an array from there on.
+
+    >>> import warnings, jax, jax.numpy as jnp, lora_jax
+    >>> config = lora_jax.LoRAConfig(rank=1, alpha=1, targets=("w",))
+    >>> params = lora_jax.init(jax.random.key(0), {"w": jnp.ones((3, 3))}, config)
+    >>> with warnings.catch_warnings(record=True) as caught:
+    ...     warnings.simplefilter("always")
+    ...     _ = lora_jax.adapt(lambda params, x: x @ jnp.sin(params["w"]))(params, jnp.ones((1, 3)))
+    >>> caught[0].category.__name__
+    'MaterializeWarning'
     """
 
 

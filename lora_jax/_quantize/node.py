@@ -37,6 +37,12 @@ class Quantized:
       group_size: Inputs that share a scale; 0 where all of an output's do.
       dtype: The kernel's dtype, in which it meets activations.
       axes: The kernel's, stack axes and all.
+
+    >>> import lora_jax
+    >>> params = {"w": jnp.ones((64, 3), jnp.bfloat16)}
+    >>> base = lora_jax.quantize(params, lora_jax.QuantizeConfig(scheme="int8", targets=("w",)))
+    >>> base["w"].shape, base["w"].dtype.name, base["w"].values.dtype.name
+    ((64, 3), 'bfloat16', 'int8')
     """
 
     values: Any

@@ -12,7 +12,15 @@ from lora_jax.analysis._svd import Float, ThinSVD, as_matrices, thin_svd, top_si
 
 
 class Amplification(NamedTuple):
-    """Table 7 of the paper for one kernel, or with an entry for each index of a stacked one; all are float64."""
+    """Table 7 of the paper for one kernel, or with an entry for each index of a stacked one; all are float64.
+
+    >>> import jax, jax.numpy as jnp, lora_jax
+    >>> w = jnp.diag(jnp.array([4.0, 1.0, 1.0]))
+    >>> node = lora_jax.LoRA(jnp.eye(3)[:, 1:2], jnp.eye(3)[1:2], 3.0)  # amplifies W's second direction
+    >>> found = lora_jax.analysis.amplification(jax.random.key(0), w, node)
+    >>> round(float(found.projected), 4), round(float(found.projected_own), 4), round(float(found.factor), 4)
+    (1.0, 4.0, 3.0)
+    """
 
     projected: Float
     """‖UᵀWVᵀ‖_F with the singular vectors U and V of ΔW: the norm of the part of W in ΔW's subspace."""

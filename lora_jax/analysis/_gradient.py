@@ -17,6 +17,10 @@ class GradientScore(NamedTuple):
 
     All entries are estimates from a random sketch of the mean gradient G of the loss by W. They can be compared between
     kernels.
+
+    >>> score = GradientScore(best=5.0, first_step=7.0, norm=5.0, values=np.array([4.0, 3.0]))
+    >>> float(score.at_rank(1)), float(score.at_rank(2))
+    (4.0, 5.0)
     """
 
     best: Float

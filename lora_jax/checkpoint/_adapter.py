@@ -13,7 +13,19 @@ from lora_jax.checkpoint._orbax import read_arrays, read_facts
 
 
 class Saved(NamedTuple):
-    """The adapter of a checkpoint, and what the run has saved about it."""
+    """The adapter of a checkpoint, and what the run has saved about it.
+
+    >>> import tempfile, jax.numpy as jnp, lora_jax
+    >>> from lora_jax.checkpoint import Checkpoints, TrainState, load_adapter
+    >>> node = lora_jax.LoRA(jnp.ones((3, 2)), jnp.ones((2, 3)), 0.5)
+    >>> state = TrainState({"w_lora": node}, (), jax.random.key(0), 7, {}, "f", {}, about={"model": "mine"})
+    >>> folder = tempfile.mkdtemp()
+    >>> with Checkpoints(folder) as checkpoints:
+    ...     checkpoints.save(state)
+    >>> saved = load_adapter(folder)
+    >>> saved.steps, saved.about
+    (7, {'model': 'mine'})
+    """
 
     adapter: Any  # a nested dict with LoRA nodes and the leaves trained in full: `lora_jax.split`'s, without its Nones
     step: int  # steps that this adapter has seen

@@ -8,14 +8,24 @@ _PARTIAL = re.compile(r"\d+\.orbax-checkpoint-tmp.*")
 
 
 def newest(folder: str | Path) -> int | None:
-    """The step of the newest checkpoint in a folder of checkpoints; None if there is none."""
+    """The step of the newest checkpoint in a folder of checkpoints; None if there is none.
+
+    >>> import tempfile
+    >>> newest(tempfile.mkdtemp()) is None
+    True
+    """
     folder = Path(folder)
     steps = [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
     return max(steps, default=None)
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Return whether `path` is a checkpoint, complete or partial, or the lock of a folder of checkpoints."""
+    """Return whether `path` is a checkpoint, complete or partial, or the lock of a folder of checkpoints.
+
+    >>> import tempfile
+    >>> is_checkpoint(Path(tempfile.mkdtemp()))
+    False
+    """
     partial = _PARTIAL.fullmatch(path.name) is not None or path.name == ".lock"
     return partial or (path.name.isdigit() and path.is_dir())
 

@@ -44,6 +44,12 @@ def pad(examples: Sequence[AnyExample], batch_size: int, length: int) -> Batch:
         [batch_size, length]: the weight of a token as a target, which the logits one position earlier predict. For
         labelled examples also `loss_weights`, float32 [batch_size], `labels`, int32 or float32 [batch_size], and
         `token_type_ids`, int32 [batch_size, length], if the examples have them.
+
+    >>> from lora_jax.data import Example
+    >>> example = Example(np.array([5, 9, 2], np.int32), np.array([False, False, True]))
+    >>> batch = pad([example], batch_size=2, length=4)
+    >>> batch["input_ids"].tolist(), batch["loss_weights"].tolist()
+    ([[5, 9, 2, 0], [0, 0, 0, 0]], [[0.0, 0.0, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
     """
     shape = (batch_size, length)
     batch = {"input_ids": np.zeros(shape, np.int32), "attention_mask": np.zeros(shape, np.int32)}

@@ -18,6 +18,13 @@ class Tokenizer(Protocol):
 
     `chat_template` and `apply_chat_template` are used for `Chat` rows only, `decode` only if the tokens of a prompt
     alone differ from its tokens in the row.
+
+    >>> class Letters:
+    ...     eos_token_id = 0
+    ...     def __call__(self, text, *, add_special_tokens):
+    ...         return {"input_ids": [[ord(letter) - 96 for letter in one] for one in text]}
+    >>> Letters()(["cab"], add_special_tokens=True)["input_ids"]
+    [[3, 1, 2]]
     """
 
     eos_token_id: int | None
@@ -26,14 +33,29 @@ class Tokenizer(Protocol):
 
 
 class Example(NamedTuple):
-    """A tokenised row: `input_ids` int32 [length], and `targets` bool [length], true for the targets of the loss."""
+    """A tokenised row: `input_ids` int32 [length], and `targets` bool [length], true for the targets of the loss.
+
+    >>> example = Example(np.array([5, 9, 2], np.int32), np.array([False, False, True]))  # learns 2 after 5 9
+    >>> int(example.targets.sum())
+    1
+    """
 
     input_ids: np.ndarray
     targets: np.ndarray
 
 
 class Encoded(NamedTuple):
-    """The result of `encode`."""
+    """The result of `encode`.
+
+    >>> from lora_jax import data
+    >>> class Letters:
+    ...     eos_token_id = 0
+    ...     def __call__(self, text, *, add_special_tokens):
+    ...         return {"input_ids": [[ord(letter) - 96 for letter in one] for one in text]}
+    >>> encoded = data.encode([data.Text("abcdef"), data.Text("ab")], Letters(), max_length=4)
+    >>> len(encoded.examples), encoded.truncated, encoded.left_out
+    (2, 1, 0)
+    """
 
     examples: list[Example]
     left_out: int  # rows that aren't among the examples: without a target within max_length, or dropped
@@ -82,6 +104,15 @@ def encode(
         ValueError: `truncation_mode` or `loss` is another; the rows have labels; the tokenizer has no end-of-sequence
             token, or no chat template for `Chat` rows; the last of the assistant's turns can't be found in the
             template's text; every row was left out.
+
+    >>> from lora_jax import data
+    >>> class Letters:
+    ...     eos_token_id = 0
+    ...     def __call__(self, text, *, add_special_tokens):
+    ...         return {"input_ids": [[ord(letter) - 96 for letter in one] for one in text]}
+    >>> [example] = encode([data.Completion("ab", "cd")], Letters(), max_length=8).examples
+    >>> example.input_ids.tolist(), example.targets.tolist()
+    ([1, 2, 3, 4, 0], [False, False, True, True, True])
     """
     if max_length < 2:
         raise ValueError(

@@ -10,7 +10,14 @@ from lora_jax.data._rows import Labelled, check_text
 
 
 class PairTokenizer(Protocol):
-    """The part of a Hugging Face tokenizer that `encode_labelled` uses."""
+    """The part of a Hugging Face tokenizer that `encode_labelled` uses.
+
+    >>> class Letters:
+    ...     def __call__(self, text, text_pair=None, *, truncation, max_length):
+    ...         return {"input_ids": [[ord(letter) - 96 for letter in one][:max_length] for one in text]}
+    >>> Letters()(["cab"], truncation=True, max_length=2)["input_ids"]
+    [[3, 1]]
+    """
 
     def __call__(
         self, text: list[str], text_pair: list[str] | None = None, *, truncation: bool, max_length: int | None
@@ -22,6 +29,10 @@ class LabelledExample(NamedTuple):
 
     `input_ids` is int32 [length]; `token_type_ids`, if the tokenizer returns them, is int32 [length], 1 in the second
     text of a pair.
+
+    >>> example = LabelledExample(np.array([101, 7, 102], np.int32), np.int32(1))
+    >>> int(example.label), example.token_type_ids is None
+    (1, True)
     """
 
     input_ids: np.ndarray
@@ -30,7 +41,12 @@ class LabelledExample(NamedTuple):
 
 
 class EncodedLabelled(NamedTuple):
-    """The result of `encode_labelled`: one example for each row."""
+    """The result of `encode_labelled`: one example for each row.
+
+    >>> example = LabelledExample(np.array([101, 7, 102], np.int32), np.int32(1))
+    >>> EncodedLabelled([example], truncated=0).examples[0].label
+    np.int32(1)
+    """
 
     examples: list[LabelledExample]
     truncated: int  # rows cut to max_length
@@ -52,6 +68,15 @@ def encode_labelled(
     Raises:
         ValueError: A label isn't in `labels`, a row has no tokens, or only some rows have a pair; the message starts
             with the row's `file:line`.
+
+    >>> from lora_jax import data
+    >>> class Letters:
+    ...     def __call__(self, text, text_pair=None, *, truncation, max_length):
+    ...         return {"input_ids": [[ord(letter) - 96 for letter in one][:max_length] for one in text]}
+    >>> rows = [data.Labelled("good", "yes"), data.Labelled("bad", "no")]
+    >>> encoded = encode_labelled(rows, Letters(), 8, data.labels_of(rows))
+    >>> [(example.input_ids.tolist(), int(example.label)) for example in encoded.examples]
+    [([7, 15, 15, 4], 1), ([2, 1, 4], 0)]
     """
     if not rows:
         raise ValueError("no rows to encode")

@@ -17,6 +17,9 @@ class GlueTask:
     """One task: its columns, the names of its labels in the order of their numbers, and its metric.
 
     A task with scores has one label, `"score"`.
+
+    >>> GlueTask(text="sentence", labels=("negative", "positive")).metric
+    'accuracy'
     """
 
     text: str
@@ -74,6 +77,9 @@ def glue_task(name: str) -> GlueTask:
 
     Raises:
         ValueError: There is no such task.
+
+    >>> glue_task("SST-2").labels, glue_task("stsb").labels
+    (('negative', 'positive'), ('score',))
     """
     spelled = {key.replace("-", ""): task for key, task in GLUE_TASKS.items()}
     task = spelled.get(name.lower().replace("-", "").replace("_", ""))

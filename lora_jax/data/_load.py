@@ -77,6 +77,12 @@ def load(
         FileNotFoundError: The file, the folder or the split's file doesn't exist.
         ValueError: A line isn't JSON, lacks a column, has a value of the wrong type or another form than the lines
             before it (the message starts with `file:line`); a file is empty; no form has these `columns`.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "train.jsonl"
+    >>> _ = path.write_text('{"question": "2 + 2 =", "answer": "4"}')
+    >>> load(path, columns={"prompt": "question", "completion": "answer"}, separator=" ")
+    [Completion(prompt='2 + 2 =', completion=' 4')]
     """
     if split not in (None, *SPLITS):
         raise ValueError(f"split: {split!r} given, expected train, valid or test")
@@ -143,7 +149,14 @@ def _files(folder: Path, split: Split | None, names: Mapping[str, tuple[str, ...
 
 
 def read_jsonl(path: str | Path) -> list[Row]:
-    """Read all rows of one jsonl file, without blank lines; raises the errors of `load`."""
+    """Read all rows of one jsonl file, without blank lines; raises the errors of `load`.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "rows.jsonl"
+    >>> _ = path.write_text('{"text": "one"}')
+    >>> read_jsonl(path)
+    [Text(text='one')]
+    """
     return _read([Path(path)], Parser(), None)
 
 

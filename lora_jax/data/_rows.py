@@ -7,13 +7,21 @@ Loss = Literal["last", "all", "prompt-and-completion"]  # the part of a row that
 
 
 class Text(NamedTuple):
-    """A text of which every token is a target."""
+    """A text of which every token is a target.
+
+    >>> Text("Once upon a time").text
+    'Once upon a time'
+    """
 
     text: str
 
 
 class Completion(NamedTuple):
-    """A prompt and the completion that the model learns: only the completion's tokens are targets."""
+    """A prompt and the completion that the model learns: only the completion's tokens are targets.
+
+    >>> Completion(prompt="2 + 2 =", completion=" 4").completion  # the space belongs to the completion
+    ' 4'
+    """
 
     prompt: str
     completion: str
@@ -23,6 +31,10 @@ class Chat(NamedTuple):
     """A conversation `[{"role": ..., "content": ...}, ...]`: only the assistant's turns are targets.
 
     A message may have a `"weight"`: with 0 its turn isn't a target; 1 is the default.
+
+    >>> chat = Chat(({"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}))
+    >>> [message["role"] for message in chat.messages], chat.tools
+    (['user', 'assistant'], ())
     """
 
     messages: tuple[Mapping[str, Any], ...]
@@ -34,7 +46,11 @@ class Cell(str):
 
 
 class Labelled(NamedTuple):
-    """A text or a pair of texts, and its label: a class (string or integer) or a score (float)."""
+    """A text or a pair of texts, and its label: a class (string or integer) or a score (float).
+
+    >>> Labelled("A film to remember.", "positive"), Labelled("A cat.", 0.8, text_pair="One cat.").label
+    (Labelled(text='A film to remember.', label='positive', text_pair=None, where=''), 0.8)
+    """
 
     text: str
     label: str | int | float

@@ -39,6 +39,13 @@ def render_chat(
 
     Raises:
         ValueError: There is no template, it raises an error, or it exceeds a limit.
+
+    >>> class Marks:
+    ...     chat_template = "in Python"
+    ...     def apply_chat_template(self, messages, *, add_generation_prompt=False, **options):
+    ...         return "".join(f"<{m['role']}>{m['content']}" for m in messages) + "<assistant>" * add_generation_prompt
+    >>> render_chat([{"role": "user", "content": "2 + 2?"}], Marks(), add_generation_prompt=True)
+    '<user>2 + 2?<assistant>'
     """
     try:
         return render_parts(messages, tokenizer, (), add_generation_prompt, tools=tools)[0]

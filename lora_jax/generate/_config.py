@@ -9,6 +9,12 @@ class GenerateConfig:
 
     Raises:
         ValueError: A setting is out of its range.
+
+    >>> GenerateConfig(max_tokens=8, temperature=0.7, top_p=0.9).batch_size
+    16
+    >>> GenerateConfig(temperature=-1)
+    Traceback (most recent call last):
+    ValueError: temperature: -1 given, expected ...
     """
 
     max_tokens: int = 64

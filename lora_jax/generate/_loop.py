@@ -56,6 +56,12 @@ def generate(
     Raises:
         ValueError: A setting is out of range, the key is missing, a prompt is padded on the right, the model has no row
             for a token, or logits aren't finite.
+
+    >>> apply = lambda params, ids, mask, *, cache: (params["table"][ids], cache)
+    >>> params = {"table": jnp.roll(jnp.eye(5), 1, axis=1)}  # token 3 follows 2, and 0 follows 4
+    >>> ids, mask = jnp.array([[0, 2], [1, 1]]), jnp.array([[0, 1], [1, 1]])  # the first is padded on the left
+    >>> generate(apply, lambda batch, length: {}, params, ids, mask, max_tokens=3, eos_id=0).tolist()
+    [[3, 4, 0], [2, 3, 4]]
     """
     _check_settings(max_tokens, temperature, top_p, key)
     input_ids, mask = _prompts(model_apply, init_cache, params, input_ids, attention_mask)

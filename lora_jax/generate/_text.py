@@ -38,6 +38,21 @@ def generate_text(
     Raises:
         ValueError: No end token is known, a prompt is too long for the model's positions or has a token that the model
             has no row for, or logits aren't finite.
+
+    >>> from types import SimpleNamespace
+    >>> import jax.numpy as jnp
+    >>> class Letters:
+    ...     eos_token_id, bos_token_id = 0, None
+    ...     def __call__(self, text):
+    ...         return {"input_ids": [ord(letter) - 96 for letter in text]}
+    ...     def decode(self, ids, **options):
+    ...         return "".join(chr(96 + number) for number in ids)
+    >>> model = SimpleNamespace(
+    ...     apply=lambda params, ids, mask, *, cache: (params["table"][ids], cache),
+    ...     init_cache=lambda batch, length: {}, tokenizer=Letters(), end_tokens=[], max_length=64)
+    >>> params = {"table": jnp.roll(jnp.eye(6), 1, axis=1)}  # b follows a, and the end follows e
+    >>> generate_text(model, params, ["a", "c"], GenerateConfig(max_tokens=8))
+    ['bcde', 'de']
     """
     tokenizer, eos_ids = model.tokenizer, _eos_ids(model)
     encoded, longest = _encoded(model, params, prompts, config.max_tokens)
@@ -117,6 +132,12 @@ def continuation(tokenizer: Any, before: Sequence[int], ids: Sequence[int]) -> s
 
     Decoded alone, their text may differ: a tokenizer that puts a space before any text removes the first space, and the
     bytes of a character may be divided between both.
+
+    >>> class Words:
+    ...     def decode(self, ids, **options):
+    ...         return " ".join(["a", "longer", "text"][i] for i in ids)
+    >>> continuation(Words(), [0, 1], [2])
+    ' text'
     """
     start, whole = (tokenizer.decode(part, skip_special_tokens=True) for part in ([*before], [*before, *ids]))
     # `start` may end with a replacement character for bytes whose rest is in `ids`, so the common part is compared.

@@ -52,6 +52,11 @@ def load(
             parameters. All faults are reported together.
 
     The reference: https://github.com/microsoft/LoRA (loralib 0.1.2, layers.py)
+
+    >>> import jax.numpy as jnp
+    >>> load("no/such/file.bin", {"w": jnp.ones((3, 4))}, names={}, alpha=16)
+    Traceback (most recent call last):
+    FileNotFoundError: ...
     """
     check_alpha(alpha)
     enable_lora = check_enabled(enable_lora)

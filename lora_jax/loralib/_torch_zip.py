@@ -75,6 +75,13 @@ def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: `torch.save` didn't write the file, it is damaged, or it holds anything but tensors by name.
+
+    >>> import pickle, tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "adapter.bin"
+    >>> _ = path.write_bytes(pickle.dumps(print))  # a pickle that isn't a table of tensors
+    >>> read(path)
+    Traceback (most recent call last):
+    ValueError: ...
     """
     path = Path(path)
     if not path.exists():

@@ -27,6 +27,10 @@ def updates(
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: alpha isn't a number; the file isn't a loralib checkpoint, or factors don't belong together.
+
+    >>> updates("no/such/file.bin", alpha=16)
+    Traceback (most recent call last):
+    FileNotFoundError: ...
     """
     check_alpha(alpha)
     enable_lora = check_enabled(enable_lora)

@@ -26,6 +26,9 @@ class Weight(NamedTuple):
         parameter: The name of the leaf's parameter in transformers' model, if it isn't the name in files: the experts
             of a layer are one parameter there, and so are their gate and up kernels. A family's table has the leaves of
             one parameter in its order.
+
+    >>> Weight("model.layers.{}.mlp.up_proj.weight", transpose=True).name.format(3)
+    'model.layers.3.mlp.up_proj.weight'
     """
 
     name: str

@@ -30,6 +30,11 @@ def find(path_or_hub_id: str | os.PathLike[str], *, weights: bool) -> Path:
     Raises:
         FileNotFoundError: There is no such folder, and no such model can be downloaded from the hub.
         NotADirectoryError: It is a file.
+
+    >>> import tempfile
+    >>> folder = tempfile.mkdtemp()
+    >>> find(folder, weights=True) == Path(folder)
+    True
     """
     folder = Path(path_or_hub_id).expanduser()
     if folder.is_dir():

@@ -27,7 +27,12 @@ from lora_jax.models._weights import Streamed
 
 
 class ExecutionOptions(TypedDict, total=False):
-    """Options of computing a model: keyword arguments of `load`, `load_streamed`, `load_abstract` and `init`."""
+    """Options of computing a model: keyword arguments of `load`, `load_streamed`, `load_abstract` and `init`.
+
+    >>> options: ExecutionOptions = {"attention": "xla", "remat": "full", "layers": "scan"}
+    >>> sorted(options)  # models.load(folder, **options)
+    ['attention', 'layers', 'remat']
+    """
 
     compute_dtype: Any
     """The dtype of the activations; defaults to the embedding's dtype, and to float32 for float16 weights."""
@@ -90,6 +95,19 @@ def load(
     Warns:
         UserWarning: Kernels in few bits are dequantized, for there is no scheme for them (fp4; groups that don't divide
             the inputs; layers of which some are in 16 bits).
+
+    >>> import tempfile
+    >>> from transformers import LlamaConfig
+    >>> from lora_jax import models
+    >>> sizes = {"hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1}
+    >>> config = LlamaConfig(vocab_size=11, **sizes)
+    >>> folder = tempfile.mkdtemp()
+    >>> config.save_pretrained(folder)
+    >>> model = models.load_abstract(folder)  # zeros for weights
+    >>> models.save(folder + "/zeros", model, jax.tree.map(lambda x: jnp.zeros(x.shape), model.params))
+    >>> loaded = models.load(folder + "/zeros", "bfloat16")
+    >>> loaded.params["lm_head"]["kernel"].dtype.name, loaded.names["embed_tokens/embedding"].name
+    ('bfloat16', 'model.embed_tokens.weight')
     """
     model = load_streamed(path_or_hub_id, dtype, labels=labels, key=key, **options)
     if mesh is not None:
@@ -138,6 +156,19 @@ def load_streamed(
 
         model = models.load_streamed("path/to/folder")
         models.save("half", model, model.params, dtype="bfloat16")
+
+    >>> import tempfile
+    >>> from transformers import LlamaConfig
+    >>> from lora_jax import models
+    >>> sizes = {"hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1}
+    >>> config = LlamaConfig(vocab_size=11, **sizes)
+    >>> folder = tempfile.mkdtemp()
+    >>> config.save_pretrained(folder)
+    >>> model = models.load_abstract(folder)  # zeros for weights
+    >>> models.save(folder + "/zeros", model, jax.tree.map(lambda x: jnp.zeros(x.shape), model.params))
+    >>> streamed = models.load_streamed(folder + "/zeros")
+    >>> type(streamed.params["lm_head"]["kernel"]).__name__, streamed.params["lm_head"]["kernel"].shape
+    ('Streamed', (4, 11))
     """
     chosen, compute_dtype = _resolved(options)
     folder = _folder.find(path_or_hub_id, weights=True)
@@ -208,6 +239,16 @@ def load_abstract(
     """Load a model like `load`, but from `config.json` alone: every leaf is a `jax.ShapeDtypeStruct`.
 
     Without `dtype`, leaves have the dtype that the configuration names, or float32.
+
+    >>> import tempfile
+    >>> from transformers import LlamaConfig
+    >>> from lora_jax import models
+    >>> sizes = {"hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1}
+    >>> config = LlamaConfig(vocab_size=11, **sizes)
+    >>> folder = tempfile.mkdtemp()
+    >>> config.save_pretrained(folder)
+    >>> models.load_abstract(folder).params["lm_head"]["kernel"]
+    ShapeDtypeStruct(shape=(4, 11), dtype=float32)
     """
     chosen, compute_dtype = _resolved(options)
     folder = _folder.find(path_or_hub_id, weights=False)

@@ -57,6 +57,17 @@ class Model:
         mesh: The mesh that activations are spread over, from `on_mesh`, with Auto axes; None for one device.
         rules: The rules of that mesh.
         remade: `(layout) -> apply, init_cache, unembed, attention` of this model on another mesh.
+
+    >>> import tempfile
+    >>> from transformers import LlamaConfig
+    >>> from lora_jax import models
+    >>> sizes = {"hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1}
+    >>> config = LlamaConfig(vocab_size=11, **sizes)
+    >>> folder = tempfile.mkdtemp()
+    >>> config.save_pretrained(folder)
+    >>> model = models.load_abstract(folder)
+    >>> model.generates, model.max_length, model.names["layers/mlp/up_proj/kernel"].name
+    (True, 2048, 'model.layers.{}.mlp.up_proj.weight')
     """
 
     config: PretrainedConfig
@@ -266,6 +277,18 @@ def shardings(model: Model, mesh: Mesh | None = None, rules: Rules | None = None
 
     Raises:
         ValueError: There is no mesh, or no rule names one of its axes.
+
+    >>> import tempfile
+    >>> from transformers import LlamaConfig
+    >>> from lora_jax import models
+    >>> sizes = {"hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1}
+    >>> config = LlamaConfig(vocab_size=11, **sizes)
+    >>> folder = tempfile.mkdtemp()
+    >>> config.save_pretrained(folder)
+    >>> model = models.load_abstract(folder)
+    >>> where = models.shardings(model, jax.make_mesh((1,), ("fsdp",)))
+    >>> where["lm_head"]["kernel"].spec
+    P('fsdp', None)
     """
     mesh = model.mesh if mesh is None else mesh
     if mesh is None:

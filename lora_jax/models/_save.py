@@ -52,6 +52,18 @@ def save(
         FileExistsError: The folder isn't empty and `overwrite` is False, or it has files that `save` hasn't written.
         ValueError: `params` has other leaves or shapes than `model.params`, a kernel is quantized, or a value isn't
             finite.
+
+    >>> import tempfile, jax, jax.numpy as jnp
+    >>> from transformers import LlamaConfig
+    >>> from lora_jax import models
+    >>> sizes = {"hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1}
+    >>> config = LlamaConfig(vocab_size=11, **sizes)
+    >>> folder = tempfile.mkdtemp()
+    >>> config.save_pretrained(folder)
+    >>> model = models.load_abstract(folder)  # zeros for weights
+    >>> models.save(folder + "/zeros", model, jax.tree.map(lambda x: jnp.zeros(x.shape), model.params))
+    >>> sorted(path.name for path in Path(folder, "zeros").iterdir())
+    ['config.json', 'model.safetensors']
     """
     folder = Path(folder)
     leaves = flatten(dict(params))
@@ -82,6 +94,14 @@ def check_free(folder: str | os.PathLike[str], *, overwrite: bool) -> None:
 
     Raises:
         FileExistsError: As `save`, for a model of another folder.
+
+    >>> import tempfile
+    >>> check_free(tempfile.mkdtemp(), overwrite=False)  # an empty folder is free
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> _ = (folder / "notes.txt").write_text("mine")
+    >>> check_free(folder, overwrite=True)
+    Traceback (most recent call last):
+    FileExistsError: ...
     """
     folder = Path(folder)
     _disk.check_free(folder, overwrite=overwrite, what=WRITTEN, ours=_shards.ours(folder, None))

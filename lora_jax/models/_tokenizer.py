@@ -24,7 +24,14 @@ MOST_BYTES = 2**20  # size of a template
 
 
 def beside(folder: Path) -> str:
-    """The part of a tokenizer that is in a folder: `"tokenizer"`, `"chat template"` only, or an empty string."""
+    """The part of a tokenizer that is in a folder: `"tokenizer"`, `"chat template"` only, or an empty string.
+
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> _ = (folder / "chat_template.jinja").write_text("{{ messages }}")
+    >>> beside(folder)
+    'chat template'
+    """
     if any((folder / name).exists() for name in VOCABULARIES):
         return "tokenizer"
     return "chat template" if (folder / TEMPLATE).exists() else ""
@@ -89,7 +96,15 @@ def _check(path: Path, expected: str = "a file of a tokenizer") -> None:
 
 
 def copy(adapter: Path, target: Path) -> None:
-    """Replace the tokenizer in another folder with the adapter's, or only the chat template."""
+    """Replace the tokenizer in another folder with the adapter's, or only the chat template.
+
+    >>> import tempfile
+    >>> adapter, target = Path(tempfile.mkdtemp()), Path(tempfile.mkdtemp())
+    >>> _ = (adapter / "chat_template.jinja").write_text("{{ messages }}")
+    >>> copy(adapter, target)
+    >>> (target / "chat_template.jinja").exists()
+    True
+    """
     own = beside(adapter)
     names = {"tokenizer": (*VOCABULARIES, *DESCRIPTIONS, TEMPLATE), "chat template": (TEMPLATE,), "": ()}[own]
     for name in names:

@@ -46,7 +46,15 @@ def load(
         ValueError: the files are damaged, an option isn't supported, or tensors are missing, unexpected, misshapen, of
             a wrong type or not finite. All such faults are reported together, in one line.
 
-    Example: see `save`.
+    Example:
+        >>> import tempfile, jax, jax.numpy as jnp, lora_jax
+        >>> base = {"query": {"kernel": jnp.ones((3, 5))}}
+        >>> config = lora_jax.LoRAConfig(rank=2, alpha=4, targets=("query",))
+        >>> names = lora_jax.peft.names(base)
+        >>> folder = tempfile.mkdtemp()
+        >>> lora_jax.peft.save(folder, lora_jax.init(jax.random.key(0), base, config), names=names)
+        >>> float(load(folder, base, names=names)["query"]["kernel_lora"].scale)
+        2.0
     """
     folder = _check_arguments.check_load(folder, params, names, axes)
     config, path = find(folder)

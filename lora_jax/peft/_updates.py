@@ -32,6 +32,14 @@ def updates(folder: str | os.PathLike[str]) -> dict[str, LoRA]:
     Raises:
         FileNotFoundError: No adapter is there.
         ValueError: The files are damaged, an option isn't supported, or factors don't belong together.
+
+    >>> import tempfile, jax, jax.numpy as jnp, lora_jax
+    >>> config = lora_jax.LoRAConfig(rank=2, alpha=4, targets=("query",))
+    >>> params = lora_jax.init(jax.random.key(0), {"query": {"kernel": jnp.ones((3, 5))}}, config)
+    >>> folder = tempfile.mkdtemp()
+    >>> lora_jax.peft.save(folder, params, names=lora_jax.peft.names(params))
+    >>> {module: (node.a.shape, node.b.shape) for module, node in updates(folder).items()}
+    {'query': ((3, 2), (2, 5))}
     """
     config, path = find(_check_arguments.folder_of(folder))
     if config.target_parameters:

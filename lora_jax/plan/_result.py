@@ -18,6 +18,12 @@ class Plan:
       chips: Devices of the mesh.
       capacity: Bytes of a chip's memory.
       found: Figures of the compiled step, as in `to_json`.
+
+    >>> from lora_jax import LoRAConfig, train
+    >>> request = Request(model="path/to/model", lora=LoRAConfig(rank=8, alpha=16), train=train.TrainConfig())
+    >>> plan = Plan(request, chips=1, capacity=16 * 2**30, found={"per_chip": {"total": 17 * 2**30, "limit": None}})
+    >>> plan.fits, plan.short_by // 2**20
+    (False, 1024)
     """
 
     request: Request

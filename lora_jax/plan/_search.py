@@ -31,6 +31,17 @@ def search(
 
     Returns:
       All plans that were made, at least one.
+
+    >>> import tempfile
+    >>> from transformers import LlamaConfig
+    >>> from lora_jax import LoRAConfig, plan, train
+    >>> sizes = {"hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1}
+    >>> config = LlamaConfig(vocab_size=11, **sizes)
+    >>> folder = tempfile.mkdtemp()
+    >>> config.save_pretrained(folder)
+    >>> step = train.TrainConfig(batch_size=1, max_length=8)
+    >>> [found.fits for found in search(plan.plan(folder, LoRAConfig(rank=2, alpha=4), step))]
+    [True]
     """
     found = [first]
     for sizes in _mesh.candidates(first.chips, first.found["heads"]):

@@ -44,6 +44,12 @@ class KernelMeasurements(NamedTuple):
         right: overlap of the two adapters' A, whose directions are ΔW's right singular vectors in the paper (figures 3
             and 4).
         left: overlap of the two adapters' B.
+
+    >>> import jax.numpy as jnp
+    >>> from lora_jax import report
+    >>> [found] = report.measure({"layers.3.q_proj": LoRA(jnp.eye(4)[:, :2], jnp.eye(2, 3), 2.0)})
+    >>> found.layer, found.shape, found.rank, found.weight is None
+    (3, (4, 3), 2, True)
     """
 
     name: str
@@ -99,6 +105,13 @@ def check_comparable(updates: Mapping[str, LoRA], against: Mapping[str, LoRA]) -
 
     Raises:
         ValueError: the modules that only one adapter changes, or the sizes that differ.
+
+    >>> import jax.numpy as jnp
+    >>> node = LoRA(jnp.ones((4, 2)), jnp.ones((2, 3)), 2.0)
+    >>> check_comparable({"q_proj": node}, {"q_proj": node})
+    >>> check_comparable({"q_proj": node}, {"v_proj": node})
+    Traceback (most recent call last):
+    ValueError: ...
     """
     only, other = sorted(updates.keys() - against.keys()), sorted(against.keys() - updates.keys())
     if only or other:

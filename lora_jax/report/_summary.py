@@ -10,7 +10,15 @@ from lora_jax.report._measure import KernelMeasurements
 
 
 class KindSummary(NamedTuple):
-    """Means over the kernels of one kind. A mean that needs W, or a second adapter, is None without it."""
+    """Means over the kernels of one kind. A mean that needs W, or a second adapter, is None without it.
+
+    >>> import jax.numpy as jnp
+    >>> from lora_jax import LoRA, report
+    >>> node = LoRA(jnp.eye(4)[:, :2], jnp.eye(2, 3), 2.0)
+    >>> [summary] = report.by_kind(list(report.measure({"layers.0.q_proj": node, "layers.1.q_proj": node})))
+    >>> summary.kind, summary.kernels, round(summary.effective_rank, 4)
+    ('q_proj', 2, 2.0)
+    """
 
     kind: str
     kernels: int
@@ -24,7 +32,14 @@ class KindSummary(NamedTuple):
 
 
 def by_kind(measured: Sequence[KernelMeasurements]) -> list[KindSummary]:
-    """Summarise the kernels of each kind, in the order in which they were measured."""
+    """Summarise the kernels of each kind, in the order in which they were measured.
+
+    >>> import jax.numpy as jnp
+    >>> from lora_jax import LoRA, report
+    >>> node = LoRA(jnp.eye(4)[:, :2], jnp.eye(2, 3), 2.0)
+    >>> [summary.kind for summary in by_kind(list(report.measure({"layers.0.q_proj": node, "layers.0.v_proj": node})))]
+    ['q_proj', 'v_proj']
+    """
     return [_summarise(kind, kernels) for kind, kernels in grouped(measured).items()]
 
 

@@ -71,6 +71,9 @@ def check_free(folder: Path, *, overwrite: bool) -> None:
 
     Raises:
         FileExistsError: as `write`.
+
+    >>> import tempfile
+    >>> check_free(Path(tempfile.mkdtemp()) / "report", overwrite=False)
     """
     _disk.check_free(folder, overwrite=overwrite, what="a report", ours=_is_ours)
 

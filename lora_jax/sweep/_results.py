@@ -23,7 +23,13 @@ from lora_jax.train._metrics import regression_metrics
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Result:
-    """The result of one adapter. Its losses and metrics are None if it failed."""
+    """The result of one adapter. Its losses and metrics are None if it failed.
+
+    >>> from lora_jax.sweep import Point
+    >>> result = Result(Point(rank=2, alpha=4), 16, 0.25, None, 1.5, None, np.zeros(4, np.float32), adapter=None)
+    >>> result.metrics
+    {'train_loss': 0.25}
+    """
 
     point: Point
     """The adapter's settings; only `data_seed` may be None."""
@@ -65,7 +71,15 @@ class Result:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Results:
-    """The results of a sweep."""
+    """The results of a sweep.
+
+    >>> from lora_jax.sweep import Point
+    >>> losses = np.zeros(4, np.float32)
+    >>> found = [Result(Point(rank=r, alpha=4), 8 * r, 1 / r, None, 1.5, None, losses, adapter=None) for r in (1, 2)]
+    >>> results = Results(tuple(found), rounds=1, seconds=3.0)
+    >>> results.varied, [row["train_loss"] for row in results.rows()]
+    (['rank', 'targets'], [1.0, 0.5])
+    """
 
     results: tuple[Result, ...]
     """One result for each point, in the order of the points."""

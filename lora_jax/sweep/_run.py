@@ -94,6 +94,16 @@ def run(
     Raises:
       ValueError: before anything is trained: no points, no examples, targets that match nothing, a prefix without its
         one table, or a memory too small for one adapter.
+
+    >>> import jax.numpy as jnp, numpy as np
+    >>> from lora_jax import data, sweep
+    >>> apply_fn = lambda params, ids, mask: params["embed"][ids] @ params["head"]
+    >>> params = {"embed": jnp.eye(4), "head": jnp.zeros((4, 4))}
+    >>> rows = [data.Example(np.array([1, 2, 3], np.int32), np.array([False, True, True]))]
+    >>> points = [sweep.Point(rank=rank, alpha=4, targets=("head",), learning_rate=0.3) for rank in (1, 2)]
+    >>> results = run(apply_fn, params, points, rows, config=TrainConfig(max_steps=4, batch_size=1))
+    >>> [(result.point.rank, result.trainable, result.losses.shape) for result in results.results]
+    [(1, 8, (4,)), (2, 16, (4,))]
     """
     began = time.perf_counter()
     config, lora = config or TrainConfig(), lora or LoRAConfig(rank=1, alpha=1)
@@ -189,7 +199,13 @@ def _check(
 
 
 def check_selection(score_batches: int, best: int | None) -> None:
-    """Refuse numbers of batches and of settings with which no runs could be selected by their scores."""
+    """Refuse numbers of batches and of settings with which no runs could be selected by their scores.
+
+    >>> check_selection(score_batches=8, best=4)
+    >>> check_selection(score_batches=0, best=4)
+    Traceback (most recent call last):
+    ValueError: ...
+    """
     if score_batches < 0:
         raise ValueError(f"score_batches: {score_batches} given, expected 0 or more")
     if best is not None and (best < 1 or not score_batches):
@@ -197,7 +213,13 @@ def check_selection(score_batches: int, best: int | None) -> None:
 
 
 def check_config(config: TrainConfig) -> None:
-    """Refuse settings of long runs, which a sweep has no use for."""
+    """Refuse settings of long runs, which a sweep has no use for.
+
+    >>> check_config(TrainConfig(max_steps=10))
+    >>> check_config(TrainConfig(max_steps=10, eval_steps=5))
+    Traceback (most recent call last):
+    ValueError: ...
+    """
     for name in ("eval_steps", "save_steps", "early_stopping_patience"):
         if getattr(config, name):
             raise ValueError(

@@ -33,6 +33,12 @@ class Certificate:
       output_bytes: Memory of its outputs on one device, without those that reuse a donated argument's memory.
       temporary_bytes: Memory of its temporary arrays on one device.
       uncounted: Work that isn't in `flops`.
+
+    >>> sizes = {"argument_bytes": 2**20, "output_bytes": 2**18, "temporary_bytes": 2**18}
+    >>> found = Certificate(kernels=2, idle=(), trained=64, base=4096, state=128, flops=10**6, plain_flops=None,
+    ...                     collectives=(), uncounted=(), **sizes)
+    >>> found.trained / found.base
+    0.015625
     """
 
     kernels: int

@@ -38,7 +38,12 @@ from lora_jax.train._vocabulary import check_examples
 
 @dataclasses.dataclass(frozen=True)
 class TrainResult:
-    """The result of a run."""
+    """The result of a run.
+
+    >>> result = TrainResult({}, [], None, None, steps=60, adapter_step=40, tokens_per_second=0.0, seconds=1.5)
+    >>> result.adapter_step  # the best of 60 steps was the 40th
+    40
+    """
 
     params: Any
     """The given tree with the trained adapter in it: the best one if `load_best_model_at_end`, else the last."""
@@ -129,6 +134,17 @@ def train(
         OSError: A checkpoint can't be written; the message names the newest complete one.
         MissingExtra: `report_to` needs a package that isn't installed.
         FileNotFoundError: `output` has no checkpoint to resume from.
+
+    >>> import jax, jax.numpy as jnp, lora_jax
+    >>> from lora_jax import data
+    >>> apply_fn = lambda params, ids, mask: params["embed"][ids] @ params["head"]
+    >>> params = {"embed": jnp.eye(4), "head": jnp.zeros((4, 4))}
+    >>> params = lora_jax.init(jax.random.key(0), params, lora_jax.LoRAConfig(rank=2, alpha=4, targets=("head",)))
+    >>> rows = [data.Example(np.array([1, 2, 3], np.int32), np.array([False, True, True]))]
+    >>> config = TrainConfig(max_steps=20, batch_size=1, learning_rate=0.3, logging_steps=1)
+    >>> result = train(apply_fn, params, rows, config=config)
+    >>> round(result.history[0]["loss"], 2), result.history[-1]["loss"] < 0.3
+    (1.39, True)
     """
     began = time.perf_counter()
     config = config or TrainConfig()

@@ -57,6 +57,11 @@ def next_token_loss(logits: Array, batch: dict[str, Array]) -> tuple[Array, Arra
 
     Returns:
         Two float32 scalars.
+
+    >>> logits = jnp.zeros((1, 3, 4))  # four tokens, equally likely
+    >>> batch = {"input_ids": jnp.array([[1, 2, 3]]), "loss_weights": jnp.ones((1, 3))}
+    >>> [round(float(total), 4) for total in next_token_loss(logits, batch)]  # 2 log 4, and two targets
+    [2.7726, 2.0]
     """
     return summed_token_losses(cross_entropy(logits, following(batch["input_ids"])), batch)
 
@@ -88,6 +93,10 @@ def classification_loss(logits: Array, batch: dict[str, Array]) -> tuple[Array, 
 
     Returns:
         Two float32 scalars.
+
+    >>> batch = {"labels": jnp.array([0, 2]), "loss_weights": jnp.array([1.0, 0.0])}  # the second is padding
+    >>> [round(float(total), 4) for total in classification_loss(jnp.zeros((2, 4)), batch)]
+    [1.3863, 1.0]
     """
     return _sums(cross_entropy(logits, batch["labels"]), batch["loss_weights"])
 
@@ -101,6 +110,10 @@ def regression_loss(scores: Array, batch: dict[str, Array]) -> tuple[Array, Arra
 
     Returns:
         Two float32 scalars.
+
+    >>> batch = {"labels": jnp.array([1.0, 2.0]), "loss_weights": jnp.ones(2)}
+    >>> [float(total) for total in regression_loss(jnp.array([[3.0], [2.0]]), batch)]
+    [4.0, 2.0]
     """
     return _sums(jnp.square(scores[..., 0].astype(jnp.float32) - batch["labels"]), batch["loss_weights"])
 

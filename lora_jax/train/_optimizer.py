@@ -71,6 +71,14 @@ def make_optimizer(
 
     Returns:
         An optax transformation, which clips by the norm of the trained leaves' gradients only.
+
+    >>> import jax, jax.numpy as jnp, lora_jax
+    >>> config = lora_jax.LoRAConfig(rank=2, alpha=4, targets="w")
+    >>> params = lora_jax.init(jax.random.key(0), {"w": jnp.ones((3, 4))}, config)
+    >>> tx = make_optimizer(TrainConfig(learning_rate=1e-3), steps=100)
+    >>> moments = [x.shape for x in jax.tree.leaves(tx.init(lora_jax.split(params)[1])) if x.ndim == 2]
+    >>> sorted(set(moments))  # of A and B alone
+    [(2, 4), (3, 2)]
     """
     decay = config.weight_decay if weight_decay is None else weight_decay
     tx = _optimizer(config, schedule(config, steps, learning_rate), decay)

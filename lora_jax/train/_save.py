@@ -30,7 +30,11 @@ _FREE = ("logging_steps", "eval_steps", "early_stopping_patience", "save_steps",
 
 
 class Stopped(Exception):
-    """A run was asked to stop; its steps so far are in a complete checkpoint on the disk."""
+    """A run was asked to stop; its steps so far are in a complete checkpoint on the disk.
+
+    >>> str(Stopped(step=5, steps=60, checkpoint=Path("out/checkpoints/5")))
+    'stopped after step 5 of 60: saved in out/checkpoints/5'
+    """
 
     def __init__(self, step: int, steps: int, checkpoint: Path | None):
         self.step: int = step

@@ -20,7 +20,12 @@ Objective = Callable[[Any, Batch], tuple[Array, Array]]
 
 
 class StepMetrics(NamedTuple):
-    """The metrics of one step: float32 scalars."""
+    """The metrics of one step: float32 scalars.
+
+    >>> metrics = StepMetrics(loss=jnp.float32(0.5), weight=jnp.float32(8), grad_norm=jnp.float32(1))
+    >>> float(metrics.loss * metrics.weight)  # the sum over the targets
+    4.0
+    """
 
     loss: Array  # mean over the targets (tokens, or labelled examples) of the whole batch, before the update
     weight: Array  # number of targets: the sum of their weights
@@ -139,7 +144,14 @@ def _check_used(loss: Callable[[Any], Array], adapter: Any) -> None:
 
 
 def apply_to_batch(apply_fn: Callable[..., Any], params: Any, batch: Batch, **keywords: Any) -> Any:
-    """The model's output for a batch, with the batch's `token_type_ids`, if any, and `keywords` as keywords."""
+    """The model's output for a batch, with the batch's `token_type_ids`, if any, and `keywords` as keywords.
+
+    >>> ids = jnp.array([[1, 2]])
+    >>> batch = {"input_ids": ids, "attention_mask": ids * 0 + 1, "loss_weights": jnp.ones((1, 2))}
+    >>> apply_fn = lambda params, ids, mask: params["table"][ids] * mask[..., None]
+    >>> apply_to_batch(apply_fn, {"table": jnp.eye(3)}, batch).shape
+    (1, 2, 3)
+    """
     extra = {name: batch[name] for name in ("token_type_ids",) if name in batch}
     return apply_fn(params, batch["input_ids"], batch["attention_mask"], **extra, **keywords)
 
@@ -155,6 +167,12 @@ def make_loss_sums(
         apply_fn: The model's own function, as for `make_step`.
         objective: From the model's output and the batch to the two sums.
         predict: From the model's output to one prediction for each example; they are the third result.
+
+    >>> ids = jnp.array([[1, 2, 3]])
+    >>> batch = {"input_ids": ids, "attention_mask": ids * 0 + 1, "loss_weights": jnp.ones((1, 3))}
+    >>> sums = make_loss_sums(lambda params, ids, mask: params["table"][ids])({"table": jnp.zeros((4, 4))}, batch)
+    >>> [round(float(total), 4) for total in sums]
+    [2.7726, 2.0]
     """
 
     apply = prefix.adapt(ensure_adapted(apply_fn))

@@ -26,6 +26,11 @@ class Task:
         metrics: From all predictions and labels, both [examples], to metrics by name.
         best: The metric that decides which adapter is the best: `"loss"`, or one of `metrics`.
         highest: Whether the highest value of it is the best, and not the lowest.
+
+    >>> from lora_jax import train
+    >>> task = Task(objective=train.classification_loss, predict=lambda logits: logits.argmax(-1), best="loss")
+    >>> task.highest
+    False
     """
 
     objective: Objective
@@ -47,7 +52,12 @@ REGRESSION = Task(
 
 
 def classification(classes: int) -> Task:
-    """The task of classifying examples into `classes` classes, evaluated by accuracy."""
+    """The task of classifying examples into `classes` classes, evaluated by accuracy.
+
+    >>> task = classification(3)
+    >>> task.best, task.highest
+    ('accuracy', True)
+    """
     return Task(
         objective=classification_loss,
         predict=lambda logits: jnp.argmax(logits, axis=-1),
@@ -58,7 +68,16 @@ def classification(classes: int) -> Task:
 
 
 def task_of(examples: Sequence[AnyExample]) -> Task:
-    """The task of tokenised examples: next tokens without labels, classes for integer labels, scores for floats."""
+    """The task of tokenised examples: next tokens without labels, classes for integer labels, scores for floats.
+
+    >>> import numpy as np
+    >>> from lora_jax import data
+    >>> ids = np.array([101, 7, 102], np.int32)
+    >>> task_of([data.LabelledExample(ids, np.int32(1)), data.LabelledExample(ids, np.int32(0))]).best
+    'accuracy'
+    >>> task_of([data.Example(ids, np.array([False, True, True]))]).best
+    'loss'
+    """
     first = examples[0]
     if isinstance(first, Example):
         return LANGUAGE_MODELLING
