@@ -38,6 +38,37 @@ def test_the_code_runs(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "merged" / "model.safetensors").exists()
 
 
+def test_it_opens_as_a_stranger_reads():
+    """What it is, a picture, `pip install`, ten lines, the documentation, the paper, the clone; then the rest."""
+    order = [
+        "# lora_jax",
+        "![",
+        "pip install",
+        "```python",
+        "(docs/index.md)",
+        "```bibtex",
+        "make run",
+        "make test",
+        "## In your own training loop",
+        "## On the command line",
+        "## Limits",
+    ]
+    places = [README.index(part) for part in order]
+    assert places == sorted(places)
+    opening = README[: places[1]].split("\n\n")[1]
+    assert len(opening.splitlines()) <= 4
+    ten = [line for line in blocks("python")[0].splitlines() if line.strip()]
+    assert len(ten) == 10
+    assert "\n".join(blocks("python")[0].splitlines()) in (ROOT / "docs" / "quick-start.md").read_text()
+
+
+def test_the_ten_lines_run():
+    names = {}
+    exec(compile(blocks("python")[0], "README.md", "exec"), names)
+    before, after = (names["apply_fn"](names[tree], jnp.ones((3, 8))).mean() for tree in ("params", "merged"))
+    assert after < before
+
+
 def test_what_is_linked_is_there():
     links = re.findall(r"\]\(([^)#]+)\)", README)
     here = [link for link in links if "://" not in link]
