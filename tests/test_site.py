@@ -65,6 +65,11 @@ def test_the_code_of_a_page_runs(page, capsys):
     names = {}
     for block in blocks(text_of(page)):
         exec(compile(block, page, "exec"), names)
+    if page == "quick-start.md":  # a step down the loss, which README shows too
+        assert (
+            names["loss_fn"](names["adapter"], names["jnp"].ones((3, 8)))
+            < names["apply_fn"](names["params"], names["jnp"].ones((3, 8))).mean()
+        )
     if page == "targets.md":
         printed = capsys.readouterr().out
         assert "layer_1/value/kernel" in printed

@@ -67,14 +67,19 @@ def asked_for(driver):
     return [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
 
 
-def search(driver, words):
-    """Type words into the search; the addresses of the results."""
+def found(driver, words, place):
+    """Whether a search for `words` comes to list a result at `place`."""
+    from selenium.common.exceptions import TimeoutException
     from selenium.webdriver.support.ui import WebDriverWait
 
     driver.execute_script("document.querySelector('[data-md-component=search-query]').focus()")
     driver.switch_to.active_element.send_keys(words)
     links = "return [...document.querySelectorAll('.md-search-result__link')].map(link => link.href)"
-    return WebDriverWait(driver, 20).until(lambda _: driver.execute_script(links))
+    try:
+        WebDriverWait(driver, 30).until(lambda _: any(place in link for link in driver.execute_script(links)))
+    except TimeoutException:
+        return False
+    return True
 
 
 def test_pages_load_from_here_alone_and_the_console_is_silent(driver, address):
@@ -89,12 +94,19 @@ def test_pages_load_from_here_alone_and_the_console_is_silent(driver, address):
     assert elsewhere == []
 
 
+def test_no_page_names_a_file_elsewhere(site):
+    """Scripts, styles, pictures and frames; links that a reader follows may lead anywhere."""
+    loads = re.compile(r"""<(?:script|img|iframe|source|video|link)\b[^>]*?(?:src|href)=["']?(?:https?:)?//[^>]*>""")
+    for path in site.rglob("*.html"):
+        assert [tag for tag in loads.findall(path.read_text()) if 'rel="canonical"' not in tag] == [], path
+
+
 def test_the_search_finds_a_page_and_a_public_name(driver, address):
     driver.get(f"{address}/index.html")
     asked_for(driver)
-    assert any("/targets.html" in link for link in search(driver, "all-linear targets"))
+    assert found(driver, "targets", "/targets.html")
     driver.get(f"{address}/index.html")
-    assert any("/api/lora_jax.html#lora_jax.merge_report" in link for link in search(driver, "merge_report"))
+    assert found(driver, "merge_report", "/api/lora_jax.html#lora_jax.merge_report")
     assert [url for url in asked_for(driver) if not url.startswith((address, "data:", "about:", "blob:"))] == []
     assert driver.get_log("browser") == []
 

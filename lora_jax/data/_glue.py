@@ -69,6 +69,8 @@ GLUE_TASKS = {
     "rte": GlueTask(text="sentence1", pair="sentence2", labels=("entailment", "not_entailment")),
     "wnli": GlueTask(text="sentence1", pair="sentence2", labels=("not_entailment", "entailment")),
 }
+"""The tasks of GLUE by their names on the command line."""
+
 _JSON_NAMES = {"sentence1": "premise", "sentence2": "hypothesis", "gold_label": "label"}  # of MNLI as jsonl
 
 

@@ -8,3 +8,4 @@ FAMILIES = {
     for family in module.FAMILIES
 }
 SUPPORTED = tuple(sorted(FAMILIES))
+"""Architectures of Hugging Face folders that are read, as `config.json` names them."""

@@ -30,6 +30,7 @@ RULES: MappingProxyType[str, Axes] = MappingProxyType(
         "layers": None,
     }
 )
+"""The axes of a mesh along which an axis of weights and activations is divided, by its name; None for none."""
 
 
 @dataclass(frozen=True)

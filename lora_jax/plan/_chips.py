@@ -31,6 +31,7 @@ GENERATIONS = {
     "v5p": Generation(95 * GIB, 3, "v5p-8", "megacore"),
     "v6e": Generation(32 * GIB, 2, "v6e-4", "default"),
 }
+"""The generations of TPUs that a topology may name, with the memory of a chip."""
 
 
 class Topology(NamedTuple):

@@ -41,6 +41,7 @@ class Task:
 
 
 LANGUAGE_MODELLING = Task(objective=next_token_loss)
+"""The task of predicting next tokens."""
 
 REGRESSION = Task(
     objective=regression_loss,
@@ -49,6 +50,7 @@ REGRESSION = Task(
     best="pearson",
     highest=True,
 )
+"""The task of predicting one score for each example, evaluated by correlations."""
 
 
 def classification(classes: int) -> Task:
