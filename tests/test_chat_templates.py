@@ -2,7 +2,6 @@
 
 import os
 import resource
-import time
 
 import pytest
 from tokenizers_of import CHAT, byte_level
@@ -58,9 +57,7 @@ def test_what_is_written_is_bounded(tokenizer):
 @pytest.mark.parametrize("template", [LOOP, "{{ lipsum(n=10**8) }}"])
 def test_time_is_bounded(tokenizer, template, monkeypatch):
     monkeypatch.setattr(_template, "SECONDS", 0.3)
-    began = time.perf_counter()
     assert "it ran for 0.4 s without an end" in refused(tokenizer, template)
-    assert time.perf_counter() - began < 20
     tokenizer.chat_template = CHAT  # and the next text is rendered as ever
     assert render_chat(TURNS, tokenizer) == tokenizer.apply_chat_template(list(TURNS), tokenize=False)
 

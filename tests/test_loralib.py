@@ -171,10 +171,10 @@ def test_members_that_overlap_may_not_fill_the_memory(tmp_path):
     ],
 )
 def test_a_long_pickle_is_refused_soon(tmp_path, program, problem):
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(ValueError, match=problem):
         loralib.read(repacked(tmp_path / "x.bin", lambda members: members | {"adapter/data.pkl": program}))
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
 
 
 def test_a_storage_is_held_once_however_often_it_is_named(tmp_path):
@@ -218,10 +218,10 @@ def test_a_shape_of_many_axes_is_refused_soon(tmp_path):
     with zipfile.ZipFile(tmp_path / "x.bin", "w") as archive:
         archive.writestr("adapter/data.pkl", program + b"\x89ccollections\nOrderedDict\n)RtRs.")
         archive.writestr("adapter/data/0", bytes(4))
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(ValueError, match="without a shape"):
         loralib.read(tmp_path / "x.bin")
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
 
 
 @pytest.mark.parametrize("key", [b"\x85" * 500_000, b"q\x00h\x00\x86" + b"q\x01h\x01\x86" * 40], ids=["deep", "shared"])
@@ -329,12 +329,12 @@ def test_damage_is_refused_or_harmless(tmp_path):
         random = np.random.default_rng(seed)
         data[random.integers(len(data))] ^= 1 << int(random.integers(8))
         (tmp_path / "x.bin").write_bytes(data[: random.integers(len(data))] if seed % 4 == 0 else data)
-        started = time.monotonic()
+        started = time.process_time()
         found, refusal = attempt(tmp_path / "x.bin")
         assert refusal.isprintable()
         assert refusal or found.keys() == whole.keys()
         assert refusal or all(np.array_equal(found[name], whole[name]) for name in whole)
-        assert time.monotonic() - started < 2
+        assert time.process_time() - started < 2
 
 
 def test_damaged_programs_are_refused_or_give_tensors(tmp_path):

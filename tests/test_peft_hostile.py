@@ -312,11 +312,11 @@ def test_every_hostile_field_is_refused_soon(number, tmp_path):
     params, fields = adapted(NODES), HOSTILE_FIELDS[number]
     peft.save(tmp_path / "a", params, names=NAMES)
     (tmp_path / "a" / CONFIG).write_text(json.dumps(config_in(tmp_path / "a") | fields))
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(ValueError, match=re.escape(str(tmp_path / "a"))) as caught:
         peft.load(tmp_path / "a", base(), names=NAMES)
     assert str(caught.value).isprintable()
-    assert time.monotonic() - started < SECONDS
+    assert time.process_time() - started < SECONDS
 
 
 def test_there_are_five_hundred():
@@ -339,7 +339,7 @@ def test_each_is_refused_or_still_says_the_same(world, kind, tmp_path):
     for seed in range(count):
         shutil.copytree(whole, hostile)
         damage(hostile, np.random.default_rng(seed))
-        started = time.monotonic()
+        started = time.process_time()
         try:
             loaded = peft.load(hostile, plain, names=names)
         except (ValueError, FileNotFoundError) as error:
@@ -351,7 +351,7 @@ def test_each_is_refused_or_still_says_the_same(world, kind, tmp_path):
         else:
             assert jax.tree.structure(loaded) == jax.tree.structure(honest), seed
             assert same(loaded, params)
-        assert time.monotonic() - started < SECONDS
+        assert time.process_time() - started < SECONDS
         assert sorted(path.name for path in tmp_path.iterdir()) == ["hostile", "whole"]
         shutil.rmtree(hostile)
     # The untied one is the smallest, so that more of its bits are of names, and of the header's `"format": "pt"`, whose

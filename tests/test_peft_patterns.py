@@ -129,11 +129,11 @@ def test_layers(patterns, name, expected):
 def test_no_pattern_takes_long(pattern, monkeypatch):
     """An answer or a refusal, within the time that is there for all."""
     monkeypatch.setattr(_patterns, "SECONDS", 0.1)
-    budget, started = Budget(), time.monotonic()
+    budget, started = Budget(), time.process_time()
     with contextlib.suppress(ValueError):
         for _ in range(3):
             assert not fullmatch(pattern, "a" * 60, budget)
-    assert time.monotonic() - started < 1
+    assert time.process_time() - started < 1
 
 
 def test_a_pattern_without_end_is_refused_and_so_is_all_after_it(monkeypatch):
@@ -155,9 +155,9 @@ def test_a_pattern_without_end_is_refused_and_so_is_all_after_it(monkeypatch):
     + ["(?#()(a{1000}(?#))){1000}", "([(]a{1000}[)]){1000}", r"(\(a{1000}\)){1000}", "(?R)", "a{" + "9" * 5000 + "}"],
 )
 def test_what_cannot_be_read_is_said_soon(pattern):
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(ValueError, match="pattern") as caught:
         fullmatch(pattern, "a")
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 300
-    assert time.monotonic() - started < 1
+    assert time.process_time() - started < 1

@@ -25,6 +25,7 @@ from lora_jax._jaxprs import scan_counts
 from lora_jax._quantize.node import Quantized
 from lora_jax._quantize.placement import place_along
 from lora_jax._quantize.schemes import decode, plain_scales
+from lora_jax._walk import HOLDERS
 
 
 @dataclass(frozen=True)
@@ -325,11 +326,8 @@ def _through(eqn: Any, w: Lazy) -> Plan | None:
 
 # Where it is dequantized: where it meets activations, or else where something has no plan for it, which is told.
 PRODUCTS = frozenset({"dot_general", "ragged_dot_general", "conv_general_dilated"})
-# Equations with jaxprs of their own, which take its arrays in.
-HOLDERS = frozenset(
-    {"jit", "pjit", "remat", "remat2", "checkpoint", "closed_call", "core_call", "core_closed_call", "scan", "while"}
-    | {"cond", "shard_map"}
-)
+# Equations with jaxprs of their own, which take its arrays in; functions with a rule of their own get W as an array.
+TAKING_IN = HOLDERS - {"custom_jvp_call", "custom_vjp_call"}
 
 
 def admits(eqn: Any, place: int, w: Lazy) -> Lazy | None:
@@ -339,7 +337,7 @@ def admits(eqn: Any, place: int, w: Lazy) -> Lazy | None:
         return w if w.lead else None
     if name == "shard_map":
         return _cuttable(w, eqn.params["in_specs"][place], eqn.params["mesh"].shape)
-    if name in HOLDERS or name in PRODUCTS:
+    if name in TAKING_IN or name in PRODUCTS:
         return w
     plan = PLANS.get(name)
     return w if place == 0 and plan is not None and plan(eqn, w) is not None else None
