@@ -132,7 +132,9 @@ def test_an_interrupt_ends_the_answer(typed, answered, monkeypatch):
 def test_a_conversation_that_is_too_long(typed, said, folder, answered):
     code, out, err = typed("x" * 120, "hi")
     assert (code, out) == (0, f"> > {answered('uhi')}\n\n")
-    line = "the conversation has 137 tokens, as many as the model has positions (128); begin a new one"
+    line = (
+        "the conversation has 137 tokens, which leaves none of the model's 128 positions for an answer; begin a new one"
+    )
     assert f"{line} (/clear)" in err
     assert said("chat", "--model", folder, given="x" * 120)[::2] == (2, f"lora-jax: {line}\n")
 

@@ -55,8 +55,8 @@ def fitted(model: Any, params: Any, ids: Sequence[int], config: GenerateConfig) 
     room = model.max_length - prefix.length(params) - len(ids)
     if room < 1:
         raise ValueError(
-            f"the conversation has {len(ids)} tokens, as many as the model has positions ({model.max_length}); "
-            "begin a new one"
+            f"the conversation has {len(ids)} tokens, which leaves none of the model's {model.max_length} positions "
+            "for an answer; begin a new one"
         )
     return replace(config, max_tokens=min(config.max_tokens, room))
 
