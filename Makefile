@@ -13,7 +13,7 @@ VERSIONED := stack sharding transforms frameworks forward forward_properties
 .PHONY: run test slow oracle real oldest bench browser docs tpu mutants check clean
 
 run: .venv/.run  ## fine-tune the embedded model on the embedded task
-	$(BIN)/lora-jax train
+	$(BIN)/lora-jax train --output out/demo --overwrite
 
 test: .venv/.test  ## everything but the live comparisons and the long tail, compiled quickly
 	$(PYTEST)

@@ -22,7 +22,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 import lora_jax
 from lora_jax import models, peft
-from lora_jax.cli import COMMANDS, _base, _embedded, _rows, main
+from lora_jax.cli import COMMANDS, _base, _embedded, _rows, evaluate, main
 from lora_jax.cli._base import Base
 from lora_jax.demo import text_to_sql
 from lora_jax.peft import adapter_folder
@@ -172,6 +172,22 @@ def test_evaluate_prints_one_json_object(world, capsys):
     adapted = json.loads(capsys.readouterr().out)
     assert base["rows"] == adapted["rows"] == 12
     assert adapted["loss"] < base["loss"]
+
+
+def test_evaluate_cuts_rows_as_the_run_did(world, tmp_path, capsys):
+    shutil.copytree(world["out"], tmp_path / "out")
+    path = tmp_path / "out" / "run.yaml"
+    path.write_text(path.read_text().replace("max_length: 512", "max_length: 6"))
+    argv = ["evaluate", "--adapter", str(tmp_path / "out"), "--data", world["data"], "--json"]
+    assert main(argv) == 0
+    said = capsys.readouterr()
+    assert f"max_length: 6, as in {path}" in said.err
+    assert json.loads(said.out)["rows_truncated"] == 12
+    assert main([*argv, "--max-length", "40"]) == 0
+    assert json.loads(capsys.readouterr().out)["rows_truncated"] == 0
+    for damaged in ("max_length: [", "max_length: many", "- 1"):
+        path.write_text(damaged)
+        assert evaluate._max_length(None, tmp_path / "out") == 512
 
 
 def test_a_perplexity_beyond_all_numbers_is_null_in_json(world, tmp_path, capsys):

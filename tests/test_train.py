@@ -291,6 +291,17 @@ def test_each_optimizer_moves_what_trains(optim):
         np.testing.assert_allclose(moved, -0.01 * (FIRST_STEPS[optim](np.asarray(g)) + 0.1 * w), rtol=1e-4, atol=1e-7)
 
 
+def test_an_evaluation_shows_its_progress():
+    said = Console(file=io.StringIO(), width=80)
+    few = evaluate(tiny.small_apply, tiny.small_init(jax.random.key(0)), tiny.examples(30), batch_size=2, console=said)
+    assert said.file.getvalue() == ""  # there are 15 batches
+    rows = tiny.examples(80)
+    shown = evaluate(tiny.small_apply, tiny.small_init(jax.random.key(0)), rows, batch_size=2, console=said)
+    assert said.file.getvalue().splitlines()[:2] == ["evaluating: 2/40 batches", "evaluating: 4/40 batches"]
+    assert shown == evaluate(tiny.small_apply, tiny.small_init(jax.random.key(0)), rows, batch_size=2)
+    assert few.count < shown.count
+
+
 def test_clipping_scales_the_gradient_to_the_norm():
     _, adapter = lora_jax.split(grown(adapted()))
     grads = jax.tree.map(lambda x: 100 * x, adapter)

@@ -15,6 +15,7 @@ from lora_jax._config import PEFT_NAMES
 from lora_jax.cli import _flags
 
 FILE = "run.yaml"
+MOST_BYTES = 2**16  # of a file that comes with someone's adapter
 ONCE = ("config", "overwrite", "resume")  # flags of one call, which another call doesn't repeat
 NOT_WRITTEN = (*ONCE, "push_to_hub")  # a run that is repeated replaces nothing on the hub
 
@@ -67,6 +68,15 @@ def settings(path: Path, words: dict[str, list[str]], default: Any) -> Any:
         return _flags.settings_of(type(default), listed, default, prog=str(path), config=config, in_one_line=True)
     except ValueError as error:
         raise ValueError(f"{path}: {str(error).removeprefix('--')}") from None
+
+
+def value(folder: Path, name: str) -> Any:
+    """A value in the file of the run in a folder; None if there is none that can be read."""
+    try:
+        content = yaml.safe_load((folder / FILE).read_bytes()[:MOST_BYTES])
+    except (OSError, yaml.YAMLError, UnicodeDecodeError, RecursionError):
+        return None
+    return content.get(name) if isinstance(content, dict) else None
 
 
 def write(folder: Path, settings: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import tyro
 
 from lora_jax import data
-from lora_jax.cli import _base, _data, _embedded, _labels, _mesh, _rows, _show, _template
+from lora_jax.cli import _base, _data, _embedded, _labels, _mesh, _rows, _run_file, _show, _template
 from lora_jax.cli._data import DataSource
 from lora_jax.data import Labelled, Row
 from lora_jax.train import TrainConfig, evaluate
@@ -31,8 +31,8 @@ class Settings:
     """folder of an adapter, as `lora-jax train` writes it"""
     batch_size: int = TrainConfig.batch_size
     """rows that are computed at once"""
-    max_length: int = TrainConfig.max_length
-    """most tokens of a row"""
+    max_length: int | None = None
+    """most tokens of a row; that of the adapter's run if not given, else 512"""
     json: bool = False
     """print one JSON object, and nothing else, on standard output"""
     reading: tyro.conf.OmitArgPrefixes[_data.DataFlags] = _data.DEFAULTS
@@ -42,6 +42,7 @@ class Settings:
 
 def run(settings: Settings) -> None:
     settings = replace(settings, base=settings.template.of(settings.base).for_adapter(settings.adapter))
+    settings = replace(settings, max_length=_max_length(settings.max_length, settings.adapter))
     _embedded.check_data_given(settings.base, settings.data)
     source = _data.source_of(settings.data, settings.reading)
     rows = _read(source, settings.split)
@@ -58,18 +59,31 @@ def run(settings: Settings) -> None:
         _show.metrics(metrics)
 
 
+def _max_length(given: int | None, adapter: Path | None) -> int:
+    """The most tokens of a row: the flag's, or those of the run that has written the adapter, which is printed."""
+    if given is not None or adapter is None:
+        return given or TrainConfig.max_length
+    of_run = _run_file.value(adapter, "max_length")
+    if not isinstance(of_run, int) or of_run < 2:
+        return TrainConfig.max_length
+    if of_run != TrainConfig.max_length:
+        _show.notes().print(f"max_length: {of_run}, as in {adapter / _run_file.FILE}", markup=False, soft_wrap=True)
+    return of_run
+
+
 def _evaluate_text(settings: Settings, rows: Sequence[Row]) -> dict[str, Any]:
     _base.check_generates(settings.base.abstract())
     mesh = settings.base.devices(settings.batch_size)
     _mesh.check_rows(mesh, settings.batch_size)
     model = settings.base.load(mesh=mesh)
     params = _base.with_adapter(model, settings.adapter)
-    length = min(settings.max_length, model.max_length)
+    length = min(settings.max_length or TrainConfig.max_length, model.max_length)
     reading = settings.reading
     encoded = data.encode(rows, model.tokenizer, length, reading.truncation_mode or "keep_end", reading.loss or "all")
-    _show.notes().print(str(model.attention(settings.batch_size, settings.max_length)), markup=False, soft_wrap=True)
-    with _show.working("evaluating"):
-        evaluation = evaluate(model.apply, params, encoded.examples, batch_size=settings.batch_size, mesh=mesh)
+    _show.notes().print(str(model.attention(settings.batch_size, length)), markup=False, soft_wrap=True)
+    evaluation = evaluate(
+        model.apply, params, encoded.examples, batch_size=settings.batch_size, mesh=mesh, console=_show.notes()
+    )
     metrics: dict[str, Any] = {
         "loss": evaluation.loss,
         **evaluation.metrics,
@@ -93,14 +107,19 @@ def _evaluate_labels(settings: Settings, source: DataSource, rows: list[Labelled
     _mesh.check_rows(mesh, settings.batch_size)
     model = settings.base.load(labels=labels.names, mesh=mesh)
     params = _base.with_adapter(model, settings.adapter)
-    length = min(settings.max_length, model.max_length)
+    length = min(settings.max_length or TrainConfig.max_length, model.max_length)
     encoded = data.encode_labelled(rows, model.tokenizer, length, labels)
     task = _labels.task(source, encoded.examples, labels)
-    _show.notes().print(str(model.attention(settings.batch_size, settings.max_length)), markup=False, soft_wrap=True)
-    with _show.working("evaluating"):
-        evaluation = evaluate(
-            model.apply, params, encoded.examples, batch_size=settings.batch_size, task=task, mesh=mesh
-        )
+    _show.notes().print(str(model.attention(settings.batch_size, length)), markup=False, soft_wrap=True)
+    evaluation = evaluate(
+        model.apply,
+        params,
+        encoded.examples,
+        batch_size=settings.batch_size,
+        task=task,
+        mesh=mesh,
+        console=_show.notes(),
+    )
     return {
         "loss": evaluation.loss,
         **evaluation.metrics,

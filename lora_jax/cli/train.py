@@ -69,23 +69,23 @@ class Settings:
     checkpoints"""
     config: Path | None = None
     """YAML file of settings by the names of these flags, such as a run's run.yaml; flags override it"""
-    overwrite: bool = False
-    """replace a run that is in the output folder"""
-    resume: bool = False
-    """continue from the newest checkpoint in the output folder"""
     from_adapter: Path | None = None
     """folder of an adapter to go on from: its factors, and leaves trained in full, are where the run starts"""
+    resume: bool = False
+    """continue from the newest checkpoint in the output folder"""
+    overwrite: bool = False
+    """replace a run that is in the output folder"""
     push_to_hub: str | None = None
     """owner/name of the repository on the Hugging Face hub that the adapter and its card are uploaded to at the end; it
     is made, as a private one, if it isn't there"""
     prefix_length: int = 0
     """number of tokens before each row whose embeddings train beside A and B; such an adapter can't be merged"""
-    reading: tyro.conf.OmitArgPrefixes[_data.DataFlags] = _data.DEFAULTS
-    template: tyro.conf.OmitArgPrefixes[_template.TemplateFlags] = _template.NONE
     base: tyro.conf.OmitArgPrefixes[_base.TrainedBase] = _base.TrainedBase()
-    processes: tyro.conf.OmitArgPrefixes[_distributed.DistributedFlags] = _distributed.FLAGS
     lora: tyro.conf.OmitArgPrefixes[_base.LoRAFlags] = _base.LORA
     train: tyro.conf.OmitArgPrefixes[TrainConfig] = TrainConfig()
+    reading: tyro.conf.OmitArgPrefixes[_data.DataFlags] = _data.DEFAULTS
+    template: tyro.conf.OmitArgPrefixes[_template.TemplateFlags] = _template.NONE
+    processes: tyro.conf.OmitArgPrefixes[_distributed.DistributedFlags] = _distributed.FLAGS
 
 
 def defaults(words: Sequence[str]) -> Settings:

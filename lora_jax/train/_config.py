@@ -32,11 +32,8 @@ class TrainConfig:
         64
     """
 
-    batch_size: int = 16
-    """Examples of an optimizer step, over all devices and all gradient_accumulation_steps."""
-
-    gradient_accumulation_steps: int = 1
-    """Parts that a batch is computed in, one after another, to save memory; batch_size must be a multiple of it."""
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
 
     num_train_epochs: float = 3.0
     """Passes over the training examples."""
@@ -44,30 +41,40 @@ class TrainConfig:
     max_steps: int | None = None
     """Optimizer steps; overrides num_train_epochs."""
 
+    batch_size: int = 16
+    """Examples of an optimizer step, over all devices and all gradient_accumulation_steps."""
+
+    gradient_accumulation_steps: int = 1
+    """Parts that a batch is computed in, one after another, to save memory; batch_size must be a multiple of it."""
+
     max_length: int = 512
     """Most tokens of an example."""
 
-    loss_chunk: int = 0
-    """Positions of each row whose logits are held at once, to save memory; 0 holds all. It changes losses by rounding
-    only."""
+    eval_steps: int | None = None
+    """Steps between evaluations on the validation examples. 0: only before and after training. None: only before and
+    after training; for labels also once an epoch."""
 
-    learning_rate: float = 1e-3
-    """Peak learning rate."""
+    early_stopping_patience: int | None = None
+    """Stop after this many evaluations in a row that found no better adapter; needs validation examples, eval_steps
+    (labels have some without) and load_best_model_at_end. None: train to the end."""
 
-    warmup_steps: float = 0.05
-    """Steps over which the learning rate rises to its peak; below 1, a share of all steps."""
-
-    lr_scheduler_type: Scheduler = "cosine_with_min_lr"
-    """Learning rate after warm-up: a cosine decay to min_lr_rate of the peak or (cosine) to 0, a linear decay to 0,
-    constantly the peak, or (inverse_sqrt) the peak over the root of the step. Only constant has no warm-up."""
-
-    min_lr_rate: float = 0.1
-    """Share of the peak learning rate that cosine_with_min_lr ends at."""
+    load_best_model_at_end: bool = True
+    """Return the adapter that was best on the validation examples, instead of the last one."""
 
     optim: Optimizer = "adamw"
     """Optimizer, with optax's defaults except for the learning rate and weight_decay. adafactor and muon see each
     layer's matrix; muon's steps have adamw's size. schedule_free_adamw needs a constant lr_scheduler_type, and its
     averaged weights are evaluated and saved."""
+
+    lr_scheduler_type: Scheduler = "cosine_with_min_lr"
+    """Learning rate after warm-up: a cosine decay to min_lr_rate of the peak or (cosine) to 0, a linear decay to 0,
+    constantly the peak, or (inverse_sqrt) the peak over the root of the step. Only constant has no warm-up."""
+
+    warmup_steps: float = 0.05
+    """Steps over which the learning rate rises to its peak; below 1, a share of all steps."""
+
+    min_lr_rate: float = 0.1
+    """Share of the peak learning rate that cosine_with_min_lr ends at."""
 
     loraplus_lr_ratio: float = 1.0
     """Learning rate of B over that of A (LoRA+, Hayou et al. 2024, arXiv 2402.12354; 16 there). Biases, norms and
@@ -95,16 +102,9 @@ class TrainConfig:
     """Further destinations of the lines of metrics.jsonl: tensorboard (event files in the output folder), wandb
     (Weights & Biases, if installed) or none; several with commas."""
 
-    eval_steps: int | None = None
-    """Steps between evaluations on the validation examples. 0: only before and after training. None: only before and
-    after training; for labels also once an epoch."""
-
-    load_best_model_at_end: bool = True
-    """Return the adapter that was best on the validation examples, instead of the last one."""
-
-    early_stopping_patience: int | None = None
-    """Stop after this many evaluations in a row that found no better adapter; needs validation examples, eval_steps
-    (labels have some without) and load_best_model_at_end. None: train to the end."""
+    loss_chunk: int = 0
+    """Positions of each row whose logits are held at once, to save memory; 0 holds all. It changes losses by rounding
+    only."""
 
     save_minutes: float = 10.0
     """Minutes between checkpoints to resume from, unless save_steps is given; 0 saves none."""

@@ -7,10 +7,12 @@ import grain
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from rich.console import Console
 
 from lora_jax import data
 from lora_jax._finite import why_unfinite
 from lora_jax.train._placement import Placement, placed
+from lora_jax.train._progress import counted
 from lora_jax.train._step import make_loss_sums
 from lora_jax.train._task import Task, task_of
 from lora_jax.train._vocabulary import check_examples
@@ -48,6 +50,7 @@ def evaluate(
     task: Task | None = None,
     mesh: Mesh | None = None,
     rules: Any = None,
+    console: Console | None = None,
 ) -> Evaluation:
     """Compute loss and metrics over tokenised examples; every target (token or label) counts alike.
 
@@ -59,6 +62,7 @@ def evaluate(
         task: The loss and the metrics; defaults to `task_of(examples)`.
         mesh: The devices to compute on, as for `train`.
         rules: Other axes of the mesh for the names of the model's axes, as for `train`.
+        console: Shows the progress, as for `train`. None shows nothing.
 
     Raises:
         ValueError: There are no examples, the batch can't be spread evenly over the mesh, the model has no row for a
@@ -77,8 +81,9 @@ def evaluate(
     placement = placed(apply_fn, params, mesh, rules, batch_size)
     apply_fn, params = placement.apply_fn, placement.params
     check_examples(apply_fn, params, {"example": examples}, batch_size)
-    with placement.context():
-        found = Evaluator(apply_fn, examples, batch_size, task or task_of(examples), placement)(params)
+    evaluator = Evaluator(apply_fn, examples, batch_size, task or task_of(examples), placement)
+    with placement.context(), counted(console, "evaluating", evaluator.batches) as on_batch:
+        found = evaluator(params, on_batch=on_batch)
     if not np.isfinite(found.loss):
         raise ValueError(f"the loss is {found.loss:g}: {why_unfinite(params)}")
     return found
@@ -111,8 +116,24 @@ class Evaluator:
         # Predictions are on every device, so that each process can look at them all.
         self._loss_sums = jax.jit(loss_sums, out_shardings=self._placement.everywhere)
 
-    def __call__(self, params: Any, stop: Callable[[], bool] = lambda: False) -> Evaluation:
+    @property
+    def batches(self) -> int:
+        """Batches of the set."""
+        return len(self._batches)
+
+    def __call__(
+        self,
+        params: Any,
+        stop: Callable[[], bool] = lambda: False,
+        *,
+        on_batch: Callable[[int], None] | None = None,
+    ) -> Evaluation:
         """Evaluate `params`.
+
+        Args:
+            params: The parameters.
+            stop: Called before every batch.
+            on_batch: Called with the number of batches done, of which there is always one less than are under way.
 
         Raises:
             InterruptedError: `stop` returned True before the end.
@@ -123,6 +144,9 @@ class Evaluator:
                 raise InterruptedError("evaluation stopped")
             sums.append(self._loss_sums(params, self._placement.batch(batch)))
             labels.append((batch.get("labels"), batch["loss_weights"] > 0))
+            if on_batch is not None and len(sums) > 1:
+                jax.block_until_ready(sums[-2])
+                on_batch(len(sums) - 1)
         # Fetched at the end: the device never waits for the host.
         return evaluation_of(self.task, jax.device_get(sums), labels)
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -58,6 +58,25 @@ def display(console: Console | None, steps: int, done: int) -> Iterator[Display]
         ]
         with Progress(*columns, console=console, expand=True) as bar:
             yield _Bar(bar, steps, done)
+
+
+@contextlib.contextmanager
+def counted(console: Console | None, activity: str, total: int) -> Iterator[Callable[[int], None] | None]:
+    """A function that shows how many of `total` parts are done, as `display` shows steps; None without a console."""
+    if console is None:
+        yield None
+    elif console.is_terminal:
+        columns = [TextColumn(activity), BarColumn(bar_width=None), MofNCompleteColumn(), TimeRemainingColumn()]
+        with Progress(*columns, console=console, expand=True, transient=True) as bar:
+            task = bar.add_task("", total=total)
+            yield lambda done: bar.update(task, completed=done)
+    else:
+
+        def line(done: int) -> None:
+            if total >= _LINES and done * _LINES // total > (done - 1) * _LINES // total:
+                console.print(f"{activity}: {done}/{total} batches", markup=False)
+
+        yield line
 
 
 class _Bar(Display):
