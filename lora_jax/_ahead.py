@@ -94,7 +94,7 @@ def _variables(eqn: Any) -> list[Any]:
 
 
 def _used(eqns: Sequence[Any], outputs: Sequence[Any]) -> dict[Any, None]:
-    """The variables that the equations read and those that are put out, in order."""
+    """The variables that the equations read and the variables that are put out, in order."""
     read = [var for eqn in eqns for var in _variables(eqn)]
     return dict.fromkeys([*read, *(var for var in outputs if not isinstance(var, jex.Literal))])
 

@@ -8,7 +8,7 @@ class MissingExtra(ImportError):
 
 
 def require(needs: str, **extras: tuple[str, ...]) -> None:
-    """Checks that packages are installed, without importing them.
+    """Check that packages are installed, without importing them.
 
     Args:
         needs: The module or command that needs them, for the message.

@@ -284,7 +284,7 @@ def _maker(kernel: _Kernel, ranks: tuple[int, ...], initializer: str, dtype: str
 
 
 def _placed(make: Callable[..., Any], kernel: _Kernel, part: Callable[[LoRA], Any]) -> Callable[..., Any]:
-    """`make`, compiled, with the sharding of its results: that of a part of the node beside the kernel."""
+    """`make`, compiled, with a sharding for its results: a part of the node has the kernel's."""
     if kernel.sharding is None:
         return jax.jit(make)
     where = part(place(kernel.sharding, LoRA(True, True, 1.0, True, kernel.axes)))

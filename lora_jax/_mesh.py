@@ -62,7 +62,8 @@ def rows_over(sizes: Mapping[str, int]) -> int:
 
 
 def show(sizes: Mapping[str, int]) -> str:
-    """
+    """The text of a mesh, as `--mesh` takes it.
+
     >>> show({"data": 2, "fsdp": 4})
     'data=2,fsdp=4'
     """

@@ -89,12 +89,12 @@ def match(
 
 
 def is_vector(path: str) -> bool:
-    """Return whether the leaf's name is that of a bias or of a norm's scale."""
+    """Return whether a leaf of this name is a bias or a norm's scale."""
     return path.rpartition("/")[2] in VECTOR_NAMES
 
 
 def is_embedding(path: str) -> bool:
-    """Return whether the leaf's name is that of an embedding."""
+    """Return whether a leaf of this name is an embedding."""
     return path.rpartition("/")[2] in EMBEDDING_NAMES
 
 

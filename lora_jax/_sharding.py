@@ -1,4 +1,4 @@
-"""`shardings` derives the shardings of the factors from those of their kernels."""
+"""`shardings` derives the shardings of the factors from the shardings of their kernels."""
 
 import dataclasses
 from typing import Any

@@ -244,7 +244,7 @@ def train_patterns(also_train: Any) -> tuple[str, ...]:
 
 
 def trained_paths(tree: Any, also_train: Any = ()) -> set[str]:
-    """Paths of the leaves trained in full: those that `also_train` names, and those that are marked (`Trained`)."""
+    """Paths of the leaves trained in full: named by `also_train`, or marked (`Trained`)."""
     leaves = [(path, leaf) for path, leaf in leaves_with_paths(tree) if not isinstance(leaf, LoRA)]
     known = {path for path, leaf in leaves if isinstance(leaf, Trained)}
     named = match(train_patterns(also_train), [path for path, _ in leaves], what="also_train")

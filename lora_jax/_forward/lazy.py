@@ -324,7 +324,7 @@ def _through(eqn: Any, w: Lazy) -> Plan | None:
     return _gives(w)
 
 
-# Where it is dequantized: where it meets activations, or else where something has no plan for it, which is told.
+# W is dequantized where it meets activations, or else, with a warning, where a primitive has no plan for it.
 PRODUCTS = frozenset({"dot_general", "ragged_dot_general", "conv_general_dilated"})
 # Equations with jaxprs of their own, which take its arrays in; functions with a rule of their own get W as an array.
 TAKING_IN = HOLDERS - {"custom_jvp_call", "custom_vjp_call"}

@@ -128,7 +128,7 @@ def axes_of(tensor: Tensor, axes: Mapping[str, Axes] | None) -> Axes:
 
 
 def check_axes(tensor: Tensor, axes: Axes) -> None:
-    """Raises ValueError unless the stack axes come first, one for each `{}` of the tensor's name."""
+    """Raise ValueError unless the stack axes come first, one for each `{}` of the tensor's name."""
     if axes.stack != tuple(range(len(tensor.index))):
         depth = len(tensor.index)
         raise ValueError(f"{tensor.path}: stack axes {axes.stack}, but its name has {depth} {{}}, for the first axes")

@@ -24,8 +24,9 @@ class Product(NamedTuple):
       operands: Shapes of the two operands.
       data: For each operand, whether it depends on data, and not on parameters and constants alone.
       origins: For each operand, the number of the argument that it is, perhaps moved, cut or scaled; None if it is
-      none. flops: FLOPs of all its runs, in a loop's body times the trip count. source: File and line of the user's
-      code.
+        none.
+      flops: FLOPs of all its runs, in a loop's body times the trip count.
+      source: File and line of the user's code.
     """
 
     shape: tuple[int, ...]

@@ -23,9 +23,9 @@ class Collective(NamedTuple):
 
     Attributes:
       kind: As HLO calls it, `all-gather` for one.
-      shape: Of the result on one device; of what goes in where a part of it comes out (`reduce-scatter`).
+      shape: The result's shape on one device; for `reduce-scatter`, whose result is a part, the operand's.
       dtype: As HLO writes it, `bf16` for one.
-      times: How often it runs: the product of the trip counts of the loops around it, as far as they are known.
+      times: The number of its runs: the product of the trip counts of the loops around it, as far as they are known.
       origin: The operation that asked for it, as the trace named it; empty where the text doesn't say.
     """
 
@@ -136,7 +136,7 @@ class _Reader:
         return -(-bounds.pop() // stride)
 
     def stride(self, body: str, index: str) -> int:
-        """By how much a loop's body raises the part of its carry that has this index; 1 where that isn't seen."""
+        """The step by which a loop's body raises the part of its carry with this index; 1 where it isn't seen."""
         text = "\n".join(self.computations.get(body, []))
         constants = {name: int(number) for name, number in _CONSTANT.findall(text)}
         counters = {name for name, part in _PART.findall(text) if part == index}

@@ -31,8 +31,8 @@ class Quantized:
       scales: f32[*stack, *groups, *outputs], the groups being the inputs' axes, the last one shorter by `group_size`
         (or one axis, where a group is larger than it); no groups where a scale is an output's. Of nested scales u8,
         codes in bitsandbytes' dynamic map.
-      outer: None, or of nested scales f32[*stack, blocks]: the scale of each 256 scales, as they lie output by output.
-      offset: None, or of nested scales f32[*stack]: what is added to all of them.
+      outer: None, or for nested scales f32[*stack, blocks]: the scale of each 256 scales, as they lie output by output.
+      offset: None, or for nested scales f32[*stack]: the number that is added to all of them.
       scheme: "int8", "int4", "nf4" or "fp8".
       group_size: Inputs that share a scale; 0 where all of an output's do.
       dtype: The kernel's dtype, in which it meets activations.
@@ -89,7 +89,7 @@ class Quantized:
 
     @property
     def sharding(self) -> NamedSharding | None:
-        """The kernel's place on a mesh, from that of its values; None where they are wherever JAX puts them."""
+        """The kernel's sharding, from the sharding of its values; None where JAX chooses their place."""
         if isinstance(self.values, Tracer):
             return self._of_kernel(jax.typeof(self.values).sharding)
         placed = self.values.sharding if isinstance(self.values, jax.Array) and self.values.committed else None

@@ -40,7 +40,7 @@ def _canonical(spec: PartitionSpec, node: Quantized) -> tuple[Any, ...]:
 
 
 def place_along(spec: Sequence[Any], node: Quantized, mesh: Mapping[Any, int]) -> dict[str, PartitionSpec]:
-    """The specs of the data that the node has, from that of [*stack, *inputs, *outputs]."""
+    """The specs of the node's data, from the spec of [*stack, *inputs, *outputs]."""
     spec = (*spec, *(None,) * (node.ndim - len(spec)))
     inputs, outputs = len(node.axes.inputs), len(node.axes.outputs)
     stack = node.ndim - inputs - outputs
@@ -66,6 +66,6 @@ def _groups(spec: Sequence[Any], node: Quantized, mesh: Mapping[Any, int]) -> li
 
 
 def parts_of(part: Any, mesh: Mapping[Any, int]) -> int:
-    """Into how many an axis is cut; 1 where the mesh isn't known."""
+    """The number of parts that an axis is cut into; 1 where the mesh isn't known."""
     names = part if isinstance(part, tuple) else (part,)
     return math.prod(mesh.get(name, 1) for name in names)

@@ -22,7 +22,7 @@ class QuantizedRow:
       path: The kernel's.
       scheme: Its scheme.
       shape: The kernel's.
-      bits: Of a number, scales counted.
+      bits: Bits of a number, scales counted.
       relative: ‖W - dequantized‖ / ‖W‖ (Frobenius).
       largest: The largest |W - dequantized|, relative to the largest |W|.
     """

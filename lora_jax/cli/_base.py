@@ -199,7 +199,7 @@ class TrainedBase(EvaluatedBase):
     """The base model, and how its gradients are computed."""
 
     remat: Literal["auto", "none", "lean", "full"] = "auto"
-    """activations that the backward pass recomputes to save memory. full: those of each layer; lean: all but products
+    """activations that the backward pass recomputes to save memory. full: all inside a layer; lean: all but products
     with kernels and attention's output. auto: none on CPUs, else lean"""
     layers: Literal["auto", "scan", "unrolled"] = "auto"
     """scan: one loop over the layers. unrolled: no loop, which is 5 to 9 percent faster on GPUs and compiles longer.

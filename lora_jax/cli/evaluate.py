@@ -32,7 +32,7 @@ class Settings:
     batch_size: int = TrainConfig.batch_size
     """rows that are computed at once"""
     max_length: int | None = None
-    """most tokens of a row; that of the adapter's run if not given, else 512"""
+    """most tokens of a row; if not given, as in the adapter's run, else 512"""
     json: bool = False
     """print one JSON object, and nothing else, on standard output"""
     reading: tyro.conf.OmitArgPrefixes[_data.DataFlags] = _data.DEFAULTS

@@ -155,7 +155,7 @@ def _plain(case: Case, layout: Layout) -> str:
 
 
 def _lacks(kernel: str, case: Case) -> str:
-    """Why a kernel can't compute this case; empty if it can."""
+    """The reason why a kernel can't compute this case; empty if it can."""
     if case.placed:
         return "its window counts positions that are given"
     if kernel == "splash":

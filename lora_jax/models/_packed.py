@@ -185,7 +185,7 @@ def _four_bits(read: _Reader, weight: str, state_name: str) -> tuple[list[str], 
 
 
 def _other(state: Mapping[str, Any], shape: tuple[int, ...], nf4: bool, dynamic: bool) -> str:
-    """The reason why a weight's 4 bits aren't those of `lora_jax.Quantized`; empty if they are."""
+    """The reason why `lora_jax.Quantized` can't hold a weight's 4 bits; empty if it can."""
     if state["quant_type"] != "nf4":
         return f"{state['quant_type']} isn't one of nf4, int8 and fp8"
     if shape[1] % state["blocksize"]:

@@ -10,7 +10,7 @@ import jax
 
 
 def check_load(folder: Any, params: Any, names: Any, axes: Any) -> Path:
-    """Checks the arguments of `load`; returns the path of the folder."""
+    """Check the arguments of `load`; return the path of the folder."""
     path = folder_of(folder)
     check_tree(params)
     check_names(names)
@@ -22,7 +22,7 @@ def check_load(folder: Any, params: Any, names: Any, axes: Any) -> Path:
 def check_save(
     folder: Any, params: Any, names: Any, also_train: Any, tokens: Any, **strings: Any
 ) -> tuple[Path, dict[str, list[int]]]:
-    """Checks the arguments of `save`; returns the folder's path, and row numbers by the path of their embedding."""
+    """Check the arguments of `save`; return the folder's path, and row numbers by the path of their embedding."""
     path = folder_of(folder)
     check_tree(params)
     check_names(names)
@@ -46,14 +46,14 @@ def folder_of(folder: Any) -> Path:
 
 
 def check_tree(params: Any) -> None:
-    """Raises ValueError for anything but a tree with leaves in it, such as a model, whose `params` are such a tree."""
+    """Raise ValueError for anything but a tree with leaves in it, such as a model, whose `params` are such a tree."""
     if params is None or callable(params) or jax.tree_util.all_leaves([params]):
         hint = ": give its params" if hasattr(params, "params") else ""
         raise ValueError(f"params: {show(params)} given, expected a tree of parameters{hint}")
 
 
 def check_names(names: Any) -> None:
-    """Raises ValueError unless each leaf's path has a name with `.name` and `.transpose`."""
+    """Raise ValueError unless each leaf's path has a name with `.name` and `.transpose`."""
     if not isinstance(names, Mapping):
         hint = ": give its names" if hasattr(names, "names") else ""
         raise ValueError(f"names: {show(names)} given, expected leaf paths and their names, as model.names{hint}")
@@ -63,7 +63,7 @@ def check_names(names: Any) -> None:
 
 
 def _check_patterns(also_train: Any) -> None:
-    """Raises ValueError for anything but patterns or a config."""
+    """Raise ValueError for anything but patterns or a config."""
     patterns = [also_train] if isinstance(also_train, str) else getattr(also_train, "also_train", also_train)
     if not isinstance(patterns, Collection) or not all(isinstance(pattern, str) for pattern in patterns):
         raise ValueError(f"also_train: {show(also_train)} given, expected patterns of leaves, or the LoRAConfig")

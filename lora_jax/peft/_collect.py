@@ -137,7 +137,7 @@ def _check_magnitudes(factors: Sequence[Factors], form: str) -> None:
 def _with_one_rank(factors: Sequence[Factors]) -> list[Factors]:
     """The same ΔW with scale 1 and one rank for all: the scale goes into b, rows and columns of zeros are added.
 
-    Of ranks 2 and 4, the first becomes a [in, 2] -> [in, 4] and b [2, out] -> [4, out], whose product is the same.
+    With ranks 2 and 4, the first becomes a [in, 2] -> [in, 4] and b [2, out] -> [4, out], whose product is the same.
     """
     rank = max(found.rank for found in factors)
     padded = []

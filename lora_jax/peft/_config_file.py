@@ -45,7 +45,7 @@ EDITS_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def read(folder: Path) -> AdapterConfig:
-    """Reads the config in `folder`.
+    """Read the config in `folder`.
 
     Raises:
         FileNotFoundError: There is none.
@@ -58,7 +58,7 @@ def read(folder: Path) -> AdapterConfig:
 
 
 def read_json(path: Path) -> Any:
-    """Reads the JSON value of a config's file; its fields aren't checked.
+    """Read the JSON value of a config's file; its fields aren't checked.
 
     Raises:
         ValueError: The file is too large or a Git LFS pointer, isn't JSON, or has a key twice, NaN or Infinity.

@@ -22,8 +22,8 @@ SECONDS, SECONDS_A_NAME = 1.0, 1e-3  # for all matching of one config, and the a
 
 # A name with nothing to repeat, such as `q_proj` or `^model\.layers\.0\.q_proj$`.
 _LITERAL = re.compile(r"\^?(?:[\w.-]|\\\.)*\$?")
-# The parts that a pattern of `re` is made of; any other single character is a part too. Of `(?:ab){3}[c]` they are
-# `(?:`, `a`, `b`, `)`, `{3}` and `[c]`.
+# The parts that a pattern of `re` is made of; any other single character is a part too. Those of `(?:ab){3}[c]`
+# are `(?:`, `a`, `b`, `)`, `{3}` and `[c]`.
 _PARTS = re.compile(
     r"""(?P<comment>\(\?\#[^)]*\))              # a comment
       | (?P<group>\((?:\?(?P<flags>[a-zA-Z-]*):)?)  # the beginning of a group, perhaps with flags of its own

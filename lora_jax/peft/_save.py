@@ -35,7 +35,7 @@ def save(
     fused: bool = False,
     overwrite: bool = False,
 ) -> None:
-    """Writes the adapter in `params` as a folder that PEFT, transformers and vLLM load.
+    """Write the adapter in `params` as a folder that PEFT, transformers and vLLM load.
 
     `adapter_model.safetensors` gets, for each adapted module (each layer of a stacked leaf is one),
     `lora_A.weight = aᵀ` (rank, in) and `lora_B.weight = bᵀ` (out, rank). `adapter_config.json` gets ranks and alphas.
@@ -126,7 +126,7 @@ def _check_free(folder: Path, overwrite: bool) -> None:
 
 
 def _place(folder: Path, files: Mapping[str, bytes | None]) -> None:
-    """Writes all of `files` into a temporary folder, and moves them into `folder` once they are on the disk.
+    """Write all of `files` into a temporary folder, and move them into `folder` once they are on the disk.
 
     Files whose content is None are removed from `folder`.
     """
@@ -145,7 +145,7 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def _check_finite(tensors: Mapping[str, Any]) -> None:
-    """Raises ValueError where a value isn't finite."""
+    """Raise ValueError where a value isn't finite."""
     for name, tensor in tensors.items():
         if not np.all(np.isfinite(tensor)):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Compiling a step, and the compiler's figures of it."""
+"""Compiling a step, and reading the compiler's numbers of it."""
 
 import re
 import time

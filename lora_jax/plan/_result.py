@@ -1,4 +1,4 @@
-"""A plan as a value: figures of one chip, whether the step fits, and as text and JSON."""
+"""A plan as a value: the numbers of one chip, whether the step fits, and its forms as text and JSON."""
 
 import dataclasses
 from typing import Any
@@ -68,6 +68,7 @@ class Plan:
 
     @property
     def mesh(self) -> dict[str, int]:
+        """The number of chips along each axis."""
         return self.request.sizes(self.chips)
 
     @property
@@ -123,7 +124,7 @@ class Plan:
             if self.mesh.get("data", 1) > 1:
                 lines.append("--mesh fsdp=... instead of data=...: weights are then cut, not copied")
         if self.found["remat"] != "full":
-            lines.append("--remat full: each layer is computed anew in the backward pass")
+            lines.append("--remat full: each layer is recomputed in the backward pass")
         if not train.loss_chunk:
             lines.append("--loss-chunk 256: the logits of all positions are never held at once")
         rows = train.micro_batch_size // _mesh.rows_over(self.mesh)

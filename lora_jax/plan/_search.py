@@ -1,4 +1,4 @@
-"""Several plans of one step: over meshes, each with as little computed anew as fits."""
+"""Several plans of one step: over meshes, each with the least recomputation that fits."""
 
 import dataclasses
 from collections.abc import Callable

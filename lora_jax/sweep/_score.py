@@ -30,7 +30,7 @@ def kernel_scores(
 
 
 def score_of(point: Point, adapter: Any, kernels: Mapping[str, GradientScore]) -> float:
-    """By how much the best update of norm 1 with the point's rank and targets lowers the loss, to first order.
+    """Compute how far the best update of norm 1 with the point's rank and targets lowers the loss, to first order.
 
     √Σ_k Σ_{i≤r} σ_i(G_k)²      over the kernels k that the point targets, with G_k the loss's gradient for k
     """

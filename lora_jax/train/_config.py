@@ -77,7 +77,7 @@ class TrainConfig:
     """Share of the peak learning rate that cosine_with_min_lr ends at."""
 
     loraplus_lr_ratio: float = 1.0
-    """Learning rate of B over that of A (LoRA+, Hayou et al. 2024, arXiv 2402.12354; 16 there). Biases, norms and
+    """Ratio of B's learning rate to A's (LoRA+, Hayou et al. 2024, arXiv 2402.12354; 16 there). Biases, norms and
     magnitudes learn as B does, other leaves trained in full and the factors of embeddings as A does."""
 
     weight_decay: float = 0.01

@@ -73,8 +73,8 @@ def placed(
 ) -> Placement:
     """Put parameters on a mesh, and have the function compute there.
 
-    A function of `lora_jax.models` says where its leaves belong. Of any other function the leaves that are on the
-    mesh's devices stay as they are; the others are copied to every device.
+    A function of `lora_jax.models` says where its leaves belong. For any other function the leaves on the mesh's
+    devices stay as they are, and the others are copied to every device.
 
     Args:
         apply_fn: A function as for `make_step`.

@@ -1,4 +1,4 @@
-"""When a run is saved, and the folder that it is saved in: one run at a time, and no other run's files."""
+"""Saving a run in its folder, which one run at a time writes to, and never over another run's files."""
 
 import contextlib
 import dataclasses
