@@ -82,16 +82,17 @@ def losses_in_chunks(
 
 
 def _is_frozen(raw: Any, base: Any, adapter: Any) -> bool:
-    """Return whether no gradient of the head reaches a leaf that trains."""
-    ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-
-    def of_head(adapter: Any, x: Array) -> Array:
-        head = ensure_adapted(lambda params, x: raw.unembed(params)(x))
-        return jnp.sum(head(combine(base, adapter), x))
-
+    """Return whether no gradient of the head reaches a leaf that trains; nothing is computed."""
+    head = ensure_adapted(lambda params, x: jnp.sum(raw.unembed(params)(x)))
     hidden = ensure_adapted(lambda params, ids: raw(params, ids, hidden=True))
-    x = jax.eval_shape(lambda adapter, ids: hidden(combine(base, adapter), ids), adapter, ids)
-    return not any(differentiable_leaves(lambda adapter: of_head(adapter, jnp.zeros(x.shape, x.dtype)), adapter))
+    reached: list[bool] = []
+
+    def trace(base: Any, adapter: Any, ids: Array) -> None:
+        x = lax.stop_gradient(hidden(combine(base, adapter), ids))
+        reached.extend(differentiable_leaves(lambda adapter: head(combine(base, adapter), x), adapter))
+
+    jax.eval_shape(trace, base, adapter, jax.ShapeDtypeStruct((1, 1), jnp.int32))
+    return not any(reached)
 
 
 def _by_chunks(loss: Callable[[Array, Array], Array], x: Array, ids: Array, chunk: int, frozen: bool) -> Array:

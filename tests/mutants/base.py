@@ -1,0 +1,191 @@
+"""Faults of what the tree and the forward stand on: names, settings, shardings, reports and quantized kernels."""
+
+from mutants.mutant import Mutant, tests_in
+
+NAMES = [
+    Mutant(
+        "_paths.py",
+        "    return parts[-len(suffix) :] == suffix",
+        '    return "/".join(parts).endswith("/".join(suffix))',
+        "a pattern matches the end of a name",
+        tests_in("paths", "parts_of_components_dont_match"),
+    ),
+    Mutant(
+        "_paths.py",
+        "            chosen.setdefault(path, index)",
+        "            chosen[path] = index",
+        "the last pattern counts",
+        tests_in("paths", "the_first_match_wins"),
+    ),
+    Mutant(
+        "_paths.py",
+        "if parts[-1] in LEAF_NAMES and len(parts) > 1 else",
+        "if len(parts) > 1 else",
+        "any last name may be left out of a pattern",
+        tests_in("paths", "a_component_of_plain_dicts_is_no_final_leaf_name"),
+    ),
+    Mutant(
+        "_paths.py",
+        "        return [path for path in paths if regex.fullmatch(path)]",
+        "        return [path for path in paths if regex.search(path)]",
+        "a regular expression matches a part of a path",
+        tests_in("paths", "a_pattern_matches", "patterns_of_others_are_told_how_to_write_them_here"),
+    ),
+    Mutant(
+        "_paths.py",
+        "            if all((*parent, name) in modules for name in anchors):",
+        "            if any((*parent, name) in modules for name in anchors):",
+        'a policy\'s "value" head counts as attention',
+        tests_in("paths", "the_attention_preset_knows_the_usual_names"),
+    ),
+    Mutant(
+        "_config.py",
+        'return alpha / (rank if self.scaling == "standard" else math.sqrt(rank))',
+        "return alpha / rank",
+        "rank-stabilized scaling is the paper's",
+        "lora_jax/_config.py::lora_jax._config.LoRAConfig.scale",
+    ),
+    Mutant(
+        "_config.py",
+        "isinstance(rank, bool) or not isinstance(rank, numbers.Integral) or rank < least:",
+        "isinstance(rank, bool) or not isinstance(rank, numbers.Integral):",
+        "rank 0 is accepted",
+        tests_in("init", "a_bad_setting_is_a_one_line_error"),
+    ),
+    Mutant(
+        "_config.py",
+        "not isinstance(alpha, numbers.Real) or not 0 < float(alpha) < math.inf:",
+        "not isinstance(alpha, numbers.Real):",
+        "an alpha of 0 or infinity is accepted",
+        tests_in("init", "a_bad_setting_is_a_one_line_error"),
+    ),
+    Mutant(
+        "_config.py",
+        "        if not self.targets and not self.also_train:",
+        "        if False:",
+        "settings with which nothing trains are accepted",
+        tests_in("init", "a_bad_setting_is_a_one_line_error"),
+    ),
+    Mutant(
+        "_config.py",
+        "    return (x,) if isinstance(x, str) or not isinstance(x, Sequence) else tuple(x)",
+        "    return tuple(x)",
+        "a pattern alone is read letter by letter",
+        tests_in("init", "a_config_can_be_hashed_and_compared", "exclude_takes_kernels_out"),
+    ),
+]
+
+PLACES = [
+    Mutant(
+        "_sharding.py",
+        "        for length in range(len(parts), -1, -1):",
+        "        for length in range(len(parts) + 1):",
+        "the sharding of a whole tree hides the sharding of a leaf in it",
+        tests_in("sharding", "one_sharding_covers_all_below_it"),
+    ),
+    Mutant(
+        "_sharding.py",
+        "            return place(unbox(sharding_at(kernel_path(path))), leaf)",
+        "            return place(jax.P(), leaf)",
+        "factors are copied to every device",
+        tests_in("sharding", "specs_follow_the_kernels_axes"),
+    ),
+    Mutant(
+        "_sharding.py",
+        "            return rebox(leaf, place_quantized(unbox(sharding_at(path)), unbox(leaf)))",
+        "            return sharding_at(path)",
+        "the scales of a quantized kernel have the sharding of its values",
+        tests_in("quantize", "data_lie_on_a_mesh_as_the_kernel_does"),
+    ),
+    Mutant(
+        "_quantize/placement.py",
+        "        part if node.scales.shape[stack + k] % parts_of(part, mesh) == 0 else None",
+        "        part",
+        "groups are cut that a mesh doesn't divide",
+        tests_in("quantize", "data_lie_on_a_mesh_as_the_kernel_does"),
+    ),
+    Mutant(
+        "_quantize/placement.py",
+        "    return tuple(full[axis] for group in node.own_axes for axis in group)",
+        "    return full",
+        "the data are cut along other axes than a kernel whose axes are in another order",
+        tests_in("quantize", "data_lie_on_a_mesh_as_the_kernel_does"),
+    ),
+]
+
+REPORTS = [
+    Mutant(
+        "_describe.py",
+        "    trainable = int(ranks.sum()) * sum(sides)",
+        "    trainable = int(node.a.size + node.b.size)",
+        "padding counts as parameters that train",
+        tests_in("describe", "rows_hold_what_is_known_of_each_kernel"),
+    ),
+    Mutant(
+        "_describe.py",
+        "        trainable += int(np.count_nonzero(ranks)) * sides[1]",
+        "        pass",
+        "DoRA's magnitudes aren't counted",
+        tests_in("describe", "rows_hold_what_is_known_of_each_kernel")
+        + " tests/test_dora.py::test_magnitudes_are_part_of_the_adapter",
+    ),
+    Mutant(
+        "_describe.py",
+        "        elif path in in_full:",
+        "        elif False:",
+        "leaves trained in full aren't counted",
+        tests_in("describe", "leaves_that_train_whole_are_named_or_known"),
+    ),
+    Mutant(
+        "_describe.py",
+        "    lost = update - (changed(kernel, node).astype(dtype).astype(wide) - kernel.astype(dtype).astype(wide))",
+        "    lost = update - (changed(kernel, node).astype(dtype).astype(wide) - kernel)",
+        "the rounding of W itself counts as a loss of the update",
+        tests_in("merge", "the_report_agrees_with_merge", "float32_keeps_it_all_and_nothing_survives_an_update_below"),
+    ),
+    Mutant(
+        "_describe.py",
+        "    return max(0.0, 1 - lost / moved) if moved else 1.0",
+        "    return 1 - lost / moved if moved else 1.0",
+        "a negative share of an update survives",
+        tests_in("merge", "the_report_agrees_with_merge"),
+    ),
+]
+
+QUANTIZED = [
+    Mutant(
+        "_quantize/schemes.py",
+        "    middles = (codes[:-1] + codes[1:]) / np.float32(2)",
+        "    middles = codes[1:]",
+        "numbers are rounded down to a code",
+        tests_in("quantize", "the_error_is_within_the_scheme_s_bound"),
+    ),
+    Mutant(
+        "_quantize/schemes.py",
+        "        lambda codes: (codes.astype(jnp.float32) - 8) / 7,",
+        "        lambda codes: (codes.astype(jnp.float32) - 8) / 8,",
+        "int4 shrinks every number",
+        tests_in("quantize", "the_error_is_within_the_scheme_s_bound"),
+    ),
+    Mutant(
+        "_quantize/schemes.py",
+        "    flat = flat - offset[..., None]",
+        "    flat = flat * 1",
+        "nested scales have the mean added that wasn't taken away",
+        tests_in("quantize", "the_error_is_within_the_scheme_s_bound", "quantizing_what_was_dequantized_changes"),
+    ),
+    Mutant(
+        "_quantize/transform.py",
+        "        if at_once or count == 1 or count * each <= _AT_ONCE:",
+        "        if True:",
+        "all of a large stack is in float32 at once",
+        tests_in("quantize", "a_stack_is_encoded_as_its_kernels_are"),
+    ),
+    Mutant(
+        "_forward/lazy.py",
+        '    if name == "scan" and place >= sum(scan_counts(eqn)):',
+        "    if False:",
+        "a stack that is scanned over is dequantized ahead of the loop",
+        tests_in("quantized_forward", "no_stack_is_alive_in_sixteen_bits"),
+    ),
+]
