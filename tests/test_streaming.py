@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,29 @@ def test_streamed_leaves_are_the_loaded_ones(drawn, folder):
     assert same(jax.tree.map(np.asarray, streamed), drawn.params)
     kernel = drawn.params["layers"]["mlp"]["up_proj"]["kernel"]
     np.testing.assert_array_equal(streamed["layers"]["mlp"]["up_proj"]["kernel"].read((1,)), kernel[1])
+
+
+def test_a_part_is_read_alone(tmp_path):
+    """Of rows of 8 KiB, whole or in halves, and of rows whose parts are in one page of the disk."""
+    wide = LlamaConfig.from_dict(CASES["llama_tied"] | {"hidden_size": 2048, "head_dim": 8})
+    model = models.init(jax.random.key(0), wide)
+    models.save(tmp_path / "wide", model, model.params)
+
+    def read():
+        return int(re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text())[1])
+
+    streamed, rows = models.load_streamed(tmp_path / "wide").params["layers"]["mlp"]["up_proj"]["kernel"], 4 * 2048
+    whole, width = np.asarray(streamed)[1], streamed.shape[-1]
+    for bounds, count in [
+        (((0, 2048), (2, 5)), 3 * rows),  # in the file a kernel is transposed
+        (((1024, 2048), (0, width)), width * rows // 2),
+        (((1024, 2048), (3, 5)), rows),
+        (((1, 2048), (0, width)), width * rows),
+    ]:
+        before = read()
+        part = streamed.read.part((1,), bounds)
+        assert count <= read() - before < count + 2000
+        np.testing.assert_array_equal(part, whole[tuple(slice(*ends) for ends in bounds)])
 
 
 def test_a_streamed_tree_is_written_in_the_shards_it_came_from(drawn, folder, tmp_path):

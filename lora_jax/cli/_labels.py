@@ -10,6 +10,7 @@ import numpy as np
 
 import lora_jax
 from lora_jax import _disk, data
+from lora_jax._processes import on_host
 from lora_jax._untrusted import git_lfs_pointer, not_a_file, read_json
 from lora_jax.cli._base import Base, head_leaves
 from lora_jax.cli._data import DataSource
@@ -139,7 +140,7 @@ def predict(model: Any, params: Any, examples: Sequence[LabelledExample], labels
     batch = data.pad(examples, len(examples), max(len(example.input_ids) for example in examples))
     apply = lora_jax.prefix.adapt(lora_jax.adapt(model.apply, allow_none=True))
     outputs = jax.jit(lambda params, batch: apply_to_batch(apply, params, batch))(params, batch)
-    return [_name(value, labels) for value in np.asarray(task.predict(outputs))]
+    return [_name(value, labels) for value in np.asarray(on_host(task.predict(outputs)))]
 
 
 def _name(value: Any, labels: Labels) -> str:

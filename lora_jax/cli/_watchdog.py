@@ -72,7 +72,7 @@ def _pass_on(alive: int) -> tuple[bool, bytes]:
                 if not data:
                     selector.unregister(descriptor)
                 if descriptor == alive:
-                    orderly, running = orderly or data == ORDERLY, bool(data)
+                    orderly, running = orderly or data.startswith(ORDERLY), bool(data)
                     continue
                 *lines, line = (line + data).split(b"\n")
                 for done in lines:

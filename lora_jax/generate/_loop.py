@@ -13,6 +13,7 @@ from lora_jax import prefix
 from lora_jax._ahead import ahead, divided
 from lora_jax._finite import why_unfinite
 from lora_jax._forward import ensure_adapted
+from lora_jax._processes import on_host
 from lora_jax._tables import Vocabulary, check_ids, vocabulary
 from lora_jax.generate._config import check
 
@@ -76,7 +77,7 @@ def generate(
         sample=temperature > 0,
         nucleus=top_p < 1,
     )
-    if not finite:
+    if not on_host(finite):
         raise ValueError(f"the logits of the next tokens aren't finite: {why_unfinite(params)}")
     return tokens
 

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from lora_jax import prefix
+from lora_jax._processes import on_host
 from lora_jax._tables import check_ids
 from lora_jax.data import bucket
 from lora_jax.data._rows import check_text
@@ -69,7 +70,7 @@ def generate_text(
             top_p=config.top_p,
             key=None if key is None else jax.random.fold_in(key, number),
         )
-        generated = np.asarray(tokens)[: len(rows)].tolist()  # the padding of the batch is last
+        generated = np.asarray(on_host(tokens))[: len(rows)].tolist()  # the padding of the batch is last
         for row, ids in zip(rows, generated, strict=True):
             end = next((i for i, token in enumerate(ids) if token in eos_ids), len(ids))
             texts[row] = continuation(tokenizer, encoded[row], ids[:end])

@@ -1,7 +1,9 @@
 """Reading a folder's safetensors files, one tensor at a time."""
 
 import json
+import math
 import re
+from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,8 +22,12 @@ DTYPES = {
 }
 
 
+PAGE = 4096  # bytes; a disk reads no less
 MOST_BYTES = 32 * 2**20  # size of an index or of a file's header: 200 bytes for each of 160,000 tensors
 _SHARD = re.compile(r"[^/\\\0]+\.safetensors")
+
+
+Bounds = tuple[tuple[int, int], ...]  # (start, stop) of each axis
 
 
 class Stored(NamedTuple):
@@ -61,12 +67,38 @@ class TensorFiles:
                     raise ValueError(f"{path}: tensor {name} is in another of the folder's files too")
                 self.tensors[name] = where
 
-    def read(self, name: str) -> np.ndarray:
-        """Read a tensor into memory of its own; of a weight in few bits the numbers that it means, in float32."""
+    def read(self, name: str, part: Bounds | None = None) -> np.ndarray:
+        """Read a tensor, or a part of it, into memory of its own; of a weight in few bits the numbers, in float32.
+
+        Args:
+            name: The tensor's name. No page of its file that is without the part is read, unless it is in few bits.
+            part: The bounds (start, stop) of the part on each axis of the tensor in the file.
+        """
         if name in self.packed:
-            return self.packed[name].numbers()
+            numbers = self.packed[name].numbers()
+            return numbers if part is None else numbers[tuple(slice(*bounds) for bounds in part)]
         where = self.tensors[name]
-        return self.data(name, where).view(DTYPES[where.dtype]).reshape(where.shape)
+        dtype, shape = DTYPES[where.dtype], where.shape
+        part = tuple((0, size) for size in shape) if part is None else part
+        strides = [dtype.itemsize * math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+        # Of (4, 6, 5) with bounds on the second axis, each of the 4 has one run of bytes: that axis is `last`.
+        last = max((axis for axis, size in enumerate(shape) if part[axis] != (0, size)), default=0)
+        out = np.empty([stop - start for start, stop in part], dtype)
+        if last and strides[last] * (shape[last] - out.shape[last]) < PAGE:
+            wider = (*part[:last], (0, shape[last]), *part[last + 1 :])
+            return self.read(name, wider)[(slice(None),) * last + (slice(*part[last]),)]
+        if not out.size:
+            return out
+        runs = out.reshape(math.prod(out.shape[:last]), -1).view(np.uint8)
+        with where.file.open("rb", buffering=0) as file:
+            for run, index in zip(runs, np.ndindex(*out.shape[:last]), strict=True):
+                place = (
+                    (bounds[0] + i) * stride for bounds, i, stride in zip(part, (*index, 0), strides, strict=False)
+                )
+                file.seek(where.start + sum(place))
+                if not _fill(file, run):
+                    raise ValueError(f"{where.file}: tensor {name} can't be read: the file has become shorter")
+        return out
 
     def data(self, name: str, where: Stored) -> np.ndarray:
         """The bytes of a tensor."""
@@ -74,6 +106,17 @@ class TensorFiles:
         if data.size != where.size:
             raise ValueError(f"{where.file}: tensor {name} can't be read: the file has become shorter")
         return data
+
+
+def _fill(file: FileIO, memory: np.ndarray) -> bool:
+    """Read bytes into all of `memory`; False where the file ends before."""
+    view = memory.data
+    while view:
+        count = file.readinto(view)
+        if not count:
+            return False
+        view = view[count:]
+    return True
 
 
 def _contents(path: Path) -> list[tuple[str, Stored]]:

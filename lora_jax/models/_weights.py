@@ -12,7 +12,7 @@ import numpy as np
 
 from lora_jax.models import _packed
 from lora_jax.models._family import Weight
-from lora_jax.models._files import DTYPES, TensorFiles
+from lora_jax.models._files import DTYPES, Bounds, TensorFiles
 from lora_jax.models._kept import PackedReader, node_of
 
 MOST_SHOWN = 8  # mismatches in one message
@@ -74,8 +74,9 @@ class Streamed:
 def materialize(leaf: Streamed, sharding: Any = None) -> Any:
     """Read the leaf into an array; on a CPU the array uses the memory that was read into, without a second copy.
 
-    With a sharding, each device has its part, and this process's memory its devices' parts and one tensor. A leaf that
-    is in few bits in its files becomes a `lora_jax.Quantized` node, where there is one for its scheme.
+    With a sharding, each device has its part, and this process's memory its devices' parts and what of one tensor they
+    need; nothing else is read from the files. A leaf that is in few bits in its files becomes a `lora_jax.Quantized`
+    node, where there is one for its scheme.
     """
     if isinstance(leaf.read, PackedReader) and leaf.read.scheme:
         return node_of(leaf, leaf.read, sharding)
@@ -91,12 +92,25 @@ def materialize(leaf: Streamed, sharding: Any = None) -> Any:
     parts = {bound: _aligned(tuple(stop - start for start, stop in bound), leaf.dtype) for bound in bounds.values()}
     for index in leaf.indices():
         there = [bound for bound in parts if all(a <= i < b for i, (a, b) in zip(index, bound, strict=False))]
-        tensor = cast(leaf.read(index), leaf.dtype, "a leaf") if there else np.empty(0)
+        if not there:
+            continue
+        # The box around the parts of all devices of this process, which are neighbours as a rule.
+        ends = np.array(there)[:, leaf.stack :]
+        box = tuple(zip(ends[..., 0].min(0).tolist(), ends[..., 1].max(0).tolist(), strict=True))
+        tensor = cast(_part(leaf, index, box), leaf.dtype, "a leaf")
         for bound in there:
             place = tuple(i - start for i, (start, _) in zip(index, bound, strict=False))
-            parts[bound][place] = tensor[tuple(slice(*ends) for ends in bound[leaf.stack :])]
+            within = zip(bound[leaf.stack :], box, strict=True)
+            parts[bound][place] = tensor[tuple(slice(a - start, b - start) for (a, b), (start, _) in within)]
     held = [jax.device_put(parts[bound], device, may_alias=True) for device, bound in bounds.items()]
     return jax.make_array_from_single_device_arrays(leaf.shape, sharding, held)
+
+
+def _part(leaf: Streamed, index: tuple[int, ...], box: Bounds) -> np.ndarray:
+    """The part of the array at an index that is in a box; read alone where the leaf is in a file."""
+    if isinstance(leaf.read, FromFiles):
+        return leaf.read.part(index, box)
+    return leaf.read(index)[tuple(slice(*bounds) for bounds in box)]
 
 
 def entries(weight: Weight, shape: Sequence[int]) -> Iterator[tuple[tuple[int, ...], str, tuple[int, ...]]]:
@@ -211,15 +225,32 @@ def _mismatches(files, expected, ignored, copies) -> list[str]:
 def _streamed(files: TensorFiles, weight: Weight, shape: Sequence[int], dtype: Any) -> Streamed:
     names = {index: name for index, name, _ in entries(weight, shape)}
     dtype = np.dtype(dtype or _common({files.tensors[name].dtype for name in names.values()}))
-
-    def read(index: tuple[int, ...]) -> np.ndarray:
-        name = names[index]
-        tensor = cast(files.read(name), dtype, name)
-        return np.swapaxes(tensor, -1, -2) if weight.transpose or name in files.packed else tensor
-
+    read = FromFiles(files, names, dtype, weight.transpose)
     each = {index: files.packed.get(name) for index, name in names.items()}
     packed = any(one is not None for one in each.values())
     return Streamed(tuple(shape), dtype, weight.name.count("{}"), PackedReader(read, each) if packed else read)
+
+
+@dataclass(frozen=True, eq=False)
+class FromFiles:
+    """The `read` of a leaf whose tensors are in files."""
+
+    files: TensorFiles
+    names: Mapping[tuple[int, ...], str]
+    dtype: np.dtype
+    transpose: bool
+
+    def __call__(self, index: tuple[int, ...]) -> np.ndarray:
+        return self.part(index, None)
+
+    def part(self, index: tuple[int, ...], box: Bounds | None) -> np.ndarray:
+        """A part of the array at an index: the bounds are of the leaf's axes, which the file may have transposed."""
+        name = self.names[index]
+        transposed = self.transpose or name in self.files.packed
+        if transposed and box is not None:
+            box = (*box[:-2], box[-1], box[-2])
+        tensor = cast(self.files.read(name, box), self.dtype, name)
+        return np.swapaxes(tensor, -1, -2) if transposed else tensor
 
 
 def _common(stored: Collection[str]) -> np.dtype:
