@@ -13,7 +13,8 @@ from lora_jax._paths import ATTENTION, check_patterns
 
 MOST_RANK = 2**16  # above the full rank of today's kernels
 Scaling = Literal["standard", "rank_stabilized"]
-Initializer = Literal["kaiming_normal", "kaiming_uniform", "gaussian"]
+Initializer = Literal["kaiming_normal", "kaiming_uniform", "gaussian", "pissa", "loftq"]
+CHANGES_KERNELS = ("pissa", "loftq")  # the initialisations that take A B out of W
 
 # The names of PEFT's settings, and of some trainers', in this library.
 PEFT_NAMES = {
@@ -149,7 +150,9 @@ class LoRAConfig:
       init: Distribution of A at the start, where B is zero. `"kaiming_normal"` is N(0, 1/(3·inputs)): Gaussian as in
         the paper (section 4.1; it gives no size), with the variance of `"kaiming_uniform"`, U(±1/√inputs), the default
         of loralib and PEFT (Kaiming's with a = √5). `"gaussian"` is N(0, 1/rank²), PEFT's option of that name. An
-        embedding starts with A = 0 and B from N(0, 1) under all three, as in loralib and PEFT.
+        embedding starts with A = 0 and B from N(0, 1) under all three, as in loralib and PEFT. Two more start with the
+        largest part of a kernel in A B, and with W less that part: `"pissa"`, of W (Meng et al. 2024, arXiv
+        2404.02948); `"loftq"`, of what quantization loses (Li et al. 2023, arXiv 2310.08659), with `init`'s `quantize`.
       dtype: Dtype of A and B. In bfloat16 small updates of Adam's are rounded away. In float16 its eps of 1e-8 is 0,
         and the second step gives nan: `init` refuses it. A base in float16, and an adapter that was saved in it, are
         fine.

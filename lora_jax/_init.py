@@ -17,14 +17,24 @@ from jax.sharding import AbstractMesh, NamedSharding
 
 from lora_jax._arguments import check_arguments, known_elsewhere, read_axes
 from lora_jax._axes import Axes, TracedAxes
-from lora_jax._config import LoRAConfig, Override
+from lora_jax._config import CHANGES_KERNELS, LoRAConfig, Override
 from lora_jax._dora import magnitude_of
 from lora_jax._node import SUFFIX, LoRA, Trained, place, trained
 from lora_jax._paths import is_embedding, is_vector, match
-from lora_jax._tree import attach, holders, leaves_with_paths, refuse_quantized, unbox
+from lora_jax._quantize.config import QuantizeConfig
+from lora_jax._quantize.kernel import check_groups, check_plain, quantize_kernel, quantized_axes
+from lora_jax._residual import take_out
+from lora_jax._tree import attach, holders, leaves_with_paths, rebox, refuse_quantized, unbox
 
 
-def init(key: jax.Array, params: Any, config: LoRAConfig, *, axes: Mapping[str, Axes] | None = None) -> Any:
+def init(
+    key: jax.Array,
+    params: Any,
+    config: LoRAConfig,
+    *,
+    axes: Mapping[str, Axes] | None = None,
+    quantize: QuantizeConfig | None = None,
+) -> Any:
     """Put a LoRA node beside each targeted kernel.
 
         kernel: f[...]   →   kernel: f[...],  kernel_lora: LoRA(a random, b = 0, scale = alpha / rank)
@@ -35,6 +45,13 @@ def init(key: jax.Array, params: Any, config: LoRAConfig, *, axes: Mapping[str, 
     the devices of their kernel. With `config.dora` the node has a magnitude too, ‖W‖, with which the function is the
     same up to rounding.
 
+    With `init="pissa"` or `"loftq"` W changes too, and the function is the same up to rounding:
+
+        kernel: W   →   kernel: W - scale · A₀ B₀,  kernel_lora: LoRA(a = A₀, b = B₀, scale, start = (A₀, B₀))
+
+    A₀ B₀ is the best approximation of rank r, of W itself (PiSSA) or of what W's quantization loses (LoftQ). The node
+    keeps its start, and files get scale · (A B - A₀ B₀), of rank 2r, which belongs beside the plain W.
+
     Args:
       key: A JAX random key.
       params: The parameters: mappings, at any depth, of arrays. Works on ShapeDtypeStructs under `jax.eval_shape`.
@@ -42,6 +59,7 @@ def init(key: jax.Array, params: Any, config: LoRAConfig, *, axes: Mapping[str, 
       axes: How the kernels are used. Best from `lora_jax.kernel_axes(apply_fn, params, *inputs)`; then a target that
         the function doesn't contract is an error. Or a dict from patterns to `Axes`, for kernels that aren't
         f[inputs, outputs].
+      quantize: Kernels to quantize as `lora_jax.quantize` does, after PiSSA has changed them; LoftQ needs it.
 
     Returns:
       The tree with its nodes. A leaf trained in full (`config.also_train`) is marked as such, and gets a buffer of its
@@ -54,7 +72,7 @@ def init(key: jax.Array, params: Any, config: LoRAConfig, *, axes: Mapping[str, 
       ValueError: Arguments have wrong types or are in another order; factors are in float16 or narrower, where Adam's
         eps of 1e-8 is 0 and its second step gives nan; the axes are another tree's; a pattern matches nothing; a kernel
         isn't floating-point, has more than two axes and no rule, is adapted already, has no string key in a mapping, or
-        is trained in full too.
+        is trained in full too; with PiSSA or LoftQ, a kernel is an embedding, traced, or quantized before.
 
     >>> params = {"query": {"kernel": jnp.ones((4, 6))}, "out": {"kernel": jnp.ones((6, 4))}}
     >>> params = init(jax.random.key(0), params, LoRAConfig(rank=2, alpha=4, targets=["query"]))
@@ -72,10 +90,39 @@ def init(key: jax.Array, params: Any, config: LoRAConfig, *, axes: Mapping[str, 
         raise ValueError(f"{both[0]}: is a target and trained in full too; take it out of also_train, or exclude it")
     ranks = _ranks(kernels, config)
     _warn_of_ranks(kernels, {path: max(each) for path, (each, _) in ranks.items()})
-    nodes = {path: _node(key, path, kernel, ranks[path], config) for path, kernel in kernels.items()}
+    rounded = _to_quantize(leaves, quantize, axes, in_full)
+    new: dict[str, Any] = {}
+    if config.init in CHANGES_KERNELS:
+        nodes = {}
+        for path, kernel in kernels.items():
+            if kernel.embedding:
+                raise ValueError(f"{path}: is an embedding, and init={config.init!r} is for products; exclude it")
+            how, w = quantize if path in rounded else None, unbox(leaves[path])
+            nodes[path], new[path] = take_out(path, w, Axes(*kernel.axes), ranks[path], config, how)
+    else:
+        nodes = {path: _node(key, path, kernel, ranks[path], config) for path, kernel in kernels.items()}
+    if quantize is not None:
+        for path in rounded.keys() - new.keys():
+            new[path] = quantize_kernel(unbox(leaves[path]), quantize, quantized_axes(rounded[path]))
+    new = {path: rebox(leaves[path], w) for path, w in new.items()}
     if config.dora:
         nodes = {path: _with_magnitude(node, unbox(leaves[path]), kernels[path]) for path, node in nodes.items()}
-    return attach(params, nodes, {path: _master(path, leaves[path]) for path in in_full})
+    return attach(params, nodes, new | {path: _master(path, leaves[path]) for path in in_full})
+
+
+def _to_quantize(
+    leaves: Mapping[str, Any], config: QuantizeConfig | None, axes: Mapping[str, Axes] | None, in_full: Collection[str]
+) -> dict[str, "_Kernel"]:
+    """The kernels that are quantized too."""
+    if config is None:
+        return {}
+    kernels = select(leaves, config, axes)
+    for path, kernel in kernels.items():
+        if path in in_full:
+            raise ValueError(f"{path}: is to be quantized, and trained in full too; take it out of one of the two")
+        check_plain(path, unbox(leaves[path]))
+        check_groups(path, [kernel.shape[axis] for axis in quantized_axes(kernel).inputs], config)
+    return kernels
 
 
 class Selection(Protocol):

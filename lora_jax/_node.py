@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax._axes import Axes
 from lora_jax._processes import on_host
+from lora_jax._start import Start
 
 SUFFIX = "_lora"
 PREFIX = "prefix"  # where a tree of parameters has its prefix embeddings
@@ -42,6 +43,8 @@ class LoRA:
       scale: alpha / rank: a number, or numbers of shape [*stack], which become static. A traced one stays a leaf.
       magnitude: None, or for DoRA f32[*stack, *outputs]: the norm of each output's kernel.
       axes: Which axes of W are stack, inputs and outputs. Static.
+      start: None, or A₀ and B₀, which `init` has taken out of W (`init="pissa"` and `"loftq"`). The update of the plain
+        W is scale · (A B - A₀ B₀) then, as files have it. Static.
 
     >>> node = LoRA(a=jnp.ones((3, 2)), b=jnp.ones((2, 5)), scale=0.5)
     >>> [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(node)]
@@ -50,7 +53,7 @@ class LoRA:
     (array(0.5, dtype=float32), array(2., dtype=float32))
     """
 
-    __slots__ = ("_numbers", "_scale", "a", "axes", "b", "magnitude")
+    __slots__ = ("_numbers", "_scale", "a", "axes", "b", "magnitude", "start")
 
     a: Any
     b: Any
@@ -58,17 +61,27 @@ class LoRA:
     axes: Axes
     _numbers: tuple[float, ...] | None  # the static scale: one number, or one for each stack index
     _scale: Any  # the scale that is a leaf, where `_numbers` is None
+    start: Start | None
 
-    def __init__(self, a: Any, b: Any, scale: Any, magnitude: Any = None, axes: Axes = _MATRIX) -> None:
-        self._fill(a, b, scale, _numbers_of(scale, len(axes.stack)), magnitude, axes)
+    def __init__(
+        self,
+        a: Any,
+        b: Any,
+        scale: Any,
+        magnitude: Any = None,
+        axes: Axes = _MATRIX,
+        start: Start | None = None,
+    ) -> None:
+        self._fill((a, b, scale, magnitude), _numbers_of(scale, len(axes.stack)), axes, start)
 
     def _fill(
-        self, a: Any, b: Any, scale: Any, numbers: tuple[float, ...] | None, magnitude: Any, axes: Axes
+        self, arrays: tuple[Any, ...], numbers: tuple[float, ...] | None, axes: Axes, start: Start | None
     ) -> "LoRA":
         # No checks: transformations put booleans, specs, MaskedNodes and the like in place of the arrays.
+        a, b, scale, magnitude = arrays
         leaf = scale if numbers is None else None
         fields = {"a": a, "b": b, "magnitude": magnitude, "axes": axes, "_numbers": numbers, "_scale": leaf}
-        for name, value in fields.items():
+        for name, value in (fields | {"start": start}).items():
             object.__setattr__(self, name, value)
         return self
 
@@ -78,7 +91,8 @@ class LoRA:
     def __repr__(self) -> str:
         numbers = self._numbers
         scale = self._scale if numbers is None else numbers[0] if len(numbers) == 1 else numbers
-        return f"LoRA(a={self.a}, b={self.b}, scale={scale}, magnitude={self.magnitude}, axes={self.axes})"
+        more = "" if self.start is None else f", start={self.start}"
+        return f"LoRA(a={self.a}, b={self.b}, scale={scale}, magnitude={self.magnitude}, axes={self.axes}{more})"
 
     @property
     def scale(self) -> Any:
@@ -104,31 +118,32 @@ class LoRA:
         return len(self.a.shape) - len(self.axes.stack) - len(self.axes.inputs) - 1
 
     def replace(self, **changes: Any) -> "LoRA":
-        """The node with other arrays, another scale or other axes."""
-        unknown = set(changes) - {"a", "b", "scale", "magnitude", "axes"}
+        """The node with other arrays, another scale, other axes or another start."""
+        unknown = set(changes) - {"a", "b", "scale", "magnitude", "axes", "start"}
         if unknown:
-            raise TypeError(f"a LoRA node has a, b, scale, magnitude and axes; got {sorted(unknown)}")
+            raise TypeError(f"a LoRA node has a, b, scale, magnitude, axes and start; got {sorted(unknown)}")
         axes = changes.get("axes", self.axes)
         scale, numbers = self._scale, self._numbers
         if "scale" in changes:
             scale, numbers = changes["scale"], _numbers_of(changes["scale"], len(axes.stack))
         a, b, magnitude = (changes.get(name, getattr(self, name)) for name in ("a", "b", "magnitude"))
-        return object.__new__(LoRA)._fill(a, b, scale, numbers, magnitude, axes)
+        start = changes.get("start", self.start)
+        return object.__new__(LoRA)._fill((a, b, scale, magnitude), numbers, axes, start)
 
-    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], tuple[Axes, tuple[float, ...] | None]]:
+    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], tuple[Any, ...]]:
         children, static = self.tree_flatten()
         names = ("a", "b", "magnitude") if self.scale_is_static else ("a", "b", "scale", "magnitude")
         return tuple((jax.tree_util.GetAttrKey(name), x) for name, x in zip(names, children, strict=True)), static
 
-    def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Axes, tuple[float, ...] | None]]:
+    def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         leaf = () if self.scale_is_static else (self._scale,)
-        return (self.a, self.b, *leaf, self.magnitude), (self.axes, self._numbers)
+        return (self.a, self.b, *leaf, self.magnitude), (self.axes, self._numbers, self.start)
 
     @classmethod
-    def tree_unflatten(cls, static: tuple[Axes, tuple[float, ...] | None], children: Iterable[Any]) -> "LoRA":
-        axes, numbers = static
+    def tree_unflatten(cls, static: tuple[Any, ...], children: Iterable[Any]) -> "LoRA":
+        axes, numbers, start = static
         a, b, *leaf, magnitude = children
-        return object.__new__(cls)._fill(a, b, leaf[0] if leaf else None, numbers, magnitude, axes)
+        return object.__new__(cls)._fill((a, b, leaf[0] if leaf else None, magnitude), numbers, axes, start)
 
     def __reduce__(self) -> tuple[Any, ...]:
         children, static = self.tree_flatten()
@@ -139,6 +154,8 @@ class LoRA:
         arrays = {"a": self.a, "b": self.b, "scale": self.scale}
         if self.magnitude is not None:
             arrays["magnitude"] = self.magnitude
+        if self.start is not None:
+            arrays |= {"start_a": self.start.a, "start_b": self.start.b}
         return {**arrays, "axes": {group: list(numbers) for group, numbers in self.axes._asdict().items()}}
 
     @classmethod
@@ -159,16 +176,19 @@ class LoRA:
         Traceback (most recent call last):
         ValueError: adapter was made for Axes(stack=(), inputs=(0,), outputs=(1,)), the kernel has Axes(stack=(), ...
         """
-        required, optional = {"a", "b", "scale", "axes"}, {"magnitude"}
-        if not required <= set(entries) <= required | optional:
-            raise ValueError(f"a LoRA node has a, b, scale, axes and perhaps magnitude; got {sorted(entries)}")
+        required, optional = {"a", "b", "scale", "axes"}, {"magnitude", "start_a", "start_b"}
+        if not required <= set(entries) <= required | optional or ("start_a" in entries) != ("start_b" in entries):
+            raise ValueError(
+                f"a LoRA node has a, b, scale, axes and perhaps magnitude, start_a and start_b; got {sorted(entries)}"
+            )
         numbers = {group: tuple(int(axis) for axis in entries["axes"][group]) for group in Axes._fields}
         if axes is not None and Axes(**numbers) != axes:
             raise ValueError(f"adapter was made for {Axes(**numbers)}, the kernel has {axes}; adapt the kernel again")
         found = entries["scale"]
         if isinstance(found, jax.Array) and not isinstance(found, Tracer):
             found = np.asarray(found)
-        node = cls(entries["a"], entries["b"], found, entries.get("magnitude"), Axes(**numbers))
+        start = Start(entries["start_a"], entries["start_b"]) if "start_a" in entries else None
+        node = cls(entries["a"], entries["b"], found, entries.get("magnitude"), Axes(**numbers), start)
         if scale is not None and not np.array_equal(node.scale, np.broadcast_to(np.float32(scale), node.scale.shape)):
             raise ValueError(f"adapter was made with scale {node.scale.tolist()}, {scale} expected; give its own alpha")
         return node
@@ -194,7 +214,7 @@ def _numbers_of(scale: Any, stack: int) -> tuple[float, ...] | None:
 def with_scale_as_data(node: LoRA) -> LoRA:
     """The node with its scale as a leaf."""
     scale = jnp.asarray(node.scale)
-    return LoRA.tree_unflatten((node.axes, None), (node.a, node.b, scale, node.magnitude))
+    return LoRA.tree_unflatten((node.axes, None, node.start), (node.a, node.b, scale, node.magnitude))
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("value",), meta_fields=("dtype",))

@@ -56,7 +56,10 @@ def adapted_paths(params, settings, axes=None):
         ({"alpha": float("nan")}, "alpha: nan given"),
         ({"alpha": "16"}, "alpha: '16' given"),
         ({"scaling": "rslora"}, "scaling: 'rslora' given, expected 'standard' or 'rank_stabilized'"),
-        ({"init": "zeros"}, "init: 'zeros' given, expected 'kaiming_normal', 'kaiming_uniform' or 'gaussian'"),
+        (
+            {"init": "zeros"},
+            "init: 'zeros' given, expected 'kaiming_normal', 'kaiming_uniform', 'gaussian', 'pissa' or 'loftq'",
+        ),
         ({"dtype": "int8"}, "dtype: 'int8' given, expected a floating-point type"),
         ({"dtype": "flaot32"}, "dtype: 'flaot32' given"),
         ({"targets": ["/(/"]}, r"targets: '/\(/' is not a regular expression"),

@@ -81,6 +81,8 @@ TREE = {
     "_dict",
     "_dora",
     "_quantize",
+    "_residual",
+    "_start",
 }  # further files of _tree
 NUMBER_FORMAT = {f"lora_jax.{name}" for name in ("_axes", "_quantize.node", "_quantize.codes", "_quantize.placement")}
 

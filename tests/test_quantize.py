@@ -16,8 +16,8 @@ from scipy.stats import norm
 import lora_jax
 from lora_jax import Axes, LoRAConfig, QuantizeConfig, Quantized
 from lora_jax._quantize.codes import DYNAMIC, NF4
+from lora_jax._quantize.kernel import _encoder
 from lora_jax._quantize.schemes import SCHEMES, plain_scales
-from lora_jax._quantize.transform import _encoder
 
 P = PartitionSpec
 STACKED = Axes((0,), (1,), (2,))
@@ -145,7 +145,7 @@ def test_an_embedding_has_a_scale_for_each_row():
 
 def test_a_stack_is_encoded_as_its_kernels_are(monkeypatch):
     """Also where it is encoded a few at a time."""
-    monkeypatch.setattr("lora_jax._quantize.transform._AT_ONCE", 2 * 64 * 32)
+    monkeypatch.setattr("lora_jax._quantize.kernel._AT_ONCE", 2 * 64 * 32)
     _encoder.cache_clear()
     kernel = normal(5, 64, 32)
     node = quantized(kernel, STACKED, "nf4")
@@ -298,7 +298,7 @@ def test_a_kernel_on_a_mesh_is_quantized_there(kind):
 
 
 def test_a_large_stack_that_a_mesh_cuts_stays_cut(monkeypatch):
-    monkeypatch.setattr("lora_jax._quantize.transform._AT_ONCE", 2 * 64 * 32)
+    monkeypatch.setattr("lora_jax._quantize.kernel._AT_ONCE", 2 * 64 * 32)
     _encoder.cache_clear()
     mesh = jax.make_mesh((8,), ("layers",))
     kernel = normal(8, 64, 32)

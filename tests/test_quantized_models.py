@@ -14,7 +14,7 @@ from test_cli import TRAIN, tiny_model, write_rows
 
 import lora_jax
 from lora_jax import LoRAConfig, QuantizeConfig, Quantized, models, peft
-from lora_jax._quantize import transform
+from lora_jax._quantize import kernel as quantizing
 from lora_jax._tree import leaves_with_paths
 from lora_jax.cli import _base, main
 from lora_jax.models import _files
@@ -63,13 +63,13 @@ def test_one_tensor_is_read_after_the_other_was_rounded(folder, monkeypatch):
     original = _files.TensorFiles.read
     monkeypatch.setattr(_files.TensorFiles, "read", lambda self, name: read.append(name) or original(self, name))
     encoded = []
-    encoder_of = transform._encoder
+    encoder_of = quantizing._encoder
 
     def counted(*kind):
         encoder = encoder_of(*kind)
         return lambda kernel: encoded.append(len(read)) or encoder(kernel)
 
-    monkeypatch.setattr(transform, "_encoder", counted)
+    monkeypatch.setattr(quantizing, "_encoder", counted)
     loaded(folder, "nf4")
     assert len(read) == len(set(read))
     assert len(encoded) == 2 * len(LINEAR)

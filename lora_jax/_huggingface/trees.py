@@ -11,13 +11,14 @@ from lora_jax import _tree
 from lora_jax._huggingface.tensors import Tensor
 from lora_jax._node import LoRA, Trained, trained
 from lora_jax._quantize.schemes import whole
+from lora_jax._residual import beside_plain_kernel
 
 
 class Parts(NamedTuple):
     """A tree as tables by path.
 
     Attributes:
-        nodes: The nodes, by the path of their kernel.
+        nodes: The nodes, by the path of their kernel, as they belong beside the model's own kernels.
         leaves: Every other leaf; for a leaf trained in full, the value that trains.
         trained: Paths of the leaves that are trained in full.
     """
@@ -29,7 +30,7 @@ class Parts(NamedTuple):
 
 def parts(params: Any, also_train: Any = ()) -> Parts:
     """The tables of a whole tree, or of an adapter tree, whose leaves all train."""
-    nodes = _tree.nodes_of(params)
+    nodes = {path: beside_plain_kernel(node) for path, node in _tree.nodes_of(params).items()}
     leaves = {
         path: leaf.value if isinstance(leaf, Trained) else _tree.unbox(leaf)
         for path, leaf in _tree.leaves_with_paths(params)

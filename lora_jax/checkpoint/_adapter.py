@@ -10,6 +10,7 @@ import orbax.checkpoint as ocp
 from lora_jax._node import SUFFIX, LoRA, Prefix, Trained
 from lora_jax.checkpoint._folder import find
 from lora_jax.checkpoint._orbax import read_arrays, read_facts
+from lora_jax.checkpoint._state import START
 
 
 class Saved(NamedTuple):
@@ -68,20 +69,28 @@ def load_adapter(folder: str | Path) -> Saved:
             leaves = {name.removeprefix(prefix): x for name, x in arrays.items() if name.startswith(prefix)}
             if best is None:
                 leaves = _averaged(leaves, arrays)
-            adapter = _tree_of(leaves, facts["axes"], facts["scales"], facts["whole"])
+            starts = {name.removeprefix(START): x for name, x in arrays.items() if name.startswith(START)}
+            adapter = _tree_of(leaves, facts["axes"], facts["scales"], facts["whole"], starts)
         except (KeyError, TypeError, ValueError, FileNotFoundError) as error:
             reason = " ".join(str(error).split())[:80]
             raise ValueError(f"{folder / str(step)}: not a checkpoint of a run of this library ({reason})") from None
     return Saved(adapter, seen, facts["step"], facts["about"] or {})
 
 
-def _tree_of(leaves: dict[str, Any], axes: dict[str, Any], scales: dict[str, Any], in_full: dict[str, Any]) -> Any:
+def _tree_of(
+    leaves: dict[str, Any],
+    axes: dict[str, Any],
+    scales: dict[str, Any],
+    in_full: dict[str, Any],
+    starts: dict[str, Any],
+) -> Any:
     """The adapter whose leaves by path are `leaves`, with its nodes; the rest is as `facts_of` saves it."""
     adapter: dict[str, Any] = {}
     for path, groups in axes.items():
         parts = {part: leaves.pop(f"{path}/{part}", None) for part in ("a", "b", "scale", "magnitude")}
         if parts["scale"] is None:
             parts["scale"] = np.asarray(scales[path.removesuffix(SUFFIX)], np.float32)
+        parts |= {f"start_{name}": starts.get(f"{path}/{name}") for name in "ab"}
         entries = {name: part for name, part in parts.items() if part is not None}
         named = dict(zip(("stack", "inputs", "outputs"), groups, strict=True))
         _put(adapter, path, LoRA.from_dict({**entries, "axes": named}))

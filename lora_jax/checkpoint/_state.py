@@ -3,7 +3,13 @@
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import Array
+
+from lora_jax._node import SUFFIX
+from lora_jax._tree import nodes_of
+
+START = "start/"  # before the paths of the factors that `init` has taken out of kernels, which don't train
 
 
 class BestAdapter(NamedTuple):
@@ -46,8 +52,11 @@ class TrainState(NamedTuple):
 
 
 def arrays_of(state: TrainState) -> dict[str, Any]:
-    """The arrays of a state by path, such as `adapter/query/kernel_lora/a`."""
-    return by_path(_trees(state))
+    """The arrays of a state by path, such as `adapter/query/kernel_lora/a`, and those of starts: `start/.../a`."""
+    starts = {f"{path}{SUFFIX}": node.start for path, node in nodes_of(state.adapter).items() if node.start}
+    return by_path(_trees(state)) | {
+        f"{START}{path}/{name}": jnp.asarray(getattr(start, name)) for path, start in starts.items() for name in "ab"
+    }
 
 
 def with_arrays(state: TrainState, arrays: dict[str, Any]) -> TrainState:

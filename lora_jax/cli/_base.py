@@ -169,13 +169,16 @@ class EvaluatedBase(Base):
     nf4 (QLoRA's, 4.13 bits), int4 (4.5), int8, fp8; none if not given"""
 
     def _transform(self, labels: Sequence[str] | None) -> Callable[[Any], Any] | None:
-        if self.quantize is None:
-            return None
         # The leaves that train in full stay as they are; which ones a new head has, the files alone show.
-        in_full = () if labels is None else head_leaves(self.load_streamed(labels))
-        config = lora_jax.QuantizeConfig(scheme=self.quantize, exclude=in_full)
+        in_full = () if labels is None or self.quantize is None else head_leaves(self.load_streamed(labels))
+        if (config := self.quantize_config(in_full)) is None:
+            return None
         axes = kernel_axes(self.abstract(labels=labels))
         return lambda params: lora_jax.quantize(params, config, axes=axes)
+
+    def quantize_config(self, in_full: Sequence[str]) -> lora_jax.QuantizeConfig | None:
+        """The settings of the kernels' rounding, which leaves out those that train in full."""
+        return None if self.quantize is None else lora_jax.QuantizeConfig(scheme=self.quantize, exclude=in_full)
 
     @property
     def execution(self) -> dict[str, Any]:

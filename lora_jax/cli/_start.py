@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 import lora_jax
+from lora_jax._config import CHANGES_KERNELS
 from lora_jax.cli import _base, _labels, _mesh, inspect
 from lora_jax.cli._rows import Rows
 from lora_jax.train import TrainConfig
@@ -86,7 +87,10 @@ def begin(
         show.print(str(inspect.match(model, _labels.with_head(lora, model))), markup=False, soft_wrap=True)
     mesh = base.devices(train.micro_batch_size)
     _mesh.check_rows(mesh, train.batch_size, train.gradient_accumulation_steps)
-    model = base.load(labels=rows.label_names, key=jax.random.fold_in(key, 1), mesh=mesh)
+    changes = lora.init in CHANGES_KERNELS and adapter is None
+    # Such an init starts from the weights as they are, and rounds what is left.
+    loaded = dataclasses.replace(base, quantize=None) if changes else base
+    model = loaded.load(labels=rows.label_names, key=jax.random.fold_in(key, 1), mesh=mesh)
     params = _base.with_adapter(model, adapter)
     if adapter is not None:
         show.print(f"going on from {adapter}", markup=False, soft_wrap=True)
@@ -98,7 +102,12 @@ def begin(
     if mesh is not None:
         show.print(_mesh.line(mesh), markup=False)
     if adapter is None:
-        params = lora_jax.init(key, params, _labels.with_head(lora, model), axes=_base.kernel_axes(model))
+        how = base.quantize_config(_base.head_leaves(model)) if changes else None
+        config = _labels.with_head(lora, model)
+        params = lora_jax.init(key, params, config, axes=_base.kernel_axes(model), quantize=how)
+    if changes:
+        line = f"init {lora.init}: took A₀ B₀ out of each kernel; the adapter is saved for the model as it is"
+        show.print(f"{line}, as A B - A₀ B₀ of twice the rank", markup=False, soft_wrap=True)
     if prefix_length:
         # The run's key itself is free: training uses its folds by step, and init its fold 0.
         place = _base.prefix_place(model)

@@ -1,7 +1,7 @@
 """`lora-jax inspect`: the kernels that would be adapted, from the model's configuration alone."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -44,6 +44,7 @@ def run(settings: Settings) -> None:
 def match(model: Any, lora: lora_jax.LoRAConfig) -> Any:
     """The kernels that `lora` selects, as `lora_jax.describe` reports them, without making an array."""
     axes = _base.kernel_axes(model)
+    lora = replace(lora, init="kaiming_normal")  # a table of shapes, whatever the numbers are
     params = jax.eval_shape(lambda base: lora_jax.init(jax.random.key(0), base, lora, axes=axes), model.params)
     return lora_jax.describe(params, lora)
 

@@ -16,6 +16,7 @@ from rich.table import Table
 
 import lora_jax
 from lora_jax import _disk
+from lora_jax._config import CHANGES_KERNELS
 from lora_jax._processes import one_writes, several
 from lora_jax.checkpoint import newest
 from lora_jax.cli import (
@@ -263,6 +264,8 @@ def _report(settings: Settings, workload: Workload, result: TrainResult, before:
 def _check(settings: Settings) -> None:
     """Refuse settings and outputs before any model or data are read."""
     _embedded.check_data_given(settings.base, settings.data)
+    if settings.lora.init == "loftq" and settings.base.quantize is None:
+        raise ValueError("init: 'loftq' given for a base that isn't quantized, expected --quantize too; or take pissa")
     check_installed(settings.train)
     if settings.push_to_hub is not None:
         _hub.check(settings.push_to_hub)
@@ -357,7 +360,8 @@ def _comparison(result: TrainResult, before: Predictions, after: Predictions) ->
 
 def _next_command(settings: Settings, workload: Workload) -> str:
     model = [] if settings.base.model is None else ["--model", settings.base.model]
-    model += [] if settings.base.quantize is None else ["--quantize", settings.base.quantize]
+    if settings.base.quantize is not None and settings.lora.init not in CHANGES_KERNELS:
+        model += ["--quantize", settings.base.quantize]
     adapter = ["--adapter", str(settings.output)]
     if workload.examples.task is not None:
         return shlex.join(["lora-jax", "evaluate", *model, *adapter, "--data", *settings.data, *settings.reading.words])

@@ -1,5 +1,6 @@
 """The training step as `lora_jax.train` runs it, with arguments that are shapes and places only."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from lora_jax import models
-from lora_jax._config import LoRAConfig
+from lora_jax._config import CHANGES_KERNELS, LoRAConfig
 from lora_jax._forward import kernel_axes
 from lora_jax._init import init
 from lora_jax._optim import state_shardings
@@ -78,6 +79,8 @@ def make(request: Request, model: Any, devices: Sequence[Any], *, full: bool = F
         model = model.on_mesh(mesh)
     config = LoRAConfig(rank=1, alpha=1, targets=(), also_train=(EVERYTHING,)) if full else request.lora
     axes = None if full else kernel_axes(model.apply, model.params, jax.ShapeDtypeStruct((1, TRACED_TOKENS), jnp.int32))
+    if config.init in CHANGES_KERNELS:  # which is of the kernels' numbers; the shapes are those of any other
+        config = dataclasses.replace(config, init="kaiming_normal")
     params = jax.eval_shape(lambda base: init(jax.random.key(0), base, config, axes=axes), model.params)
     base, adapter = split(_at(params, shardings(params, models.shardings(model, mesh))))
     train = request.train
