@@ -282,7 +282,7 @@ def test_samples_show_the_users_last_message(said, folder, tmp_path):
     turns = [("system", "be brief"), ("user", "hi"), ("assistant", "yes"), ("user", "and\nmore?"), ("assistant", "no")]
     messages = [{"role": role, "content": content} for role, content in turns]
     last = {"role": "user", "content": "thanks"}
-    parts = [{"type": "text", "text": "in "}, {"type": "text", "text": "parts"}]
+    parts = [{"type": "text", "text": "in " * 30}, {"type": "text", "text": "parts"}]
     rows = [[*messages, last], [{"role": "user", "content": parts}, messages[-1]]]
     for split in ("train", "valid"):
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
@@ -290,7 +290,7 @@ def test_samples_show_the_users_last_message(said, folder, tmp_path):
     code, out, _ = said(*command, "--loss", "prompt-and-completion")
     assert code == 0
     lines = out.splitlines()
-    for message in ("and more?", "in parts"):
+    for message in ("and more?", "in " * 30 + "parts"):
         assert lines[lines.index(message) + 1].split() == ["expected", "no"]
     assert f"next: lora-jax chat --model {folder} --adapter {tmp_path / 'out'}" in lines
 

@@ -7,12 +7,13 @@ import numpy as np
 from rich import text as rich_text
 from rich.console import Console
 
-from lora_jax.data import Chat, Example, Row, Text, TruncationMode, encode
+from lora_jax.data import Chat, Example, Row, Text, encode
 from lora_jax.data._rows import is_target
 from lora_jax.generate import GenerateConfig, continuation, generate_text
 
 SHOWN = 5
-TRIED = 50  # rows, of which some may be too long
+TRIED = 50  # rows, of which some may have no answer
+UNLIMITED = 2**31 - 1
 LONGEST_LINE = 160  # characters of a prompt
 CONFIG = GenerateConfig(max_tokens=48, batch_size=SHOWN)
 
@@ -39,25 +40,27 @@ class Prompt(NamedTuple):
     question: Question
 
 
-def prompts_of(model: Any, rows: Sequence[Row], max_length: int, truncation_mode: TruncationMode) -> list[Prompt]:
-    """Make prompts of the first rows, each cut to `max_length` tokens and the rest that the model is to predict.
+def prompts_of(model: Any, rows: Sequence[Row], length: int) -> list[Prompt]:
+    """Make prompts of the first rows: the part before the completion, the assistant's last turn or a text's last line.
 
-    The rest is the completion, the assistant's last turn or a text's last line.
+    Args:
+        model: The model, with its tokenizer.
+        rows: Rows of text.
+        length: The most tokens of a prompt; a longer one keeps its last tokens.
     """
-    length = max_length - CONFIG.max_tokens
     prompts: list[Prompt] = []
     for row in rows[:TRIED]:
         try:
-            encoded = encode([row], model.tokenizer, max(length, 2), truncation_mode, "last")
-        except ValueError:  # the row is dropped, or has no answer
+            encoded = encode([row], model.tokenizer, UNLIMITED, loss="last")
+        except ValueError:  # it has no answer
             continue
-        prompts.append(_cut(model.tokenizer, row, encoded.examples[0]))
+        prompts.append(_cut(model.tokenizer, row, encoded.examples[0], length))
         if len(prompts) == SHOWN:
             break
     return prompts
 
 
-def _cut(tokenizer: Any, row: Row, example: Example) -> Prompt:
+def _cut(tokenizer: Any, row: Row, example: Example, length: int) -> Prompt:
     def text_of(ids: np.ndarray) -> str:
         return tokenizer.decode(ids.tolist(), skip_special_tokens=True)
 
@@ -67,7 +70,10 @@ def _cut(tokenizer: Any, row: Row, example: Example) -> Prompt:
         start, stop = int(learned[0]), int(learned[-1]) + 1
         given, message = ids[:start].tolist(), _asked(row) if isinstance(row, Chat) else None
         expected = continuation(tokenizer, given, ids[start:stop].tolist())
-        return Prompt(given, Question(text_of(ids[:start]), expected, message))
+        question = Question(text_of(ids[:start]), expected, message)
+        first = int(given[0] == tokenizer.bos_token_id)
+        return Prompt(given if start <= length else [*given[:first], *given[start - length + first :]], question)
+    ids = ids[:length]
     text = text_of(ids).strip()
     middle = text.rfind("\n") + 1 or text.rfind(" ", 0, len(text) // 2) + 1
     return Prompt(text[:middle], Question(text[:middle], text[middle:]))

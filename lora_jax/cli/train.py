@@ -306,8 +306,8 @@ def _workload(settings: Settings, model: Any, rows: Rows, prefix_length: int) ->
         return Workload(examples, questions, lambda params: _answers(model, params))
     if rows.labels is not None and examples.task is not None:
         return _workload_of_labels(model, rows, examples, rows.labels, examples.task)
-    shown = min(settings.train.max_length + _samples.CONFIG.max_tokens, positions)
-    prompts = _samples.prompts_of(model, rows.by_split["valid"], shown, rows.truncation_mode)
+    length = min(settings.train.max_length, positions - _samples.CONFIG.max_tokens)
+    prompts = _samples.prompts_of(model, rows.by_split["valid"], max(length, 1))
 
     def complete(params: Any) -> Predictions:
         texts = _samples.complete(model, params, prompts)
