@@ -237,6 +237,7 @@ def test_a_template_of_ones_own_is_a_part_of_the_run(said, train, own, seen, tmp
     out = tmp_path / "out"
     assert train("--chat-template", own)[0] == 0
     assert (out / "chat_template.jinja").read_text() == OWN
+    assert f"chat_template: {own}\n" in (out / "run.yaml").read_text()
     seen.clear()
     assert said("chat", "--adapter", out, *SHORT, given="hi\n")[0] == 0
     assert seen == [ASKED]
@@ -256,6 +257,9 @@ def test_commands_with_a_template_of_ones_own(said, folder, train, own, seen, tm
         seen.clear()
         assert said(*argv, given="hi\n")[0] == 0
         assert seen == [f"{ASKED}yes</s>" if argv[0] == "evaluate" else ASKED]
+    on = ("train", "--from-adapter", out, "--data", rows, "--output", tmp_path / "on", *TRAIN[4:])
+    assert said(*on)[0] == 0
+    assert (tmp_path / "on" / "chat_template.jinja").read_text() == OWN
     assert "holds a run already" in train()[2]
     assert train("--overwrite")[0] == 0
     assert not (out / "chat_template.jinja").exists()

@@ -44,12 +44,18 @@ class TemplateFlags:
                 f"chat_template: {self.chat_template} given, but rows with labels have no conversations; leave it out"
             )
 
-    def save(self, folder: Path) -> None:
-        """Write the template beside an adapter, or remove an earlier adapter's if none is given."""
-        if self.chat_template is None:
+    def save(self, folder: Path, base: Base) -> None:
+        """Write the template of a training beside its adapter, or remove an earlier one if it was the model's own.
+
+        Without the flag it is that of the adapter that the training went on from, if there is one.
+        """
+        path = self.chat_template
+        if path is None and base.adapter_folder is not None and (base.adapter_folder / FILE).is_file():
+            path = base.adapter_folder / FILE
+        if path is None:
             (folder / FILE).unlink(missing_ok=True)
-        elif self.chat_template.resolve() != (folder / FILE).resolve():
-            _disk.write(folder / FILE, lora_jax.models.read_template(self.chat_template))
+        elif path.resolve() != (folder / FILE).resolve():
+            _disk.write(folder / FILE, lora_jax.models.read_template(path))
 
 
 NONE = TemplateFlags()

@@ -222,7 +222,7 @@ def _train(settings: Settings, stop: Callable[[], bool]) -> Callable[[], None]:
     with one_writes() as writes:
         if writes:
             _labels.save(settings.output, rows.labels)
-            settings.template.save(settings.output)
+            settings.template.save(settings.output, settings.base)
     lora_jax.peft.save(
         settings.output,
         result.params,
