@@ -172,6 +172,11 @@ CASES: dict[str, dict[str, Any]] = {
         residual_multiplier=0.7,
         logits_scaling=1.5,
     ),
+    # transformers finds a row's last token by the padding's id, which is the encoders'.
+    "llama_classification": LLAMA
+    | {"architectures": ["LlamaForSequenceClassification"], "num_labels": 5, "pad_token_id": 1, "bos_token_id": 0},
+    "qwen3_regression": decoder("qwen3", "Qwen3ForSequenceClassification", head_dim=12, num_labels=1)
+    | {"pad_token_id": 1, "bos_token_id": 0, "tie_word_embeddings": True},
     "bert_masked_lm": encoder("bert", "BertForMaskedLM"),
     "bert_regression": encoder("bert", "BertForSequenceClassification", num_labels=1),
     "bert_classification": encoder("bert", "BertForSequenceClassification", num_labels=5),
@@ -194,7 +199,8 @@ def tokens() -> np.ndarray:
 
 
 def encodes(name: str) -> bool:
-    return CASES[name]["model_type"] in ("bert", "roberta")
+    """Whether the case's model predicts no next token."""
+    return CASES[name]["model_type"] in ("bert", "roberta") or "num_labels" in CASES[name]
 
 
 def tokens_of(name: str) -> dict[str, np.ndarray]:

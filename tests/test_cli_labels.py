@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_cli import tiny_tokenizer
-from transformers import BertConfig, RobertaConfig
+from test_cli import tiny_model, tiny_tokenizer
+from transformers import BertConfig, GPT2Config, RobertaConfig
 
 import lora_jax
 from lora_jax import models
@@ -269,6 +269,26 @@ def test_glue_files_are_judged_by_its_metric_on_dev(world, tmp_path):
     assert found["rows"] == 8
 
 
+@pytest.mark.slow
+def test_a_decoder_gets_a_head_that_sees_the_last_token(tmp_path, capsys):
+    """Trained, evaluated and merged: a folder that predicts the labels, and whose head sees no padding."""
+    model, out, merged = tiny_model(tmp_path / "model"), tmp_path / "out", tmp_path / "merged"
+    rows = [{"text": f"row {'+' * (i % 5)}{label}", "label": label} for i in range(12) for label in ("yes", "no")]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ("--rank", 2, "--alpha", 4, "--max-steps", 30, "--batch-size", 8, "--learning-rate", 0.02)
+    said = call("train", "--model", model, "--data", data, "--output", out, *words)
+    assert "newly initialised and trained in full: score" in said
+    adapted = json.loads(call("evaluate", "--adapter", out, "--data", data, "--json"))
+    assert adapted["accuracy"] == 1
+    call("merge", "--adapter", out, "--output", merged)
+    assert json.loads((merged / "config.json").read_text())["architectures"] == ["LlamaForSequenceClassification"]
+    alone = json.loads(call("evaluate", "--model", merged, "--data", data, "--json", "--batch-size", 5))
+    assert alone["loss"] == pytest.approx(adapted["loss"], rel=1e-4)
+    assert main(["generate", "--model", str(merged), "--prompt", "a"]) == 2
+    assert "LlamaForSequenceClassification predicts no next token" in capsys.readouterr().err
+
+
 def test_mistakes(world, tmp_path, refused):
     model, adapter = ["--model", world["model"]], ["--adapter", world["out"]]
     other = write_rows(tmp_path / "other.jsonl", ["no", "maybe"])
@@ -279,12 +299,14 @@ def test_mistakes(world, tmp_path, refused):
     text = tmp_path / "text.jsonl"
     text.write_text('{"text": "a"}\n' * 3)
     out = tmp_path / "out"
-    assert "BertModel is an encoder" in refused("train", *model, "--data", text, "--output", out, *TRAIN)
+    assert "BertModel predicts no next token" in refused("train", *model, "--data", text, "--output", out, *TRAIN)
     assert "glue:TASK and a folder" in refused("train", *model, "--data", "glue:cola", "--output", out, *TRAIN)
     assert "glue:x: no such task" in refused("train", *model, "--data", "glue:x", tmp_path, "--output", out, *TRAIN)
     assert not out.exists()
-    assert "LlamaForCausalLM has no classification head" in refused(
-        "train", "--data", world["data"], "--output", out, *TRAIN
+    (tmp_path / "gpt2").mkdir()
+    GPT2Config(architectures=["GPT2LMHeadModel"]).save_pretrained(tmp_path / "gpt2")
+    assert "GPT2LMHeadModel has no classification head" in refused(
+        "train", "--model", tmp_path / "gpt2", "--data", world["data"], "--output", out, *TRAIN
     )
 
 

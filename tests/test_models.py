@@ -184,7 +184,7 @@ def test_compute_dtype_apart_from_the_weights(setting):
 
 @pytest.mark.parametrize("setting", ENCODERS[:1], indirect=True)
 def test_encoders_have_no_cache(setting):
-    with pytest.raises(ValueError, match="an encoder"):
+    with pytest.raises(ValueError, match="predicts no next token"):
         setting.model.init_cache(1, 4)
 
 

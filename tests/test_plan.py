@@ -241,7 +241,7 @@ def test_an_encoder_is_refused(tmp_path):
     BertConfig(architectures=["BertForSequenceClassification"]).save_pretrained(tmp_path)
     code, out, err = run("--model", tmp_path, "--rank", RANK, "--targets", "query")
     assert (code, out) == (2, "")
-    expected = f"lora-jax: model: {tmp_path} is an encoder (bert), which predicts no next token; expected a decoder, "
+    expected = f"lora-jax: model: {tmp_path} predicts no next token (bert); expected a decoder, "
     assert err[-1].startswith(expected)
     assert err[:-1] == ["reading the configuration"]
 

@@ -21,6 +21,7 @@ from lora_jax.peft import adapter_folder
 # `lora_jax.models` is used through the package, which imports it at first use: `--help` doesn't wait for transformers.
 
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+DECODERS_HEAD = "score"  # which sees a row's last token
 TRACED_TOKENS = 8  # length of the example with which the use of each kernel is traced
 
 
@@ -266,8 +267,7 @@ def check_generates(model: Any) -> None:
     if not model.generates:
         name = model.config.architectures[0] if model.config.architectures else model.config.model_type
         raise ValueError(
-            f'{name} is an encoder, which predicts no next token: give rows of {{"text", "label"}}; '
-            "with --text-column, --label-column too"
+            f'{name} predicts no next token: give rows of {{"text", "label"}}; with --text-column, --label-column too'
         )
 
 
@@ -281,7 +281,7 @@ def check_prefix(length: int, model: Any) -> None:
 
 def prefix_place(model: Any) -> int:
     """Number of an example's tokens before a prefix: 1 for an encoder, whose head pools the first token."""
-    return 0 if model.generates else 1
+    return 0 if model.generates or model.head == DECODERS_HEAD else 1
 
 
 def check_free(folder: Path, overwrite: bool, *sources: str | Path | None) -> None:

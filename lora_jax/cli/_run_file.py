@@ -17,7 +17,8 @@ from lora_jax.cli import _flags
 FILE = "run.yaml"
 MOST_BYTES = 2**16  # of a file that comes with someone's adapter
 ONCE = ("config", "overwrite", "resume")  # flags of one call, which another call doesn't repeat
-NOT_WRITTEN = (*ONCE, "push_to_hub")  # a run that is repeated replaces nothing on the hub
+# A run that is repeated replaces nothing on the hub, and where its processes are is another call's.
+NOT_WRITTEN = (*ONCE, "push_to_hub", "distributed", "coordinator_address", "num_processes", "process_id")
 
 _SUPPRESSED = get_args(tyro.conf.Suppress[int])[1]
 

@@ -5,7 +5,7 @@ every leaf under `layers` has a leading axis of layers.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import flax.linen as nn
@@ -55,6 +55,7 @@ class DecoderSpec:
     sliding: tuple[bool, ...] = ()  # whether each layer is sliding; () means that all are, if there is a window
     sliding_rope: Rope | None = None  # of the sliding layers, if it differs
     experts: ExpertsSpec | None = None
+    num_labels: int | None = None  # of the head in place of the vocabulary's, which sees a row's last token
 
     def __post_init__(self) -> None:
         check_activation(self.activation)
@@ -254,6 +255,9 @@ class Decoder(nn.Module):
         x = RMSNorm(spec, self.param_dtype, name="norm")(x)
         if hidden:
             return x
+        if spec.num_labels is not None:
+            pooled = _last_tokens(x, attention_mask)
+            return dense(self, "score", spec.num_labels, pooled, ("embed", None), bias=False)
         # The tree of a tied model may have a head of its own: an adapter that changes one of the two has untied them.
         tied = spec.tied and not self.has_variable("params", "lm_head")
         logits = embed.attend(x) if tied else dense(self, "lm_head", spec.vocab_size, x, ("embed", "vocab"), bias=False)
@@ -265,6 +269,14 @@ def unembed(spec: DecoderSpec, layout: Layout, params: Any) -> Callable[[Any], A
     """The function from the last hidden states to the logits, as at the end of `Decoder`."""
     kernel = head_kernel(params, "embed_tokens", layout)
     return lambda x: _scaled(spec, layout.constrain(x @ kernel.astype(x.dtype), "batch", "length", "vocab"))
+
+
+def _last_tokens(x, attention_mask):
+    """The state [B, D] of each row's last token that isn't padding."""
+    if attention_mask is None:
+        return x[:, -1]
+    last = jnp.max(attention_mask.astype(bool) * jnp.arange(x.shape[1]), axis=1)
+    return jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
 
 
 def _scaled(spec, logits):
@@ -353,7 +365,9 @@ def weights(spec: DecoderSpec) -> dict[str, Weight]:
     for path in norms:
         table[f"layers/{path}/scale"] = Weight(f"model.layers.{{}}.{path.replace('/', '.')}.weight")
     table["norm/scale"] = Weight("model.norm.weight")
-    if not spec.tied:
+    if spec.num_labels is not None:
+        table["score/kernel"] = Weight("score.weight", transpose=True)
+    elif not spec.tied:
         table["lm_head/kernel"] = Weight("lm_head.weight", transpose=True)
     return table
 
@@ -384,4 +398,20 @@ def family(
         copies=lambda config: {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_word_embeddings else {},
         positions=lambda config: reach(config.rope_parameters, config.max_position_embeddings),
         heads={"lm_head.weight": "lm_head/kernel"},
+    )
+
+
+def classifier(config_class: Any, architecture: str, spec: Callable[[Any], DecoderSpec]) -> Family:
+    """Make the family of this decoder that predicts labels: transformers' `...ForSequenceClassification`."""
+
+    def labelled(config: Any) -> DecoderSpec:
+        return replace(spec(config), num_labels=config.num_labels)
+
+    return family(config_class, architecture, labelled)._replace(
+        init_cache=None,
+        unembed=None,
+        copies=lambda config: {},
+        heads={},
+        head="score",
+        other_heads=(r"lm_head\..*", r"score\..*"),
     )

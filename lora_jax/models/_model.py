@@ -213,7 +213,7 @@ def _functions(
 
     def init_cache(batch: int, length: int, dtype: Any = None):
         if family.init_cache is None:
-            raise ValueError(f"{family.architecture}: an encoder, which generates no text and has no cache")
+            raise ValueError(f"{family.architecture}: predicts no next token, so it generates no text and has no cache")
         how = decodes(chosen, layer_bytes, length)
         cache = family.init_cache(config, batch, length, dtype or compute_dtype or param_dtype, how)
         axes = ("batch", "kv_heads", "length", "head_dim")  # of a layer's keys and values on a mesh
@@ -227,7 +227,7 @@ def _functions(
 
     def unembed(params):
         if family.unembed is None:
-            raise ValueError(f"{family.architecture}: an encoder, which predicts no next token")
+            raise ValueError(f"{family.architecture}: predicts no next token")
         return family.unembed(config, chosen.layout, params)
 
     def attention(rows: int, length: int, **call: bool) -> Choice:

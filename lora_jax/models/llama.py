@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import LlamaConfig
 
-from lora_jax.models._decoder import DecoderSpec, common, family
+from lora_jax.models._decoder import DecoderSpec, classifier, common, family
 
 
 def spec(config: Any) -> DecoderSpec:
@@ -17,4 +17,7 @@ def spec(config: Any) -> DecoderSpec:
     )
 
 
-FAMILIES = (family(LlamaConfig, "LlamaForCausalLM", spec),)
+FAMILIES = (
+    family(LlamaConfig, "LlamaForCausalLM", spec),
+    classifier(LlamaConfig, "LlamaForSequenceClassification", spec),
+)

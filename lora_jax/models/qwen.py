@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
-from lora_jax.models._decoder import DecoderSpec, common, family, sliding_layers
+from lora_jax.models._decoder import DecoderSpec, classifier, common, family, sliding_layers
 from lora_jax.models._experts import ExpertsSpec, expert_weights
 from lora_jax.models._family import Weight
 
@@ -55,5 +55,7 @@ def _expert_weights(spec: DecoderSpec) -> dict[str, Weight]:
 FAMILIES = (
     family(Qwen2Config, "Qwen2ForCausalLM", qwen2),
     family(Qwen3Config, "Qwen3ForCausalLM", qwen3),
+    classifier(Qwen2Config, "Qwen2ForSequenceClassification", qwen2),
+    classifier(Qwen3Config, "Qwen3ForSequenceClassification", qwen3),
     family(Qwen3MoeConfig, "Qwen3MoeForCausalLM", qwen3_moe, _expert_weights),
 )

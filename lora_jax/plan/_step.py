@@ -59,7 +59,7 @@ def open_model(request: Request, platform: str | None) -> Any:
     model = models.load_abstract(request.model, request.dtype, platform=given, **names)
     if not model.generates:
         raise ValueError(
-            f"model: {request.model} is an encoder ({model.config.model_type}), which predicts no next token; expected"
+            f"model: {request.model} predicts no next token ({model.config.model_type}); expected"
             " a decoder, because a plan is of a step on text"
         )
     return model

@@ -3,7 +3,8 @@
     python tests/golden/make_models.py      # torch 2.13.0 (CPU), transformers 5.23; seconds on two cores
 
 For each case, under its name: the names and shapes of the tensors in a folder that transformers writes, and the output
-of the model with drawn weights, read back by transformers, in float32 and in float64; an encoder's of padded rows too.
+of the model with drawn weights, read back by transformers, in float32 and in float64; where it predicts no next token,
+of padded rows too.
 """
 
 import json
