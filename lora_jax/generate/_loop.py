@@ -109,6 +109,13 @@ def stream(
 
     Raises:
         ValueError: As `generate`; what is wrong with the arguments is raised by the call, not by the first part.
+
+    >>> apply = lambda params, ids, mask, *, cache: (params["table"][ids], cache)
+    >>> params = {"table": jnp.roll(jnp.eye(5), 1, axis=1)}  # token 3 follows 2, and 0 follows 4
+    >>> ids = jnp.array([[1, 2]])
+    >>> parts = stream(apply, lambda batch, length: {}, params, ids, ids * 0 + 1, max_tokens=8, eos_id=0)
+    >>> [int(token) for part in parts for token in part[0]][:3]
+    [3, 4, 0]
     """
     _check_settings(max_tokens, temperature, top_p, key)
     input_ids, mask = _prompts(model_apply, init_cache, params, input_ids, attention_mask)

@@ -25,6 +25,15 @@ def chat_prompt(
 
     Raises:
         ValueError: There is no chat template, or it refuses the messages.
+
+    >>> class Marks:
+    ...     chat_template, eos_token_id, bos_token_id = "in Python", 0, None
+    ...     def apply_chat_template(self, messages, *, add_generation_prompt=False, **options):
+    ...         return "".join(m["role"][0] + m["content"] for m in messages) + "a" * add_generation_prompt
+    ...     def __call__(self, text, **options):
+    ...         return {"input_ids": [[ord(letter) - 96 for letter in one] for one in text]}
+    >>> chat_prompt(Marks(), [{"role": "user", "content": "hi"}])  # u, h, i, and a for the assistant
+    [21, 8, 9, 1]
     """
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(

@@ -94,6 +94,21 @@ def stream_text(
 
     Raises:
         ValueError: As `generate_text`, by the call, except for logits that aren't finite.
+
+    >>> import jax.numpy as jnp
+    >>> from types import SimpleNamespace
+    >>> class Letters:
+    ...     eos_token_id, bos_token_id = 0, None
+    ...     def __call__(self, text, **options):
+    ...         return {"input_ids": [ord(letter) - 96 for letter in text]}
+    ...     def decode(self, ids, **options):
+    ...         return "".join(chr(96 + number) for number in ids)
+    >>> model = SimpleNamespace(
+    ...     apply=lambda params, ids, mask, *, cache: (params["table"][ids], cache),
+    ...     init_cache=lambda batch, length: {}, tokenizer=Letters(), end_tokens=[], max_length=64)
+    >>> params = {"table": jnp.roll(jnp.eye(6), 1, axis=1)}  # b follows a, and the end follows e
+    >>> "".join(stream_text(model, params, "a", GenerateConfig(max_tokens=8)))
+    'bcde'
     """
     tokenizer, eos_ids = model.tokenizer, _eos_ids(model)
     (ids,), longest = _encoded(model, params, [prompt], config.max_tokens)

@@ -221,6 +221,13 @@ def quant_method(path_or_hub_id: str | os.PathLike[str]) -> str:
     Raises:
         FileNotFoundError: There is no such folder, or it has no configuration.
         ValueError: The method isn't one that `load` reads.
+
+    >>> import tempfile
+    >>> from transformers import LlamaConfig
+    >>> folder = tempfile.mkdtemp()
+    >>> LlamaConfig(quantization_config={"quant_method": "fp8", "weight_block_size": [8, 8]}).save_pretrained(folder)
+    >>> quant_method(folder)
+    'fp8'
     """
     folder = _folder.find(path_or_hub_id, weights=False)
     try:

@@ -66,6 +66,12 @@ def read_template(path: Path) -> str:
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: It is no text, or a long one.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "template.jinja"
+    >>> _ = path.write_text("{{ messages[0].content }}")
+    >>> read_template(path)
+    '{{ messages[0].content }}'
     """
     _check(path, "a chat template")
     if path.exists() and path.stat().st_size > MOST_BYTES:
