@@ -139,7 +139,7 @@ def test_rank_and_alpha_have_no_default():
 def test_a_config_can_be_hashed_and_compared():
     assert config(targets=["q"], dtype=jnp.float32) == config(targets=("q",))
     assert hash(config(overrides=[Override(target="q", rank=[1, 2])])) is not None
-    assert config(targets="q").targets == ("q",)
+    assert config(targets="query").targets == ("query",)
 
 
 # What is chosen

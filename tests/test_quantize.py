@@ -286,6 +286,13 @@ def test_data_lie_on_a_mesh_as_the_kernel_does():
     )
 
 
+def test_outputs_that_come_first_are_cut_as_outputs():
+    node = quantized(normal(16, 128), Axes((), (1,), (0,)), "nf4")
+    where = lora_jax.shardings({"kernel": node}, {"kernel": P("model", "data")})["kernel"]
+    assert where.values == P("data", "model")  # its data have the inputs first
+    assert where.scales == P("data", "model")
+
+
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 def test_a_kernel_on_a_mesh_is_quantized_there(kind):
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(kind, kind))

@@ -43,7 +43,7 @@ NAMES = [
         'return alpha / (rank if self.scaling == "standard" else math.sqrt(rank))',
         "return alpha / rank",
         "rank-stabilized scaling is the paper's",
-        "lora_jax/_config.py::lora_jax._config.LoRAConfig.scale",
+        tests_in("peft", "scales_survive_bit_for_bit_with_whole_alphas"),
     ),
     Mutant(
         "_config.py",
@@ -71,17 +71,17 @@ NAMES = [
         "    return (x,) if isinstance(x, str) or not isinstance(x, Sequence) else tuple(x)",
         "    return tuple(x)",
         "a pattern alone is read letter by letter",
-        tests_in("init", "a_config_can_be_hashed_and_compared", "exclude_takes_kernels_out"),
+        tests_in("init", "settings_go_by_name", "a_config_can_be_hashed_and_compared", "the_default_is_attention"),
     ),
 ]
 
 PLACES = [
     Mutant(
         "_sharding.py",
-        "        for length in range(len(parts), -1, -1):",
-        "        for length in range(len(parts) + 1):",
-        "the sharding of a whole tree hides the sharding of a leaf in it",
-        tests_in("sharding", "one_sharding_covers_all_below_it"),
+        "        return dataclasses.replace(leaf, value=sharding_at(path)) if isinstance(leaf, Trained) else",
+        "        return",
+        "the shardings of a tree with leaves trained in full have another structure than the tree",
+        tests_in("sharding", "shapes_are_enough_and_split_takes_shardings_apart", "specs_follow_the_kernels_axes"),
     ),
     Mutant(
         "_sharding.py",
@@ -108,8 +108,8 @@ PLACES = [
         "_quantize/placement.py",
         "    return tuple(full[axis] for group in node.own_axes for axis in group)",
         "    return full",
-        "the data are cut along other axes than a kernel whose axes are in another order",
-        tests_in("quantize", "data_lie_on_a_mesh_as_the_kernel_does"),
+        "the data of a kernel with its outputs first are cut along other axes than the kernel",
+        tests_in("quantize", "outputs_that_come_first_are_cut_as_outputs"),
     ),
 ]
 
@@ -141,7 +141,11 @@ REPORTS = [
         "    lost = update - (changed(kernel, node).astype(dtype).astype(wide) - kernel.astype(dtype).astype(wide))",
         "    lost = update - (changed(kernel, node).astype(dtype).astype(wide) - kernel)",
         "the rounding of W itself counts as a loss of the update",
-        tests_in("merge", "the_report_agrees_with_merge", "float32_keeps_it_all_and_nothing_survives_an_update_below"),
+        tests_in(
+            "merge",
+            "the_report_agrees_with_merge",
+            "float32_keeps_it_all_and_nothing_survives_an_update_below_the_last_bit",
+        ),
     ),
     Mutant(
         "_describe.py",
@@ -172,7 +176,9 @@ QUANTIZED = [
         "    flat = flat - offset[..., None]",
         "    flat = flat * 1",
         "nested scales have the mean added that wasn't taken away",
-        tests_in("quantize", "the_error_is_within_the_scheme_s_bound", "quantizing_what_was_dequantized_changes"),
+        tests_in(
+            "quantize", "the_error_is_within_the_scheme_s_bound", "quantizing_what_was_dequantized_changes_nothing_more"
+        ),
     ),
     Mutant(
         "_quantize/transform.py",
