@@ -275,6 +275,49 @@ def with_adapter(base, adapter):
     return lora_jax.peft.load(adapter, model.params, names=model.names)
 
 
+@pytest.mark.slow
+def test_an_adapter_is_merged_into_the_rounded_kernels_or_the_model_s_own(tmp_path):
+    base, data, out = tiny_model(tmp_path / "base"), write_rows(tmp_path / "rows.jsonl"), tmp_path / "out"
+    run("train", "--model", base, "--data", data, "--output", out, *TRAIN, "--quantize", "int8")
+    said = run("merge", "--adapter", out, "--output", tmp_path / "own")
+    assert "was trained beside kernels in int8, and added to the model's own" in said
+    said = run("merge", "--adapter", out, "--output", tmp_path / "rounded", "--quantize", "int8")
+    assert re.search(r"as int8 has them, dequantized; they differ from the model's own by 0\.[1-9]\d%", said)
+    plain = models.load(base)
+    config = lora_jax.QuantizeConfig(scheme="int8")
+    axes = lora_jax.kernel_axes(plain.apply, plain.params, jnp.ones((1, 8), jnp.int32))
+    for name, params in {
+        "own": plain.params,
+        "rounded": lora_jax.quantize(plain.params, config, axes=axes),
+    }.items():
+        expected = lora_jax.merge(lora_jax.peft.load(out, params, names=plain.names))
+        pairs = zip(
+            *map(leaves_with_paths, (lora_jax.dequantize(expected), models.load(tmp_path / name).params)), strict=True
+        )
+        for (path, one), (_, other) in pairs:
+            np.testing.assert_allclose(in_float32(one), in_float32(other), atol=1e-6, err_msg=f"{name} {path}")
+
+
+def test_merging_rounds_no_kernels_that_are_in_few_bits(tmp_path, capsys):
+    base = in_int8(pathlib.Path(tiny_model(tmp_path / "base")))
+    model = models.load(base)
+    config = lora_jax.LoRAConfig(rank=2, alpha=4)
+    lora_jax.peft.save(
+        tmp_path / "out",
+        lora_jax.init(jax.random.key(0), model.params, config, axes=LAYERS),
+        names=model.names,
+        base_model=base,
+    )
+    words = ["merge", "--adapter", tmp_path / "out", "--output", tmp_path / "merged", "--quantize", "nf4"]
+    assert main([*map(str, words)]) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert re.search("quantize: nf4 given, but layers/.*kernel is in few bits in .*; leave it out", message)
+    assert not (tmp_path / "merged").exists()
+
+
+LAYERS = {"/layers/.*/kernel/": lora_jax.Axes((0,), (1,), (2,))}
+
+
 def test_it_isn_t_quantized_twice_by_a_command_either(tmp_path, capsys):
     base = in_int8(pathlib.Path(tiny_model(tmp_path / "base")))
     assert main(["generate", "--model", base, "--quantize", "int8", "--prompt", "a"]) == 2

@@ -12,6 +12,7 @@ import tyro
 import lora_jax
 from lora_jax.cli import _base, _compare, _labels, _show
 from lora_jax.cli._merged import MergedWeights, check_tensors, merged
+from lora_jax.cli._rounded import Rounded, rounded, scheme_of_run
 from lora_jax.data import Labels
 
 MOST_PARAMETERS = 10**9  # of a model whose logits `--check auto` compares: 4 GB in float32
@@ -31,6 +32,9 @@ class Settings:
     """folder to write"""
     output_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """dtype of the merged weights; the model's if not given. With float32 no part of the adapter is rounded away"""
+    quantize: Literal["nf4", "int4", "int8", "fp8"] | None = None
+    """number format of the run's base (train --quantize): the adapter is added to the kernels as they are after
+    rounding to it, and written in the output's dtype; to the model's own kernels if not given"""
     check: Literal["auto", "always", "never"] = "auto"
     """compare merged and adapted logits on a text before the output is kept. auto: for models of at most 1e9
     parameters, because the complete model is in memory for it, in float32"""
@@ -46,7 +50,7 @@ def run(settings: Settings) -> None:
     _base.check_free(settings.output, settings.overwrite, settings.adapter, settings.base.folder)
     lora_jax.models.check_free(settings.output, overwrite=settings.overwrite)
     labels = _labels.of_adapter(settings.adapter, settings.base)
-    model = settings.base.load_streamed(labels and labels.names)
+    model, base = _streamed(settings, labels)
     rows = _compare.tokenized(model, settings.text) if _compares(settings, model) else None
     new = merged(model, _base.with_adapter(model, settings.adapter), settings.output_dtype)
     lines: list[str] = []
@@ -69,14 +73,34 @@ def run(settings: Settings) -> None:
         show.print("`--output-dtype float32` keeps all of the update, in larger files", markup=False)
     for line in lines:
         show.print(line, markup=False, soft_wrap=True)
-    if method := lora_jax.models.quant_method(settings.base.folder):
-        line = (
-            f"the base is in few bits ({method}): the adapter was added to its dequantized kernels, not to the original"
-        )
-        show.print(f"{line}; nothing was rounded to few bits again", markup=False, soft_wrap=True)
+    if line := _about_bases(settings, base):
+        show.print(line, markup=False, soft_wrap=True)
     show.print(f"merged model: {settings.output}", markup=False)
     next_words = "generate --model {} --prompt ..." if labels is None else "evaluate --model {} --data ..."
     show.print(f"next: lora-jax {next_words.format(settings.output)}", markup=False)
+
+
+def _streamed(settings: Settings, labels: Labels | None) -> tuple[Any, Rounded | None]:
+    """The model with its weights in their files, and how its kernels are rounded if they are."""
+    model = settings.base.load_streamed(labels and labels.names)
+    if settings.quantize is None:
+        return model, None
+    base = rounded(model, settings.quantize)
+    return base.model, base
+
+
+def _about_bases(settings: Settings, base: Rounded | None) -> str:
+    """A line on the kernels that the adapter was added to, if the run had others or they are in few bits."""
+    if method := lora_jax.models.quant_method(settings.base.folder):
+        line = f"the base is in few bits ({method}): the adapter was added to its dequantized kernels"
+        return f"{line}, not to the original; nothing was rounded to few bits again"
+    if base is not None:
+        line = f"the adapter was added to the kernels as {settings.quantize} has them, dequantized"
+        return f"{line}; they differ from the model's own by {base.difference:.2%}"
+    if scheme := scheme_of_run(settings.adapter):
+        line = f"the adapter was trained beside kernels in {scheme}, and added to the model's own, which differ by"
+        return f"{line} {scheme}'s rounding; --quantize {scheme} adds it to the rounded ones"
+    return ""
 
 
 def _compares(settings: Settings, model: Any) -> bool:
@@ -95,7 +119,7 @@ def _compare_logits(
         ValueError: they differ by more than `TOLERANCE` before the weights are rounded.
     """
     # The base's weights have the dtype in which they were merged, and are then computed with in float32.
-    model = settings.base.load_streamed(labels and labels.names)
+    model, _ = _streamed(settings, labels)
     model = replace(model, params=jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf, np.float32)), model.params))
     plain = jax.jit(model.apply)
     params = _base.with_adapter(model, settings.adapter)
