@@ -94,9 +94,9 @@ def init(
     new: dict[str, Any] = {}
     if config.init in CHANGES_KERNELS:
         nodes = {}
+        if tables := [path for path, kernel in kernels.items() if kernel.embedding]:
+            raise ValueError(f"{tables[0]}: is an embedding, and init={config.init!r} is for products; exclude it")
         for path, kernel in kernels.items():
-            if kernel.embedding:
-                raise ValueError(f"{path}: is an embedding, and init={config.init!r} is for products; exclude it")
             how, w = quantize if path in rounded else None, unbox(leaves[path])
             nodes[path], new[path] = take_out(path, w, Axes(*kernel.axes), ranks[path], config, how)
     else:

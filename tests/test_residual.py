@@ -201,6 +201,12 @@ BAD = {
         lambda: started(params=lora_jax.quantize(PLAIN, INT4, axes=AXES)),
         "is quantized already .int4., and init='pissa' starts from the plain kernel",
     ),
+    "embedding": (
+        lambda: lora_jax.init(
+            jax.random.key(0), {"embed": {"embedding": jnp.ones((9, 4))}}, config(targets="embed", rank=2)
+        ),
+        "is an embedding, and init='pissa' is for products; exclude it",
+    ),
     "in full": (
         lambda: started(targets="up", also_train="down/kernel", quantize=INT4),
         "is to be quantized, and trained in full too",

@@ -181,11 +181,32 @@ QUANTIZED = [
         ),
     ),
     Mutant(
-        "_quantize/transform.py",
+        "_quantize/kernel.py",
         "        if at_once or count == 1 or count * each <= _AT_ONCE:",
         "        if True:",
         "all of a large stack is in float32 at once",
         tests_in("quantize", "a_stack_is_encoded_as_its_kernels_are"),
+    ),
+    Mutant(
+        "models/_packed.py",
+        "        return np.stack([data >> 4, data & 15], -1)",
+        "        return np.stack([data & 15, data >> 4], -1)",
+        "two 4-bit numbers of a file's byte change places",
+        tests_in("quantized_folders", "numbers_are_those_of_the_reference"),
+    ),
+    Mutant(
+        "_residual.py",
+        "jnp.asarray(-node.start.b, node.b.dtype)",
+        "jnp.asarray(node.start.b, node.b.dtype)",
+        "the part that PiSSA took out of W is added to the saved adapter, not taken away",
+        tests_in("residual", "the_saved_adapter_belongs_beside_the_plain_model"),
+    ),
+    Mutant(
+        "_residual.py",
+        "    return w - update_of(node, w.dtype)",
+        "    return w",
+        "PiSSA leaves in W what it puts into A and B",
+        tests_in("residual", "the_function_is_the_same_and_the_tree_says_what_was_taken"),
     ),
     Mutant(
         "_forward/lazy.py",
