@@ -43,6 +43,8 @@ class Base:
     model: str | None = None
     """Hugging Face folder, or the hub's owner/model; if not given, the model that the adapter names, or the embedded
     model"""
+    revision: str | None = None
+    """branch, tag or commit of a model on the hub; that which the adapter names, or main, if not given"""
     dtype: Literal["float32", "bfloat16"] | None = None
     """dtype of the model's weights and activations; as in the files if not given (the embedded model: float32)"""
     adapter_folder: tyro.conf.Suppress[Path | None] = None
@@ -68,7 +70,8 @@ class Base:
                     "fit the embedded model: give --model"
                 )
         elif self.model is None and named != _named_base.EMBEDDED:
-            base = replace(base, model=named)
+            at = None if Path(named).is_dir() else adapter_folder.revision(adapter)
+            base = replace(base, model=named, revision=self.revision or at)
             _show.notes().print(f"model: {named}, which {adapter} names", markup=False, soft_wrap=True)
         if own := lora_jax.models.tokenizer_in(adapter):
             _show.notes().print(f"{own}: the one in {adapter}", markup=False, soft_wrap=True)
@@ -81,6 +84,16 @@ class Base:
     def folder(self) -> str | Path:
         """The model's folder, or its name on the hub."""
         return text_to_sql.BASE if self.model is None else self.model
+
+    def _place(self, *, weights: bool) -> str | Path:
+        """The folder, or the name on the hub, from which the model is read: of a revision, its local copy.
+
+        Raises:
+            ValueError: a revision is given without a name on the hub.
+        """
+        if self.revision is None:
+            return self.folder
+        return lora_jax.models.find(self.folder, weights=weights, revision=self.revision)
 
     @property
     def name(self) -> str:
@@ -105,7 +118,9 @@ class Base:
     def abstract(self, *, labels: Sequence[str] | None = None) -> Any:
         """The model without weights, so that errors in its configuration are found before weights are read."""
         return self._with_tokenizer(
-            lora_jax.models.load_abstract(self.folder, self.loaded_dtype, labels=labels, **self.execution)
+            lora_jax.models.load_abstract(
+                self._place(weights=False), self.loaded_dtype, labels=labels, **self.execution
+            )
         )
 
     def load(
@@ -121,7 +136,7 @@ class Base:
             warnings.simplefilter("always")
             transform = self._transform(labels)
             model = lora_jax.models.load(
-                self.folder,
+                self._place(weights=True),
                 dtype or self.loaded_dtype,
                 labels=labels,
                 key=key,
@@ -144,7 +159,7 @@ class Base:
     def load_streamed(self, labels: Sequence[str] | None = None, key: jax.Array | None = None) -> Any:
         """The model with its weights still in their files, from which they are read one tensor at a time."""
         return self._with_tokenizer(
-            lora_jax.models.load_streamed(self.folder, self.loaded_dtype, labels=labels, key=key)
+            lora_jax.models.load_streamed(self._place(weights=True), self.loaded_dtype, labels=labels, key=key)
         )
 
     def _with_tokenizer(self, model: Any) -> Any:
@@ -194,7 +209,7 @@ class DecodedBase(EvaluatedBase):
     @property
     def execution(self) -> dict[str, Any]:
         # Without a loop over the layers, XLA dequantizes all of them ahead of the loop over tokens.
-        in_few_bits = self.quantize or lora_jax.models.quant_method(self.folder)
+        in_few_bits = self.quantize or lora_jax.models.quant_method(self._place(weights=False))
         return {"attention": self.attention, "remat": "none", "layers": "scan" if in_few_bits else "auto"}
 
 

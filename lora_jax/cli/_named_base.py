@@ -25,7 +25,7 @@ def base_of(adapter: Path) -> str | None:
         raise ValueError(f"{adapter}: its base_model_name_or_path is {show(named)}, expected a name: give --model")
     if not named or (named == EMBEDDED and not Path(named).is_dir()):
         return named or None
-    found = _found(adapter, named)
+    found = _found(adapter, named, adapter_folder.revision(adapter))
     if found is None:
         raise FileNotFoundError(
             f"{adapter}: its base model is {show(named)}, which is neither a folder here nor available from "
@@ -34,7 +34,7 @@ def base_of(adapter: Path) -> str | None:
     return found
 
 
-def _found(adapter: Path, named: str) -> str | None:
+def _found(adapter: Path, named: str, revision: str | None) -> str | None:
     """The base's folder, or its name if the hub has it; None if neither has."""
     absolute = adapter.absolute()
     try:
@@ -42,7 +42,8 @@ def _found(adapter: Path, named: str) -> str | None:
         for place in (Path(), absolute, *absolute.parents):
             if (place / path / "config.json").is_file():
                 return str(place / path)
-        return named if (lora_jax.models.find(named, weights=False) / "config.json").is_file() else None
+        found = lora_jax.models.find(named, weights=False, revision=revision)
+        return named if (found / "config.json").is_file() else None
     except (OSError, ValueError, RuntimeError):  # a name that is too long, no name of the hub's, or the home of no user
         return None
 

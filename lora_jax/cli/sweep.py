@@ -261,6 +261,7 @@ def _save(settings: Settings, finished: _FinishedSweep, number: int) -> str | No
         names={path: weight._replace(untied=()) for path, weight in finished.model.names.items()},
         also_train=finished.lora.also_train,
         base_model=settings.base.name,
+        revision=settings.base.revision,
         task_type=finished.rows.task_type,
         overwrite=True,  # _check has refused a folder that mustn't be overwritten
     )

@@ -228,6 +228,7 @@ def _train(settings: Settings, stop: Callable[[], bool]) -> Callable[[], None]:
         result.params,
         names=model.names,
         base_model=settings.base.name,
+        revision=settings.base.revision,
         task_type=rows.task_type,
         overwrite=True,  # _check has refused a folder that mustn't be overwritten
     )
@@ -360,6 +361,7 @@ def _comparison(result: TrainResult, before: Predictions, after: Predictions) ->
 
 def _next_command(settings: Settings, workload: Workload) -> str:
     model = [] if settings.base.model is None else ["--model", settings.base.model]
+    model += [] if settings.base.revision is None else ["--revision", settings.base.revision]
     if settings.base.quantize is not None and settings.lora.init not in CHANGES_KERNELS:
         model += ["--quantize", settings.base.quantize]
     adapter = ["--adapter", str(settings.output)]

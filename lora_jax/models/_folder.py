@@ -24,12 +24,18 @@ NOT_COPIED = re.compile(
 _FOUND_BY = re.compile(r"(Class v|V)alidation error for (field|validator) '\w+': (\w+: )?")
 
 
-def find(path_or_hub_id: str | os.PathLike[str], *, weights: bool) -> Path:
+def find(path_or_hub_id: str | os.PathLike[str], *, weights: bool, revision: str | None = None) -> Path:
     """Find the local folder of a model; a model on the hub is downloaded first, unless it is in the hub's cache.
+
+    Args:
+        path_or_hub_id: A folder, or `owner/model`.
+        weights: Whether the weights are needed too.
+        revision: A branch, tag or commit on the hub; defaults to its main branch.
 
     Raises:
         FileNotFoundError: There is no such folder, and no such model can be downloaded from the hub.
         NotADirectoryError: It is a file.
+        ValueError: A revision of a local folder is given.
 
     >>> import tempfile
     >>> folder = tempfile.mkdtemp()
@@ -37,6 +43,8 @@ def find(path_or_hub_id: str | os.PathLike[str], *, weights: bool) -> Path:
     True
     """
     folder = Path(path_or_hub_id).expanduser()
+    if folder.is_dir() and revision is not None:
+        raise ValueError(f"revision: {revision} given for {folder}, which is a local folder; leave it out")
     if folder.is_dir():
         return folder
     if folder.exists():
@@ -45,14 +53,16 @@ def find(path_or_hub_id: str | os.PathLike[str], *, weights: bool) -> Path:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
         raise FileNotFoundError(f"{folder}: no such folder, and no name on the hub (owner/model) either")
     try:
-        return Path(snapshot_download(name, allow_patterns=[*TEXT_FILES, *(WEIGHT_FILES if weights else ())]))
+        patterns = [*TEXT_FILES, *(WEIGHT_FILES if weights else ())]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError):
         raise FileNotFoundError(
             f"{name}: no such folder, and the hub can't be reached for a model with this name; give a local folder"
         ) from None
     except (HfHubHTTPError, HFValidationError) as error:
         reason = " ".join(str(error).split())
-        raise FileNotFoundError(f"{name}: no such folder, and the hub refuses this name: {reason}") from None
+        what = "this name" if revision is None else f"this name at revision {revision:.60}"
+        raise FileNotFoundError(f"{name}: no such folder, and the hub refuses {what}: {reason}") from None
 
 
 def read_config(folder: Path, families: Mapping[str, Family]) -> tuple[Family, Any]:

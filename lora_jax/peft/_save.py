@@ -29,6 +29,7 @@ def save(
     names: Mapping[str, Weight],
     also_train: Any = (),
     base_model: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
     task_type: str | None = None,
     portable: bool = False,
     tokens: Mapping[str, Sequence[int]] | None = None,
@@ -57,6 +58,7 @@ def save(
         also_train: Other leaves that were trained in full, as given to `lora_jax.split`: saved as `modules_to_save`
             (biases of adapted modules as `bias="lora_only"`). In an adapter tree they are known without it.
         base_model: The name or path of the base model, which PEFT's `AutoPeftModel` loads.
+        revision: The branch, tag or commit of the base model on the hub.
         task_type: PEFT's task, such as `"CAUSAL_LM"`.
         portable: Whether to fold the scale into B and pad to one rank, for tools that ignore patterns: alpha = r
             everywhere. DoRA has no such form.
@@ -92,7 +94,7 @@ def save(
     The format: https://huggingface.co/docs/peft/developer_guides/checkpoint
     """
     folder, rows = _check_arguments.check_save(
-        folder, params, names, also_train, tokens, base_model=base_model, task_type=task_type
+        folder, params, names, also_train, tokens, base_model=base_model, revision=revision, task_type=task_type
     )
     with one_writes() as writes:  # the others don't look: the first one may be done before they are here
         if writes:
@@ -106,6 +108,7 @@ def save(
     if node is not None:
         config = dataclasses.replace(config, lora_jax_prefix=_prefix_folder.declared(node))
     descriptive = {"base_model_name_or_path": base_model and os.fspath(base_model), "task_type": task_type}
+    descriptive |= {} if revision is None else {"revision": revision}
     # transformers requires the format: "pt" means that tensors are named and laid out as PyTorch's are.
     metadata = {"format": "pt", CHECKSUM: checksum(config, tensors)}
     files = {

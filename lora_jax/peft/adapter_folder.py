@@ -71,6 +71,12 @@ def base_model(folder: Path) -> Any:
     return _config_file.read_json(folder / CONFIG_FILE).get("base_model_name_or_path")
 
 
+def revision(folder: Path) -> str | None:
+    """The revision of the base model on the hub that a config names; None without one."""
+    found = _config_file.read_json(folder / CONFIG_FILE).get("revision")
+    return found if isinstance(found, str) and found else None
+
+
 def trains_embeddings(folder: Path) -> bool:
     """Return whether the adapter trains an embedding or rows of one, as for tokens added to the vocabulary."""
     config = _config_file.read(folder)
