@@ -73,6 +73,18 @@ def test_what_is_refused(earlier, tmp_path, capsys, words, line):
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"lora-jax: {line.format_map(earlier)}")
 
 
+def test_rows_of_an_embedding_are_refused(earlier, tmp_path, capsys):
+    model = models.load(earlier["model"])
+    rows = {"embed_tokens/embedding": [5, 2]}
+    config = lora_jax.LoRAConfig(rank=2, alpha=4, also_train=["embed_tokens"])
+    params = lora_jax.init(jax.random.key(0), model.params, config, axes=_base.kernel_axes(model))
+    peft.save(tmp_path / "rows", params, names=model.names, base_model=earlier["model"], tokens=rows)
+    words = ["--data", earlier["data"], "--output", str(tmp_path / "out"), "--from-adapter", str(tmp_path / "rows")]
+    assert main(["train", *words]) == 2
+    assert "trains rows of an embedding (trainable_token_indices)" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_an_adapter_of_labels_keeps_their_order(tmp_path, capsys):
     model, adapter = encoder(tmp_path / "model"), tmp_path / "adapter"

@@ -12,6 +12,7 @@ import lora_jax
 from lora_jax._config import CHANGES_KERNELS
 from lora_jax.cli import _base, _labels, _mesh, inspect
 from lora_jax.cli._rows import Rows
+from lora_jax.peft import adapter_folder
 from lora_jax.train import TrainConfig
 
 
@@ -79,6 +80,9 @@ def begin(
         lora: The settings of a new adapter.
         prefix_length: Tokens of a new prefix.
         adapter: The folder of the adapter that the run goes on from, if any.
+
+    Raises:
+        ValueError: The adapter trains rows of an embedding.
     """
     key = jax.random.fold_in(jax.random.key(train.seed), 0)  # training folds in the steps, from 1
     model = base.abstract(labels=rows.label_names)
@@ -91,6 +95,11 @@ def begin(
     # Such an init starts from the weights as they are, and rounds what is left.
     loaded = dataclasses.replace(base, quantize=None) if changes else base
     model = loaded.load(labels=rows.label_names, key=jax.random.fold_in(key, 1), mesh=mesh)
+    if adapter is not None and adapter_folder.token_rows(adapter, model.params, model.names):
+        raise ValueError(
+            f"{adapter}: trains rows of an embedding (trainable_token_indices), and a run would train all its rows;"
+            " merge it, and train a new adapter"
+        )
     params = _base.with_adapter(model, adapter)
     if adapter is not None:
         show.print(f"going on from {adapter}", markup=False, soft_wrap=True)

@@ -78,7 +78,10 @@ def _export_adapter(settings: Settings, adapter: Path) -> None:
 
 def _export_checkpoint(settings: Settings, saved: Saved) -> None:
     """Write a checkpoint's adapter. The checkpoint names its model, of which only the configuration is read."""
-    base = settings.base if settings.base.model else replace(settings.base, model=saved.about.get("model"))
+    base = settings.base
+    if not base.model:
+        revision = base.revision or saved.about.get("revision")
+        base = replace(base, model=saved.about.get("model"), revision=revision)
     names = saved.about.get("labels")
     model = base.abstract(labels=names)
     lora_jax.peft.save(

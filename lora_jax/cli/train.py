@@ -214,6 +214,7 @@ def _train(settings: Settings, stop: Callable[[], bool]) -> Callable[[], None]:
         stop=stop_after_step,
         about={
             "model": settings.base.model,
+            **({} if settings.base.revision is None else {"revision": settings.base.revision}),
             "labels": None if rows.labels is None else list(rows.labels.names),
             "task_type": rows.task_type,
             **({} if settings.base.quantize is None else {"quantize": settings.base.quantize}),
