@@ -50,6 +50,30 @@ def one_writes() -> Iterator[bool]:
         raise OSError(text)
 
 
+class Preemption:
+    """Whether all processes stop now, since one of them has got a SIGTERM: JAX agrees with all on a step to come.
+
+    Orbax asks JAX too when it saves, with the number of the step, so that no other numbers can be used.
+
+    Args:
+        done: Steps done before. JAX may have agreed on one of them, which no process would come to otherwise.
+    """
+
+    def __init__(self, done: int):
+        self._begun = several() and max(map(_reached, range(done + 1)))  # each is asked
+
+    def at(self, step: int) -> bool:
+        """Return whether all stop after this step, which may be asked several times."""
+        return several() and (self._begun or _reached(step))
+
+
+def _reached(step: int) -> bool:
+    try:
+        return multihost_utils.reached_preemption_sync_point(step)
+    except RuntimeError:  # JAX's preemption service is switched off
+        return False
+
+
 def from_first(value: bytes) -> bytes:
     """The bytes that the first process has; every process has as many.
 

@@ -57,7 +57,8 @@ def test_streamed_leaves_are_the_loaded_ones(drawn, folder):
 
 def test_a_part_is_read_alone(tmp_path):
     """Of rows of 8 KiB, whole or in halves, and of rows whose parts are in one page of the disk."""
-    wide = LlamaConfig.from_dict(CASES["llama_tied"] | {"hidden_size": 2048, "head_dim": 8})
+    wide = LlamaConfig.from_dict(CASES["llama_tied"])
+    wide.hidden_size, wide.head_dim = 2048, 8
     model = models.init(jax.random.key(0), wide)
     models.save(tmp_path / "wide", model, model.params)
 

@@ -1,9 +1,8 @@
 """The flags of a run on the devices of several processes, and joining and leaving them."""
 
 import contextlib
-import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import jax
@@ -67,12 +66,6 @@ def joined(flags: DistributedFlags) -> Iterator[None]:
     _watchdog = None
 
 
-def stopping() -> Callable[[], bool]:
-    """A function to call again and again: whether all processes stop at this call, after a SIGTERM to any of them."""
-    calls = itertools.count(1)
-    return lambda: multihost_utils.reached_preemption_sync_point(next(calls))
-
-
 def said_so() -> None:
     """Announce that this process has said why it ends, so that its watchdog says nothing."""
     if _watchdog is not None:
@@ -93,6 +86,7 @@ def _join(address: str | None, count: int | None, number: int | None) -> None:
             f"distributed: the other processes weren't found ({error}); outside of Slurm, GKE and Cloud TPU give"
             " --coordinator-address HOST:PORT, --num-processes and --process-id"
         ) from None
-    except jax.errors.JaxRuntimeError as error:
+    except RuntimeError as error:
         reason = " ".join(str(error).split())
-        raise OSError(f"distributed: process 0 can't be reached at {address} ({reason:.90})") from None
+        where = "" if address is None else f" at {address}"
+        raise OSError(f"distributed: the processes don't meet{where} ({reason:.90})") from None

@@ -37,15 +37,15 @@ class Signals:
     Args:
       nothing_saved: returns the line to print, given the signal's name, if nothing was saved.
       saving_ended: returns the line to print, given the signal's name, if a run is ended while it is being saved.
-      together: for one of several processes, whether all stop now, which JAX agrees on after a SIGTERM to any. JAX
-        handles SIGTERM then, and SIGINT is passed on as SIGTERM.
+      together: this is one of several processes. JAX handles SIGTERM then, with which all stop; SIGINT is passed on as
+        SIGTERM.
     """
 
     def __init__(
         self,
         nothing_saved: Callable[[str], str],
         saving_ended: Callable[[str], str],
-        together: Callable[[], bool] | None = None,
+        together: bool = False,
     ):
         self._nothing_saved, self._saving_ended, self._together = nothing_saved, saving_ended, together
         self._begun = False  # whether the run has called `stop`
@@ -54,14 +54,14 @@ class Signals:
 
     def __call__(self) -> bool:
         self._begun = True
-        return self.caught is not None if self._together is None else self._together()
+        return self.caught is not None
 
     def __enter__(self) -> "Signals":
         if threading.current_thread() is not threading.main_thread():
             return self  # only the main thread can handle signals
         with contextlib.ExitStack() as stack:
             handled = [number for number in HANDLED if signal.getsignal(number) != signal.SIG_IGN]
-            if self._together is not None:
+            if self._together:
                 handled = [number for number in handled if number != signal.SIGTERM]
             reader, writer = os.pipe()
             os.set_blocking(writer, False)
@@ -106,7 +106,7 @@ class Signals:
                 self._end(number, self._saving_ended(number.name))
             self.caught = number
             _print(f"{number.name}: saving after this step; a second signal ends at once")
-            if self._together is not None:
+            if self._together:
                 os.kill(os.getpid(), signal.SIGTERM)
 
     def _end(self, number: signal.Signals, line: str) -> NoReturn:

@@ -153,7 +153,7 @@ def _run(settings: Settings) -> None:
     signals = Signals(
         lambda name: f"{name}: stopped before a first step: nothing to save{_resume_hint(settings, settings.resume)}",
         lambda name: f"{name}: ended at once{_resume_hint(settings, True)}",
-        together=_distributed.stopping() if several() else None,
+        together=several(),
     )
     try:
         with signals:

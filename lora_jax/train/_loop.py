@@ -18,7 +18,7 @@ from rich.console import Console
 from lora_jax import data
 from lora_jax._finite import unfinite_leaf, why_unfinite
 from lora_jax._forward import dropout_of
-from lora_jax._processes import is_first
+from lora_jax._processes import Preemption, is_first, several
 from lora_jax._tree import combine, split
 from lora_jax.checkpoint import BestAdapter, TrainState
 from lora_jax.train._config import TrainConfig
@@ -116,7 +116,8 @@ def train(
             that they had, as shares of the peak: more steps of a constant rate, or another peak from here on.
         overwrite: Remove a run that is in `output`.
         stop: Called after every step and during evaluations. When it returns True, the run saves a checkpoint in
-            `output` and raises `Stopped`; a resumed run continues from there, with no step lost.
+            `output` and raises `Stopped`; a resumed run continues from there, with no step lost. Several processes stop
+            after the same step once one of them has got a SIGTERM, whatever it returns.
         about: JSON values that every checkpoint holds for readers of its adapter, such as the model's name.
         mesh: The devices to train on, with the axes "data", "fsdp" and "model", of any type: the base, the adapter and
             the optimizer's moments are cut along "fsdp" and "model", batches along "data" and "fsdp". The losses don't
@@ -211,6 +212,11 @@ def train(
         if before is not None and not state.step:
             log.record(0, {}, before)
         meter = Meter(log.step, lambda: unfinite_leaf(base))
+        preemption = Preemption(state.step)
+
+        def stops(step: int) -> bool:
+            asked, together = stop(), preemption.at(step)
+            return together if several() else asked
 
         def log_step(state: TrainState) -> TrainState:
             """Log and evaluate after a step, if either is due."""
@@ -218,7 +224,7 @@ def train(
             evaluates = state.step == steps or _due(state.step, every)
             if evaluates or _due(state.step, config.logging_steps):
                 metrics = meter.read() | {"learning_rate": float(np.asarray(rate(state.step - 1)))}
-                found = validate(evaluated(state), stop) if evaluates else None
+                found = validate(evaluated(state), lambda: stops(state.step)) if evaluates else None
                 log.record(state.step, metrics, found)
                 if found is not None:
                     best = _better(state, found, task, config)
@@ -243,12 +249,12 @@ def train(
                 adapter, opt_state, metrics = step_fn(state.adapter, state.opt_state, base, batch_there, step_key)
                 state = state._replace(adapter=adapter, opt_state=opt_state, step=step)
                 meter.add(step, metrics, int(batch["attention_mask"].sum()), at_peak)
-            if logged := not stop():
+            if logged := not stops(step):
                 try:
                     state = log_step(state)
                 except InterruptedError:
                     logged = False
-            stopped, ended = not logged or stop(), ends(step)
+            stopped, ended = not logged or stops(step), ends(step)
             if stopped or saver.due(step, ended):
                 with meter.paused():
                     log.sync()
