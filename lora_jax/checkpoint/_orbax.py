@@ -36,12 +36,13 @@ def reason(error: BaseException) -> str:
 
 class _BelowError(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
-        return record.levelno < logging.ERROR
+        # The run itself prints a line where a signal has stopped it.
+        return record.levelno < logging.ERROR and "preemption sync point" not in record.getMessage()
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Suppress the errors that Orbax's threads log: waiting for them raises the same error."""
+    """Suppress the errors that Orbax's threads log, since waiting for them raises the same, and its notes on signals."""
     below_error, loggers = _BelowError(), [logging.getLogger(name) for name in ("absl", "asyncio")]
     shown = sys.unraisablehook
 
