@@ -42,7 +42,7 @@ class _BelowError(logging.Filter):
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Suppress the errors that Orbax's threads log, since waiting for them raises the same, and its notes on signals."""
+    """Suppress the errors that Orbax's threads log (waiting for them raises the same) and its notes on signals."""
     below_error, loggers = _BelowError(), [logging.getLogger(name) for name in ("absl", "asyncio")]
     shown = sys.unraisablehook
 
