@@ -31,11 +31,11 @@ def run(
     """Train q, v or other modules with PEFT as `lora_jax.train` does: AdamW, clipping, the best evaluation's adapter.
 
     Args:
-      folder: the base's folder.
-      targets: ends of the modules' names.
-      steps: a batch and a learning rate for each step.
-      dev: the batches on which the model is evaluated every `every` steps.
-      task: has the metric that decides which evaluation is the best.
+        folder: The base's folder.
+        targets: Ends of the modules' names.
+        steps: A batch and a learning rate for each step.
+        dev: The batches on which the model is evaluated every `every` steps.
+        task: Has the metric that decides which evaluation is the best.
     """
     torch.manual_seed(seed)
     # The base has no dropout, because this library's models have none.

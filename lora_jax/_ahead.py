@@ -20,11 +20,11 @@ def ahead(function: Callable[..., Any], fixed: Any, *args: Any) -> Callable[...,
     memory is held as `fixed` takes.
 
     Args:
-      function: of arrays in any trees, returns a tree of arrays.
-      args: arrays, or their shapes and dtypes.
+        function: Of arrays in any trees, returns a tree of arrays.
+        args: Arrays, or their shapes and dtypes.
 
     Returns:
-      A function of `args`.
+        A function of `args`.
 
     >>> import jax.numpy as jnp
     >>> half = ahead(lambda w, x: w[1] @ x, jnp.arange(8.0).reshape(2, 2, 2), jnp.ones(2))
@@ -42,11 +42,11 @@ def divided(
     """Divide a function into what `ahead` computes at once and what it leaves to the calls.
 
     Args:
-      function: as for `ahead`, and so are `fixed` and `args`, of which only shapes and dtypes are used.
+        function: As for `ahead`, and so are `fixed` and `args`, of which only shapes and dtypes are used.
 
     Returns:
-      `early(fixed) -> values` and `late(fixed, values, *args)`, which together are `function(fixed, *args)`. In another
-      program, the same function and shapes give the same division.
+        `early(fixed) -> values` and `late(fixed, values, *args)`, which together are `function(fixed, *args)`. In
+        another program, the same function and shapes give the same division.
     """
     closed, shape = jax.make_jaxpr(function, return_shape=True)(fixed, *args)
     jaxpr, structure = closed.jaxpr, jax.tree.structure(shape)

@@ -56,15 +56,15 @@ def read_axes(axes: Any, paths: Collection[str], *, used: bool) -> tuple[dict[st
     An entry that a trace found has a type of its own, so that a plain dict made from a `KernelAxes` is as good.
 
     Args:
-      axes: The argument of `init`.
-      paths: The paths of all leaves of the tree.
-      used: Whether any kernel is targeted. If so, traced axes without a single leaf of this tree are an error.
+        axes: The argument of `init`.
+        paths: The paths of all leaves of the tree.
+        used: Whether any kernel is targeted. If so, traced axes without a single leaf of this tree are an error.
 
     Returns:
-      `(exact, rules)`; `exact` is None where no axes are from a trace.
+        `(exact, rules)`; `exact` is None where no axes are from a trace.
 
     Raises:
-      ValueError: `axes` isn't a mapping of axes, a pattern matches nothing, or the axes are another tree's.
+        ValueError: `axes` isn't a mapping of axes, a pattern matches nothing, or the axes are another tree's.
     """
     if axes is None:
         return None, {}

@@ -8,9 +8,9 @@ class Axes(NamedTuple):
     """The axes of a kernel W by their use; together the three groups name every axis of W once, in any order.
 
     Attributes:
-      stack: Axes along which W is many kernels (layers, experts): each index has factors and a scale of its own.
-      inputs: Axes contracted with the activation; for an embedding, the axis that is looked up.
-      outputs: Axes of the result.
+        stack: Axes along which W is many kernels (layers, experts): each index has factors and a scale of its own.
+        inputs: Axes contracted with the activation; for an embedding, the axis that is looked up.
+        outputs: Axes of the result.
 
     >>> Axes()  # a Flax Dense kernel, f32[in, out]
     Axes(stack=(), inputs=(0,), outputs=(1,))
@@ -27,8 +27,8 @@ class TracedAxes(Axes):
     """The axes of one leaf that a trace found, and the kernel's roles; equal to the `Axes` with the same numbers.
 
     Attributes:
-      embedding: Whether the kernel is looked up (gather).
-      head: Whether its product reaches the function's output through no other kernel.
+        embedding: Whether the kernel is looked up (gather).
+        head: Whether its product reaches the function's output through no other kernel.
     """
 
     embedding: bool
@@ -59,8 +59,8 @@ class KernelAxes(dict[str, Axes]):
     Each entry has its kernel's roles, so that a part of the dict, or a plain dict made from it, has them too.
 
     Attributes:
-      embeddings: Paths of kernels that are looked up (gather).
-      heads: Paths of kernels whose product reaches the function's output through no other kernel.
+        embeddings: Paths of kernels that are looked up (gather).
+        heads: Paths of kernels whose product reaches the function's output through no other kernel.
 
     >>> axes = KernelAxes({"embed/embedding": Axes(), "up/kernel": Axes()}, embeddings=["embed/embedding"])
     >>> {path: entry for path, entry in axes.items() if path != "up/kernel"}

@@ -82,9 +82,9 @@ class Override:
     """Another rank or alpha for some of the targets.
 
     Attributes:
-      target: A pattern, as in `LoRAConfig.targets`.
-      rank: The rank of these kernels; for a stacked kernel also one for each stack index, 0 where it isn't adapted.
-      alpha: The alpha of these kernels; for a stacked kernel also one for each stack index.
+        target: A pattern, as in `LoRAConfig.targets`.
+        rank: The rank of these kernels; for a stacked kernel also one for each stack index, 0 where it isn't adapted.
+        alpha: The alpha of these kernels; for a stacked kernel also one for each stack index.
 
     >>> LoRAConfig(rank=8, alpha=16, targets=("q", "v"), overrides=[Override(target="v", rank=2)]).overrides
     (Override(target='v', rank=2, alpha=None),)
@@ -141,27 +141,29 @@ class LoRAConfig:
     Where several patterns match, the first wins.
 
     Attributes:
-      rank: Columns of A and rows of B.
-      alpha: Numerator of the scale.
-      targets: Patterns of the kernels to adapt.
-      exclude: Patterns of kernels to leave alone.
-      overrides: Other ranks and alphas for some of the targets; the first that matches a kernel counts.
-      scaling: `"standard"` as in the paper, or `"rank_stabilized"` (Kalajdzievski 2023, arXiv 2312.03732).
-      init: Distribution of A at the start, where B is zero. `"kaiming_normal"` is N(0, 1/(3·inputs)): Gaussian as in
-        the paper (section 4.1; it gives no size), with the variance of `"kaiming_uniform"`, U(±1/√inputs), the default
-        of loralib and PEFT (Kaiming's with a = √5). `"gaussian"` is N(0, 1/rank²), PEFT's option of that name. An
-        embedding starts with A = 0 and B from N(0, 1) under all three, as in loralib and PEFT. Two more start with the
-        largest part of a kernel in A B, and with W less that part: `"pissa"`, of W (Meng et al. 2024, arXiv
-        2404.02948); `"loftq"`, of what quantization loses (Li et al. 2023, arXiv 2310.08659), with `init`'s `quantize`.
-      dtype: Dtype of A and B. In bfloat16 small updates of Adam's are rounded away. In float16 its eps of 1e-8 is 0,
-        and the second step gives nan: `init` refuses it. A base in float16, and an adapter that was saved in it, are
-        fine.
-      also_train: Patterns of leaves trained in full: heads, biases, norms.
-      dora: Whether to train the norm of each output's kernel as a parameter of its own, the node's magnitude (DoRA, Liu
-        et al. 2024, arXiv 2402.09353): W' = m ⊙ (W + ΔW) / ‖W + ΔW‖, with m = ‖W‖ at the start.
+        rank: Columns of A and rows of B.
+        alpha: Numerator of the scale.
+        targets: Patterns of the kernels to adapt.
+        exclude: Patterns of kernels to leave alone.
+        overrides: Other ranks and alphas for some of the targets; the first that matches a kernel counts.
+        scaling: `"standard"` as in the paper, or `"rank_stabilized"` (Kalajdzievski 2023, arXiv 2312.03732).
+        init: Distribution of A at the start, where B is zero. `"kaiming_normal"` is N(0, 1/(3·inputs)): Gaussian as in
+            the paper (section 4.1; it gives no size), with the variance of `"kaiming_uniform"`, U(±1/√inputs), the
+            default of loralib and PEFT (Kaiming's with a = √5). `"gaussian"` is N(0, 1/rank²), PEFT's option of that
+            name. An embedding starts with A = 0 and B from N(0, 1) under all three, as in loralib and PEFT. Two more
+            start with the largest part of a kernel in A B, and with W less that part: `"pissa"`, of W (Meng et al.
+            2024, arXiv
+                2404.02948); `"loftq"`, of what quantization loses (Li et al. 2023, arXiv 2310.08659), with `init`'s
+                `quantize`.
+        dtype: Dtype of A and B. In bfloat16 small updates of Adam's are rounded away. In float16 its eps of 1e-8 is 0,
+            and the second step gives nan: `init` refuses it. A base in float16, and an adapter that was saved in it,
+            are fine.
+        also_train: Patterns of leaves trained in full: heads, biases, norms.
+        dora: Whether to train the norm of each output's kernel as a parameter of its own, the node's magnitude (DoRA,
+            Liu et al. 2024, arXiv 2402.09353): W' = m ⊙ (W + ΔW) / ‖W + ΔW‖, with m = ‖W‖ at the start.
 
     Raises:
-      ValueError: A setting is out of range or unknown, or has PEFT's name for it.
+        ValueError: A setting is out of range or unknown, or has PEFT's name for it.
 
     >>> LoRAConfig(rank=8, alpha=16, targets=["q_proj", "v_proj"]).targets
     ('q_proj', 'v_proj')

@@ -21,13 +21,13 @@ class Row(NamedTuple):
     """One adapted kernel, or one leaf trained in full.
 
     Attributes:
-      path: The leaf's path.
-      shape: The leaf's shape.
-      axes: The kernel's axes; None for a leaf trained in full.
-      rank: The rank without padding; a tuple, one for each stack index, where they differ; None for a leaf trained in
-        full.
-      scale: The scale, as `rank`; None also where it is a traced or abstract array.
-      trainable: The number of trainable parameters.
+        path: The leaf's path.
+        shape: The leaf's shape.
+        axes: The kernel's axes; None for a leaf trained in full.
+        rank: The rank without padding; a tuple, one for each stack index, where they differ; None for a leaf trained in
+            full.
+        scale: The scale, as `rank`; None also where it is a traced or abstract array.
+        trainable: The number of trainable parameters.
     """
 
     path: str
@@ -43,9 +43,9 @@ class Description:
     """The table of the kernels and leaves that train.
 
     Attributes:
-      rows: One row for each adapted kernel and each leaf trained in full.
-      trainable: The number of trainable parameters.
-      total: The number of parameters in the base and in the adapter.
+        rows: One row for each adapted kernel and each leaf trained in full.
+        trainable: The number of trainable parameters.
+        total: The number of parameters in the base and in the adapter.
     """
 
     rows: tuple[Row, ...]
@@ -72,14 +72,14 @@ def describe(params: Any, also_train: Any = ()) -> Description:
     """List the kernels and leaves that train, with shape, axes, rank, scale and number of parameters.
 
     Args:
-      params: A tree that `init` made, of arrays or of ShapeDtypeStructs (then ranks and counts include padding).
-      also_train: Patterns of further leaves trained in full, or the `LoRAConfig` that `init` had.
+        params: A tree that `init` made, of arrays or of ShapeDtypeStructs (then ranks and counts include padding).
+        also_train: Patterns of further leaves trained in full, or the `LoRAConfig` that `init` had.
 
     Returns:
-      A table with `.rows`, `.trainable`, `.total` and `.share`, the trainable fraction; `print` shows it.
+        A table with `.rows`, `.trainable`, `.total` and `.share`, the trainable fraction; `print` shows it.
 
     Raises:
-      ValueError: A node doesn't fit its kernel, or has several stacked adapters.
+        ValueError: A node doesn't fit its kernel, or has several stacked adapters.
 
     >>> node = LoRA(jnp.ones((512, 8)), jnp.ones((8, 512)), jnp.float32(2))
     >>> print(describe({"query": {"kernel": jnp.ones((512, 512)), "kernel_lora": node}}))
@@ -125,10 +125,10 @@ class MergedRow:
     """One kernel's update, before and after rounding.
 
     Attributes:
-      path: The kernel's path.
-      dtype: Dtype of the merged kernel.
-      relative: ‖ΔW‖ / ‖W‖ (Frobenius).
-      survives: 1 - ‖ΔW - (W' - W)‖ / ‖ΔW‖ with W' as rounded; at least 0.
+        path: The kernel's path.
+        dtype: Dtype of the merged kernel.
+        relative: ‖ΔW‖ / ‖W‖ (Frobenius).
+        survives: 1 - ‖ΔW - (W' - W)‖ / ‖ΔW‖ with W' as rounded; at least 0.
     """
 
     path: str
@@ -142,8 +142,8 @@ class MergeReport:
     """Report of how much of each update a merge preserves.
 
     Attributes:
-      rows: One row for each adapted kernel.
-      survives: The share of ΔW that survives, over all kernels.
+        rows: One row for each adapted kernel.
+        survives: The share of ΔW that survives, over all kernels.
     """
 
     rows: tuple[MergedRow, ...]
@@ -163,8 +163,8 @@ def merge_report(params: Any, *, dtype: Any = None) -> MergeReport:
     A bfloat16 kernel has 8 bits, and loses about a third of an update that is 0.5% of W.
 
     Args:
-      params: A tree that `init` made.
-      dtype: Dtype of the merged kernels, as given to `merge`.
+        params: A tree that `init` made.
+        dtype: Dtype of the merged kernels, as given to `merge`.
 
     >>> node = LoRA(jnp.ones((2, 1)), jnp.ones((1, 2)), jnp.float32(1e-3))
     >>> params = {"kernel": jnp.ones((2, 2), jnp.bfloat16), "kernel_lora": node}

@@ -53,26 +53,27 @@ def init(
     keeps its start, and files get scale · (A B - A₀ B₀), of rank 2r, which belongs beside the plain W.
 
     Args:
-      key: A JAX random key.
-      params: The parameters: mappings, at any depth, of arrays. Works on ShapeDtypeStructs under `jax.eval_shape`.
-      config: The settings.
-      axes: How the kernels are used. Best from `lora_jax.kernel_axes(apply_fn, params, *inputs)`; then a target that
-        the function doesn't contract is an error. Or a dict from patterns to `Axes`, for kernels that aren't
-        f[inputs, outputs].
-      quantize: Kernels to quantize as `lora_jax.quantize` does, after PiSSA has changed them; LoftQ needs it.
+        key: A JAX random key.
+        params: The parameters: mappings, at any depth, of arrays. Works on ShapeDtypeStructs under `jax.eval_shape`.
+        config: The settings.
+        axes: How the kernels are used. Best from `lora_jax.kernel_axes(apply_fn, params, *inputs)`; then a target that
+            the function doesn't contract is an error. Or a dict from patterns to `Axes`, for kernels that aren't
+            f[inputs, outputs].
+        quantize: Kernels to quantize as `lora_jax.quantize` does, after PiSSA has changed them; LoftQ needs it.
 
     Returns:
-      The tree with its nodes. A leaf trained in full (`config.also_train`) is marked as such, and gets a buffer of its
-      own: float32 where its own dtype is narrower.
+        The tree with its nodes. A leaf trained in full (`config.also_train`) is marked as such, and gets a buffer of
+        its own: float32 where its own dtype is narrower.
 
     Warns:
-      UserWarning: A rank is above the kernel's full rank, the smaller of its inputs and outputs, which adds nothing.
+        UserWarning: A rank is above the kernel's full rank, the smaller of its inputs and outputs, which adds nothing.
 
     Raises:
-      ValueError: Arguments have wrong types or are in another order; factors are in float16 or narrower, where Adam's
-        eps of 1e-8 is 0 and its second step gives nan; the axes are another tree's; a pattern matches nothing; a kernel
-        isn't floating-point, has more than two axes and no rule, is adapted already, has no string key in a mapping, or
-        is trained in full too; with PiSSA or LoftQ, a kernel is an embedding, traced, or quantized before.
+        ValueError: Arguments have wrong types or are in another order; factors are in float16 or narrower, where Adam's
+            eps of 1e-8 is 0 and its second step gives nan; the axes are another tree's; a pattern matches nothing; a
+            kernel isn't floating-point, has more than two axes and no rule, is adapted already, has no string key in a
+            mapping, or is trained in full too; with PiSSA or LoftQ, a kernel is an embedding, traced, or quantized
+            before.
 
     >>> params = {"query": {"kernel": jnp.ones((4, 6))}, "out": {"kernel": jnp.ones((6, 4))}}
     >>> params = init(jax.random.key(0), params, LoRAConfig(rank=2, alpha=4, targets=["query"]))

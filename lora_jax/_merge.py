@@ -35,15 +35,15 @@ def merge(params: Any, *, dtype: Any = None) -> Any:
     quantized kernels without an adapter stay so, and `dequantize(merge(params))` has none, as files of models need it.
 
     Args:
-      params: A tree that `init` made.
-      dtype: Dtype of the merged kernels; by default each kernel's own.
+        params: A tree that `init` made.
+        dtype: Dtype of the merged kernels; by default each kernel's own.
 
     Returns:
-      The tree as it was before `init`, with W' in place of W, and the trained values of leaves trained in full.
+        The tree as it was before `init`, with W' in place of W, and the trained values of leaves trained in full.
 
     Raises:
-      ValueError: A node doesn't fit its kernel, or has several stacked adapters; the tree has prefix embeddings; the
-        dtype has few bits, and a kernel is quantized.
+        ValueError: A node doesn't fit its kernel, or has several stacked adapters; the tree has prefix embeddings; the
+            dtype has few bits, and a kernel is quantized.
 
     >>> node = LoRA(jnp.ones((2, 1)), jnp.ones((1, 3)), 0.5)
     >>> merge({"kernel": jnp.ones((2, 3)), "kernel_lora": node})
@@ -80,15 +80,15 @@ def unmerge(params: Any, adapter: Any) -> Any:
     """Take an adapter back out of merged kernels: `unmerge(merge(p), split(p)[1]) ≈ p`, up to the rounding of W'.
 
     Args:
-      params: A tree that `merge` returned.
-      adapter: The adapter that was merged, as `split` returns it.
+        params: A tree that `merge` returned.
+        adapter: The adapter that was merged, as `split` returns it.
 
     Returns:
-      The tree with W' - ΔW in place of W', and the adapter's nodes.
+        The tree with W' - ΔW in place of W', and the adapter's nodes.
 
     Raises:
-      ValueError: The adapter doesn't fit the tree, or has a magnitude (DoRA). Merging divided by ‖W + ΔW‖, which can't
-        be computed from W': the base must be kept.
+        ValueError: The adapter doesn't fit the tree, or has a magnitude (DoRA). Merging divided by ‖W + ΔW‖, which
+            can't be computed from W': the base must be kept.
 
     >>> node = LoRA(jnp.ones((2, 1)), jnp.ones((1, 3)), 0.5)
     >>> params = unmerge({"kernel": jnp.full((2, 3), 1.5)}, {"kernel_lora": node})

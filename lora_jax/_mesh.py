@@ -14,7 +14,7 @@ def parse(text: str) -> dict[str, int]:
     {'data': 2, 'fsdp': 4}
 
     Raises:
-      ValueError: It isn't a list of axes with sizes.
+        ValueError: It isn't a list of axes with sizes.
     """
     sizes: dict[str, int] = {}
     for part in text.split(","):
@@ -43,7 +43,7 @@ def check(sizes: Mapping[str, int], devices: int) -> None:
     """Refuse a mesh that isn't of all devices.
 
     Raises:
-      ValueError: The sizes' product is another.
+        ValueError: The sizes' product is another.
     """
     if (given := size(sizes)) != devices:
         raise ValueError(

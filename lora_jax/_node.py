@@ -38,13 +38,13 @@ class LoRA:
     as `lora_jax.checkpoint` and `lora_jax.peft` do.
 
     Args:
-      a: f[*stack, *inputs, rank].
-      b: f[*stack, rank, *outputs].
-      scale: alpha / rank: a number, or numbers of shape [*stack], which become static. A traced one stays a leaf.
-      magnitude: None, or for DoRA f32[*stack, *outputs]: the norm of each output's kernel.
-      axes: Which axes of W are stack, inputs and outputs. Static.
-      start: None, or A₀ and B₀, which `init` has taken out of W (`init="pissa"` and `"loftq"`). The update of the plain
-        W is scale · (A B - A₀ B₀) then, as files have it. Static.
+        a: F[*stack, *inputs, rank].
+        b: F[*stack, rank, *outputs].
+        scale: Alpha / rank: a number, or numbers of shape [*stack], which become static. A traced one stays a leaf.
+        magnitude: None, or for DoRA f32[*stack, *outputs]: the norm of each output's kernel.
+        axes: Which axes of W are stack, inputs and outputs. Static.
+        start: None, or A₀ and B₀, which `init` has taken out of W (`init="pissa"` and `"loftq"`). The update of the
+            plain W is scale · (A B - A₀ B₀) then, as files have it. Static.
 
     >>> node = LoRA(a=jnp.ones((3, 2)), b=jnp.ones((2, 5)), scale=0.5)
     >>> [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(node)]
@@ -163,13 +163,13 @@ class LoRA:
         """Restore the node that `to_dict` wrote.
 
         Args:
-          entries: The dict that `to_dict` returned.
-          axes: The kernel's axes, where they are known: with other axes, ΔW of a square kernel would be transposed
-            without an error.
-          scale: The expected scale, where it is known: another alpha / rank is another ΔW.
+            entries: The dict that `to_dict` returned.
+            axes: The kernel's axes, where they are known: with other axes, ΔW of a square kernel would be transposed
+                without an error.
+            scale: The expected scale, where it is known: another alpha / rank is another ΔW.
 
         Raises:
-          ValueError: Entries are missing or unknown, the axes differ from `axes`, or the scale differs from `scale`.
+            ValueError: Entries are missing or unknown, the axes differ from `axes`, or the scale differs from `scale`.
 
         >>> node = LoRA(a=jnp.ones((3, 2)), b=jnp.ones((2, 3)), scale=0.5)
         >>> LoRA.from_dict(node.to_dict(), axes=Axes(inputs=(1,), outputs=(0,)))
@@ -198,7 +198,7 @@ def _numbers_of(scale: Any, stack: int) -> tuple[float, ...] | None:
     """The static scale: numbers, or one number where all are equal; None for a traced scale or a placeholder.
 
     Raises:
-      ValueError: Several numbers are given for a kernel that isn't stacked.
+        ValueError: Several numbers are given for a kernel that isn't stacked.
     """
     known = isinstance(scale, int | float | np.number | np.ndarray | tuple | list | jax.Array)
     if isinstance(scale, bool | np.bool_ | Tracer) or not known:
@@ -223,8 +223,8 @@ class Trained:
     """A leaf that is trained in full: the mark by which `split`, optimizers and files recognise it.
 
     Attributes:
-      value: The leaf, float32 where its own dtype is narrower and so too coarse for an optimizer's steps.
-      dtype: Name of the dtype in which the function gets it; `value` is cast to it at use.
+        value: The leaf, float32 where its own dtype is narrower and so too coarse for an optimizer's steps.
+        dtype: Name of the dtype in which the function gets it; `value` is cast to it at use.
 
     >>> import jax.numpy as jnp, lora_jax
     >>> params = {"w": jnp.ones((3, 3)), "bias": jnp.zeros(3, jnp.bfloat16)}
@@ -248,9 +248,9 @@ class Prefix(Trained):
     """Embeddings of tokens that are put before each example's own, and train beside A and B (`lora_jax.prefix`).
 
     Attributes:
-      value: The embeddings, f32[length, width].
-      dtype: Name of the dtype in which the function gets them.
-      after: The number of tokens that stay before the prefix: 1 where the first token is pooled, else 0.
+        value: The embeddings, f32[length, width].
+        dtype: Name of the dtype in which the function gets them.
+        after: The number of tokens that stay before the prefix: 1 where the first token is pooled, else 0.
 
     >>> import jax.numpy as jnp, lora_jax
     >>> params = {"embedding": jnp.ones((7, 4)), "out": jnp.ones((4, 3))}
@@ -267,8 +267,8 @@ def trained(leaf: Any, value: Any = None) -> Trained:
     """Mark a leaf as trained in full, with a buffer of its own, which a training step may donate.
 
     Args:
-      leaf: The leaf as it is in the tree, boxed or not, real or a ShapeDtypeStruct.
-      value: Values to take in place of the leaf's own; of the same shape.
+        leaf: The leaf as it is in the tree, boxed or not, real or a ShapeDtypeStruct.
+        value: Values to take in place of the leaf's own; of the same shape.
 
     >>> trained(jnp.ones(2, jnp.bfloat16))
     Trained(value=Array([1., 1.], dtype=float32), dtype='bfloat16')
@@ -372,11 +372,11 @@ def place(sharding: Any, node: LoRA) -> LoRA:
     """The shardings of a node: each factor is cut along the axes that it shares with its kernel; the rank is never cut.
 
     Args:
-      sharding: The kernel's NamedSharding or PartitionSpec; a sharding of another type must be fully replicated.
-      node: The node, whose arrays aren't read.
+        sharding: The kernel's NamedSharding or PartitionSpec; a sharding of another type must be fully replicated.
+        node: The node, whose arrays aren't read.
 
     Raises:
-      ValueError: The sharding is of another type, and cuts the kernel along axes that it doesn't name.
+        ValueError: The sharding is of another type, and cuts the kernel along axes that it doesn't name.
 
     >>> node = place(jax.P("layers", "data", "model"), LoRA(..., ..., 2.0, axes=Axes((0,), (1,), (2,))))
     >>> node.a, node.b

@@ -22,11 +22,11 @@ def mask(tree: Any, also_train: Any = ()) -> Any:
     A scale never trains. It is a leaf only where adapters of different scales are stacked.
 
     Args:
-      tree: A whole tree, or an adapter as `split` gives it: there every leaf outside the nodes is trained in full.
-      also_train: Patterns of further leaves trained in full, or the `LoRAConfig` that `init` had.
+        tree: A whole tree, or an adapter as `split` gives it: there every leaf outside the nodes is trained in full.
+        also_train: Patterns of further leaves trained in full, or the `LoRAConfig` that `init` had.
 
     Raises:
-      ValueError: Nothing would train, or a pattern matches nothing.
+        ValueError: Nothing would train, or a pattern matches nothing.
 
     >>> node = LoRA(a=1.0, b=2.0, scale=3.0)
     >>> mask({"kernel": 0.0, "kernel_lora": node, "bias": 0.0}, also_train=["bias"])
@@ -63,15 +63,15 @@ def masked(tx: optax.GradientTransformation, also_train: Any = ()) -> optax.Grad
     function. Whole trees need it, and so do stacked adapters of different scales.
 
     Args:
-      tx: Any optimizer.
-      also_train: Patterns of further leaves trained in full, or the `LoRAConfig` that `init` had.
+        tx: Any optimizer.
+        also_train: Patterns of further leaves trained in full, or the `LoRAConfig` that `init` had.
 
     Returns:
-      A transformation for whole trees and for adapter trees. Its state holds nothing for leaves that don't train.
+        A transformation for whole trees and for adapter trees. Its state holds nothing for leaves that don't train.
 
     Raises:
-      ValueError: In the `init` of the result: nothing would train, or ranks are padded and `tx` doesn't leave padding
-        alone (see `check_padding`).
+        ValueError: In the `init` of the result: nothing would train, or ranks are padded and `tx` doesn't leave padding
+            alone (see `check_padding`).
 
     >>> params = {"kernel": jnp.ones((2, 2)), "kernel_lora": LoRA(jnp.ones((2, 1)), jnp.ones((1, 2)), 1.0)}
     >>> tx = masked(optax.sgd(0.5))
@@ -101,14 +101,14 @@ def state_shardings(tx: optax.GradientTransformation, adapter: Any) -> Any:
     It knows a moment by its path and its shape, so that it works for any optax optimizer, `masked` or not.
 
     Args:
-      tx: The optimizer.
-      adapter: What `tx.init` is given, of arrays or of ShapeDtypeStructs with shardings.
+        tx: The optimizer.
+        adapter: What `tx.init` is given, of arrays or of ShapeDtypeStructs with shardings.
 
     Returns:
-      A tree as `tx.init(adapter)`, of shardings.
+        A tree as `tx.init(adapter)`, of shardings.
 
     Raises:
-      ValueError: No leaf of `adapter` has a NamedSharding, which names a mesh.
+        ValueError: No leaf of `adapter` has a NamedSharding, which names a mesh.
 
     >>> mesh = jax.make_mesh((1,), ("data",))
     >>> w = jax.ShapeDtypeStruct((4, 2), "float32", sharding=NamedSharding(mesh, PartitionSpec("data")))
@@ -143,12 +143,12 @@ def check_padding(tx: optax.GradientTransformation, adapter: Any, also_train: An
     in four steps is not refused. `masked` calls this where arrays have values: outside `jax.jit` and `jax.vmap`.
 
     Args:
-      tx: The optimizer.
-      adapter: An adapter as `split` or `stack` returns it. Without padding, nothing is refused.
-      also_train: Patterns of further leaves trained in full, or the `LoRAConfig` that `init` had.
+        tx: The optimizer.
+        adapter: An adapter as `split` or `stack` returns it. Without padding, nothing is refused.
+        also_train: Patterns of further leaves trained in full, or the `LoRAConfig` that `init` had.
 
     Raises:
-      ValueError: The adapter is padded, and `tx` doesn't leave padding alone.
+        ValueError: The adapter is padded, and `tx` doesn't leave padding alone.
 
     >>> from lora_jax import Axes
     >>> a = jnp.array([[[1., 1.], [1., 1.]], [[1., 0.], [1., 0.]]])  # two layers, of rank 2 and 1

@@ -56,16 +56,16 @@ def match(
     between slashes, which must match the whole path; or a preset, `"attention"` or `"all-linear"`.
 
     Args:
-      patterns: In order of precedence.
-      paths: All leaf paths of the tree, as `leaf_paths` gives them.
-      what: The setting's name for error messages, such as `"targets"`.
-      linear: The paths that `"all-linear"` selects; None where they aren't known.
+        patterns: In order of precedence.
+        paths: All leaf paths of the tree, as `leaf_paths` gives them.
+        what: The setting's name for error messages, such as `"targets"`.
+        linear: The paths that `"all-linear"` selects; None where they aren't known.
 
     Returns:
-      The index of the pattern that matches, for each path that one matches.
+        The index of the pattern that matches, for each path that one matches.
 
     Raises:
-      ValueError: A pattern matches no path at all (the nearest names are listed), or `"all-linear"` isn't known.
+        ValueError: A pattern matches no path at all (the nearest names are listed), or `"all-linear"` isn't known.
 
     >>> paths = ["layer_0/q_proj/kernel", "layer_0/q_proj/bias", "head/kernel"]
     >>> match(["layer_0/q_proj/bias", "q_proj"], paths, what="also_train")

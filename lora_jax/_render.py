@@ -109,7 +109,7 @@ def _address_space() -> int:
     """The size of this process's address space in bytes.
 
     Raises:
-      OSError: The system has no /proc.
+        OSError: The system has no /proc.
     """
     with open("/proc/self/statm", "rb") as file:
         return int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")

@@ -39,18 +39,18 @@ def take_out(
     """Take A₀ B₀ out of a kernel.
 
     Args:
-      path: The kernel's path, for messages.
-      w: The kernel.
-      axes: The kernel's axes.
-      ranks: The rank and the scale of each stack index.
-      config: The settings, with `init="pissa"` or `"loftq"`.
-      quantize: How the kernel is quantized; None if it isn't.
+        path: The kernel's path, for messages.
+        w: The kernel.
+        axes: The kernel's axes.
+        ranks: The rank and the scale of each stack index.
+        config: The settings, with `init="pissa"` or `"loftq"`.
+        quantize: How the kernel is quantized; None if it isn't.
 
     Returns:
-      The node, which has its start, and what is left of W, in its dtype or quantized.
+        The node, which has its start, and what is left of W, in its dtype or quantized.
 
     Raises:
-      ValueError: The kernel is traced or quantized before, or isn't quantized and LoftQ is for those that are.
+        ValueError: The kernel is traced or quantized before, or isn't quantized and LoftQ is for those that are.
     """
     _check(path, w, config.init, quantize)
     w = jnp.asarray(w)

@@ -17,15 +17,15 @@ def shardings(params: Any, base_shardings: Any) -> Any:
     `state_shardings` does the same for the optimizer's moments.
 
     Args:
-      params: A tree that `init` made, of arrays or of ShapeDtypeStructs.
-      base_shardings: The shardings of the tree before `init`: NamedShardings or PartitionSpecs at its leaves, or in
-        place of a mapping for all leaves in it.
+        params: A tree that `init` made, of arrays or of ShapeDtypeStructs.
+        base_shardings: The shardings of the tree before `init`: NamedShardings or PartitionSpecs at its leaves, or in
+            place of a mapping for all leaves in it.
 
     Returns:
-      A tree for `jax.device_put`, or for `in_shardings` and `out_shardings` of `jax.jit`. `split` can split it too.
+        A tree for `jax.device_put`, or for `in_shardings` and `out_shardings` of `jax.jit`. `split` can split it too.
 
     Raises:
-      ValueError: A leaf that `base_shardings` doesn't cover.
+        ValueError: A leaf that `base_shardings` doesn't cover.
 
     >>> import jax, jax.numpy as jnp
     >>> node = LoRA(jnp.ones((4, 2)), jnp.ones((2, 6)), 0.5)

@@ -21,13 +21,13 @@ def stack(adapters: Sequence[Any]) -> Any:
     values under `jax.vmap(tx.init)`, so call `lora_jax.check_padding(tx, stacked)` before, which refuses the others.
 
     Args:
-      adapters: The adapters as `split` returns them.
+        adapters: The adapters as `split` returns them.
 
     Returns:
-      The stacked tree: `jax.vmap(lambda a: loss(lora_jax.combine(base, a)))(stack(adapters))`.
+        The stacked tree: `jax.vmap(lambda a: loss(lora_jax.combine(base, a)))(stack(adapters))`.
 
     Raises:
-      ValueError: No adapters or whole trees are given, or the adapters are of different kernels.
+        ValueError: No adapters or whole trees are given, or the adapters are of different kernels.
 
     >>> one = {"kernel_lora": LoRA(jnp.ones((4, 1)), jnp.ones((1, 3)), 1.0)}
     >>> two = {"kernel_lora": LoRA(jnp.ones((4, 2)), jnp.ones((2, 3)), 2.0)}

@@ -12,8 +12,8 @@ class Start:
     It is static in a node, so nothing trains it. Two with the same numbers are equal, and programs are shared.
 
     Attributes:
-      a: NumPy f[*stack, *inputs, rank].
-      b: NumPy f[*stack, rank, *outputs].
+        a: NumPy f[*stack, *inputs, rank].
+        b: NumPy f[*stack, rank, *outputs].
     """
 
     __slots__ = ("_digest", "a", "b")

@@ -66,9 +66,9 @@ class Vocabulary(NamedTuple):
     """The limits of token ids that a function's trace shows.
 
     Attributes:
-      rows: The number of rows of each leaf in which ids are looked up, by its path.
-      logits: The size V of an output [B, T, V]; None if the output has other axes.
-      raised: Whether the function replaces ids below 0 before every lookup.
+        rows: The number of rows of each leaf in which ids are looked up, by its path.
+        logits: The size V of an output [B, T, V]; None if the output has other axes.
+        raised: Whether the function replaces ids below 0 before every lookup.
     """
 
     rows: Mapping[str, int]
@@ -114,13 +114,13 @@ def check_ids(rows: Iterable[Any], limits: Vocabulary, what: str, predicted: Seq
     """Refuse ids for which a table has no row, or for which there is no logit.
 
     Args:
-      rows: The ids of each example, integer arrays or lists, none of them empty.
-      limits: The limits of the function that will get them.
-      what: The word for an example in the message; its number follows.
-      predicted: Bool arrays that are true at the tokens of each example that are predicted; None where none is.
+        rows: The ids of each example, integer arrays or lists, none of them empty.
+        limits: The limits of the function that will get them.
+        what: The word for an example in the message; its number follows.
+        predicted: Bool arrays that are true at the tokens of each example that are predicted; None where none is.
 
     Raises:
-      ValueError: An id is below 0 or beyond a table; the message has the example, the leaf and the table's size.
+        ValueError: An id is below 0 or beyond a table; the message has the example, the leaf and the table's size.
 
     >>> check_ids([[0, 4], [5]], Vocabulary({"table": 5}, None), "prompt")
     Traceback (most recent call last):

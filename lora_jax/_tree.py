@@ -94,11 +94,11 @@ def edit(
     """Rebuild a tree, keeping container types; a part in which nothing changes stays the very same object.
 
     Args:
-      tree: Any pytree.
-      leaf: A function from (path, leaf) to the new leaf. A boxed leaf, a node and None count as leaves.
-      level: A function from (path, mapping, its entries) to the mapping's new entries, which are visited next. It can
-        add entries and remove them.
-      path: The path of `tree`.
+        tree: Any pytree.
+        leaf: A function from (path, leaf) to the new leaf. A boxed leaf, a node and None count as leaves.
+        level: A function from (path, mapping, its entries) to the mapping's new entries, which are visited next. It can
+            add entries and remove them.
+        path: The path of `tree`.
     """
     if is_node(tree) or is_box(tree) or tree is None:
         return leaf(path, tree)
@@ -162,13 +162,13 @@ def detach(tree: Any) -> tuple[Any, dict[str, LoRA]]:
     Leaves trained in full are cast to the dtype that the function expects.
 
     Args:
-      tree: Any pytree, with nodes anywhere in its mappings.
+        tree: Any pytree, with nodes anywhere in its mappings.
 
     Returns:
-      `(plain, nodes)`. Without nodes, `plain` is `tree` itself.
+        `(plain, nodes)`. Without nodes, `plain` is `tree` itself.
 
     Raises:
-      ValueError: A node has no kernel beside it.
+        ValueError: A node has no kernel beside it.
     """
     nodes: dict[str, LoRA] = {}
 
@@ -200,7 +200,7 @@ def attach(tree: Any, nodes: Mapping[str, LoRA], leaves: Mapping[str, Any] | Non
     """Put each node beside its kernel, and replace the leaves at the paths of `leaves`.
 
     Raises:
-      ValueError: The tree lacks a path, or a kernel isn't in a mapping and can have no sibling.
+        ValueError: The tree lacks a path, or a kernel isn't in a mapping and can have no sibling.
     """
     leaves = leaves or {}
     unplaced = {*nodes, *leaves}
@@ -283,15 +283,15 @@ def split(params: Any, also_train: Any = ()) -> tuple[Any, Any]:
     """Split a tree into the base and the adapter: take gradients by the adapter, and pass the base as an argument.
 
     Args:
-      params: A tree that `init` made.
-      also_train: Patterns of further leaves trained in full, or the `LoRAConfig` that `init` had.
+        params: A tree that `init` made.
+        also_train: Patterns of further leaves trained in full, or the `LoRAConfig` that `init` had.
 
     Returns:
-      `(base, adapter)`. The base has exactly the structure that the tree had before `init`, with None where a leaf
-      is trained in full. The adapter has the nodes and the leaves trained in full, and only the containers around them.
+        `(base, adapter)`. The base has exactly the structure that the tree had before `init`, with None where a leaf is
+        trained in full. The adapter has the nodes and the leaves trained in full, and only the containers around them.
 
     Raises:
-      ValueError: A pattern matches nothing.
+        ValueError: A pattern matches nothing.
 
     >>> params = {"query": {"kernel": 1.0, "kernel_lora": LoRA(2.0, 3.0, 4.0)}, "head": {"kernel": 5.0}}
     >>> split(params)
@@ -313,11 +313,11 @@ def combine(base: Any, adapter: Any) -> Any:
     """Combine a base and an adapter into one tree, the inverse of `split`: `combine(*split(params)) == params`.
 
     Args:
-      base: The base, or any tree with the kernels of the adapter's nodes.
-      adapter: The adapter.
+        base: The base, or any tree with the kernels of the adapter's nodes.
+        adapter: The adapter.
 
     Raises:
-      ValueError: The base lacks the kernel of a node, or has no None for a leaf trained in full.
+        ValueError: The base lacks the kernel of a node, or has no None for a leaf trained in full.
 
     >>> params = {"query": {"kernel": 1.0, "kernel_lora": LoRA(2.0, 3.0, 4.0)}, "head": {"kernel": 5.0}}
     >>> base, adapter = split(params, also_train=["head"])

@@ -44,13 +44,13 @@ def walk(jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Any], how: Any) -> 
         a = sin x;  b = cos a  |  c = f @ b  |  d = exp c;  e = d + 1
 
     Args:
-      jaxpr: An open jaxpr.
-      consts: The values of its `constvars`.
-      inputs: The values of its `invars`.
-      how: The interpretation. `equation(eqn, values)` returns the values of the outputs, and `constant(literal)` the
-        value of a literal. `follows(value)` is true where equations on a value must be passed to `equation`.
-        `stretch(eqns, read, used)` yields pairs of a variable and its value, for all variables for which `used` is true
-        or for more.
+        jaxpr: An open jaxpr.
+        consts: The values of its `constvars`.
+        inputs: The values of its `invars`.
+        how: The interpretation. `equation(eqn, values)` returns the values of the outputs, and `constant(literal)` the
+            value of a literal. `follows(value)` is true where equations on a value must be passed to `equation`.
+            `stretch(eqns, read, used)` yields pairs of a variable and its value, for all variables for which `used` is
+            true or for more.
     """
     known: dict[Any, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *inputs], strict=True))
     followed = {var for var, value in known.items() if how.follows(value)}

@@ -29,9 +29,9 @@ class Case:
     """A model and an adapter.
 
     Attributes:
-        model: what differs from `MODEL`, in transformers' `LlamaConfig`.
+        model: What differs from `MODEL`, in transformers' `LlamaConfig`.
         lora: PEFT's `LoraConfig`.
-        learning_rate: of three SGD steps, so large that every factor moves by 1e-2 or more.
+        learning_rate: Of three SGD steps, so large that every factor moves by 1e-2 or more.
     """
 
     model: dict[str, Any] = field(default_factory=dict)

@@ -36,8 +36,8 @@ def apply(params, input_ids, attention_mask, *, low_rank=None, scale=2.0):
     """Logits [batch, length, VOCABULARY].
 
     Args:
-      low_rank: LoRA written by hand, `{name: {"a": [LAYERS, in, r], "b": [LAYERS, r, out]}}` of layer kernels.
-      scale: alpha / r of it.
+        low_rank: LoRA written by hand, `{name: {"a": [LAYERS, in, r], "b": [LAYERS, r, out]}}` of layer kernels.
+        scale: Alpha / r of it.
     """
     length = input_ids.shape[1]
     allowed = jnp.tril(jnp.ones((length, length), bool)) & (attention_mask[:, None, :] == 1)

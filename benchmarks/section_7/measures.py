@@ -83,16 +83,17 @@ def everything(
     """All measures of one task's adapters.
 
     Args:
-      task: its parameters have W.
-      adapters: nodes by kernel path, by (rank, seed): ranks 4, 8 and 64 for all seeds.
-      seeds: two or more.
-      pictured: whether to return φ as matrices too, for the middle layer and the first seed, pair of seeds or draw.
+        task: Its parameters have W.
+        adapters: Nodes by kernel path, by (rank, seed): ranks 4, 8 and 64 for all seeds.
+        seeds: Two or more.
+        pictured: Whether to return φ as matrices too, for the middle layer and the first seed, pair of seeds or draw.
 
     Returns:
-      By kernel: φ(i, i) as `NAME_top`, table 7 as `amplification`, and `spectrum`, each a list over seeds of lists over
-      layers. The outer list is over pairs of seeds where two adapters are compared (`seeds` at rank 64, `seeds8` at
-      rank 8, `left` at rank 64 on B's side) and over draws where matrices are random; it has one entry for measures of
-      W alone. `values` are the singular values of the middle layer.
+        By kernel: φ(i, i) as `NAME_top`, table 7 as `amplification`, and `spectrum`, each a list over seeds of lists
+            over layers. The outer list is over pairs of seeds where two adapters are compared (`seeds` at rank 64,
+            `seeds8` at rank 8, `left` at rank 64 on B's side) and over draws where matrices are random; it has one
+            entry for measures of
+        W alone. `values` are the singular values of the middle layer.
     """
     found: dict[str, Any] = {"seeds": list(seeds), "kernels": {}}
     pairs = list(itertools.combinations(seeds, 2))

@@ -45,8 +45,8 @@ def text(found: Results, images: dict[str, str]) -> str:
     """The page's Markdown.
 
     Args:
-      found: the results.
-      images: the pictures' paths, relative to the page.
+        found: The results.
+        images: The pictures' paths, relative to the page.
     """
 
     def picture(name: str, said: str) -> str:

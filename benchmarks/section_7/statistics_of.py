@@ -45,7 +45,7 @@ def layered(values: Sequence[Sequence[float]], digits: int = 3) -> str:
     """Mean over layers and seeds ± deviation over seeds of the layers' mean, and in brackets the deviation over layers.
 
     Args:
-      values: by seed, of all layers; the deviation over layers is averaged over seeds.
+        values: By seed, of all layers; the deviation over layers is averaged over seeds.
 
     >>> layered([[1.0, 3.0], [2.0, 4.0], [3.0, 5.0]]), layered([[1.0, 3.0]]), layered([[0.5], [0.25]], 2)
     ('3.000 ± 1.000 (1.414)', '2.000 (1.414)', '0.38 ± 0.18')

@@ -16,7 +16,7 @@ class Store:
     """The runs of one experiment at one scale, by key, in `folder/NAME.json`.
 
     Raises:
-      ValueError: the file has runs of another scale, which would be mistaken for runs of this one.
+        ValueError: The file has runs of another scale, which would be mistaken for runs of this one.
     """
 
     def __init__(self, folder: Path, name: str, scale: str):

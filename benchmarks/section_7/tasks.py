@@ -70,10 +70,10 @@ def glue(name: str, size: Size, minilm: Path, folder: Path) -> Task:
     """A GLUE task on MiniLM: a linear head, initialised with zeros, on the mean of the last states, as its authors do.
 
     Args:
-      name: of `FOLDERS`.
-      size: the task's size.
-      minilm: the model's folder.
-      folder: folder of GLUE's files, with a folder for each task.
+        name: Of `FOLDERS`.
+        size: The task's size.
+        minilm: The model's folder.
+        folder: Folder of GLUE's files, with a folder for each task.
     """
     model = models.load(minilm, "float32")
     labels = data.Labels(data.glue_task(name).labels)
@@ -103,10 +103,10 @@ def wikisql(size: Size, llama: Path, folder: Path, questions: int) -> Task:
     """WikiSQL on a decoder, which writes the query after the columns' names and the question; scored by logical form.
 
     Args:
-      size: the task's size.
-      llama: the model's folder.
-      folder: folder of WikiSQL's questions and the tables' headers.
-      questions: number of questions of the dev set for which greedy queries are compared.
+        size: The task's size.
+        llama: The model's folder.
+        folder: Folder of WikiSQL's questions and the tables' headers.
+        questions: Number of questions of the dev set for which greedy queries are compared.
     """
     model = models.load(llama, "float32")
     asked = queries.read(folder, "dev", questions)

@@ -31,14 +31,14 @@ def train_variants(
     """Train all on the same rows with Adam at constant rates, with an ε so small that gradients' sizes don't matter.
 
     Args:
-      task: its rows and its loss.
-      base: the first part of `lora_jax.split`.
-      variants: adapters of one structure.
-      steps: number of steps of each.
-      seed: seed of the order of the rows.
+        task: Its rows and its loss.
+        base: The first part of `lora_jax.split`.
+        variants: Adapters of one structure.
+        steps: Number of steps of each.
+        seed: Seed of the order of the rows.
 
     Returns:
-      The losses before each step, [variants, steps], and the trained adapters.
+        The losses before each step, [variants, steps], and the trained adapters.
     """
     tx = lora_jax.masked(optax.scale_by_adam(eps=1e-30), task.head)
     apply = lora_jax.prefix.adapt(lora_jax.adapt(task.apply, allow_none=True))

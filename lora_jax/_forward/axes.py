@@ -19,26 +19,26 @@ def kernel_axes(apply_fn: Callable[..., Any], params: Any, *args: Any, **kwargs:
     """Find out how a function uses each kernel: which axes are inputs, which are outputs, and which are a stack.
 
     Args:
-      apply_fn: The function, called as `apply_fn(params, *args, **kwargs)` under an abstract trace.
-      params: The tree of weights, of arrays or `jax.ShapeDtypeStruct`. Float leaves of two or more axes are followed.
-      *args: Other arguments of the function (arrays, `jax.ShapeDtypeStruct`, or anything static: flags, strings).
-      **kwargs: Keyword arguments of the function; rngs, mutable collections and settings are passed on as they are.
+        apply_fn: The function, called as `apply_fn(params, *args, **kwargs)` under an abstract trace.
+        params: The tree of weights, of arrays or `jax.ShapeDtypeStruct`. Float leaves of two or more axes are followed.
+        *args: Other arguments of the function (arrays, `jax.ShapeDtypeStruct`, or anything static: flags, strings).
+        **kwargs: Keyword arguments of the function; rngs, mutable collections and settings are passed on as they are.
 
     Returns:
-      A `KernelAxes`, a dict from leaf path to `Axes`, with an entry for each kernel that is contracted with
-      activations, convolved or looked up. `.embeddings` are the kernels that are looked up, `.heads` the kernels whose
-      product is an output of the function and enters no other kernel. Each entry has these roles too, so that a plain
-      dict of some entries is as good.
+        A `KernelAxes`, a dict from leaf path to `Axes`, with an entry for each kernel that is contracted with
+        activations, convolved or looked up. `.embeddings` are the kernels that are looked up, `.heads` the kernels
+        whose product is an output of the function and enters no other kernel. Each entry has these roles too, so that a
+        plain dict of some entries is as good.
 
     Raises:
-      ValueError: Two uses of a kernel disagree, so that no single pair of factors is right for both.
+        ValueError: Two uses of a kernel disagree, so that no single pair of factors is right for both.
 
     Example:
-      >>> import jax, jax.numpy as jnp, lora_jax
-      >>> params = {"qkv": jnp.ones((3, 2, 8, 4))}
-      >>> x = jax.ShapeDtypeStruct((5, 8), jnp.float32)
-      >>> lora_jax.kernel_axes(lambda p, x: jnp.einsum("td,sndh->stnh", x, p["qkv"]), params, x)["qkv"]
-      Axes(stack=(), inputs=(2,), outputs=(0, 1, 3), head=True)
+        >>> import jax, jax.numpy as jnp, lora_jax
+        >>> params = {"qkv": jnp.ones((3, 2, 8, 4))}
+        >>> x = jax.ShapeDtypeStruct((5, 8), jnp.float32)
+        >>> lora_jax.kernel_axes(lambda p, x: jnp.einsum("td,sndh->stnh", x, p["qkv"]), params, x)["qkv"]
+        Axes(stack=(), inputs=(2,), outputs=(0, 1, 3), head=True)
     """
     if not callable(apply_fn):
         raise ValueError(

@@ -30,10 +30,10 @@ class Rule(NamedTuple):
     """The two rules of a primitive.
 
     Attributes:
-      values: The forward's rule: `(frame, eqn, values)` to the outputs. Where it is None, or returns None, W + ΔW is
-        materialised.
-      labels: The rule of `kernel_axes`: `(reader, eqn, infos)` to the `Info` of each output. None for calls, loops and
-        branches, whose jaxprs `lora_jax._walk` walks through.
+        values: The forward's rule: `(frame, eqn, values)` to the outputs. Where it is None, or returns None, W + ΔW is
+            materialised.
+        labels: The rule of `kernel_axes`: `(reader, eqn, infos)` to the `Info` of each output. None for calls, loops
+            and branches, whose jaxprs `lora_jax._walk` walks through.
     """
 
     values: Callable[..., list[Any] | None] | None
@@ -85,10 +85,10 @@ class Session:
     """State that all jaxprs of one call of an adapted function share.
 
     Attributes:
-      rules: The table of rules.
-      on_materialize: The setting of `adapt`.
-      cache: Transformed calls, by their jaxpr and pattern of kernels.
-      within: The equations whose rules are running, the outermost first.
+        rules: The table of rules.
+        on_materialize: The setting of `adapt`.
+        cache: Transformed calls, by their jaxpr and pattern of kernels.
+        within: The equations whose rules are running, the outermost first.
     """
 
     rules: Mapping[str, Rule]
@@ -106,11 +106,11 @@ class Frame:
     """The evaluation of one jaxpr.
 
     Attributes:
-      session: The state that all frames of a call share.
-      names: For each slot, the path of its leaf (or the paths, where kernels were joined), for messages.
-      events: The kernels that were materialised, in order.
-      uses: How often each kernel has been used, by its slots: each use has a dropout mask of its own.
-      producers: The equation that made a variable, for the kinds in `KEPT_PRODUCERS`.
+        session: The state that all frames of a call share.
+        names: For each slot, the path of its leaf (or the paths, where kernels were joined), for messages.
+        events: The kernels that were materialised, in order.
+        uses: How often each kernel has been used, by its slots: each use has a dropout mask of its own.
+        producers: The equation that made a variable, for the kinds in `KEPT_PRODUCERS`.
     """
 
     session: Session

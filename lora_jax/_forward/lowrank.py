@@ -54,15 +54,15 @@ class LowRank:
     """A kernel on its way through the function: the plain array `w` and the factors of its update.
 
     Attributes:
-      w: W, or the part of it that is left.
-      a: The factor with the inputs.
-      b: The factor with the outputs; the scale is multiplied into it.
-      draw: The key and the rate of the kernel's dropout; None without dropout.
-      origin: The adapted leaves that it comes from, as slots of the frame that evaluates it. They are slots and not
-        paths, so that two layers share one transformed function.
-      gain: The gain of a kernel that has a magnitude, else None.
-      differs: The mesh axes along which a and b may differ inside a `shard_map`. A `shard_map` that checks types has
-        them in its types too; others don't.
+        w: W, or the part of it that is left.
+        a: The factor with the inputs.
+        b: The factor with the outputs; the scale is multiplied into it.
+        draw: The key and the rate of the kernel's dropout; None without dropout.
+        origin: The adapted leaves that it comes from, as slots of the frame that evaluates it. They are slots and not
+            paths, so that two layers share one transformed function.
+        gain: The gain of a kernel that has a magnitude, else None.
+        differs: The mesh axes along which a and b may differ inside a `shard_map`. A `shard_map` that checks types has
+            them in its types too; others don't.
     """
 
     w: Any

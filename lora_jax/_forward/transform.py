@@ -68,32 +68,34 @@ def adapt(
     A function that `adapt` returned isn't adapted again: `adapt(adapt(fn))` is `adapt(fn)`, with its own settings.
 
     Args:
-      apply_fn: Any function that JAX can trace, with any arguments. Arrays are traced; other arguments (flags, strings,
-        numbers, None, functions) are passed on unchanged, and may decide what the function computes.
-      dropout: The rate in [0, 1) at which the activations that enter A are dropped (only on the low-rank path, scaled
-        by 1 / (1 - rate)); 0 by default. Active only in calls with a `dropout_key`. It is the same with a magnitude,
-        where PEFT also drops activations of a second product with W.
-      on_materialize: What to do where no factored form exists and W + ΔW must be materialised: "warn" (the default,
-        once for each leaf), "error", or "allow".
-      allow_none: Whether to accept arguments without an adapted kernel, and call `apply_fn` as it is; False by default.
+        apply_fn: Any function that JAX can trace, with any arguments. Arrays are traced; other arguments (flags,
+            strings, numbers, None, functions) are passed on unchanged, and may decide what the function computes.
+        dropout: The rate in [0, 1) at which the activations that enter A are dropped (only on the low-rank path, scaled
+            by 1 / (1 - rate)); 0 by default. Active only in calls with a `dropout_key`. It is the same with a
+            magnitude, where PEFT also drops activations of a second product with W.
+        on_materialize: What to do where no factored form exists and W + ΔW must be materialised: "warn" (the default,
+            once for each leaf), "error", or "allow".
+        allow_none: Whether to accept arguments without an adapted kernel, and call `apply_fn` as it is; False by
+            default.
 
     Returns:
-      A function with the same arguments and results, and the keyword `dropout_key`: a JAX PRNG key, or a pair of a key
-      and a rate, which replaces `dropout` and may be traced, or None.
+        A function with the same arguments and results, and the keyword `dropout_key`: a JAX PRNG key, or a pair of a
+            key
+        and a rate, which replaces `dropout` and may be traced, or None.
 
     Raises:
-      ValueError: The rate is outside [0, 1), `on_materialize` is unknown, or the function is adapted already with other
-        settings. At the call: no kernel in the arguments is adapted, a kernel's factors are another kernel's, or a
-        kernel is materialised under `on_materialize="error"`. At a gradient: factors are in float16.
+        ValueError: The rate is outside [0, 1), `on_materialize` is unknown, or the function is adapted already with
+            other settings. At the call: no kernel in the arguments is adapted, a kernel's factors are another kernel's,
+            or a kernel is materialised under `on_materialize="error"`. At a gradient: factors are in float16.
 
     Example:
-      >>> import jax, jax.numpy as jnp, lora_jax
-      >>> params = {"dense": {"kernel": jnp.ones((4, 3))}}
-      >>> config = lora_jax.LoRAConfig(rank=2, alpha=4.0, targets=("dense",))
-      >>> params = lora_jax.init(jax.random.key(0), params, config)
-      >>> apply = lora_jax.adapt(lambda params, x: x @ params["dense"]["kernel"])
-      >>> apply(params, jnp.ones((1, 4)))
-      Array([[4., 4., 4.]], dtype=float32)
+        >>> import jax, jax.numpy as jnp, lora_jax
+        >>> params = {"dense": {"kernel": jnp.ones((4, 3))}}
+        >>> config = lora_jax.LoRAConfig(rank=2, alpha=4.0, targets=("dense",))
+        >>> params = lora_jax.init(jax.random.key(0), params, config)
+        >>> apply = lora_jax.adapt(lambda params, x: x @ params["dense"]["kernel"])
+        >>> apply(params, jnp.ones((1, 4)))
+        Array([[4., 4., 4.]], dtype=float32)
 
     Source: Hu et al. 2021, arXiv 2106.09685, equation 3.
     """
@@ -116,12 +118,12 @@ def ensure_adapted(apply_fn: Callable[..., Any], *, dropout: float = 0.0) -> Cal
     A wrapper, such as `jax.jit`, around an adapted function takes trees without nodes only if that function does.
 
     Args:
-      apply_fn: A raw function, or one that `adapt` returned, also under `jit` and other wrappers that have the
-        attribute `__wrapped__`.
-      dropout: The rate for a raw function; with 0 an adapted function keeps its own.
+        apply_fn: A raw function, or one that `adapt` returned, also under `jit` and other wrappers that have the
+            attribute `__wrapped__`.
+        dropout: The rate for a raw function; with 0 an adapted function keeps its own.
 
     Raises:
-      ValueError: The function is adapted already, with another rate than `dropout`.
+        ValueError: The function is adapted already, with another rate than `dropout`.
 
     >>> ensure_adapted(ensure_adapted(abs, dropout=0.1), dropout=0.2)
     Traceback (most recent call last):
@@ -143,11 +145,11 @@ def quantized(apply_fn: Callable[..., Any]) -> Callable[..., Any]:
     What `adapt` returned does so too, and is returned as it is, but for accepting a tree without adapters.
 
     Args:
-      apply_fn: any function that JAX can trace, as `adapt` has it.
+        apply_fn: Any function that JAX can trace, as `adapt` has it.
 
     Returns:
-      A function of the same arguments and results. W is dequantized where it meets activations: of layers in a scan,
-      one at a time. There is no gradient of it.
+        A function of the same arguments and results. W is dequantized where it meets activations: of layers in a scan,
+        one at a time. There is no gradient of it.
 
     >>> import jax.numpy as jnp, lora_jax
     >>> config = lora_jax.QuantizeConfig(scheme="int8", targets="up")

@@ -20,13 +20,13 @@ class Product(NamedTuple):
     """One matrix product of a program.
 
     Attributes:
-      shape: Shape of the result (on one device, inside a `shard_map`).
-      operands: Shapes of the two operands.
-      data: For each operand, whether it depends on data, and not on parameters and constants alone.
-      origins: For each operand, the number of the argument that it is, perhaps moved, cut or scaled; None if it is
-        none.
-      flops: FLOPs of all its runs, in a loop's body times the trip count.
-      source: File and line of the user's code.
+        shape: Shape of the result (on one device, inside a `shard_map`).
+        operands: Shapes of the two operands.
+        data: For each operand, whether it depends on data, and not on parameters and constants alone.
+        origins: For each operand, the number of the argument that it is, perhaps moved, cut or scaled; None if it is
+            none.
+        flops: FLOPs of all its runs, in a loop's body times the trip count.
+        source: File and line of the user's code.
     """
 
     shape: tuple[int, ...]
@@ -48,10 +48,10 @@ class Cost(NamedTuple):
     """The products of a program.
 
     Attributes:
-      products: The products that are found in the trace.
-      uncounted: Descriptions of work that isn't among them: calls of foreign code, loops of unknown length.
-      kernels: FLOPs of the calls of kernels among these, one entry for each call: the kernel's own estimate, or without
-        one the products of its body at every point of its grid, also where a mask lets it skip them.
+        products: The products that are found in the trace.
+        uncounted: Descriptions of work that isn't among them: calls of foreign code, loops of unknown length.
+        kernels: FLOPs of the calls of kernels among these, one entry for each call: the kernel's own estimate, or
+            without one the products of its body at every point of its grid, also where a mask lets it skip them.
     """
 
     products: list[Product]
@@ -67,8 +67,8 @@ def cost_of(jaxpr: Any, data: Sequence[bool]) -> Cost:
     """Collect the products of a closed jaxpr, without dead code.
 
     Args:
-      jaxpr: A jaxpr from `jax.jit(f).trace(...)` or `jax.make_jaxpr`.
-      data: For each input, whether it depends on data: batches and random keys do, parameters and the state don't.
+        jaxpr: A jaxpr from `jax.jit(f).trace(...)` or `jax.make_jaxpr`.
+        data: For each input, whether it depends on data: batches and random keys do, parameters and the state don't.
     """
     live, used = partial_eval.dce_jaxpr(jaxpr.jaxpr, [True] * len(jaxpr.out_avals), instantiate=False)
     flow = Flow()

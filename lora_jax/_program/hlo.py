@@ -22,11 +22,11 @@ class Collective(NamedTuple):
     """One array that a collective moves.
 
     Attributes:
-      kind: As HLO calls it, `all-gather` for one.
-      shape: The result's shape on one device; for `reduce-scatter`, whose result is a part, the operand's.
-      dtype: As HLO writes it, `bf16` for one.
-      times: The number of its runs: the product of the trip counts of the loops around it, as far as they are known.
-      origin: The operation that asked for it, as the trace named it; empty where the text doesn't say.
+        kind: As HLO calls it, `all-gather` for one.
+        shape: The result's shape on one device; for `reduce-scatter`, whose result is a part, the operand's.
+        dtype: As HLO writes it, `bf16` for one.
+        times: The number of its runs: the product of the trip counts of the loops around it, as far as they are known.
+        origin: The operation that asked for it, as the trace named it; empty where the text doesn't say.
     """
 
     kind: str

@@ -15,17 +15,19 @@ class QuantizeConfig:
     """Settings of what to quantize and how.
 
     Attributes:
-      scheme: `"nf4"`, 16 quantiles of the normal distribution, with a scale for each 64 inputs and these in 8 bits
-        (QLoRA, Dettmers et al. 2023, arXiv 2305.14314; as bitsandbytes has it): 4.13 bits a number. `"int4"`, 15 equal
-        steps, with a scale for each 64 inputs: 4.5 bits. `"int8"` and `"fp8"` (e4m3), a scale for each output: 8 bits.
-      targets: Patterns of the kernels to quantize, as `LoRAConfig` has them. Embeddings and output heads are quantized
-        only where they are named.
-      exclude: Patterns of kernels to leave alone.
-      group_size: Inputs of an output that share a scale; None for the scheme's own, 64 of 4-bit schemes. The 8-bit ones
-        have one scale for each output, and take none.
+        scheme: `"nf4"`, 16 quantiles of the normal distribution, with a scale for each 64 inputs and these in 8 bits
+            (QLoRA, Dettmers et al. 2023, arXiv 2305.14314; as bitsandbytes has it): 4.13 bits a number. `"int4"`, 15
+            equal steps, with a scale for each 64 inputs: 4.5 bits. `"int8"` and `"fp8"` (e4m3), a scale for each
+            output: 8
+                bits.
+        targets: Patterns of the kernels to quantize, as `LoRAConfig` has them. Embeddings and output heads are
+            quantized only where they are named.
+        exclude: Patterns of kernels to leave alone.
+        group_size: Inputs of an output that share a scale; None for the scheme's own, 64 of 4-bit schemes. The 8-bit
+            ones have one scale for each output, and take none.
 
     Raises:
-      ValueError: A setting is out of range or unknown.
+        ValueError: A setting is out of range or unknown.
 
     >>> QuantizeConfig(scheme="nf4").targets
     ('all-linear',)

@@ -27,16 +27,17 @@ class Quantized:
     The data lead with the kernel's stack axes: `lax.scan` and indexing give the node of one layer.
 
     Attributes:
-      values: int8, float8_e4m3fn or uint4, [*stack, *inputs, *outputs].
-      scales: f32[*stack, *groups, *outputs], the groups being the inputs' axes, the last one shorter by `group_size`
-        (or one axis, where a group is larger than it); no groups where a scale is an output's. Of nested scales u8,
-        codes in bitsandbytes' dynamic map.
-      outer: None, or for nested scales f32[*stack, blocks]: the scale of each 256 scales, as they lie output by output.
-      offset: None, or for nested scales f32[*stack]: the number that is added to all of them.
-      scheme: "int8", "int4", "nf4" or "fp8".
-      group_size: Inputs that share a scale; 0 where all of an output's do.
-      dtype: The kernel's dtype, in which it meets activations.
-      axes: The kernel's, stack axes and all.
+        values: Int8, float8_e4m3fn or uint4, [*stack, *inputs, *outputs].
+        scales: F32[*stack, *groups, *outputs], the groups being the inputs' axes, the last one shorter by `group_size`
+            (or one axis, where a group is larger than it); no groups where a scale is an output's. Of nested scales u8,
+            codes in bitsandbytes' dynamic map.
+        outer: None, or for nested scales f32[*stack, blocks]: the scale of each 256 scales, as they lie output by
+            output.
+        offset: None, or for nested scales f32[*stack]: the number that is added to all of them.
+        scheme: "int8", "int4", "nf4" or "fp8".
+        group_size: Inputs that share a scale; 0 where all of an output's do.
+        dtype: The kernel's dtype, in which it meets activations.
+        axes: The kernel's, stack axes and all.
 
     >>> import lora_jax
     >>> params = {"w": jnp.ones((64, 3), jnp.bfloat16)}

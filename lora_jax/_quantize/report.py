@@ -19,12 +19,12 @@ class QuantizedRow:
     """One quantized kernel.
 
     Attributes:
-      path: The kernel's.
-      scheme: Its scheme.
-      shape: The kernel's.
-      bits: Bits of a number, scales counted.
-      relative: ‖W - dequantized‖ / ‖W‖ (Frobenius).
-      largest: The largest |W - dequantized|, relative to the largest |W|.
+        path: The kernel's.
+        scheme: Its scheme.
+        shape: The kernel's.
+        bits: Bits of a number, scales counted.
+        relative: ‖W - dequantized‖ / ‖W‖ (Frobenius).
+        largest: The largest |W - dequantized|, relative to the largest |W|.
     """
 
     path: str
@@ -40,10 +40,10 @@ class QuantizeReport:
     """Report of what quantization changes.
 
     Attributes:
-      rows: One for each quantized kernel.
-      relative: The relative error over all of them.
-      nbytes: Bytes of the quantized kernels.
-      before: Bytes that they had.
+        rows: One for each quantized kernel.
+        relative: The relative error over all of them.
+        nbytes: Bytes of the quantized kernels.
+        before: Bytes that they had.
     """
 
     rows: tuple[QuantizedRow, ...]
@@ -68,11 +68,11 @@ def quantize_report(params: Any, quantized: Any) -> QuantizeReport:
     """Report, for each quantized kernel, how far it is from the kernel that it was.
 
     Args:
-      params: The tree before `quantize`.
-      quantized: The tree after.
+        params: The tree before `quantize`.
+        quantized: The tree after.
 
     Raises:
-      ValueError: The trees are of different models, or nothing is quantized.
+        ValueError: The trees are of different models, or nothing is quantized.
 
     >>> from lora_jax import QuantizeConfig, quantize
     >>> params = {"up": {"kernel": jnp.array([[1.0], [-0.5]])}}

@@ -28,11 +28,12 @@ class Scheme(NamedTuple):
     """A code for the numbers of a group.
 
     Attributes:
-      group_size: Inputs that share a scale where nothing else is asked for; 0 of a scheme with a scale for each output.
-      nested: Whether the scales are quantized in their turn.
-      encode: (x / max|x| in [-1, 1]) to codes.
-      decode: Codes to f32 numbers in [-1, 1].
-      error: Largest |x - decode(encode(x))|.
+        group_size: Inputs that share a scale where nothing else is asked for; 0 of a scheme with a scale for each
+            output.
+        nested: Whether the scales are quantized in their turn.
+        encode: (x / max|x| in [-1, 1]) to codes.
+        decode: Codes to f32 numbers in [-1, 1].
+        error: Largest |x - decode(encode(x))|.
     """
 
     group_size: int
@@ -97,10 +98,10 @@ def encode(kernel: jax.Array, scheme: str, group_size: int, stack: int, inputs: 
     """The data of a node.
 
     Args:
-      kernel: f[*stack, *inputs, *outputs].
-      scheme: Its name.
-      group_size: Inputs that share a scale, a divisor of their number; 0 for all.
-      stack, inputs: How many axes of each kind the kernel has.
+        kernel: F[*stack, *inputs, *outputs].
+        scheme: Its name.
+        group_size: Inputs that share a scale, a divisor of their number; 0 for all.
+        stack, inputs: How many axes of each kind the kernel has.
     """
     code = SCHEMES[scheme]
     x = kernel.astype(jnp.float32)

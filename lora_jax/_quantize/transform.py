@@ -25,17 +25,17 @@ def quantize(params: Any, config: QuantizeConfig, *, axes: Mapping[str, Axes] | 
     entries of one row in an embedding, whose rows are looked up.
 
     Args:
-      params: Mappings, at any depth, of arrays; with or without adapters. Of the leaves of
-        `lora_jax.models.load_streamed`, which are still in their files, one kernel at a time is read.
-      config: What to quantize and how.
-      axes: How the kernels are used, as `init` has it. The default targets need `lora_jax.kernel_axes`.
+        params: Mappings, at any depth, of arrays; with or without adapters. Of the leaves of
+            `lora_jax.models.load_streamed`, which are still in their files, one kernel at a time is read.
+        config: What to quantize and how.
+        axes: How the kernels are used, as `init` has it. The default targets need `lora_jax.kernel_axes`.
 
     Returns:
-      The tree with a `lora_jax.Quantized` node in the place of each kernel.
+        The tree with a `lora_jax.Quantized` node in the place of each kernel.
 
     Raises:
-      ValueError: A pattern that matches nothing; a kernel that isn't floating-point, is quantized already, has more
-        than two axes and no rule, or inputs that its groups don't divide.
+        ValueError: A pattern that matches nothing; a kernel that isn't floating-point, is quantized already, has more
+            than two axes and no rule, or inputs that its groups don't divide.
 
     >>> import jax.numpy as jnp
     >>> kernel = jnp.linspace(-1, 1, 128 * 4).reshape(128, 4)
@@ -63,10 +63,10 @@ def dequantize(params: Any) -> Any:
     """Take kernels out of few bits: the inverse of `quantize`, up to its rounding.
 
     Args:
-      params: A tree with quantized kernels, with or without adapters.
+        params: A tree with quantized kernels, with or without adapters.
 
     Returns:
-      The tree with an array of the kernel's own dtype in the place of each.
+        The tree with an array of the kernel's own dtype in the place of each.
 
     >>> import jax.numpy as jnp
     >>> config = QuantizeConfig(scheme="int8", targets="up")

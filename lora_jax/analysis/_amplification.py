@@ -48,17 +48,17 @@ def amplification(key: jax.Array, w: ArrayLike, lora: LoRA, *, own: Spectrum | N
     the adapter's rank where that is padded.
 
     Args:
-      key: A random key, which draws the random baseline.
-      w: The kernel as it is in the tree, of any float dtype.
-      lora: The node beside it.
-      own: The kernel's spectrum, if it is known already. Without it W's top r singular values are computed, which takes
-        most of the time: one to four seconds for 4096 × 4096 and rank 64 on two cores.
+        key: A random key, which draws the random baseline.
+        w: The kernel as it is in the tree, of any float dtype.
+        lora: The node beside it.
+        own: The kernel's spectrum, if it is known already. Without it W's top r singular values are computed, which
+            takes most of the time: one to four seconds for 4096 × 4096 and rank 64 on two cores.
 
     Returns:
-      The five norms and their `factor`; scalars, or arrays of the kernel's stack shape.
+        The five norms and their `factor`; scalars, or arrays of the kernel's stack shape.
 
     Raises:
-      ValueError: The kernel and the node do not fit each other, or have a value that is not finite.
+        ValueError: The kernel and the node do not fit each other, or have a value that is not finite.
 
     >>> import jax, jax.numpy as jnp
     >>> from lora_jax import Axes, LoRA

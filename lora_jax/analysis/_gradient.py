@@ -59,19 +59,19 @@ def gradient_scores(
     before its gradient changes, or the effect of several kernels together.
 
     Args:
-      key: A random key, which draws the sketches.
-      loss_fn: A function from `(params, batch)` to the mean loss, which calls a function that `lora_jax.adapt`
-        returned.
-      params: A tree that `init` made, with nodes beside all kernels to be scored. The factors' values don't matter.
-      batches: Batches of one shape; their gradients are averaged.
-      rank: The rank r of the adapters to choose among.
+        key: A random key, which draws the sketches.
+        loss_fn: A function from `(params, batch)` to the mean loss, which calls a function that `lora_jax.adapt`
+            returned.
+        params: A tree that `init` made, with nodes beside all kernels to be scored. The factors' values don't matter.
+        batches: Batches of one shape; their gradients are averaged.
+        rank: The rank r of the adapters to choose among.
 
     Returns:
-      The score of each kernel by its path. The decrease by several kernels together, with one norm for all their
-      updates, is the root of the sum of the squares of their scores.
+        The score of each kernel by its path. The decrease by several kernels together, with one norm for all their
+        updates, is the root of the sum of the squares of their scores.
 
     Raises:
-      ValueError: There is no node or no batch, the rank is below 1, or a gradient is not finite.
+        ValueError: There is no node or no batch, the rank is below 1, or a gradient is not finite.
 
     >>> import lora_jax
     >>> base = {"small": jnp.eye(4), "large": jnp.eye(4)}

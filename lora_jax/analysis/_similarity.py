@@ -15,15 +15,15 @@ def subspace_similarity(left: ArrayLike, right: ArrayLike) -> Float:
     subspaces of d features it is about max(i, j) / d.
 
     Args:
-      left: A factor, `(*stack, features, rank)`: `lora.a` as it is, or `b` with its axes swapped.
-      right: Another factor over the same features; its rank may differ.
+        left: A factor, `(*stack, features, rank)`: `lora.a` as it is, or `b` with its axes swapped.
+        right: Another factor over the same features; its rank may differ.
 
     Returns:
-      φ with `phi[..., i - 1, j - 1]` = φ(left, right, i, j), float64, `(*stack, rank_left, rank_right)`.
-      Directions beyond a factor's numerical rank (where B is still zero, or padded) span nothing, and add nothing.
+        φ with `phi[..., i - 1, j - 1]` = φ(left, right, i, j), float64, `(*stack, rank_left, rank_right)`.
+        Directions beyond a factor's numerical rank (where B is still zero, or padded) span nothing, and add nothing.
 
     Raises:
-      ValueError: The two have different features or stacks, or a value that is not finite.
+        ValueError: The two have different features or stacks, or a value that is not finite.
 
     >>> import numpy as np
     >>> basis = np.eye(4)
@@ -48,13 +48,13 @@ def random_similarity(key: jax.Array, features: int, rank: int, other: int) -> F
     """Compute φ of two Gaussian factors, the baseline for figures 3 and 4.
 
     Args:
-      key: A random key.
-      features: The number of rows of both factors.
-      rank: The number of columns of the left factor.
-      other: The number of columns of the right factor.
+        key: A random key.
+        features: The number of rows of both factors.
+        rank: The number of columns of the left factor.
+        other: The number of columns of the right factor.
 
     Returns:
-      φ, float64, `(rank, other)`.
+        φ, float64, `(rank, other)`.
 
     >>> import jax
     >>> bool(random_similarity(jax.random.key(0), 4096, 2, 2).max() < 0.01)

@@ -15,7 +15,7 @@ class Spectrum:
     """Singular values of a kernel or of its update, and measures of its rank.
 
     Attributes:
-      singular_values: float64, `(*stack, n)`, descending; n is the rank for an update, and min(in, out) for W.
+        singular_values: Float64, `(*stack, n)`, descending; n is the rank for an update, and min(in, out) for W.
     """
 
     singular_values: Float
@@ -39,7 +39,7 @@ class Spectrum:
         """The smallest number of directions with at least `share` of the energy Σσ²; 0 for a zero matrix.
 
         Raises:
-          ValueError: The share is not in (0, 1].
+            ValueError: The share is not in (0, 1].
 
         >>> Spectrum(np.array([3.0, 1.0, 0.0])).energy_rank(0.9).item()
         1
@@ -57,15 +57,15 @@ def spectrum(w_or_lora: ArrayLike | LoRA, axes: Axes | None = None) -> Spectrum:
     """Compute the singular values of a kernel W, or those of a node's update ΔW from its factors alone.
 
     Args:
-      w_or_lora: A kernel of any float dtype, or a `LoRA` node.
-      axes: How a kernel's axes are used; by default the last two are inputs and outputs, and the others the stack. Not
-        needed for a node, which has its axes.
+        w_or_lora: A kernel of any float dtype, or a `LoRA` node.
+        axes: How a kernel's axes are used; by default the last two are inputs and outputs, and the others the stack.
+            Not needed for a node, which has its axes.
 
     Returns:
-      The singular values, with the stack axes first.
+        The singular values, with the stack axes first.
 
     Raises:
-      ValueError: The array has fewer than two axes, or a value that is not finite.
+        ValueError: The array has fewer than two axes, or a value that is not finite.
 
     >>> import numpy as np
     >>> found = spectrum(np.diag([3.0, 4.0]))

@@ -31,14 +31,14 @@ def matrices(lora: LoRA) -> tuple[Float, Float]:
     """Convert both factors of a node to matrices of features × rank, as `subspace_similarity` takes them.
 
     Args:
-      lora: A node, with any axes.
+        lora: A node, with any axes.
 
     Returns:
-      `(right, left)`, float64: `a` as (*stack, inputs, rank), whose directions are the paper's right singular vectors,
-      and `b` as (*stack, outputs, rank), whose directions are the paper's left singular vectors.
+        `(right, left)`, float64: `a` as (*stack, inputs, rank), whose directions are the paper's right singular
+        vectors, and `b` as (*stack, outputs, rank), whose directions are the paper's left singular vectors.
 
     Raises:
-      ValueError: A value is not finite.
+        ValueError: A value is not finite.
 
     >>> import jax.numpy as jnp
     >>> node = LoRA(jnp.ones((6, 2)), jnp.ones((2, 4, 5)), jnp.float32(1), axes=Axes(outputs=(1, 2)))

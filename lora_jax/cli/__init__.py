@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 2 for an error, 130 for Ctrl-C, 143 for SIGTERM.
 
     Args:
-        argv: the words after `lora-jax`. Default: `sys.argv[1:]`, the process's own, with which signals are handled
+        argv: The words after `lora-jax`. Default: `sys.argv[1:]`, the process's own, with which signals are handled
             until the process ends; otherwise handlers are restored before this returns.
 
     Example:
@@ -101,7 +101,7 @@ def out_of_memory(text: str, total: int | None) -> str | None:
 
     Args:
         text: XLA's message.
-        total: bytes of the device's memory; None if unknown.
+        total: Bytes of the device's memory; None if unknown.
 
     >>> out_of_memory("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 2147483648 bytes.", 1 << 30)
     'out of device memory: 2.00 GiB needed, the device has 1.00 GiB; give a smaller --batch-size ...

@@ -56,8 +56,8 @@ class Base:
         """The base of this adapter: the model that was given, or else the one that the adapter names.
 
         Raises:
-            OSError: the named model can't be found.
-            ValueError: the adapter names no model and doesn't fit the embedded one.
+            OSError: The named model can't be found.
+            ValueError: The adapter names no model and doesn't fit the embedded one.
         """
         if adapter is None:
             return self
@@ -89,7 +89,7 @@ class Base:
         """The folder, or the name on the hub, from which the model is read: of a revision, its local copy.
 
         Raises:
-            ValueError: a revision is given without a name on the hub.
+            ValueError: A revision is given without a name on the hub.
         """
         if self.revision is None:
             return self.folder
@@ -264,7 +264,7 @@ def with_adapter(model: Any, adapter: Path | None) -> Any:
     """The model's parameters, with the adapter's nodes if an adapter is given.
 
     Raises:
-        ValueError: the adapter doesn't fit, or lacks leaves that the model doesn't have either.
+        ValueError: The adapter doesn't fit, or lacks leaves that the model doesn't have either.
     """
     if adapter is None:
         return model.params

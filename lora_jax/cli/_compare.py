@@ -34,9 +34,9 @@ class Difference(NamedTuple):
     """Difference of two models' outputs at the same positions.
 
     Attributes:
-        largest: max|one − other| / max|other|.
-        positions: number of positions that were compared: tokens, or rows for models with one output a row.
-        same: number of positions with the same largest entry, such as the most likely next token.
+        largest: Max|one − other| / max|other|.
+        positions: Number of positions that were compared: tokens, or rows for models with one output a row.
+        same: Number of positions with the same largest entry, such as the most likely next token.
     """
 
     largest: float
@@ -50,7 +50,7 @@ def tokenized(model: Any, text: Path | None) -> TokenRows:
     For a model without a tokenizer, and without a text, the rows are ids spread over the vocabulary.
 
     Raises:
-        ValueError: the text is empty, or there is no tokenizer for it.
+        ValueError: The text is empty, or there is no tokenizer for it.
     """
     if text is None:
         lines, source = SENTENCES, "text"

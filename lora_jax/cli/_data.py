@@ -55,7 +55,7 @@ class DataFlags:
         """Refuse the flags that have no effect on rows with labels.
 
         Raises:
-            ValueError: one of them is given.
+            ValueError: One of them is given.
         """
         if self.loss is not None:
             raise ValueError(f"loss: {self.loss} given, but of rows with labels the label is learned; leave it out")
@@ -114,7 +114,7 @@ def source_of(words: Sequence[str], flags: DataFlags = DEFAULTS) -> DataSource |
     """Read the flag's words: `PATH`, or `glue:TASK PATH`; None for the embedded task, without words.
 
     Raises:
-        ValueError: the words have another form, name an unknown task, or are missing though flags say how to read them.
+        ValueError: The words have another form, name an unknown task, or are missing though flags say how to read them.
     """
     if not words:
         if given := flags.words:

@@ -30,7 +30,7 @@ def check_data_given(base: Base, given: Sequence[str] | Path | None) -> None:
     """Refuse to go without data unless the model is the embedded one or was merged from it.
 
     Raises:
-        ValueError: another model is given without data.
+        ValueError: Another model is given without data.
     """
     if base.model is not None and not given and not _merged_from_embedded(Path(base.model)):
         raise ValueError(f"data: none given for {base.model}; pass --data with a jsonl file or a folder of them")

@@ -26,7 +26,7 @@ def to_train(source: DataSource, base: Any, train: Sequence[Labelled], valid: Se
     """The labels to train on: those of the rows, in the order of the model's own head if it has the same labels.
 
     Raises:
-        ValueError: a row has another label; the message names its file and line.
+        ValueError: A row has another label; the message names its file and line.
     """
     labels, own = source.labels(train), own_labels(base)
     if own is not None and set(own.names) == set(labels.names):
@@ -40,7 +40,7 @@ def to_evaluate(source: DataSource, base: Any, adapter: Path | None, rows: Seque
     """The labels that the adapter or the model was trained on; the rows' labels if neither has names for them.
 
     Raises:
-        ValueError: neither the adapter nor the model has a classification head.
+        ValueError: Neither the adapter nor the model has a classification head.
     """
     saved, own = load(adapter), own_labels(base)
     if saved is not None:
@@ -63,7 +63,7 @@ def load(adapter: Path | None) -> Labels | None:
     """Read the labels beside an adapter; None if it was trained on text.
 
     Raises:
-        ValueError: the file isn't as `save` writes it.
+        ValueError: The file isn't as `save` writes it.
     """
     if adapter is None or not (adapter / FILE).exists():
         return None

@@ -21,8 +21,8 @@ class MergedWeights:
     """Merged weights that aren't in memory: reading a tensor merges it in float32 and rounds it.
 
     Attributes:
-        leaves: path -> `models.Streamed`.
-        norms: path -> index -> norms of a kernel, once it has been read.
+        leaves: Path -> `models.Streamed`.
+        norms: Path -> index -> norms of a kernel, once it has been read.
     """
 
     leaves: dict[str, Any]
@@ -43,12 +43,12 @@ def merged(model: Any, params: Any, dtype: Any = None) -> MergedWeights:
     """The merged weights of a model from `models.load_streamed`.
 
     Args:
-        model: the base.
-        params: its parameters with the adapter's nodes.
-        dtype: dtype of the merged weights; None for each leaf's own.
+        model: The base.
+        params: Its parameters with the adapter's nodes.
+        dtype: Dtype of the merged weights; None for each leaf's own.
 
     Raises:
-        ValueError: there are prefix embeddings in `params`.
+        ValueError: There are prefix embeddings in `params`.
     """
     check_mergeable(params)
     tree, norms = trees.parts(params), {}
@@ -80,7 +80,7 @@ def check_tensors(folder: Path, expected: MergedWeights) -> int:
     """Read a written folder back, and return the number of its tensors.
 
     Raises:
-        ValueError: a tensor differs from the merged weight in a bit.
+        ValueError: A tensor differs from the merged weight in a bit.
     """
     count = 0
     written = lora_jax.models.flatten(lora_jax.models.load_streamed(folder).params)

@@ -17,8 +17,8 @@ def base_of(adapter: Path) -> str | None:
     that an adapter that was moved together with its base finds it.
 
     Raises:
-        FileNotFoundError: the folder has no adapter, or the named base is neither a folder nor on the hub.
-        ValueError: the adapter's configuration can't be read.
+        FileNotFoundError: The folder has no adapter, or the named base is neither a folder nor on the hub.
+        ValueError: The adapter's configuration can't be read.
     """
     named = adapter_folder.base_model(adapter)
     if named is not None and not isinstance(named, str):
@@ -57,8 +57,8 @@ def fits(adapter: Path, model: Any, axes: Any) -> bool:
     """True if the adapter fits this model by names and shapes.
 
     Raises:
-        OSError: a file is missing.
-        ValueError: the adapter fits no model: it is damaged, not finite, or changed since it was saved.
+        OSError: A file is missing.
+        ValueError: The adapter fits no model: it is damaged, not finite, or changed since it was saved.
     """
     adapter_folder.check(adapter)
     try:

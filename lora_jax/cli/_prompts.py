@@ -17,7 +17,7 @@ def prompts_of(given: Sequence[str]) -> list[str]:
     """The prompts of the flag; without any, each line of standard input is one, and `-` is all of standard input.
 
     Raises:
-        ValueError: none is given, and standard input is a terminal or empty; or `-` is given twice.
+        ValueError: None is given, and standard input is a terminal or empty; or `-` is given twice.
     """
     if given:
         if given.count("-") > 1:
@@ -50,7 +50,7 @@ def fitted(model: Any, params: Any, ids: Sequence[int], config: GenerateConfig) 
     """The settings with as many new tokens as the model has positions for, after a conversation's tokens.
 
     Raises:
-        ValueError: there is no position left.
+        ValueError: There is no position left.
     """
     room = model.max_length - prefix.length(params) - len(ids)
     if room < 1:

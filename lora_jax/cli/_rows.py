@@ -46,7 +46,7 @@ def read(words: Sequence[str], base: _base.Base, flags: DataFlags = _data.DEFAUL
     """Read the rows that `--data` names, or the embedded task's.
 
     Raises:
-        ValueError: a row that can't be used, by file and line, or rows that the model can't be trained on.
+        ValueError: A row that can't be used, by file and line, or rows that the model can't be trained on.
     """
     source = _data.source_of(words, flags)
     by_split = {split: _embedded.rows(split) if source is None else source.rows(split) for split in SPLITS}

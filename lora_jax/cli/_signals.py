@@ -35,10 +35,10 @@ class Signals:
     left to stop, and the exit code is the run's.
 
     Args:
-      nothing_saved: returns the line to print, given the signal's name, if nothing was saved.
-      saving_ended: returns the line to print, given the signal's name, if a run is ended while it is being saved.
-      together: this is one of several processes. JAX handles SIGTERM then, with which all stop; SIGINT is passed on as
-        SIGTERM.
+        nothing_saved: Returns the line to print, given the signal's name, if nothing was saved.
+        saving_ended: Returns the line to print, given the signal's name, if a run is ended while it is being saved.
+        together: This is one of several processes. JAX handles SIGTERM then, with which all stop; SIGINT is passed on
+            as SIGTERM.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Signals:
         """Declare that all is saved: from now on a signal ends the process at once, with this line.
 
         Raises:
-          SystemExit: a signal has come already.
+            SystemExit: A signal has come already.
         """
         self._nothing_saved = lambda name: f"{name}: {line}"
         self._begun = False

@@ -25,8 +25,8 @@ class TemplateFlags:
         """The base with this template, if one is given.
 
         Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: it is no text.
+            FileNotFoundError: There is no such file.
+            ValueError: It is no text.
         """
         if self.chat_template is None:
             return base
@@ -37,7 +37,7 @@ class TemplateFlags:
         """Refuse a template for rows with labels, which have no conversations.
 
         Raises:
-            ValueError: one is given.
+            ValueError: One is given.
         """
         if self.chat_template is not None:
             raise ValueError(

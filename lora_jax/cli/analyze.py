@@ -134,7 +134,7 @@ def _selected(updates: dict[str, LoRA], settings: Settings) -> dict[str, LoRA]:
     """The updates of the layers to measure.
 
     Raises:
-        ValueError: a layer that the adapter doesn't change.
+        ValueError: A layer that the adapter doesn't change.
     """
     if settings.layers is None:
         return updates
@@ -149,7 +149,7 @@ def weights_of(model: str, updates: Mapping[str, LoRA]) -> Callable[[str], Any]:
     """Check that the adapter fits the model, and return a function that reads one module's W, f[inputs, outputs].
 
     Raises:
-        ValueError: a module that isn't in the model or has another shape there.
+        ValueError: A module that isn't in the model or has another shape there.
     """
     folder = text_to_sql.BASE if model == EMBEDDED and not Path(model).exists() else model
     opened = lora_jax.models.load_streamed(folder)

@@ -90,8 +90,8 @@ class _Answers:
         """Print the answer to a message while it is generated.
 
         Raises:
-            ValueError: the conversation is too long for the model, or the template refuses it. It is as before then.
-            KeyboardInterrupt: unless `interruptible`, where an interrupt ends the answer.
+            ValueError: The conversation is too long for the model, or the template refuses it. It is as before then.
+            KeyboardInterrupt: Unless `interruptible`, where an interrupt ends the answer.
         """
         messages = [*self._messages, {"role": "user", "content": text}]
         ids = chat_prompt(self._model.tokenizer, messages)

@@ -116,7 +116,7 @@ def _compare_logits(
     """Compare merged and adapted logits in float32, so that they differ only by the rounding of the weights.
 
     Raises:
-        ValueError: they differ by more than `TOLERANCE` before the weights are rounded.
+        ValueError: They differ by more than `TOLERANCE` before the weights are rounded.
     """
     # The base's weights have the dtype in which they were merged, and are then computed with in float32.
     model, _ = _streamed(settings, labels)

@@ -19,7 +19,7 @@ def records(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """The rows, with `file: row`.
 
     Raises:
-        MissingExtra: pyarrow isn't installed.
+        MissingExtra: Pyarrow isn't installed.
         ValueError: It isn't a Parquet file, is damaged, or has a column twice.
     """
     check_file(path)

@@ -48,7 +48,7 @@ def load(
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: alpha isn't a number; the file isn't a loralib checkpoint, or its tensors don't fit these
+        ValueError: Alpha isn't a number; the file isn't a loralib checkpoint, or its tensors don't fit these
             parameters. All faults are reported together.
 
     The reference: https://github.com/microsoft/LoRA (loralib 0.1.2, layers.py)

@@ -26,7 +26,7 @@ def updates(
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: alpha isn't a number; the file isn't a loralib checkpoint, or factors don't belong together.
+        ValueError: Alpha isn't a number; the file isn't a loralib checkpoint, or factors don't belong together.
 
     >>> updates("no/such/file.bin", alpha=16)
     Traceback (most recent call last):

@@ -204,12 +204,12 @@ def one_by_one(parent: nn.Module, name: str, layer: nn.Module, x: Any, own: Sequ
     """The layers under `name` without a loop, for what is called too often to copy a kernel out of its stack.
 
     Args:
-      parent: whose child `stacked` made them.
-      layer: one of them, without a parent.
-      own: what `stacked` slices, already by layer.
+        parent: Whose child `stacked` made them.
+        layer: One of them, without a parent.
+        own: What `stacked` slices, already by layer.
 
     Returns:
-      The last x; each layer's `out`.
+        The last x; each layer's `out`.
     """
     stack, outs = parent.get_variable("params", name), []
     for i, mine in enumerate(own):

@@ -47,8 +47,8 @@ class TensorFiles:
     while the map exists, and would add up to the whole model. So tensors are read as plain bytes.
 
     Attributes:
-        tensors: name -> place; names are `current`.
-        packed: name -> `_packed.Packed`, for weights in few bits once `_packed.take` has found them. Their shape in
+        tensors: Name -> place; names are `current`.
+        packed: Name -> `_packed.Packed`, for weights in few bits once `_packed.take` has found them. Their shape in
             `tensors` is the matrix's, their dtype the one to which they are dequantized.
 
     Raises:

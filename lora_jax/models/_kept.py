@@ -21,8 +21,8 @@ class PackedReader:
     """The `read` of a leaf whose tensors are in few bits: called, it dequantizes one.
 
     Attributes:
-        read: index -> the dequantized tensor, [in, out].
-        each: index -> the tensor as it is in its file; None where it isn't in few bits.
+        read: Index -> the dequantized tensor, [in, out].
+        each: Index -> the tensor as it is in its file; None where it isn't in few bits.
     """
 
     read: Callable[[Index], np.ndarray]

@@ -37,7 +37,7 @@ def cached(q, k, v, mask, *, scale: float, softcap: float | None = None) -> jax.
     """`xla` on a cache, whose keys and values are read as they lie.
 
     Args:
-      k, v: [B K, S, d] or [B, K, S, d].
+        k, v: [B K, S, d] or [B, K, S, d].
     """
     (rows, length, _, width), (*outer, slots, _) = q.shape, k.shape
     heads = math.prod(outer) // rows

@@ -28,7 +28,7 @@ class Model:
         config: The transformers configuration.
         params: A nested dict of arrays (`jax.ShapeDtypeStruct` from `load_abstract`); leaves under `layers` are
             stacked, with the axis of layers first.
-        names: leaf path -> `Weight`, its name in Hugging Face files.
+        names: Leaf path -> `Weight`, its name in Hugging Face files.
         apply: `(params, input_ids, attention_mask=None, *, positions=None, cache=None, more_embeddings=None)` with
             `input_ids` int32[B, T] and `attention_mask` [B, T], 1 at real tokens (padding may be on either side)
             -> logits [B, T, V], or `(logits, cache)` when a cache is given. `positions` int32[B, T] default to the
@@ -51,8 +51,8 @@ class Model:
         head: The path of the classification head in `params`, whose labels are `label_names(config)`; empty without.
         newly_initialized: The paths of the leaves of a new head, which the folder lacks.
         max_length: The most tokens of a row.
-        axes: leaf path -> the names of its axes, for rules like `RULES`; leaves without names are copied everywhere.
-        counts: name of an axis -> its number of units, if that isn't its size: an axis of "heads" has the channels of
+        axes: Leaf path -> the names of its axes, for rules like `RULES`; leaves without names are copied everywhere.
+        counts: Name of an axis -> its number of units, if that isn't its size: an axis of "heads" has the channels of
             all heads, and is divided between heads only.
         mesh: The mesh that activations are spread over, from `on_mesh`, with Auto axes; None for one device.
         rules: The rules of that mesh.
@@ -183,9 +183,9 @@ class OnMesh(NamedTuple):
     """A model's function on a mesh, for those who have the function alone: `apply.on_mesh(mesh, rules)` gives it.
 
     Attributes:
-        apply: the function whose activations are spread over the mesh.
-        shardings: leaf path -> where it belongs, of every leaf that the tree may have.
-        rows: where a batch belongs: its first axis is cut.
+        apply: The function whose activations are spread over the mesh.
+        shardings: Leaf path -> where it belongs, of every leaf that the tree may have.
+        rows: Where a batch belongs: its first axis is cut.
     """
 
     apply: Callable[..., Any]

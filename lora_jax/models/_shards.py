@@ -47,11 +47,11 @@ def write(
 
     Args:
         folder: The folder, which must exist.
-        leaves: path -> array or `Streamed`.
-        weights: path -> name in the files.
+        leaves: Path -> array or `Streamed`.
+        weights: Path -> name in the files.
         dtype: The dtype of the tensors; None keeps each leaf's.
         shard_bytes: The largest size of a file; more tensors are divided into several files.
-        layout: name -> any key: tensors with equal keys are written to one file, and `shard_bytes` isn't used. Files
+        layout: Name -> any key: tensors with equal keys are written to one file, and `shard_bytes` isn't used. Files
             and tensors are in the order of `layout`.
 
     Raises:

@@ -33,7 +33,7 @@ class Streamed:
         dtype: The dtype of the leaf; arrays of `read` may be wider, and are rounded when the leaf is written or
             materialised.
         stack: The number of stack axes, which are the first axes and the length of an index.
-        read: index -> the array at that index.
+        read: Index -> the array at that index.
 
     >>> layers = Streamed((2, 3), np.dtype(np.float32), 1, lambda index: np.full(3, index[0], np.float32))
     >>> layers.read((1,))
@@ -143,8 +143,8 @@ def stream(
 
     Args:
         folder: A folder with `model.safetensors`, or with shards and `model.safetensors.index.json`.
-        leaves: path -> anything with a shape, one for each leaf of the tree.
-        weights: path -> place in the files.
+        leaves: Path -> anything with a shape, one for each leaf of the tree.
+        weights: Path -> place in the files.
         dtype: The dtype of the leaves; None keeps each tensor's own.
         ignored: Regular expressions of the names of tensors that may be in the files and aren't weights.
         copies: Tensors that may be in the files as copies of another (a tied head), or in its place: name -> the other.

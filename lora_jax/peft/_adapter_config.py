@@ -62,8 +62,8 @@ class AdapterConfig:
         """Return whether PEFT would adapt `module` (its `check_target_module_exists`).
 
         Args:
-            module: dotted name, without PEFT's `base_model.model.` prefix.
-            linear: whether `"all-linear"` selects the module: a linear layer other than `lm_head`.
+            module: Dotted name, without PEFT's `base_model.model.` prefix.
+            linear: Whether `"all-linear"` selects the module: a linear layer other than `lm_head`.
         """
         if self._named(self.exclude_modules, module):
             return False

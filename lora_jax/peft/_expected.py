@@ -23,7 +23,7 @@ class AdaptedModule:
 
     Attributes:
         tensor: The kernel, or the part of a stacked kernel that belongs to the module.
-        scale: alpha/r, or alpha/√r.
+        scale: Alpha/r, or alpha/√r.
         bias: The module's own bias, to which the bias of B is added; None where B has no bias.
     """
 

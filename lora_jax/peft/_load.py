@@ -33,17 +33,17 @@ def load(
     gets a leaf of its own, which the model then uses.
 
     Args:
-        folder: a local folder with `adapter_config.json` and `adapter_model.safetensors`.
-        params: the base model's parameters, without nodes.
-        names: the Hugging Face name of each leaf: `model.names`.
-        axes: how kernels that aren't plain matrices are used, from `lora_jax.kernel_axes`.
+        folder: A local folder with `adapter_config.json` and `adapter_model.safetensors`.
+        params: The base model's parameters, without nodes.
+        names: The Hugging Face name of each leaf: `model.names`.
+        axes: How kernels that aren't plain matrices are used, from `lora_jax.kernel_axes`.
 
     Returns:
         `params` with nodes; factors are float32. `names` fits this tree too, an untied head's leaf included.
 
     Raises:
-        FileNotFoundError: no adapter is there.
-        ValueError: the files are damaged, an option isn't supported, or tensors are missing, unexpected, misshapen, of
+        FileNotFoundError: No adapter is there.
+        ValueError: The files are damaged, an option isn't supported, or tensors are missing, unexpected, misshapen, of
             a wrong type or not finite. All such faults are reported together, in one line.
 
     Example:

@@ -19,7 +19,7 @@ def devices_of(topology: Topology) -> list[Any]:
     """The chips, as the compiler knows them.
 
     Raises:
-      ValueError: no such topology can be built of this generation's hosts.
+        ValueError: No such topology can be built of this generation's hosts.
     """
     try:
         found = topologies.get_topology_desc(

@@ -12,11 +12,11 @@ class Generation(NamedTuple):
     """One generation of TPU.
 
     Attributes:
-      hbm: Bytes of high-bandwidth memory of a chip, by Cloud TPU's documentation of that generation
-        (cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e).
-      dimensions: Number of dimensions of the torus or mesh that its chips form.
-      accelerator: Name of a small slice in the compiler's environment.
-      chip_config: The compiler's name of a chip whose cores are one device.
+        hbm: Bytes of high-bandwidth memory of a chip, by Cloud TPU's documentation of that generation
+            (cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e).
+        dimensions: Number of dimensions of the torus or mesh that its chips form.
+        accelerator: Name of a small slice in the compiler's environment.
+        chip_config: The compiler's name of a chip whose cores are one device.
     """
 
     hbm: int
@@ -50,7 +50,7 @@ class Topology(NamedTuple):
         """Read `v6e:2x4`.
 
         Raises:
-          ValueError: A generation that isn't known, or sizes that it can't have.
+            ValueError: A generation that isn't known, or sizes that it can't have.
         """
         generation, _, sizes = text.partition(":")
         if generation not in GENERATIONS:

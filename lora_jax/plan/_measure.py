@@ -26,7 +26,7 @@ def measure(request: Request, devices: Sequence[Any], platform: str | None, repo
     """Trace and compile the step for these devices; count bytes and FLOPs of one device, and those of full fine-tuning.
 
     Raises:
-      ValueError: a model, a mesh or an adapter that can't be; the compiler's own reason where it isn't memory.
+        ValueError: A model, a mesh or an adapter that can't be; the compiler's own reason where it isn't memory.
     """
     report("reading the configuration")
     model = _step.open_model(request, platform)
@@ -102,7 +102,7 @@ def over_full(message: str, arguments: int) -> dict[str, Any]:
     (21.0, 15.75)
 
     Raises:
-      ValueError: it refuses for another reason.
+        ValueError: It refuses for another reason.
     """
     temporaries, used = _TEMPORARIES.search(message), _USED.search(message)
     size = lambda number, unit: round(float(number) * UNITS[unit])

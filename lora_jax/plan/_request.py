@@ -14,7 +14,7 @@ class Request:
     """A training step, and the devices that it is to run on.
 
     Raises:
-      ValueError: A mesh or a topology that is none, or a batch that doesn't divide by the mesh.
+        ValueError: A mesh or a topology that is none, or a batch that doesn't divide by the mesh.
     """
 
     model: str
@@ -40,7 +40,7 @@ class Request:
         """Refuse a mesh of another number of devices, and rows that can't be spread over it.
 
         Raises:
-          ValueError: One of the two.
+            ValueError: One of the two.
         """
         sizes = self.sizes(devices)
         _mesh.check(sizes, devices)

@@ -14,10 +14,10 @@ class Plan:
     """The needs of a training step on each chip.
 
     Attributes:
-      request: The request that it answers.
-      chips: Devices of the mesh.
-      capacity: Bytes of a chip's memory.
-      found: Figures of the compiled step, as in `to_json`.
+        request: The request that it answers.
+        chips: Devices of the mesh.
+        capacity: Bytes of a chip's memory.
+        found: Figures of the compiled step, as in `to_json`.
 
     >>> from lora_jax import LoRAConfig, train
     >>> request = Request(model="path/to/model", lora=LoRAConfig(rank=8, alpha=16), train=train.TrainConfig())

@@ -44,23 +44,23 @@ def plan(
     or two; nothing here looks for a TPU. Without one it is this process's first devices that the step is compiled for.
 
     Args:
-      model: folder with `config.json`, or a hub name; no weights are read.
-      lora: the adapter's settings.
-      train: batch, length, accumulation and optimizer; `TrainConfig()` where not given.
-      topology: generation and chips, such as `"v6e:2x4"`; needs the extra `tpu-plan`.
-      mesh: devices along each of `data`, `fsdp` and `model`, as `"fsdp=8"` or a mapping; or `"auto"`, as in training.
-        All along `fsdp` unless given, and without a topology one device.
-      dtype: the dtype of the weights, as in `lora_jax.models.load`.
-      attention: the attention kernel, as in `lora_jax.models.ExecutionOptions`.
-      remat: what the backward pass recomputes, as there.
-      layers: the form of the stack of layers, as there.
-      full: compile full fine-tuning too, which otherwise has its arguments and gradients counted and no activations.
-      on_stage: called with each stage as it begins.
+        model: Folder with `config.json`, or a hub name; no weights are read.
+        lora: The adapter's settings.
+        train: Batch, length, accumulation and optimizer; `TrainConfig()` where not given.
+        topology: Generation and chips, such as `"v6e:2x4"`; needs the extra `tpu-plan`.
+        mesh: Devices along each of `data`, `fsdp` and `model`, as `"fsdp=8"` or a mapping; or `"auto"`, as in training.
+            All along `fsdp` unless given, and without a topology one device.
+        dtype: The dtype of the weights, as in `lora_jax.models.load`.
+        attention: The attention kernel, as in `lora_jax.models.ExecutionOptions`.
+        remat: What the backward pass recomputes, as there.
+        layers: The form of the stack of layers, as there.
+        full: Compile full fine-tuning too, which otherwise has its arguments and gradients counted and no activations.
+        on_stage: Called with each stage as it begins.
 
     Raises:
-      ValueError: a topology, a mesh, a model or an adapter that can't be, or a batch that doesn't divide by the mesh.
-      OSError: no such model; the compiler's process dies.
-      lora_jax._extras.MissingExtra: a topology is given, and libtpu isn't installed.
+        ValueError: A topology, a mesh, a model or an adapter that can't be, or a batch that doesn't divide by the mesh.
+        OSError: No such model; the compiler's process dies.
+        lora_jax._extras.MissingExtra: A topology is given, and libtpu isn't installed.
 
     >>> from lora_jax import LoRAConfig
     >>> plan("no/folder/here", LoRAConfig(rank=8, alpha=16), topology="v6e:2x4:1")
@@ -154,7 +154,7 @@ def _answer(process: Any, request: Request, on_stage: OnStage) -> dict[str, Any]
     """The child's result; the lines before it are stages.
 
     Raises:
-      EOFError: there is none.
+        EOFError: There is none.
     """
     try:
         json.dump(request.to_json(), process.stdin)

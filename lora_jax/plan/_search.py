@@ -24,13 +24,13 @@ def search(
     that doesn't divide the rows is passed over, and so is what doesn't compile.
 
     Args:
-      first: A plan, as `plan` made it. It is one of the results.
-      on_stage: Called with the current stage, after its mesh and remat.
-      on_plan: Called with each plan once it is known.
-      on_failure: Called with a line for each mesh and remat that doesn't compile.
+        first: A plan, as `plan` made it. It is one of the results.
+        on_stage: Called with the current stage, after its mesh and remat.
+        on_plan: Called with each plan once it is known.
+        on_failure: Called with a line for each mesh and remat that doesn't compile.
 
     Returns:
-      All plans that were made, at least one.
+        All plans that were made, at least one.
 
     >>> import tempfile
     >>> from transformers import LlamaConfig

@@ -28,10 +28,10 @@ class Step(NamedTuple):
     """A step and what it takes.
 
     Attributes:
-      jitted: The jitted function, which donates adapter and state, as the trainer's does.
-      adapter, state, base, batch, key: Its arguments, `jax.ShapeDtypeStruct`s with shardings; no key without dropout.
-      model: The model, without weights.
-      attention: The form of attention of a batch.
+        jitted: The jitted function, which donates adapter and state, as the trainer's does.
+        adapter, state, base, batch, key: Its arguments, `jax.ShapeDtypeStruct`s with shardings; no key without dropout.
+        model: The model, without weights.
+        attention: The form of attention of a batch.
     """
 
     jitted: Any
@@ -52,7 +52,7 @@ def open_model(request: Request, platform: str | None) -> Any:
     """Read the configuration of the model, without weights.
 
     Raises:
-      ValueError: The model is an encoder.
+        ValueError: The model is an encoder.
     """
     names: Any = {name: getattr(request, name) for name in ("attention", "remat", "layers")}
     given: Any = platform
@@ -69,7 +69,7 @@ def make(request: Request, model: Any, devices: Sequence[Any], *, full: bool = F
     """Make the step on these devices: LoRA's, or full fine-tuning's with a float32 copy of every weight.
 
     Raises:
-      ValueError: The mesh isn't of these devices.
+        ValueError: The mesh isn't of these devices.
     """
     request.check_devices(len(devices))
     sizes = request.sizes(len(devices))

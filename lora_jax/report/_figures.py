@@ -45,10 +45,10 @@ class RenderedFigure(NamedTuple):
     """A figure as a file and as a part of the page.
 
     Attributes:
-        name: the PNG's name, without its suffix.
-        alt: description for readers who don't see the figure.
-        png: the PNG's bytes.
-        svg: an element of the page.
+        name: The PNG's name, without its suffix.
+        alt: Description for readers who don't see the figure.
+        png: The PNG's bytes.
+        svg: An element of the page.
     """
 
     name: str

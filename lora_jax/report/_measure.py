@@ -32,18 +32,18 @@ class KernelMeasurements(NamedTuple):
     """The measures of one kernel. A measure that needs W, or a second adapter, is None without it.
 
     Attributes:
-        name: the module's name.
-        layer: the first number in the name; None if there is no number.
-        kind: the part of the name after that number, such as `self_attn.q_proj`.
-        shape: sizes of inputs and outputs.
-        rank: the adapter's rank.
-        scale: alpha/rank.
+        name: The module's name.
+        layer: The first number in the name; None if there is no number.
+        kind: The part of the name after that number, such as `self_attn.q_proj`.
+        shape: Sizes of inputs and outputs.
+        rank: The adapter's rank.
+        scale: Alpha/rank.
         update: ΔW's spectrum.
         weight: W's spectrum.
-        amplification: amplification of W by ΔW (table 7).
-        right: overlap of the two adapters' A, whose directions are ΔW's right singular vectors in the paper (figures 3
+        amplification: Amplification of W by ΔW (table 7).
+        right: Overlap of the two adapters' A, whose directions are ΔW's right singular vectors in the paper (figures 3
             and 4).
-        left: overlap of the two adapters' B.
+        left: Overlap of the two adapters' B.
 
     >>> import jax.numpy as jnp
     >>> from lora_jax import report
@@ -75,13 +75,13 @@ def measure(
     """Measure each kernel's update, by kind and in the order of layers. One W is in memory at a time.
 
     Args:
-        updates: nodes by module name, without stack axes; `peft.updates` and `loralib.updates` read them from files.
-        weight: returns a module's W, f[inputs, outputs], given the module's name.
-        against: the updates of another adapter of the same modules.
-        seed: seed of the random baselines.
+        updates: Nodes by module name, without stack axes; `peft.updates` and `loralib.updates` read them from files.
+        weight: Returns a module's W, f[inputs, outputs], given the module's name.
+        against: The updates of another adapter of the same modules.
+        seed: Seed of the random baselines.
 
     Raises:
-        ValueError: the adapters don't change the same modules, or a value isn't finite, or a shape doesn't fit.
+        ValueError: The adapters don't change the same modules, or a value isn't finite, or a shape doesn't fit.
 
     >>> import jax.numpy as jnp
     >>> node = LoRA(jnp.eye(4)[:, :2], jnp.eye(2, 3), jnp.float32(2))
@@ -104,7 +104,7 @@ def check_comparable(updates: Mapping[str, LoRA], against: Mapping[str, LoRA]) -
     """Refuse two adapters that don't change the same modules of the same sizes.
 
     Raises:
-        ValueError: the modules that only one adapter changes, or the sizes that differ.
+        ValueError: The modules that only one adapter changes, or the sizes that differ.
 
     >>> import jax.numpy as jnp
     >>> node = LoRA(jnp.ones((4, 2)), jnp.ones((2, 3)), 2.0)

@@ -24,12 +24,12 @@ class Section(NamedTuple):
     """A part of the page.
 
     Attributes:
-        anchor: the id to which links lead.
-        title: the section's heading.
-        read: how to read the figures, in a sentence.
-        shows: the result that the figures show, in a sentence.
-        figures: figures that are always visible.
-        folded: further figures with their titles, which open with a click.
+        anchor: The id to which links lead.
+        title: The section's heading.
+        read: How to read the figures, in a sentence.
+        shows: The result that the figures show, in a sentence.
+        figures: Figures that are always visible.
+        folded: Further figures with their titles, which open with a click.
     """
 
     anchor: str

@@ -33,16 +33,16 @@ def write(
     """Write report.json, report.html and PNGs. The folder has all of them, or is as it was before.
 
     Args:
-        folder: created, with its parents, if it doesn't exist.
-        measured: the results of `measure`, for at least one kernel.
-        title: the page's title.
-        sources: the folders that were analysed, to be shown and written as they are:
+        folder: Created, with its parents, if it doesn't exist.
+        measured: The results of `measure`, for at least one kernel.
+        title: The page's title.
+        sources: The folders that were analysed, to be shown and written as they are:
             `{"adapter": "out", "model": "DIR"}`.
-        overwrite: replace a report that is in the folder.
+        overwrite: Replace a report that is in the folder.
 
     Raises:
-        FileExistsError: there is a report in the folder and `overwrite` is False, or there is anything else.
-        ValueError: no kernel was measured.
+        FileExistsError: There is a report in the folder and `overwrite` is False, or there is anything else.
+        ValueError: No kernel was measured.
 
     >>> import tempfile, jax.numpy as jnp
     >>> from lora_jax import LoRA, report
@@ -70,7 +70,7 @@ def check_free(folder: Path, *, overwrite: bool) -> None:
     """Refuse a folder that a report can't be written to; call this before measuring.
 
     Raises:
-        FileExistsError: as `write`.
+        FileExistsError: As `write`.
 
     >>> import tempfile
     >>> check_free(Path(tempfile.mkdtemp()) / "report", overwrite=False)

@@ -36,24 +36,24 @@ def grid(
     leaves trained in full (`lora.also_train`) aren't counted.
 
     Args:
-      specs: a list of values for each setting of `Point` that varies. Besides numbers, rank may be `"auto"`, and
-        alpha a multiple of the rank: `"2r"`.
-      params: the model's tree, of arrays or `ShapeDtypeStruct`s.
-      lora: rank, alpha and targets where `specs` don't give them; its other settings as for `run`, without overrides.
-      axes: how kernels are used, as for `lora_jax.init`.
-      budget: most parameters in A and B.
-      seeds: number of times that each point is repeated, with the seeds 0, ..., seeds - 1.
+        specs: A list of values for each setting of `Point` that varies. Besides numbers, rank may be `"auto"`, and
+            alpha a multiple of the rank: `"2r"`.
+        params: The model's tree, of arrays or `ShapeDtypeStruct`s.
+        lora: Rank, alpha and targets where `specs` don't give them; its other settings as for `run`, without overrides.
+        axes: How kernels are used, as for `lora_jax.init`.
+        budget: Most parameters in A and B.
+        seeds: Number of times that each point is repeated, with the seeds 0, ..., seeds - 1.
 
     Raises:
-      ValueError: an unknown setting, or a value out of its range; targets that match nothing; rank `"auto"` without a
-        budget; a budget that no point meets.
+        ValueError: An unknown setting, or a value out of its range; targets that match nothing; rank `"auto"` without a
+            budget; a budget that no point meets.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> params = {name: {"kernel": jnp.ones((8, 8))} for name in ("query", "key", "value")}
-      >>> specs = {"targets": [("q",), ("q", "v")], "rank": ["auto"]}
-      >>> [point.label for point in grid(specs, params, budget=64, lora=LoRAConfig(rank=8, alpha=16))]
-      ['q rank 4 alpha 16', 'q,v rank 2 alpha 16']
+        >>> import jax.numpy as jnp
+        >>> params = {name: {"kernel": jnp.ones((8, 8))} for name in ("query", "key", "value")}
+        >>> specs = {"targets": [("q",), ("q", "v")], "rank": ["auto"]}
+        >>> [point.label for point in grid(specs, params, budget=64, lora=LoRAConfig(rank=8, alpha=16))]
+        ['q rank 4 alpha 16', 'q,v rank 2 alpha 16']
 
     Source: Hu et al. 2021, arXiv 2106.09685, section 7.1.
     """
@@ -150,7 +150,7 @@ def parse(words: Sequence[str]) -> dict[str, list[Any]]:
     semicolons separate the values, and commas the patterns within one value.
 
     Raises:
-      ValueError: a word without "=", an unknown setting, a setting given twice, a value that isn't a number.
+        ValueError: A word without "=", an unknown setting, a setting given twice, a value that isn't a number.
 
     >>> parse(["targets=q;v;q,v", "rank=1,8,auto", "alpha=2r", "learning_rate=1e-3;1e-2"])
     {'targets': [('q',), ('v',), ('q', 'v')], 'rank': [1, 8, 'auto'], 'alpha': ['2r'], 'learning_rate': [0.001, 0.01]}

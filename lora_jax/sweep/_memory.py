@@ -17,14 +17,14 @@ def adapters_per_round(count: int, fixed: int, needed: Callable[[int], int], mem
     """Number of adapters, of `count`, that train at once: rounds are equal and none needs more than `memory`.
 
     Args:
-      count: number of all adapters.
-      fixed: bytes that a round needs whatever its number of adapters: those of the base.
-      needed: returns the bytes that a compiled round needs, given its number of adapters. They are taken to grow in
-        proportion to that number.
-      memory: bytes that a round may take.
+        count: Number of all adapters.
+        fixed: Bytes that a round needs whatever its number of adapters: those of the base.
+        needed: Returns the bytes that a compiled round needs, given its number of adapters. They are taken to grow in
+            proportion to that number.
+        memory: Bytes that a round may take.
 
     Raises:
-      ValueError: not even one adapter fits.
+        ValueError: Not even one adapter fits.
 
     >>> adapters_per_round(10, 100, lambda adapters: 100 + 50 * adapters, memory=320)
     4

@@ -22,7 +22,7 @@ def plan(point: Point, config: TrainConfig, params: Any) -> PlannedRun:
     """Fill in what the point leaves to `config` and to the tree.
 
     Raises:
-      ValueError: the point asks for a prefix and the tree has one already.
+        ValueError: The point asks for a prefix and the tree has one already.
     """
     own = point.settings(None, config)[1]
     given = {field.name: getattr(own, field.name) for field in dataclasses.fields(Point) if hasattr(own, field.name)}

@@ -19,17 +19,17 @@ class Point:
     """The settings of one adapter. A setting that is None has the value of the run's `TrainConfig`.
 
     Attributes:
-      rank: columns of A and rows of B.
-      alpha: numerator of the scale.
-      targets: patterns as in `LoRAConfig.targets`; in addition `"q"`, `"k"`, `"v"` and `"o"` stand for the attention
-        projections, whatever the model calls them.
-      learning_rate: peak learning rate.
-      weight_decay: AdamW's weight decay.
-      dropout: dropout rate on the inputs of the low-rank path.
-      seed: seed of A's initial values, of dropout and, unless `data_seed` is given, of the order of the examples.
-      data_seed: shuffle seed.
-      prefix_length: tokens of a prefix (`lora_jax.prefix`) that trains beside A and B, initialised as in a run alone
-        with that seed; 0 for none. None: the prefix that the tree has, if any.
+        rank: Columns of A and rows of B.
+        alpha: Numerator of the scale.
+        targets: Patterns as in `LoRAConfig.targets`; in addition `"q"`, `"k"`, `"v"` and `"o"` stand for the attention
+            projections, whatever the model calls them.
+        learning_rate: Peak learning rate.
+        weight_decay: AdamW's weight decay.
+        dropout: Dropout rate on the inputs of the low-rank path.
+        seed: Seed of A's initial values, of dropout and, unless `data_seed` is given, of the order of the examples.
+        data_seed: Shuffle seed.
+        prefix_length: Tokens of a prefix (`lora_jax.prefix`) that trains beside A and B, initialised as in a run alone
+            with that seed; 0 for none. None: the prefix that the tree has, if any.
 
     >>> Point(rank=4, alpha=8, targets=("q", "v"), seed=1).label
     'q,v rank 4 alpha 8 seed 1'
@@ -74,13 +74,13 @@ class Point:
         """The settings with which this adapter trains in a run alone, for `lora_jax.init` and `train`.
 
         Args:
-          lora: the settings that a point doesn't have: exclude, scaling, init, dtype, also_train. A point has one rank
-            and one alpha for all its targets, so overrides are refused.
-          config: the settings of the runs.
-          paths: the paths of the tree's leaves, among which q, k, v and o are found.
+            lora: The settings that a point doesn't have: exclude, scaling, init, dtype, also_train. A point has one
+                rank and one alpha for all its targets, so overrides are refused.
+            config: The settings of the runs.
+            paths: The paths of the tree's leaves, among which q, k, v and o are found.
 
         Raises:
-          ValueError: a setting out of its range; overrides; q, k or v for a model that has them in one kernel.
+            ValueError: A setting out of its range; overrides; q, k or v for a model that has them in one kernel.
         """
         lora, config = lora or LoRAConfig(rank=1, alpha=1), config or TrainConfig()
         if lora.overrides:

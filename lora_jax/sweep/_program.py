@@ -69,13 +69,13 @@ def make_program(
     No sum mixes the values of two adapters, so a NaN in one of them can't reach another.
 
     Args:
-      apply_fn: the model's own function.
-      config: the settings of the runs.
-      steps: number of steps of each run.
-      task: what is trained for and predicted.
-      dropout: whether any adapter has dropout.
-      own_batches: whether each adapter has batches of its own, so that a batch has a leading axis, too.
-      own_prefix: whether prefixes have several lengths, so that the shorter ones are padded.
+        apply_fn: The model's own function.
+        config: The settings of the runs.
+        steps: Number of steps of each run.
+        task: What is trained for and predicted.
+        dropout: Whether any adapter has dropout.
+        own_batches: Whether each adapter has batches of its own, so that a batch has a leading axis, too.
+        own_prefix: Whether prefixes have several lengths, so that the shorter ones are padded.
     """
     adapted = ensure_adapted(apply_fn)
 

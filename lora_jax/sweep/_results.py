@@ -172,9 +172,9 @@ class Results:
         Metrics that aren't finite are empty in results.csv and null in results.json.
 
         Args:
-          folder: created if it doesn't exist.
-          columns: further entries for each point's row.
-          settings: further entries of results.json.
+            folder: Created if it doesn't exist.
+            columns: Further entries for each point's row.
+            settings: Further entries of results.json.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)

@@ -52,7 +52,7 @@ class RoundTrainer(NamedTuple):
         """Number of adapters that train at once within `memory` bytes.
 
         Raises:
-          ValueError: not even one adapter fits.
+            ValueError: Not even one adapter fits.
         """
         settings = jax.eval_shape(lambda: settings_of(runs[:1]))
 
@@ -103,7 +103,7 @@ class RoundTrainer(NamedTuple):
         """Copy a step's metrics to the host.
 
         Raises:
-          ValueError: no adapter's first loss is finite, and a leaf of the base, which the message names, is why.
+            ValueError: No adapter's first loss is finite, and a leaf of the base, which the message names, is why.
         """
         on_host = jax.device_get(metrics)
         if first and not np.isfinite(on_host.loss).any() and (leaf := unfinite_leaf(self.base)):
@@ -116,7 +116,7 @@ class RoundTrainer(NamedTuple):
         """Evaluate all adapters on the validation examples.
 
         Returns:
-          A function from an adapter's index in the round to its evaluation.
+            A function from an adapter's index in the round to its evaluation.
         """
         settings = settings_of(runs)
         sums = jax.device_get(

@@ -66,34 +66,35 @@ def run(
     least. Where adapters have different shuffle seeds, a step's batches are padded to the longest among them.
 
     Args:
-      apply_fn: the model's own function, `apply_fn(params, input_ids, attention_mask)`; it is adapted here. A function
-        that `lora_jax.adapt` returned keeps its own dropout.
-      params: the model's tree, without nodes. If it has prefix embeddings (`lora_jax.prefix`), all points start from
-        these and may give no `prefix_length`.
-      points: as `grid` returns them.
-      train_data: tokenised examples, of text or with labels.
-      valid_data: examples on which each adapter is evaluated after its last step.
-      config: the settings of the runs; a point's own replace its learning rate, weight decay, dropout, seed and
-        data_seed.
-      lora: exclude, scaling, init, dtype and also_train of the adapters; rank, alpha and targets are the points'.
-      axes: how kernels are used; traced if not given.
-      task: what is trained for and predicted, if not `task_of(train_data)`.
-      newly_initialized: returns, for a seed, values of leaves trained in full, by path, which replace the values in
-        `params`: for instance a head that each seed initialises newly. Without it all start from the same values.
-      prefix_after: tokens of each example that stay before a prefix: 1 for an encoder that pools the first one.
-      prefix_embedding: pattern of the table that prefixes are drawn from, as for `lora_jax.prefix.init`.
-      score_batches: training batches whose mean gradient scores every point before training
-        (`lora_jax.analysis.gradient_scores`): `Result.score`, which `Results.rank_correlation` compares with the
-        results. 0 for none.
-      best: train only this many settings (with all their seeds), those with the highest scores.
-      memory: bytes that a round may take, base included, as XLA's memory analysis of the compiled step reports them.
-        More adapters than fit are trained in several equal rounds. None: half of what the device has free.
-      console: where progress is shown; None shows nothing.
-      on_result: called with each result as its round ends.
+        apply_fn: The model's own function, `apply_fn(params, input_ids, attention_mask)`; it is adapted here. A
+            function that `lora_jax.adapt` returned keeps its own dropout.
+        params: The model's tree, without nodes. If it has prefix embeddings (`lora_jax.prefix`), all points start from
+            these and may give no `prefix_length`.
+        points: As `grid` returns them.
+        train_data: Tokenised examples, of text or with labels.
+        valid_data: Examples on which each adapter is evaluated after its last step.
+        config: The settings of the runs; a point's own replace its learning rate, weight decay, dropout, seed and
+            data_seed.
+        lora: `exclude`, `scaling`, `init`, `dtype` and `also_train` of the adapters; rank, alpha and targets are the
+            points'.
+        axes: How kernels are used; traced if not given.
+        task: What is trained for and predicted, if not `task_of(train_data)`.
+        newly_initialized: Returns, for a seed, values of leaves trained in full, by path, which replace the values in
+            `params`: for instance a head that each seed initialises newly. Without it all start from the same values.
+        prefix_after: Tokens of each example that stay before a prefix: 1 for an encoder that pools the first one.
+        prefix_embedding: Pattern of the table that prefixes are drawn from, as for `lora_jax.prefix.init`.
+        score_batches: Training batches whose mean gradient scores every point before training
+            (`lora_jax.analysis.gradient_scores`): `Result.score`, which `Results.rank_correlation` compares with the
+            results. 0 for none.
+        best: Train only this many settings (with all their seeds), those with the highest scores.
+        memory: Bytes that a round may take, base included, as XLA's memory analysis of the compiled step reports them.
+            More adapters than fit are trained in several equal rounds. None: half of what the device has free.
+        console: Where progress is shown; None shows nothing.
+        on_result: Called with each result as its round ends.
 
     Raises:
-      ValueError: before anything is trained: no points, no examples, targets that match nothing, a prefix without its
-        one table, or a memory too small for one adapter.
+        ValueError: Before anything is trained: no points, no examples, targets that match nothing, a prefix without its
+            one table, or a memory too small for one adapter.
 
     >>> import jax.numpy as jnp, numpy as np
     >>> from lora_jax import data, sweep
@@ -159,7 +160,7 @@ def _with_own_dropout(apply_fn: Callable[..., Any], points: Sequence[Point], con
     """The settings with the dropout rate of a function that is adapted already.
 
     Raises:
-      ValueError: the settings or a point give another rate.
+        ValueError: The settings or a point give another rate.
     """
     if not (own := dropout_of(apply_fn)):
         return config

@@ -30,16 +30,16 @@ class AdapterFactory:
     token position uses.
 
     Args:
-      params: the base's tree.
-      points: all points for which adapters will be made.
-      lora: the settings that points don't have.
-      axes: how kernels are used.
-      newly_initialized: as for `run`.
-      after: tokens of an example that stay before a prefix.
-      embedding: pattern of the table that prefixes are drawn from.
+        params: The base's tree.
+        points: All points for which adapters will be made.
+        lora: The settings that points don't have.
+        axes: How kernels are used.
+        newly_initialized: As for `run`.
+        after: Tokens of an example that stay before a prefix.
+        embedding: Pattern of the table that prefixes are drawn from.
 
     Raises:
-      ValueError: a point's targets match nothing in `params`, or not exactly one table is found for its prefix.
+        ValueError: A point's targets match nothing in `params`, or not exactly one table is found for its prefix.
     """
 
     def __init__(

@@ -21,18 +21,18 @@ class Certificate:
     """The result of `certify`; `print` shows it.
 
     Attributes:
-      kernels: The number of adapted kernels.
-      idle: Kernels whose factors no gradient reaches, whatever the data: the function doesn't use them.
-      trained: The number of trainable parameters.
-      base: The number of parameters in the base.
-      state: The number of entries in the optimizer's state.
-      flops: FLOPs of all matrix products of one step, loop bodies times their trip counts.
-      plain_flops: FLOPs of the unadapted model's loss and of its gradient for the whole base; None without `plain`.
-      collectives: Collectives on arrays of a kernel's size in the compiled step; the plain step has them too.
-      argument_bytes: Memory of the compiled step's arguments on one device.
-      output_bytes: Memory of its outputs on one device, without those that reuse a donated argument's memory.
-      temporary_bytes: Memory of its temporary arrays on one device.
-      uncounted: Work that isn't in `flops`.
+        kernels: The number of adapted kernels.
+        idle: Kernels whose factors no gradient reaches, whatever the data: the function doesn't use them.
+        trained: The number of trainable parameters.
+        base: The number of parameters in the base.
+        state: The number of entries in the optimizer's state.
+        flops: FLOPs of all matrix products of one step, loop bodies times their trip counts.
+        plain_flops: FLOPs of the unadapted model's loss and of its gradient for the whole base; None without `plain`.
+        collectives: Collectives on arrays of a kernel's size in the compiled step; the plain step has them too.
+        argument_bytes: Memory of the compiled step's arguments on one device.
+        output_bytes: Memory of its outputs on one device, without those that reuse a donated argument's memory.
+        temporary_bytes: Memory of its temporary arrays on one device.
+        uncounted: Work that isn't in `flops`.
 
     >>> sizes = {"argument_bytes": 2**20, "output_bytes": 2**18, "temporary_bytes": 2**18}
     >>> found = Certificate(kernels=2, idle=(), trained=64, base=4096, state=128, flops=10**6, plain_flops=None,
@@ -82,21 +82,21 @@ def certify(
     batch whose rows a mesh cuts; and, with `plain`, the step has fewer FLOPs than the plain forward and backward.
 
     Args:
-      step: A function that does one training step. It takes the adapter (as `split` returns it, or the whole tree), the
-        optimizer's state, the base and a batch, in any order, and returns at least the new adapter and state. Jitted or
-        not.
-      *args: The arguments of `step`: arrays, or `jax.ShapeDtypeStruct` with or without shardings. The adapter is
-        recognised by its LoRA nodes, the base by the kernels at the nodes' paths, and the state by its structure, which
-        the step returns too.
-      plain: The unadapted model's loss. It is called with the plain parameters and with the arguments in `args` that
-        are neither adapter, state nor base.
-      **kwargs: Keyword arguments of `step`.
+        step: A function that does one training step. It takes the adapter (as `split` returns it, or the whole tree),
+            the optimizer's state, the base and a batch, in any order, and returns at least the new adapter and state.
+            Jitted or not.
+        *args: The arguments of `step`: arrays, or `jax.ShapeDtypeStruct` with or without shardings. The adapter is
+            recognised by its LoRA nodes, the base by the kernels at the nodes' paths, and the state by its structure,
+            which the step returns too.
+        plain: The unadapted model's loss. It is called with the plain parameters and with the arguments in `args` that
+            are neither adapter, state nor base.
+        **kwargs: Keyword arguments of `step`.
 
     Returns:
-      A certificate with the numbers that were found.
+        A certificate with the numbers that were found.
 
     Raises:
-      ValueError: There is no LoRA node in `args`, or claims fail (one line for each).
+        ValueError: There is no LoRA node in `args`, or claims fail (one line for each).
 
     >>> import jax, jax.numpy as jnp, optax, lora_jax
     >>> def loss(params, x):

@@ -20,22 +20,22 @@ class Step(NamedTuple):
     """The roles of a step's arguments.
 
     Attributes:
-      kernels: Shapes of the adapted kernels by path.
-      forms: Shapes (by `dims`) of each kernel and of one index of its stack -> the paths of the kernels with it.
-      factors: Shapes (by `dims`) of the factors, and of one index of their stack.
-      owners: The number of each flat argument that is a kernel -> the kernel's path.
-      parts: The numbers of the flat arguments that are factors.
-      second: The number of the flat argument that is b, by the kernel's path.
-      trained_first: The numbers of the flat outputs that are the nodes' new a; empty if the step returns no adapter.
-      shards: The kernels' forms, and the forms of one device's part of the base's leaves.
-      base: Leaves of the base.
-      state: Leaves of the optimizer's state.
-      kept: Leaves of adapter and state, new versions of which a step may return.
-      trained_in_full: Shapes (by `dims`) of leaves trained in full.
-      trained: The number of trainable parameters.
-      data: For each flat argument, whether it is neither adapter, base nor state.
-      plain: The parameters as they were before `init`; None where the step takes no base.
-      rest: The arguments that are data.
+        kernels: Shapes of the adapted kernels by path.
+        forms: Shapes (by `dims`) of each kernel and of one index of its stack -> the paths of the kernels with it.
+        factors: Shapes (by `dims`) of the factors, and of one index of their stack.
+        owners: The number of each flat argument that is a kernel -> the kernel's path.
+        parts: The numbers of the flat arguments that are factors.
+        second: The number of the flat argument that is b, by the kernel's path.
+        trained_first: The numbers of the flat outputs that are the nodes' new a; empty if the step returns no adapter.
+        shards: The kernels' forms, and the forms of one device's part of the base's leaves.
+        base: Leaves of the base.
+        state: Leaves of the optimizer's state.
+        kept: Leaves of adapter and state, new versions of which a step may return.
+        trained_in_full: Shapes (by `dims`) of leaves trained in full.
+        trained: The number of trainable parameters.
+        data: For each flat argument, whether it is neither adapter, base nor state.
+        plain: The parameters as they were before `init`; None where the step takes no base.
+        rest: The arguments that are data.
     """
 
     kernels: dict[str, tuple[int, ...]]
@@ -64,7 +64,7 @@ def read_step(args: tuple[Any, ...], outputs: Any) -> Step:
     step returns with the same structure and shapes.
 
     Raises:
-      ValueError: There is no LoRA node among the arguments.
+        ValueError: There is no LoRA node among the arguments.
     """
     pairs, _ = jax.tree_util.tree_flatten_with_path(args, is_leaf=lambda x: isinstance(x, LoRA) or is_box(x))
     places = [path[: _mapping_start(path)] for path, leaf in pairs if isinstance(leaf, LoRA)]

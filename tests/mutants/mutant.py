@@ -7,11 +7,11 @@ class Mutant(NamedTuple):
     """A fault.
 
     Attributes:
-      file: Where the text was last seen, below `lora_jax/`; where it isn't there, the whole package is searched.
-      old: Text of (a part of) one line, in the package once.
-      new: What takes its place.
-      why: What goes wrong.
-      tests: The tests of which one fails, by their pytest identifiers, separated by spaces.
+        file: Where the text was last seen, below `lora_jax/`; where it isn't there, the whole package is searched.
+        old: Text of (a part of) one line, in the package once.
+        new: What takes its place.
+        why: What goes wrong.
+        tests: The tests of which one fails, by their pytest identifiers, separated by spaces.
     """
 
     file: str

@@ -27,14 +27,14 @@ def execute(sql: str, database: Database) -> list[Row]:
     stopped after 200,000 steps of SQLite's machine or 1,000 rows.
 
     Args:
-        sql: one statement.
-        database: the table and its rows.
+        sql: One statement.
+        database: The table and its rows.
 
     Returns:
         The rows of the result, in SQLite's order.
 
     Raises:
-        sqlite3.Error: the query isn't valid SQL, reads what doesn't exist, writes, or takes too long.
+        sqlite3.Error: The query isn't valid SQL, reads what doesn't exist, writes, or takes too long.
 
     Example:
         >>> farms = Database("farms", ("crop", "hectares"), (("rye", 12), ("oats", 30)))

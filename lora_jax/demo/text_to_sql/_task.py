@@ -84,7 +84,7 @@ def execution_accuracy(predictions: Sequence[str], references: Sequence[Example]
     """Share of the predictions with the reference's result, 0 to 1; a prediction that fails to run is wrong.
 
     Raises:
-        ValueError: there are no predictions, or not one for each example.
+        ValueError: There are no predictions, or not one for each example.
 
     Example:
         >>> references = examples("valid")[:2]
