@@ -7,7 +7,7 @@ import pytest
 from tokenizers_of import CHAT, byte_level
 
 from lora_jax import data
-from lora_jax.data import Chat, _template, render_chat
+from lora_jax.data import Chat, _chat_template, render_chat
 
 TURNS = ({"role": "user", "content": "a?"}, {"role": "assistant", "content": "yes"})
 
@@ -18,7 +18,7 @@ LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% end
 @pytest.fixture(scope="module")
 def tokenizer():
     yield byte_level()
-    _template.close()
+    _chat_template.close()
 
 
 def refused(tokenizer, template):
@@ -46,7 +46,7 @@ def test_memory_is_bounded(tokenizer, template):
     kib = lambda: [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     before = kib()
     assert "it needs more than 256 MiB of memory" in refused(tokenizer, template)
-    _template.close()  # counts once it has ended
+    _chat_template.close()  # counts once it has ended
     assert max(kib()) < max(before) + 2**20  # 1 GiB; a child counts as large as what it was forked from
 
 
@@ -56,7 +56,7 @@ def test_what_is_written_is_bounded(tokenizer):
 
 @pytest.mark.parametrize("template", [LOOP, "{{ lipsum(n=10**8) }}"])
 def test_time_is_bounded(tokenizer, template, monkeypatch):
-    monkeypatch.setattr(_template, "SECONDS", 0.3)
+    monkeypatch.setattr(_chat_template, "SECONDS", 0.3)
     assert "it ran for 0.4 s without an end" in refused(tokenizer, template)
     tokenizer.chat_template = CHAT  # and the next text is rendered as ever
     assert render_chat(TURNS, tokenizer) == tokenizer.apply_chat_template(list(TURNS), tokenize=False)
@@ -101,12 +101,12 @@ def test_texts_are_transformers_own(tokenizer, prompt):
 def test_one_process_renders_all_and_a_fork_begins_its_own(tokenizer):
     tokenizer.chat_template = CHAT
     text = render_chat(TURNS, tokenizer)
-    held = _template._held[0]
+    held = _chat_template._held[0]
     assert render_chat(TURNS, tokenizer) == text
-    assert _template._held == [held]
+    assert _chat_template._held == [held]
     held.owner = os.getpid() + 1  # as a fork of this process sees it
     assert render_chat(TURNS, tokenizer) == text
-    assert _template._held != [held]
+    assert _chat_template._held != [held]
     held.owner = os.getpid()
     held.close()
 
@@ -220,7 +220,7 @@ def test_keys_that_no_template_reads_are_reported_once(tokenizer):
 def test_many_conversations_share_a_bound_of_time(tokenizer, monkeypatch):
     """Each within its own bound, and all together for hours."""
     for name, seconds in (("SECONDS", 1.0), ("SECONDS_A_PART", 0.0), ("SECONDS_A_ROW", 0.002)):
-        monkeypatch.setattr(_template, name, seconds)
+        monkeypatch.setattr(_chat_template, name, seconds)
     loop = "{% for i in range(20000) %}{% for j in range(10) %}{% endfor %}{% endfor %}"
     tokenizer.chat_template = loop + CHAT
     with pytest.raises(ValueError, match=r"row \d+: .* s so far, expected at most .* s for this many rows"):

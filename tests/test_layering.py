@@ -57,7 +57,7 @@ GROUPS = {
     "analysis": (CORE, {"jax", "numpy"}),
     "report": (CORE | {"_disk", "analysis"}, {"jax", "numpy", "matplotlib", "jinja2", "markupsafe"}),
     "data": ({"_untrusted"}, {"numpy", "grain", "pyarrow", "datasets"}),
-    "_render": (set(), {"transformers"}),  # a program that `data` runs
+    "program": (set(), {"transformers"}),  # it renders chat templates; `data` runs it
     "demo": (set(), {"numpy"}),  # nothing but the command line imports it
     "train": (
         CORE | {"_program", "_disk", "data", "checkpoint", "prefix"},
@@ -94,6 +94,8 @@ def group_of(module: str) -> str:
         return "lora_jax"
     if module in NUMBER_FORMAT:
         return "number format"
+    if module == "lora_jax.data._render_template":
+        return "program"
     return "_tree" if parts[1] in TREE else parts[1]
 
 

@@ -33,7 +33,7 @@ from test_peft_reference import llama, oracle
 
 import lora_jax
 from lora_jax import peft
-from lora_jax.peft import _config_file, adapter_folder
+from lora_jax.peft import _adapter_config_file, adapter_folder
 
 ROWS = "base_model.model.model.embed.token_adapter.trainable_tokens_delta"
 PAGE = Path(__file__).parent.parent / "docs" / "peft.md"
@@ -142,13 +142,15 @@ def table() -> dict[str, str]:
 
 def test_the_page_says_what_the_code_does():
     verdicts = table()
-    honoured = set(_config_file._FIELDS) - {"lora_jax_prefix"} | {"init_lora_weights"}  # ours is told below the table
+    honoured = set(_adapter_config_file._FIELDS) - {"lora_jax_prefix"} | {
+        "init_lora_weights"
+    }  # ours is told below the table
     assert {name for name, verdict in verdicts.items() if verdict == "honoured"} == honoured
-    assert {name for name, verdict in verdicts.items() if verdict == "described"} == _config_file.DESCRIPTIVE
+    assert {name for name, verdict in verdicts.items() if verdict == "described"} == _adapter_config_file.DESCRIPTIVE
     for name in (name for name, verdict in verdicts.items() if verdict == "refused"):
         fields = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, name: ["on"]}
         with pytest.raises(ValueError, match=f"{name}: is not supported"):
-            _config_file.parse(fields, "config")
+            _adapter_config_file.parse(fields, "config")
 
 
 @pytest.mark.oracle

@@ -64,9 +64,9 @@ def _measure(args: argparse.Namespace) -> None:
                 makers[name] = lambda name=name: tasks.glue(name, scale.tasks[name], args.minilm, args.glue)
     if args.llama and args.wikisql and "wikisql" in args.tasks:
         makers["wikisql"] = lambda: tasks.wikisql(scale.tasks["wikisql"], args.llama, args.wikisql, scale.questions)
-    bench = experiments.Bench(scale, args.results, OUT / f"adapters-{args.scale}", makers)
+    study = experiments.Study(scale, args.results, OUT / f"adapters-{args.scale}", makers)
     began = time.perf_counter()
-    for name, run in experiments.plan(bench):
+    for name, run in experiments.plan(study):
         if args.only is None or name in args.only:
             run()
     print(f"{time.perf_counter() - began:.0f} s")

@@ -1,4 +1,4 @@
-"""The experiments: functions of the `Bench` that write into a store each, and any of which can be left out."""
+"""The experiments: functions of the `Study` that write into a store each, and any of which can be left out."""
 
 import dataclasses
 import functools
@@ -35,7 +35,7 @@ LLAMA_2_13B = {
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Bench:
+class Study:
     """Everything that the experiments share: the scale, the folder of results, and the tasks, made at first use."""
 
     scale: Scale
@@ -54,8 +54,8 @@ class Bench:
 
 
 @functools.cache
-def _made(bench: Bench, name: str) -> Task:
-    return bench.makers[name]()
+def _made(study: Study, name: str) -> Task:
+    return study.makers[name]()
 
 
 def label(targets: tuple[str, ...], rank: int) -> str:
@@ -65,28 +65,28 @@ def label(targets: tuple[str, ...], rank: int) -> str:
 # --- tables 5 and 6 --------------------------------------------------------------------------------------------------
 
 
-def grid(bench: Bench, name: str, seed: int) -> None:
+def grid(study: Study, name: str, seed: int) -> None:
     """Tables 5 and 6: all points of one task and seed in one program, on the same rows."""
-    size = bench.scale.tasks[name]
+    size = study.scale.tasks[name]
     wanted = list(dict.fromkeys(size.points))
     points = [sweep.Point(rank=rank, alpha=ALPHA, targets=targets, seed=seed) for targets, rank in wanted]
     if name != "wikisql":  # without a trained head nothing can be learned there; the decoder has its own head
         points.append(sweep.Point(targets=NOTHING[0], rank=NOTHING[1], alpha=NOTHING[2], seed=seed))
 
     def make() -> dict[str, Any]:
-        task = bench.task(name)
+        task = study.task(name)
         found = swept(task, points)
         rows = []
         for result in found.results:
             point = result.point
             rows.append(_row(task, result))
             if result.adapter is not None and point.alpha == ALPHA:
-                measures.keep(bench.adapter_file(name, label(point.targets, point.rank), seed), result.adapter)
+                measures.keep(study.adapter_file(name, label(point.targets, point.rank), seed), result.adapter)
         if not task.head:
             rows.append({"targets": "", "rank": 0, "alpha": 0.0, "trainable": 0, **task.judge(task.params)})
         return {"steps": size.steps, "batch_size": size.batch_size, "rounds": found.rounds, "rows": rows}
 
-    bench.store("grid").run(f"{name}/{seed}", make)
+    study.store("grid").run(f"{name}/{seed}", make)
 
 
 def swept(task: Task, points: list[sweep.Point], **config: Any) -> sweep.Results:
@@ -126,28 +126,28 @@ def merged(task: Task, adapter: Any) -> Any:
 # --- α, its place, dropout, a prefix ---------------------------------------------------------------------------------
 
 
-def alpha(bench: Bench, seed: int) -> None:
+def alpha(study: Study, seed: int) -> None:
     """Compare products of α and learning rate under Adam, without clipping."""
-    task = bench.task("cola")
+    task = study.task("cola")
     points = [
         sweep.Point(rank=8, alpha=a, targets=LEARNER, learning_rate=rate, seed=seed)
-        for a in bench.scale.alphas
-        for rate in bench.scale.rates
+        for a in study.scale.alphas
+        for rate in study.scale.rates
     ]
 
     def make() -> dict[str, Any]:
-        found = swept(task, points, max_grad_norm=0.0, max_steps=bench.scale.variant_steps)
-        return {"steps": bench.scale.variant_steps, "rows": [_row(task, result) for result in found.results]}
+        found = swept(task, points, max_grad_norm=0.0, max_steps=study.scale.variant_steps)
+        return {"steps": study.scale.variant_steps, "rows": [_row(task, result) for result in found.results]}
 
-    bench.store("alpha").run(f"cola/{seed}", make)
+    study.store("alpha").run(f"cola/{seed}", make)
 
 
 SCALED = 4.0  # the α/r whose place is varied
 
 
-def place(bench: Bench, seed: int) -> None:
+def place(study: Study, seed: int) -> None:
     """Compare places of the scale: in every forward, as in loralib, and elsewhere. All runs start from the same A."""
-    task = bench.task("cola")
+    task = study.task("cola")
     base, adapter = started(task, seed, rank=8, alpha=8 * SCALED, targets=roles(task, LEARNER))
     rate = task.size.learning_rate
 
@@ -163,10 +163,10 @@ def place(bench: Bench, seed: int) -> None:
     }
 
     def make() -> dict[str, Any]:
-        losses, _ = train_variants(task, base, list(variants.values()), steps=bench.scale.variant_steps, seed=seed)
+        losses, _ = train_variants(task, base, list(variants.values()), steps=study.scale.variant_steps, seed=seed)
         apart = np.abs(losses / losses[0] - 1)
         return {
-            "steps": bench.scale.variant_steps,
+            "steps": study.scale.variant_steps,
             "rows": [
                 {"place": name, "train_loss": loss, "apart": float(most), "apart_first_ten": float(early)}
                 for name, loss, most, early in zip(
@@ -175,14 +175,14 @@ def place(bench: Bench, seed: int) -> None:
             ],
         }
 
-    bench.store("place").run(f"cola/{seed}", make)
+    study.store("place").run(f"cola/{seed}", make)
 
 
-def dropout(bench: Bench, seed: int) -> None:
+def dropout(study: Study, seed: int) -> None:
     """Compare dropout rates on the LoRA path; the rate 0 is the grid's point with the same seed."""
-    task = bench.task("cola")
+    task = study.task("cola")
     points = [sweep.Point(rank=8, alpha=ALPHA, targets=LEARNER, dropout=p, seed=seed)
-              for p in (0.0, *bench.scale.dropouts)]  # fmt: skip
+              for p in (0.0, *study.scale.dropouts)]  # fmt: skip
 
     def make() -> dict[str, Any]:
         found = swept(task, points)
@@ -192,13 +192,13 @@ def dropout(bench: Bench, seed: int) -> None:
             row["apart"] = [float(x) for x in np.abs(result.losses - plain)[[0, 1, 9 % len(plain), -1]]]
         return {"steps": task.size.steps, "rows": rows}
 
-    bench.store("dropout").run(f"cola/{seed}", make)
+    study.store("dropout").run(f"cola/{seed}", make)
 
 
-def prefix(bench: Bench, seed: int) -> None:
+def prefix(study: Study, seed: int) -> None:
     """Compare LoRA, prefix embeddings, and both together."""
-    task = bench.task("cola")
-    rate, length = task.size.learning_rate, bench.scale.prefix_length
+    task = study.task("cola")
+    rate, length = task.size.learning_rate, study.scale.prefix_length
     settings = {"rank": 8, "alpha": ALPHA, "targets": roles(task, LEARNER)}
 
     def trained_as(name: str) -> dict[str, Any]:
@@ -226,7 +226,7 @@ def prefix(bench: Bench, seed: int) -> None:
     def make() -> dict[str, Any]:
         return {"length": length, "steps": task.size.steps, "rows": [trained_as(n) for n in ("LoRA", "prefix", "both")]}
 
-    bench.store("prefix").run(f"cola/{seed}", make)
+    study.store("prefix").run(f"cola/{seed}", make)
 
 
 def roles(task: Task, targets: tuple[str, ...]) -> tuple[str, ...]:
@@ -238,11 +238,11 @@ def roles(task: Task, targets: tuple[str, ...]) -> tuple[str, ...]:
 # --- which kernels: the score before training, compared with the result of training -----------------------------------
 
 
-def kernels(bench: Bench, seed: int) -> None:
+def kernels(study: Study, seed: int) -> None:
     """Train each attention kernel of each layer alone, after computing its gradient score."""
-    task = bench.task("cola")
+    task = study.task("cola")
     everything = roles(task, ("q", "k", "v", "o"))
-    rate, steps = task.size.learning_rate, bench.scale.variant_steps
+    rate, steps = task.size.learning_rate, study.scale.variant_steps
 
     def make() -> dict[str, Any]:
         base, adapter = started(task, seed, rank=8, alpha=ALPHA, targets=everything)
@@ -274,25 +274,25 @@ def kernels(bench: Bench, seed: int) -> None:
         ]
         return {"steps": steps, "rows": rows}
 
-    bench.store("kernels").run(f"cola/{seed}", make)
+    study.store("kernels").run(f"cola/{seed}", make)
 
 
 # --- what ΔW is to W -------------------------------------------------------------------------------------------------
 
 
-def subspaces(bench: Bench, name: str) -> None:
+def subspaces(study: Study, name: str) -> None:
     """Measure figures 3 and 4, table 7 and the spectra, with the grid's adapters of two or more seeds."""
-    seeds = bench.scale.seeds
+    seeds = study.scale.seeds
     files = {
-        (rank, seed): bench.adapter_file(name, label(LEARNER, rank), seed) for rank in (4, 8, 64) for seed in seeds
+        (rank, seed): study.adapter_file(name, label(LEARNER, rank), seed) for rank in (4, 8, 64) for seed in seeds
     }
 
     def make() -> dict[str, Any]:
-        task = bench.task(name)
+        task = study.task(name)
         adapters = {key: measures.kept(path, task) for key, path in files.items()}
         return measures.everything(task, adapters, seeds, pictured=name == "cola")
 
-    store = bench.store("subspaces")
+    store = study.store("subspaces")
     if name in store.runs and store.runs[name].get("seeds") != list(seeds):
         raise ValueError(
             f"subspaces {name}: there are results of other seeds than {list(seeds)}: give another --results"
@@ -301,7 +301,7 @@ def subspaces(bench: Bench, name: str) -> None:
         store.run(name, make)
 
 
-def counts(bench: Bench) -> None:
+def counts(study: Study) -> None:
     """Count parameters on Llama 2 13B with `lora-jax inspect`: from the configuration, without weights."""
 
     def make() -> dict[str, Any]:
@@ -320,17 +320,17 @@ def counts(bench: Bench) -> None:
         kept = ("targets", "rank", "trainable", "total", "share")
         return {"rows": [{name: row[name] for name in kept if name in row} for row in rows]}
 
-    bench.store("counts").run("Llama 2 13B", make)
+    study.store("counts").run("Llama 2 13B", make)
 
 
-def plan(bench: Bench) -> list[tuple[str, Callable[[], None]]]:
+def plan(study: Study) -> list[tuple[str, Callable[[], None]]]:
     """All experiments in the order of their importance, breadth first: seed by seed."""
-    runs: list[tuple[str, Callable[[], None]]] = [("counts", lambda: counts(bench))]
-    for seed in bench.scale.seeds:
-        for name in bench.makers:
-            runs.append(("grid", functools.partial(grid, bench, name, seed)))
-        if "cola" in bench.makers:
+    runs: list[tuple[str, Callable[[], None]]] = [("counts", lambda: counts(study))]
+    for seed in study.scale.seeds:
+        for name in study.makers:
+            runs.append(("grid", functools.partial(grid, study, name, seed)))
+        if "cola" in study.makers:
             for experiment in (place, alpha, dropout, prefix, kernels):
-                runs.append((experiment.__name__, functools.partial(experiment, bench, seed)))
-    runs += [("subspaces", functools.partial(subspaces, bench, name)) for name in bench.makers]
+                runs.append((experiment.__name__, functools.partial(experiment, study, seed)))
+    runs += [("subspaces", functools.partial(subspaces, study, name)) for name in study.makers]
     return runs

@@ -13,7 +13,7 @@ import numpy as np
 
 from lora_jax._forward import arithmetic, consumers, control, convolution, custom_rules, layout
 from lora_jax._forward import dropout as dropping
-from lora_jax._forward.carry import carry, carry_alone
+from lora_jax._forward.carried import carry, carry_alone
 from lora_jax._forward.interpret import Frame, Session
 from lora_jax._forward.lowrank import LowRank
 from lora_jax._forward.settings import UNSET, OnMaterialize, Settings, note, noted, tracing

@@ -17,6 +17,7 @@ from lora_jax.data._batches import Batch as Batch
 from lora_jax.data._batches import batches as batches
 from lora_jax.data._batches import bucket as bucket
 from lora_jax.data._batches import pad as pad
+from lora_jax.data._chat_template import render_chat as render_chat
 from lora_jax.data._encode import Encoded as Encoded
 from lora_jax.data._encode import Example as Example
 from lora_jax.data._encode import Tokenizer as Tokenizer
@@ -43,4 +44,3 @@ from lora_jax.data._rows import Row as Row
 from lora_jax.data._rows import Text as Text
 from lora_jax.data._rows import listed as listed
 from lora_jax.data._sets import has_splits as has_splits
-from lora_jax.data._template import render_chat as render_chat

@@ -5,10 +5,10 @@ from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 
-from lora_jax.data._chat import ChatPieces, Pieces, chat_pieces, keys_unread
+from lora_jax.data._chat_pieces import ChatPieces, Pieces, chat_pieces, keys_unread
+from lora_jax.data._chat_template import Budget
 from lora_jax.data._joint import Boundaries, Joint
 from lora_jax.data._rows import Chat, Completion, Labelled, Loss, Row, Text
-from lora_jax.data._template import Budget
 
 TruncationMode = Literal["keep_end", "keep_start", "drop"]
 

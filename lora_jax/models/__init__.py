@@ -10,13 +10,13 @@ from lora_jax._extras import require
 
 require(__name__, hf=("flax", "huggingface_hub", "safetensors", "transformers"))
 
+from lora_jax.models._axis_rules import RULES as RULES
 from lora_jax.models._families import SUPPORTED as SUPPORTED
 from lora_jax.models._family import Weight as Weight
 from lora_jax.models._family import flatten as flatten
 from lora_jax.models._family import unflatten as unflatten
 from lora_jax.models._folder import find as find
 from lora_jax.models._heads import label_names as label_names
-from lora_jax.models._layout import RULES as RULES
 from lora_jax.models._load import ExecutionOptions as ExecutionOptions
 from lora_jax.models._load import init as init
 from lora_jax.models._load import load as load

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.models import _attention, _kernels
+from lora_jax.models._axis_rules import Layout
 from lora_jax.models._execution import KERNELS, Case, Choice, Execution, choose, one_by_one, stacked
 from lora_jax.models._experts import ExpertsSpec, SparseMLP
 from lora_jax.models._family import Family, Weight
 from lora_jax.models._layers import ACTIVATIONS, Embed, check_activation, dense, head_kernel
-from lora_jax.models._layout import Layout
 from lora_jax.models._rope import Rope, reach, rope_of, rotate, rotation
 from lora_jax.models._settings import check_ratios
 

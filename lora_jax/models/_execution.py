@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.models._layout import Layout
+from lora_jax.models._axis_rules import Layout
 
 Attention = Literal["auto", "xla", "blockwise", "cudnn", "splash"]
 Remat = Literal["auto", "none", "lean", "full"]

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lora_jax.models._axis_rules import Layout
 from lora_jax.models._family import Weight
 from lora_jax.models._layers import named
-from lora_jax.models._layout import Layout
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,8 @@ import jax
 from flax import traverse_util
 from transformers import PretrainedConfig
 
+from lora_jax.models._axis_rules import Layout
 from lora_jax.models._execution import Execution
-from lora_jax.models._layout import Layout
 
 Tree = dict[str, Any]
 DType = Any

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from lora_jax.models._layout import Layout
+from lora_jax.models._axis_rules import Layout
 
 ACTIVATIONS = {
     "silu": nn.silu,

@@ -15,11 +15,11 @@ from jax.sharding import Mesh
 from transformers import PretrainedConfig
 
 from lora_jax.models import _folder, _heads, _settings, _weights
+from lora_jax.models._axis_rules import RULES, Rules
 from lora_jax.models._execution import Attention, Execution, Layers, Platform, Remat, execution
 from lora_jax.models._families import FAMILIES
 from lora_jax.models._family import flatten, unflatten
 from lora_jax.models._kept import PackedReader
-from lora_jax.models._layout import RULES, Rules
 from lora_jax.models._model import Model, abstract
 from lora_jax.models._model import shardings as places
 from lora_jax.models._packed import check_method

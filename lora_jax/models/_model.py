@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from lora_jax.models import _family, _generation, _settings, _tokenizer
+from lora_jax.models import _end_tokens, _family, _settings, _tokenizer
+from lora_jax.models._axis_rules import RULES, Layout, Rules, auto_mesh, layout_of, shardings_of
 from lora_jax.models._execution import Choice, Execution, decodes
 from lora_jax.models._family import Family, Weight, flatten, unflatten
-from lora_jax.models._layout import RULES, Layout, Rules, auto_mesh, layout_of, shardings_of
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -130,7 +130,7 @@ class Model:
         Raises:
             ValueError: The file is damaged.
         """
-        return _generation.end_tokens(self.config, self.folder)
+        return _end_tokens.end_tokens(self.config, self.folder)
 
 
 def abstract(family: Family, config, dtype, compute_dtype, chosen: Execution, folder: Path | None) -> Model:

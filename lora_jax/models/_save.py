@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from transformers import PreTrainedTokenizerBase
 
 from lora_jax import _disk
-from lora_jax.models import _family, _folder, _generation, _shards, _weights
+from lora_jax.models import _end_tokens, _family, _folder, _shards, _weights
 from lora_jax.models._families import FAMILIES
 from lora_jax.models._family import flatten
 from lora_jax.models._files import TensorFiles
@@ -79,7 +79,7 @@ def save(
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         if model.folder is not None:
-            patterns = _folder.TEXT_FILES if tokenizer is None else (_generation.GENERATION,)
+            patterns = _folder.TEXT_FILES if tokenizer is None else (_end_tokens.GENERATION,)
             _folder.copy_text_files(model.folder, temporary, patterns)
             if tokenizer is None and model.adapter is not None:
                 copy_tokenizer(model.adapter, temporary)

@@ -7,7 +7,7 @@ import numpy as np
 
 from lora_jax._huggingface.messages import one_line
 from lora_jax.peft._adapter_config import CHECKSUM, AdapterConfig, checksum
-from lora_jax.peft._expected import AdaptedModule, Expected, Slot, TrainedLeaf
+from lora_jax.peft._expected_tensors import AdaptedModule, Expected, ExpectedTensor, TrainedLeaf
 from lora_jax.peft._safetensors_file import TensorsFile, is_finite, wrong_dtype
 from lora_jax.peft._tensor_names import head_factor_names, is_original, peft_name
 from lora_jax.peft.adapter_folder import Misfit
@@ -119,7 +119,7 @@ def _refuse(problems: list[str]) -> None:
         raise ValueError(one_line(problems))
 
 
-def _same(array: np.ndarray, slot: Slot, leaves: Mapping[str, Any]) -> bool:
+def _same(array: np.ndarray, slot: ExpectedTensor, leaves: Mapping[str, Any]) -> bool:
     """Return whether an array of the file is the base's own tensor, in the array's dtype."""
     assert isinstance(slot.goes_to, TrainedLeaf)
     tensor = slot.goes_to.tensor

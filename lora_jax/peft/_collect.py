@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lora_jax._huggingface import tied
+from lora_jax._huggingface import untied
 from lora_jax._huggingface.factors import Factors, factors_of
 from lora_jax._huggingface.messages import one_line
 from lora_jax._huggingface.tensors import Tensor, Weight, modules, tensors
@@ -69,7 +69,7 @@ def collect(
         raise ValueError("there is no adapter in these parameters: nothing to save (lora_jax.init makes one)")
     _tied_heads.check(tree, names, tokens)
     # From here on a head that has a leaf of its own has a name of its own, and is no copy of the embedding.
-    names = tied.names_of(names, nodes.keys() | tree.leaves.keys())
+    names = untied.names_of(names, nodes.keys() | tree.leaves.keys())
     if unnamed := sorted((nodes.keys() | tree.trained) - names.keys()):
         raise ValueError(f"no Hugging Face name for {one_line(unnamed)}: PEFT's format can't hold them")
     kernels = shapes(tree)

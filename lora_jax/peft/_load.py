@@ -9,7 +9,7 @@ from lora_jax._huggingface import trees
 from lora_jax._huggingface.tensors import Weight
 from lora_jax.peft import _check_arguments, _check_tensors, _prefix_folder, _safetensors_file
 from lora_jax.peft._adapter_config import AdapterConfig
-from lora_jax.peft._expected import Expected, expected
+from lora_jax.peft._expected_tensors import Expected, expected
 from lora_jax.peft._place import place
 from lora_jax.peft._tied_heads import Base, untied
 from lora_jax.peft.adapter_folder import Misfit, find

@@ -10,7 +10,14 @@ from lora_jax._huggingface.factors import Factors, nodes_of
 from lora_jax._huggingface.tensors import Tensor
 from lora_jax._quantize.schemes import whole
 from lora_jax.peft import _fused_experts
-from lora_jax.peft._expected import AdaptedModule, AdaptedParameter, Destination, Expected, TrainedLeaf, TrainedRows
+from lora_jax.peft._expected_tensors import (
+    AdaptedModule,
+    AdaptedParameter,
+    Destination,
+    Expected,
+    TrainedLeaf,
+    TrainedRows,
+)
 from lora_jax.peft._tied_heads import Base
 
 

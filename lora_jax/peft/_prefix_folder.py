@@ -17,7 +17,7 @@ from lora_jax._node import Prefix
 from lora_jax._processes import on_host
 from lora_jax.peft import _safetensors_file
 from lora_jax.peft._adapter_config import CHECKSUM, AdapterConfig, checksum
-from lora_jax.peft._config_file import CONFIG_FILE, read_json
+from lora_jax.peft._adapter_config_file import CONFIG_FILE, read_json
 
 FOLDER = prefix.PREFIX
 TENSORS_FILE = f"{FOLDER}/{_safetensors_file.TENSORS_FILE}"

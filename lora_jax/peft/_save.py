@@ -13,10 +13,10 @@ from lora_jax import _disk, prefix
 from lora_jax._huggingface import trees
 from lora_jax._huggingface.tensors import Weight
 from lora_jax._processes import on_host, one_writes
-from lora_jax.peft import _check_arguments, _config_file, _prefix_folder
+from lora_jax.peft import _adapter_config_file, _check_arguments, _prefix_folder
 from lora_jax.peft._adapter_config import CHECKSUM, checksum
+from lora_jax.peft._adapter_config_file import CONFIG_FILE
 from lora_jax.peft._collect import collect
-from lora_jax.peft._config_file import CONFIG_FILE
 from lora_jax.peft._derived_config import config_of
 from lora_jax.peft._named_tensors import named
 from lora_jax.peft._safetensors_file import TENSORS_FILE
@@ -114,7 +114,7 @@ def save(
     files = {
         TENSORS_FILE: safetensors.numpy.save(tensors, metadata),
         **_prefix_folder.files(node, config, **descriptive),
-        CONFIG_FILE: _config_file.to_json(config, **descriptive).encode(),
+        CONFIG_FILE: _adapter_config_file.to_json(config, **descriptive).encode(),
     }
     with one_writes() as writes:
         if writes:

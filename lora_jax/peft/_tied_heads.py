@@ -1,6 +1,6 @@
 """Output heads that share the embedding's weight: where an adapter changes the two differently, the head gets a leaf.
 
-`lora_jax._huggingface.tied` explains how a tree shows whether its model is tied.
+`lora_jax._huggingface.untied` explains how a tree shows whether its model is tied.
 """
 
 from collections.abc import Collection, Mapping
@@ -10,8 +10,8 @@ import jax
 
 from lora_jax import _tree
 from lora_jax._huggingface.tensors import Tensor, Weight, tensors
-from lora_jax._huggingface.tied import heads_of, names_of
 from lora_jax._huggingface.trees import Parts
+from lora_jax._huggingface.untied import heads_of, names_of
 from lora_jax.peft import _token_rows
 from lora_jax.peft._adapter_config import AdapterConfig
 

@@ -11,9 +11,9 @@ import safetensors
 
 from lora_jax._huggingface import trees
 from lora_jax._huggingface.tensors import Weight, tensors
-from lora_jax.peft import _config_file, _token_rows
+from lora_jax.peft import _adapter_config_file, _token_rows
 from lora_jax.peft._adapter_config import CHECKSUM, AdapterConfig
-from lora_jax.peft._config_file import CONFIG_FILE
+from lora_jax.peft._adapter_config_file import CONFIG_FILE
 from lora_jax.peft._safetensors_file import TENSORS_FILE, is_finite, opened, wrong_dtype
 from lora_jax.peft._tensor_names import PREFIX
 
@@ -34,7 +34,7 @@ def find(folder: Path) -> tuple[AdapterConfig, Path]:
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such adapter folder")
-    config = _config_file.read(folder)
+    config = _adapter_config_file.read(folder)
     path = folder / TENSORS_FILE
     if not path.is_file():
         pickled = (
@@ -67,26 +67,26 @@ def check(folder: Path) -> None:
 
 def base_model(folder: Path) -> Any:
     """The value of `base_model_name_or_path` in a config that can be read, whatever its type; None without one."""
-    _config_file.read(folder)
-    return _config_file.read_json(folder / CONFIG_FILE).get("base_model_name_or_path")
+    _adapter_config_file.read(folder)
+    return _adapter_config_file.read_json(folder / CONFIG_FILE).get("base_model_name_or_path")
 
 
 def revision(folder: Path) -> str | None:
     """The revision of the base model on the hub that a config names; None without one."""
-    found = _config_file.read_json(folder / CONFIG_FILE).get("revision")
+    found = _adapter_config_file.read_json(folder / CONFIG_FILE).get("revision")
     return found if isinstance(found, str) and found else None
 
 
 def trains_embeddings(folder: Path) -> bool:
     """Return whether the adapter trains an embedding or rows of one, as for tokens added to the vocabulary."""
-    config = _config_file.read(folder)
+    config = _adapter_config_file.read(folder)
     return bool(config.trainable_token_indices) or any("embed" in name for name in config.modules_to_save)
 
 
 def token_rows(folder: Path, params: Any, names: Mapping[str, Weight]) -> dict[str, tuple[int, ...]]:
     """The rows of embeddings that the adapter trains, by the path of their leaf: the argument `tokens` of `save`."""
     table = tensors(names, trees.parts(params).leaves)
-    return {tensor.path: rows for tensor, rows in _token_rows.named_rows(_config_file.read(folder), table)}
+    return {tensor.path: rows for tensor, rows in _token_rows.named_rows(_adapter_config_file.read(folder), table)}
 
 
 def labels(folder: Path, width: int) -> int | None:

@@ -4,21 +4,21 @@ from mutants.mutant import Mutant, battery, forward, tests_in
 
 FORWARD = [
     Mutant(
-        "_forward/carry.py",
+        "_forward/carried.py",
         "    b = b * scale.reshape(scale.shape + (1,) * (b.ndim - scale.ndim)).astype(b.dtype)",
         "    b = b * 1",
         "the scale is lost",
         forward("equals_merged"),
     ),
     Mutant(
-        "_forward/carry.py",
+        "_forward/carried.py",
         "_differentiable(path, factor).astype(wide(factor.dtype)) for",
         "_differentiable(path, factor) for",
         "a scale is rounded to bfloat16 by itself",
         forward("the_scale_is_rounded_with_the_factors_and_not_by_itself"),
     ),
     Mutant(
-        "_forward/carry.py",
+        "_forward/carried.py",
         "scale = lax.stop_gradient(node.scale)",
         "scale = jax.numpy.asarray(node.scale)",
         "a scale that is data gets a gradient",

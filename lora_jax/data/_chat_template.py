@@ -12,7 +12,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-PROGRAM = pathlib.Path(__file__).parent.parent / "_render.py"
+PROGRAM = pathlib.Path(__file__).parent / "_render_template.py"
 SECONDS = 5.0  # CPU time for a conversation; an ordinary one takes a millisecond
 SECONDS_A_PART = 0.05  # more CPU time for each part of it whose length is asked for
 SECONDS_A_ROW = 0.02  # CPU time for each conversation of a data set, whose sum and SECONDS are the limit for all

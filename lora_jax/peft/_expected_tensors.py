@@ -58,7 +58,7 @@ class TrainedRows:
 Destination = AdaptedModule | AdaptedParameter | TrainedLeaf | TrainedRows
 
 
-class Slot(NamedTuple):
+class ExpectedTensor(NamedTuple):
     """One tensor of the file.
 
     Attributes:
@@ -87,8 +87,8 @@ class Expected(NamedTuple):
         axes: The axes of each kernel that gets a node, by its path.
     """
 
-    slots: dict[str, Slot]
-    copies: dict[str, Slot]
+    slots: dict[str, ExpectedTensor]
+    copies: dict[str, ExpectedTensor]
     axes: dict[str, Axes]
 
 
@@ -124,7 +124,7 @@ def expected(config: AdapterConfig, table: Mapping[str, Tensor], axes: Mapping[s
     slots |= _parameters(config, parameters)
     slots |= rows
     copies = {
-        name: Slot(tensor.saved_shape, TrainedLeaf(tensor=tensor), "value")
+        name: ExpectedTensor(tensor.saved_shape, TrainedLeaf(tensor=tensor), "value")
         for tensor in table.values()
         for name in _tensor_names.base_names(tensor)
     }
@@ -137,7 +137,7 @@ def _selected(tensor: Tensor, selects: Callable[[str], bool]) -> bool:
 
 def _trained_in_full(
     config: AdapterConfig, table: Mapping[str, Tensor], adapted: set[str]
-) -> Iterator[tuple[str, Slot]]:
+) -> Iterator[tuple[str, ExpectedTensor]]:
     """The modules of `modules_to_save`, and the biases that `bias` names."""
     for tensor in table.values():
         names: list[str] = []
@@ -151,17 +151,19 @@ def _trained_in_full(
         elif tensor.parameter == "bias" and config.bias == "all":
             names = _tensor_names.trained_names(tensor)
         leaf = TrainedLeaf(tensor=tensor)
-        yield from ((name, Slot(tensor.saved_shape, leaf, "value")) for name in names)
+        yield from ((name, ExpectedTensor(tensor.saved_shape, leaf, "value")) for name in names)
 
 
-def _rows(config: AdapterConfig, table: Mapping[str, Tensor], adapted: Sequence[Tensor]) -> Iterator[tuple[str, Slot]]:
+def _rows(
+    config: AdapterConfig, table: Mapping[str, Tensor], adapted: Sequence[Tensor]
+) -> Iterator[tuple[str, ExpectedTensor]]:
     found = _token_rows.named_rows(config, table)
     modules = {tensor.module for tensor in adapted}
     if clash := [tensor.module for tensor, _ in found if tensor.module in modules]:
         raise ValueError(f"trainable_token_indices: {clash[0]} is adapted as well")
     for tensor, rows in found:
         # Two rows of an embedding (12, 8) are a tensor (2, 8).
-        slot = Slot((len(rows), tensor.shape[1]), TrainedRows(tensor=tensor, rows=rows), "value")
+        slot = ExpectedTensor((len(rows), tensor.shape[1]), TrainedRows(tensor=tensor, rows=rows), "value")
         yield _tensor_names.token_rows_name(tensor), slot
 
 
@@ -183,29 +185,31 @@ def _check_dora(adapted: Sequence[Tensor], axes: Mapping[str, Axes]) -> None:
             raise ValueError(f"use_dora: {tensor.path}: its axes must have the vocabulary as inputs")
 
 
-def _factors(config: AdapterConfig, tensor: Tensor, axes: Axes, bias: Tensor | None) -> Iterator[tuple[str, Slot]]:
+def _factors(
+    config: AdapterConfig, tensor: Tensor, axes: Axes, bias: Tensor | None
+) -> Iterator[tuple[str, ExpectedTensor]]:
     """The slots of one module: A (rank, in), B (out, rank), and what goes with them."""
     rank = config.rank(tensor.module)
     inputs, outputs = widths(tensor, axes)
     module = AdaptedModule(tensor=tensor, scale=config.scale(tensor.module), bias=bias)
     name_a, name_b = _tensor_names.factor_names(tensor)
-    yield name_a, Slot((rank, inputs), module, "A")
-    yield name_b, Slot((outputs, rank), module, "B")
+    yield name_a, ExpectedTensor((rank, inputs), module, "A")
+    yield name_b, ExpectedTensor((outputs, rank), module, "B")
     for head in tensor.tied:
         # A tied head sees W from the other side: of an embedding (12, 8), its A is (rank, 8) and its B (12, rank).
         head_a, head_b = _tensor_names.head_factor_names(head)
-        yield head_a, Slot((rank, outputs), module, "head A")
-        yield head_b, Slot((inputs, rank), module, "head B")
+        yield head_a, ExpectedTensor((rank, outputs), module, "head A")
+        yield head_b, ExpectedTensor((inputs, rank), module, "head B")
     if config.use_dora:
-        yield _tensor_names.magnitude_name(tensor), Slot((outputs,), module, "magnitude")
+        yield _tensor_names.magnitude_name(tensor), ExpectedTensor((outputs,), module, "magnitude")
     if config.lora_bias:
-        yield _tensor_names.factor_bias_name(tensor), Slot((outputs,), module, "bias of B")
+        yield _tensor_names.factor_bias_name(tensor), ExpectedTensor((outputs,), module, "bias of B")
 
 
-def _parameters(config: AdapterConfig, parameters: Sequence[Parameter]) -> Iterator[tuple[str, Slot]]:
+def _parameters(config: AdapterConfig, parameters: Sequence[Parameter]) -> Iterator[tuple[str, ExpectedTensor]]:
     names = _fused_experts.factor_names(parameters)
     for parameter in parameters:
         shapes = _fused_experts.shapes(parameter, config.rank(parameter.name))
         adapted = AdaptedParameter(parameter=parameter, scale=config.scale(parameter.name))
         for name, shape, part in zip(names[parameter.name], shapes, ("A", "B"), strict=True):
-            yield name, Slot(shape, adapted, part)
+            yield name, ExpectedTensor(shape, adapted, part)

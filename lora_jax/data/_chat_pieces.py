@@ -4,8 +4,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+from lora_jax.data._chat_template import Budget, refusal, render_parts, template_of
 from lora_jax.data._rows import Chat, Loss, is_target
-from lora_jax.data._template import Budget, refusal, render_parts, template_of
 
 Pieces = list[tuple[str, bool]]  # text, and whether its tokens are targets
 
