@@ -18,7 +18,8 @@ from transformers import BertConfig, Gemma2Config, GPT2Config, LlamaConfig, Qwen
 
 import lora_jax
 from lora_jax import models
-from lora_jax.models._execution import Case, choose, execution
+from lora_jax.models._attention_choice import Case, choose
+from lora_jax.models._execution import execution
 from lora_jax.train import next_token_loss
 
 SIZES = {

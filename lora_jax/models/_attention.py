@@ -21,8 +21,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from lora_jax.models import _kernels
+from lora_jax.models._attention_choice import KERNELS, Choice
 from lora_jax.models._axis_rules import ONE_DEVICE, Layout
-from lora_jax.models._execution import KERNELS, SAVED, Choice, Execution
+from lora_jax.models._execution import SAVED, Execution
 
 Cache = dict[str, Any]
 

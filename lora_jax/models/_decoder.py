@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.models import _attention, _kernels
+from lora_jax.models._attention_choice import KERNELS, Case, Choice, choose
 from lora_jax.models._axis_rules import Layout
-from lora_jax.models._execution import KERNELS, Case, Choice, Execution, choose, one_by_one, stacked
+from lora_jax.models._execution import Execution, one_by_one, stacked
 from lora_jax.models._experts import ExpertsSpec, SparseMLP
 from lora_jax.models._family import Family, Weight
 from lora_jax.models._layers import ACTIVATIONS, Embed, check_activation, dense, head_kernel

@@ -15,8 +15,9 @@ from jax.sharding import Mesh, NamedSharding
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from lora_jax.models import _end_tokens, _family, _settings, _tokenizer
+from lora_jax.models._attention_choice import Choice
 from lora_jax.models._axis_rules import RULES, Layout, Rules, auto_mesh, layout_of, shardings_of
-from lora_jax.models._execution import Choice, Execution, decodes
+from lora_jax.models._execution import Execution, decodes
 from lora_jax.models._family import Family, Weight, flatten, unflatten
 
 

@@ -12,8 +12,9 @@ from jax import Array
 from transformers import BertConfig, RobertaConfig
 
 from lora_jax.models import _attention
+from lora_jax.models._attention_choice import Case, Choice, choose
 from lora_jax.models._axis_rules import Layout
-from lora_jax.models._execution import Case, Choice, Execution, choose, stacked
+from lora_jax.models._execution import Execution, stacked
 from lora_jax.models._family import Family, Weight
 from lora_jax.models._layers import ACTIVATIONS, Embed, check_activation, dense, layer_norm, named
 from lora_jax.models._settings import check_ratios

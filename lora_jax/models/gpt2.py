@@ -13,8 +13,9 @@ from jax import Array
 from transformers import GPT2Config
 
 from lora_jax.models import _attention, _kernels
+from lora_jax.models._attention_choice import Case, Choice, choose
 from lora_jax.models._axis_rules import Layout
-from lora_jax.models._execution import Case, Choice, Execution, choose, one_by_one, stacked
+from lora_jax.models._execution import Execution, one_by_one, stacked
 from lora_jax.models._family import Family, Weight
 from lora_jax.models._layers import ACTIVATIONS, Embed, check_activation, dense, head_kernel, layer_norm
 from lora_jax.models._settings import check_ratios
