@@ -134,6 +134,17 @@ def test_bfloat16_loses_about_a_third_of_a_small_update():
     assert "of the update survives the merge" in str(report)
 
 
+def test_the_rounding_of_the_kernel_itself_is_no_loss_of_the_update():
+    """In bfloat16, whose numbers from 1 on are 2⁻⁷ apart: 1.001 → 1, and with an update of 2⁻⁷ → 1 + 2⁻⁷."""
+
+    def survives(kernel, update):
+        node = LoRA(jnp.ones((1, 1)), jnp.full((1, 1), update), jnp.float32(1))
+        return lora_jax.merge_report({"k": jnp.full((1, 1), kernel), "k_lora": node}, dtype="bfloat16").survives
+
+    assert survives(1.001, 2**-7) == 1
+    assert survives(1 + 2**-8 - 1e-4, 2e-4) == 0  # it moves the kernel by 2⁻⁷, 39 times as far
+
+
 def test_float32_keeps_it_all_and_nothing_survives_an_update_below_the_last_bit():
     assert lora_jax.merge_report(one()).survives > 0.9999
     assert lora_jax.merge_report(one(jnp.bfloat16, size=0.005), dtype=jnp.float32).survives > 0.999

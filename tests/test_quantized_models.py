@@ -61,7 +61,9 @@ def test_one_tensor_is_read_after_the_other_was_rounded(folder, monkeypatch):
     """Never two of a stack's kernels, and each once."""
     read = []
     original = _files.TensorFiles.read
-    monkeypatch.setattr(_files.TensorFiles, "read", lambda self, name: read.append(name) or original(self, name))
+    monkeypatch.setattr(
+        _files.TensorFiles, "read", lambda self, name, *part: read.append(name) or original(self, name, *part)
+    )
     encoded = []
     encoder_of = quantizing._encoder
 

@@ -654,7 +654,7 @@ def test_an_output_folder_that_holds_a_run(tmp_path):
         ("warmup_steps", 1.5),
         ("min_lr_rate", 1.5),
         ("lr_scheduler_type", "cosin"),
-        ("optim", "adafactor"),
+        ("optim", "adamax"),
         ("weight_decay", -0.1),
         ("max_grad_norm", -1.0),
         ("dropout", 1.0),

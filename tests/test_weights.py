@@ -161,7 +161,9 @@ def test_abstract_needs_no_weights(folder, drawn):
 def test_one_tensor_is_held_at_a_time(drawn, folder, monkeypatch):
     """Reading and writing hold a leaf, never a file's worth of tensors."""
     held, read = [], _files.TensorFiles.read
-    monkeypatch.setattr(_files.TensorFiles, "read", lambda self, name: held.append(name) or read(self, name))
+    monkeypatch.setattr(
+        _files.TensorFiles, "read", lambda self, name, *part: held.append(name) or read(self, name, *part)
+    )
     models.load(folder)
     assert sorted(held) == sorted(load_file(folder / WEIGHTS))  # each tensor once, none twice
 
