@@ -22,7 +22,7 @@ STACKED = Axes((0,), (1,), (2,))
 # Where W is dequantized though no product asks for it: function -> the primitive that has no rule for it.
 DEQUANTIZES = {
     **dict.fromkeys(("scaled_by_a_number", "scaled_by_output", "scaled_by_input"), "mul"),
-    **dict.fromkeys(("inner_jit_returns_the_kernel", "cond_chooses_a_scale"), "mul"),
+    **dict.fromkeys(("inner_jit_returns_the_kernel", "cond_chooses_a_scale", "fourier_layers"), "mul"),
     **dict.fromkeys(("concatenated_outputs", "concatenated_inputs", "rolled"), "concatenate"),
     "concatenated_with_an_unadapted_kernel": "concatenate",
     "dynamic_slice_of_outputs": "dynamic_slice",
