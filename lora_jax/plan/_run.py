@@ -126,6 +126,7 @@ def _environment(topology: Topology) -> dict[str, str]:
         # As many as there will be: what a model chooses by the number of devices, it chooses as it will.
         "XLA_FLAGS": " ".join([*flags, f"--xla_force_host_platform_device_count={topology.chips}"]),
         "TRANSFORMERS_VERBOSITY": "error",
+        "JAX_TRACEBACK_FILTERING": "off",  # else a traceback ends with a note on it, and not with the error
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
     }
 
