@@ -240,7 +240,8 @@ def train(
         def ends(step: int) -> bool:
             return step == steps or (logged and stale >= (config.early_stopping_patience or math.inf))
 
-        for step in range(state.step + (1 if logged else 0), state.step if ends(state.step) else steps + 1):
+        over = logged and ends(state.step)
+        for step in range(state.step + (1 if logged else 0), state.step if over else steps + 1):
             if logged:
                 batch = next(batches)
                 step_key = jax.random.fold_in(state.key, step) if uses_dropout else None
