@@ -76,7 +76,7 @@ class Model:
     names: Mapping[str, Weight]
     apply: Callable[..., Any]
     init_cache: Callable[..., Any]
-    unembed: Callable[[Any], Callable[[Any], Any]]
+    unembed: Callable[[Any], Callable[[Any], Any]] | None = None
     attention: Callable[..., Choice] = lambda rows, length: Choice("xla", "")
     remat: str = "none"
     layers: str = "scan"
