@@ -51,7 +51,7 @@ def one_writes() -> Iterator[bool]:
 
 
 class Preemption:
-    """Whether all processes stop now, since one of them has got a SIGTERM: JAX agrees with all on a step to come.
+    """The agreement of all processes to stop after one step, once one of them has got a SIGTERM; JAX chooses the step.
 
     Orbax asks JAX too when it saves, with the number of the step, so that no other numbers can be used.
 

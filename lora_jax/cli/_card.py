@@ -1,4 +1,4 @@
-"""What a run leaves beside its adapter for people: the model card README.md, and loss.png."""
+"""The files beside an adapter that people read: the model card README.md, and loss.png."""
 
 import json
 from collections.abc import Mapping, Sequence

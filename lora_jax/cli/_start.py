@@ -1,4 +1,4 @@
-"""Where a run starts: the model, and its parameters with a new adapter or with one that the run goes on from."""
+"""The start of a run: the model, and its parameters with a new adapter or with one that the run goes on from."""
 
 import dataclasses
 from pathlib import Path

@@ -195,7 +195,7 @@ def _read_limits(model_apply: Any, init_cache: Any, structure: Any, leaves: Any)
 
 
 class _State(NamedTuple):
-    """What one token leaves to the next."""
+    """The state that one token leaves to the next."""
 
     step: jax.Array  # number of new tokens
     tokens: jax.Array  # int32 [B, max_tokens]
@@ -218,7 +218,7 @@ def _generate(
 
 @functools.partial(jax.jit, static_argnames=("model_apply", "init_cache", "max_tokens"))
 def _begin(params, input_ids, mask, eos_ids, *, model_apply, init_cache, max_tokens):
-    """What depends on the parameters alone, and the state before the first token."""
+    """Compute the values that depend on the parameters alone, and the state before the first token."""
     state = _start(params, input_ids, mask, eos_ids, model_apply, init_cache, max_tokens)
     early, _ = divided(_one_token(model_apply), params, state.last[:, None], state.cache)
     return early(params), state

@@ -1,4 +1,4 @@
-"""What a resumed run may change of the schedule: what comes after the checkpoint, if what came before stays true."""
+"""The changes of the schedule that a resumed run may make: the steps before the checkpoint keep their rates."""
 
 import dataclasses
 from collections.abc import Mapping
