@@ -286,6 +286,15 @@ def test_data_lie_on_a_mesh_as_the_kernel_does():
     )
 
 
+@pytest.mark.parametrize(("layers", "looped"), [(1, False), (3, True)])
+def test_a_large_stack_is_encoded_in_parts(layers, looped):
+    """Three kernels of 2²³ numbers are never in float32 together."""
+    stack = jax.ShapeDtypeStruct((layers, 2**12, 2**11), jnp.bfloat16)
+    program = str(jax.make_jaxpr(lambda kernel: quantized(kernel, Axes((0,), (1,), (2,)), "int8"))(stack))
+    assert ("scan[" in program) == looped
+    assert "f32[3,4096,2048]" not in program
+
+
 def test_outputs_that_come_first_are_cut_as_outputs():
     node = quantized(normal(16, 128), Axes((), (1,), (0,)), "nf4")
     where = lora_jax.shardings({"kernel": node}, {"kernel": P("model", "data")})["kernel"]

@@ -181,7 +181,7 @@ QUANTIZED = [
         "        if at_once or count == 1 or count * each <= _AT_ONCE:",
         "        if True:",
         "all of a large stack is in float32 at once",
-        tests_in("quantize", "a_stack_is_encoded_as_its_kernels_are"),
+        tests_in("quantize", "a_large_stack_is_encoded_in_parts"),
     ),
     Mutant(
         "models/_packed.py",
