@@ -127,8 +127,8 @@ TRAINING = [
     ),
     Mutant(
         "train/_optimizer.py",
-        "jnp.ndim(x) > 1 and not is_vector(path)",
-        "jnp.ndim(x) > 1",
+        "jnp.ndim(x) > 1 and not is_vector(path), leaf)",
+        "jnp.ndim(x) > 1, leaf)",
         "weight decay shrinks the stacked scales of norms",
         tests_in("train", "weight_decay_is_for_matrices"),
     ),
