@@ -226,6 +226,11 @@ if sys.argv[2] == "page":
     os.write(2, b"E1129 12:52:39.171051   10335 coordination_service.cc:1549] Use error polling: UNAVAILABLE:"
                 b" unhealthy (stopped sending heartbeats):\\n0\\n2\\nThe tasks have crashed.\\n*** stack trace: ***\\n")
     os.abort()
+if sys.argv[2] in ("lost", "told"):
+    os.write(2, sys.argv[3].encode())
+if sys.argv[2] == "lost":
+    os.write(2, b"E1129 15:51:03.171051   10335 coordination_service.cc:1549] UNAVAILABLE\\n")
+    os.abort()
 if sys.argv[2] == "killed":
     os.kill(os.getpid(), signal.SIGKILL)
 if sys.argv[2] == "failed":
@@ -235,6 +240,9 @@ if sys.argv[2] == "failed":
 watchdog.close()
 os.write(2, b"after\\n")
 """
+LOST = """W1129 15:51:03.046309   31080 preemption_sync_manager.cc:147] Failed to retrieve preemption notice: LOST
+Additional GRPC error information from remote target coordination_service
+"""
 AGAIN = "; the same command with --resume goes on from the newest checkpoint"
 
 
@@ -242,13 +250,15 @@ AGAIN = "; the same command with --resume goes on from the newest checkpoint"
     ("how", "code", "said"),
     [
         ("page", -signal.SIGABRT, f"lora-jax: process 1 of 4 ends, because processes 0, 2 have ended{AGAIN}\n"),
+        ("lost", -signal.SIGABRT, f"lora-jax: process 1 of 4 ends, because process 0 has ended{AGAIN}\n"),
+        ("told", 0, f"{LOST}after\n"),
         ("killed", -signal.SIGKILL, f"lora-jax: process 1 of 4 was killed, perhaps for want of memory{AGAIN}\n"),
         ("failed", 2, "lora-jax: data: none given"),
         ("done", 0, "after\n"),
     ],
 )
 def test_a_process_that_ends_without_a_word_is_spoken_for(how, code, said):
-    child = subprocess.run([sys.executable, "-S", "-c", PROGRAM, WATCHDOG, how], capture_output=True, timeout=60)
+    child = subprocess.run([sys.executable, "-S", "-c", PROGRAM, WATCHDOG, how, LOST], capture_output=True, timeout=60)
     assert (child.returncode, child.stderr.decode()) == (code, f"a warning\n{said}")
 
 

@@ -16,7 +16,10 @@ from typing import NoReturn
 ORDERLY = b"."  # sent by a process that has said itself why it ends
 SECONDS_AFTER = 2.0  # for what a process that has ended wrote last
 
-_PAGE = re.compile(rb"[EF]\d{4} \S+ +\d+ (coordination_service\w*\.cc|client\.h):\d+\]")  # the page's first line
+_PAGE = re.compile(  # the page's first line
+    rb"([EF]\d{4} \S+ +\d+ (coordination_service\w*\.cc|client\.h):\d+\]"
+    rb"|[WE]\d{4} \S+ +\d+ preemption_sync_manager\.cc:\d+\] Failed to )"
+)
 _UNHEARD = re.compile(rb"stopped sending heartbeats\):?\s+((?:\S*?\d+\s*,?\s*)+)")
 _NUMBER = re.compile(rb"(\d+)\s*(?:,|\n|$)")
 
@@ -55,13 +58,12 @@ def main(alive: int, number: int, count: int) -> NoReturn:
     for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(ignored, signal.SIG_IGN)
     orderly, page = _pass_on(alive)
-    if not orderly:
-        _write(f"lora-jax: {explain(page, number, count)}\n".encode())
+    _write(page if orderly else f"lora-jax: {explain(page, number, count)}\n".encode())
     sys.exit()
 
 
 def _pass_on(alive: int) -> tuple[bool, bytes]:
-    """Pass on what the process writes until it ends; whether it ended in order, and the page that wasn't passed on."""
+    """Pass on what the process writes until it ends; whether it ended in order, and the page that was kept back."""
     orderly, running, line, page = False, True, b"", b""
     with selectors.DefaultSelector() as selector:
         for descriptor in (0, alive):
@@ -82,8 +84,9 @@ def _pass_on(alive: int) -> tuple[bool, bytes]:
                         _write(done + b"\n")
             if not selector.get_map():
                 break
-    if line and not page:
-        _write(line)
+    if page:
+        return orderly, page + line
+    _write(line)
     return orderly, page
 
 
