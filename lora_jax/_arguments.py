@@ -9,6 +9,7 @@ import numpy as np
 
 from lora_jax._axes import Axes, KernelAxes, TracedAxes
 from lora_jax._config import LoRAConfig
+from lora_jax._dtypes import has_adams_eps
 from lora_jax._paths import match
 
 # The advice for a framework's model given as params, by the package of the model's class.
@@ -39,15 +40,6 @@ def check_arguments(key: Any, params: Any, config: Any) -> None:
             f"dtype: A and B in {config.dtype} can't be trained, for Adam's eps of 1e-8 is 0 there and its second step"
             " nan; take 'float32' or 'bfloat16' (the base may be float16)"
         )
-
-
-def has_adams_eps(dtype: Any) -> bool:
-    """Return whether 1e-8 isn't 0 in a dtype. In float16 it is, and Adam divides 0 by 0 where a gradient is small.
-
-    >>> has_adams_eps("bfloat16"), has_adams_eps("float16")
-    (True, False)
-    """
-    return bool(np.asarray(1e-8, jnp.dtype(dtype)))
 
 
 def read_axes(axes: Any, paths: Collection[str], *, used: bool) -> tuple[dict[str, TracedAxes] | None, dict[str, Axes]]:

@@ -11,6 +11,7 @@ import numpy as np
 from jax.core import Tracer
 
 from lora_jax._axes import Axes
+from lora_jax._dtypes import wide
 from lora_jax._node import LoRA, check_node, used_ranks
 from lora_jax._quantize.schemes import whole
 from lora_jax._tree import detach, leaves_with_paths, trained_paths, unbox
@@ -192,10 +193,10 @@ class Norms(NamedTuple):
 
 def norms_of(kernel: Any, node: LoRA, dtype: Any) -> Norms:
     """The norms of one merge into `dtype`; not jitted, for XLA removes a cast that the next cast undoes."""
-    wide = jnp.promote_types(jnp.float32, kernel.dtype)
-    kernel = jnp.asarray(whole(kernel), wide)
+    kernel = jnp.asarray(whole(kernel), wide(kernel.dtype))
     update = difference(kernel, node)
-    lost = update - (changed(kernel, node).astype(dtype).astype(wide) - kernel.astype(dtype).astype(wide))
+    rounded, before = (x.astype(dtype).astype(kernel.dtype) for x in (changed(kernel, node), kernel))
+    lost = update - (rounded - before)
     return Norms(*(float(jnp.sqrt(jnp.sum(jnp.square(x)))) for x in (kernel, update, lost)))
 
 

@@ -14,6 +14,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax._axes import Axes
+from lora_jax._dtypes import wide
 from lora_jax._node import LoRA, with_scale_as_data
 from lora_jax._quantize.node import Quantized
 from lora_jax._quantize.schemes import dense
@@ -67,31 +68,30 @@ def gain_of(kernel: jax.Array, node: LoRA) -> jax.Array:
     w, a, b, scale = (lax.stop_gradient(x) for x in (kernel, node.a, node.b, node.scale))
     axes, stack = node.axes, len(node.axes.stack)
     batch, inputs = tuple(range(stack)), tuple(range(stack, a.ndim - 1))
-    spec = _explicit_spec(w)
+    spec, dtype = _explicit_spec(w), wide(w.dtype)
 
     def product(lhs: Any, rhs: Any, contracted: Any, batches: Any, outputs: Sequence[int | None]) -> jax.Array:
         where = {} if spec is None else {"out_sharding": _cut(w, spec, [*axes.stack, None, *outputs])}
-        dtype = jnp.promote_types(jnp.float32, w.dtype)
         return lax.dot_general(lhs, rhs, (contracted, batches), precision=_EXACT, preferred_element_type=dtype, **where)
 
     # a [*stack, *inputs, r] and W -> AᵀW [*stack, r, *outputs]. A is cast to W's dtype, as in the forward: a float32
     # copy of a bfloat16 kernel would be the largest array of all.
     aw = product(a.astype(w.dtype), w, (inputs, axes.inputs), (batch, axes.stack), sorted(axes.outputs))
     aw = aw.transpose([*range(stack + 1), *(stack + 1 + sorted(axes.outputs).index(k) for k in axes.outputs)])
-    wide = a.astype(aw.dtype), b.astype(aw.dtype)
-    gram = product(wide[0], wide[0], (inputs, inputs), (batch, batch), [None])
+    a, b = a.astype(aw.dtype), b.astype(aw.dtype)
+    gram = product(a, a, (inputs, inputs), (batch, batch), [None])
     # AᵀA [*stack, r, r] and B [*stack, r, *outputs] -> (AᵀA) B [*stack, r, *outputs]
-    gram_b = product(gram, wide[1], ((stack + 1,), (stack,)), (batch, batch), axes.outputs)
+    gram_b = product(gram, b, ((stack + 1,), (stack,)), (batch, batch), axes.outputs)
     s = scale.reshape(scale.shape + (1,) * len(axes.outputs)).astype(aw.dtype)
-    cross, square = ((x * wide[1]).sum(stack) for x in (aw, gram_b))
+    cross, square = ((x * b).sum(stack) for x in (aw, gram_b))
     return _gain(node, _squares(w, axes) + 2 * s * cross + s**2 * square)
 
 
 def _squares(kernel: jax.Array, axes: Axes) -> jax.Array:
     """Compute ‖W‖² over the inputs, in float32 or wider, [*stack, *outputs] in the node's order."""
-    wide = kernel.astype(jnp.promote_types(jnp.float32, kernel.dtype))
+    kernel = kernel.astype(wide(kernel.dtype))
     kept = sorted((*axes.stack, *axes.outputs))
-    return jnp.sum(jnp.square(wide), axes.inputs).transpose([kept.index(k) for k in (*axes.stack, *axes.outputs)])
+    return jnp.sum(jnp.square(kernel), axes.inputs).transpose([kept.index(k) for k in (*axes.stack, *axes.outputs)])
 
 
 def _gain(node: LoRA, squares: jax.Array) -> jax.Array:

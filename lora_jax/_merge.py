@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lora_jax._dtypes import wide
 from lora_jax._node import LoRA, check_node
 from lora_jax._quantize.schemes import whole
 from lora_jax._tree import (
@@ -127,7 +128,7 @@ def delta(params: Any) -> Any:
             return None
         node, kernel = nodes[path], unbox(leaf)
         check_node(path, kernel, node)
-        return rebox(leaf, difference(jnp.asarray(whole(kernel), _wide(kernel)), node))
+        return rebox(leaf, difference(jnp.asarray(whole(kernel), wide(kernel.dtype)), node))
 
     return edit(plain, leaf=update)
 
@@ -140,12 +141,7 @@ def _moved(plain: Any, nodes: dict[str, LoRA], move: Callable[[Any, LoRA], Any],
             return leaf
         kernel = unbox(leaf)
         check_node(path, kernel, nodes[path])
-        moved = move(jnp.asarray(whole(kernel), _wide(kernel)), nodes[path])
+        moved = move(jnp.asarray(whole(kernel), wide(kernel.dtype)), nodes[path])
         return rebox(leaf, moved.astype(kernel.dtype if dtype is None else dtype))
 
     return edit(plain, leaf=leaf_of)
-
-
-def _wide(kernel: Any) -> Any:
-    """The dtype in which an update is added: float32, or the kernel's if that is wider."""
-    return jnp.promote_types(jnp.float32, kernel.dtype)

@@ -12,6 +12,7 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax._axes import Axes
+from lora_jax._dtypes import wide
 from lora_jax._processes import on_host
 from lora_jax._start import Start
 
@@ -274,13 +275,13 @@ def trained(leaf: Any, value: Any = None) -> Trained:
     Trained(value=Array([1., 1.], dtype=float32), dtype='bfloat16')
     """
     dtype = jnp.dtype(jax.tree.leaves(leaf)[0].dtype)
-    wide = jnp.promote_types(dtype, jnp.float32)
+    kept = wide(dtype)
 
     def own(x: Any) -> Any:
         return (
-            x.update(dtype=wide)
+            x.update(dtype=kept)
             if isinstance(x, jax.ShapeDtypeStruct)
-            else jnp.array(x if value is None else value, wide)
+            else jnp.array(x if value is None else value, kept)
         )
 
     return Trained(jax.tree.map(own, leaf), dtype.name)

@@ -17,6 +17,7 @@ from jax.core import Tracer
 
 from lora_jax._axes import Axes
 from lora_jax._config import LoRAConfig
+from lora_jax._dtypes import wide
 from lora_jax._node import LoRA, place
 from lora_jax._quantize.config import QuantizeConfig
 from lora_jax._quantize.kernel import quantize_kernel
@@ -55,7 +56,6 @@ def take_out(
     _check(path, w, config.init, quantize)
     w = jnp.asarray(w)
     stack, sharding = tuple(w.shape[axis] for axis in axes.stack), w.sharding if w.committed else None
-    wide = jnp.promote_types(jnp.float32, w.dtype)
 
     def node_of(matrix: jax.Array) -> LoRA:
         a, b = _largest(axes, ranks[0], ranks[1])(matrix)
@@ -69,14 +69,14 @@ def take_out(
 
     if config.init == "pissa":
         node = node_of(w)
-        rest = _less(w.astype(wide), node)
+        rest = _less(w.astype(wide(w.dtype)), node)
         new = rest.astype(w.dtype) if quantize is None else quantized(rest)
     else:
-        node, rest, new = None, w.astype(wide), None
+        node, rest, new = None, w.astype(wide(w.dtype)), None
         for _ in range(LOFTQ_STEPS):
             new = quantized(rest)
-            node = node_of(w.astype(wide) - dense(new).astype(wide))
-            rest = _less(w.astype(wide), node)
+            node = node_of(w.astype(wide(w.dtype)) - dense(new).astype(wide(w.dtype)))
+            rest = _less(w.astype(wide(w.dtype)), node)
     assert node is not None
     return node, new if sharding is None or isinstance(new, Quantized) else jax.device_put(new, sharding)
 
@@ -115,7 +115,7 @@ def _largest(axes: Axes, ranks: tuple[int, ...], scales: tuple[float, ...]) -> A
         return u[:, :rank] * root, root[:, None] * vh[:rank]
 
     def make(w: jax.Array) -> tuple[jax.Array, jax.Array]:
-        laid = w.astype(jnp.promote_types(jnp.float32, w.dtype)).transpose(order)
+        laid = w.astype(wide(w.dtype)).transpose(order)
         at = len(axes.stack) + len(axes.inputs)
         stack, inputs, outputs = laid.shape[: len(axes.stack)], laid.shape[len(axes.stack) : at], laid.shape[at:]
         flat = laid.reshape(len(ranks), math.prod(inputs), math.prod(outputs))

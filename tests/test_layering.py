@@ -71,6 +71,7 @@ GROUPS = {
 TREE = {
     "_node",
     "_axes",
+    "_dtypes",
     "_update",
     "_arguments",
     "_config",

@@ -107,6 +107,20 @@ def test_rounding_happens_once():
     assert (ours == twice).mean() < 0.99
 
 
+@pytest.mark.parametrize("dora", [False, True])
+def test_kernels_in_eight_bits_are_plain_floats(dora):
+    """jax promotes no float of 8 bits by itself."""
+    kernel = jax.random.normal(jax.random.key(0), (8, 6)).astype(jnp.float8_e4m3fn)
+    config = lora_jax.LoRAConfig(rank=2, alpha=4, targets=["kernel"], dora=dora)
+    params = lora_jax.init(jax.random.key(1), {"kernel": kernel}, config)
+    params["kernel_lora"] = params["kernel_lora"].replace(b=jnp.ones((2, 6)))
+    merged, delta = lora_jax.merge(params)["kernel"], lora_jax.delta(params)["kernel"]
+    assert (merged.dtype, delta.dtype) == (kernel.dtype, jnp.float32)
+    np.testing.assert_array_equal(merged, (kernel.astype(jnp.float32) + delta).astype(kernel.dtype))
+    size = np.linalg.norm(delta) / np.linalg.norm(kernel.astype(jnp.float32))
+    assert lora_jax.merge_report(params).rows[0].relative == pytest.approx(size, rel=1e-5)
+
+
 def test_trained_leaves_come_out_as_they_are_now():
     params = {**one(jnp.bfloat16), "norm": {"scale": jnp.ones(3, jnp.bfloat16)}}
     config = LoRAConfig(rank=2, alpha=4, targets=["kernel"], also_train=["norm"])

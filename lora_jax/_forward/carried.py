@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax._arguments import has_adams_eps
 from lora_jax._dora import gain_of
+from lora_jax._dtypes import has_adams_eps, wide
 from lora_jax._forward import dropout
 from lora_jax._forward.layout import drop
 from lora_jax._forward.lazy import Lazy
-from lora_jax._forward.lowrank import RANK, Factor, LowRank, wide
+from lora_jax._forward.lowrank import RANK, Factor, LowRank
 from lora_jax._node import SUFFIX, LoRA, check_node
 from lora_jax._quantize.node import Quantized
 

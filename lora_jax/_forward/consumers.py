@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lora_jax._dtypes import narrow
 from lora_jax._forward import dropout, tracks
 from lora_jax._forward.interpret import Frame, Rules, bind, source_of
 from lora_jax._forward.lazy import settled
-from lora_jax._forward.lowrank import RANK, Factor, LowRank, gained, is_vector, narrow, product
+from lora_jax._forward.lowrank import RANK, Factor, LowRank, gained, is_vector, product
 
 RULES = Rules()
 

@@ -15,10 +15,11 @@ import numpy as np
 from jax import lax
 from jax.extend import core as jex
 
+from lora_jax._dtypes import narrow
 from lora_jax._forward import tracks
 from lora_jax._forward.dropout import varying_mesh_axes
 from lora_jax._forward.interpret import Frame, Rules, bind
-from lora_jax._forward.lowrank import ANY_AXIS, RANK, Factor, LowRank, narrow
+from lora_jax._forward.lowrank import ANY_AXIS, RANK, Factor, LowRank
 
 RULES = Rules()
 

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lora_jax._dtypes import wide
 from lora_jax._forward.lazy import settled
 
 RANK = -1
@@ -185,16 +186,6 @@ def _flat(lhs: Factor, rhs: Factor, contracted: Sequence[int]) -> Callable[..., 
         return lax.dot_general(left, right, (tuple(dimensions), ([], [])), **options)
 
     return flat
-
-
-def wide(dtype: Any) -> Any:
-    """The dtype for arithmetic on weights: float32, or `dtype` itself if it is wider."""
-    return jnp.dtype(dtype) if jnp.dtype(dtype).itemsize >= 4 else jnp.dtype(jnp.float32)
-
-
-def narrow(dtype: Any) -> bool:
-    """Return whether a float dtype has fewer than 16 bits, so that rounding to it is quantization."""
-    return jnp.finfo(dtype).bits < 16
 
 
 def update(kernel: LowRank) -> jax.Array:
