@@ -138,8 +138,8 @@ REPORTS = [
     ),
     Mutant(
         "_describe.py",
-        "    lost = update - (changed(kernel, node).astype(dtype).astype(wide) - kernel.astype(dtype).astype(wide))",
-        "    lost = update - (changed(kernel, node).astype(dtype).astype(wide) - kernel)",
+        "    lost = update - (rounded - before)",
+        "    lost = update - (rounded - kernel)",
         "the rounding of W itself counts as a loss of the update",
         tests_in("merge", "the_rounding_of_the_kernel_itself_is_no_loss_of_the_update"),
     ),

@@ -117,8 +117,8 @@ TREE = [
     ),
     Mutant(
         "_node.py",
-        "wide = jnp.promote_types(dtype, jnp.float32)",
-        "wide = dtype",
+        "kept = wide(dtype)",
+        "kept = dtype",
         "a bfloat16 leaf trains in bfloat16",
         tests_in("tree", "leaves_trained_in_full_are_marked_and_of_low_precision_kept_in_float32"),
     ),
@@ -141,8 +141,8 @@ TREE = [
 MERGE = [
     Mutant(
         "_merge.py",
-        "return jnp.promote_types(jnp.float32, kernel.dtype)",
-        "return kernel.dtype",
+        "        moved = move(jnp.asarray(whole(kernel), wide(kernel.dtype)), nodes[path])",
+        "        moved = move(jnp.asarray(whole(kernel), kernel.dtype), nodes[path])",
         "a merged bfloat16 kernel is rounded more than once",
         tests_in("merge", "rounding_happens_once"),
     ),
