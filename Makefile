@@ -20,6 +20,7 @@ test: .venv/.test  ## everything but the live comparisons and the long tail, com
 
 slow: .venv/.test  ## the long tail: more of the same, on more cases
 	$(PYTEST) --slow
+	$(PYTEST) --optimized
 
 oracle: .venv/.oracle  ## the comparisons with torch and PEFT, live
 	$(PYTEST) --oracle

@@ -38,12 +38,12 @@ KINDS = ("real", "browser", "oracle", "tpu", "slow")  # options and marks; a tes
 
 
 def pytest_configure(config):
-    """A run without options compiles with few of XLA's optimizations, in about half the time.
+    """Most runs compile with few of XLA's optimizations, in about half the time; the comparisons compile as users do.
 
-    Sums may round otherwise then. Runs with an option compile as users do, and what is marked `bits` runs both ways:
-    that start == base bit for bit is a promise to those who set nothing.
+    Sums may round otherwise then, and more memory is taken. What promises bits, or measures what XLA makes, is marked
+    `optimized` and runs under `--optimized`: that start == base bit for bit is a promise to those who set nothing.
     """
-    if any(config.getoption(f"--{kind}") for kind in KINDS):
+    if any(config.getoption(f"--{kind}") for kind in KINDS if kind != "slow") or config.getoption("--optimized"):
         os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "0"
     else:
         os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
@@ -56,6 +56,9 @@ def pytest_addoption(parser):
     parser.addoption("--browser", action="store_true", help="only the tests that open reports in headless Chromium")
     parser.addoption("--tpu", action="store_true", help="only the tests that compile with libtpu (no TPU is needed)")
     parser.addoption("--slow", action="store_true", help="only the tests that are left out of a run without options")
+    parser.addoption(
+        "--optimized", action="store_true", help="only the tests that need all of XLA's optimizations, fast and slow"
+    )
     parser.addoption("--real", metavar="DIR", help="only the tests on published weights and data, which DIR holds")
 
 
@@ -76,9 +79,11 @@ def pytest_collection_modifyitems(config, items):
 
     def chosen(item):
         kind = next((kind for kind in KINDS if item.get_closest_marker(kind)), None)
+        optimized = item.get_closest_marker("optimized") is not None and kind in (None, "slow")
+        if config.getoption("--optimized"):
+            return optimized
         lives = "oracle" in asked and "live" in getattr(item, "fixturenames", ())
-        optimized = "slow" in asked and kind is None and item.get_closest_marker("bits") is not None
-        return lives or optimized or (kind in asked if asked else kind is None)
+        return lives or (kind in asked and not optimized if asked else kind is None)
 
     config.hook.pytest_deselected(items=[item for item in items if not chosen(item)])
     items[:] = [item for item in items if chosen(item)]

@@ -289,9 +289,8 @@ COMPILED = ("start", "gradients", "vmap", "yardstick", "flops")
 
 
 def marks_of(name, check):
-    if name not in WHOLE and check in COMPILED:
-        return [pytest.mark.slow]
-    return [pytest.mark.bits] if check == "start" else []
+    slow = [pytest.mark.slow] if name not in WHOLE and check in COMPILED else []
+    return [*slow, *([pytest.mark.optimized] if check == "start" else [])]
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def lines(folder):
     return [{name: value for name, value in line.items() if name not in clock} for line in read]
 
 
-@pytest.mark.bits
+@pytest.mark.optimized
 @pytest.mark.parametrize("until", few([6, 9], [6]))
 def test_a_resumed_run_is_the_run_bit_for_bit(tmp_path, until):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -143,7 +143,7 @@ def test_what_decides_nothing_may_change(finished):
 CONSTANT = dataclasses.replace(CONFIG, lr_scheduler_type="constant", max_steps=8, eval_steps=4)
 
 
-@pytest.mark.bits
+@pytest.mark.optimized
 def test_more_steps_of_a_constant_rate_are_those_of_a_longer_run(tmp_path):
     longer = dataclasses.replace(CONSTANT, max_steps=24)  # beyond the second epoch, which has another order
     expected = run(tmp_path / "whole", config=longer)
@@ -275,7 +275,7 @@ def test_a_fingerprint_sees_the_dtype_and_not_the_placement():
 # --- what happens to a run ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.bits
+@pytest.mark.optimized
 def test_a_run_broken_off_again_before_its_first_line_keeps_its_lines(tmp_path, monkeypatch):
     """Between two lines, too: the first figures of a line are in the checkpoint."""
     config = dataclasses.replace(CONFIG, logging_steps=3, max_steps=9)

@@ -46,14 +46,14 @@ def test_it_ends_after_so_many_evaluations_without_a_better_one(stopped):
     assert f"stopped early after step {result.steps} of 60" in said
 
 
-@pytest.mark.bits
+@pytest.mark.optimized
 def test_its_adapter_is_the_best_of_a_run_of_so_many_steps():
     constant = dataclasses.replace(CONFIG, lr_scheduler_type="constant")
     early = run(constant)
     same(early.params, run(dataclasses.replace(constant, early_stopping_patience=None, max_steps=early.steps)).params)
 
 
-@pytest.mark.bits
+@pytest.mark.optimized
 def test_a_resumed_run_counts_on(stopped, tmp_path):
     after = stopped[0].adapter_step + 2  # one evaluation without a better adapter is counted already
     with pytest.raises(Stopped):

@@ -44,7 +44,7 @@ def test_stacks_are_seen(case):
     assert heads <= axes.heads
 
 
-@pytest.mark.bits
+@pytest.mark.optimized
 def test_adapted_is_merged(case):
     model, inputs, axes = case
     config = lora_jax.LoRAConfig(rank=2, alpha=2, targets=("all-linear",))

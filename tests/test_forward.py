@@ -389,7 +389,7 @@ def at_init(params):
     }
 
 
-@pytest.mark.bits
+@pytest.mark.optimized
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_at_init_the_outputs_are_the_base_bit_for_bit(dtype):
     plain = {name: w.astype(dtype) for name, w in PLAIN.items()}

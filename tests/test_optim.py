@@ -138,7 +138,7 @@ def test_nothing_to_train_is_an_error():
 # Training
 
 
-@pytest.mark.bits
+@pytest.mark.optimized
 @pytest.mark.parametrize("dtype", few([jnp.float32, jnp.bfloat16], [jnp.bfloat16]))
 def test_the_base_stays_bit_for_bit_under_weight_decay(dtype):
     tree = whole(dtype)

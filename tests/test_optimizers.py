@@ -125,7 +125,7 @@ def test_a_run_evaluates_and_saves_the_averages(tmp_path, valid):
         assert result.after.loss == pytest.approx(evaluate(tiny.small_apply, result.params, held_out).loss, rel=1e-6)
 
 
-@pytest.mark.bits
+@pytest.mark.optimized
 def test_a_resumed_schedule_free_run_is_the_run(tmp_path):
     rows, config = tiny.examples(24), dataclasses.replace(FREE, save_steps=3)
     expected = train(tiny.small_apply, small(), rows, None, config, output=tmp_path / "whole")

@@ -68,7 +68,7 @@ def stopped(world, tmp_path, monkeypatch, capfd):  # noqa: F811
 STOPS = [(signal.SIGTERM, 2), (signal.SIGINT, 3), (signal.SIGTERM, 9)]
 
 
-@pytest.mark.bits
+@pytest.mark.optimized
 @pytest.mark.parametrize("stop", few(STOPS, STOPS[:1]))
 def test_a_run_that_is_stopped_loses_no_step(world, unstopped, stopped, capfd, stop):  # noqa: F811
     """Within a line's steps, at a look at the validation rows (which is done later), and at the last step."""

@@ -134,7 +134,7 @@ def test_rounds_change_nothing(together, monkeypatch):
 # --- none touched by another -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.bits
+@pytest.mark.optimized
 def test_a_nan_stays_where_it_arises():
     points = [Point(rank=2, alpha=4, targets=("head",), seed=seed) for seed in range(8)]
     spoilt = [dataclasses.replace(p, learning_rate=1e38) if p.seed == 3 else p for p in points]

@@ -194,7 +194,7 @@ def test_a_run_in_parts_is_the_run():
 # --- what trains -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.bits
+@pytest.mark.optimized
 @pytest.mark.parametrize("dtype", few([jnp.float32, jnp.bfloat16], [jnp.bfloat16]))
 def test_the_base_keeps_every_bit(dtype):
     params = adapted(dtype)
