@@ -77,6 +77,20 @@ def load_adapter(folder: str | Path) -> Saved:
     return Saved(adapter, seen, facts["step"], facts["about"] or {})
 
 
+def about(folder: str | Path) -> dict[str, Any]:
+    """The `TrainState.about` of a run's newest checkpoint; empty if it has none, or can't be read.
+
+    Raises:
+        FileNotFoundError: There is no checkpoint.
+    """
+    folder, step = find(Path(folder).absolute())
+    with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+        try:
+            return dict(read_facts(manager, step)["about"] or {})
+        except (KeyError, TypeError, ValueError, FileNotFoundError):  # restoring it says what is wrong
+            return {}
+
+
 def _tree_of(
     leaves: dict[str, Any],
     axes: dict[str, Any],

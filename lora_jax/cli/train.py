@@ -22,6 +22,7 @@ from lora_jax.checkpoint import newest
 from lora_jax.cli import (
     _base,
     _card,
+    _choices,
     _data,
     _distributed,
     _embedded,
@@ -175,6 +176,9 @@ def _train(settings: Settings, stop: Callable[[], bool]) -> Callable[[], None]:
         settings.template.check_text_only()
     if settings.from_adapter is not None:
         rows = _start.labels_of_adapter(rows, settings.from_adapter)
+    if settings.resume:
+        base = _choices.of_checkpoint(settings.base, settings.output, settings.train, rows.label_names)
+        settings = replace(settings, base=base)
     show = _show.results()
     model, params, mesh = _start.begin(
         settings.base,
@@ -186,11 +190,12 @@ def _train(settings: Settings, stop: Callable[[], bool]) -> Callable[[], None]:
         adapter=settings.from_adapter,
     )
     workload = _workload(settings, model, rows, lora_jax.prefix.length(params))
+    choices = _choices.taken(model, settings.train)
 
     @functools.cache
     def write_settings() -> None:
         if jax.process_index() == 0:
-            _run_file.write(settings.output, settings)
+            _run_file.write(settings.output, replace(settings, base=replace(settings.base, **choices)))
 
     def stop_after_step() -> bool:  # first called when the run's folder is there and nothing is refused any more
         write_settings()
@@ -217,6 +222,7 @@ def _train(settings: Settings, stop: Callable[[], bool]) -> Callable[[], None]:
             **({} if settings.base.revision is None else {"revision": settings.base.revision}),
             "labels": None if rows.labels is None else list(rows.labels.names),
             "task_type": rows.task_type,
+            **choices,
             **({} if settings.base.quantize is None else {"quantize": settings.base.quantize}),
         },
     )

@@ -39,7 +39,8 @@ class ExecutionOptions(TypedDict, total=False):
 
     attention: Attention
     """The form of attention: "xla" computes all scores at once, "blockwise" for a block of queries at a time; "cudnn"
-    (CUDA, 16-bit) and "splash" (TPU) are kernels that never store scores; "auto", the default, is the fastest one."""
+    (CUDA, 16-bit) and "splash" (TPU) are kernels that never store scores; "auto", the default, is the fastest one.
+    cuDNN's backward pass isn't promised to give the same bits twice."""
 
     remat: Remat
     """The values of a layer that the backward pass recomputes: "none"; "lean", all except the products with kernels and

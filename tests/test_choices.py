@@ -1,0 +1,76 @@
+"""A run computes as it did before it was stopped: attention, remat and layers are those of its checkpoint."""
+
+import jax
+import pytest
+import yaml
+from test_cli import tiny_model, write_rows
+
+from lora_jax.checkpoint import Checkpoints, TrainState
+from lora_jax.checkpoint._adapter import about
+from lora_jax.cli import main
+from lora_jax.cli._base import TrainedBase
+from lora_jax.cli._choices import of_checkpoint
+from lora_jax.train import TrainConfig
+
+RUN = TrainConfig(batch_size=2, max_length=64)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_model(tmp_path_factory.mktemp("choices") / "model")
+
+
+@pytest.fixture
+def resumed(model, tmp_path, capsys):
+    """Gives the base of a run that goes on from a checkpoint with these choices, and the lines that are printed."""
+
+    def base_of(choices, **flags):
+        with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+            state = TrainState({"w": jax.numpy.ones(2)}, (), jax.random.key(0), 7, {}, "f", {}, about=choices)
+            checkpoints.save(state)
+        base = of_checkpoint(TrainedBase(model=model, **flags), tmp_path, RUN, None)
+        return base, capsys.readouterr().err.splitlines()
+
+    return base_of
+
+
+def choices_of(base):
+    return {name: getattr(base, name) for name in ("attention", "remat", "layers")}
+
+
+def test_what_auto_chooses_too_stays_auto(resumed):
+    """A batch shorter than the longest may have another form of attention, as it had before."""
+    base, said = resumed({"attention": "xla", "remat": "none", "layers": "scan"})
+    assert (choices_of(base), said) == ({"attention": "auto", "remat": "auto", "layers": "auto"}, [])
+
+
+def test_what_another_machine_chose_holds(resumed):
+    base, said = resumed({"attention": "blockwise", "remat": "lean", "layers": "unrolled"})
+    assert (choices_of(base), said) == ({"attention": "blockwise", "remat": "lean", "layers": "unrolled"}, [])
+
+
+@pytest.mark.parametrize("kernel", ["cudnn", "splash"])
+@pytest.mark.parametrize("asked", ["auto", "the same"])
+def test_a_kernel_that_this_device_lacks_is_replaced_with_a_line(resumed, kernel, asked):
+    base, said = resumed({"attention": kernel, "remat": "full"}, attention=kernel if asked == "the same" else asked)
+    assert choices_of(base) == {"attention": "auto", "remat": "full", "layers": "auto"}
+    assert said == [f"attention: {kernel} until step 7, xla from there on: {kernel} isn't possible on this device"]
+
+
+def test_a_flag_is_stronger(resumed):
+    base, said = resumed({"remat": "lean", "layers": "unrolled"}, remat="full", layers="unrolled")
+    assert choices_of(base) == {"attention": "auto", "remat": "full", "layers": "unrolled"}
+    assert said == ["remat: lean until step 7, full from there on"]
+
+
+@pytest.mark.slow
+def test_a_run_writes_its_choices_and_takes_them_again(model, tmp_path, capsys):
+    out, data = tmp_path / "out", write_rows(tmp_path / "rows.jsonl")
+    given = ["train", "--model", model, "--data", data, "--output", str(out), "--batch-size", "4", "--save-steps", "1"]
+    given += ["--lr-scheduler-type", "constant", "--report-to", "none"]
+    assert main([*given, "--max-steps", "1", "--remat", "lean", "--layers", "unrolled"]) == 0
+    chosen = {"attention": "xla", "remat": "lean", "layers": "unrolled"}
+    assert main([*given, "--max-steps", "2", "--resume"]) == 0
+    assert "attention: xla; remat: lean; layers: unrolled" in capsys.readouterr().out
+    assert chosen.items() <= yaml.safe_load((out / "run.yaml").read_text()).items()
+    assert chosen.items() <= about(out).items()
