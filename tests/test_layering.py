@@ -66,7 +66,7 @@ GROUPS = {
     "generate": (CORE | {"data", "checkpoint", "prefix"}, {"jax", "numpy"}),
     "sweep": (CORE | {"_disk", "data", "prefix", "train", "analysis", "models"}, {"jax", "numpy", "rich"}),
     "plan": (CORE | {"_program", "_mesh", "models", "train"}, {"jax", "numpy"}),
-    "cli": (None, {"jax", "numpy", "rich", "tyro", "yaml"}),  # None: everything
+    "cli": (None, {"jax", "numpy", "filelock", "rich", "tyro", "yaml"}),  # None: everything
 }
 TREE = {
     "_node",

@@ -14,9 +14,9 @@ from importlib.metadata import version
 
 from lora_jax._extras import MissingExtra, require
 
-require("lora-jax", train=("rich", "tyro", "yaml"))
+require("lora-jax", train=("rich", "tyro", "yaml", "filelock"))
 
-from lora_jax.cli import _flags, _signals
+from lora_jax.cli import _compiled, _flags, _signals
 
 COMMANDS = {
     "inspect": "show which kernels would be adapted and what they cost, from the model's config alone",
@@ -40,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Args:
         argv: The words after `lora-jax`. Default: `sys.argv[1:]`, the process's own, with which signals are handled
-            until the process ends; otherwise handlers are restored before this returns.
+            until the process ends, and compiled programs are kept for later calls; otherwise handlers are restored
+            before this returns, and no setting of JAX changes.
 
     Example:
         >>> main(["--version"])
@@ -58,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(ValueError(f"no command {words[0]!r}; the commands are {', '.join(COMMANDS)}"))
     if argv is None:
         _signals.until_exit()
+        _compiled.until_exit()
     os.environ.setdefault(
         "TRANSFORMERS_NO_ADVISORY_WARNINGS", "1"
     )  # else transformers warns that torch isn't installed

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import jax
 from jax.experimental import multihost_utils
 
+from lora_jax.cli import _compiled
 from lora_jax.cli._watchdog import Watchdog
 
 HEARTBEAT_SECONDS = 30  # a process that isn't heard for so long has ended; JAX's default is 100
@@ -47,11 +48,13 @@ def joined(flags: DistributedFlags) -> Iterator[None]:
     global _watchdog
     given = (flags.coordinator_address, flags.num_processes, flags.process_id)
     if not flags.distributed and given == (None, None, None):
+        _compiled.keep()
         yield
         return
     _join(*given)
     _watchdog = Watchdog(jax.process_index(), jax.process_count())
     try:
+        _compiled.keep()
         yield
         multihost_utils.sync_global_devices("all is done")  # leaving has a time limit, and writing has none
     except jax.errors.JaxRuntimeError as error:

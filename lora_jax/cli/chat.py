@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import tyro
 
-from lora_jax.cli import _base, _prompts, _show, _template
+from lora_jax.cli import _base, _compiled, _prompts, _show, _template
 from lora_jax.cli._prompts import Message
 from lora_jax.generate import GenerateConfig, chat_prompt, stream_text
 
@@ -38,6 +38,7 @@ class Settings:
 
 
 def run(settings: Settings) -> None:
+    _compiled.keep()
     base = settings.template.of(settings.base).for_adapter(settings.adapter)
     _base.check_generates(base.abstract())
     _prompts.rendered(base.abstract(), ["?"], settings.system)  # errors of the template, before weights are read
