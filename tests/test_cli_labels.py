@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from public_trees import leaves_of
 from test_cli import tiny_model, tiny_tokenizer
 from transformers import BertConfig, GPT2Config, RobertaConfig
 
 import lora_jax
 from lora_jax import models
-from lora_jax._tree import leaves_with_paths
 from lora_jax.cli import _base, _labels, inspect, main
 from lora_jax.data import Labels
 
@@ -125,12 +125,12 @@ def test_the_head_trains_in_full_and_gets_no_factors(tmp_path):
 def test_what_trains_in_full_is_not_rounded(tmp_path, config_class, architecture, plain):
     folder = encoder(tmp_path / "model", config_class, architecture)
     model = _base.TrainedBase(model=folder, quantize="int8").load(labels=("a", "b"))
-    kernels = {path: leaf for path, leaf in leaves_with_paths(model.params) if path.endswith("kernel")}
+    kernels = {path: leaf for path, leaf in leaves_of(model.params).items() if path.endswith("kernel")}
     assert {path for path, leaf in kernels.items() if not isinstance(leaf, lora_jax.Quantized)} == plain
     assert len(kernels) == len(plain) + 6  # of the one layer
     config = _labels.with_head(lora_jax.LoRAConfig(rank=2, alpha=4), model)
     params = lora_jax.init(jax.random.key(0), model.params, config, axes=_base.kernel_axes(model))
-    assert plain <= {path for path, _ in leaves_with_paths(lora_jax.split(params)[1])}
+    assert plain <= set(leaves_of(lora_jax.split(params)[1]))
 
 
 @pytest.fixture

@@ -14,10 +14,10 @@ from jax.sharding import PartitionSpec as P
 from marks import few
 
 import lora_jax
-from lora_jax import Axes, LoRA
+from lora_jax import Axes, LoRA, Trained
 from lora_jax._forward import ensure_adapted
 from lora_jax._jaxprs import inner_jaxprs, opened
-from lora_jax._node import Trained, with_scale_as_data
+from lora_jax._node import with_scale_as_data
 
 DENSE = Axes()
 

@@ -8,8 +8,8 @@ import pytest
 from marks import few
 
 import lora_jax
-from lora_jax import Axes, LoRA, LoRAConfig, Override
-from lora_jax._node import Trained, pad_rank, with_scale_as_data
+from lora_jax import Axes, LoRA, LoRAConfig, Override, Trained
+from lora_jax._node import pad_rank, with_scale_as_data
 from lora_jax._tree import detach
 
 KEY = jax.random.key(0)

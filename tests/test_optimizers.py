@@ -11,8 +11,7 @@ import tiny
 from marks import few
 
 import lora_jax
-from lora_jax import sweep
-from lora_jax._node import trained
+from lora_jax import Trained, sweep
 from lora_jax.checkpoint import load_adapter
 from lora_jax.train import TrainConfig, averaged, evaluate, make_optimizer, train
 
@@ -31,7 +30,7 @@ def stacked(layers=2, heads=3, width=5, rank=4):
     """A node of stacked layers whose kernels are [layers, heads, width, outputs], and a head trained in full."""
     axes = lora_jax.Axes(stack=(0,), inputs=(1, 2), outputs=(3,))
     node = lora_jax.LoRA(jnp.ones((layers, heads, width, rank)), jnp.ones((layers, rank, 6)), 2.0, axes=axes)
-    return random_like({"q": {"kernel_lora": node}, "head": {"kernel": trained(jnp.ones((7, 9)))}}, 0)
+    return random_like({"q": {"kernel_lora": node}, "head": {"kernel": Trained(jnp.ones((7, 9)), "float32")}}, 0)
 
 
 def matrices(params):
@@ -157,10 +156,10 @@ def test_what_has_no_meaning_is_refused():
 RATIO = 16.0
 NODE = lora_jax.LoRA(jnp.ones((3, 2)), jnp.ones((2, 4)), 2.0, magnitude=jnp.ones(4))
 TREE = {
-    "q": {"kernel_lora": NODE, "bias": trained(jnp.ones(4))},
-    "norm": {"scale": trained(jnp.ones((2, 4)))},  # of two stacked layers
+    "q": {"kernel_lora": NODE, "bias": Trained(jnp.ones(4), "float32")},
+    "norm": {"scale": Trained(jnp.ones((2, 4)), "float32")},  # of two stacked layers
     "table": {"embedding_lora": lora_jax.LoRA(jnp.ones((9, 2)), jnp.ones((2, 4)), 2.0)},
-    "head": {"kernel": trained(jnp.ones((4, 5)))},
+    "head": {"kernel": Trained(jnp.ones((4, 5)), "float32")},
 }
 # By PEFT's names; `create_loraplus_optimizer` gives those of embeddings a rate of their own, 1e-6.
 RATIOS = {

@@ -14,13 +14,13 @@ import pytest
 from agreement import assert_agrees
 from marks import few
 from model_cases import CASES, encodes, write_folder
+from public_trees import leaves_of
 from safetensors.numpy import load_file, save_file
 from test_cli import tiny_model, write_rows
 from transformers import BertConfig, GPT2Config, LlamaConfig, PretrainedConfig
 
 import lora_jax
 from lora_jax import Prefix, data, models, peft, prefix, sweep, train
-from lora_jax._tree import leaf_paths
 from lora_jax.cli import main
 from lora_jax.generate import generate
 
@@ -191,7 +191,7 @@ def test_a_sweep_trains_one_for_each_point(llama):
     points = [sweep.Point(rank=rank, alpha=4, targets=("q", "v")) for rank in (1, 2)]
     config = train.TrainConfig(max_steps=2, batch_size=4, learning_rate=1e-2)
     found = sweep.run(llama.apply, params, points, rows, config=config).results
-    lora, alone = points[0].settings(None, config, leaf_paths(llama.params))
+    lora, alone = points[0].settings(None, config, list(leaves_of(llama.params)))
     key = jax.random.fold_in(jax.random.key(config.seed), 0)
     started = lora_jax.init(
         key, params, lora, axes=lora_jax.kernel_axes(llama.apply, llama.params, jnp.ones((1, 4), jnp.int32))
@@ -244,7 +244,7 @@ def test_a_sweep_compares_lengths(llama):
 
 
 def assert_as_alone(model, point, found, rows, config):
-    lora, alone = point.settings(None, config, leaf_paths(model.params))
+    lora, alone = point.settings(None, config, list(leaves_of(model.params)))
     key = jax.random.key(alone.seed)
     axes = lora_jax.kernel_axes(model.apply, model.params, jnp.ones((1, 4), jnp.int32))
     started = lora_jax.init(jax.random.fold_in(key, 0), model.params, lora, axes=axes)

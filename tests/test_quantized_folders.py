@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 from agreement import assert_agrees
 from golden.make_quantized_folders import ADAPTER, CASES, FOLDERS, MODULES, PATH, PROBE, TOKENS
+from public_trees import leaves_of
 from safetensors.numpy import load_file, save_file
 from test_cli import TRAIN, tiny_model, write_rows
 
 import lora_jax
 from lora_jax import Quantized, models
-from lora_jax._tree import leaves_with_paths
 from lora_jax.cli import main
 
 SCHEMES = {"nf4": ("nf4", 64), "nf4_plain_scales": ("nf4", 64), "int8": ("int8", 0), "fp8": ("fp8", 32)}
@@ -55,10 +55,14 @@ def in_float32(array):
     return np.asarray(jnp.asarray(array).astype(jnp.float32))
 
 
+def pairs_of(*trees):
+    return zip(*(leaves_of(tree).items() for tree in trees), strict=True)
+
+
 def test_kernels_stay_in_their_scheme(case):
     name, folder, _ = case
     params = models.load(folder).params
-    nodes = {path: leaf for path, leaf in leaves_with_paths(params) if isinstance(leaf, Quantized)}
+    nodes = {path: leaf for path, leaf in leaves_of(params).items() if isinstance(leaf, Quantized)}
     assert set(nodes) == LINEAR
     assert {(node.scheme, node.group_size) for node in nodes.values()} == {SCHEMES[name]}
     assert {node.dtype for node in nodes.values()} == {jnp.dtype("bfloat16")}
@@ -126,7 +130,7 @@ def test_on_a_mesh():
     """Codes and scales are cut as their kernels are."""
     mesh = jax.make_mesh((2, 2), ("fsdp", "model"), devices=jax.devices()[:4])
     model, alone = models.load(FOLDERS / "nf4", mesh=mesh), models.load(FOLDERS / "nf4")
-    for (path, one), (_, other) in zip(*map(leaves_with_paths, (model.params, alone.params)), strict=True):
+    for (path, one), (_, other) in pairs_of(model.params, alone.params):
         for mine, theirs in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
             np.testing.assert_array_equal(np.asarray(mine), np.asarray(theirs), err_msg=path)
     values = model.params["layers"]["self_attn"]["q_proj"]["kernel"].values
@@ -167,7 +171,7 @@ def test_a_layer_in_16_bits_makes_the_stack_so(tmp_path):
         UserWarning, match="layers/mlp/down_proj/kernel is dequantized: 1 of 2 layers aren't in few bits"
     ):
         model = models.load(folder)
-    leaves = dict(leaves_with_paths(model.params))
+    leaves = leaves_of(model.params)
     assert {path for path, leaf in leaves.items() if isinstance(leaf, Quantized)} == LINEAR - {
         "layers/mlp/down_proj/kernel"
     }
@@ -264,9 +268,7 @@ def test_commands_take_such_a_folder(tmp_path):
     expected = lora_jax.merge(with_adapter(base, out))
     written = models.load(merged)
     assert "quantization_config" not in json.loads((merged / "config.json").read_text())
-    for (path, one), (_, other) in zip(
-        *map(leaves_with_paths, (lora_jax.dequantize(expected), written.params)), strict=True
-    ):
+    for (path, one), (_, other) in pairs_of(lora_jax.dequantize(expected), written.params):
         np.testing.assert_allclose(in_float32(one), in_float32(other), atol=1e-6, err_msg=path)
 
 
@@ -291,9 +293,7 @@ def test_an_adapter_is_merged_into_the_rounded_kernels_or_the_model_s_own(tmp_pa
         "rounded": lora_jax.quantize(plain.params, config, axes=axes),
     }.items():
         expected = lora_jax.merge(lora_jax.peft.load(out, params, names=plain.names))
-        pairs = zip(
-            *map(leaves_with_paths, (lora_jax.dequantize(expected), models.load(tmp_path / name).params)), strict=True
-        )
+        pairs = pairs_of(lora_jax.dequantize(expected), models.load(tmp_path / name).params)
         for (path, one), (_, other) in pairs:
             np.testing.assert_allclose(in_float32(one), in_float32(other), atol=1e-6, err_msg=f"{name} {path}")
 

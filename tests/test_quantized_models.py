@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from public_trees import leaves_of
 from safetensors.numpy import load_file
 from test_cli import TRAIN, tiny_model, write_rows
 
 import lora_jax
 from lora_jax import LoRAConfig, QuantizeConfig, Quantized, models, peft
 from lora_jax._quantize import kernel as quantizing
-from lora_jax._tree import leaves_with_paths
 from lora_jax.cli import _base, main
 from lora_jax.models import _files
 
@@ -51,7 +51,7 @@ def same(one, other):
 def test_read_part_by_part_it_is_what_the_whole_would_be(folder, scheme):
     model, plain = loaded(folder, scheme), models.load(folder)
     same(model.params, lora_jax.quantize(plain.params, QuantizeConfig(scheme=scheme), axes=axes_of(plain)))
-    leaves = dict(leaves_with_paths(model.params))
+    leaves = leaves_of(model.params)
     assert {path for path, leaf in leaves.items() if isinstance(leaf, Quantized)} == LINEAR
     ours = lora_jax.quantized(model.apply)(model.params, IDS)
     np.testing.assert_allclose(ours, plain.apply(lora_jax.dequantize(model.params), IDS), rtol=1e-4, atol=1e-4)
@@ -106,7 +106,7 @@ def test_a_kernel_that_the_adapter_has_in_full_is_quantized_no_more(folder, tmp_
     beside = peft.load(tmp_path / "adapter", model.params, names=model.names, axes=axes)
     again = peft.load(tmp_path / "adapter", plain.params, names=plain.names, axes=axes)
     same(lora_jax.split(beside)[1], lora_jax.split(again)[1])
-    leaves = dict(leaves_with_paths(beside))
+    leaves = leaves_of(beside)
     assert {path for path, leaf in leaves.items() if isinstance(leaf, Quantized)} == LINEAR - {
         "layers/self_attn/v_proj/kernel"
     }

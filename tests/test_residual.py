@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden.make_quantized_folders import CONFIG, PROBE, TOKENS
+from public_trees import leaves_of
 from test_cli import TRAIN, tiny_model, write_rows
 from test_quantized_folders import in_float32, kernel_of, run
 
 import lora_jax
 from lora_jax import Axes, LoRAConfig, QuantizeConfig, Quantized, checkpoint, models, peft
-from lora_jax._tree import leaves_with_paths
 from lora_jax.cli import main
 
 PLAIN = {
@@ -68,7 +68,7 @@ def test_the_function_is_the_same_and_the_tree_says_what_was_taken():
         node = params[path]["kernel_lora"]
         np.testing.assert_array_equal(node.start.a, node.a)
         np.testing.assert_array_equal(node.start.b, node.b)
-    assert [path for path, _ in leaves_with_paths(lora_jax.split(params)[1]["down"])] == ["kernel_lora"]
+    assert list(leaves_of(lora_jax.split(params)[1]["down"])) == ["kernel_lora"]
     assert len(jax.tree.leaves(lora_jax.split(params)[1])) == 4  # the start isn't among what trains
 
 

@@ -13,12 +13,12 @@ import pytest
 import scipy.stats
 import tiny
 from marks import few
+from public_trees import leaves_of
 from test_cli import compiled_once
 
 import lora_jax
 from lora_jax import LoRAConfig, Override, sweep
 from lora_jax._paths import attention_roles
-from lora_jax._tree import leaf_paths
 from lora_jax.data import LabelledExample
 from lora_jax.sweep import Point, _memory, _program, _round
 from lora_jax.sweep._batches import ShuffledBatches
@@ -46,7 +46,7 @@ def swept(points, config=CONFIG, **settings):
 
 def solo(point, config=CONFIG, lora=None):
     """The run alone that a point stands for, with every step's loss in its history."""
-    lora, config = point.settings(lora, config, leaf_paths(PARAMS))
+    lora, config = point.settings(lora, config, list(leaves_of(PARAMS)))
     key = jax.random.fold_in(jax.random.key(config.seed), 0)
     params = lora_jax.init(key, PARAMS, lora, axes=AXES)
     return train(
@@ -244,7 +244,7 @@ def test_one_base_meets_the_rows_of_all():
     count, params = 5, tiny.init(jax.random.key(0))
     points = [Point(rank=2, alpha=4, targets=("q", "v"), seed=seed) for seed in range(count)]
     axes = lora_jax.kernel_axes(tiny.apply, params, IDS, IDS)
-    lora, _ = points[0].settings(None, None, leaf_paths(params))
+    lora, _ = points[0].settings(None, None, list(leaves_of(params)))
     factory = AdapterFactory(params, points, LoRAConfig(rank=1, alpha=1), axes)
     alone = jax.eval_shape(lambda: factory.alone(points[0], 0))
     batch = {name: jax.ShapeDtypeStruct((4, 16), "int32") for name in ("input_ids", "attention_mask")}
@@ -420,7 +420,7 @@ def test_labels_are_swept_with_their_metrics_and_heads():
         classify, params, points, rows, rows, config, lora=lora, memory=10**9, newly_initialized=newly_initialized
     )
     mine = results.results[1]
-    lora, config = point.settings(lora, config, leaf_paths(params))
+    lora, config = point.settings(lora, config, list(leaves_of(params)))
     params["classifier"]["kernel"] = newly_initialized(1)["classifier/kernel"]
     adapted = lora_jax.init(jax.random.fold_in(jax.random.key(1), 0), params, lora)
     alone = train(classify, adapted, rows, rows, config, also_train=lora.also_train)

@@ -18,7 +18,6 @@ from transformers import LlamaConfig
 
 import lora_jax
 from lora_jax import data
-from lora_jax._node import trained
 from lora_jax.train import (
     TrainConfig,
     _utilization,
@@ -249,7 +248,10 @@ def test_weight_decay_is_for_matrices():
     """Without a gradient, what moves is what decays."""
     node = lora_jax.LoRA(jnp.ones((3, 2)), jnp.ones((2, 4)), 2.0, magnitude=jnp.ones(4))
     marks = {"scale": jnp.ones((5, 4)), "bias": jnp.ones(4), "kernel": jnp.ones((4, 2))}
-    adapter = {"q": {"kernel_lora": node}, "x": {name: trained(leaf) for name, leaf in marks.items()}}
+    adapter = {
+        "q": {"kernel_lora": node},
+        "x": {name: lora_jax.Trained(leaf, "float32") for name, leaf in marks.items()},
+    }
     tx = make_optimizer(dataclasses.replace(QUICK, weight_decay=0.1, max_grad_norm=0.0), 10)
     updates, _ = tx.update(jax.tree.map(jnp.zeros_like, adapter), tx.init(adapter), adapter)
     moved = {jax.tree_util.keystr(path): bool(x.any()) for path, x in jax.tree.leaves_with_path(updates)}

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from trees import adapted, trees
 
 import lora_jax
-from lora_jax import Axes, LoRA, LoRAConfig
-from lora_jax._node import Trained, with_scale_as_data
+from lora_jax import Axes, LoRA, LoRAConfig, Trained
+from lora_jax._node import with_scale_as_data
 from lora_jax._tree import detach, leaf_paths
 
 CONFIG = LoRAConfig(rank=2, alpha=4, targets=["kernel"])
