@@ -313,8 +313,8 @@ def _note_changes(console: Console | None, step: int, changed: Mapping[str, Any]
 
 def _iterate(examples: Sequence[data.AnyExample], config: TrainConfig, steps: int) -> grain.DatasetIterator:
     epochs = math.ceil(steps / math.ceil(len(examples) / config.batch_size))
-    # On the caller's thread: making a batch takes a fraction of a millisecond, and the device is busy meanwhile.
-    options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    # Ahead in a thread, so that the device waits for no batch where a line of metrics has waited for the device.
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
     batches = data.batches(examples, config.batch_size, seed=config.shuffle_seed, epochs=epochs)
     return iter(batches.to_iter_dataset(options))
 
