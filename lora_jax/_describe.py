@@ -14,12 +14,12 @@ from lora_jax._axes import Axes
 from lora_jax._dtypes import wide
 from lora_jax._node import LoRA, check_node, used_ranks
 from lora_jax._quantize.schemes import whole
-from lora_jax._tree import detach, leaves_with_paths, trained_paths, unbox
+from lora_jax._tree import detach, leaves_with_paths, rows_of, trained_paths, unbox
 from lora_jax._update import changed, difference
 
 
 class Row(NamedTuple):
-    """One adapted kernel, or one leaf trained in full.
+    """One adapted kernel, or one leaf trained in full or in some rows.
 
     Attributes:
         path: The leaf's path.
@@ -89,13 +89,15 @@ def describe(params: Any, also_train: Any = ()) -> Description:
     8,192 of 270,336 parameters train (3.03%)
     """
     plain, nodes = detach(params)
-    in_full = trained_paths(params, also_train)
+    in_full, trained_rows = trained_paths(params, also_train), rows_of(params)
     rows, total = [], 0
     for path, leaf in leaves_with_paths(plain):
         array = unbox(leaf)
         size = int(np.prod(np.shape(array), dtype=np.int64))
         row = None
-        if path in nodes:
+        if path in trained_rows:
+            row = Row(path, tuple(np.shape(array)), None, None, None, math.prod(trained_rows[path].value.shape))
+        elif path in nodes:
             check_node(path, array, nodes[path])
             row = _node_row(path, array, nodes[path])
         elif path in in_full:

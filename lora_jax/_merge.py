@@ -18,6 +18,7 @@ from lora_jax._tree import (
     nodes_of,
     rebox,
     refuse_prefix,
+    rows_of,
     trained_paths,
     unbox,
 )
@@ -98,6 +99,11 @@ def unmerge(params: Any, adapter: Any) -> Any:
     """
     in_full = {path for path, leaf in leaves_with_paths(adapter) if not isinstance(leaf, LoRA)}
     nodes = nodes_of(adapter)
+    if rows := sorted(rows_of(adapter)):
+        raise ValueError(
+            f"{rows[0]}: some of its rows train, beside a base that has zeros there; combine the base that split"
+            " returned with the adapter"
+        )
     if lost := sorted(path for path, node in nodes.items() if node.magnitude is not None):
         raise ValueError(
             f"{lost[0]}: its node has a magnitude (DoRA), so the base can't be computed from the merged kernel; combine"

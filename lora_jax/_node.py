@@ -17,6 +17,7 @@ from lora_jax._processes import on_host
 from lora_jax._start import Start
 
 SUFFIX = "_lora"
+ROWS = "_rows"  # of a table's name: where its trained rows are
 PREFIX = "prefix"  # where a tree of parameters has its prefix embeddings
 
 
@@ -262,6 +263,37 @@ class Prefix(Trained):
     """
 
     after: int = 0
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("value",), meta_fields=("dtype", "rows", "axis"))
+@dataclasses.dataclass(frozen=True, eq=False)
+class TrainedRows(Trained):
+    """Rows of a table W that train while its others are frozen, beside it under the name `NAME_rows`.
+
+        W' = W + E V        E[rows[k], k] = 1, else 0;  W has zeros in these rows, so that W'[rows] = V exactly
+
+    The forward has it in this form, of low rank: no gradient of W's shape is computed. `lora_jax.init_rows` makes it.
+
+    Attributes:
+        value: V, f32[rows, width].
+        dtype: Name of the dtype in which the function gets them.
+        rows: The numbers of the rows.
+        axis: W's axis of rows: 0 of an embedding [vocabulary, width], 1 of a head's kernel [width, vocabulary].
+
+    >>> import jax.numpy as jnp, lora_jax
+    >>> params = lora_jax.init_rows({"embedding": jnp.ones((7, 4))}, {"embedding": [5, 6]})
+    >>> params["embedding_rows"].value.shape, params["embedding_rows"].rows
+    ((2, 4), (5, 6))
+    """
+
+    rows: tuple[int, ...] = ()
+    axis: int = 0
+
+    def low_rank(self, size: int) -> LoRA:
+        """E V as the node of a table of `size` rows."""
+        # Of 3 rows in a table of 7: E is [7, 3], and V [3, width].
+        one_hot = (jnp.arange(size)[:, None] == jnp.asarray(self.rows)).astype(jnp.float32)
+        return LoRA(jnp.matrix_transpose(self.value), one_hot.T, 1.0) if self.axis else LoRA(one_hot, self.value, 1.0)
 
 
 def trained(leaf: Any, value: Any = None) -> Trained:

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from lora_jax._node import SUFFIX, LoRA, Prefix, Trained
+from lora_jax._node import ROWS, SUFFIX, LoRA, Prefix, Trained, TrainedRows
 from lora_jax._paths import match
 from lora_jax._quantize.node import Quantized
 
@@ -159,7 +159,7 @@ def is_adapter(tree: Any) -> bool:
 def detach(tree: Any) -> tuple[Any, dict[str, LoRA]]:
     """Separate a tree into the tree as it was before `init`, and its nodes by their kernel's path.
 
-    Leaves trained in full are cast to the dtype that the function expects.
+    Leaves trained in full are cast to the dtype that the function expects. Trained rows of a table are a node too.
 
     Args:
         tree: Any pytree, with nodes anywhere in its mappings.
@@ -179,14 +179,28 @@ def detach(tree: Any) -> tuple[Any, dict[str, LoRA]]:
                 if entries.get(str(key).removesuffix(SUFFIX)) is None:
                     raise ValueError(f"{name}: its LoRA node is here, the kernel isn't; pass combine(base, adapter)")
                 nodes[name] = child
-        return {key: child for key, child in entries.items() if not isinstance(child, LoRA)}
+        for key, child in entries.items():
+            if isinstance(child, TrainedRows):
+                name = join(path, key).removesuffix(ROWS)
+                table = entries.get(str(key).removesuffix(ROWS))
+                if table is None or name in nodes:
+                    found = "no table" if table is None else "a LoRA node as well"
+                    raise ValueError(f"{name}: its trained rows are here, with {found} beside them; expected the table")
+                nodes[name] = child.low_rank(unbox(table).shape[child.axis])
+        return {key: child for key, child in entries.items() if not isinstance(child, LoRA | TrainedRows)}
 
     def cast(path: str, leaf: Any) -> Any:
-        if isinstance(leaf, LoRA):
+        if isinstance(leaf, LoRA | TrainedRows):
             raise ValueError(f"{path or 'the root'}: a LoRA node must be in a mapping, beside its kernel")
         return leaf.cast() if isinstance(leaf, Trained) else leaf
 
     return edit(tree, leaf=cast, level=drop_nodes), nodes
+
+
+def rows_of(tree: Any) -> dict[str, TrainedRows]:
+    """The trained rows in a whole tree or an adapter tree, by the path of their table."""
+    leaves = leaves_with_paths(tree)
+    return {path.removesuffix(ROWS): leaf for path, leaf in leaves if isinstance(leaf, TrainedRows)}
 
 
 def refuse_prefix(tree: Any, why: str) -> None:

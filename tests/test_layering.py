@@ -79,6 +79,7 @@ TREE = {
     "_merge",
     "_describe",
     "_stack",
+    "_trained_rows",
     "_dict",
     "_dora",
     "_quantize",

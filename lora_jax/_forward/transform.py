@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ from lora_jax._forward.lowrank import LowRank
 from lora_jax._forward.settings import UNSET, OnMaterialize, Settings, note, noted, tracing
 from lora_jax._node import LoRA
 from lora_jax._quantize.node import Quantized
-from lora_jax._tree import detach, is_quantized, leaf_paths, refuse_prefix, trained_paths
+from lora_jax._tree import detach, is_quantized, leaf_paths, refuse_prefix, rows_of, trained_paths
 
 RULES = {
     **layout.RULES,
@@ -202,7 +202,9 @@ def _adapted(apply_fn: Callable[..., Any], settings: Settings) -> Callable[..., 
             jaxpr, rebuild = trace(apply_fn, leaves, arrays, treedef)
         names = tuple((path,) for path, _ in nodes.values())
         frame = Frame(Session(RULES, settings.on_materialize), names)
-        draw = _draws(dropout_key, settings.dropout)
+        draw = _draws(
+            dropout_key, settings.dropout, {path for value in (*args, *kwargs.values()) for path in rows_of(value)}
+        )
         kernels = {
             place: carry_alone(leaves[place], slot)
             if node is None
@@ -220,10 +222,13 @@ def _adapted(apply_fn: Callable[..., Any], settings: Settings) -> Callable[..., 
     return note(adapted, apply_fn, settings)
 
 
-def _draws(dropout_key: Any, rate: Any) -> Callable[[str], dropping.DropoutDraw | None]:
-    """A function from a kernel's path to its dropout draw: None without a key or at rate 0; a pair has its own rate."""
+def _draws(dropout_key: Any, rate: Any, rows: Collection[str]) -> Callable[[str], dropping.DropoutDraw | None]:
+    """A function from a kernel's path to its dropout draw: None without a key or at rate 0; a pair has its own rate.
+
+    Tables with trained `rows` have none: dropout is of the low-rank path's inputs, and these rows are weights.
+    """
     key, rate = dropout_key if isinstance(dropout_key, tuple) else (dropout_key if rate else None, rate)
-    return lambda path: None if key is None else dropping.draw_for(key, rate, path)
+    return lambda path: None if key is None or path in rows else dropping.draw_for(key, rate, path)
 
 
 def _parameter_names(function: Callable[..., Any]) -> tuple[str, ...]:

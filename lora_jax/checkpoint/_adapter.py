@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from lora_jax._node import SUFFIX, LoRA, Prefix, Trained
+from lora_jax._node import SUFFIX, LoRA, Prefix, Trained, TrainedRows
 from lora_jax.checkpoint._folder import find
 from lora_jax.checkpoint._orbax import read_arrays, read_facts
 from lora_jax.checkpoint._state import START
@@ -108,9 +108,12 @@ def _tree_of(
         entries = {name: part for name, part in parts.items() if part is not None}
         named = dict(zip(("stack", "inputs", "outputs"), groups, strict=True))
         _put(adapter, path, LoRA.from_dict({**entries, "axes": named}))
-    for path, (dtype, after) in in_full.items():
+    for path, (dtype, after, *rows) in in_full.items():
         value = leaves.pop(f"{path}/value")
-        _put(adapter, path, Trained(value, dtype) if after is None else Prefix(value, dtype, after))
+        if rows:
+            _put(adapter, path, TrainedRows(value, dtype, tuple(rows[0]), rows[1]))
+        else:
+            _put(adapter, path, Trained(value, dtype) if after is None else Prefix(value, dtype, after))
     for path, leaf in leaves.items():
         _put(adapter, path, leaf)
     return adapter

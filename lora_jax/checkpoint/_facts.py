@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from lora_jax._node import LoRA, Trained
+from lora_jax._node import LoRA, Trained, TrainedRows
 from lora_jax._tree import nodes_of
 from lora_jax.checkpoint._state import TrainState, arrays_of, shapes
 
@@ -75,10 +75,14 @@ def _scales(adapter: Any) -> dict[str, Any]:
 
 
 def _trained_in_full(adapter: Any) -> dict[str, Any]:
-    """For each node of a leaf that is trained in full: the dtype that the function sees, and a prefix's place."""
+    """For each node of a leaf that is trained in full, or in some rows: its fields beside the value."""
     nodes = jax.tree_util.tree_leaves_with_path(adapter, is_leaf=lambda x: isinstance(x, Trained))
     return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): [node.dtype, getattr(node, "after", None)]
+        jax.tree_util.keystr(path, simple=True, separator="/"): [
+            node.dtype,
+            getattr(node, "after", None),
+            *([list(node.rows), node.axis] if isinstance(node, TrainedRows) else []),
+        ]
         for path, node in nodes
         if isinstance(node, Trained)
     }

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 import lora_jax
 from lora_jax._tree import trained_paths
-from lora_jax.cli import _mesh, _named_base, _show
+from lora_jax.cli import _mesh, _named_base, _new_tokens, _show
 from lora_jax.demo import text_to_sql
 from lora_jax.peft import adapter_folder
 
@@ -163,6 +163,7 @@ class Base:
         )
 
     def _with_tokenizer(self, model: Any) -> Any:
+        model = _new_tokens.fitted(model, self.adapter_folder)
         return replace(model, adapter=self.adapter_folder, template=self.template_file)
 
 

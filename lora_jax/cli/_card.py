@@ -11,6 +11,7 @@ import yaml
 import lora_jax
 from lora_jax import _disk
 from lora_jax._extras import MissingExtra
+from lora_jax._tree import leaves_with_paths, rows_of
 from lora_jax.cli import _show
 from lora_jax.train import TrainResult
 from lora_jax.train._save import METRICS
@@ -130,7 +131,7 @@ Trained on {_data(data)} for {result.steps:,} steps.{_best(result)}
 lora-jax generate --model {name} --adapter . --prompt "..."
 ```
 
-PEFT, transformers and vLLM load the adapter too, with `PeftModel.from_pretrained(model, folder)`.
+PEFT, transformers and vLLM load the adapter too, with `PeftModel.from_pretrained(model, folder)`.{_resized(result)}
 
 ### Framework versions
 
@@ -147,6 +148,14 @@ def _best(result: TrainResult) -> str:
     if result.adapter_step == result.steps:
         return ""
     return f" The adapter is that of step {result.adapter_step:,}, the best on the validation examples."
+
+
+def _resized(result: TrainResult) -> str:
+    """A line on the base's vocabulary, if rows of new tokens were trained."""
+    leaves = dict(leaves_with_paths(result.params))
+    sizes = {leaves[path].shape[node.axis] for path, node in rows_of(result.params).items()}
+    line = "\nIts new tokens are in the tokenizer beside it, and need `model.resize_token_embeddings({})` first."
+    return line.format(max(sizes)) if sizes else ""
 
 
 def _figures(result: TrainResult) -> list[tuple[str, str, str]]:

@@ -8,7 +8,11 @@ from lora_jax._extras import require
 from lora_jax.cli import _card, _labels, _show
 
 # What is of use to others: no checkpoints, and no run.yaml, which has the paths of this machine.
-FILES = ("adapter_config.json", "adapter_model.safetensors", "prefix/*", _labels.FILE, _card.CARD, _card.CURVE)
+TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja")
+FILES = (
+    *("adapter_config.json", "adapter_model.safetensors", "prefix/*", _labels.FILE, _card.CARD, _card.CURVE),
+    *TOKENIZER,
+)
 
 
 def check(name: str) -> None:

@@ -10,7 +10,7 @@ from rich.console import Console
 
 import lora_jax
 from lora_jax._config import CHANGES_KERNELS
-from lora_jax.cli import _base, _labels, _mesh, inspect
+from lora_jax.cli import _base, _labels, _mesh, _new_tokens, inspect
 from lora_jax.cli._rows import Rows
 from lora_jax.peft import adapter_folder
 from lora_jax.train import TrainConfig
@@ -69,6 +69,7 @@ def begin(
     lora: lora_jax.LoRAConfig,
     prefix_length: int,
     adapter: Path | None,
+    add_tokens: Path | None = None,
 ) -> Start:
     """Load the model with its adapter, and print what trains.
 
@@ -80,9 +81,10 @@ def begin(
         lora: The settings of a new adapter.
         prefix_length: Tokens of a new prefix.
         adapter: The folder of the adapter that the run goes on from, if any.
+        add_tokens: A file of new tokens, whose rows train, if any.
 
     Raises:
-        ValueError: The adapter trains rows of an embedding.
+        ValueError: The adapter trains rows of an embedding, or a new token is there already.
     """
     key = jax.random.fold_in(jax.random.key(train.seed), 0)  # training folds in the steps, from 1
     model = base.abstract(labels=rows.label_names)
@@ -100,6 +102,9 @@ def begin(
             f"{adapter}: trains rows of an embedding (trainable_token_indices), and a run would train all its rows;"
             " merge it, and train a new adapter"
         )
+    new_rows = {}
+    if add_tokens is not None:
+        model, new_rows = _new_tokens.add(add_tokens, model, jax.random.fold_in(key, 2), show)
     params = _base.with_adapter(model, adapter)
     if adapter is not None:
         show.print(f"going on from {adapter}", markup=False, soft_wrap=True)
@@ -114,6 +119,7 @@ def begin(
         how = base.quantize_config(_base.head_leaves(model)) if changes else None
         config = _labels.with_head(lora, model)
         params = lora_jax.init(key, params, config, axes=_base.kernel_axes(model), quantize=how)
+    params = lora_jax.init_rows(params, new_rows)
     if changes:
         line = f"init {lora.init}: took A₀ B₀ out of each kernel; the adapter is saved for the model as it is"
         show.print(f"{line}, as A B - A₀ B₀ of twice the rank", markup=False, soft_wrap=True)

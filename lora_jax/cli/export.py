@@ -8,7 +8,7 @@ import tyro
 import lora_jax
 from lora_jax import _disk
 from lora_jax.checkpoint import Saved, load_adapter
-from lora_jax.cli import _base, _labels, _show
+from lora_jax.cli import _base, _labels, _new_tokens, _show
 from lora_jax.data import Labels
 from lora_jax.peft import adapter_folder
 
@@ -52,7 +52,7 @@ def run(settings: Settings) -> None:
     if settings.adapter is not None:
         _export_adapter(settings, settings.adapter)
     elif settings.checkpoint is not None:
-        _export_checkpoint(settings, load_adapter(settings.checkpoint))
+        _export_checkpoint(settings, settings.checkpoint, load_adapter(settings.checkpoint))
     _show.results().print(f"adapter: {settings.output}", markup=False)
 
 
@@ -76,7 +76,7 @@ def _export_adapter(settings: Settings, adapter: Path) -> None:
     lora_jax.models.copy_tokenizer(adapter, settings.output)
 
 
-def _export_checkpoint(settings: Settings, saved: Saved) -> None:
+def _export_checkpoint(settings: Settings, checkpoint: Path, saved: Saved) -> None:
     """Write a checkpoint's adapter. The checkpoint names its model, of which only the configuration is read."""
     base = settings.base
     if not base.model:
@@ -96,5 +96,6 @@ def _export_checkpoint(settings: Settings, saved: Saved) -> None:
         overwrite=settings.overwrite,
     )
     _labels.save(settings.output, None if names is None else Labels(tuple(names)))
+    _new_tokens.copy_of_run(checkpoint, saved.adapter, settings.output)
     rank = "the last" if saved.step == saved.steps else f"the best of {saved.steps} steps"
     _show.results().print(f"step {saved.step}: {rank}")

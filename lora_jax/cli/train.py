@@ -28,6 +28,7 @@ from lora_jax.cli import (
     _embedded,
     _hub,
     _labels,
+    _new_tokens,
     _rows,
     _run_file,
     _samples,
@@ -82,6 +83,8 @@ class Settings:
     is made, as a private one, if it isn't there"""
     prefix_length: int = 0
     """number of tokens before each row whose embeddings train beside A and B; such an adapter can't be merged"""
+    add_tokens: Path | None = None
+    """file of new tokens, one a line or a JSON list: the vocabulary gets them, and only their rows of it are trained"""
     base: tyro.conf.OmitArgPrefixes[_base.TrainedBase] = _base.TrainedBase()
     lora: tyro.conf.OmitArgPrefixes[_base.LoRAFlags] = _base.LORA
     train: tyro.conf.OmitArgPrefixes[TrainConfig] = TrainConfig()
@@ -188,6 +191,7 @@ def _train(settings: Settings, stop: Callable[[], bool]) -> Callable[[], None]:
         lora=settings.lora,
         prefix_length=settings.prefix_length,
         adapter=settings.from_adapter,
+        add_tokens=settings.add_tokens,
     )
     workload = _workload(settings, model, rows, lora_jax.prefix.length(params))
     choices = _choices.taken(model, settings.train)
@@ -196,6 +200,7 @@ def _train(settings: Settings, stop: Callable[[], bool]) -> Callable[[], None]:
     def write_settings() -> None:
         if jax.process_index() == 0:
             _run_file.write(settings.output, replace(settings, base=replace(settings.base, **choices)))
+            _new_tokens.save(settings.output, model, settings.add_tokens)
 
     def stop_after_step() -> bool:  # first called when the run's folder is there and nothing is refused any more
         write_settings()
@@ -275,6 +280,8 @@ def _check(settings: Settings) -> None:
     if settings.lora.init == "loftq" and settings.base.quantize is None:
         raise ValueError("init: 'loftq' given for a base that isn't quantized, expected --quantize too; or take pissa")
     check_installed(settings.train)
+    if settings.add_tokens is not None:
+        _new_tokens.read(settings.add_tokens)
     if settings.push_to_hub is not None:
         _hub.check(settings.push_to_hub)
     _base.check_writable(settings.output)

@@ -25,11 +25,15 @@ from lora_jax.models._load import load_streamed as load_streamed
 from lora_jax.models._load import quant_method as quant_method
 from lora_jax.models._model import Model as Model
 from lora_jax.models._model import shardings as shardings
+from lora_jax.models._new_tokens import NewTokens as NewTokens
+from lora_jax.models._new_tokens import add_tokens as add_tokens
+from lora_jax.models._new_tokens import resize_token_embeddings as resize_token_embeddings
 from lora_jax.models._save import check_free as check_free
 from lora_jax.models._save import save as save
 from lora_jax.models._tokenizer import beside as tokenizer_in
 from lora_jax.models._tokenizer import copy as copy_tokenizer
 from lora_jax.models._tokenizer import read_template as read_template
+from lora_jax.models._tokenizer import remove as remove_tokenizer
 from lora_jax.models._untied import untied as untied
 from lora_jax.models._weights import Streamed as Streamed
 
@@ -38,8 +42,10 @@ __all__ = [
     "SUPPORTED",
     "ExecutionOptions",
     "Model",
+    "NewTokens",
     "Streamed",
     "Weight",
+    "add_tokens",
     "check_free",
     "copy_tokenizer",
     "find",
@@ -51,6 +57,8 @@ __all__ = [
     "load_streamed",
     "quant_method",
     "read_template",
+    "remove_tokenizer",
+    "resize_token_embeddings",
     "save",
     "shardings",
     "tokenizer_in",

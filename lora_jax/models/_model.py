@@ -58,6 +58,8 @@ class Model:
         mesh: The mesh that activations are spread over, from `on_mesh`, with Auto axes; None for one device.
         rules: The rules of that mesh.
         remade: `(layout) -> apply, init_cache, unembed, attention` of this model on another mesh.
+        of_config: `config -> Model` of another configuration of the same family, without arrays and on one device.
+        new_tokenizer: A tokenizer that replaces that of the folders, from `add_tokens`.
 
     >>> import tempfile
     >>> from transformers import LlamaConfig
@@ -92,6 +94,8 @@ class Model:
     mesh: Mesh | None = None
     rules: Rules = field(default_factory=lambda: RULES)
     remade: Callable[[Layout], dict[str, Any]] = lambda layout: {}
+    of_config: Callable[[Any], "Model"] = lambda config: _no_family(config)
+    new_tokenizer: PreTrainedTokenizerBase | None = None
 
     def on_mesh(self, mesh: Mesh, rules: Rules | None = None) -> "Model":
         """The same model with activations that are spread over a mesh, between the layers and within them.
@@ -115,11 +119,13 @@ class Model:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer of the folder, or of the adapter, loaded at the first access.
+        """The tokenizer of the folder, or of the adapter, loaded at the first access; or the one with new tokens.
 
         Raises:
             ValueError: There is none.
         """
+        if self.new_tokenizer is not None:
+            return self.new_tokenizer
         return _tokenizer.load(self.folder, self.adapter, self.config, self.template)
 
     @cached_property
@@ -176,8 +182,13 @@ def abstract(family: Family, config, dtype, compute_dtype, chosen: Execution, fo
         axes=axes,
         counts=counts,
         remade=remade,
+        of_config=lambda config: abstract(family, config, dtype, compute_dtype, chosen, folder),
         **remade(chosen.layout),
     )
+
+
+def _no_family(config: Any) -> Model:
+    raise ValueError("of_config: this model was made by hand, so that nothing says what another configuration means")
 
 
 class OnMesh(NamedTuple):

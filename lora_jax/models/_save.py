@@ -76,6 +76,7 @@ def save(
     ours = _shards.ours(folder, model.folder)
     with _disk.replacing(folder, overwrite=overwrite, what=WRITTEN, ours=ours) as temporary:
         config.save_pretrained(temporary)
+        tokenizer = model.new_tokenizer if tokenizer is None else tokenizer
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         if model.folder is not None:

@@ -101,6 +101,21 @@ def _check(path: Path, expected: str = "a file of a tokenizer") -> None:
         raise ValueError(f"{path}: {path.stat().st_size:,} bytes, expected a template of at most {MOST_BYTES:,}")
 
 
+def remove(folder: Path) -> None:
+    """Remove a tokenizer from a folder; a chat template stays.
+
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> _ = (folder / "tokenizer.json").write_text("{}")
+    >>> remove(folder)
+    >>> beside(folder)
+    ''
+    """
+    if beside(folder) == "tokenizer":
+        for name in (*VOCABULARIES, *DESCRIPTIONS):
+            (folder / name).unlink(missing_ok=True)
+
+
 def copy(adapter: Path, target: Path) -> None:
     """Replace the tokenizer in another folder with the adapter's, or only the chat template.
 

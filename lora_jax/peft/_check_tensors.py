@@ -7,7 +7,7 @@ import numpy as np
 
 from lora_jax._huggingface.messages import one_line
 from lora_jax.peft._adapter_config import CHECKSUM, AdapterConfig, checksum
-from lora_jax.peft._expected_tensors import AdaptedModule, Expected, ExpectedTensor, TrainedLeaf
+from lora_jax.peft._expected_tensors import AdaptedModule, Expected, ExpectedTensor, TrainedLeaf, TrainedRows
 from lora_jax.peft._safetensors_file import TensorsFile, is_finite, wrong_dtype
 from lora_jax.peft._tensor_names import head_factor_names, is_original, peft_name
 from lora_jax.peft.adapter_folder import Misfit
@@ -55,6 +55,7 @@ def _expected_name(name: str, expected: Expected) -> str:
     if name in expected.slots or name in expected.copies:
         return name
     other = peft_name(name)
+    other = expected.aliases.get(other, other)
     return other if other in expected.slots else name
 
 
@@ -121,7 +122,9 @@ def _refuse(problems: list[str]) -> None:
 
 def _same(array: np.ndarray, slot: ExpectedTensor, leaves: Mapping[str, Any]) -> bool:
     """Return whether an array of the file is the base's own tensor, in the array's dtype."""
-    assert isinstance(slot.goes_to, TrainedLeaf)
-    tensor = slot.goes_to.tensor
-    base = np.asarray(leaves[tensor.path])[tensor.index]
-    return np.array_equal(array, tensor.saved(base).astype(array.dtype))
+    to = slot.goes_to
+    assert isinstance(to, TrainedLeaf | TrainedRows)
+    base = to.tensor.saved(np.asarray(leaves[to.tensor.path])[to.tensor.index]).astype(array.dtype)
+    if isinstance(to, TrainedRows):
+        base, array = (np.delete(table, to.rows, axis=0) for table in (base, array))
+    return np.array_equal(array, base)

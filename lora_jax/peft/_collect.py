@@ -48,6 +48,7 @@ def collect(
     *,
     portable: bool,
     tokens: Mapping[str, Sequence[int]],
+    trained_rows: Sequence[TokenRows],
     fused: bool,
     prefixed: bool,
 ) -> Collected:
@@ -58,6 +59,7 @@ def collect(
         names: The Hugging Face name of each leaf.
         portable: Whether every module gets the same rank, and scale 1.
         tokens: Row numbers by the path of an embedding; no other rows of it are saved.
+        trained_rows: Rows that the tree held as such.
         fused: Whether experts become parameters even where PEFT can read one entry for each expert.
         prefixed: Whether prefix embeddings are saved too, so that the tree may have nothing else that trains.
 
@@ -65,9 +67,9 @@ def collect(
         ValueError: There is nothing to save, a leaf has no name, or PEFT's format can't express it.
     """
     nodes = tree.nodes
-    if not (nodes or tree.trained or tokens or prefixed):
+    if not (nodes or tree.trained or tokens or trained_rows or prefixed):
         raise ValueError("there is no adapter in these parameters: nothing to save (lora_jax.init makes one)")
-    _tied_heads.check(tree, names, tokens)
+    _tied_heads.check(tree, names, {*tokens, *(rows.tensor.path for rows in trained_rows)})
     # From here on a head that has a leaf of its own has a name of its own, and is no copy of the embedding.
     names = untied.names_of(names, nodes.keys() | tree.leaves.keys())
     if unnamed := sorted((nodes.keys() | tree.trained) - names.keys()):
@@ -82,7 +84,7 @@ def collect(
     _check_magnitudes(factors, "portable" if portable else "fused" if fused else "")
     if portable and factors:
         factors = _with_one_rank(factors)
-    rows = _token_rows.collect(tokens, tree, table)
+    rows = [*trained_rows, *_token_rows.collect(tokens, tree, table)]
     # An embedding whose rows are saved alone isn't saved as a leaf that was trained in full as well.
     others = tree._replace(trained=tree.trained - tokens.keys())
     trained = _trained_in_full.collect(others, table, {found.tensor.module for found in factors}, names)

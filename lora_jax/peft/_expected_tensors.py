@@ -83,12 +83,14 @@ class Expected(NamedTuple):
     Attributes:
         slots: The tensors that the file must hold, by PEFT's names.
         copies: The base's own tensors by name. PEFT writes some of them too (embeddings, where they are adapted), which
-            is harmless where their values are this base's.
+            is harmless where their values are this base's. Rows that train aren't compared.
+        aliases: Other names of a slot: of rows that an embedding and a head share, PEFT may write the head's too.
         axes: The axes of each kernel that gets a node, by its path.
     """
 
     slots: dict[str, ExpectedTensor]
     copies: dict[str, ExpectedTensor]
+    aliases: dict[str, str]
     axes: dict[str, Axes]
 
 
@@ -123,12 +125,18 @@ def expected(config: AdapterConfig, table: Mapping[str, Tensor], axes: Mapping[s
         slots |= _factors(config, tensor, axes[tensor.path], biases.get(tensor.module))
     slots |= _parameters(config, parameters)
     slots |= rows
+    with_rows = {slot.goes_to.tensor: slot.goes_to for slot in rows.values() if isinstance(slot.goes_to, TrainedRows)}
     copies = {
-        name: ExpectedTensor(tensor.saved_shape, TrainedLeaf(tensor=tensor), "value")
+        name: ExpectedTensor(tensor.saved_shape, with_rows.get(tensor, TrainedLeaf(tensor=tensor)), "value")
         for tensor in table.values()
-        for name in _tensor_names.base_names(tensor)
+        for name in _tensor_names.base_names(tensor, in_rows=tensor in with_rows)
     }
-    return Expected(slots, copies, axes)
+    aliases = {
+        name: _tensor_names.token_rows_name(tensor)
+        for tensor in with_rows
+        for name in _tensor_names.head_rows_names(tensor)
+    }
+    return Expected(slots, copies, aliases, axes)
 
 
 def _selected(tensor: Tensor, selects: Callable[[str], bool]) -> bool:
@@ -163,7 +171,7 @@ def _rows(
         raise ValueError(f"trainable_token_indices: {clash[0]} is adapted as well")
     for tensor, rows in found:
         # Two rows of an embedding (12, 8) are a tensor (2, 8).
-        slot = ExpectedTensor((len(rows), tensor.shape[1]), TrainedRows(tensor=tensor, rows=rows), "value")
+        slot = ExpectedTensor((len(rows), tensor.saved_shape[1]), TrainedRows(tensor=tensor, rows=rows), "value")
         yield _tensor_names.token_rows_name(tensor), slot
 
 

@@ -83,4 +83,4 @@ class _TrainedLeaves:
     def replace_rows(self, tensor: Tensor, rows: tuple[int, ...], value: np.ndarray) -> None:
         """The leaf becomes the base's embedding with these rows; what `replace` put there before is dropped."""
         self.values.pop(tensor.path, None)
-        self._leaf(tensor.path)[list(rows)] = value
+        tensor.saved(self._leaf(tensor.path))[list(rows)] = value  # of a head's kernel, the transposed view

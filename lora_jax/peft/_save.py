@@ -13,7 +13,7 @@ from lora_jax import _disk, prefix
 from lora_jax._huggingface import trees
 from lora_jax._huggingface.tensors import Weight
 from lora_jax._processes import on_host, one_writes
-from lora_jax.peft import _adapter_config_file, _check_arguments, _prefix_folder
+from lora_jax.peft import _adapter_config_file, _check_arguments, _prefix_folder, _token_rows
 from lora_jax.peft._adapter_config import CHECKSUM, checksum
 from lora_jax.peft._adapter_config_file import CONFIG_FILE
 from lora_jax.peft._collect import collect
@@ -62,8 +62,9 @@ def save(
         task_type: PEFT's task, such as `"CAUSAL_LM"`.
         portable: Whether to fold the scale into B and pad to one rank, for tools that ignore patterns: alpha = r
             everywhere. DoRA has no such form.
-        tokens: Rows of embeddings that were trained, by the path of the leaf (`embed_tokens/embedding`). No other rows
-            of these leaves are saved (`trainable_token_indices`), whether `also_train` names them or not.
+        tokens: Rows of embeddings that were trained, by the path of the leaf (`embed_tokens/embedding`), or of a head
+            that isn't tied. No other rows of these leaves are saved (`trainable_token_indices`), whether `also_train`
+            names them or not. The rows of `lora_jax.init_rows` are known without it.
         fused: Whether to write experts as transformers 5 has them (`target_parameters`), which other tools may not
             read. Without it each expert has an entry, unless PEFT would read the entries wrong: where ranks or alphas
             differ, some experts are left out, or gate is adapted without up.
@@ -100,8 +101,15 @@ def save(
         if writes:
             _check_free(folder, overwrite)
     params, node = prefix.take(params)
+    params, trained_rows = _token_rows.taken(params, names)
     saved = collect(
-        trees.parts(params, also_train), names, portable=portable, tokens=rows, fused=fused, prefixed=node is not None
+        trees.parts(params, also_train),
+        names,
+        portable=portable,
+        tokens=rows,
+        trained_rows=trained_rows,
+        fused=fused,
+        prefixed=node is not None,
     )
     config, tensors = config_of(saved), named(saved)
     _check_finite(tensors if node is None else {**tensors, prefix.PREFIX: on_host(node.value)})

@@ -60,9 +60,15 @@ def wrapped_bias_name(tensor: Tensor) -> str:
     return f"{PREFIX}{tensor.module}.base_layer.bias"
 
 
-def base_names(tensor: Tensor) -> list[str]:
-    """The names under which PEFT may copy the base's own tensor into the file."""
-    return [f"{PREFIX}{module}{inner}.{tensor.parameter}" for module in tensor.modules for inner in ("", ".base_layer")]
+def base_names(tensor: Tensor, *, in_rows: bool = False) -> list[str]:
+    """The names under which PEFT may copy the base's own tensor into the file; `in_rows` if some of its rows train."""
+    wrappers = ("", ".base_layer", *([".token_adapter.base_layer"] if in_rows else []))
+    return [f"{PREFIX}{module}{inner}.{tensor.parameter}" for module in tensor.modules for inner in wrappers]
+
+
+def head_rows_names(embedding: Tensor) -> list[str]:
+    """The names under which PEFT writes the rows of a resized embedding once more, for heads that share the weight."""
+    return [f"{PREFIX}{module}.token_adapter.trainable_tokens_delta" for module in embedding.tied]
 
 
 def peft_name(name: str) -> str:

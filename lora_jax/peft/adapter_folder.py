@@ -89,6 +89,13 @@ def token_rows(folder: Path, params: Any, names: Mapping[str, Weight]) -> dict[s
     return {tensor.path: rows for tensor, rows in _token_rows.named_rows(_adapter_config_file.read(folder), table)}
 
 
+def added_rows(folder: Path) -> set[int]:
+    """The numbers of all rows of tables that the adapter trains: new tokens have rows beyond its base's vocabulary."""
+    given = _adapter_config_file.read(folder).trainable_token_indices or {}
+    lists = given.values() if isinstance(given, Mapping) else [given]
+    return {row for rows in lists for row in rows}
+
+
 def labels(folder: Path, width: int) -> int | None:
     """The number of labels of the adapter's own classification head, on a model of this width; None without a head.
 

@@ -1,0 +1,99 @@
+"""The `--add-tokens` flag: tokens that a run adds to the vocabulary, and the tokenizer beside the adapter."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+
+import lora_jax
+from lora_jax._tree import rows_of
+from lora_jax.cli import _show
+from lora_jax.peft import adapter_folder
+
+MOST_BYTES = 2**24  # of a file of tokens
+
+
+def read(path: Path) -> list[str]:
+    """The tokens in a file: one a line, without the spaces around it, or a JSON list of texts.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is no text or no list of texts, or it is empty.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "tokens.txt"
+    >>> _ = path.write_text("<tool>\\n\\n</tool>\\n")
+    >>> read(path)
+    ['<tool>', '</tool>']
+    """
+    try:
+        if path.stat().st_size > MOST_BYTES:
+            raise ValueError(f"add_tokens: {path}: larger than {MOST_BYTES:,} bytes, expected a file of tokens")
+        text = path.read_text(encoding="utf-8")
+        tokens = json.loads(text) if text.lstrip().startswith("[") else [line.strip() for line in text.splitlines()]
+    except UnicodeDecodeError:
+        raise ValueError(f"add_tokens: {path}: not UTF-8, expected one token a line, or a JSON list") from None
+    except json.JSONDecodeError:  # tokens such as [INST], one a line
+        tokens = [line.strip() for line in text.splitlines()]
+    except RecursionError:
+        raise ValueError(f"add_tokens: {path}: nested too deeply, expected a JSON list of texts") from None
+    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
+        raise ValueError(f"add_tokens: {path}: {tokens!s:.60} given, expected a JSON list of texts")
+    tokens = [token for token in tokens if token]
+    if not tokens:
+        raise ValueError(f"add_tokens: {path} is empty, expected one token a line, or a JSON list of texts")
+    return tokens
+
+
+def add(path: Path, model: Any, key: jax.Array, show: Console) -> tuple[Any, dict[str, tuple[int, ...]]]:
+    """The model with the tokens of a file, and the rows of tables that train.
+
+    Raises:
+        ValueError: The file is faulty, or the tokenizer has one of the tokens already.
+    """
+    tokens, before = read(path), model.config.vocab_size
+    try:
+        added, rows = lora_jax.models.add_tokens(model, tokens, key=key)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    size = added.config.vocab_size
+    grown = (
+        f"the vocabulary has {size:,} rows, it had {before:,}" if size > before else "in spare rows of the vocabulary"
+    )
+    show.print(f"new tokens: {len(tokens):,}, {grown}; these rows train in {', '.join(rows)}", markup=False)
+    return added, rows
+
+
+def save(folder: Path, model: Any, add_tokens: Path | None) -> None:
+    """Write the tokenizer with the new tokens beside the adapter, or remove that of an earlier run in the folder."""
+    if add_tokens is not None:
+        model.tokenizer.save_pretrained(folder)
+    else:
+        lora_jax.models.remove_tokenizer(folder)
+
+
+def fitted(model: Any, adapter: Path | None) -> Any:
+    """The model with rows for all tokens that the adapter has added, which hold the adapter's once it is loaded.
+
+    A row beyond the vocabulary that the adapter doesn't have would be a random one: `peft.load` refuses such adapters.
+    """
+    if adapter is None or not adapter_folder.has_config(adapter):
+        return model
+    rows, size = adapter_folder.added_rows(adapter), model.config.vocab_size
+    needed = max(rows, default=-1) + 1
+    if needed <= size or len([row for row in rows if row >= size]) < needed - size:
+        return model
+    return lora_jax.models.resize_token_embeddings(model, needed, key=jax.random.key(0))
+
+
+def copy_of_run(checkpoint: Path, adapter: Any, target: Path) -> None:
+    """Copy the tokenizer of a run that trains rows of new tokens, which is above its checkpoints."""
+    if not rows_of(adapter):
+        return
+    for folder in (checkpoint, *checkpoint.absolute().parents[:2]):
+        if lora_jax.models.tokenizer_in(folder) == "tokenizer":
+            lora_jax.models.copy_tokenizer(folder, target)
+            return
+    _show.notes().print(f"tokenizer: none found above {checkpoint}, and the adapter has new tokens", markup=False)
