@@ -144,7 +144,7 @@ def adapt(apply_fn: Callable[..., Any], *, used: Any = None) -> Callable[..., An
         A function of the same signature.
 
     Raises:
-        ValueError: At the call: `positions` is given, but the prefix makes the input longer.
+        ValueError: At the call: `positions` or `segment_ids` is given, but the prefix makes the input longer.
 
     >>> def apply_fn(params, ids, mask=None, *, more_embeddings=None):
     ...     table = params["wte"]["embedding"] if more_embeddings is None else jnp.concatenate(
@@ -185,6 +185,8 @@ def _inserted(apply_fn, used, plain, node, input_ids, attention_mask=None, *, to
     """Call `apply_fn` with the prefix in the input."""
     if keywords.get("positions") is not None:
         raise ValueError("positions: given, but a prefix makes the input longer; leave positions to the model")
+    if keywords.get("segment_ids") is not None:
+        raise ValueError("segment_ids: given, but a row has one prefix, and each document would need one")
     if used is not None and attention_mask is None:
         attention_mask = jnp.ones_like(input_ids)  # the unused part is masked
     rows, mask, types = (

@@ -7,7 +7,8 @@ slices.
 
 A query attends to the keys of its row that aren't padding, aren't after itself and, with a window, are fewer than
 `window` positions back. A token's position is its number among the real tokens of its row, so that padding on either
-side makes no difference.
+side makes no difference. In a packed row, which has several documents one after another, it is the number in the
+document, and keys of other documents aren't attended to.
 """
 
 import functools
@@ -52,14 +53,27 @@ def init_cache(
     }
 
 
-def begin(input_ids: jax.Array, attention_mask: jax.Array | None, positions: jax.Array | None, cache: Cache | None):
+def begin(
+    input_ids: jax.Array,
+    attention_mask: jax.Array | None,
+    positions: jax.Array | None,
+    cache: Cache | None,
+    segment_ids: jax.Array | None = None,
+):
     """Prepare the positions and the cache for a call of a decoder.
 
     Returns:
         The positions, int32[B or 1, T], computed if they aren't given; the cache with the positions of the new tokens
         in their slots; its keys and values: stacked, or for one token of layers one by one a list with those of each
         layer. The last two are None without a cache.
+
+    Raises:
+        ValueError: There are segments and a cache.
     """
+    if segment_ids is not None:
+        if cache is not None:
+            raise ValueError("segment_ids: given with a cache, whose rows are one text each; leave one of the two out")
+        positions = positions_in(segment_ids) if positions is None else positions
     if positions is None:
         positions = positions_of(input_ids, attention_mask)
         if cache is not None:
@@ -81,6 +95,13 @@ def positions_of(input_ids: jax.Array, attention_mask: jax.Array | None) -> jax.
     if attention_mask is None:
         return jnp.arange(input_ids.shape[1], dtype=jnp.int32)[None]
     return jnp.maximum(jnp.cumsum(attention_mask.astype(jnp.int32), axis=1) - 1, 0)
+
+
+def positions_in(segment_ids: jax.Array) -> jax.Array:
+    """The position of each token in its segment, int32[B, T]: [1, 1, 2, 2, 2, 0] → [0, 1, 0, 1, 2, 0]."""
+    places = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
+    begins = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
+    return places - lax.cummax(jnp.where(begins, places, 0), axis=1)
 
 
 def cached_mask(cache: Cache, positions: jax.Array, window: int | None) -> jax.Array:
@@ -168,6 +189,7 @@ def attend(
     v: jax.Array,
     mask: jax.Array | None,
     lengths: jax.Array | None = None,
+    segments: jax.Array | None = None,
     *,
     layout: Layout = ONE_DEVICE,
     causal: bool,
@@ -184,6 +206,8 @@ def attend(
         k, v: [B, S, K, d], K a divisor of N.
         mask: Bool, broadcast to [B, 1, T, S]; None if `causal` is all. The kernels don't use it.
         lengths: For the kernels: the number of real tokens of each row, which are first, int32[B]; None if all are.
+        segments: The number of the document that each token belongs to, int32[B, T]; None if rows are one each. Queries
+            attend to keys of their own document alone.
         layout: The devices that rows and heads are computed on.
         softcap: The bound c of the scores: c · tanh(scores / c).
         window: For the kernels: the number of keys that a query attends to, the last of which is its own. For the other
@@ -194,32 +218,35 @@ def attend(
     k, v = _as_cut(layout, q, k), _as_cut(layout, q, v)
     if choice.form not in KERNELS:
         form = _kernels.blockwise if choice.form == "blockwise" else _kernels.xla
-        return checkpoint_name(form(q, k, v, mask, softcap=softcap, **options), SAVED)
+        return checkpoint_name(form(q, k, v, mask, segments=segments, softcap=softcap, **options), SAVED)
     kernel = _kernels.cudnn
     if choice.form == "splash":
         kernel = functools.partial(_kernels.splash, softcap=softcap, interpret=choice.interpreted)
     if window is None or window >= q.shape[1]:
         window, near = None, None
-    run = lambda window: _on_each(layout, functools.partial(kernel, window=window, **options), lengths)
+    given = {name: x for name, x in (("lengths", lengths), ("segments", segments)) if x is not None}
+    run = lambda window: _on_each(layout, functools.partial(kernel, window=window, **options), given)
     out = run(window)(q, k, v) if near is None else lax.cond(near, run(window), run(None), q, k, v)
     return checkpoint_name(out, SAVED)
 
 
-def _on_each(layout: Layout, kernel: Any, lengths: jax.Array | None) -> Any:
-    """`(q, k, v) -> out` by a kernel that knows of one device: each has its rows and heads of them."""
+def _on_each(layout: Layout, kernel: Any, given: dict[str, jax.Array]) -> Any:
+    """`(q, k, v) -> out` by a kernel that knows of one device: each has its rows and heads of them.
+
+    `given` has the other arguments, whose first axis is the rows.
+    """
     if layout.mesh is None:
-        return lambda q, k, v: kernel(q, k, v, lengths)
+        return lambda q, k, v: kernel(q, k, v, **given)
 
     def spread(q, k, v):
         place = layout.spec(("batch", None, "heads", None), q.shape)
-        rows = () if lengths is None else (lengths,)
         return jax.shard_map(
-            lambda q, k, v, lengths=None: kernel(q, k, v, lengths),
+            lambda q, k, v, given: kernel(q, k, v, **given),
             mesh=layout.mesh,
-            in_specs=(place,) * 3 + (PartitionSpec(place[0]),) * len(rows),
+            in_specs=(*(place,) * 3, PartitionSpec(place[0])),
             out_specs=place,
             check_vma=False,  # kernels don't say how their results vary
-        )(q, k, v, *rows)
+        )(q, k, v, given)
 
     return spread
 

@@ -133,6 +133,7 @@ class Attention(nn.Module):
                 v,
                 context["mask"],
                 context["lengths"],
+                context["segments"],
                 layout=self.layout,
                 causal=True,
                 scale=scale,
@@ -170,7 +171,7 @@ class Layer(nn.Module):
         x: [B, T, D].
         own: The layer's `past` (cached keys and values, or None) and whether it is `sliding` (None: all are equal).
         context: The inputs that all layers share: the `rotation` and the `mask` for each type of layer, the `lengths`
-            of the rows, and the `index` of the cache.
+            of the rows, the `segments` of packed ones, and the `index` of the cache.
     """
 
     spec: DecoderSpec
@@ -191,7 +192,9 @@ class Layer(nn.Module):
 
         seen = _of_layer(own["sliding"], context["layer_types"]) | {"near": own["sliding"]}
         attended, new = Attention(spec, self.param_dtype, self.choice, self.layout, name="self_attn")(
-            norm("input_layernorm", x), own["past"], seen | {name: context[name] for name in ("index", "lengths")}
+            norm("input_layernorm", x),
+            own["past"],
+            seen | {name: context[name] for name in ("index", "lengths", "segments")},
         )
         x = add(x, norm("post_attention_layernorm", attended) if spec.sandwich else attended)
         if spec.experts is None:
@@ -224,21 +227,34 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, input_ids, attention_mask=None, *, positions=None, cache=None, more_embeddings=None, hidden=False
+        self,
+        input_ids,
+        attention_mask=None,
+        *,
+        positions=None,
+        segment_ids=None,
+        cache=None,
+        more_embeddings=None,
+        hidden=False,
     ):
         spec, layout = self.spec, self.execution.layout
         placed = positions is not None and spec.window is not None
-        positions, cache, past = _attention.begin(input_ids, attention_mask, positions, cache)
+        if segment_ids is not None:
+            attention_mask = None  # padding is a segment of its own
+        positions, cache, past = _attention.begin(input_ids, attention_mask, positions, cache, segment_ids)
         embed = Embed(spec.vocab_size, spec.hidden_size, spec.init_std, self.param_dtype, layout, name="embed_tokens")
         x = embed(input_ids, self.dtype, more_embeddings)
         if spec.embedding_scale is not None:
             x = x * jnp.asarray(spec.embedding_scale, x.dtype)
-        choice = self.attention(x.shape[0], x.shape[1], x.dtype, cached=cache is not None, placed=placed)
+        choice = self.attention(
+            x.shape[0], x.shape[1], x.dtype, cached=cache is not None, placed=placed, packed=segment_ids is not None
+        )
         order, lengths = _attention.real_first(attention_mask) if choice.packs(attention_mask) else (None, None)
         x, positions = _attention.ordered(order, x), _attention.ordered(order, positions)
         context = {
             "index": None if cache is None else cache["index"],
             "lengths": lengths,
+            "segments": segment_ids,
             "layer_types": [
                 _seen(spec, choice, sliding, positions, attention_mask, cache, x.dtype) for sliding in spec.layer_types
             ],

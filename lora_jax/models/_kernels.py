@@ -1,7 +1,8 @@
 """The forms of attention: softmax(scale · q kᵀ) v with grouped queries.
 
-q is [B, T, N, d]; k and v are [B, S, K, d], K a divisor of N. Each query attends to the keys that `mask` or `lengths`
-allows and, with `causal`, to no key after itself.
+q is [B, T, N, d]; k and v are [B, S, K, d], K a divisor of N. Each query attends to the keys that `mask`, `lengths` or
+`segments` allows and, with `causal`, to no key after itself. `segments`, int32[B, T] for S = T, allows keys with the
+number of the query.
 """
 
 import math
@@ -16,13 +17,15 @@ from lora_jax.models._execution import SAVED
 QUERIES = 512  # the most queries of a block
 
 
-def xla(q, k, v, mask, *, causal: bool, scale: float, softcap: float | None = None) -> jax.Array:
+def xla(q, k, v, mask, *, causal: bool, scale: float, softcap: float | None = None, segments=None) -> jax.Array:
     """Compute all scores at once, in float32: [B, N, T, S].
 
     Args:
         mask: Bool, broadcast to [B, 1, T, S]; None if `causal` is all.
         softcap: The bound c of the scores: c · tanh(scores / c).
     """
+    if segments is not None:
+        mask = _both(mask, segments[:, None, :, None] == segments[:, None, None, :])
     if softcap is None:
         return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, scale=scale)
     grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])
@@ -31,6 +34,10 @@ def xla(q, k, v, mask, *, causal: bool, scale: float, softcap: float | None = No
     logits = jnp.where(mask[:, :, None], logits, -1e30)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
     return jnp.einsum("bkgts,bskd->btkgd", weights, v).reshape(q.shape)
+
+
+def _both(mask: Any, other: Any) -> Any:
+    return other if mask is None else mask & other
 
 
 def cached(q, k, v, mask, *, scale: float, softcap: float | None = None) -> jax.Array:
@@ -52,7 +59,7 @@ def cached(q, k, v, mask, *, scale: float, softcap: float | None = None) -> jax.
     return out.reshape(rows, heads, -1, length, width).transpose(0, 3, 1, 2, 4).reshape(q.shape)
 
 
-def blockwise(q, k, v, mask, *, causal: bool, scale: float, softcap: float | None = None) -> jax.Array:
+def blockwise(q, k, v, mask, *, causal: bool, scale: float, softcap: float | None = None, segments=None) -> jax.Array:
     """Compute `xla` for one block of queries after another; the backward pass recomputes the scores of a block.
 
     So there is never a [T, S] array of all heads, but the product of queries and keys is computed once more.
@@ -70,18 +77,24 @@ def blockwise(q, k, v, mask, *, causal: bool, scale: float, softcap: float | Non
         parts = jnp.pad(mask, ((0, 0), (0, 0), (0, padding), (0, 0)), constant_values=True)
         parts = parts.reshape(*mask.shape[:2], count, size, mask.shape[3]).transpose(2, 0, 1, 3, 4)
 
+    own = None
+    if segments is not None:
+        own = jnp.pad(segments, ((0, 0), (0, padding)), mode="edge").reshape(rows, count, size).swapaxes(0, 1)
+
     @jax.checkpoint
-    def attend(q, part, places):
+    def attend(q, part, places, own):
         allowed = (keys <= places[:, None])[None, None] if causal else jnp.ones((1, 1, 1, 1), bool)
         for given in (part, mask if parts is None else None):
             allowed = allowed if given is None else allowed & given
+        if segments is not None:
+            allowed = allowed & (own[:, None, :, None] == segments[:, None, None, :])
         return xla(q, k, v, allowed, causal=False, scale=scale, softcap=softcap)
 
-    _, out = lax.scan(lambda _, block: (None, attend(*block)), None, (blocks.swapaxes(0, 1), parts, places))
+    _, out = lax.scan(lambda _, block: (None, attend(*block)), None, (blocks.swapaxes(0, 1), parts, places, own))
     return out.swapaxes(0, 1).reshape(rows, count * size, *q.shape[2:])[:, :length]
 
 
-def cudnn(q, k, v, lengths, *, causal: bool, scale: float, window: int | None = None) -> jax.Array:
+def cudnn(q, k, v, lengths=None, *, causal: bool, scale: float, window: int | None = None) -> jax.Array:
     """cuDNN's flash attention, for CUDA and 16-bit floats.
 
     Args:
@@ -118,7 +131,19 @@ def _batched_alike(q, k, v, lengths) -> Any:
     return q, k, v, lengths
 
 
-def splash(q, k, v, lengths, *, causal: bool, scale: float, window: int | None = None, softcap=None, interpret=False):
+def splash(
+    q,
+    k,
+    v,
+    lengths=None,
+    segments=None,
+    *,
+    causal: bool,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    interpret: bool = False,
+) -> jax.Array:
     """Splash attention, a Pallas kernel for TPUs; with `interpret` it runs on any platform, slowly.
 
     Args:
@@ -149,8 +174,11 @@ def splash(q, k, v, lengths, *, causal: bool, scale: float, window: int | None =
         residual_checkpoint_name=SAVED,
         interpret=interpret,
     )
-    ends = jnp.full(q.shape[0], length, jnp.int32) if lengths is None else lengths
-    keys = (jnp.arange(padded) < ends[:, None]).astype(jnp.int32)
+    if segments is not None:
+        keys = jnp.pad(segments, ((0, 0), (0, padded - length)))
+    else:
+        ends = jnp.full(q.shape[0], length, jnp.int32) if lengths is None else lengths
+        keys = (jnp.arange(padded) < ends[:, None]).astype(jnp.int32)
     # Padding is a segment of its own, so that each query has a key; all queries of an encoder attend to real keys.
     queries = keys if causal else jnp.ones_like(keys)
     out = jax.vmap(lambda q, k, v, *ids: kernel(q, k, v, segment_ids=kernels.SegmentIds(*ids)))(q, k, v, queries, keys)

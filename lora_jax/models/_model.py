@@ -30,10 +30,13 @@ class Model:
         params: A nested dict of arrays (`jax.ShapeDtypeStruct` from `load_abstract`); leaves under `layers` are
             stacked, with the axis of layers first.
         names: Leaf path -> `Weight`, its name in Hugging Face files.
-        apply: `(params, input_ids, attention_mask=None, *, positions=None, cache=None, more_embeddings=None)` with
+        apply: `(params, input_ids, attention_mask=None, *, positions=None, segment_ids=None, cache=None,
+            more_embeddings=None)` with
             `input_ids` int32[B, T] and `attention_mask` [B, T], 1 at real tokens (padding may be on either side)
             -> logits [B, T, V], or `(logits, cache)` when a cache is given. `positions` int32[B, T] default to the
-            positions among the real tokens. Ids below 0 are looked up in `more_embeddings`, f[E, D], as further rows
+            positions among the real tokens. `segment_ids` int32[B, T] are for rows with several documents, in place of
+            the mask: the documents' numbers, 0 at padding; a token attends to its own document, where positions start
+            anew. Ids below 0 are looked up in `more_embeddings`, f[E, D], as further rows
             of the table of embeddings: -1 is the first. With `hidden=True` it computes no logits and returns the last
             hidden states, [B, T, D]. Encoders take `token_type_ids` int32[B, T] instead of a cache and of `hidden`, and
             return the output of their head.
@@ -221,6 +224,8 @@ def _functions(
     def apply(params, input_ids, attention_mask=None, **keywords):
         if jax.tree.structure(params) != expected:
             _check_known(params, known)
+        if keywords.get("segment_ids") is not None and (family.init_cache is None or family.head):
+            raise ValueError(f"{family.architecture}: segment_ids given, but only decoders of text take packed rows")
         return module.apply({"params": params}, input_ids, attention_mask, **keywords)
 
     def init_cache(batch: int, length: int, dtype: Any = None):

@@ -89,8 +89,8 @@ class Attention(nn.Module):
             past, new = _attention.extend(past, k, v, context["index"])
             out = _kernels.cached(q, past[0], past[1], context["mask"], scale=scale)
         else:
-            mask, lengths = context["mask"], context["lengths"]
-            out = _attention.attend(self.choice, q, k, v, mask, lengths, layout=self.layout, causal=True, scale=scale)
+            keys = (context[name] for name in ("mask", "lengths", "segments"))
+            out = _attention.attend(self.choice, q, k, v, *keys, layout=self.layout, causal=True, scale=scale)
         return dense(self, "c_proj", spec.hidden_size, out.reshape(x.shape), ("heads", "embed")), new
 
 
@@ -151,19 +151,23 @@ class GPT2(nn.Module):
         attention_mask: Array | None = None,
         *,
         positions: Array | None = None,
+        segment_ids: Array | None = None,
         cache: _attention.Cache | None = None,
         more_embeddings: Array | None = None,
         hidden: bool = False,
     ) -> Any:
         spec, layout = self.spec, self.execution.layout
-        positions, cache, past = _attention.begin(input_ids, attention_mask, positions, cache)
+        if segment_ids is not None:
+            attention_mask = None  # padding is a segment of its own
+        positions, cache, past = _attention.begin(input_ids, attention_mask, positions, cache, segment_ids)
         tokens = Embed(spec.vocab_size, spec.hidden_size, spec.init_std, self.param_dtype, layout, name="wte")
         places = Embed(spec.max_positions, spec.hidden_size, spec.init_std, self.param_dtype, layout, name="wpe")
         x = tokens(input_ids, self.dtype, more_embeddings) + places(positions, self.dtype)
-        choice = self.attention(x.shape[0], x.shape[1], x.dtype, cached=cache is not None)
+        call = {"cached": cache is not None, "packed": segment_ids is not None}
+        choice = self.attention(x.shape[0], x.shape[1], x.dtype, **call)
         order, lengths = _attention.real_first(attention_mask) if choice.packs(attention_mask) else (None, None)
         x = _attention.ordered(order, x)
-        context = {"index": None, "mask": None, "lengths": lengths}
+        context = {"index": None, "mask": None, "lengths": lengths, "segments": segment_ids}
         if cache is not None:
             context |= {"index": cache["index"], "mask": _attention.cached_mask(cache, positions, None)}
         elif attention_mask is not None and lengths is None:
