@@ -533,7 +533,9 @@ def test_what_a_run_reports(tmp_path):
     assert [line["step"] for line in lines] == [0, 4, 6, 8, 12, 14]
     assert [line["step"] for line in lines if "valid_loss" in line] == [0, 6, 12, 14]
     assert set(lines[0]) == {"step", "valid_loss", "valid_perplexity"}
-    assert set(lines[1]) == {"step", "loss", "learning_rate", "grad_norm", "tokens_per_second", "step_seconds"}
+    assert set(lines[1]) == {
+        *("step", "loss", "learning_rate", "grad_norm", "padding_share", "tokens_per_second", "step_seconds")
+    }
     assert lines[1]["learning_rate"] == pytest.approx(float(schedule(config, 14)(3)))
     assert result.before.loss == lines[0]["valid_loss"]
     assert result.after.loss == lines[-1]["valid_loss"] < result.before.loss

@@ -86,6 +86,7 @@ def begin(
     Raises:
         ValueError: The adapter trains rows of an embedding, or a new token is there already.
     """
+    _check_packing(train, rows, prefix_length)
     key = jax.random.fold_in(jax.random.key(train.seed), 0)  # training folds in the steps, from 1
     model = base.abstract(labels=rows.label_names)
     _base.check_prefix(prefix_length, model)
@@ -111,7 +112,7 @@ def begin(
         show.print(str(lora_jax.describe(params)), markup=False, soft_wrap=True)
     if rows.label_names is not None:
         show.print(f"labels: {', '.join(rows.label_names)}. {_labels.new_parts(model)}", markup=False)
-    line = _base.execution_line(model, train.micro_batch_size, train.max_length)
+    line = _base.execution_line(model, train.micro_batch_size, train.max_length, train.packing)
     show.print(line, markup=False, soft_wrap=True)
     if mesh is not None:
         show.print(_mesh.line(mesh), markup=False)
@@ -131,3 +132,11 @@ def begin(
         size = sum(leaf.size for leaf in jax.tree.leaves(lora_jax.prefix.take(params)[1]))
         show.print(f"prefix: {length} tokens, {size:,} parameters")
     return Start(model, params, mesh)
+
+
+def _check_packing(train: TrainConfig, rows: Rows, prefix_length: int) -> None:
+    """Refuse packing where a row has something that each of its documents would need."""
+    if train.packing and rows.labels is not None:
+        raise ValueError("packing: given, but of rows with labels a row has one label; leave it out")
+    if (train.packing or train.eval_packing) and prefix_length:
+        raise ValueError(f"packing: given with prefix_length {prefix_length}, but a row has one prefix; leave one out")

@@ -36,6 +36,10 @@ from lora_jax.data._labels import labels_of as labels_of
 from lora_jax.data._load import Split as Split
 from lora_jax.data._load import load as load
 from lora_jax.data._load import read_jsonl as read_jsonl
+from lora_jax.data._mixture import Mixture as Mixture
+from lora_jax.data._pack import Packing as Packing
+from lora_jax.data._pack import pack as pack
+from lora_jax.data._pack import packing_of as packing_of
 from lora_jax.data._rows import Chat as Chat
 from lora_jax.data._rows import Completion as Completion
 from lora_jax.data._rows import Labelled as Labelled

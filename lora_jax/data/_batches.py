@@ -11,6 +11,7 @@ import numpy as np
 from lora_jax._extras import require
 from lora_jax.data._encode import Example
 from lora_jax.data._encode_labelled import LabelledExample
+from lora_jax.data._mixture import order_of
 
 if TYPE_CHECKING:
     import grain
@@ -91,7 +92,7 @@ def batches(
     The iterator of `.to_iter_dataset()` has `get_state()` and `set_state()`.
 
     Args:
-        examples: Tokenised examples, at least one.
+        examples: Tokenised examples, at least one; of a `Mixture` an epoch has its shares.
         batch_size: Examples in a batch.
         seed: The seed of the shuffles, 0 or more; None for a fixed order by length, as for evaluation.
         epochs: Passes over the examples.
@@ -110,20 +111,15 @@ def batches(
 
     lengths = np.array([len(example.input_ids) for example in examples])
     longest = int(lengths.max())
-    order = grain.MapDataset.range(len(examples))
-    if seed is None:
-        by_length = np.argsort(lengths, kind="stable")
-        order = order.map(lambda i: by_length[i])
-    else:
-        # grain adds the epoch to the seed, so seed 1 would begin with the second epoch of seed 0: hash the seed first.
-        order = order.shuffle(seed=int(np.random.SeedSequence(seed).generate_state(1)[0]))
+    order: Any = np.argsort(lengths, kind="stable") if seed is None else order_of(examples, seed)
     per_epoch = -(-len(examples) // batch_size)
 
     @functools.lru_cache(maxsize=2)
     def window(epoch: int, number: int) -> list[np.ndarray]:
         """Batches of similar length in random order, as the indices of their examples: a function of seed and place."""
         start, stop = number * WINDOW * batch_size, min((number + 1) * WINDOW * batch_size, len(examples))
-        indices = np.array([order[epoch * len(examples) + i] for i in range(start, stop)])
+        begin = 0 if seed is None else epoch * len(examples)
+        indices = np.array([order[begin + i] for i in range(start, stop)])
         indices = indices[np.argsort(lengths[indices], kind="stable")]
         divided = np.split(indices, range(batch_size, len(indices), batch_size))
         if seed is None:

@@ -97,6 +97,8 @@ def make(request: Request, model: Any, devices: Sequence[Any], *, full: bool = F
     rows = NamedSharding(mesh, PartitionSpec(tuple(name for name in sizes if name != "model") or None))
     shape = (train.batch_size, min(train.max_length, model.max_length))
     dtypes = {"input_ids": jnp.int32, "attention_mask": jnp.int32, "loss_weights": jnp.float32}
+    if train.packing:
+        shape, dtypes["segment_ids"] = (train.batch_size, train.max_length), jnp.int32
     key = jax.eval_shape(lambda: jax.random.key(0))
     return Step(
         jitted=jax.jit(step, donate_argnums=(0, 1)),
@@ -106,7 +108,7 @@ def make(request: Request, model: Any, devices: Sequence[Any], *, full: bool = F
         batch={name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for name, dtype in dtypes.items()},
         key=jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=copied) if train.dropout and not full else None,
         model=model,
-        attention=model.attention(train.micro_batch_size, shape[1]),
+        attention=model.attention(train.micro_batch_size, shape[1], **({"packed": True} if train.packing else {})),
     )
 
 

@@ -221,6 +221,8 @@ def check_config(config: TrainConfig) -> None:
     Traceback (most recent call last):
     ValueError: ...
     """
+    if config.packing or config.eval_packing:
+        raise ValueError("packing: given, but a sweep batches examples of like length; leave it out")
     for name in ("eval_steps", "save_steps", "early_stopping_patience"):
         if getattr(config, name):
             raise ValueError(

@@ -42,13 +42,20 @@ class TrainConfig:
     """Optimizer steps; overrides num_train_epochs."""
 
     batch_size: int = 16
-    """Examples of an optimizer step, over all devices and all gradient_accumulation_steps."""
+    """Examples, or packed rows, of an optimizer step, over all devices and all gradient_accumulation_steps."""
 
     gradient_accumulation_steps: int = 1
     """Parts that a batch is computed in, one after another, to save memory; batch_size must be a multiple of it."""
 
     max_length: int = 512
-    """Most tokens of an example."""
+    """Most tokens of an example; with packing, the tokens of every row."""
+
+    packing: bool = False
+    """Put several examples into each row of max_length tokens; a step has batch_size of such rows. Each example attends
+    to itself alone, and the loss is the mean over all targets, as without packing."""
+
+    eval_packing: bool = False
+    """Evaluate on packed rows too, which takes less time and changes the loss by rounding only."""
 
     eval_steps: int | None = None
     """Steps between evaluations on the validation examples. 0: only before and after training. None: only before and

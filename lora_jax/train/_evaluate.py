@@ -1,7 +1,7 @@
 """The loss and the metrics of a model on a set of examples."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import grain
 import jax
@@ -90,7 +90,7 @@ def evaluate(
 
 
 class Evaluator:
-    """Evaluates many parameters on one set of examples; compiles once.
+    """Evaluates many parameters on one set of examples, packed into rows of `pack_length` if given; compiles once.
 
     >>> import jax.numpy as jnp
     >>> from lora_jax import data, train
@@ -108,10 +108,16 @@ class Evaluator:
         batch_size: int,
         task: Task,
         placement: Placement | None = None,
+        *,
+        pack_length: int | None = None,
     ):
         self.task = task
         self._placement = placement or Placement(apply, None)
-        self._batches: grain.MapDataset[data.Batch] = data.batches(examples, batch_size)
+        self._batches: grain.MapDataset[data.Batch] | list[data.Batch] = (
+            data.batches(examples, batch_size)
+            if pack_length is None
+            else list(data.pack(cast(Any, examples), batch_size, pack_length))
+        )
         loss_sums = make_loss_sums(apply, task.objective, task.predict)
         # Predictions are on every device, so that each process can look at them all.
         self._loss_sums = jax.jit(loss_sums, out_shardings=self._placement.everywhere)

@@ -23,6 +23,7 @@ from lora_jax._tree import combine, split
 from lora_jax.checkpoint import BestAdapter, TrainState
 from lora_jax.train._config import TrainConfig
 from lora_jax.train._evaluate import Evaluation, Evaluator
+from lora_jax.train._feed import Feed
 from lora_jax.train._log import Log, OnLog
 from lora_jax.train._meter import Meter, Record
 from lora_jax.train._optimizer import averaged, make_optimizer, schedule
@@ -30,7 +31,7 @@ from lora_jax.train._placement import placed
 from lora_jax.train._report import check_installed, reporters
 from lora_jax.train._save import Saver, Stopped, claimed, fixed
 from lora_jax.train._step import make_step
-from lora_jax.train._task import Task, task_of
+from lora_jax.train._task import Task
 from lora_jax.train._token_losses import losses_in_chunks
 from lora_jax.train._utilization import Utilization
 from lora_jax.train._vocabulary import check_examples
@@ -73,7 +74,7 @@ class TrainResult:
 def train(
     apply_fn: Callable[..., Any],
     params: Any,
-    train_data: Sequence[data.AnyExample],
+    train_data: Sequence[data.AnyExample] | grain.IterDataset[data.Example],
     valid_data: Sequence[data.AnyExample] | None = None,
     config: TrainConfig | None = None,
     *,
@@ -100,7 +101,8 @@ def train(
             [batch, 1].
         params: A tree that marks what trains, as `lora_jax.init` and `lora_jax.peft.load` return it; or any other
             tree together with `also_train`.
-        train_data: Tokenised examples: the `examples` of `lora_jax.data.encode` or `encode_labelled`.
+        train_data: Tokenised examples: the `examples` of `lora_jax.data.encode` or `encode_labelled`, or a stream of
+            them, as from `lora_jax.data.stream`; that needs `max_steps`.
         valid_data: Tokenised examples that are evaluated before, after and every `eval_steps` steps of the training,
             also to choose the best adapter.
         config: The settings; defaults to `TrainConfig()`.
@@ -151,17 +153,18 @@ def train(
     config = config or TrainConfig()
     check_installed(config)
     folder = None if output is None else Path(output)
-    if not train_data:
-        raise ValueError("no training examples")
+    feed = Feed(train_data, config)
+    if console is not None and feed.line is not None:
+        console.print(feed.line, markup=False)
     parts = config.gradient_accumulation_steps
     placement = placed(apply_fn, params, mesh, rules, config.batch_size, parts)
     apply_fn, (base, adapter) = placement.apply_fn, _parts(placement.params, also_train)
-    examples = {"training example": train_data, "validation example": valid_data or ()}
-    check_examples(apply_fn, combine(base, adapter), examples, config.batch_size)
+    examples = {"training example": feed.examples, "validation example": valid_data or ()}
+    feed.check(apply_fn, check_examples(apply_fn, combine(base, adapter), examples, config.batch_size, feed.first()))
 
-    apply_fn, task = losses_in_chunks(apply_fn, task or task_of(train_data), config.loss_chunk, base, adapter)
-    steps = config.total_steps(len(train_data))
-    every = config.evaluation_interval(len(train_data), task.metrics is not None)
+    apply_fn, task = losses_in_chunks(apply_fn, task or feed.task, config.loss_chunk, base, adapter)
+    steps = config.total_steps(feed.rows)
+    every = config.evaluation_interval(feed.rows, task.metrics is not None)
     _check_patience(config, every, valid_data)
     rate, tx = schedule(config, steps), make_optimizer(config, steps, also_train=also_train)
     uses_dropout = config.dropout or dropout_of(apply_fn)
@@ -174,9 +177,16 @@ def train(
     )
     step_fn = jax.jit(step, donate_argnums=(0, 1))
     utilization = Utilization(step_fn, adapter)
-    batches = _iterate(train_data, config, steps)
+    batches = feed.iterate(steps)
     validate = (
-        Evaluator(apply_fn, valid_data, config.micro_batch_size, task, placement)
+        Evaluator(
+            apply_fn,
+            valid_data,
+            config.micro_batch_size,
+            task,
+            placement,
+            pack_length=config.max_length if config.eval_packing else None,
+        )
         if valid_data
         else lambda params, stop: None
     )
@@ -186,8 +196,8 @@ def train(
         stack.enter_context(placement.context())
         opt_state, key = placement.state(tx, adapter), placement.key(config.seed)
         state = TrainState(adapter, opt_state, key, 0, batches.get_state(), "", {})
-        settings = fixed(config, train_data, valid_data)
-        saver = stack.enter_context(Saver(folder, config, base, settings, about, examples=len(train_data)))
+        settings = fixed(config, feed.examples, valid_data) | feed.facts
+        saver = stack.enter_context(Saver(folder, config, base, settings, about, examples=feed.rows))
         if resume:
             state = saver.restore(state)
             _note_changes(console, state.step, saver.changed, config)
@@ -249,7 +259,8 @@ def train(
                 at_peak = utilization.seconds(state.adapter, state.opt_state, base, batch=batch_there, key=step_key)
                 adapter, opt_state, metrics = step_fn(state.adapter, state.opt_state, base, batch_there, step_key)
                 state = state._replace(adapter=adapter, opt_state=opt_state, step=step)
-                meter.add(step, metrics, int(batch["attention_mask"].sum()), at_peak)
+                real = batch["attention_mask"]
+                meter.add(step, metrics, int(real.sum()), at_peak, positions=real.size)
             if logged := not stops(step):
                 try:
                     state = log_step(state)
@@ -309,14 +320,6 @@ def _note_changes(console: Console | None, step: int, changed: Mapping[str, Any]
     if console is not None:
         for name, value in changed.items():
             console.print(f"{name}: {value} until step {step}, {getattr(config, name)} from there on", markup=False)
-
-
-def _iterate(examples: Sequence[data.AnyExample], config: TrainConfig, steps: int) -> grain.DatasetIterator:
-    epochs = math.ceil(steps / math.ceil(len(examples) / config.batch_size))
-    # Ahead in a thread, so that the device waits for no batch where a line of metrics has waited for the device.
-    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
-    batches = data.batches(examples, config.batch_size, seed=config.shuffle_seed, epochs=epochs)
-    return iter(batches.to_iter_dataset(options))
 
 
 def _better(state: TrainState, found: Evaluation, task: Task, config: TrainConfig) -> BestAdapter | None:

@@ -31,10 +31,12 @@ class Meter:
     def restart(self) -> None:
         """Begin a new line."""
         self._steps: list[Any] = []  # StepMetrics, or tuples of the same values from an earlier process
-        self._tokens, self._at_peak = 0, 0.0
+        self._tokens, self._positions, self._at_peak = 0, 0, 0.0
         self._started = time.perf_counter()
 
-    def add(self, step: int, metrics: StepMetrics, tokens: int, at_peak: float = 0.0) -> None:
+    def add(
+        self, step: int, metrics: StepMetrics, tokens: int, at_peak: float = 0.0, *, positions: int | None = None
+    ) -> None:
         """Add a step.
 
         Args:
@@ -42,7 +44,9 @@ class Meter:
             metrics: Its metrics, which may still be computed.
             tokens: Its tokens, targets or not, padding excluded.
             at_peak: The seconds that it would take at the devices' peak; 0 if that isn't known.
+            positions: Its tokens with the padding; None if there is none.
         """
+        self._positions += tokens if positions is None else positions
         self._tokens, self._at_peak = self._tokens + tokens, self._at_peak + at_peak
         self._in_flight.append((step, metrics))
         while len(self._in_flight) > 1:
@@ -78,12 +82,14 @@ class Meter:
         self._fetch_all()
         steps = [[float(value) for value in metrics] for metrics in self._steps]
         seconds = time.perf_counter() - self._started
-        return {"steps": steps, "tokens": self._tokens, "at_peak": self._at_peak, "seconds": seconds}
+        counts = {"tokens": self._tokens, "positions": self._positions, "at_peak": self._at_peak}
+        return {"steps": steps, **counts, "seconds": seconds}
 
     def resume(self, progress: Mapping[str, Any]) -> None:
         """Continue from the `progress` of an earlier process."""
         self._steps = [tuple(metrics) for metrics in progress["steps"]]
         self._tokens, self._at_peak = progress["tokens"], progress["at_peak"]
+        self._positions = progress.get("positions", self._tokens)
         self._started = time.perf_counter() - progress["seconds"]
 
     def _fetch_all(self) -> None:
@@ -99,6 +105,7 @@ class Meter:
             # The mean over all targets, as of one long batch: a step with more targets counts for more.
             "loss": float(np.sum(losses * weights) / max(np.sum(weights), 1)),
             "grad_norm": float(np.mean(norms)),
+            "padding_share": round(1 - self._tokens / self._positions, 4),
             "tokens_per_second": round(self._tokens / seconds, 1),
             "step_seconds": round(seconds / len(self._steps), 4),
             **({"share_of_peak": round(self._at_peak / seconds, 4)} if self._at_peak else {}),

@@ -49,7 +49,8 @@ def make_step(
 
     Args:
         apply_fn: The model's own function, `apply_fn(params, input_ids, attention_mask)`, with `token_type_ids=` if
-            the batch has them. It is adapted here, unless `lora_jax.adapt` returned it.
+            the batch has them, and `segment_ids=` if its rows are packed. It is adapted here, unless `lora_jax.adapt`
+            returned it.
         tx: Any optax optimizer for the adapter that `split` returns; its state comes from `tx.init(adapter)`.
         objective: From the model's output and the batch to the sum of the losses and the sum of their weights.
         gradient_accumulation_steps: The parts that the batch is computed in, one after another. The batch size must be
@@ -144,7 +145,7 @@ def _check_used(loss: Callable[[Any], Array], adapter: Any) -> None:
 
 
 def apply_to_batch(apply_fn: Callable[..., Any], params: Any, batch: Batch, **keywords: Any) -> Any:
-    """The model's output for a batch, with the batch's `token_type_ids`, if any, and `keywords` as keywords.
+    """The model's output for a batch, with its `token_type_ids` and `segment_ids`, if any, and `keywords` as keywords.
 
     >>> ids = jnp.array([[1, 2]])
     >>> batch = {"input_ids": ids, "attention_mask": ids * 0 + 1, "loss_weights": jnp.ones((1, 2))}
@@ -152,7 +153,7 @@ def apply_to_batch(apply_fn: Callable[..., Any], params: Any, batch: Batch, **ke
     >>> apply_to_batch(apply_fn, {"table": jnp.eye(3)}, batch).shape
     (1, 2, 3)
     """
-    extra = {name: batch[name] for name in ("token_type_ids",) if name in batch}
+    extra = {name: batch[name] for name in ("token_type_ids", "segment_ids") if name in batch}
     return apply_fn(params, batch["input_ids"], batch["attention_mask"], **extra, **keywords)
 
 

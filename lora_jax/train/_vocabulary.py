@@ -5,14 +5,18 @@ from typing import Any
 
 from lora_jax import data, prefix
 from lora_jax._forward import ensure_adapted
-from lora_jax._tables import check_ids, vocabulary
+from lora_jax._tables import Vocabulary, check_ids, vocabulary
 from lora_jax.data import Example
 from lora_jax.train._step import apply_to_batch
 
 
 def check_examples(
-    apply_fn: Callable[..., Any], params: Any, examples: Mapping[str, Sequence[data.AnyExample]], batch_size: int
-) -> None:
+    apply_fn: Callable[..., Any],
+    params: Any,
+    examples: Mapping[str, Sequence[data.AnyExample]],
+    batch_size: int,
+    batch: Any = None,
+) -> Vocabulary:
     """Refuse examples with token ids that the model has no embedding or no logit for.
 
     Args:
@@ -20,13 +24,18 @@ def check_examples(
         params: Its parameters.
         examples: Sets of examples by what one of them is called in a message; the first set isn't empty.
         batch_size: Examples in the batch that the function is traced with.
+        batch: That batch, if it isn't one of the first set.
+
+    Returns:
+        The ids that the function takes.
 
     Raises:
         ValueError: An id is beyond a table; the message names the example.
     """
     apply = prefix.adapt(ensure_adapted(apply_fn))
-    batch: Any = data.batches(next(iter(examples.values())), batch_size)[0]
+    batch = data.batches(next(iter(examples.values())), batch_size)[0] if batch is None else batch
     limits = vocabulary(lambda params, batch: apply_to_batch(apply, params, batch), params, batch)
     for what, group in examples.items():
         predicted = [example.targets for example in group if isinstance(example, Example)]
         check_ids((example.input_ids for example in group), limits, what, predicted or None)
+    return limits
