@@ -167,6 +167,7 @@ def saved(remat):
     return collections.Counter((v.aval.shape[1:], str(v.aval.dtype)) for v in kept if v.aval.size > 2 * 6 * LENGTH * 2)
 
 
+@pytest.mark.slow
 def test_lean_keeps_products_and_attention():
     """No scores, no low-rank product, nothing in float32."""
     kept = saved("lean")

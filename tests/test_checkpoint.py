@@ -275,6 +275,7 @@ def test_a_fingerprint_sees_the_dtype_and_not_the_placement():
 # --- what happens to a run ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.optimized
 def test_a_run_broken_off_again_before_its_first_line_keeps_its_lines(tmp_path, monkeypatch):
     """Between two lines, too: the first figures of a line are in the checkpoint."""

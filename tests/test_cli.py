@@ -298,6 +298,7 @@ def test_export_keeps_rows_of_an_embedding(world, tmp_path):
     np.testing.assert_array_equal(again["embed_tokens"]["embedding"].value, table["embedding"])
 
 
+@pytest.mark.slow
 def test_merged_evaluates_as_adapted(world, tmp_path, capsys):
     merged = str(tmp_path / "merged")
     assert main(["merge", "--model", world["model"], "--adapter", world["out"], "--output", merged]) == 0
@@ -309,6 +310,7 @@ def test_merged_evaluates_as_adapted(world, tmp_path, capsys):
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_analyze_writes_a_report(world, tmp_path, capsys):
     output = str(tmp_path / "report")
     argv = ["analyze", "--adapter", world["out"], "--output", output]

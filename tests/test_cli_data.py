@@ -77,6 +77,7 @@ def test_the_columns_that_a_named_one_needs(tmp_path, capsys):
         _base.check_generates(Encoder())
 
 
+@pytest.mark.slow
 def test_columns_by_name(tmp_path, capsys, texts, refused, model):
     path = write(tmp_path / "rows.jsonl", [{"question": f"q{i}", "answer": f"a{i}", "id": i} for i in range(11)])
     flags = {"prompt_column": "question", "completion_column": "answer", "separator": r"\n"}

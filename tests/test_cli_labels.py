@@ -103,6 +103,7 @@ def test_a_head_is_kept_where_it_predicts_the_labels(tmp_path, names, asked, kep
     assert np.array_equal(kernel(model), kernel(models.load(folder))) == kept
 
 
+@pytest.mark.slow
 def test_the_head_trains_in_full_and_gets_no_factors(tmp_path):
     """RoBERTa's holds a kernel that "all-linear" selects."""
     model = models.load_abstract(encoder(tmp_path / "roberta", RobertaConfig, "RobertaForMaskedLM"), labels=("a", "b"))
@@ -119,7 +120,9 @@ def test_the_head_trains_in_full_and_gets_no_factors(tmp_path):
     ("config_class", "architecture", "plain"),
     [
         (RobertaConfig, "RobertaForMaskedLM", {"classifier/dense/kernel", "classifier/out_proj/kernel"}),
-        (BertConfig, "BertForMaskedLM", {"pooler/dense/kernel", "classifier/kernel"}),
+        pytest.param(
+            *(BertConfig, "BertForMaskedLM", {"pooler/dense/kernel", "classifier/kernel"}), marks=pytest.mark.slow
+        ),
     ],
 )
 def test_what_trains_in_full_is_not_rounded(tmp_path, config_class, architecture, plain):

@@ -90,6 +90,7 @@ def test_a_sweep_gives_the_results_of_one_device(inputs, tmp_path):
     np.testing.assert_allclose(*found, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_heads_that_do_not_divide_are_told_and_generate(inputs, capsys):
     model, _ = inputs
     assert main(["generate", "--model", model, "--prompt", "1 + 1 = ", "--max-tokens", "2", "--mesh", "auto"]) == 0

@@ -27,6 +27,7 @@ def sweep(paths, *words):
     return main(["sweep", "--model", paths["model"], "--data", paths["data"], *QUICK, *map(str, words)])
 
 
+@pytest.mark.slow
 def test_a_grid_under_a_budget(paths, tmp_path, capsys):
     out = tmp_path / "out"
     grid = ("--grid", "targets=q;q,v", "--grid", "rank=auto", "--grid", "alpha=2r", "--budget", 256, "--seeds", 2)

@@ -140,6 +140,7 @@ def primitives(function, *args):
     return [eqn.primitive.name for eqn in jax.make_jaxpr(function)(*args).eqns]
 
 
+@pytest.mark.slow
 def test_what_stays_is_computed_once():
     """Slices, products and reductions of parameters are; transposes and what is larger than its operands aren't."""
     params = {"w": jnp.arange(24.0).reshape(2, 3, 4), "half": jnp.ones(4, jnp.bfloat16)}

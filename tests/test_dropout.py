@@ -159,6 +159,7 @@ def test_works_under_jit_with_the_key_as_an_argument():
     np.testing.assert_array_equal(run(tree("w"), ONES, KEY), apply(tree("w"), ONES, dropout_key=KEY))
 
 
+@pytest.mark.slow
 def test_a_row_loses_the_same_however_far_it_is_padded():
     fn, params = lambda p, x: x @ p["w"], tree("w")
     short = masks(fn, params, jnp.ones((3, 5, WIDTH)))

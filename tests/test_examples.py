@@ -29,7 +29,7 @@ def test_it_opens_with_what_to_expect(name):
     assert len(text.splitlines()) <= 80
 
 
-@pytest.mark.parametrize("name", few(EXAMPLES, ["nnx", "several_devices"]))
+@pytest.mark.parametrize("name", few(EXAMPLES, ["several_devices"]))
 def test_it_reaches_its_number(name):
     first, *_, last = main_of(name)()
     promised = re.search(r"fall from ([\d.]+) to below ([\d.]+)\b", (FOLDER / f"{name}.py").read_text())

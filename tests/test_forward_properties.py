@@ -46,6 +46,7 @@ def kernels(draw, min_axes=2, max_axes=5):
     return roles, sizes
 
 
+@pytest.mark.slow
 @given(kernels(), st.integers(0, 2), st.booleans(), st.randoms(use_true_random=False))
 def test_any_contraction(kernel, rows, kernel_first, random):
     """`dot_general` with the activation's axes, and the lists of contracted and batched ones, in any order."""

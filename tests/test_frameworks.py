@@ -267,6 +267,7 @@ class Layers(nnx.Module):
         return forward(x, self.layers)
 
 
+@pytest.mark.slow
 def test_nnx_scan(through):
     through(Layers(nnx.Rngs(0)), X, expected={"layers/kernel": STACKED})
 
@@ -280,6 +281,7 @@ def haiku(f, *args, expected):
     adapt_and_check(transformed.apply, params, None, *args, expected=expected)
 
 
+@pytest.mark.slow
 def test_haiku_mlp():
     haiku(lambda x: hk.nets.MLP([6, 5])(x), X, expected={"mlp/~/linear_0/w": DENSE, "mlp/~/linear_1/w": DENSE})
 
@@ -329,6 +331,7 @@ def test_equinox_attention():
     equinox(model, X, X, X, expected={"query_proj/weight": TORCH, "output_proj/weight": TORCH})
 
 
+@pytest.mark.slow
 def test_equinox_conv_and_embedding():
     equinox(eqx.nn.Conv1d(6, 5, 3, key=KEY), X, expected={"weight": Axes((), (1, 2), (0,))})
     embedding = eqx.nn.Embedding(11, 8, key=KEY)

@@ -111,6 +111,7 @@ def test_greedy_is_the_whole_forward_token_by_token(model, adapted, with_adapter
         assert tokens[row].tolist() == slowly(apply, params, ids[row, mask[row] == 1], 10)
 
 
+@pytest.mark.slow
 def test_adapter_and_merged_weights_say_the_same(model, adapted):
     ids, mask = prompts(3, 9, 5)
     tokens = run(model, adapted, ids, mask)

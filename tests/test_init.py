@@ -339,6 +339,7 @@ def test_a_kernels_factors_depend_on_its_path_alone():
     assert not (other == factors[0]).any()
 
 
+@pytest.mark.slow
 def test_factors_are_the_same_in_another_process_and_with_old_keys():
     program = (
         "import jax, jax.numpy as jnp, lora_jax\n"

@@ -160,6 +160,7 @@ def test_gradients_reach_the_prefix_and_the_factors_only(llama):
     assert all("_lora" in path or path.startswith("prefix") for path in moved)
 
 
+@pytest.mark.slow
 def test_low_precision_keeps_a_float32_master(llama):
     model = models.init(jax.random.key(0), LLAMA, jnp.bfloat16)
     params = adapted(model)
@@ -171,6 +172,7 @@ def test_low_precision_keeps_a_float32_master(llama):
 # --- training, generation --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_training_moves_it_and_the_loss(llama, tmp_path):
     rows = [data.Example(np.arange(2, 10 + i % 3, dtype=np.int32), np.arange(8 + i % 3) > 2) for i in range(8)]
     config = train.TrainConfig(max_steps=4, batch_size=4, learning_rate=1e-2, save_steps=2)
@@ -305,6 +307,7 @@ def test_a_sweep_of_lengths_needs_a_tree_without(llama):
         sweep.Point(rank=1, alpha=1, prefix_length=-1)
 
 
+@pytest.mark.slow
 def test_generation_is_the_argmax_of_the_whole_forward(llama):
     params, apply = adapted(llama), adapt(llama)
     ids, mask = np.array(IDS), np.ones(IDS.shape, bool)

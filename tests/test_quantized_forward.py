@@ -11,6 +11,7 @@ import pytest
 from battery import CASES
 from battery.case import leaf, merge_by_hand, with_nodes
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from marks import few
 from test_battery import MATERIALIZES, arrays_only, assert_close, factors_of, floats, nodes_of
 
 import lora_jax
@@ -265,7 +266,7 @@ def test_adapters_side_by_side():
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
-@pytest.mark.parametrize("scheme", ["int8", "nf4"])
+@pytest.mark.parametrize("scheme", few(["int8", "nf4"], ["nf4"]))
 def test_meshes(kind, scheme):
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(kind, kind))
     params = trees(scheme)
@@ -298,6 +299,7 @@ def test_no_stack_is_alive_in_sixteen_bits(fn):
     assert compiled.memory_analysis().temp_size_in_bytes < stack
 
 
+@pytest.mark.slow
 def test_unrolled_layers_take_what_they_take_beside_plain_kernels():
     base, adapter = lora_jax.split(trees("int8", jnp.bfloat16, 4))
     x = X[:4].astype(jnp.bfloat16)

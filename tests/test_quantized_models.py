@@ -47,6 +47,7 @@ def same(one, other):
         np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(y, np.float32))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["nf4", "int8"])
 def test_read_part_by_part_it_is_what_the_whole_would_be(folder, scheme):
     model, plain = loaded(folder, scheme), models.load(folder)
@@ -78,6 +79,7 @@ def test_one_tensor_is_read_after_the_other_was_rounded(folder, monkeypatch):
     assert encoded == list(range(encoded[0], encoded[0] + len(encoded)))  # one more at each
 
 
+@pytest.mark.slow
 def test_an_adapter_of_a_quantized_base_is_anybody_s(folder, tmp_path):
     """Saved from it and loaded beside it, and beside the plain base."""
     model, plain = loaded(folder, "nf4"), models.load(folder)
@@ -135,6 +137,7 @@ def run(*argv):
     return said.getvalue()
 
 
+@pytest.mark.slow
 def test_train_evaluate_and_generate(folder, tmp_path):
     data = write_rows(tmp_path / "data.jsonl")
     base, out = ("--model", folder, "--quantize", "nf4"), tmp_path / "out"

@@ -60,6 +60,7 @@ def update_of(tensors):
     return 4 * jnp.stack([(tensors[name.format(n, "B")] @ tensors[name.format(n, "A")]).T for n in range(2)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", few([1e-3, 1e-6], [1e-6]))
 def test_factors_in_float16_are_refused_for_the_true_reason(rate):
     """By `init`, and where they were loaded by the gradient, whatever the rate; what isn't trained is computed."""
@@ -79,6 +80,7 @@ def test_factors_in_float16_are_refused_for_the_true_reason(rate):
         train(model.apply, half, rows, config=settings)
 
 
+@pytest.mark.slow
 def test_a_module_trained_in_full_is_there_after_loading_and_saving(tmp_path):
     model = models.init(jax.random.key(0), LlamaConfig(**SHAPE))
     head = drawn(48, 16, seed=9)
@@ -96,6 +98,7 @@ def test_a_module_trained_in_full_is_there_after_loading_and_saving(tmp_path):
     np.testing.assert_allclose(lora_jax.adapt(model.apply)(again, IDS), expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_both_uses_of_a_tied_embedding_have_copies_of_their_own(tmp_path):
     """`modules_to_save=["embed_tokens", "lm_head"]`, as people set it who add tokens: the model isn't tied any more."""
     model = models.init(jax.random.key(0), Qwen2Config(**SHAPE, tie_word_embeddings=True))

@@ -79,6 +79,7 @@ def test_the_model_by_hand_is_the_same_model(targets):
     assert float(metrics.loss) == pytest.approx(float(value), rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["flops", "temporaries", "copies"])
 def test_a_step_costs_no_more_than_by_hand(what):
     ours, by_hand = costs("all")

@@ -400,6 +400,7 @@ def test_an_adapted_function_brings_its_own_dropout():
         )
 
 
+@pytest.mark.slow
 def test_labels_are_swept_with_their_metrics_and_heads():
     rows = [LabelledExample(row.input_ids, np.int32(row.input_ids[0] % 2), None) for row in tiny.examples(16)]
     keys = jax.random.split(jax.random.key(1), 2)

@@ -83,6 +83,7 @@ def test_the_reference_is_right_and_every_slip_is_wrong():
         assert text_to_sql.execution_accuracy(slips, told) == 0, convention
 
 
+@pytest.mark.slow
 def test_plain_examples_ask_the_same_of_plain_databases():
     for house, plain in zip(
         text_to_sql.examples("valid"), text_to_sql.examples("valid", text_to_sql.PLAIN), strict=True

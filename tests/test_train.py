@@ -144,6 +144,7 @@ def test_padding_never_changes_the_step(length, batch_size):
     close(padded_moved, moved)
 
 
+@pytest.mark.slow
 def test_the_batch_size_never_changes_the_validation_loss():
     rows, params = tiny.examples(23), grown(adapted())
     found = [evaluate(tiny.apply, params, rows, batch_size=size) for size in (1, 4, 50)]
@@ -318,6 +319,7 @@ def test_clipping_scales_the_gradient_to_the_norm():
     assert optax.tree.norm(jax.tree.map(jnp.subtract, *updates[0.0])) > 0
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_goes_through_the_same_loop():
     params = tiny.init(jax.random.key(0))
     before = jax.tree.map(np.array, params)
@@ -349,6 +351,7 @@ def test_leaves_alone_train_without_a_node():
     np.testing.assert_array_equal(losses(result), losses(named))
 
 
+@pytest.mark.slow
 def test_raw_and_adapted_functions_train_alike_and_one_that_uses_no_parameters_is_refused():
     params, rows = grown(adapted()), tiny.examples(8)
     config = dataclasses.replace(QUICK, max_steps=2, dropout=0.5)
@@ -487,6 +490,7 @@ def test_no_kernel_has_a_gradient():
 # --- the run ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_seed_decides_everything():
     rows, valid = tiny.examples(24), tiny.examples(10, seed=5)
     config = dataclasses.replace(QUICK, dropout=0.2, eval_steps=5)

@@ -108,6 +108,7 @@ def test_classes_are_measured_as_scikit_learn_does(count):
     }
 
 
+@pytest.mark.slow
 def test_scores_are_measured_as_scipy_does():
     examples, params = scores(30), params_of(1)
     found = evaluate(apply, params, examples, batch_size=7)

@@ -68,6 +68,7 @@ def test_jit_traces_once():
     assert len(traces) == 2
 
 
+@pytest.mark.slow
 def test_no_tracer_leaks():
     with jax.checking_leaks():
         close(jax.jit(adapted)(TREE, X), model(MERGED, X))
@@ -75,6 +76,7 @@ def test_no_tracer_leaks():
         jax.jit(jax.vmap(adapted, in_axes=(None, 0)))(TREE, X[None])
 
 
+@pytest.mark.slow
 def test_donated_adapter():
     """The step of the README: adapter and state are donated, the base isn't."""
     base, adapter = lora_jax.split(jax.tree.map(jnp.copy, TREE))
@@ -91,6 +93,7 @@ def test_donated_adapter():
     jax.tree.map(np.testing.assert_array_equal, new, expected)
 
 
+@pytest.mark.slow
 def test_vmap_over_adapters_data_and_both():
     many = [make_nodes(PARAMS, KERNELS, seed) for seed in range(3)]
     data = [{path: with_scale_as_data(node) for path, node in nodes.items()} for nodes in many]  # the scales differ
@@ -119,6 +122,7 @@ def through_factors(apply, x, scalar=lambda y: jnp.mean(y**2)):
 FACTORS = {path: {"a": node.a, "b": node.b} for path, node in NODES.items()}
 
 
+@pytest.mark.slow
 def test_grad_of_grad():
     """A Hessian-vector product, reverse over reverse."""
     direction = jax.tree.map(jnp.cos, FACTORS)
@@ -135,6 +139,7 @@ def test_grad_of_grad():
     jax.tree.map(functools.partial(close, rtol=2e-5), product(adapted), product(model))
 
 
+@pytest.mark.slow
 def test_jvp():
     tangent = jax.tree.map(jnp.sin, FACTORS)
     ours = jax.jvp(through_factors(adapted, X), (FACTORS,), (tangent,))
