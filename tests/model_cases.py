@@ -189,6 +189,25 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+# The other decoders with a head that sees the last token, which transformers finds by the padding's id.
+CLASSIFIERS = {
+    "mistral": "MistralForSequenceClassification",
+    "mixtral": "MixtralForSequenceClassification",
+    "qwen3_moe": "Qwen3MoeForSequenceClassification",
+    "gemma": "GemmaForSequenceClassification",
+    "gemma2": "Gemma2ForSequenceClassification",
+    "gemma3": "Gemma3TextForSequenceClassification",
+    "gpt2": "GPT2ForSequenceClassification",
+}
+CASES |= {
+    f"{name}_classification": CASES[name]
+    | {"architectures": [architecture], "num_labels": 5, "pad_token_id": 1, "bos_token_id": 0}
+    # A token of padding must see one that isn't: transformers' output is nan elsewhere.
+    | ({"sliding_window": PADDED + 2} if "sliding_window" in CASES[name] else {})
+    for name, architecture in CLASSIFIERS.items()
+}
+
+
 # Their rotation depends on how long the longest row is: shorter ones, and steps of a cache, have another.
 LENGTH_DEPENDENT = ("llama_dynamic", "llama_longrope")
 

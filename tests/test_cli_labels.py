@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from public_trees import leaves_of
 from test_cli import tiny_model, tiny_tokenizer
-from transformers import BertConfig, GPT2Config, RobertaConfig
+from transformers import BertConfig, GraniteConfig, RobertaConfig
 
 import lora_jax
 from lora_jax import models
@@ -306,10 +306,10 @@ def test_mistakes(world, tmp_path, refused):
     assert "glue:TASK and a folder" in refused("train", *model, "--data", "glue:cola", "--output", out, *TRAIN)
     assert "glue:x: no such task" in refused("train", *model, "--data", "glue:x", tmp_path, "--output", out, *TRAIN)
     assert not out.exists()
-    (tmp_path / "gpt2").mkdir()
-    GPT2Config(architectures=["GPT2LMHeadModel"]).save_pretrained(tmp_path / "gpt2")
-    assert "GPT2LMHeadModel has no classification head" in refused(
-        "train", "--model", tmp_path / "gpt2", "--data", world["data"], "--output", out, *TRAIN
+    (tmp_path / "granite").mkdir()
+    GraniteConfig(architectures=["GraniteForCausalLM"]).save_pretrained(tmp_path / "granite")
+    assert "GraniteForCausalLM has no classification head" in refused(
+        "train", "--model", tmp_path / "granite", "--data", world["data"], "--output", out, *TRAIN
     )
 
 

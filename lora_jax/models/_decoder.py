@@ -18,8 +18,8 @@ from lora_jax.models._attention_choice import KERNELS, Case, Choice, choose
 from lora_jax.models._axis_rules import Layout
 from lora_jax.models._execution import Execution, one_by_one, stacked
 from lora_jax.models._experts import ExpertsSpec, SparseMLP
-from lora_jax.models._family import Family, Weight
-from lora_jax.models._layers import ACTIVATIONS, Embed, check_activation, dense, head_kernel
+from lora_jax.models._family import Family, Weight, predicts_labels
+from lora_jax.models._layers import ACTIVATIONS, Embed, check_activation, dense, head_kernel, last_tokens
 from lora_jax.models._rope import Rope, reach, rope_of, rotate, rotation
 from lora_jax.models._settings import check_ratios
 
@@ -273,7 +273,7 @@ class Decoder(nn.Module):
         if hidden:
             return x
         if spec.num_labels is not None:
-            pooled = _last_tokens(x, attention_mask)
+            pooled = last_tokens(x, attention_mask)
             return dense(self, "score", spec.num_labels, pooled, ("embed", None), bias=False)
         # The tree of a tied model may have a head of its own: an adapter that changes one of the two has untied them.
         tied = spec.tied and not self.has_variable("params", "lm_head")
@@ -286,14 +286,6 @@ def unembed(spec: DecoderSpec, layout: Layout, params: Any) -> Callable[[Any], A
     """The function from the last hidden states to the logits, as at the end of `Decoder`."""
     kernel = head_kernel(params, "embed_tokens", layout)
     return lambda x: _scaled(spec, layout.constrain(x @ kernel.astype(x.dtype), "batch", "length", "vocab"))
-
-
-def _last_tokens(x, attention_mask):
-    """The state [B, D] of each row's last token that isn't padding."""
-    if attention_mask is None:
-        return x[:, -1]
-    last = jnp.max(attention_mask.astype(bool) * jnp.arange(x.shape[1]), axis=1)
-    return jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
 
 
 def _scaled(spec, logits):
@@ -418,17 +410,15 @@ def family(
     )
 
 
-def classifier(config_class: Any, architecture: str, spec: Callable[[Any], DecoderSpec]) -> Family:
+def classifier(
+    config_class: Any,
+    architecture: str,
+    spec: Callable[[Any], DecoderSpec],
+    more_weights: Callable[[DecoderSpec], dict[str, Weight]] = lambda spec: {},
+) -> Family:
     """Make the family of this decoder that predicts labels: transformers' `...ForSequenceClassification`."""
 
     def labelled(config: Any) -> DecoderSpec:
         return replace(spec(config), num_labels=config.num_labels)
 
-    return family(config_class, architecture, labelled)._replace(
-        init_cache=None,
-        unembed=None,
-        copies=lambda config: {},
-        heads={},
-        head="score",
-        other_heads=(r"lm_head\..*", r"score\..*"),
-    )
+    return predicts_labels(family(config_class, architecture, labelled, more_weights))

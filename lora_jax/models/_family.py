@@ -89,6 +89,18 @@ class Family(NamedTuple):
         return tuple((self.heads[name], Weight(name, transpose=True)) for name in tied if name in self.heads)
 
 
+def predicts_labels(decoder: Family) -> Family:
+    """The family of a decoder whose head `score` sees each row's last token, in place of its head of the vocabulary."""
+    return decoder._replace(
+        init_cache=None,
+        unembed=None,
+        copies=lambda config: {},
+        heads={},
+        head="score",
+        other_heads=(r"lm_head\..*", r"score\..*"),
+    )
+
+
 def untied(names: Mapping[str, Weight]) -> dict[str, str]:
     """The heads that share an embedding: the path of the head's own leaf, and the path of the embedding."""
     return {own: path for path, weight in names.items() for own, _ in weight.untied}

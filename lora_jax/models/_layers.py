@@ -93,3 +93,11 @@ def head_kernel(params: Mapping[str, Any], table: str, layout: Layout) -> Array:
     """
     kernel = params["lm_head"]["kernel"] if "lm_head" in params else params[table]["embedding"].T
     return layout.constrain(kernel, None, "vocab")
+
+
+def last_tokens(x: Array, attention_mask: Array | None) -> Array:
+    """The state [B, D] of each row's last token that isn't padding."""
+    if attention_mask is None:
+        return x[:, -1]
+    last = jnp.max(attention_mask.astype(bool) * jnp.arange(x.shape[1]), axis=1)
+    return jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]

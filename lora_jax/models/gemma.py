@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import Gemma2Config, Gemma3TextConfig, GemmaConfig
 
-from lora_jax.models._decoder import DecoderSpec, common, family, rope, sliding_layers
+from lora_jax.models._decoder import DecoderSpec, classifier, common, family, rope, sliding_layers
 
 
 def gemma(config: Any) -> DecoderSpec:
@@ -58,4 +58,7 @@ FAMILIES = (
     family(GemmaConfig, "GemmaForCausalLM", gemma),
     family(Gemma2Config, "Gemma2ForCausalLM", gemma2),
     family(Gemma3TextConfig, "Gemma3ForCausalLM", gemma3),
+    classifier(GemmaConfig, "GemmaForSequenceClassification", gemma),
+    classifier(Gemma2Config, "Gemma2ForSequenceClassification", gemma2),
+    classifier(Gemma3TextConfig, "Gemma3TextForSequenceClassification", gemma3),
 )

@@ -4,7 +4,7 @@ Its files store kernels as (in, out), so none is transposed.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import flax.linen as nn
@@ -16,8 +16,8 @@ from lora_jax.models import _attention, _kernels
 from lora_jax.models._attention_choice import Case, Choice, choose
 from lora_jax.models._axis_rules import Layout
 from lora_jax.models._execution import Execution, one_by_one, stacked
-from lora_jax.models._family import Family, Weight
-from lora_jax.models._layers import ACTIVATIONS, Embed, check_activation, dense, head_kernel, layer_norm
+from lora_jax.models._family import Family, Weight, predicts_labels
+from lora_jax.models._layers import ACTIVATIONS, Embed, check_activation, dense, head_kernel, last_tokens, layer_norm
 from lora_jax.models._settings import check_ratios
 
 
@@ -36,6 +36,7 @@ class GPT2Spec:
     scaled: bool  # whether attention's logits are divided by √head_dim
     tied: bool
     init_std: float
+    num_labels: int | None = None  # of the head in place of the vocabulary's, which sees a row's last token
 
 
 def spec(config: Any) -> GPT2Spec:
@@ -182,6 +183,9 @@ class GPT2(nn.Module):
         x = layer_norm(self, "ln_f", x)
         if hidden:
             return x
+        if spec.num_labels is not None:
+            pooled = last_tokens(x, attention_mask)
+            return dense(self, "score", spec.num_labels, pooled, ("embed", None), bias=False)
         # The tree of a tied model may have a head of its own: an adapter that changes one of the two has untied them.
         tied = spec.tied and not self.has_variable("params", "lm_head")
         logits = (
@@ -221,17 +225,30 @@ def init_cache(config: Any, batch: int, length: int, dtype: Any, execution: Exec
     return _attention.init_cache(execution, sizes.num_layers, batch, length, sizes.num_heads, head_dim, dtype)
 
 
-FAMILIES = (
-    Family(
-        config_class=GPT2Config,
-        architecture="GPT2LMHeadModel",
-        module=lambda config, dtype, param_dtype, execution: GPT2(spec(config), dtype, param_dtype, execution),
-        weights=weights,
-        init_cache=init_cache,
-        unembed=unembed,
-        ignored=(r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias",),  # buffers, in old files
-        copies=lambda config: {"lm_head.weight": "transformer.wte.weight"} if config.tie_word_embeddings else {},
-        heads={"lm_head.weight": "lm_head/kernel"},
-        prefix="transformer.",
-    ),
+def _labelled(config: Any) -> GPT2Spec:
+    return replace(spec(config), num_labels=config.num_labels)
+
+
+def _labelled_weights(config: Any) -> dict[str, Weight]:
+    table = weights(config) | {"score/kernel": Weight("score.weight", transpose=True)}
+    return {path: weight for path, weight in table.items() if path != "lm_head/kernel"}
+
+
+_LM = Family(
+    config_class=GPT2Config,
+    architecture="GPT2LMHeadModel",
+    module=lambda config, dtype, param_dtype, execution: GPT2(spec(config), dtype, param_dtype, execution),
+    weights=weights,
+    init_cache=init_cache,
+    unembed=unembed,
+    ignored=(r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias",),  # buffers, in old files
+    copies=lambda config: {"lm_head.weight": "transformer.wte.weight"} if config.tie_word_embeddings else {},
+    heads={"lm_head.weight": "lm_head/kernel"},
+    prefix="transformer.",
 )
+_CLASSIFIER = predicts_labels(_LM)._replace(
+    architecture="GPT2ForSequenceClassification",
+    module=lambda config, dtype, param_dtype, execution: GPT2(_labelled(config), dtype, param_dtype, execution),
+    weights=_labelled_weights,
+)
+FAMILIES = (_LM, _CLASSIFIER)

@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import MistralConfig, MixtralConfig
 
-from lora_jax.models._decoder import DecoderSpec, common, family
+from lora_jax.models._decoder import DecoderSpec, classifier, common, family
 from lora_jax.models._experts import ExpertsSpec, expert_weights
 from lora_jax.models._family import Weight
 
@@ -33,4 +33,6 @@ def _expert_weights(spec: DecoderSpec) -> dict[str, Weight]:
 FAMILIES = (
     family(MistralConfig, "MistralForCausalLM", mistral),
     family(MixtralConfig, "MixtralForCausalLM", mixtral, _expert_weights),
+    classifier(MistralConfig, "MistralForSequenceClassification", mistral),
+    classifier(MixtralConfig, "MixtralForSequenceClassification", mixtral, _expert_weights),
 )

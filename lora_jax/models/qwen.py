@@ -58,4 +58,5 @@ FAMILIES = (
     classifier(Qwen2Config, "Qwen2ForSequenceClassification", qwen2),
     classifier(Qwen3Config, "Qwen3ForSequenceClassification", qwen3),
     family(Qwen3MoeConfig, "Qwen3MoeForCausalLM", qwen3_moe, _expert_weights),
+    classifier(Qwen3MoeConfig, "Qwen3MoeForSequenceClassification", qwen3_moe, _expert_weights),
 )
