@@ -85,6 +85,17 @@ def from_first(value: bytes) -> bytes:
     return multihost_utils.broadcast_one_to_all(np.frombuffer(value, np.uint8)).tobytes()
 
 
+def text_of_first(text: str) -> str:
+    """The text that the first process has.
+
+    >>> text_of_first("a prompt")
+    'a prompt'
+    """
+    data = text.encode()
+    size = int.from_bytes(from_first(len(data).to_bytes(8, "little")), "little")
+    return from_first(data[:size].ljust(size, b"\0")).decode()
+
+
 def on_host(tree: Any) -> Any:
     """A tree whose arrays this process can read: those that are spread over several processes are gathered.
 
@@ -94,9 +105,9 @@ def on_host(tree: Any) -> Any:
     {'a': 1}
     """
 
-    def gathered(x: Any) -> Any:
-        if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
-            return x
-        return multihost_utils.process_allgather(x, tiled=True)
+    return jax.tree.map(lambda x: multihost_utils.process_allgather(x, tiled=True) if is_cut(x) else x, tree)
 
-    return jax.tree.map(gathered, tree)
+
+def is_cut(x: Any) -> bool:
+    """Return whether a leaf is an array that this process has only a part of."""
+    return isinstance(x, jax.Array) and not x.is_fully_addressable and not x.is_fully_replicated

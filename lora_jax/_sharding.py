@@ -1,7 +1,12 @@
-"""`shardings` derives the shardings of the factors from the shardings of their kernels."""
+"""`shardings` derives the shardings of the factors from those of their kernels; `spread_over` puts a tree there."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lora_jax._node import LoRA, Trained, place
 from lora_jax._quantize.node import Quantized
@@ -52,3 +57,23 @@ def shardings(params: Any, base_shardings: Any) -> Any:
         return dataclasses.replace(leaf, value=sharding_at(path)) if isinstance(leaf, Trained) else sharding_at(path)
 
     return edit(params, leaf=put)
+
+
+def spread_over(mesh: Mesh, params: Any, base: Mapping[str, Any]) -> Any:
+    """Put parameters on a mesh: the leaves that `base` names by path where it says, the others on every device.
+
+    >>> mesh = jax.make_mesh((1,), ("fsdp",))
+    >>> spread_over(mesh, {"w": np.ones(2)}, {})["w"].sharding.spec
+    P()
+    """
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    others = {path for path, leaf in leaves_with_paths(params) if path not in base and not isinstance(leaf, LoRA)}
+    return jax.tree.map(put, params, shardings(params, dict(base) | dict.fromkeys(others, everywhere)))
+
+
+def put(x: Any, where: Any) -> jax.Array:
+    """An array of this process, the same in all, or one that is on all their devices, where it belongs."""
+    if jax.process_count() == 1 or (isinstance(x, jax.Array) and not x.is_fully_addressable):
+        return jax.device_put(x, where)
+    host = np.asarray(x)
+    return jax.make_array_from_callback(host.shape, where, lambda index: host[index])

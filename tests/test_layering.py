@@ -46,7 +46,7 @@ GROUPS = {
     "_untrusted": (set(), set()),
     "number format": (set(), {"jax", "numpy"}),  # a quantized kernel is a kind of array, as LoRA isn't
     "models": (
-        {"_disk", "_untrusted", "number format"},
+        {"_disk", "_untrusted", "_processes", "number format"},
         {"jax", "numpy", "ml_dtypes", "flax", "transformers", "safetensors", "huggingface_hub"},
     ),
     "prefix": (CORE, {"jax", "numpy"}),

@@ -13,6 +13,8 @@ import tyro
 from jax.sharding import Mesh
 
 import lora_jax
+from lora_jax._processes import several
+from lora_jax._sharding import spread_over
 from lora_jax._tree import trained_paths
 from lora_jax.cli import _mesh, _named_base, _new_tokens, _show
 from lora_jax.demo import text_to_sql
@@ -277,7 +279,12 @@ def with_adapter(model: Any, adapter: Path | None) -> Any:
         raise ValueError(
             f"{adapter}: {missing[0]} is neither in the adapter nor in the model; give the model of its training"
         )
-    return params
+    if model.mesh is None or not several():
+        return params
+    # Each process has read all of the factors, and the base's kernels in parts.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of axes that can't be divided: `load` has printed them
+        return spread_over(model.mesh, params, lora_jax.models.flatten(lora_jax.models.shardings(model)))
 
 
 def check_generates(model: Any) -> None:

@@ -3,11 +3,13 @@
 import contextlib
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
 
+from lora_jax._processes import several
 from lora_jax.cli import _compiled
 from lora_jax.cli._watchdog import Watchdog
 
@@ -67,6 +69,11 @@ def joined(flags: DistributedFlags) -> Iterator[None]:
     jax.distributed.shutdown()
     _watchdog.close()
     _watchdog = None
+
+
+def over_all(base: Any) -> Any:
+    """The base's flags, with a mesh over the devices of all processes where there are several."""
+    return replace(base, mesh="auto") if several() and base.mesh is None else base
 
 
 def said_so() -> None:

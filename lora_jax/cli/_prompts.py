@@ -1,11 +1,13 @@
 """Prompts on the command line: from flags or standard input, as text or as a conversation's first message."""
 
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 from lora_jax import prefix
+from lora_jax._processes import one_writes, text_of_first
 from lora_jax.cli import _show
 from lora_jax.generate import GenerateConfig, chat_prompt
 
@@ -27,6 +29,18 @@ def prompts_of(given: Sequence[str]) -> list[str]:
     if not found:
         raise ValueError("prompt: none given; pass --prompt TEXT, or pipe one prompt a line into the command")
     return found
+
+
+def prompts_of_first(given: Sequence[str]) -> list[str]:
+    """The prompts of the first process of several, since standard input may be that of one process alone.
+
+    Raises:
+        ValueError: As `prompts_of`.
+        OSError: In the other processes.
+    """
+    with one_writes() as reads:
+        found = prompts_of(given) if reads else []
+    return json.loads(text_of_first(json.dumps(found)))
 
 
 def lines() -> Iterator[str]:
@@ -61,10 +75,12 @@ def fitted(model: Any, params: Any, ids: Sequence[int], config: GenerateConfig) 
     return replace(config, max_tokens=min(config.max_tokens, room))
 
 
-def show_completions(prompts: Sequence[str], texts: Sequence[str], json: bool) -> None:
+def show_completions(prompts: Sequence[str], texts: Sequence[str], as_json: bool) -> None:
     """Print one completion alone, and several each below a line with its number and prompt; or an object for each."""
+    if not _show.is_shown():
+        return
     for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True), 1):
-        if json:
+        if as_json:
             _show.print_json({"prompt": prompt, "completion": text})
         elif len(prompts) == 1:
             print(text)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import tyro
 
 from lora_jax import data
-from lora_jax.cli import _base, _data, _embedded, _labels, _mesh, _rows, _run_file, _show, _template
+from lora_jax.cli import _base, _data, _distributed, _embedded, _labels, _mesh, _rows, _run_file, _show, _template
 from lora_jax.cli._data import DataSource
 from lora_jax.data import Labelled, Row
 from lora_jax.train import TrainConfig, evaluate
@@ -38,10 +38,17 @@ class Settings:
     reading: tyro.conf.OmitArgPrefixes[_data.DataFlags] = _data.DEFAULTS
     template: tyro.conf.OmitArgPrefixes[_template.TemplateFlags] = _template.NONE
     base: tyro.conf.OmitArgPrefixes[_base.EvaluatedBase] = _base.EvaluatedBase()
+    processes: tyro.conf.OmitArgPrefixes[_distributed.DistributedFlags] = _distributed.FLAGS
 
 
 def run(settings: Settings) -> None:
-    settings = replace(settings, base=settings.template.of(settings.base).for_adapter(settings.adapter))
+    with _distributed.joined(settings.processes):
+        _run(settings)
+
+
+def _run(settings: Settings) -> None:
+    base = _distributed.over_all(settings.template.of(settings.base).for_adapter(settings.adapter))
+    settings = replace(settings, base=base)
     settings = replace(settings, max_length=_max_length(settings.max_length, settings.adapter))
     _embedded.check_data_given(settings.base, settings.data)
     source = _data.source_of(settings.data, settings.reading)

@@ -6,7 +6,8 @@ from pathlib import Path
 import jax
 import tyro
 
-from lora_jax.cli import _base, _prompts, _show, _template
+from lora_jax._processes import several
+from lora_jax.cli import _base, _distributed, _prompts, _show, _template
 from lora_jax.generate import GenerateConfig, generate_text, stream_text
 
 
@@ -32,12 +33,18 @@ class Settings:
     template: tyro.conf.OmitArgPrefixes[_template.TemplateFlags] = _template.NONE
     base: tyro.conf.OmitArgPrefixes[_base.DecodedBase] = _base.DecodedBase()
     generate: tyro.conf.OmitArgPrefixes[GenerateConfig] = GenerateConfig()
+    processes: tyro.conf.OmitArgPrefixes[_distributed.DistributedFlags] = _distributed.FLAGS
 
 
 def run(settings: Settings) -> None:
-    prompts = _prompts.prompts_of(settings.prompt)
-    mesh = settings.base.devices(min(len(prompts), settings.generate.batch_size))
-    base, given = settings.template.of(settings.base).for_adapter(settings.adapter), prompts
+    with _distributed.joined(settings.processes):
+        _run(settings)
+
+
+def _run(settings: Settings) -> None:
+    prompts = _prompts.prompts_of_first(settings.prompt)
+    base = _distributed.over_all(settings.template.of(settings.base).for_adapter(settings.adapter))
+    mesh, given = base.devices(min(len(prompts), settings.generate.batch_size)), prompts
     if settings.chat or settings.system is not None or settings.template.chat_template is not None:
         given = _prompts.rendered(base.abstract(), prompts, settings.system)
     model = base.load(mesh=mesh)
@@ -46,7 +53,7 @@ def run(settings: Settings) -> None:
     attention = model.attention(len(prompts), model.max_length, cached=True)
     _show.notes().print(str(attention), markup=False, soft_wrap=True)
     key = jax.random.key(settings.seed)
-    if len(prompts) == 1 and not settings.json:
+    if len(prompts) == 1 and not settings.json and not several():  # who meet at each look into the tokens
         _prompts.print_stream(stream_text(model, params, given[0], settings.generate, key=key))
         return
     with _show.working("generating"):

@@ -15,7 +15,8 @@ import tyro
 
 import lora_jax
 from lora_jax import sweep
-from lora_jax.cli import _base, _data, _embedded, _labels, _mesh, _rows, _show
+from lora_jax._processes import one_writes
+from lora_jax.cli import _base, _data, _distributed, _embedded, _labels, _mesh, _rows, _show
 from lora_jax.cli._rows import Rows
 from lora_jax.demo import text_to_sql
 from lora_jax.sweep import Point, Results
@@ -69,6 +70,7 @@ class Settings:
     base: tyro.conf.OmitArgPrefixes[_base.TrainedBase] = _base.TrainedBase()
     lora: tyro.conf.OmitArgPrefixes[_base.LoRAFlags] = _base.LORA
     train: tyro.conf.OmitArgPrefixes[TrainConfig] = TrainConfig()
+    processes: tyro.conf.OmitArgPrefixes[_distributed.DistributedFlags] = _distributed.FLAGS
 
 
 def defaults(words: Sequence[str]) -> Settings:
@@ -86,7 +88,14 @@ def defaults(words: Sequence[str]) -> Settings:
 
 
 def run(settings: Settings) -> None:
-    _check(settings)
+    with _distributed.joined(settings.processes):
+        _run(dataclasses.replace(settings, base=_distributed.over_all(settings.base)))
+
+
+def _run(settings: Settings) -> None:
+    with one_writes() as writes:
+        if writes:
+            _check(settings)
     memory = None if settings.memory is None else read_size(settings.memory)
     rows = _rows.read(settings.data, settings.base, settings.reading)
     model = settings.base.abstract(labels=rows.label_names)
@@ -220,13 +229,17 @@ def _write(settings: Settings, finished: _FinishedSweep) -> None:
         "lora": _without(of_points, dataclasses.asdict(finished.lora)),
         "train": _without(of_points, dataclasses.asdict(settings.train)) | {"load_best_model_at_end": False},
     }
-    replaced = _saved_before(settings.output)
-    finished.results.write(settings.output, **common)
-    for folder in replaced:
-        shutil.rmtree(folder, ignore_errors=True)
+    with one_writes() as writes:
+        if writes:
+            replaced = _saved_before(settings.output)
+            finished.results.write(settings.output, **common)
+            for folder in replaced:
+                shutil.rmtree(folder, ignore_errors=True)
     if settings.save_adapters:
         columns = [{"adapter": _save(settings, finished, number)} for number in range(len(finished.results.results))]
-        finished.results.write(settings.output, columns, **common)
+        with one_writes() as writes:
+            if writes:
+                finished.results.write(settings.output, columns, **common)
 
 
 def _without(names: Collection[str], settings: dict[str, Any]) -> dict[str, Any]:
@@ -265,8 +278,9 @@ def _save(settings: Settings, finished: _FinishedSweep, number: int) -> str | No
         task_type=finished.rows.task_type,
         overwrite=True,  # _check has refused a folder that mustn't be overwritten
     )
-    if finished.rows.labels is not None:
-        _labels.save(settings.output / folder, finished.rows.labels)
+    with one_writes() as writes:
+        if writes and finished.rows.labels is not None:
+            _labels.save(settings.output / folder, finished.rows.labels)
     return folder
 
 

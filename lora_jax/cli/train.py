@@ -143,11 +143,9 @@ class Predictions(NamedTuple):
 
 
 def run(settings: Settings) -> None:
-    settings = replace(settings, base=settings.template.of(settings.base.for_adapter(settings.from_adapter)))
     with _distributed.joined(settings.processes):
-        if several() and settings.base.mesh is None:
-            settings = replace(settings, base=replace(settings.base, mesh="auto"))
-        _run(settings)
+        base = _distributed.over_all(settings.template.of(settings.base.for_adapter(settings.from_adapter)))
+        _run(replace(settings, base=base))
 
 
 def _run(settings: Settings) -> None:

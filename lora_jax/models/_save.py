@@ -1,5 +1,6 @@
 """Writing models as Hugging Face folders."""
 
+import contextlib
 import copy
 import os
 from collections.abc import Callable, Mapping
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 from transformers import PreTrainedTokenizerBase
 
 from lora_jax import _disk
+from lora_jax._processes import one_writes
 from lora_jax.models import _end_tokens, _family, _folder, _shards, _weights
 from lora_jax.models._families import FAMILIES
 from lora_jax.models._family import flatten
@@ -35,7 +37,8 @@ def save(
 ) -> None:
     """Write `params` as a Hugging Face folder, completely or not at all: configuration, tokenizer, safetensors.
 
-    `Streamed` leaves are written one tensor at a time, into the same shards as in the model's own folder.
+    `Streamed` leaves are written one tensor at a time, into the same shards as in the model's own folder. Of several
+    processes all must call it: the first one writes, and tensors that are cut over them are gathered one by one.
 
     Args:
         folder: The folder, which is created with its parents.
@@ -74,7 +77,13 @@ def save(
     config.architectures = [_folder.family_of(config.model_type, config.architectures, FAMILIES).architecture]
     config.dtype = str(jnp.dtype(dtype or next(iter(leaves.values())).dtype))
     ours = _shards.ours(folder, model.folder)
-    with _disk.replacing(folder, overwrite=overwrite, what=WRITTEN, ours=ours) as temporary:
+    layout = _layout(model, leaves)
+    shards = _shards.divided(leaves, model.names, dtype=dtype, shard_bytes=shard_bytes, layout=layout)
+    with contextlib.ExitStack() as stack:
+        writes, tensors = stack.enter_context(one_writes()), stack.enter_context(_shards.gathered(shards, leaves))
+        if not writes:
+            return
+        temporary = stack.enter_context(_disk.replacing(folder, overwrite=overwrite, what=WRITTEN, ours=ours))
         config.save_pretrained(temporary)
         tokenizer = model.new_tokenizer if tokenizer is None else tokenizer
         if tokenizer is not None:
@@ -84,8 +93,7 @@ def save(
             _folder.copy_text_files(model.folder, temporary, patterns)
             if tokenizer is None and model.adapter is not None:
                 copy_tokenizer(model.adapter, temporary)
-        layout = _layout(model, leaves)
-        _shards.write(temporary, leaves, model.names, dtype=dtype, shard_bytes=shard_bytes, layout=layout)
+        _shards.write(temporary, shards, tensors, model.names)
         if check is not None:
             check(temporary)
 

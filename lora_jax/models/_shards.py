@@ -1,7 +1,10 @@
 """Writing the leaves of a tree as safetensors files, one tensor at a time."""
 
+import collections
+import contextlib
+import itertools
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,6 +12,7 @@ import numpy as np
 import safetensors
 
 from lora_jax import _disk
+from lora_jax._processes import is_cut, is_first, on_host, several
 from lora_jax.models import _folder
 from lora_jax.models._family import Weight
 from lora_jax.models._files import DTYPES, INDEX, SINGLE
@@ -34,19 +38,17 @@ class Entry(NamedTuple):
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
 
-def write(
-    folder: Path,
+def divided(
     leaves: Mapping[str, Any],
     weights: Mapping[str, Weight],
     *,
     dtype: Any = None,
     shard_bytes: int = 5 * 10**9,
     layout: Mapping[str, Any] | None = None,
-) -> None:
-    """Write the tensors of every leaf to `folder`, in one file, or in several with an index.
+) -> list[list[Entry]]:
+    """The tensors of every leaf, divided into files.
 
     Args:
-        folder: The folder, which must exist.
         leaves: Path -> array or `Streamed`.
         weights: Path -> name in the files.
         dtype: The dtype of the tensors; None keeps each leaf's.
@@ -55,19 +57,68 @@ def write(
             and tensors are in the order of `layout`.
 
     Raises:
-        ValueError: The dtype can't be written, or a value is beyond it or isn't finite.
+        ValueError: The dtype can't be written.
     """
     planned = list(_entries(leaves, weights, dtype))
-    shards = _by_size(planned, shard_bytes) if layout is None else _by_layout(planned, layout)
+    return _by_size(planned, shard_bytes) if layout is None else _by_layout(planned, layout)
+
+
+@contextlib.contextmanager
+def gathered(shards: Sequence[Sequence[Entry]], leaves: Mapping[str, Any]) -> Iterator[Iterator[np.ndarray]]:
+    """The tensors of all shards, one after another.
+
+    A tensor that is cut over several processes is gathered when it is taken. All of them must gather it: a process that
+    takes none, or fails before the last, goes through the rest at the end of the block.
+    """
+    tensors = _tensors(shards, leaves)
+    try:
+        yield tensors
+    finally:
+        if several():
+            collections.deque(tensors, maxlen=0)
+
+
+def write(
+    folder: Path,
+    shards: Sequence[Sequence[Entry]],
+    tensors: Iterator[np.ndarray],
+    weights: Mapping[str, Weight],
+) -> None:
+    """Write the tensors to `folder`, which exists, in one file, or in several with an index.
+
+    Args:
+        folder: The folder.
+        shards: The tensors of each file, as `divided` returns them.
+        tensors: Their values, as `gathered` yields them.
+        weights: Path -> name in the files.
+
+    Raises:
+        ValueError: A value is beyond the dtype or isn't finite.
+    """
     count = len(shards)
     files = [SINGLE] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     written = sorted({path.name for path in folder.iterdir()} | {*files} | ({INDEX} if count > 1 else set()))
     for file, shard in zip(files, shards, strict=True):
-        _write_file(folder / file, shard, leaves, weights, {"format": "pt", FILES: _disk.to_json(written)})
+        _write_file(folder / file, shard, tensors, weights, {"format": "pt", FILES: _disk.to_json(written)})
     if count > 1:
         where = {entry.name: file for file, shard in zip(files, shards, strict=True) for entry in shard}
-        index = {"metadata": {"total_size": sum(entry.size for entry in planned)}, "weight_map": where}
+        total = sum(entry.size for shard in shards for entry in shard)
+        index = {"metadata": {"total_size": total}, "weight_map": where}
         (folder / INDEX).write_text(_disk.to_json(index, indent=2, sort_keys=True) + "\n")
+
+
+def _tensors(shards: Sequence[Sequence[Entry]], leaves: Mapping[str, Any]) -> Iterator[np.ndarray]:
+    current_path, current = None, np.empty(0)
+    for entry in itertools.chain(*shards):
+        leaf = leaves[entry.path]
+        if isinstance(leaf, Streamed):
+            yield leaf.read(entry.index) if is_first() else np.empty(0)
+        elif is_cut(leaf):
+            yield np.asarray(on_host(leaf[entry.index]))
+        else:
+            if entry.path != current_path:
+                current_path, current = entry.path, np.asarray(leaf)  # from a device, one leaf at a time
+            yield current[entry.index]
 
 
 def _entries(leaves, weights, dtype) -> Iterable[Entry]:
@@ -99,7 +150,7 @@ def _by_layout(planned: Sequence[Entry], layout: Mapping[str, Any]) -> list[list
     return list(shards.values())
 
 
-def _write_file(path, shard, leaves, weights, metadata):
+def _write_file(path, shard, tensors, weights, metadata):
     """Write eight bytes of header length, a JSON header, and the tensors: safetensors' writer needs all in memory."""
     header: dict[str, Any] = {"__metadata__": metadata}
     offset = 0
@@ -112,15 +163,7 @@ def _write_file(path, shard, leaves, weights, metadata):
     with path.open("wb") as file:
         file.write(len(encoded).to_bytes(8, "little"))
         file.write(encoded)
-        current_path, current = None, np.empty(0)
-        for entry in shard:
-            leaf = leaves[entry.path]
-            if isinstance(leaf, Streamed):
-                tensor = leaf.read(entry.index)
-            else:
-                if entry.path != current_path:
-                    current_path, current = entry.path, np.asarray(leaf)  # from a device, one leaf at a time
-                tensor = current[entry.index]
+        for entry, tensor in zip(shard, tensors, strict=False):  # the tensors of the next shards follow
             tensor = np.swapaxes(tensor, -1, -2) if weights[entry.path].transpose else tensor
             tensor = np.ascontiguousarray(cast(tensor, entry.dtype, entry.name))
             _check_finite(tensor, entry)

@@ -11,6 +11,7 @@ import numpy as np
 
 from lora_jax import data
 from lora_jax._finite import unfinite_leaf
+from lora_jax._processes import on_host
 from lora_jax.sweep._batches import ShuffledBatches
 from lora_jax.sweep._memory import adapters_per_round, bytes_needed, shapes, size_of
 from lora_jax.sweep._planned import PlannedRun, settings_of
@@ -77,7 +78,7 @@ class RoundTrainer(NamedTuple):
         adapters = self.factory.stacked([initial[run] for run in filled])
         metrics, adapters = self._train(adapters, filled, progress)
         evaluation = self._validate(adapters, filled)
-        adapters = jax.device_get(adapters)
+        adapters = jax.device_get(on_host(adapters))
         seconds = (time.perf_counter() - began) / len(runs)
         return [
             self._result(run, initial[run], i, metrics, evaluation, adapters, seconds) for i, run in enumerate(runs)
@@ -105,12 +106,12 @@ class RoundTrainer(NamedTuple):
         Raises:
             ValueError: No adapter's first loss is finite, and a leaf of the base, which the message names, is why.
         """
-        on_host = jax.device_get(metrics)
-        if first and not np.isfinite(on_host.loss).any() and (leaf := unfinite_leaf(self.base)):
+        fetched = jax.device_get(on_host(metrics))
+        if first and not np.isfinite(fetched.loss).any() and (leaf := unfinite_leaf(self.base)):
             raise ValueError(
-                f"step 1: the loss of every adapter is {on_host.loss[0]:g}: {leaf} of the base holds nan or inf"
+                f"step 1: the loss of every adapter is {fetched.loss[0]:g}: {leaf} of the base holds nan or inf"
             )
-        return on_host
+        return fetched
 
     def _validate(self, adapters: Any, runs: Sequence[PlannedRun]) -> Callable[[int], Evaluation]:
         """Evaluate all adapters on the validation examples.
@@ -119,9 +120,8 @@ class RoundTrainer(NamedTuple):
             A function from an adapter's index in the round to its evaluation.
         """
         settings = settings_of(runs)
-        sums = jax.device_get(
-            [self.program.loss_sums(adapters, settings, self.base, batch) for batch in self.validation]
-        )
+        sums = [self.program.loss_sums(adapters, settings, self.base, batch) for batch in self.validation]
+        sums = jax.device_get(on_host(sums))
         labels = [(batch.get("labels"), batch["loss_weights"] > 0) for batch in self.validation]
         return lambda index: evaluation_of(self.task, [[x[index] for x in of_batch] for of_batch in sums], labels)
 

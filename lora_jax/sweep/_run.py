@@ -13,6 +13,7 @@ from lora_jax import data, prefix
 from lora_jax._axes import Axes
 from lora_jax._config import LoRAConfig
 from lora_jax._forward import dropout_of, kernel_axes
+from lora_jax._processes import from_first
 from lora_jax.analysis import GradientScore
 from lora_jax.sweep._batches import ShuffledBatches
 from lora_jax.sweep._memory import free_memory
@@ -144,6 +145,7 @@ def run(
     validation: list[Any] = list(data.batches(valid_data, config.micro_batch_size)) if valid_data else []
     trainer = RoundTrainer(program, factory, factory.base(), training, validation, task)
     size = trainer.adapters_per_round(runs, free_memory() if memory is None else memory)
+    size = int.from_bytes(from_first(size.to_bytes(8, "big")), "big")  # hosts may have other amounts of free memory
 
     rounds = [runs[start : start + size] for start in range(0, len(runs), size)]
     results: list[Result] = []

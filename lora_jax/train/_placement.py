@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from lora_jax._forward import with_raw
 from lora_jax._node import LoRA
 from lora_jax._optim import state_shardings
-from lora_jax._sharding import shardings
+from lora_jax._sharding import put, spread_over
 from lora_jax._tree import leaves_with_paths
 
 ROWS = ("data", "fsdp")  # the mesh's axes that cut a batch, where the model's function doesn't say otherwise
@@ -38,7 +38,7 @@ class Placement(NamedTuple):
         """A batch whose examples are on the mesh; each process puts its own devices' there."""
         if self.rows is None:
             return batch
-        return {name: self.put(x, self.rows) for name, x in batch.items()}
+        return {name: put(x, self.rows) for name, x in batch.items()}
 
     def state(self, tx: optax.GradientTransformation, adapter: Any) -> Any:
         """The optimizer's first state, its moments beside their parameters."""
@@ -58,14 +58,6 @@ class Placement(NamedTuple):
     def everywhere(self) -> NamedSharding | None:
         """The sharding of what each device has a copy of."""
         return None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
-
-    @staticmethod
-    def put(x: Any, where: Any) -> jax.Array:
-        """An array of this process, the same in all, or one that is on all their devices, where it belongs."""
-        if jax.process_count() == 1 or (isinstance(x, jax.Array) and not x.is_fully_addressable):
-            return jax.device_put(x, where)
-        host = np.asarray(x)
-        return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
 
 
 def placed(
@@ -102,10 +94,7 @@ def placed(
     rows, base = (found[0].rows, found[0].shardings) if found else _as_they_are(params, mesh)
     _check_rows(rows, batch_size, parts)
     there: Any = rows.mesh
-    everywhere = NamedSharding(there, PartitionSpec())
-    others = {path for path, leaf in leaves_with_paths(params) if path not in base and not isinstance(leaf, LoRA)}
-    where = shardings(params, base | dict.fromkeys(others, everywhere))
-    return Placement(apply_fn, jax.tree.map(Placement.put, params, where), there, rows)
+    return Placement(apply_fn, spread_over(there, params, base), there, rows)
 
 
 def _as_they_are(params: Any, mesh: Mesh) -> tuple[NamedSharding, dict[str, NamedSharding]]:
