@@ -65,7 +65,7 @@ QUESTION = ("--prompt-column", "question", "--completion-column", "answer", "--s
 def test_the_columns_that_a_named_one_needs(tmp_path, capsys):
     """A named column of texts alone means text, so the help and the error of an encoder name the other flags."""
     path = write(tmp_path / "rows.jsonl", [{"s": "a", "t": "b", "label": 0}])
-    read = lambda **flags: DataSource(path, flags=DataFlags(**flags)).rows(None)[0]
+    read = lambda **flags: DataSource((path,), flags=DataFlags(**flags)).parts(None)[0][0]
     assert read(text_column="s") == Text("a")
     assert read(text_column="s", label_column="label")[:3] == ("a", 0, None)
     assert read(text_column="s", text_pair_column="t")[:3] == ("a", 0, "b")

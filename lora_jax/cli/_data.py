@@ -1,8 +1,9 @@
-"""The `--data` flag, a file or folder in one word or GLUE's own files in two, and the flags on how rows are read."""
+"""The `--data` flag, files and folders or GLUE's own files, and the flags on how their rows are read."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from lora_jax import data
 from lora_jax.cli import _show
@@ -48,7 +49,7 @@ class DataFlags:
     @property
     def words(self) -> list[str]:
         """The flags that are given, as they are typed."""
-        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        given = {field.name: getattr(self, field.name) for field in fields(DataFlags)}
         return [word for name, value in given.items() if value for word in (f"--{name.replace('_', '-')}", value)]
 
     def check_text_only(self) -> None:
@@ -66,29 +67,91 @@ class DataFlags:
             )
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrainedDataFlags(DataFlags):
+    """The options of the rows that a run trains on."""
+
+    data_weights: tuple[float, ...] = ()
+    """weight of each of several files or folders of --data, as 3 1: of the rows that they have in all, each has its
+    share of a pass; each row comes once if not given"""
+    streaming: bool = False
+    """read the training rows of .jsonl and .parquet files as they are needed, for files larger than memory; needs
+    --max-steps, and a folder with valid.jsonl to evaluate on"""
+    shuffle_buffer: int = 10_000
+    """rows that are in memory with --streaming, among which the next one is selected"""
+
+    def check(self, paths: int) -> None:
+        """Refuse weights that don't belong to the data.
+
+        Raises:
+            ValueError: There is another number of them, or one isn't above 0.
+        """
+        if self.data_weights:
+            data.check_weights(self.data_weights, paths)
+
+
 DEFAULTS = DataFlags()
+TRAINED_DEFAULTS = TrainedDataFlags()
 
 
 @dataclass(frozen=True)
 class DataSource:
-    """A file or folder of rows; `glue` names the GLUE task if they are GLUE's own files."""
+    """Files or folders of rows; `glue` names the GLUE task if they are GLUE's own files."""
 
-    path: Path
+    paths: tuple[Path, ...]
     glue: str | None = None
     flags: DataFlags = DEFAULTS
     _noted: set[str] = field(default_factory=set, compare=False)
 
-    def rows(self, split: data.Split | None) -> list[Row]:
-        """The rows of a split, or of a single file; how they were read is printed once."""
-        return data.load(
-            self.path,
-            split,
-            glue=self.glue,
-            format=self.flags.format,
-            columns=self.flags.columns,
-            separator=self.flags.separator.replace("\\n", "\n"),
-            note=self._note,
-        )
+    def parts(self, split: data.Split | None, *, of_files: bool = False, paths: Sequence[Path] = ()) -> list[list[Row]]:
+        """The rows of a split, by path; how they were read is printed once.
+
+        Args:
+            split: The split.
+            of_files: Whether a path that has no splits is taken whole.
+            paths: Other paths than the flag's.
+        """
+        return [
+            data.load(
+                path,
+                split if not of_files or data.has_splits(path) else None,
+                glue=self.glue,
+                **self._reading,
+            )
+            for path in paths or self.paths
+        ]
+
+    def streams(self, tokenizer: data.Tokenizer, max_length: int, seed: int) -> Any:
+        """The training rows as one stream of examples, mixed by weight if there are several paths."""
+        flags = self.flags
+        assert isinstance(flags, TrainedDataFlags)
+        streams = [
+            data.stream(
+                path,
+                tokenizer,
+                max_length,
+                seed=seed,
+                buffer_size=flags.shuffle_buffer,
+                truncation_mode=flags.truncation_mode or "keep_end",
+                loss=flags.loss or "all",
+                **self._reading,
+            )
+            for path in self.paths
+        ]
+        if len(streams) == 1:
+            return streams[0]
+        if not flags.data_weights:
+            raise ValueError(f"streaming: {len(streams)} sets of data given, expected data_weights, which mix them")
+        return data.mix_streams(streams, flags.data_weights)
+
+    @property
+    def _reading(self) -> dict[str, Any]:
+        return {
+            "format": self.flags.format,
+            "columns": self.flags.columns,
+            "separator": self.flags.separator.replace("\\n", "\n"),
+            "note": self._note,
+        }
 
     def _note(self, line: str) -> None:
         if line not in self._noted:
@@ -111,23 +174,24 @@ class DataSource:
 
 
 def source_of(words: Sequence[str], flags: DataFlags = DEFAULTS) -> DataSource | None:
-    """Read the flag's words: `PATH`, or `glue:TASK PATH`; None for the embedded task, without words.
+    """Read the flag's words: `PATH ...`, or `glue:TASK PATH`; None for the embedded task, without words.
 
     Raises:
         ValueError: The words have another form, name an unknown task, or are missing though flags say how to read them.
     """
     if not words:
-        if given := flags.words:
+        given = [*flags.words, *(["--streaming"] if getattr(flags, "streaming", False) else [])]
+        if given:
             raise ValueError(f"data: none given for {given[0]}, which is about the rows of a file; pass --data FILE")
         return None
     match words:
-        case [path] if not path.startswith("glue:"):
-            return DataSource(Path(path), flags=flags)
         case [task, path] if task.startswith("glue:"):
             name = task.removeprefix("glue:")
             data.glue_task(name)
-            return DataSource(Path(path), name, flags)
-    raise ValueError(f"data: {' '.join(words)!r} given, expected a file or folder, or glue:TASK and a folder")
+            return DataSource((Path(path),), name, flags)
+        case _ if not any(word.startswith("glue:") for word in words):
+            return DataSource(tuple(map(Path, words)), flags=flags)
+    raise ValueError(f"data: {' '.join(words)!r} given, expected files or folders, or glue:TASK and a folder")
 
 
 def labelled(rows: Sequence[Row]) -> list[Labelled]:

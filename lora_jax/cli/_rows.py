@@ -18,10 +18,20 @@ class Rows:
     """Rows as their files have them, by split."""
 
     source: DataSource | None  # None: the embedded task
-    by_split: Mapping[str, Sequence[Row]]
+    parts: Mapping[str, Sequence[Sequence[Row]]]  # of each split, by path of --data
     labels: Labels | None  # None: text
     truncation_mode: data.TruncationMode = "keep_end"
     loss: data.Loss = "all"
+
+    @property
+    def by_split(self) -> Mapping[str, Sequence[Row]]:
+        """The rows of each split; no training rows if they are streamed."""
+        return {split: [row for part in parts for row in part] for split, parts in self.parts.items()}
+
+    @property
+    def streamed(self) -> bool:
+        """Whether the training rows are read as they are needed."""
+        return self.source is not None and getattr(self.source.flags, "streaming", False)
 
     @property
     def label_names(self) -> tuple[str, ...] | None:
@@ -37,7 +47,7 @@ class Rows:
 class EncodedRows(NamedTuple):
     """Rows as examples of token ids, by split, and the task."""
 
-    train: Sequence[Example] | Sequence[LabelledExample]
+    train: Any  # examples, or a stream of them
     valid: Sequence[Example] | Sequence[LabelledExample]  # may be empty
     task: Task | None  # None: next-token prediction
 
@@ -49,45 +59,74 @@ def read(words: Sequence[str], base: _base.Base, flags: DataFlags = _data.DEFAUL
         ValueError: A row that can't be used, by file and line, or rows that the model can't be trained on.
     """
     source = _data.source_of(words, flags)
-    by_split = {split: _embedded.rows(split) if source is None else source.rows(split) for split in SPLITS}
-    train, valid = (_data.labelled(by_split[split]) for split in SPLITS)
+    if source is None:
+        parts: dict[str, Any] = {split: [_embedded.rows(split)] for split in SPLITS}
+    else:
+        if isinstance(flags, _data.TrainedDataFlags):
+            flags.check(len(source.paths))
+        streamed = getattr(flags, "streaming", False)
+        parts = {split: _held(source, split) if streamed else source.parts(split) for split in SPLITS}
+    rows = Rows(source, parts, None, flags.truncation_mode or "keep_end", flags.loss or "all")
+    train, valid = (_data.labelled(rows.by_split[split]) for split in SPLITS)
     model = base.abstract()
     if source is None or not train:
         _base.check_generates(model)
-        return Rows(source, by_split, None, flags.truncation_mode or "keep_end", flags.loss or "all")
+        return rows
     flags.check_text_only()
-    return Rows(source, by_split, _labels.to_train(source, model, train, valid))
+    return Rows(source, parts, _labels.to_train(source, model, train, valid))
 
 
-def encode(rows: Rows, model: Any, max_length: int) -> EncodedRows:
-    """Tokenise the rows, each cut to `max_length`, and print how many there are and how many were cut or left out."""
-    if rows.source is None or rows.labels is None:
-        train, valid = (_encode_text(split, rows, model, max_length) for split in SPLITS)
-        report_unread(*train.unread, *valid.unread)
-        return EncodedRows(train.examples, valid.examples, None)
+def _held(source: DataSource, split: str) -> list[list[Row]]:
+    """The rows that are in memory although the training rows are streamed: those of files of validation rows."""
+    if split == "train":
+        return [[]]
+    if source.glue is not None:
+        raise ValueError(f"streaming: given for glue:{source.glue}, whose rows have labels; leave it out")
+    files = [data.split_files(path, "valid") for path in source.paths if path.is_dir()]
+    return [source.parts(None, paths=[path])[0] for found in files for path in found]
+
+
+def encode(rows: Rows, model: Any, max_length: int, seed: int = 0) -> EncodedRows:
+    """Tokenise the rows, each cut to `max_length`, and print how many there are and how many were cut or left out.
+
+    Args:
+        rows: The rows.
+        model: The model, whose tokenizer is used.
+        max_length: The most tokens of a row.
+        seed: The seed of the order of streamed rows.
+    """
     train, valid = (
-        _encode_labelled(split, _data.labelled(rows.by_split[split]), model, max_length, rows.labels)
-        for split in SPLITS
+        [_encode(_name(rows, split, number), part, rows, model, max_length) for number, part in enumerate(parts)]
+        for split, parts in ((split, rows.parts[split]) for split in SPLITS)
     )
-    return EncodedRows(train, valid, _labels.task(rows.source, train, rows.labels))
+    report_unread(*(name for part in (*train, *valid) if isinstance(part, data.Encoded) for name in part.unread))
+    examples, held_out = [part.examples for part in train], [example for part in valid for example in part.examples]
+    weights = getattr(rows.source and rows.source.flags, "data_weights", ())
+    if rows.streamed and rows.source is not None:
+        stream = rows.source.streams(model.tokenizer, max_length, seed)
+        if not held_out:
+            _show.notes().print("streaming: no validation rows; a folder with valid.jsonl has them", markup=False)
+        return EncodedRows(stream, held_out, None)
+    mixed: Any = data.Mixture(examples, weights) if weights else [one for part in examples for one in part]
+    task = None if rows.labels is None or rows.source is None else _labels.task(rows.source, mixed, rows.labels)
+    return EncodedRows(mixed, held_out, task)
 
 
-def _encode_text(split: str, rows: Rows, model: Any, length: int) -> data.Encoded:
-    if not rows.by_split[split]:
+def _name(rows: Rows, split: str, number: int) -> str:
+    """The name of a part of a split in a line, with its path if there are several."""
+    paths = () if rows.source is None or rows.streamed else rows.source.paths
+    return f"{split}, {paths[number]}" if len(paths) > 1 else split
+
+
+def _encode(name: str, part: Sequence[Row], rows: Rows, model: Any, length: int) -> Any:
+    if not part:
         return data.Encoded([], 0, 0)
-    encoded = data.encode(rows.by_split[split], model.tokenizer, length, rows.truncation_mode, rows.loss)
-    _report(split, encoded, length)
+    if rows.labels is None:
+        encoded = data.encode(part, model.tokenizer, length, rows.truncation_mode, rows.loss)
+    else:
+        encoded = data.encode_labelled(_data.labelled(part), model.tokenizer, length, rows.labels)
+    _report(name, encoded, length)
     return encoded
-
-
-def _encode_labelled(
-    split: str, rows: Sequence[data.Labelled], model: Any, length: int, labels: Labels
-) -> list[LabelledExample]:
-    if not rows:
-        return []
-    encoded = data.encode_labelled(rows, model.tokenizer, length, labels)
-    _report(split, encoded, length)
-    return encoded.examples
 
 
 def _report(split: str, encoded: data.Encoded | data.EncodedLabelled, length: int) -> None:

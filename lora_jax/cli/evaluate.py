@@ -23,8 +23,8 @@ class Settings:
     """
 
     data: tuple[str, ...] = ()
-    """file (jsonl, JSON, CSV, TSV or Parquet), or folder with one file a split; or glue:TASK and a folder of GLUE's own
-    files; or a set of datasets, as for train; the embedded task's held-out rows if not given"""
+    """files (jsonl, JSON, CSV, TSV or Parquet), or folders with one file a split; or glue:TASK and a folder of GLUE's
+    own files; or a set of datasets, as for train; the embedded task's held-out rows if not given"""
     split: Literal["train", "valid", "test"] | None = None
     """split of a folder or of the embedded task; test if not given, for GLUE valid"""
     adapter: Path | None = None
@@ -138,6 +138,4 @@ def _evaluate_labels(settings: Settings, source: DataSource, rows: list[Labelled
 def _read(source: DataSource | None, split: data.Split | None) -> Sequence[Row]:
     if source is None:
         return _embedded.rows(split or "test")
-    if data.has_splits(source.path):
-        return source.rows(split or source.held_out)
-    return source.rows(None)
+    return [row for part in source.parts(split or source.held_out, of_files=True) for row in part]

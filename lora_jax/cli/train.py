@@ -64,7 +64,7 @@ class Settings:
     """
 
     data: tuple[str, ...] = ()
-    """file (jsonl, JSON, CSV, TSV or Parquet), or folder with train.jsonl, or .csv, and perhaps valid.jsonl; or
+    """files (jsonl, JSON, CSV, TSV or Parquet), or folders with train.jsonl, or .csv, and perhaps valid.jsonl; or
     glue:TASK and a folder of GLUE's own files; or a set of datasets: a folder of save_to_disk or the hub's owner/name;
     the embedded task if not given"""
     output: Path = Path("out")
@@ -88,7 +88,7 @@ class Settings:
     base: tyro.conf.OmitArgPrefixes[_base.TrainedBase] = _base.TrainedBase()
     lora: tyro.conf.OmitArgPrefixes[_base.LoRAFlags] = _base.LORA
     train: tyro.conf.OmitArgPrefixes[TrainConfig] = TrainConfig()
-    reading: tyro.conf.OmitArgPrefixes[_data.DataFlags] = _data.DEFAULTS
+    reading: tyro.conf.OmitArgPrefixes[_data.TrainedDataFlags] = _data.TRAINED_DEFAULTS
     template: tyro.conf.OmitArgPrefixes[_template.TemplateFlags] = _template.NONE
     processes: tyro.conf.OmitArgPrefixes[_distributed.DistributedFlags] = _distributed.FLAGS
 
@@ -313,7 +313,7 @@ def _print_note(line: str) -> None:
 
 def _workload(settings: Settings, model: Any, rows: Rows, prefix_length: int) -> Workload:
     positions = model.max_length - prefix_length
-    examples = _rows.encode(rows, model, min(settings.train.max_length, positions))
+    examples = _rows.encode(rows, model, min(settings.train.max_length, positions), settings.train.shuffle_seed)
     if rows.source is None:
         questions = [Question(row.prompt, row.completion) for row in _embedded.rows("test")[: _samples.SHOWN]]
         return Workload(examples, questions, lambda params: _answers(model, params))

@@ -36,7 +36,10 @@ from lora_jax.data._labels import labels_of as labels_of
 from lora_jax.data._load import Split as Split
 from lora_jax.data._load import load as load
 from lora_jax.data._load import read_jsonl as read_jsonl
+from lora_jax.data._load import split_files as split_files
 from lora_jax.data._mixture import Mixture as Mixture
+from lora_jax.data._mixture import check_weights as check_weights
+from lora_jax.data._mixture import mix_streams as mix_streams
 from lora_jax.data._pack import Packing as Packing
 from lora_jax.data._pack import pack as pack
 from lora_jax.data._pack import packing_of as packing_of
@@ -48,3 +51,4 @@ from lora_jax.data._rows import Row as Row
 from lora_jax.data._rows import Text as Text
 from lora_jax.data._rows import listed as listed
 from lora_jax.data._sets import has_splits as has_splits
+from lora_jax.data._stream import stream as stream

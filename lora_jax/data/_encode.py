@@ -114,6 +114,20 @@ def encode(
     >>> example.input_ids.tolist(), example.targets.tolist()
     ([1, 2, 3, 4, 0], [False, False, True, True, True])
     """
+    if not rows:
+        raise ValueError("no rows to encode")
+    if isinstance(rows[0], Labelled):
+        raise ValueError("the rows have labels: use encode_labelled for them")
+    check_encoding(tokenizer, max_length, truncation_mode, loss)
+    found = encoded(rows, tokenizer, max_length, truncation_mode, loss)
+    if not found.examples:
+        why = _reason(truncation_mode == "drop")
+        raise ValueError(f"max_length: {max_length} given, but none of {len(rows)} rows has a target within it: {why}")
+    return found
+
+
+def check_encoding(tokenizer: Any, max_length: int, truncation_mode: str, loss: str) -> None:
+    """Raise ValueError for settings that `encode` can't use."""
     if max_length < 2:
         raise ValueError(
             f"max_length: {max_length} given, expected at least 2 (a token and the next one, which it predicts)"
@@ -122,14 +136,16 @@ def encode(
         raise ValueError(f"truncation_mode: {truncation_mode!r} given, expected keep_end, keep_start or drop")
     if loss not in get_args(Loss):
         raise ValueError(f"loss: {loss!r} given, expected last, all or prompt-and-completion")
-    if not rows:
-        raise ValueError("no rows to encode")
-    if isinstance(rows[0], Labelled):
-        raise ValueError("the rows have labels: use encode_labelled for them")
     if tokenizer.eos_token_id is None:
         raise ValueError(
             "the tokenizer has no eos_token, without which generation never stops: set it in tokenizer_config.json"
         )
+
+
+def encoded(
+    rows: Sequence[Row], tokenizer: Any, max_length: int, truncation_mode: TruncationMode, loss: Loss
+) -> Encoded:
+    """`encode` with settings that are checked already; there may be no example left."""
     budget = Budget()
     divided = [_pieces(row, tokenizer, number, budget, loss) for number, row in enumerate(rows, 1)]
     pieces = [row.pieces for row in divided]
@@ -143,10 +159,6 @@ def encode(
         examples = [example for example in examples if len(example.input_ids) <= max_length]
     examples = [_cut(example, max_length, truncation_mode == "keep_end", tokenizer) for example in examples]
     with_targets = [example for example in examples if example.targets.any()]
-    if not with_targets:
-        raise ValueError(
-            f"max_length: {max_length} given, but none of {len(rows)} rows has a target within it: {_reason(drop)}"
-        )
     crossing = sum(joint.crossings > 0 for joint in joints)
     unread = keys_unread((row for row in rows if isinstance(row, Chat)), tokenizer)
     rewritten = sum(row.rewritten > 0 for row in divided)

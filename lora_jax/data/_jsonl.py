@@ -38,7 +38,24 @@ def lines(path: Path) -> Iterator[tuple[str, bytes]]:
 def objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """The JSON object of each line, with `file:line`."""
     for where, line in lines(path):
-        yield where, _checked(_parse(line, where, "a line of JSON"), where, bool(_SURROGATE.search(line)))
+        yield where, _object_of(line, where)
+
+
+def objects_from(path: Path, place: list[int]) -> Iterator[tuple[list[int], str, dict[str, Any]]]:
+    """The same from a place on, each with the place after it: the byte and the number of lines; [] is the start."""
+    byte, number = place or (0, 0)
+    with path.open("rb") as file:
+        file.seek(byte)
+        while line := file.readline():
+            byte, number = byte + len(line), number + 1
+            line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            if line.strip():
+                where = f"{path}:{number}"
+                yield [byte, number], where, _object_of(line, where)
+
+
+def _object_of(line: bytes, where: str) -> dict[str, Any]:
+    return _checked(_parse(line, where, "a line of JSON"), where, bool(_SURROGATE.search(line)))
 
 
 def array(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -148,6 +148,29 @@ def _files(folder: Path, split: Split | None, names: Mapping[str, tuple[str, ...
     return found["train"], True
 
 
+def split_files(path: Path, split: Split) -> list[Path]:
+    """The files of a split in a folder; empty if there is none.
+
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> (folder / "dev.jsonl").touch()
+    >>> [file.name for file in split_files(folder, "valid")], split_files(folder, "test")
+    (['dev.jsonl'], [])
+    """
+    return _first(path, FILES[split])
+
+
+def train_files(path: Path) -> list[Path]:
+    """The file, or the files of the training rows in a folder.
+
+    Raises:
+        FileNotFoundError: There is none.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such data file or folder")
+    return _files(path, "train", FILES)[0] if path.is_dir() else [path]
+
+
 def read_jsonl(path: str | Path) -> list[Row]:
     """Read all rows of one jsonl file, without blank lines; raises the errors of `load`.
 

@@ -68,6 +68,24 @@ def check_weights(weights: Sequence[float], count: int) -> None:
             raise ValueError(f"data_weights: {weight:g} given, expected numbers above 0")
 
 
+def mix_streams(streams: Sequence[Any], weights: Sequence[float]) -> Any:
+    """Mix streams of examples, each with its share of them: Grain's `IterDataset.mix`.
+
+    Raises:
+        ValueError: There is another number of weights than of streams, or a weight isn't above 0.
+
+    >>> import grain
+    >>> ones, twos = (grain.MapDataset.source([n]).repeat(6).to_iter_dataset() for n in (1, 2))
+    >>> list(mix_streams([ones, twos], [2, 1]))[:6]
+    [1, 1, 2, 1, 1, 2]
+    """
+    check_weights(weights, len(streams))
+    require("data.mix_streams", train=("grain",))
+    import grain
+
+    return grain.IterDataset.mix(streams, weights)
+
+
 def order_of(examples: Sequence[Any], seed: int) -> grain.MapDataset[int]:
     """The numbers of the examples in shuffled order, pass after pass without end, each in another order."""
     require("data.batches", train=("grain",))

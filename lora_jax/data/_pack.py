@@ -89,9 +89,11 @@ def packing_of(examples: Sequence[Example], batch_size: int, length: int, seed: 
 
 def _filled(batch_size: int, lengths: Any = None, length: int = 0, seed: int | None = None) -> int:
     """The number of rows that are filled at a time."""
+    if lengths is None:  # of a stream, of which a resumed run reads them again
+        return WINDOW * batch_size
     most = max(WINDOW * batch_size, LEAST_FILLED)
     # Not more than one pass fills, so that hardly a row has an example twice.
-    return most if lengths is None or seed is None else max(1, min(most, int(lengths.sum()) // length))
+    return most if seed is None else max(1, min(most, int(lengths.sum()) // length))
 
 
 def _check(examples: Sequence[Any], length: int) -> None:

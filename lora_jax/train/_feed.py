@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import grain
+import numpy as np
 
 from lora_jax import data
 from lora_jax._tables import Vocabulary, check_ids
@@ -79,11 +80,13 @@ class Feed:
         )
 
     def first(self) -> data.Batch:
-        """A batch such as training gets."""
-        if self.streamed or self._config.packing:
-            return next(self.iterate(1))
-        batches: Any = data.batches(self._data, self._config.batch_size)
-        return batches[0]
+        """A batch such as training gets, to trace the model with; of packed or streamed rows one of padding."""
+        if not self.streamed and not self._config.packing:
+            batches: Any = data.batches(self._data, self._config.batch_size)
+            return batches[0]
+        shape = (self._config.batch_size, self._config.max_length)
+        names = ("input_ids", "attention_mask", *(("segment_ids",) if self._config.packing else ()))
+        return {name: np.zeros(shape, np.int32) for name in names} | {"loss_weights": np.zeros(shape, np.float32)}
 
     def check(self, apply_fn: Callable[..., Any], limits: Vocabulary) -> None:
         """Refuse a function that takes no packed rows, and have a stream's tokens checked as they come.

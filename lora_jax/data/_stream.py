@@ -1,0 +1,117 @@
+"""A stream of examples from files larger than memory: rows are read, shuffled and tokenised as they are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_jax._extras import require
+from lora_jax.data._encode import Example, TruncationMode, check_encoding, encoded
+from lora_jax.data._forms import Format, Parser
+from lora_jax.data._load import train_files
+from lora_jax.data._rows import Labelled, Loss
+
+if TYPE_CHECKING:
+    import grain
+
+MOST_WITHOUT_TARGET = 10_000  # rows one after another
+
+
+def stream(
+    path: str | Path,
+    tokenizer: Any,
+    max_length: int,
+    *,
+    seed: int = 0,
+    buffer_size: int = 10_000,
+    truncation_mode: TruncationMode = "keep_end",
+    loss: Loss = "all",
+    format: Format | None = None,
+    columns: Mapping[str, str] | None = None,
+    separator: str = "",
+    note: Callable[[str], None] | None = None,
+) -> grain.IterDataset[Example]:
+    """Stream the training rows of jsonl or Parquet files as tokenised examples, pass after pass without end.
+
+    Rows are shuffled among the next `buffer_size` ones, which are all that is held in memory. The iterator has
+    `get_state()` and `set_state()`: it goes on from its place in the files exactly, and refuses the state of others.
+    Several streams are mixed by `grain.IterDataset.mix(streams, weights)`.
+
+    Args:
+        path: A file, or a folder with `train.jsonl` or `train.parquet`, or with Parquet's parts.
+        tokenizer: As for `encode`.
+        max_length: As for `encode`. Rows without a target within it are left out.
+        seed: The seed of the shuffles, 0 or more.
+        buffer_size: Rows that are shuffled among each other; 1 keeps the order of the files.
+        truncation_mode: As for `encode`.
+        loss: As for `encode`.
+        format: As for `load`.
+        columns: As for `load`.
+        separator: As for `load`.
+        note: As for `load`.
+
+    Raises:
+        MissingExtra: It is a Parquet file, and pyarrow isn't installed.
+        FileNotFoundError: The file or folder doesn't exist.
+        ValueError: It is a file with another ending, or its first row is none that can be trained on. In the stream: a
+            row can't be read; the message starts with its file and line.
+
+    >>> import tempfile
+    >>> class Letters:
+    ...     eos_token_id = 0
+    ...     def __call__(self, text, *, add_special_tokens):
+    ...         return {"input_ids": [[ord(letter) - 96 for letter in one] for one in text]}
+    >>> file = Path(tempfile.mkdtemp()) / "rows.jsonl"
+    >>> _ = file.write_text('{"text": "ab"}\\n{"text": "c"}')
+    >>> rows = iter(stream(file, Letters(), max_length=8, buffer_size=1))
+    >>> [next(rows).input_ids.tolist() for _ in range(3)]
+    [[1, 2, 0], [3, 0], [1, 2, 0]]
+    """
+    require("data.stream", train=("grain",))
+    import grain
+
+    check_encoding(tokenizer, max_length, truncation_mode, loss)
+    if buffer_size < 1:
+        raise ValueError(f"buffer_size: {buffer_size} given, expected at least 1")
+    settings = f"seed {seed}, buffer {buffer_size}, {max_length} tokens, {truncation_mode}, {loss}, {separator!r}"
+
+    def parser() -> Parser:
+        return Parser(format, columns, separator)
+
+    # By name, because it imports grain, which reading and encoding don't need.
+    rows = import_module("lora_jax.data._stream_rows").Rows(train_files(Path(path)), parser, settings)
+    first = parser()
+    where, fields = rows.first()
+    if isinstance(first.row(fields, where), Labelled):
+        raise ValueError(f"{where}: a row with a label, expected text: a stream's labels aren't known before its end")
+    if note is not None and (line := first.note(Path(path))) is not None:
+        note(line)
+    ordered: Any = rows
+    if buffer_size > 1:
+        ordered = grain.experimental.WindowShuffleIterDataset(rows, window_size=buffer_size, seed=seed)
+    encode = _Encoder(tokenizer, max_length, truncation_mode, loss)
+    return ordered.map(encode).filter(lambda example: example is not None)
+
+
+class _Encoder:
+    """Tokenises one row; None if no target is left."""
+
+    def __init__(self, tokenizer: Any, max_length: int, truncation_mode: TruncationMode, loss: Loss):
+        self._settings = (tokenizer, max_length, truncation_mode, loss)
+        self._without = 0
+
+    def __call__(self, found: Any) -> Example | None:
+        where, row = found
+        try:
+            examples = encoded([row], *self._settings).examples
+        except ValueError as error:
+            raise ValueError(f"{where}: {str(error).removeprefix('row 1: ')}") from None
+        self._without = 0 if examples else self._without + 1
+        if self._without == MOST_WITHOUT_TARGET:
+            raise ValueError(
+                f"{where}: max_length {self._settings[1]} given, but none of {MOST_WITHOUT_TARGET:,} rows one after"
+                " another has a target within it; give more, or truncation_mode keep_end"
+            )
+        return examples[0] if examples else None

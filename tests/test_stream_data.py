@@ -1,0 +1,121 @@
+"""Rows that are read as they are needed: every row in each pass, in an order of the seed, gone on with exactly."""
+
+import json
+
+import grain
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from lora_jax import data
+
+COUNT = 50
+
+
+class Letters:
+    eos_token_id = 0
+
+    def __call__(self, text, *, add_special_tokens):
+        return {"input_ids": [[ord(letter) - 96 for letter in one] for one in text]}
+
+
+def texts():
+    return [chr(97 + n % 26) + "b" * (1 + n // 26) for n in range(COUNT)]
+
+
+@pytest.fixture(params=["jsonl", "parquet"])
+def path(request, tmp_path):
+    path = tmp_path / f"train.{request.param}"
+    if request.param == "jsonl":
+        path.write_bytes(b"\xef\xbb\xbf" + "\n\n".join(json.dumps({"text": text}) for text in texts()).encode())
+    else:
+        table = pa.table({"text": texts(), "unused": list(range(COUNT))})
+        pq.write_table(table, path, row_group_size=21)
+    return path
+
+
+def stream(path, **keywords):
+    return data.stream(path, Letters(), 16, **({"buffer_size": 25} | keywords))
+
+
+def taken(rows, count):
+    return [next(rows).input_ids.tolist() for _ in range(count)]
+
+
+def test_every_row_in_each_pass_and_gone_on_with(path, monkeypatch):
+    monkeypatch.setattr("lora_jax.data._parquet.BATCH", 5)
+    rows = iter(stream(path))
+    found = taken(rows, 2 * COUNT)
+    expected = sorted([[*(ord(letter) - 96 for letter in text), 0] for text in texts()])
+    assert sorted(found) == sorted(2 * expected)
+    assert found[:COUNT] != found[COUNT:]
+    assert found[:9] != taken(iter(stream(path, seed=1)), 9)
+    assert taken(iter(stream(path, buffer_size=1)), COUNT) == taken(iter(stream(path.parent, buffer_size=1)), COUNT)
+    for done in (0, 1, 25, COUNT + 3):
+        first, again = iter(stream(path)), iter(stream(path))
+        taken(first, done)
+        again.set_state(json.loads(json.dumps(first.get_state())))
+        assert taken(again, 30) == found[done : done + 30]
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_batches_of_a_stream_go_on_exactly(path, pack, monkeypatch):
+    """Of two streams mixed by weight, packed or not."""
+    monkeypatch.setattr("lora_jax.data._pack.WINDOW", 4)
+
+    def batches():
+        mixed = grain.IterDataset.mix([stream(path), stream(path, seed=5)], [3, 1])
+        return iter(data.pack(mixed, 2, 16, seed=0) if pack else mixed.batch(3, batch_fn=lambda x: data.pad(x, 3, 16)))
+
+    rows = batches()
+    found = [next(rows) for _ in range(18)]
+    for done in (11,):
+        first, again = batches(), batches()
+        for _ in range(done):
+            next(first)
+        again.set_state(json.loads(json.dumps(first.get_state())))
+        for expected in found[done : done + 7]:
+            batch = next(again)
+            assert all(np.array_equal(batch[name], expected[name]) for name in expected)
+
+
+def test_what_cannot_be_streamed(tmp_path):
+    (tmp_path / "a.csv").write_text("text\nab\n")
+    with pytest.raises(ValueError, match=r"streaming: .*a.csv given, expected a .jsonl or .parquet file"):
+        stream(tmp_path / "a.csv")
+    (tmp_path / "labels.jsonl").write_text('{"text": "ab", "label": 1}')
+    with pytest.raises(ValueError, match=r"labels.jsonl:1: a row with a label"):
+        stream(tmp_path / "labels.jsonl")
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"text": "ab"}\n{"text": 3}\n')
+    rows = iter(stream(file, buffer_size=1))
+    state = rows.get_state()
+    next(rows)
+    with pytest.raises(ValueError, match=r'rows.jsonl:2: "text" is a int, expected a string'):
+        next(rows)
+    file.write_text('{"text": "abc"}\n')
+    with pytest.raises(
+        ValueError, match=r"the position is one in rows.jsonl of 27 bytes, .* the data are rows.jsonl of 16"
+    ):
+        iter(stream(file, buffer_size=1)).set_state(state)
+    with pytest.raises(ValueError, match="none of 10,000 rows one after another has a target"):
+        next(iter(data.stream(file, Letters(), 2, truncation_mode="drop")))
+
+
+def test_shares_by_weight():
+    """Of each pass, for examples in memory; in batches each set is shuffled and comes again as often as it must."""
+    few, many = ([data.Example(np.full(3, n), np.ones(3, bool)) for n in part] for part in (range(4), range(4, 28)))
+    mixture = data.Mixture([few, many], [3, 1])
+    made = data.batches(mixture, 7, seed=0, epochs=2)
+    found = [int(row[0]) for batch in made for row in batch["input_ids"]]
+    assert len(found) == 2 * 28
+    counts = [found.count(n) for n in range(28)]
+    assert sum(counts[:4]) == 42
+    assert {*counts[:4]} <= {10, 11}
+    assert max(counts[4:]) == 1
+    for weights, said in (([1], "1 given for 2 sets"), ([1, 0], "0 given, expected numbers above 0")):
+        with pytest.raises(ValueError, match=said):
+            data.Mixture([few, many], weights)
+    with pytest.raises(ValueError, match="set 2 is empty"):
+        data.Mixture([few, []], [1, 1])
