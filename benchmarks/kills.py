@@ -48,8 +48,8 @@ def said(name):
 step, save, wait = _meter.Meter.add, checkpoint.Checkpoints.save, checkpoint.Checkpoints.wait
 train, restore = _loop.make_step, checkpoint.Checkpoints.restore
 
-def add(self, number, *rest):
-    step(self, number, *rest)
+def add(self, number, *rest, **keywords):
+    step(self, number, *rest, **keywords)
     said(f"step:{number}")
     time.sleep(0.05)  # tiny steps would leave no time to be killed in
 

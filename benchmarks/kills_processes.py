@@ -85,8 +85,8 @@ def fork(argv: list[str], number: int, where: str, home: Path) -> int:
         join(*given)
         (home / f"{number}.joined").touch()
 
-    def adding(self, step, metrics, tokens, at_peak=0.0):
-        add(self, step, metrics, tokens, at_peak)
+    def adding(self, *given, **keywords):
+        add(self, *given, **keywords)
         time.sleep(0.05)  # tiny steps would leave no time to be killed in
 
     _distributed._join, _meter.Meter.add = joining, adding

@@ -110,9 +110,9 @@ def command(folder: Path, rows: Path, steps: int, *flags: str) -> Rate:
     """The rate of `lora-jax train`, its first log line left out."""
     used, add = [], _meter.Meter.add
 
-    def noted(self: Any, *given: Any) -> None:
+    def noted(self: Any, *given: Any, **keywords: Any) -> None:
         used.append(time.process_time())
-        add(self, *given)
+        add(self, *given, **keywords)
 
     with mock.patch.object(_meter.Meter, "add", noted), tempfile.TemporaryDirectory() as output:
         words = ["--model", str(folder), "--data", str(rows), "--output", output, "--overwrite"]

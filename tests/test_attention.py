@@ -99,6 +99,7 @@ def references(name):
     return ref32, ref64
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", few(CONFIGS, ["two kinds of layers"]))
 @pytest.mark.parametrize("form", ["blockwise", "splash"])
 def test_forms_agree(name, form, monkeypatch):

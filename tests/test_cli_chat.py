@@ -161,6 +161,7 @@ def test_generate_by_the_chat_template(said, folder, answered, flags):
     assert (code, out) == (0, answered(*["s" + flag for flag in flags[1:]], "uhi") + "\n")
 
 
+@pytest.mark.slow
 def test_several_completions_are_told_apart(said, folder):
     command = ("generate", "--model", folder, *SHORT)
     alone = [said(*command, "--prompt", prompt)[1] for prompt in ("hi\nthere", "you")]
@@ -233,6 +234,7 @@ def train(said, folder, tmp_path):
 ASKED = "<user>hi<assistant>"
 
 
+@pytest.mark.slow
 def test_a_template_of_ones_own_is_a_part_of_the_run(said, train, own, seen, tmp_path):
     out = tmp_path / "out"
     assert train("--chat-template", own)[0] == 0

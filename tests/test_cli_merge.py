@@ -77,7 +77,12 @@ def tied(tmp_path_factory):
     [
         pytest.param(TIED, {}, id="tied", marks=pytest.mark.slow),
         pytest.param(EVERYTHING, {"tie_word_embeddings": False}, id="untied", marks=pytest.mark.slow),
-        pytest.param(("k_proj",), {"also_train": ("norm", "lm_head"), "tie_word_embeddings": False}, id="whole"),
+        pytest.param(
+            ("k_proj",),
+            {"also_train": ("norm", "lm_head"), "tie_word_embeddings": False},
+            id="whole",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(("q_proj",), {"dora": True}, id="dora", marks=pytest.mark.slow),
     ],
 )
@@ -91,6 +96,7 @@ def test_merged_is_adapted(tmp_path, targets, changes):
         np.testing.assert_allclose(leaf, world.unrounded[path], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_tied_embedding_is_written_once(tied):
     tied.merge("--overwrite")
     tensors = {name for path in tied.output.glob("*.safetensors") for name in load_file(path)}

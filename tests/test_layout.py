@@ -105,7 +105,8 @@ def test_fsdp_gathers_weights_and_no_activations(name):
     ] == []
 
 
-@pytest.mark.parametrize("mesh", few(list(MESHES), ["data=2,fsdp=2,model=2"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES)
 def test_each_device_computes_its_share(mesh):
     config = llama(hidden_size=256, intermediate_size=704)
     alone = run(config, rank=1).compiled().cost_analysis()["flops"]

@@ -349,6 +349,7 @@ def test_a_search_takes_the_least_computed_anew_that_fits(folder, cut, monkeypat
     assert len(told) == 4
 
 
+@pytest.mark.slow
 def test_a_search_passes_over_meshes_that_do_not_divide_the_rows(folder, monkeypatch):
     """On this machine's devices, whose number isn't in the request."""
     first = plan(folder, LORA, TrainConfig(batch_size=4, max_length=LENGTH), mesh="auto", remat="none")

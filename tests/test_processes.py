@@ -153,8 +153,8 @@ def test_one_process_is_followed_by_two_of_which_one_dies(words, alone, tmp_path
     output = tmp_path / "out"
     given, add = [*words, "--output", str(output)], _meter.Meter.add
 
-    def signalled(self, step, *rest):
-        add(self, step, *rest)
+    def signalled(self, step, *rest, **keywords):
+        add(self, step, *rest, **keywords)
         if step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.5)

@@ -87,6 +87,7 @@ def test_factors_of_a_sharded_base_are_made_in_place(kind):
         np.testing.assert_array_equal(np.asarray(made, np.float32), np.asarray(alone, np.float32))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", few([AxisType.Auto, AxisType.Explicit], [AxisType.Explicit]), ids=["auto", "explicit"])
 def test_everything_runs_on_a_sharded_tree(kind):
     params = jax.device_put(base(), named(SPECS, kind))

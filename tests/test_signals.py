@@ -51,8 +51,8 @@ def stopped(world, tmp_path, monkeypatch, capfd):  # noqa: F811
     def run(number, after):
         output, add = tmp_path / "out", _meter.Meter.add
 
-        def signalled(self, step, *rest):
-            add(self, step, *rest)
+        def signalled(self, step, *rest, **keywords):
+            add(self, step, *rest, **keywords)
             if step == after:
                 os.kill(os.getpid(), number)
                 time.sleep(0.5)  # another thread takes it: before the last step is over

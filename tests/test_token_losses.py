@@ -104,6 +104,7 @@ def test_no_array_has_the_logits_of_all_positions(which):
     assert not re.search(logits, chunked.as_text())
 
 
+@pytest.mark.slow
 def test_the_trainer_and_its_evaluations_take_it():
     rng = np.random.default_rng(0)
     rows = [Example(rng.integers(1, VOCABULARY, 12).astype(np.int32), np.arange(12) > 2) for _ in range(8)]
