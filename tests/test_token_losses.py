@@ -66,12 +66,12 @@ def gradient(chunk, name, **adapted):
     """The loss and the gradient of the adapter, with the whole logits for a chunk of 0."""
     model, base, adapter = setting(name, **adapted)
     apply = lora_jax.adapt(model.apply, on_materialize="error")
-    apply, task = losses_in_chunks(apply, LANGUAGE_MODELLING, chunk, base, adapter)
+    apply = losses_in_chunks(apply, LANGUAGE_MODELLING, chunk, base, adapter)
 
     def loss(adapter):
         given = batch()
         outputs = apply(lora_jax.combine(base, adapter), given["input_ids"], given["attention_mask"])
-        total, weight = task.objective(outputs, given)
+        total, weight = LANGUAGE_MODELLING.objective(outputs, given)
         return total / weight
 
     return jax.jit(jax.value_and_grad(loss)).lower(adapter).compile(), adapter

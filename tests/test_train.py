@@ -177,7 +177,7 @@ def test_parts_of_a_batch_add_up_to_the_batch(gradient_accumulation_steps):
         step = jax.jit(make_step(lora_jax.adapt(tiny.apply), tx, gradient_accumulation_steps=parts))
         results.append(step(adapter, tx.init(adapter), base, batch_of(rows)))
     (whole, _, metrics), (parted, _, parted_metrics) = results
-    np.testing.assert_allclose(parted_metrics, metrics, rtol=1e-5)
+    np.testing.assert_allclose(parted_metrics[:3], metrics[:3], rtol=1e-5)
     close(parted, whole)
     of_parts = [evaluate(tiny.apply, grown(adapted()), part, batch_size=8).loss for part in (rows[:4], rows[4:])]
     assert abs(np.mean(of_parts) - metrics.loss) > 1e-2
@@ -455,7 +455,7 @@ def test_the_step_is_the_one_written_by_hand_and_costs_the_same():
     ours, theirs = ours.compile(), theirs.compile()
     moved, _, metrics = ours(adapter, masked.init(adapter), base, batch)
     expected, _, expected_metrics = theirs(factors, tx.init(factors), base, batch)
-    np.testing.assert_allclose(metrics, expected_metrics, rtol=1e-5)
+    np.testing.assert_allclose(metrics[:3], expected_metrics, rtol=1e-5)
     close(factors_of(moved), expected, 1e-4)  # Adam's first step is a sign: what is near 0 differs most
     assert ours.cost_analysis()["flops"] == pytest.approx(theirs.cost_analysis()["flops"], rel=0.01)
 

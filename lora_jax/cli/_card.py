@@ -21,6 +21,10 @@ MARK = "<!-- written by lora-jax train, which replaces this file; remove this li
 PIPELINES = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification"}
 # Settings that a reader looks for first, by the names of the flags.
 SHOWN = (
+    "objective",
+    "beta",
+    "loss_type",
+    "label_smoothing",
     "rank",
     "alpha",
     "targets",
@@ -104,7 +108,9 @@ def card(
         "tags": tags,
     }
     name = base if on_hub else Path(base).name
-    rows = [(key, settings[key]) for key in SHOWN if settings.get(key) not in (None, [], False)]
+    goal = settings.get("objective")
+    shown = SHOWN if goal else [key for key in SHOWN if key not in ("beta", "loss_type", "label_smoothing")]
+    rows = [(key, settings[key]) for key in shown if settings.get(key) not in (None, [], False)]
     return f"""---
 {yaml.safe_dump(about, sort_keys=False, allow_unicode=True).rstrip()}
 ---
@@ -113,7 +119,7 @@ def card(
 
 # LoRA adapter of {name}
 
-Trained on {_data(data)} for {result.steps:,} steps.{_best(result)}
+Trained{f" by {goal.upper()}" if goal else ""} on {_data(data)} for {result.steps:,} steps.{_best(result)}
 
 ## Results
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from lora_jax import data
 from lora_jax.cli import _show
-from lora_jax.data import Labelled, Labels, Row
+from lora_jax.data import Labelled, Labels, Preference, Row
 
-COLUMNS = ("text", "text_pair", "label", "prompt", "completion", "messages")
+COLUMNS = ("text", "text_pair", "label", "prompt", "completion", "messages", "chosen", "rejected")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,14 +17,18 @@ class DataFlags:
     """The options of reading the rows of `--data`."""
 
     format: data.Format | None = None
-    """form of the rows, which otherwise their columns say: alpaca (instruction, input, output) or sharegpt
-    (conversations of from and value)"""
+    """form of the rows, which otherwise their columns say: alpaca (instruction, input, output), sharegpt (conversations
+    of from and value) or preference (chosen, rejected and perhaps prompt), which is that of --objective dpo"""
     prompt_column: str | None = None
     """column of the prompts, text or lists of messages; prompt if not given. Columns without a use are left out"""
     completion_column: str | None = None
     """column of the completions; completion if not given"""
     messages_column: str | None = None
     """column of the conversations; messages if not given"""
+    chosen_column: str | None = None
+    """column of the preferred answers, text or lists of messages; chosen if not given"""
+    rejected_column: str | None = None
+    """column of the other answers; rejected if not given"""
     text_column: str | None = None
     """column of the texts; text if not given"""
     text_pair_column: str | None = None
@@ -51,6 +55,15 @@ class DataFlags:
         """The flags that are given, as they are typed."""
         given = {field.name: getattr(self, field.name) for field in fields(DataFlags)}
         return [word for name, value in given.items() if value for word in (f"--{name.replace('_', '-')}", value)]
+
+    def check_answers(self) -> None:
+        """Refuse the flag that has no effect on preferences.
+
+        Raises:
+            ValueError: It is given.
+        """
+        if self.loss is not None:
+            raise ValueError(f"loss: {self.loss} given, but of preferences the answers are compared; leave it out")
 
     def check_text_only(self) -> None:
         """Refuse the flags that have no effect on rows with labels.
@@ -192,6 +205,11 @@ def source_of(words: Sequence[str], flags: DataFlags = DEFAULTS) -> DataSource |
         case _ if not any(word.startswith("glue:") for word in words):
             return DataSource(tuple(map(Path, words)), flags=flags)
     raise ValueError(f"data: {' '.join(words)!r} given, expected files or folders, or glue:TASK and a folder")
+
+
+def preferences(rows: Sequence[Row]) -> list[Preference]:
+    """The rows that are preferences: all, or none."""
+    return [row for row in rows if isinstance(row, Preference)]
 
 
 def labelled(rows: Sequence[Row]) -> list[Labelled]:

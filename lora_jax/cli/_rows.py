@@ -1,14 +1,15 @@
 """The rows that a command trains on, text or with labels: checked before weights are read, then tokenised."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from lora_jax import data
 from lora_jax.cli import _base, _data, _embedded, _labels, _show
 from lora_jax.cli._data import DataFlags, DataSource
-from lora_jax.data import Example, LabelledExample, Labels, Row
+from lora_jax.data import Example, LabelledExample, Labels, PreferenceExample, Row
 from lora_jax.train import Task
+from lora_jax.train._config import Goal
 
 SPLITS = ("train", "valid")
 
@@ -48,16 +49,27 @@ class EncodedRows(NamedTuple):
     """Rows as examples of token ids, by split, and the task."""
 
     train: Any  # examples, or a stream of them
-    valid: Sequence[Example] | Sequence[LabelledExample]  # may be empty
-    task: Task | None  # None: next-token prediction
+    valid: Sequence[Example] | Sequence[LabelledExample] | Sequence[PreferenceExample]  # may be empty
+    task: Task | None  # None: next-token prediction, or the settings' objective
 
 
-def read(words: Sequence[str], base: _base.Base, flags: DataFlags = _data.DEFAULTS) -> Rows:
+def read(
+    words: Sequence[str], base: _base.Base, flags: DataFlags = _data.DEFAULTS, objective: Goal | None = None
+) -> Rows:
     """Read the rows that `--data` names, or the embedded task's.
+
+    Args:
+        words: The words of `--data`.
+        base: The model's flags.
+        flags: The flags on how rows are read.
+        objective: What preferences are trained for; such rows may have the columns of another form too.
 
     Raises:
         ValueError: A row that can't be used, by file and line, or rows that the model can't be trained on.
     """
+    if objective is not None:
+        _check_preferences(words, flags, objective)
+        flags = replace(flags, format="preference")
     source = _data.source_of(words, flags)
     if source is None:
         parts: dict[str, Any] = {split: [_embedded.rows(split)] for split in SPLITS}
@@ -67,6 +79,11 @@ def read(words: Sequence[str], base: _base.Base, flags: DataFlags = _data.DEFAUL
         streamed = getattr(flags, "streaming", False)
         parts = {split: _held(source, split) if streamed else source.parts(split) for split in SPLITS}
     rows = Rows(source, parts, None, flags.truncation_mode or "keep_end", flags.loss or "all")
+    if objective is None and _data.preferences(rows.by_split["train"]):
+        raise ValueError(
+            "data: rows of chosen and rejected answers, which lora-jax train takes with --objective dpo; or give"
+            " --completion-column chosen to learn the chosen ones alone"
+        )
     train, valid = (_data.labelled(rows.by_split[split]) for split in SPLITS)
     model = base.abstract()
     if source is None or not train:
@@ -84,6 +101,17 @@ def _held(source: DataSource, split: str) -> list[list[Row]]:
         raise ValueError(f"streaming: given for glue:{source.glue}, whose rows have labels; leave it out")
     files = [data.split_files(path, "valid") for path in source.paths if path.is_dir()]
     return [source.parts(None, paths=[path])[0] for found in files for path in found]
+
+
+def _check_preferences(words: Sequence[str], flags: DataFlags, objective: Goal) -> None:
+    """Refuse data and flags that aren't of preferences."""
+    if not words:
+        raise ValueError(f"objective: {objective} given for the embedded task, expected --data with preferences")
+    if flags.format not in (None, "preference"):
+        raise ValueError(f"objective: {objective} given with the format {flags.format}, expected preference, or none")
+    if getattr(flags, "streaming", False):
+        raise ValueError(f"streaming: given with the objective {objective}, whose rows are read whole; leave it out")
+    flags.check_answers()
 
 
 def encode(rows: Rows, model: Any, max_length: int, seed: int = 0) -> EncodedRows:
@@ -118,18 +146,27 @@ def _name(rows: Rows, split: str, number: int) -> str:
     return f"{split}, {paths[number]}" if len(paths) > 1 else split
 
 
+def encode_text(
+    rows: Sequence[Row], tokenizer: Any, length: int, truncation_mode: data.TruncationMode, loss: data.Loss
+) -> data.Encoded[Any]:
+    """Tokenise rows of text or of preferences."""
+    if preferences := _data.preferences(rows):
+        return data.encode_preferences(preferences, tokenizer, length, truncation_mode)
+    return data.encode(rows, tokenizer, length, truncation_mode, loss)
+
+
 def _encode(name: str, part: Sequence[Row], rows: Rows, model: Any, length: int) -> Any:
     if not part:
         return data.Encoded([], 0, 0)
     if rows.labels is None:
-        encoded = data.encode(part, model.tokenizer, length, rows.truncation_mode, rows.loss)
+        encoded = encode_text(part, model.tokenizer, length, rows.truncation_mode, rows.loss)
     else:
         encoded = data.encode_labelled(_data.labelled(part), model.tokenizer, length, rows.labels)
     _report(name, encoded, length)
     return encoded
 
 
-def _report(split: str, encoded: data.Encoded | data.EncodedLabelled, length: int) -> None:
+def _report(split: str, encoded: data.Encoded[Any] | data.EncodedLabelled, length: int) -> None:
     line = f"{split}: {len(encoded.examples):,} rows"
     if encoded.truncated:
         line += f", {encoded.truncated:,} cut to {length} tokens"

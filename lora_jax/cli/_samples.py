@@ -7,7 +7,7 @@ import numpy as np
 from rich import text as rich_text
 from rich.console import Console
 
-from lora_jax.data import Chat, Example, Row, Text, encode
+from lora_jax.data import Chat, Example, Preference, Row, Text, encode
 from lora_jax.data._rows import is_target
 from lora_jax.generate import GenerateConfig, continuation, generate_text
 
@@ -50,6 +50,7 @@ def prompts_of(model: Any, rows: Sequence[Row], length: int) -> list[Prompt]:
     """
     prompts: list[Prompt] = []
     for row in rows[:TRIED]:
+        row = row.chosen if isinstance(row, Preference) else row
         try:
             encoded = encode([row], model.tokenizer, UNLIMITED, loss="last")
         except ValueError:  # it has no answer

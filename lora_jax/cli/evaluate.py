@@ -8,7 +8,19 @@ from typing import Any, Literal
 import tyro
 
 from lora_jax import data
-from lora_jax.cli import _base, _data, _distributed, _embedded, _labels, _mesh, _rows, _run_file, _show, _template
+from lora_jax.cli import (
+    _base,
+    _compared,
+    _data,
+    _distributed,
+    _embedded,
+    _labels,
+    _mesh,
+    _rows,
+    _run_file,
+    _show,
+    _template,
+)
 from lora_jax.cli._data import DataSource
 from lora_jax.data import Labelled, Row
 from lora_jax.train import TrainConfig, evaluate
@@ -18,7 +30,8 @@ from lora_jax.train import TrainConfig, evaluate
 class Settings:
     """Print loss and metrics over the rows of a data file.
 
-    The metrics are perplexity for text; accuracy, F1 and Matthews' correlation for labels; Pearson's and Spearman's
+    The metrics are perplexity for text; rewards for preferences, compared with the model that the adapter's run began
+    from, and with that run's beta; accuracy, F1 and Matthews' correlation for labels; Pearson's and Spearman's
     correlation for scores; and execution accuracy for the embedded task.
     """
 
@@ -80,21 +93,31 @@ def _max_length(given: int | None, adapter: Path | None) -> int:
 
 def _evaluate_text(settings: Settings, rows: Sequence[Row]) -> dict[str, Any]:
     _base.check_generates(settings.base.abstract())
+    compared = _compared.of_run(settings.adapter, settings.reading) if _data.preferences(rows) else None
     mesh = settings.base.devices(settings.batch_size)
     _mesh.check_rows(mesh, settings.batch_size)
     model = settings.base.load(mesh=mesh)
     params = _base.with_adapter(model, settings.adapter)
     length = min(settings.max_length or TrainConfig.max_length, model.max_length)
     reading = settings.reading
-    encoded = data.encode(rows, model.tokenizer, length, reading.truncation_mode or "keep_end", reading.loss or "all")
+    encoded = _rows.encode_text(
+        rows, model.tokenizer, length, reading.truncation_mode or "keep_end", reading.loss or "all"
+    )
     _show.notes().print(str(model.attention(settings.batch_size, length)), markup=False, soft_wrap=True)
     evaluation = evaluate(
-        model.apply, params, encoded.examples, batch_size=settings.batch_size, mesh=mesh, console=_show.notes()
+        model.apply,
+        params,
+        encoded.examples,
+        batch_size=settings.batch_size,
+        task=compared and compared.task,
+        reference=compared and compared.reference(model),
+        mesh=mesh,
+        console=_show.notes(),
     )
     metrics: dict[str, Any] = {
         "loss": evaluation.loss,
         **evaluation.metrics,
-        "tokens": evaluation.count,
+        "tokens" if compared is None else "preferences": evaluation.count,
         "rows": len(encoded.examples),
         "rows_left_out": encoded.left_out,
         "rows_truncated": encoded.truncated,

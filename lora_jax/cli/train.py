@@ -172,7 +172,7 @@ def _run(settings: Settings) -> None:
 def _train(settings: Settings, stop: Callable[[], bool]) -> Callable[[], None]:
     """Train and save the adapter, and return a function that prints the results."""
     began = time.perf_counter()
-    rows = _rows.read(settings.data, settings.base, settings.reading)
+    rows = _rows.read(settings.data, settings.base, settings.reading, settings.train.objective)
     if rows.labels is not None:
         settings.template.check_text_only()
     if settings.from_adapter is not None:

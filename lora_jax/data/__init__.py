@@ -7,7 +7,8 @@
 
 A file holds rows of one form: `{"text"}`, `{"prompt", "completion"}`, `{"messages"}`, `{"text", "label"}` or
 `{"text", "text_pair", "label"}`, Alpaca's or ShareGPT's; `load(..., columns={"prompt": "question", "completion":
-"answer"})` reads columns of other names. For rows with labels, and for GLUE's own files (`load(..., glue="cola")`),
+"answer"})` reads columns of other names. Rows of `{"prompt", "chosen", "rejected"}` are tokenised by
+`encode_preferences`. For rows with labels, and for GLUE's own files (`load(..., glue="cola")`),
 there is `encode_labelled(rows, tokenizer, 128, labels_of(rows))`.
 """
 
@@ -27,6 +28,8 @@ from lora_jax.data._encode_labelled import EncodedLabelled as EncodedLabelled
 from lora_jax.data._encode_labelled import LabelledExample as LabelledExample
 from lora_jax.data._encode_labelled import PairTokenizer as PairTokenizer
 from lora_jax.data._encode_labelled import encode_labelled as encode_labelled
+from lora_jax.data._encode_preferences import PreferenceExample as PreferenceExample
+from lora_jax.data._encode_preferences import encode_preferences as encode_preferences
 from lora_jax.data._forms import Format as Format
 from lora_jax.data._glue import GLUE_TASKS as GLUE_TASKS
 from lora_jax.data._glue import GlueTask as GlueTask
@@ -47,6 +50,7 @@ from lora_jax.data._rows import Chat as Chat
 from lora_jax.data._rows import Completion as Completion
 from lora_jax.data._rows import Labelled as Labelled
 from lora_jax.data._rows import Loss as Loss
+from lora_jax.data._rows import Preference as Preference
 from lora_jax.data._rows import Row as Row
 from lora_jax.data._rows import Text as Text
 from lora_jax.data._rows import listed as listed

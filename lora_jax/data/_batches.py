@@ -11,13 +11,14 @@ import numpy as np
 from lora_jax._extras import require
 from lora_jax.data._encode import Example
 from lora_jax.data._encode_labelled import LabelledExample
+from lora_jax.data._encode_preferences import PreferenceExample
 from lora_jax.data._mixture import order_of
 
 if TYPE_CHECKING:
     import grain
 
 Batch = dict[str, np.ndarray]
-AnyExample = Example | LabelledExample
+AnyExample = Example | LabelledExample | PreferenceExample
 
 # This many batches' worth of examples are sorted by length before they are divided, so that there is little padding.
 WINDOW = 16
@@ -44,7 +45,8 @@ def pad(examples: Sequence[AnyExample], batch_size: int, length: int) -> Batch:
         `input_ids` and `attention_mask`, int32 [batch_size, length]. For tokenised text also `loss_weights`, float32
         [batch_size, length]: the weight of a token as a target, which the logits one position earlier predict. For
         labelled examples also `loss_weights`, float32 [batch_size], `labels`, int32 or float32 [batch_size], and
-        `token_type_ids`, int32 [batch_size, length], if the examples have them.
+        `token_type_ids`, int32 [batch_size, length], if the examples have them. For preferences the first three are
+        [batch_size, 2, length], the chosen text first.
 
     >>> from lora_jax.data import Example
     >>> example = Example(np.array([5, 9, 2], np.int32), np.array([False, False, True]))
@@ -52,15 +54,33 @@ def pad(examples: Sequence[AnyExample], batch_size: int, length: int) -> Batch:
     >>> batch["input_ids"].tolist(), batch["loss_weights"].tolist()
     ([[5, 9, 2, 0], [0, 0, 0, 0]], [[0.0, 0.0, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
     """
+    if isinstance(examples[0], PreferenceExample):
+        halves = [pad(half, batch_size, length) for half in _halves(examples)]
+        return {name: np.stack([half[name] for half in halves], axis=1) for name in halves[0]}
     shape = (batch_size, length)
     batch = {"input_ids": np.zeros(shape, np.int32), "attention_mask": np.zeros(shape, np.int32)}
     # Missing examples attend to one token: the softmax over none would be nan.
     batch["attention_mask"][len(examples) :, 0] = 1
-    for i, example in enumerate(examples):
-        batch["input_ids"][i, : len(example.input_ids)] = example.input_ids
-        batch["attention_mask"][i, : len(example.input_ids)] = 1
+    for i, ids in enumerate(example.input_ids for example in examples if not isinstance(example, PreferenceExample)):
+        batch["input_ids"][i, : len(ids)] = ids
+        batch["attention_mask"][i, : len(ids)] = 1
     first = examples[0]
     return batch | (_targets(examples, shape) if isinstance(first, Example) else _labels(examples, shape))
+
+
+def longest_of(example: AnyExample) -> int:
+    """The tokens of an example; of preferences those of its longer text.
+
+    >>> long, short = (Example(np.arange(n), np.arange(n) > 1) for n in (5, 3))
+    >>> longest_of(short), longest_of(PreferenceExample(short, long))
+    (3, 5)
+    """
+    texts = example if isinstance(example, PreferenceExample) else (example,)
+    return max(len(text.input_ids) for text in texts)
+
+
+def _halves(examples: Sequence[Any]) -> tuple[Sequence[Example], Sequence[Example]]:
+    return [example.chosen for example in examples], [example.rejected for example in examples]
 
 
 def _targets(examples: Sequence[Any], shape: tuple[int, int]) -> Batch:
@@ -109,7 +129,7 @@ def batches(
     require("data.batches", train=("grain",))
     import grain  # here, because encoding and generating don't need it
 
-    lengths = np.array([len(example.input_ids) for example in examples])
+    lengths = np.array([longest_of(example) for example in examples])
     longest = int(lengths.max())
     order: Any = np.argsort(lengths, kind="stable") if seed is None else order_of(examples, seed)
     per_epoch = -(-len(examples) // batch_size)
@@ -129,6 +149,6 @@ def batches(
     def batch(step: int) -> Batch:
         epoch, position = divmod(step, per_epoch)
         chosen = [examples[i] for i in window(epoch, position // WINDOW)[position % WINDOW]]
-        return pad(chosen, batch_size, bucket(max(len(example.input_ids) for example in chosen), longest))
+        return pad(chosen, batch_size, bucket(max(longest_of(example) for example in chosen), longest))
 
     return grain.MapDataset.range(epochs * per_epoch).map(batch)

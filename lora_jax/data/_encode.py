@@ -1,14 +1,14 @@
 """Tokenising text, completions and chats, and marking the tokens that are targets of the loss."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Protocol, get_args
+from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar, get_args
 
 import numpy as np
 
 from lora_jax.data._chat_pieces import ChatPieces, Pieces, chat_pieces, keys_unread
 from lora_jax.data._chat_template import Budget
 from lora_jax.data._joint import Boundaries, Joint
-from lora_jax.data._rows import Chat, Completion, Labelled, Loss, Row, Text
+from lora_jax.data._rows import Chat, Completion, Labelled, Loss, Preference, Row, Text
 
 TruncationMode = Literal["keep_end", "keep_start", "drop"]
 
@@ -44,8 +44,11 @@ class Example(NamedTuple):
     targets: np.ndarray
 
 
-class Encoded(NamedTuple):
-    """The result of `encode`.
+_Example = TypeVar("_Example")
+
+
+class Encoded(NamedTuple, Generic[_Example]):
+    """The result of `encode` and `encode_preferences`: examples, and how many rows were changed or left out.
 
     >>> from lora_jax import data
     >>> class Letters:
@@ -57,7 +60,7 @@ class Encoded(NamedTuple):
     (2, 1, 0)
     """
 
-    examples: list[Example]
+    examples: list[_Example]
     left_out: int  # rows that aren't among the examples: without a target within max_length, or dropped
     truncated: int  # rows cut to max_length, including rows that are left out
     crossing: int = 0  # rows in which one token has the end of a prompt and the beginning of the text after it
@@ -73,7 +76,7 @@ def encode(
     max_length: int,
     truncation_mode: TruncationMode = "keep_end",
     loss: Loss = "all",
-) -> Encoded:
+) -> Encoded[Example]:
     """Tokenise rows, cut them to `max_length`, and mark the tokens that are targets.
 
     A row is tokenised as one text, so that its tokens decode to prompt + completion exactly, and the tokens of a
@@ -116,8 +119,9 @@ def encode(
     """
     if not rows:
         raise ValueError("no rows to encode")
-    if isinstance(rows[0], Labelled):
-        raise ValueError("the rows have labels: use encode_labelled for them")
+    if isinstance(rows[0], Labelled | Preference):
+        what, other = ("labels", "labelled") if isinstance(rows[0], Labelled) else ("two answers", "preferences")
+        raise ValueError(f"the rows have {what}: use encode_{other} for them")
     check_encoding(tokenizer, max_length, truncation_mode, loss)
     found = encoded(rows, tokenizer, max_length, truncation_mode, loss)
     if not found.examples:
@@ -144,20 +148,14 @@ def check_encoding(tokenizer: Any, max_length: int, truncation_mode: str, loss: 
 
 def encoded(
     rows: Sequence[Row], tokenizer: Any, max_length: int, truncation_mode: TruncationMode, loss: Loss
-) -> Encoded:
+) -> Encoded[Example]:
     """`encode` with settings that are checked already; there may be no example left."""
-    budget = Budget()
-    divided = [_pieces(row, tokenizer, number, budget, loss) for number, row in enumerate(rows, 1)]
-    pieces = [row.pieces for row in divided]
-    # The text of a chat template has its special tokens already.
-    boundaries = Boundaries(tokenizer, special=not isinstance(rows[0], Chat))
-    joints = list(boundaries.join([[text for text, _ in row] for row in pieces]))
-    examples = [_example(*row, tokenizer.eos_token_id) for row in zip(joints, pieces, strict=True)]
+    examples, joints, divided = tokenized(rows, tokenizer, loss)
     long = sum(len(example.input_ids) > max_length for example in examples)
     drop = truncation_mode == "drop"
     if drop:
         examples = [example for example in examples if len(example.input_ids) <= max_length]
-    examples = [_cut(example, max_length, truncation_mode == "keep_end", tokenizer) for example in examples]
+    examples = [cut(example, max_length, truncation_mode, tokenizer) for example in examples]
     with_targets = [example for example in examples if example.targets.any()]
     crossing = sum(joint.crossings > 0 for joint in joints)
     unread = keys_unread((row for row in rows if isinstance(row, Chat)), tokenizer)
@@ -175,10 +173,25 @@ def encoded(
     )
 
 
-def _cut(example: Example, max_length: int, keep_end: bool, tokenizer: Any) -> Example:
+def tokenized(rows: Sequence[Row], tokenizer: Any, loss: Loss) -> tuple[list[Example], list[Joint], list[ChatPieces]]:
+    """The examples of rows, of any length, with the tokens and the pieces that they are made of.
+
+    Raises:
+        ValueError: A row can't be rendered by the chat template; the message has the row's number.
+    """
+    budget = Budget()
+    divided = [_pieces(row, tokenizer, number, budget, loss) for number, row in enumerate(rows, 1)]
+    # The text of a chat template has its special tokens already.
+    boundaries = Boundaries(tokenizer, special=not isinstance(rows[0], Chat))
+    joints = list(boundaries.join([[text for text, _ in row.pieces] for row in divided]))
+    pairs = zip(joints, divided, strict=True)
+    return [_example(joint, row.pieces, tokenizer.eos_token_id) for joint, row in pairs], joints, divided
+
+
+def cut(example: Example, max_length: int, truncation_mode: TruncationMode, tokenizer: Any) -> Example:
     """The example with at most `max_length` tokens."""
     ids, targets = example
-    if len(ids) <= max_length or not keep_end:
+    if len(ids) <= max_length or truncation_mode != "keep_end":
         return Example(ids[:max_length], targets[:max_length])
     # Models have seen no text without the token in front of it.
     first = int(ids[0] == getattr(tokenizer, "bos_token_id", None))
@@ -215,5 +228,6 @@ def _pieces(row: Row, tokenizer: Any, number: int, budget: Budget, loss: Loss) -
             return ChatPieces([(prompt + completion, True)] if whole else [(prompt, False), (completion, True)])
         case Chat():
             return chat_pieces(row, tokenizer, number, budget, loss)
-        case Labelled():
-            raise ValueError(f"row {number} has a label, unlike the rows before it")
+        case Labelled() | Preference():
+            what = "a label" if isinstance(row, Labelled) else "two answers"
+            raise ValueError(f"row {number} has {what}, unlike the rows before it")

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 from lora_jax.data._messages import chat, completed_chat, sharegpt, tools_of
-from lora_jax.data._rows import Completion, Labelled, Row, Text, listed, quoted
+from lora_jax.data._preferences import preference
+from lora_jax.data._rows import Completion, Labelled, Preference, Row, Text, listed, quoted, string_in
 
-Format = Literal["alpaca", "sharegpt"]
+Format = Literal["alpaca", "sharegpt", "preference"]
 Fields = Mapping[str, Any]
 Names = Mapping[str, str]  # the column of each field
 
@@ -31,7 +32,7 @@ class Form(NamedTuple):
 
 
 def _text(fields: Fields, names: Names, where: str) -> Text:
-    return Text(_string(fields, names["text"], where))
+    return Text(string_in(fields, names["text"], where))
 
 
 def _completion(fields: Fields, names: Names, where: str) -> Row:
@@ -39,7 +40,7 @@ def _completion(fields: Fields, names: Names, where: str) -> Row:
     if isinstance(fields[prompt], list) and isinstance(fields[completion], list):
         found = completed_chat(fields[prompt], fields[completion], (prompt, completion), where)
         return found._replace(tools=tools_of(fields.get("tools"), where))
-    return Completion(_string(fields, prompt, where), _string(fields, completion, where))
+    return Completion(string_in(fields, prompt, where), string_in(fields, completion, where))
 
 
 def _chat(fields: Fields, names: Names, where: str) -> Row:
@@ -53,13 +54,13 @@ def _sharegpt(fields: Fields, names: Names, where: str) -> Row:
 
 
 def _alpaca(fields: Fields, names: Names, where: str) -> Row:
-    given = _string(fields, "input", where) if fields.get("input") is not None else ""
+    given = string_in(fields, "input", where) if fields.get("input") is not None else ""
     prompt = ALPACA.format(
         paired=ALPACA_PAIRED if given else "",
-        instruction=_string(fields, "instruction", where),
+        instruction=string_in(fields, "instruction", where),
         input=f"### Input:\n{given}\n\n" if given else "",
     )
-    return Completion(prompt, _string(fields, "output", where))
+    return Completion(prompt, string_in(fields, "output", where))
 
 
 def _labelled(fields: Fields, names: Names, where: str) -> Labelled:
@@ -69,15 +70,8 @@ def _labelled(fields: Fields, names: Names, where: str) -> Labelled:
         raise ValueError(f'{where}: "{name}" is a {type(label).__name__}, expected a string, an integer or a float')
     if isinstance(label, float) and not math.isfinite(label):
         raise ValueError(f'{where}: "{name}" is {label}, expected a finite number')
-    second = None if pair is None else _string(fields, pair, where)
-    return Labelled(_string(fields, names["text"], where), label, second, where)
-
-
-def _string(fields: Fields, name: str, where: str) -> str:
-    value = fields[name]
-    if not isinstance(value, str):
-        raise ValueError(f'{where}: "{name}" is a {type(value).__name__}, expected a string')
-    return value
+    second = None if pair is None else string_in(fields, pair, where)
+    return Labelled(string_in(fields, names["text"], where), label, second, where)
 
 
 TEXT = Form(("text",), _text)
@@ -85,19 +79,27 @@ COMPLETION = Form(("prompt", "completion"), _completion, ("tools",))
 CHAT = Form(("messages",), _chat, ("tools",))
 LABELLED = Form(("text", "label"), _labelled)
 PAIR = Form(("text", "text_pair", "label"), _labelled)
+PREFERENCE = Form(("chosen", "rejected"), preference, ("prompt", "tools"))
 NAMED = {
     "alpaca": Form(("instruction", "output"), _alpaca, ("input",), "Alpaca"),
     "sharegpt": Form(("conversations",), _sharegpt, ("tools",), "ShareGPT"),
+    "preference": PREFERENCE,
 }
-PLAIN = (TEXT, COMPLETION, CHAT, LABELLED, PAIR)
+PLAIN = (TEXT, COMPLETION, CHAT, LABELLED, PAIR, PREFERENCE)
+# For each named form its fields whose columns may have other names, by what they are called in `columns`.
+RENAMED = {
+    "alpaca": {},
+    "sharegpt": {"messages": "conversations"},
+    "preference": {name: name for name in ("prompt", "chosen", "rejected")},
+}
 # A row has the first form whose columns it has: files often hold the same row in a second form too.
-RECOGNISED = (CHAT, NAMED["sharegpt"], COMPLETION, NAMED["alpaca"], PAIR, LABELLED, TEXT)
+RECOGNISED = (CHAT, NAMED["sharegpt"], PREFERENCE, COMPLETION, NAMED["alpaca"], PAIR, LABELLED, TEXT)
 FIELDS = tuple(dict.fromkeys(field for form in PLAIN for field in form.fields))
 
 
 def accepted() -> str:
     """The columns of all forms, for messages."""
-    return _forms((*PLAIN, *NAMED.values()))
+    return _forms(dict.fromkeys((*PLAIN, *NAMED.values())))
 
 
 class Parser:
@@ -137,16 +139,21 @@ class Parser:
                 "all rows must have the same keys"
             )
         row = form.parse(fields, names, where)
-        self._kind = self._kind or type(row)
-        if type(row) is not self._kind:
-            what = "a string" if isinstance(row, Completion) else "a list of messages"
-            raise ValueError(f'{where}: "{names["prompt"]}" is {what}, unlike that of the rows before it')
-        optional = () if form is COMPLETION and isinstance(row, Completion) else form.optional  # text has no tools
+        kind = type(row.chosen if isinstance(row, Preference) else row)
+        self._kind = self._kind or kind
+        if kind is not self._kind:
+            what, name = "a string" if kind is Completion else "a list of messages", names[form.fields[0]]
+            raise ValueError(f'{where}: "{name}" is {what}, unlike that of the rows before it')
+        # Text has no tools, and a column has one use.
+        optional = [name for name in form.optional if not (name in names or (name == "tools" and kind is Completion))]
         used = {*names.values(), *optional}
         self._optional |= {name for name in optional if name in fields}
         self._left_out |= dict.fromkeys(name for name in fields if name not in used)
-        if not self._separator:
-            return row
+        if self._separator and isinstance(row, Preference) and ("prompt" in names or "prompt" in self._optional):
+            return Preference(*(self._separated(answer, where) for answer in row))
+        return self._separated(row, where) if self._separator else row
+
+    def _separated(self, row: Any, where: str) -> Any:
         if not isinstance(row, Completion):
             raise ValueError(f"{where}: a separator is given, but the row has no prompt and completion of text")
         return row._replace(completion=self._separator + row.completion)
@@ -165,7 +172,7 @@ class Parser:
     def _form_of(self, fields: Fields, where: str) -> tuple[Form, Names]:
         if self._given is not None:
             form, names = self._given
-            missing = [names[field] for field in form.fields if names[field] not in fields]
+            missing = [name for name in names.values() if name not in fields]
             if missing:
                 raise ValueError(f"{where}: no column {quoted(missing[0])}; the columns are {listed(fields)}")
             return form, names
@@ -191,16 +198,17 @@ def _given(format: str | None, columns: dict[str, str]) -> tuple[Form, Names] | 
     if format is None:
         if not columns:
             return None
-        form = next((form for form in PLAIN if columns.keys() <= {*form.fields}), None)
+        form = next((form for form in PLAIN if columns.keys() <= {*form.fields, *form.optional}), None)
         if form is None:
             raise ValueError(f"columns: {listed(columns)} given together, expected those of one form: {_forms(PLAIN)}")
-        return form, {field: columns.get(field, field) for field in form.fields}
-    if format not in NAMED:
+    elif format not in NAMED:
         raise ValueError(f"format: {quoted(format)} given, expected {' or '.join(get_args(Format))}")
-    form, allowed = NAMED[format], {"messages"} if format == "sharegpt" else set()
-    if other := columns.keys() - allowed:
-        raise ValueError(f"columns: {listed(sorted(other))} given with the format {format}, which has its own")
-    return form, {field: columns.get("messages", field) for field in form.fields}
+    else:
+        form, renamed = NAMED[format], RENAMED[format]
+        if other := columns.keys() - renamed.keys():
+            raise ValueError(f"columns: {listed(sorted(other))} given with the format {format}, which has its own")
+        columns = {renamed[field]: name for field, name in columns.items()}
+    return form, {field: field for field in form.fields} | columns
 
 
 def _forms(forms: Iterable[Form]) -> str:

@@ -54,18 +54,19 @@ def load(
     whole file, each in the file's order. A file of one row has no validation rows.
 
     The rows' columns say which form they have; of several, the first of `messages`, ShareGPT's `conversations`,
-    `prompt` and `completion`, Alpaca's `instruction`, `input` and `output`, `text` and `label`, `text`. Columns that
-    the form doesn't have are left out. A prompt and its completion may both be lists of messages.
+    `chosen` and `rejected`, `prompt` and `completion`, Alpaca's `instruction`, `input` and `output`, `text` and
+    `label`, `text`. Columns that the form doesn't have are left out. A prompt and its completion, or its answers, may
+    be lists of messages.
 
     Args:
         path: A file, or a folder with `train.jsonl` and optionally `valid.jsonl` and `test.jsonl`, or with other
             endings; `validation` and `dev` are `valid` too. Or a set of `datasets`.
         split: `"train"`, `"valid"` or `"test"`; None for all rows of a single file.
         glue: A task of GLUE (`GLUE_TASKS`), whose `train.tsv` and `dev.tsv` (`"valid"`) are in `path`.
-        format: `"alpaca"` or `"sharegpt"`, for rows that have the columns of another form too.
+        format: `"alpaca"`, `"sharegpt"` or `"preference"`, for rows that have the columns of another form too.
         columns: The columns of a form whose names in the file are others, such as `{"prompt": "question",
-            "completion": "answer"}`, of `text`, `text_pair`, `label`, `prompt`, `completion` and `messages`. For
-            ShareGPT `messages` alone.
+            "completion": "answer"}`, of `text`, `text_pair`, `label`, `prompt`, `completion`, `messages`, `chosen` and
+            `rejected`. For ShareGPT `messages` alone.
         separator: Text put in front of each completion, of which it is a part.
         note: Called with a line on how a file was read, if it hasn't exactly the columns of a form.
         valid_share: The share of the training rows that is held out if there is no file of validation rows.

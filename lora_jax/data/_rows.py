@@ -58,7 +58,19 @@ class Labelled(NamedTuple):
     where: str = ""  # file:line, for messages
 
 
-Row = Text | Completion | Chat | Labelled
+class Preference(NamedTuple):
+    """A prompt with two answers, of which the first was preferred: the same prompt with each of them.
+
+    >>> row = Preference(Completion("2 + 2 =", " 4"), Completion("2 + 2 =", " 5"))
+    >>> row.chosen.completion
+    ' 4'
+    """
+
+    chosen: Completion | Chat
+    rejected: Completion | Chat
+
+
+Row = Text | Completion | Chat | Labelled | Preference
 
 LONGEST_QUOTE = 40  # characters of a value in a message
 
@@ -101,6 +113,18 @@ def listed(names: Iterable[Any], most: int = 5) -> str:
     shown = [name if name.isprintable() and 0 < len(name) <= 30 else quoted(name, 20) for name in shown]
     rest = [f"... ({len(names):,} in all)"] if len(names) > most else []
     return ", ".join(shown + rest) or "(none)"
+
+
+def string_in(fields: Mapping[str, Any], name: str, where: str) -> str:
+    """The string in a column.
+
+    Raises:
+        ValueError: The value is something else; the message starts with `where`.
+    """
+    value = fields[name]
+    if not isinstance(value, str):
+        raise ValueError(f'{where}: "{name}" is a {type(value).__name__}, expected a string')
+    return value
 
 
 def check_text(text: str, where: str) -> None:

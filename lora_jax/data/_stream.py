@@ -11,7 +11,7 @@ from lora_jax._extras import require
 from lora_jax.data._encode import Example, TruncationMode, check_encoding, encoded
 from lora_jax.data._forms import Format, Parser
 from lora_jax.data._load import train_files
-from lora_jax.data._rows import Labelled, Loss
+from lora_jax.data._rows import Labelled, Loss, Preference
 
 if TYPE_CHECKING:
     import grain
@@ -84,7 +84,9 @@ def stream(
     rows = import_module("lora_jax.data._stream_rows").Rows(train_files(Path(path)), parser, settings)
     first = parser()
     where, fields = rows.first()
-    if isinstance(first.row(fields, where), Labelled):
+    if isinstance(row := first.row(fields, where), Labelled | Preference):
+        if isinstance(row, Preference):
+            raise ValueError(f"{where}: a row with two answers, expected text: preferences aren't streamed")
         raise ValueError(f"{where}: a row with a label, expected text: a stream's labels aren't known before its end")
     if note is not None and (line := first.note(Path(path))) is not None:
         note(line)

@@ -29,6 +29,11 @@ class Request:
     full: bool = False
 
     def __post_init__(self) -> None:
+        if self.train.objective is not None:
+            raise ValueError(
+                f"objective: {self.train.objective} given, but a plan is of a step on text; leave it out, and plan for"
+                " twice the --batch-size: each preference is two texts"
+            )
         if self.topology is not None:
             self.check_devices(self.topology.chips)
 

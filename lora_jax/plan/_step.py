@@ -85,11 +85,10 @@ def make(request: Request, model: Any, devices: Sequence[Any], *, full: bool = F
     base, adapter = split(_at(params, shardings(params, models.shardings(model, mesh))))
     train = request.train
     tx = make_optimizer(train, STEPS)
-    apply_fn, task = losses_in_chunks(model.apply, LANGUAGE_MODELLING, train.loss_chunk, base, adapter)
+    apply_fn = losses_in_chunks(model.apply, LANGUAGE_MODELLING, train.loss_chunk, base, adapter)
     step = make_step(
         apply_fn,
         tx,
-        objective=task.objective,
         gradient_accumulation_steps=train.gradient_accumulation_steps,
         dropout=0.0 if full else train.dropout,
     )

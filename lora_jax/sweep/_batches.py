@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax import data
+from lora_jax.data._batches import longest_of
 from lora_jax.sweep._memory import shapes
 from lora_jax.train import TrainConfig
 
@@ -16,7 +17,7 @@ class ShuffledBatches:
     def __init__(self, examples: Sequence[data.AnyExample], configs: Sequence[TrainConfig], steps: int):
         batch_size = configs[0].batch_size
         epochs = -(-steps // -(-len(examples) // batch_size))
-        self.steps, self._longest = steps, max(len(example.input_ids) for example in examples)
+        self.steps, self._longest = steps, max(map(longest_of, examples))
         self._by_seed: dict[int, Any] = {
             seed: data.batches(examples, batch_size, seed=seed, epochs=epochs)
             for seed in dict.fromkeys(config.shuffle_seed for config in configs)

@@ -126,7 +126,7 @@ class RoundTrainer(NamedTuple):
         return lambda index: evaluation_of(self.task, [[x[index] for x in of_batch] for of_batch in sums], labels)
 
     def _result(self, run, initial, index, metrics, evaluation, adapters, seconds) -> Result:
-        losses, weights, norms = (values[:, index] for values in metrics)
+        losses, weights, norms = (values[:, index] for values in metrics[:3])
         broken = ~np.isfinite(losses) | ~np.isfinite(norms)
         failed_at = int(np.argmax(broken)) + 1 if broken.any() else None
         adapter, valid = unstacked(adapters, index, initial), evaluation(index) if self.validation else None

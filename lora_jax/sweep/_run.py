@@ -225,6 +225,10 @@ def check_config(config: TrainConfig) -> None:
     """
     if config.packing or config.eval_packing:
         raise ValueError("packing: given, but a sweep batches examples of like length; leave it out")
+    if config.objective is not None:
+        raise ValueError(
+            f"objective: {config.objective} given, but a sweep trains on next tokens and labels; use lora-jax train"
+        )
     for name in ("eval_steps", "save_steps", "early_stopping_patience"):
         if getattr(config, name):
             raise ValueError(

@@ -23,7 +23,7 @@ def kernel_scores(
     apply = with_prefix(ensure_adapted(apply_fn))
 
     def loss_fn(params: Any, batch: Any) -> jax.Array:
-        total, weight = task.objective(apply_to_batch(apply, params, batch), batch)
+        total, weight, *_ = task.objective(apply_to_batch(apply, params, batch), batch)
         return total / weight
 
     return gradient_scores(key, loss_fn, factory.everywhere(), batches, rank=factory.rank)

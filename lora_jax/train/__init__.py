@@ -11,6 +11,8 @@ from lora_jax._extras import require
 require(__name__, train=("grain", "orbax.checkpoint", "rich", "sklearn", "tensorboardX"))
 
 from lora_jax.train._config import TrainConfig as TrainConfig
+from lora_jax.train._dpo import answer_log_probs as answer_log_probs
+from lora_jax.train._dpo import dpo_loss as dpo_loss
 from lora_jax.train._evaluate import Evaluation as Evaluation
 from lora_jax.train._evaluate import Evaluator as Evaluator
 from lora_jax.train._evaluate import evaluate as evaluate
@@ -24,6 +26,7 @@ from lora_jax.train._meter import Record as Record
 from lora_jax.train._optimizer import averaged as averaged
 from lora_jax.train._optimizer import make_optimizer as make_optimizer
 from lora_jax.train._optimizer import schedule as schedule
+from lora_jax.train._reference import Reference as Reference
 from lora_jax.train._save import Stopped as Stopped
 from lora_jax.train._step import StepMetrics as StepMetrics
 from lora_jax.train._step import apply_to_batch as apply_to_batch
@@ -33,5 +36,6 @@ from lora_jax.train._task import LANGUAGE_MODELLING as LANGUAGE_MODELLING
 from lora_jax.train._task import REGRESSION as REGRESSION
 from lora_jax.train._task import Task as Task
 from lora_jax.train._task import classification as classification
+from lora_jax.train._task import dpo as dpo
 from lora_jax.train._task import task_of as task_of
 from lora_jax.train._token_losses import losses_in_chunks as losses_in_chunks

@@ -15,6 +15,9 @@ Optimizer = Literal["adamw", "lion", "sgd", "rmsprop", "adagrad", "adafactor", "
 # These move each entry by its own gradients alone, so that the zeros with which ranks are padded stay zero.
 ELEMENTWISE = ("adamw", "lion", "sgd", "rmsprop", "adagrad")
 SCHEDULE_FREE = ("schedule_free_adamw",)
+Goal = Literal["dpo"]
+LossType = Literal["sigmoid", "robust", "hinge", "ipo"]
+SMOOTHED = ("sigmoid", "robust")  # of these, the losses that have a label_smoothing
 REPORTERS = ("tensorboard", "wandb")
 
 
@@ -113,6 +116,20 @@ class TrainConfig:
     """Positions of each row whose logits are held at once, to save memory; 0 holds all. It changes losses by rounding
     only."""
 
+    objective: Goal | None = None
+    """What preferences are trained for: dpo is direct preference optimization (Rafailov et al. 2023, arXiv 2305.18290),
+    on rows of prompt, chosen and rejected. None: next tokens, or the labels of the rows."""
+
+    beta: float = 0.1
+    """Weight of the distance to the reference in dpo: a higher one keeps the model closer to it."""
+
+    loss_type: LossType = "sigmoid"
+    """Loss of dpo: the paper's sigmoid, robust (Chowdhury et al. 2024), hinge (Zhao et al. 2023), or ipo (Azar et al.
+    2023), whose rewards are means over the tokens of an answer."""
+
+    label_smoothing: float = 0.0
+    """Share of the preferences that dpo takes to be the wrong way round, below 0.5; for sigmoid and robust."""
+
     save_minutes: float = 10.0
     """Minutes between checkpoints to resume from, unless save_steps is given; 0 saves none."""
 
@@ -153,12 +170,17 @@ class TrainConfig:
                 self.early_stopping_patience is None or 1 <= self.early_stopping_patience <= MOST_STEPS,
                 f"1 to {MOST_STEPS}",
             ),
+            "objective": (self.objective in (None, *get_args(Goal)), "dpo, or none for next tokens and labels"),
+            "beta": (0 < self.beta < math.inf, "more than 0"),
+            "loss_type": (self.loss_type in get_args(LossType), " or ".join(get_args(LossType))),
+            "label_smoothing": (0 <= self.label_smoothing < 0.5, "at least 0 and less than 0.5"),
             "save_minutes": (0 <= self.save_minutes < math.inf, "at least 0"),
             "save_steps": (0 <= self.save_steps <= MOST_STEPS, f"0 to {MOST_STEPS}"),
         }
         for name, (fits, expected) in ranges.items():
             if not fits:
                 raise ValueError(f"{name}: {getattr(self, name)} given, expected {expected}")
+        self._check_objective()
         if self.early_stopping_patience and not self.load_best_model_at_end:
             raise ValueError(
                 f"early_stopping_patience: {self.early_stopping_patience} given without load_best_model_at_end, which"
@@ -173,6 +195,19 @@ class TrainConfig:
             raise ValueError(
                 f"batch_size: {self.batch_size} given for the whole step, expected a multiple of"
                 f" gradient_accumulation_steps ({self.gradient_accumulation_steps})"
+            )
+
+    def _check_objective(self) -> None:
+        """Refuse settings that the objective doesn't use."""
+        for name in ("beta", "loss_type", "label_smoothing"):
+            if self.objective is None and (given := getattr(self, name)) != getattr(type(self), name):
+                raise ValueError(f"{name}: {given} given without an objective, which alone uses it; expected dpo too")
+        if self.objective is not None and (self.packing or self.eval_packing):
+            raise ValueError(f"packing: given for {self.objective}, which compares whole texts; leave it out")
+        if self.label_smoothing and self.loss_type not in SMOOTHED:
+            raise ValueError(
+                f"label_smoothing: {self.label_smoothing} given for {self.loss_type}, which has none, expected"
+                f" loss_type {' or '.join(SMOOTHED)}"
             )
 
     @property

@@ -1,6 +1,6 @@
 """The loss and the metrics of a model on a set of examples."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import grain
@@ -11,8 +11,10 @@ from rich.console import Console
 
 from lora_jax import data
 from lora_jax._finite import why_unfinite
+from lora_jax._tree import split, trained_paths
 from lora_jax.train._placement import Placement, placed
 from lora_jax.train._progress import counted
+from lora_jax.train._reference import Reference
 from lora_jax.train._step import make_loss_sums
 from lora_jax.train._task import Task, task_of
 from lora_jax.train._vocabulary import check_examples
@@ -27,14 +29,15 @@ class Evaluation(NamedTuple):
     """
 
     loss: float
-    """Mean over the targets: nats for tokens and classes, squared error for scores."""
+    """Mean over the targets: nats for tokens, classes and preferences, squared error for scores."""
 
     count: int
-    """Number of targets: tokens, or labelled examples."""
+    """Number of targets: tokens, labelled examples, or preferences."""
 
     metrics: dict[str, float]
     """`perplexity` (exp(loss)) for tokens; `accuracy`, `f1` and `matthews_correlation` for classes; `pearson` and
-    `spearman` for scores."""
+    `spearman` for scores; `rewards/chosen`, `rewards/rejected`, `rewards/margins` and `rewards/accuracies`
+    (the share of positive margins) for preferences."""
 
     def metric(self, name: str) -> float:
         """The loss or a metric by name."""
@@ -48,6 +51,7 @@ def evaluate(
     *,
     batch_size: int = 16,
     task: Task | None = None,
+    reference: Any = None,
     mesh: Mesh | None = None,
     rules: Any = None,
     console: Console | None = None,
@@ -59,14 +63,16 @@ def evaluate(
         params: Its parameters, with or without LoRA nodes.
         examples: Tokenised examples, at least one.
         batch_size: Examples computed at once; it doesn't change the result.
-        task: The loss and the metrics; defaults to `task_of(examples)`.
+        task: The loss and the metrics; defaults to `task_of(examples)`. Preferences need `dpo()`.
+        reference: The parameters of the reference model for preferences; defaults to `params` without LoRA nodes.
         mesh: The devices to compute on, as for `train`.
         rules: Other axes of the mesh for the names of the model's axes, as for `train`.
         console: Shows the progress, as for `train`. None shows nothing.
 
     Raises:
         ValueError: There are no examples, the batch can't be spread evenly over the mesh, the model has no row for a
-            token, or the loss isn't finite; then the message names the leaf that is the cause.
+            token, there are leaves trained in full but no reference for preferences, or the loss isn't finite; then
+            the message names the leaf that is the cause.
 
     >>> import jax.numpy as jnp
     >>> from lora_jax import data
@@ -81,12 +87,29 @@ def evaluate(
     placement = placed(apply_fn, params, mesh, rules, batch_size)
     apply_fn, params = placement.apply_fn, placement.params
     check_examples(apply_fn, params, {"example": examples}, batch_size)
-    evaluator = Evaluator(apply_fn, examples, batch_size, task or task_of(examples), placement)
+    task = task or task_of(examples)
+    if task.reference is not None and reference is None:
+        reference = _base_of(params)
+    elif reference is not None:
+        reference = placed(placement.apply_fn, reference, mesh, rules, batch_size).params
+    compared = Reference(apply_fn, task, reference)
+    evaluator = Evaluator(apply_fn, examples, batch_size, task, placement, compared)
     with placement.context(), counted(console, "evaluating", evaluator.batches) as on_batch:
         found = evaluator(params, on_batch=on_batch)
     if not np.isfinite(found.loss):
         raise ValueError(f"the loss is {found.loss:g}: {why_unfinite(params)}")
     return found
+
+
+def _base_of(params: Any) -> Any:
+    """The parameters without LoRA nodes."""
+    base, adapter = split(params)
+    if in_full := trained_paths(adapter):
+        raise ValueError(
+            f"{min(in_full)}: trained in full, so that it isn't known what the reference has there; give reference, the"
+            " parameters of the model before training"
+        )
+    return base
 
 
 class Evaluator:
@@ -108,10 +131,12 @@ class Evaluator:
         batch_size: int,
         task: Task,
         placement: Placement | None = None,
+        reference: Reference | None = None,
         *,
         pack_length: int | None = None,
     ):
         self.task = task
+        self._reference = reference or Reference(apply, task, None)
         self._placement = placement or Placement(apply, None)
         self._batches: grain.MapDataset[data.Batch] | list[data.Batch] = (
             data.batches(examples, batch_size)
@@ -148,7 +173,7 @@ class Evaluator:
         for batch in self._batches:
             if stop():
                 raise InterruptedError("evaluation stopped")
-            sums.append(self._loss_sums(params, self._placement.batch(batch)))
+            sums.append(self._loss_sums(params, self._reference(self._placement.batch(batch))))
             labels.append((batch.get("labels"), batch["loss_weights"] > 0))
             if on_batch is not None and len(sums) > 1:
                 jax.block_until_ready(sums[-2])
@@ -162,12 +187,17 @@ def evaluation_of(task: Task, sums: Sequence[Any], labels: Sequence[tuple[Any, n
 
     Args:
         task: The task.
-        sums: The result for each batch: sum of losses, sum of weights and, with labels, predictions [batch].
+        sums: The result for each batch: sum of losses, sum of weights and perhaps the objective's further sums by name;
+            then, with labels, predictions [batch].
         labels: The labels [batch] of each batch, and which of its examples aren't padding, bool [batch].
     """
     # In float64, so that a long set loses no digits.
     total, weight = np.sum(np.array([found[:2] for found in sums], np.float64), axis=0)
     loss = float(total / weight)
+    if isinstance(sums[0][-1], Mapping):
+        names = sums[0][-1]
+        means = {name: sum(float(found[-1][name]) for found in sums) / weight for name in names}
+        return Evaluation(loss, int(weight), means)
     if task.metrics is None:
         with np.errstate(over="ignore"):
             return Evaluation(loss, int(weight), {"perplexity": float(np.exp(loss))})

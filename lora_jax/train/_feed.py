@@ -61,7 +61,13 @@ class Feed:
     @property
     def task(self) -> Task:
         """The task of the examples."""
-        return LANGUAGE_MODELLING if self.streamed else task_of(self._data)
+        if not self.streamed:
+            return task_of(self._data, self._config)
+        if self._config.objective is not None:
+            raise ValueError(
+                f"objective: {self._config.objective} given for a stream, which has no preferences, expected examples"
+            )
+        return LANGUAGE_MODELLING
 
     @property
     def facts(self) -> dict[str, Any]:

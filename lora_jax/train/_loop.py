@@ -28,6 +28,7 @@ from lora_jax.train._log import Log, OnLog
 from lora_jax.train._meter import Meter, Record
 from lora_jax.train._optimizer import averaged, make_optimizer, schedule
 from lora_jax.train._placement import placed
+from lora_jax.train._reference import Reference, at_start
 from lora_jax.train._report import check_installed, reporters
 from lora_jax.train._save import Saver, Stopped, claimed, fixed
 from lora_jax.train._step import make_step
@@ -90,10 +91,13 @@ def train(
     mesh: Mesh | None = None,
     rules: Any = None,
 ) -> TrainResult:
-    """Fine-tune the adapter in `params` on next-token prediction, or on the labels of the examples.
+    """Fine-tune the adapter in `params` on next-token prediction, on the labels of the examples, or on preferences.
 
     The gradient is taken of the adapter only; the base is an argument of the compiled step, never donated and never
     changed. `params` itself isn't changed. The same seed on the same machine gives the same losses bit for bit.
+
+    With `config.objective="dpo"` the reference is the model that `params` is: its base is shared, and only leaves
+    trained in full and an adapter that changes the base already are copied.
 
     Args:
         apply_fn: The model's own function, `apply_fn(params, input_ids, attention_mask) -> logits`, as for `make_step`.
@@ -101,12 +105,12 @@ def train(
             [batch, 1].
         params: A tree that marks what trains, as `lora_jax.init` and `lora_jax.peft.load` return it; or any other
             tree together with `also_train`.
-        train_data: Tokenised examples: the `examples` of `lora_jax.data.encode` or `encode_labelled`, or a stream of
-            them, as from `lora_jax.data.stream`; that needs `max_steps`.
+        train_data: Tokenised examples: the `examples` of `lora_jax.data.encode`, `encode_labelled` or
+            `encode_preferences`, or a stream of them, as from `lora_jax.data.stream`; that needs `max_steps`.
         valid_data: Tokenised examples that are evaluated before, after and every `eval_steps` steps of the training,
             also to choose the best adapter.
         config: The settings; defaults to `TrainConfig()`.
-        task: The loss and the metrics; defaults to `task_of(train_data)`.
+        task: The loss and the metrics; defaults to `task_of(train_data, config)`.
         output: A folder for `metrics.jsonl`, the event files of TensorBoard and, every `save_minutes` or `save_steps`,
             checkpoints. One run at a time locks it.
         also_train: Patterns of leaves trained in full that the tree doesn't mark, as for `lora_jax.split`; without
@@ -162,7 +166,10 @@ def train(
     examples = {"training example": feed.examples, "validation example": valid_data or ()}
     feed.check(apply_fn, check_examples(apply_fn, combine(base, adapter), examples, config.batch_size, feed.first()))
 
-    apply_fn, task = losses_in_chunks(apply_fn, task or feed.task, config.loss_chunk, base, adapter)
+    task = task or feed.task
+    apply_fn = losses_in_chunks(apply_fn, task, config.loss_chunk, base, adapter)
+    start, facts = at_start(base, adapter) if task.reference else (None, {})
+    reference = Reference(apply_fn, task, start)
     steps = config.total_steps(feed.rows)
     every = config.evaluation_interval(feed.rows, task.metrics is not None)
     _check_patience(config, every, valid_data)
@@ -185,6 +192,7 @@ def train(
             config.micro_batch_size,
             task,
             placement,
+            reference,
             pack_length=config.max_length if config.eval_packing else None,
         )
         if valid_data
@@ -196,7 +204,7 @@ def train(
         stack.enter_context(placement.context())
         opt_state, key = placement.state(tx, adapter), placement.key(config.seed)
         state = TrainState(adapter, opt_state, key, 0, batches.get_state(), "", {})
-        settings = fixed(config, feed.examples, valid_data) | feed.facts
+        settings = fixed(config, feed.examples, valid_data) | feed.facts | facts
         saver = stack.enter_context(Saver(folder, config, base, settings, about, examples=feed.rows))
         if resume:
             state = saver.restore(state)
@@ -255,7 +263,7 @@ def train(
             if logged:
                 batch = next(batches)
                 step_key = jax.random.fold_in(state.key, step) if uses_dropout else None
-                batch_there = placement.batch(batch)
+                batch_there = reference(placement.batch(batch), parts)
                 at_peak = utilization.seconds(state.adapter, state.opt_state, base, batch=batch_there, key=step_key)
                 adapter, opt_state, metrics = step_fn(state.adapter, state.opt_state, base, batch_there, step_key)
                 state = state._replace(adapter=adapter, opt_state=opt_state, step=step)

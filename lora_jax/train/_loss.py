@@ -51,7 +51,8 @@ def next_token_loss(logits: Array, batch: dict[str, Array]) -> tuple[Array, Arra
     The result is two sums and not a mean, so that parts of a batch add up exactly.
 
     Args:
-        logits: Float [batch, length, vocabulary]; position t predicts token t + 1.
+        logits: Float [batch, length, vocabulary]; position t predicts token t + 1. Or the tokens' losses, float32
+            [batch, length], of a function from `losses_in_chunks`.
         batch: `input_ids` int [batch, length] and `loss_weights` float [batch, length], the weight of each token as a
             target. The weight of the first token isn't used, since no position predicts it.
 
@@ -63,20 +64,18 @@ def next_token_loss(logits: Array, batch: dict[str, Array]) -> tuple[Array, Arra
     >>> [round(float(total), 4) for total in next_token_loss(logits, batch)]  # 2 log 4, and two targets
     [2.7726, 2.0]
     """
-    return summed_token_losses(cross_entropy(logits, following(batch["input_ids"])), batch)
+    return weighted_sums(token_losses(logits, batch["input_ids"]), following(batch["loss_weights"]))
 
 
-def summed_token_losses(losses: Array, batch: dict[str, Array]) -> tuple[Array, Array]:
-    """The weighted sum of the tokens' losses, and of the weights, of a function that returns losses and no logits.
+def token_losses(outputs: Array, ids: Array) -> Array:
+    """The cross entropy of each token's successor, float32 [batch, length], of a model's output.
 
     Args:
-        losses: Float32 [batch, length]; position t has the loss of token t + 1.
-        batch: `loss_weights` as for `next_token_loss`.
-
-    Returns:
-        Two float32 scalars.
+        outputs: Logits [batch, length, vocabulary], or these losses themselves: `losses_in_chunks` makes functions that
+            return them and no logits.
+        ids: Int [batch, length].
     """
-    return _sums(losses, following(batch["loss_weights"]))
+    return outputs if outputs.ndim == ids.ndim else cross_entropy(outputs, following(ids))
 
 
 def following(x: Array) -> Array:
@@ -98,7 +97,7 @@ def classification_loss(logits: Array, batch: dict[str, Array]) -> tuple[Array, 
     >>> [round(float(total), 4) for total in classification_loss(jnp.zeros((2, 4)), batch)]
     [1.3863, 1.0]
     """
-    return _sums(cross_entropy(logits, batch["labels"]), batch["loss_weights"])
+    return weighted_sums(cross_entropy(logits, batch["labels"]), batch["loss_weights"])
 
 
 def regression_loss(scores: Array, batch: dict[str, Array]) -> tuple[Array, Array]:
@@ -115,10 +114,11 @@ def regression_loss(scores: Array, batch: dict[str, Array]) -> tuple[Array, Arra
     >>> [float(total) for total in regression_loss(jnp.array([[3.0], [2.0]]), batch)]
     [4.0, 2.0]
     """
-    return _sums(jnp.square(scores[..., 0].astype(jnp.float32) - batch["labels"]), batch["loss_weights"])
+    return weighted_sums(jnp.square(scores[..., 0].astype(jnp.float32) - batch["labels"]), batch["loss_weights"])
 
 
-def _sums(losses: Array, weights: Array) -> tuple[Array, Array]:
+def weighted_sums(losses: Array, weights: Array) -> tuple[Array, Array]:
+    """Σ_i w_i loss_i and Σ_i w_i over all entries, in float32."""
     weights = weights.astype(jnp.float32)
     # Not the product alone: the loss of padding may be inf, and 0 · inf is nan.
     return jnp.sum(jnp.where(weights > 0, losses * weights, 0.0)), jnp.sum(weights)

@@ -30,7 +30,7 @@ class Meter:
 
     def restart(self) -> None:
         """Begin a new line."""
-        self._steps: list[Any] = []  # StepMetrics, or tuples of the same values from an earlier process
+        self._steps: list[dict[str, float]] = []  # the metrics of each step, by name
         self._tokens, self._positions, self._at_peak = 0, 0, 0.0
         self._started = time.perf_counter()
 
@@ -65,7 +65,9 @@ class Meter:
                     else "lower learning_rate, alpha or a max_grad_norm above 0"
                 )
             )
-        self._steps.append(metrics)
+        loss, weight, grad_norm, means = metrics
+        named = {"loss": loss, "weight": weight, "grad_norm": grad_norm, **means}
+        self._steps.append({name: float(value) for name, value in named.items()})
         self._on_step(step, float(metrics.loss))
 
     @contextlib.contextmanager
@@ -80,14 +82,13 @@ class Meter:
     def progress(self) -> dict[str, Any]:
         """The steps since `restart` as JSON values, which a checkpoint between two lines holds."""
         self._fetch_all()
-        steps = [[float(value) for value in metrics] for metrics in self._steps]
         seconds = time.perf_counter() - self._started
         counts = {"tokens": self._tokens, "positions": self._positions, "at_peak": self._at_peak}
-        return {"steps": steps, **counts, "seconds": seconds}
+        return {"steps": self._steps, **counts, "seconds": seconds}
 
     def resume(self, progress: Mapping[str, Any]) -> None:
         """Continue from the `progress` of an earlier process."""
-        self._steps = [tuple(metrics) for metrics in progress["steps"]]
+        self._steps = [*progress["steps"]]
         self._tokens, self._at_peak = progress["tokens"], progress["at_peak"]
         self._positions = progress.get("positions", self._tokens)
         self._started = time.perf_counter() - progress["seconds"]
@@ -100,11 +101,14 @@ class Meter:
         """The metrics since `restart`; waits for the steps in flight."""
         self._fetch_all()
         seconds = time.perf_counter() - self._started
-        losses, weights, norms = np.array(self._steps, np.float64).T
+        columns = {name: np.array([step[name] for step in self._steps]) for name in self._steps[0]}
+        weights, norms = (columns.pop(name) for name in ("weight", "grad_norm"))
+        # The mean over all targets, as of one long batch: a step with more targets counts for more.
+        means = {name: float(np.sum(x * weights) / max(np.sum(weights), 1)) for name, x in columns.items()}
         return {
-            # The mean over all targets, as of one long batch: a step with more targets counts for more.
-            "loss": float(np.sum(losses * weights) / max(np.sum(weights), 1)),
+            "loss": means.pop("loss"),
             "grad_norm": float(np.mean(norms)),
+            **means,
             "padding_share": round(1 - self._tokens / self._positions, 4),
             "tokens_per_second": round(self._tokens / seconds, 1),
             "step_seconds": round(seconds / len(self._steps), 4),

@@ -13,10 +13,14 @@ _LINES = 20
 
 _FORMATS = {
     "loss": "loss {:.3f}",
+    "rewards/margins": "margin {:.3f}",
+    "rewards/accuracies": "accuracy {:.3f}",
     "learning_rate": "learning rate {:.2e}",
     "tokens_per_second": "{:,.0f} tokens/s",
     "valid_loss": "validation loss {:.3f}",
     "valid_perplexity": "perplexity {:.2f}",
+    "valid_rewards/margins": "margin {:.3f}",
+    "valid_rewards/accuracies": "accuracy {:.3f}",
     "valid_accuracy": "accuracy {:.3f}",
     "valid_f1": "F1 {:.3f}",
     "valid_matthews_correlation": "Matthews {:.3f}",

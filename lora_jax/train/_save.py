@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from lora_jax import _disk, data
@@ -222,6 +223,6 @@ def fixed(
 
 def _digest(examples: Sequence[data.AnyExample]) -> str:
     digest = hashlib.sha256()
-    for part in (part for example in examples for part in example if part is not None):
+    for part in jax.tree.leaves([tuple(example) for example in examples]):
         digest.update(np.asarray(part).tobytes())
     return digest.hexdigest()[:16]

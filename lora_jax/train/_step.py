@@ -16,13 +16,14 @@ from lora_jax._tree import combine, leaves_with_paths
 from lora_jax.train._loss import next_token_loss
 
 Batch = dict[str, Array]
-Objective = Callable[[Any, Batch], tuple[Array, Array]]
+# The sum of the losses, the sum of their weights and perhaps other sums over the targets, by name.
+Objective = Callable[[Any, Batch], tuple[Array, Array] | tuple[Array, Array, dict[str, Array]]]
 
 
 class StepMetrics(NamedTuple):
     """The metrics of one step: float32 scalars.
 
-    >>> metrics = StepMetrics(loss=jnp.float32(0.5), weight=jnp.float32(8), grad_norm=jnp.float32(1))
+    >>> metrics = StepMetrics(loss=jnp.float32(0.5), weight=jnp.float32(8), grad_norm=jnp.float32(1), means={})
     >>> float(metrics.loss * metrics.weight)  # the sum over the targets
     4.0
     """
@@ -30,6 +31,7 @@ class StepMetrics(NamedTuple):
     loss: Array  # mean over the targets (tokens, or labelled examples) of the whole batch, before the update
     weight: Array  # number of targets: the sum of their weights
     grad_norm: Array  # global norm of the trained leaves' gradients, before clipping
+    means: dict[str, Array]  # means over the targets of the objective's further sums, by name
 
 
 def make_step(
@@ -52,7 +54,8 @@ def make_step(
             the batch has them, and `segment_ids=` if its rows are packed. It is adapted here, unless `lora_jax.adapt`
             returned it.
         tx: Any optax optimizer for the adapter that `split` returns; its state comes from `tx.init(adapter)`.
-        objective: From the model's output and the batch to the sum of the losses and the sum of their weights.
+        objective: From the model's output and the batch to the sum of the losses and the sum of their weights, perhaps
+            with further sums by name, whose means are among the metrics.
         gradient_accumulation_steps: The parts that the batch is computed in, one after another. The batch size must be
             a multiple of it.
         dropout: The rate on the low-rank path, in steps that are given a key.
@@ -87,7 +90,8 @@ def make_step(
 
     def loss_sum(adapter, base, batch, key):
         dropout_key = {} if key is None else {"dropout_key": key}
-        return objective(apply_to_batch(apply, combine(base, adapter), batch, **dropout_key), batch)
+        total, *others = objective(apply_to_batch(apply, combine(base, adapter), batch, **dropout_key), batch)
+        return total, others
 
     gradient = jax.value_and_grad(loss_sum, has_aux=True)
 
@@ -95,25 +99,32 @@ def make_step(
         def add(sums, part):
             number, part = part
             part_key = None if key is None else jax.random.fold_in(key, number)
-            return jax.tree.map(jnp.add, sums, gradient(adapter, base, part, part_key)), None
+            totals, grads = gradient(adapter, base, part, part_key)
+            return jax.tree.map(jnp.add, sums, grads), totals
 
-        # [n·m, ...] → [n, m, ...]: part i of n has examples i, i + n, ..., so that an example stays on its device.
-        parts = jax.tree.map(lambda x: x.reshape(-1, gradient_accumulation_steps, *x.shape[1:]).swapaxes(0, 1), batch)
-        zeros = jax.tree.map(jnp.zeros_like, ((jnp.float32(0), jnp.float32(0)), adapter))
-        return jax.lax.scan(add, zeros, (jnp.arange(gradient_accumulation_steps), parts))[0]
+        parts = in_parts(batch, gradient_accumulation_steps)
+        zeros = jax.tree.map(jnp.zeros_like, adapter)
+        grads, totals = jax.lax.scan(add, zeros, (jnp.arange(gradient_accumulation_steps), parts))
+        return jax.tree.map(lambda x: jnp.sum(x, axis=0), totals), grads
 
     def step(adapter, opt_state, base, batch, key=None):
         _check_used(lambda adapter: loss_sum(adapter, base, batch, key)[0], adapter)
-        (total, weight), grads = (gradient if gradient_accumulation_steps == 1 else accumulated)(
+        (total, (weight, *others)), grads = (gradient if gradient_accumulation_steps == 1 else accumulated)(
             adapter, base, batch, key
         )
         mean = 1 / jnp.where(weight > 0, weight, 1)  # without targets the gradient is 0, not nan
         grads = jax.tree.map(lambda g: g * mean.astype(g.dtype), grads)
-        metrics = StepMetrics(total * mean, weight, optax.tree.norm(grads))
+        means = {name: other * mean for name, other in (others[0] if others else {}).items()}
+        metrics = StepMetrics(total * mean, weight, optax.tree.norm(grads), means)
         updates, opt_state = tx.update(grads, opt_state, adapter)
         return optax.apply_updates(adapter, updates), opt_state, metrics
 
     return step
+
+
+def in_parts(batch: Batch, count: int) -> Batch:
+    """[n·m, ...] → [n, m, ...]: part i of n has examples i, i + n, ..., so that an example stays on its device."""
+    return jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
 
 
 def _check_used(loss: Callable[[Any], Array], adapter: Any) -> None:
@@ -147,14 +158,21 @@ def _check_used(loss: Callable[[Any], Array], adapter: Any) -> None:
 def apply_to_batch(apply_fn: Callable[..., Any], params: Any, batch: Batch, **keywords: Any) -> Any:
     """The model's output for a batch, with its `token_type_ids` and `segment_ids`, if any, and `keywords` as keywords.
 
+    Of a batch of preferences, [B, 2, T], the model's rows are the 2 B texts.
+
     >>> ids = jnp.array([[1, 2]])
     >>> batch = {"input_ids": ids, "attention_mask": ids * 0 + 1, "loss_weights": jnp.ones((1, 2))}
     >>> apply_fn = lambda params, ids, mask: params["table"][ids] * mask[..., None]
     >>> apply_to_batch(apply_fn, {"table": jnp.eye(3)}, batch).shape
     (1, 2, 3)
     """
-    extra = {name: batch[name] for name in ("token_type_ids", "segment_ids") if name in batch}
-    return apply_fn(params, batch["input_ids"], batch["attention_mask"], **extra, **keywords)
+
+    def rows(name: str) -> Array:
+        x = batch[name]
+        return x.reshape(-1, x.shape[-1]) if jnp.ndim(x) == 3 else x
+
+    extra = {name: rows(name) for name in ("token_type_ids", "segment_ids") if name in batch}
+    return apply_fn(params, rows("input_ids"), rows("attention_mask"), **extra, **keywords)
 
 
 def make_loss_sums(
@@ -166,8 +184,9 @@ def make_loss_sums(
 
     Args:
         apply_fn: The model's own function, as for `make_step`.
-        objective: From the model's output and the batch to the two sums.
-        predict: From the model's output to one prediction for each example; they are the third result.
+        objective: From the model's output and the batch to the two sums, and perhaps further sums by name, which are
+            the third result then.
+        predict: From the model's output to one prediction for each example; they are the last result.
 
     >>> ids = jnp.array([[1, 2, 3]])
     >>> batch = {"input_ids": ids, "attention_mask": ids * 0 + 1, "loss_weights": jnp.ones((1, 3))}

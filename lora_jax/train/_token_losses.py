@@ -1,6 +1,5 @@
 """Cross entropy without the logits of all tokens: the head and the loss are computed for some positions at a time."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -12,14 +11,14 @@ from lora_jax import prefix
 from lora_jax._forward import ensure_adapted, with_raw
 from lora_jax._jaxprs import differentiable_leaves
 from lora_jax._tree import combine
-from lora_jax.train._loss import cross_entropy, following, next_token_loss, summed_token_losses
+from lora_jax.train._loss import cross_entropy, following
 from lora_jax.train._task import Task
 
 
 def losses_in_chunks(
     apply_fn: Callable[..., Any], task: Task, chunk: int, base: Any, adapter: Any
-) -> tuple[Callable[..., Any], Task]:
-    """Make the function that returns the losses of the tokens and holds the logits of `chunk` positions, and its task.
+) -> Callable[..., Any]:
+    """Make the function that returns the losses of the tokens, and holds the logits of `chunk` positions.
 
         loss_t = log Σ_v exp(z_tv) − z_t,id(t+1)      z_t = head(x_t)
 
@@ -31,16 +30,16 @@ def losses_in_chunks(
     Args:
         apply_fn: A function as for `make_step`, whose raw function has the attribute `unembed`, as those of
             `lora_jax.models` have, and takes `hidden=True`.
-        task: The task of next tokens.
-        chunk: Positions of each row whose logits are held at once; with 0, function and task are returned as they are.
+        task: A task of tokens.
+        chunk: Positions of each row whose logits are held at once; with 0 the function is returned as it is.
         base: The parameters that don't train.
         adapter: Those that train. The head is frozen if none of them, and no factor of theirs, is in it.
 
     Returns:
-        A function `(params, input_ids, attention_mask)` -> float32 [B, T], adapted as `apply_fn` is, and its task.
+        A function `(params, input_ids, attention_mask)` -> float32 [B, T], adapted as `apply_fn` is.
 
     Raises:
-        ValueError: The task isn't that of next tokens; the function's head can't be called apart; the tree has a prefix
+        ValueError: The task isn't one of tokens; the function's head can't be called apart; the tree has a prefix
             of embeddings, after whose insertion the following id isn't the target.
 
     Example:
@@ -50,13 +49,13 @@ def losses_in_chunks(
         >>> model = models.init(jax.random.key(0), LlamaConfig(
         ...     vocab_size=32, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
         ...     num_key_value_heads=2))
-        >>> losses, task = losses_in_chunks(model.apply, LANGUAGE_MODELLING, 2, model.params, {})
+        >>> losses = losses_in_chunks(model.apply, LANGUAGE_MODELLING, 2, model.params, {})
         >>> losses(model.params, jnp.ones((1, 5), jnp.int32), None).shape
         (1, 5)
     """
     if not chunk:
-        return apply_fn, task
-    if task.objective is not next_token_loss:
+        return apply_fn
+    if not task.of_tokens:
         raise ValueError(f"loss_chunk: {chunk} given, expected 0 for a loss that isn't that of the next tokens")
     if prefix.take(combine(base, adapter))[1] is not None:
         raise ValueError(f"loss_chunk: {chunk} given, expected 0 for a tree with a prefix of embeddings")
@@ -78,7 +77,7 @@ def losses_in_chunks(
 
         return losses
 
-    return with_raw(apply_fn, losses_of), dataclasses.replace(task, objective=summed_token_losses)
+    return with_raw(apply_fn, losses_of)
 
 
 def _is_frozen(raw: Any, base: Any, adapter: Any) -> bool:

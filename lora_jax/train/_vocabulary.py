@@ -6,7 +6,7 @@ from typing import Any
 from lora_jax import data, prefix
 from lora_jax._forward import ensure_adapted
 from lora_jax._tables import Vocabulary, check_ids, vocabulary
-from lora_jax.data import Example
+from lora_jax.data import Example, LabelledExample, PreferenceExample
 from lora_jax.train._step import apply_to_batch
 
 
@@ -36,6 +36,13 @@ def check_examples(
     batch = data.batches(next(iter(examples.values())), batch_size)[0] if batch is None else batch
     limits = vocabulary(lambda params, batch: apply_to_batch(apply, params, batch), params, batch)
     for what, group in examples.items():
-        predicted = [example.targets for example in group if isinstance(example, Example)]
-        check_ids((example.input_ids for example in group), limits, what, predicted or None)
+        for texts in _texts(group):
+            predicted = [example.targets for example in texts if isinstance(example, Example)]
+            check_ids((example.input_ids for example in texts), limits, what, predicted or None)
     return limits
+
+
+def _texts(group: Sequence[data.AnyExample]) -> Sequence[Sequence[Example | LabelledExample]]:
+    """The examples; of preferences those with the chosen answers, and those with the rejected ones."""
+    pairs = [example for example in group if isinstance(example, PreferenceExample)]
+    return [list(texts) for texts in zip(*pairs, strict=True)] if pairs else [group]  # pyright: ignore[reportReturnType]

@@ -1,0 +1,51 @@
+"""The evaluation of an adapter on preferences: what its run compared it with, and how."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_jax.cli import _base, _run_file, _show
+from lora_jax.cli._data import DataFlags
+from lora_jax.train import Task, TrainConfig, dpo
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The task of the run that made an adapter, and the adapter that the run went on from, if any."""
+
+    task: Task
+    earlier: Path | None
+
+    def reference(self, model: Any) -> Any:
+        """The parameters of the reference model, whose base is the model's own."""
+        return _base.with_adapter(model, self.earlier)
+
+
+def of_run(adapter: Path | None, flags: DataFlags) -> Compared:
+    """What an adapter's run.yaml says of its training; DPO's defaults and the base for an adapter without one.
+
+    Raises:
+        ValueError: There is no adapter, so that nothing is compared, or a flag has no effect on preferences.
+        FileNotFoundError: The adapter that the run went on from isn't there any more.
+    """
+    flags.check_answers()
+    if adapter is None:
+        raise ValueError(
+            "adapter: none given for rows of chosen and rejected answers, expected one, which is compared with the"
+            " model without it"
+        )
+    names = ("beta", "label_smoothing", "loss_type")
+    given = {name: value for name in names if (value := _run_file.value(adapter, name)) is not None}
+    try:
+        config = TrainConfig(objective="dpo", **given)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{adapter / _run_file.FILE}: {error}") from None
+    earlier = _run_file.value(adapter, "from_adapter")
+    earlier = None if earlier is None else Path(str(earlier))
+    if earlier is not None and not earlier.is_dir():
+        raise FileNotFoundError(
+            f"{earlier}: no such folder; {adapter} was trained from it ({_run_file.FILE}) and is compared with it"
+        )
+    reference = "the model without an adapter" if earlier is None else f"the adapter {earlier}"
+    _show.notes().print(f"reference: {reference}; beta {config.beta}", markup=False, soft_wrap=True)
+    return Compared(dpo(config.beta, config.label_smoothing, config.loss_type), earlier)
