@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import json
 from collections.abc import Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -94,6 +95,8 @@ def values_of(settings: Any) -> dict[str, Any]:
 
 def _words(where: str, name: str, value: Any, *, several: bool) -> list[str]:
     """A flag with its value, as it is typed; `several` says whether it takes a list."""
+    if isinstance(value, dict) and name == "lr_scheduler_kwargs":
+        value = json.dumps(value)
     values = value if several and isinstance(value, list) else [value]
     if any(isinstance(x, list | dict) for x in values):
         raise ValueError(f"{where}: {value!s:.60} given, expected {'a list of values' if several else 'one value'}")

@@ -1,16 +1,19 @@
 """The settings of a training run. The command line's flags are made from this class."""
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
+
+from lora_jax.train import _schedule_settings
+from lora_jax.train._schedule_settings import Scheduler
 
 MOST_STEPS = 2**31 - 1  # optimizers count them in 32 bits
 MOST_BATCH = 2**20
 # A batch is padded to its full size, so the batch size is limited: to 1024, or to 4 times the number of examples.
 MOST_PADDED, MOST_PADDED_TIMES = 1024, 4
 
-Scheduler = Literal["cosine_with_min_lr", "cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt"]
 Optimizer = Literal["adamw", "lion", "sgd", "rmsprop", "adagrad", "adafactor", "muon", "schedule_free_adamw"]
 # These move each entry by its own gradients alone, so that the zeros with which ranks are padded stay zero.
 ELEMENTWISE = ("adamw", "lion", "sgd", "rmsprop", "adagrad")
@@ -77,8 +80,14 @@ class TrainConfig:
     averaged weights are evaluated and saved."""
 
     lr_scheduler_type: Scheduler = "cosine_with_min_lr"
-    """Learning rate after warm-up: a cosine decay to min_lr_rate of the peak or (cosine) to 0, a linear decay to 0,
-    constantly the peak, or (inverse_sqrt) the peak over the root of the step. Only constant has no warm-up."""
+    """Learning rate after warm-up: a cosine decay to min_lr_rate of the peak or (cosine) to 0, once or with restarts, a
+    linear or polynomial decay, constantly the peak, (inverse_sqrt) the peak over the root of the step, or
+    (warmup_stable_decay) the peak and a decay at the end. Only constant has no warm-up."""
+
+    lr_scheduler_kwargs: str | None = None
+    """Settings of lr_scheduler_type by transformers' names, as a JSON object (in Python a dict too): num_cycles,
+    min_lr, min_lr_rate, lr_end, power, timescale, num_decay_steps, num_stable_steps, warmup_type, decay_type,
+    min_lr_ratio."""
 
     warmup_steps: float = 0.05
     """Steps over which the learning rate rises to its peak; below 1, a share of all steps."""
@@ -138,6 +147,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "report_to", _split(self.report_to))
+        if isinstance(self.lr_scheduler_kwargs, Mapping):
+            object.__setattr__(self, "lr_scheduler_kwargs", json.dumps(self.lr_scheduler_kwargs))
         ranges = {
             "batch_size": (1 <= self.batch_size <= MOST_BATCH, f"1 to {MOST_BATCH}"),
             "gradient_accumulation_steps": (1 <= self.gradient_accumulation_steps <= MOST_BATCH, f"1 to {MOST_BATCH}"),
@@ -181,6 +192,7 @@ class TrainConfig:
             if not fits:
                 raise ValueError(f"{name}: {getattr(self, name)} given, expected {expected}")
         self._check_objective()
+        _ = self.schedule_settings
         if self.early_stopping_patience and not self.load_best_model_at_end:
             raise ValueError(
                 f"early_stopping_patience: {self.early_stopping_patience} given without load_best_model_at_end, which"
@@ -214,6 +226,11 @@ class TrainConfig:
     def micro_batch_size(self) -> int:
         """Examples computed at once."""
         return self.batch_size // self.gradient_accumulation_steps
+
+    @property
+    def schedule_settings(self) -> dict[str, Any]:
+        """The settings in lr_scheduler_kwargs by name."""
+        return _schedule_settings.parse(self.lr_scheduler_kwargs, self.lr_scheduler_type, self.learning_rate)
 
     @property
     def shuffle_seed(self) -> int:

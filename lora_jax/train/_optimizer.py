@@ -1,4 +1,4 @@
-"""Optimizer, learning rate schedule and clipping."""
+"""Optimizer, weight decay and clipping."""
 
 from typing import Any
 
@@ -12,46 +12,7 @@ from lora_jax._paths import is_embedding, is_vector
 from lora_jax._tree import edit
 from lora_jax.train._config import SCHEDULE_FREE, TrainConfig
 from lora_jax.train._matrices import by_matrix, muon
-
-
-def schedule(config: TrainConfig, steps: int, peak: Any = None) -> optax.Schedule:
-    """The learning rate of each step: a linear rise to the peak, then the schedule of `lr_scheduler_type`.
-
-        lr(t) = peak · (t + 1) / (w + 1)                            t < w, w steps of warm-up
-        lr(t) = peak · (f + (1 − f) · (1 + cos(π u)) / 2)           t ≥ w, u = (t − w) / (steps − w)
-                                                                    f = min_lr_rate, or 0 for "cosine"
-        lr(t) = peak · (1 − u)                                      for "linear"
-        lr(t) = peak                                                for "constant" (w = 0) and "constant_with_warmup"
-        lr(t) = peak / √(1 + (t − w) / s)                           for "inverse_sqrt", s = w, or 10,000 for w = 0
-
-    The first step has a rate above 0, since a step at 0 would be wasted. `peak` defaults to the config's learning rate.
-
-    Example:
-        >>> rate = schedule(TrainConfig(learning_rate=1.0, warmup_steps=0.2, min_lr_rate=0.1), steps=10)
-        >>> [round(float(rate(step)), 2) for step in (0, 1, 2, 6, 10)]
-        [0.33, 0.67, 1.0, 0.55, 0.1]
-    """
-    peak = config.learning_rate if peak is None else peak
-    warmup = config.warmup(steps)
-    fall = _after_warmup(config, peak, steps - warmup, warmup)
-    if not warmup:
-        return fall
-    rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
-    return optax.join_schedules([rise, fall], [warmup])
-
-
-def _after_warmup(config: TrainConfig, peak: Any, steps: int, warmup: int) -> optax.Schedule:
-    match config.lr_scheduler_type:
-        case "cosine_with_min_lr":
-            return optax.cosine_decay_schedule(peak, steps, alpha=config.min_lr_rate)
-        case "cosine":
-            return optax.cosine_decay_schedule(peak, steps)
-        case "linear":
-            return optax.linear_schedule(peak, 0, steps)
-        case "constant" | "constant_with_warmup":
-            return optax.constant_schedule(peak)
-        case "inverse_sqrt":  # as in transformers
-            return lambda step: peak / jnp.sqrt(1 + step / (warmup or 10_000))
+from lora_jax.train._schedule import schedule
 
 
 def make_optimizer(

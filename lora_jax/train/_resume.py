@@ -9,7 +9,15 @@ import numpy as np
 from lora_jax.train._config import SCHEDULE_FREE, TrainConfig
 from lora_jax.train._optimizer import schedule
 
-SCHEDULE = ("max_steps", "num_train_epochs", "learning_rate", "warmup_steps", "lr_scheduler_type", "min_lr_rate")
+SCHEDULE = (
+    "max_steps",
+    "num_train_epochs",
+    "learning_rate",
+    "warmup_steps",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "min_lr_rate",
+)
 
 
 def changed_schedule(saved: Mapping[str, Any], config: TrainConfig, step: int, examples: int) -> dict[str, Any] | None:
