@@ -40,14 +40,14 @@ def free_port():
 class Together:
     """Processes that run one command of `lora-jax`."""
 
-    def __init__(self, words, folder, count=2, devices=4):
+    def __init__(self, words, folder, count=2, devices=4, program=("-m", "lora_jax"), own=((), ())):
         where = f"127.0.0.1:{free_port()}"
         self.files = [(folder / f"{number}.out", folder / f"{number}.err") for number in range(count)]
         self.processes = []
         for number, (out, err) in enumerate(self.files):
             flags = ["--coordinator-address", where, "--num-processes", str(count), "--process-id", str(number)]
             with out.open("w") as stdout, err.open("w") as stderr:
-                command = [sys.executable, "-m", "lora_jax", *words, *flags]
+                command = [sys.executable, *program, *words, *flags, *own[number]]
                 child = subprocess.Popen(command, stdout=stdout, stderr=stderr, env=environment(devices))
             self.processes.append(child)
 
@@ -172,6 +172,30 @@ def test_one_process_is_followed_by_two_of_which_one_dies(words, alone, tmp_path
     assert newest(output / "checkpoints") >= 8
     assert run_here([*given, "--resume"]) == 0
     check_same(output, alone)
+
+
+IMPATIENT = """
+import sys
+from lora_jax.cli import _distributed, main
+
+_distributed.HEARTBEAT_SECONDS, _distributed.FAILED_SECONDS = 5, 1
+sys.exit(main())
+"""
+
+
+@pytest.mark.slow
+def test_one_process_fails_alone(words, tmp_path):
+    """Its own line and exit code, and no page of C++; the other misses it."""
+    damaged = tmp_path / "rows.jsonl"
+    damaged.write_text('{"prompt": 3')
+    given = [*words, "--output", str(tmp_path / "out")]
+    program = ("-c", IMPATIENT)
+    run = Together(given, tmp_path, devices=1, program=program, own=((), ("--data", str(damaged))))
+    assert run.wait() == [-signal.SIGABRT, 2], run.errors
+    said = [[line for line in text.splitlines() if "[Gloo]" not in line] for text in run.errors]
+    assert said[0][-1].startswith("lora-jax: process 0 of 2 ends, because process 1 has ended; ")
+    assert len(said[1]) == 1
+    assert said[1][0].startswith(f"lora-jax: {damaged}:1: not a line of JSON")
 
 
 READ = """

@@ -16,7 +16,7 @@ from lora_jax._extras import MissingExtra, require
 
 require("lora-jax", train=("rich", "tyro", "yaml", "filelock"))
 
-from lora_jax.cli import _compiled, _flags, _signals
+from lora_jax.cli import _compiled, _distributed, _flags, _signals
 
 COMMANDS = {
     "inspect": "show which kernels would be adapted and what they cost, from the model's config alone",
@@ -60,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:
         _signals.until_exit()
         _compiled.until_exit()
+        _distributed.until_exit()
     os.environ.setdefault(
         "TRANSFORMERS_NO_ADVISORY_WARNINGS", "1"
     )  # else transformers warns that torch isn't installed

@@ -1,6 +1,9 @@
 """The flags of a run on the devices of several processes, and joining and leaving them."""
 
 import contextlib
+import os
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -15,6 +18,9 @@ from lora_jax.cli._watchdog import Watchdog
 
 HEARTBEAT_SECONDS = 30  # a process that isn't heard for so long has ended; JAX's default is 100
 SHUTDOWN_SECONDS = 30  # the first process to leave waits so long for the others
+FAILED_SECONDS = 10.0  # and one that has failed so long, for others with the same error
+
+_own_process = False
 
 _watchdog: Watchdog | None = None
 
@@ -41,7 +47,8 @@ FLAGS = DistributedFlags()
 def joined(flags: DistributedFlags) -> Iterator[None]:
     """Join the other processes, if there are any, and leave them at the end of the block.
 
-    If another process dies within the block, this one ends within a minute with one line.
+    If another process dies within the block, this one ends within a minute with one line. If this one fails and they
+    don't, it ends soon, for JAX would let it wait for them and then abort it.
 
     Raises:
         ValueError: The processes can't be found, or a flag is missing or wrong.
@@ -63,12 +70,35 @@ def joined(flags: DistributedFlags) -> Iterator[None]:
         if "RESOURCE_EXHAUSTED" not in str(error):
             # If another process is gone, a connection breaks first; then JAX finds out, and ends this process too.
             time.sleep(HEARTBEAT_SECONDS + 15)
+        _end_soon(error)
+        raise
+    except Exception as error:  # a run that was stopped leaves by SystemExit, and so do the others
+        _end_soon(error)
         raise
     finally:
         said_so()
     jax.distributed.shutdown()
     _watchdog.close()
     _watchdog = None
+
+
+def until_exit() -> None:
+    """Let a process that fails among several end by itself: this process is the command's own."""
+    global _own_process
+    _own_process = True
+
+
+def _end_soon(error: Exception) -> None:
+    """End this process after a moment with the exit code of its error, unless it has ended by then."""
+
+    def end() -> None:
+        sys.stdout.flush()
+        os._exit(2 if isinstance(error, (ValueError, OSError, MemoryError, ImportError)) else 1)
+
+    if _own_process:
+        timer = threading.Timer(FAILED_SECONDS, end)
+        timer.daemon = True
+        timer.start()
 
 
 def over_all(base: Any) -> Any:
