@@ -14,7 +14,18 @@ from dpo_cases import ROWS, answer, said, tokenizer
 import lora_jax
 from lora_jax import data
 from lora_jax.data import Example, PreferenceExample
-from lora_jax.train import Evaluator, Reference, Stopped, TrainConfig, answer_log_probs, dpo, evaluate, task_of, train
+from lora_jax.train import (
+    Evaluator,
+    Reference,
+    Stopped,
+    TrainConfig,
+    answer_log_probs,
+    dpo,
+    dpo_loss,
+    evaluate,
+    task_of,
+    train,
+)
 from lora_jax.train._reference import at_start
 
 CONFIG = TrainConfig(objective="dpo", batch_size=8, max_steps=20, learning_rate=0.03, logging_steps=4, beta=0.5)
@@ -73,6 +84,32 @@ def test_a_planted_preference_is_learned_and_logged(tmp_path):
     assert again.metrics == pytest.approx(after.metrics, rel=1e-5)
 
 
+def test_losses_are_those_of_the_formulas():
+    """Two pairs, each of one token an answer, whose log probabilities and reference's are drawn."""
+    beta, smoothing = 0.3, 0.2
+    logits = np.random.default_rng(0).normal(size=(4, 2, 5)).astype(np.float32)
+    ids = np.array([[[0, 1], [0, 2]], [[0, 3], [0, 4]]])
+    batch = {"input_ids": jnp.asarray(ids), "loss_weights": jnp.broadcast_to(jnp.array([0.0, 1.0]), ids.shape)}
+    reference = np.random.default_rng(1).normal(size=(2, 2))
+    logs = logits[:, 0] - np.log(np.exp(logits[:, 0]).sum(-1, keepdims=True))
+    ratios = logs[np.arange(4), ids.reshape(4, 2)[:, 1]].reshape(2, 2) - reference
+    m = beta * (ratios[:, 0] - ratios[:, 1])
+    right, wrong = np.log1p(np.exp(-m)), np.log1p(np.exp(m))
+    expected = {
+        "sigmoid": (1 - smoothing) * right + smoothing * wrong,
+        "robust": ((1 - smoothing) * right - smoothing * wrong) / (1 - 2 * smoothing),
+        "hinge": np.maximum(0, 1 - m),
+        "ipo": (m / beta - 1 / (2 * beta)) ** 2,
+    }
+    given = batch | {"reference": jnp.asarray(reference)}
+    for name, losses in expected.items():
+        settings = {"beta": beta, "label_smoothing": smoothing, "loss_type": name}
+        total, count, sums = dpo_loss(jnp.asarray(logits), given, **settings)
+        assert count == 2
+        np.testing.assert_allclose(total, losses.sum(), rtol=1e-5, err_msg=name)
+        np.testing.assert_allclose(sums["rewards/margins"], m.sum(), rtol=1e-4)
+
+
 @pytest.mark.parametrize("what", ["also_train", "earlier"])
 def test_the_reference_is_the_model_at_the_start(what):
     """Leaves trained in full and an adapter gone on from are kept as they were, though steps donate theirs."""
@@ -115,7 +152,7 @@ def test_dropout_is_off_for_the_reference_and_parts_change_nothing():
     assert not np.any(np.asarray(whole)[5])  # padding has no answer
 
 
-@pytest.mark.bits
+@pytest.mark.optimized
 def test_a_resumed_run_is_the_run_bit_for_bit(tmp_path):
     """Stopped between two lines, so that a line's means go on too; another start is refused."""
     config, params = dataclasses.replace(CONFIG, eval_steps=4), parameters(moved=0.1)

@@ -33,6 +33,7 @@ CASES: dict[str, Any] = {
     "polynomial": ("polynomial", {"lr_end": 0.05, "power": 2.0}, lambda u, t: 0.1 + 0.9 * (1 - u) ** 2),
     "polynomial alone": ("polynomial", None, lambda u, t: 2e-7 + (1 - 2e-7) * (1 - u)),
     "inverse root": ("inverse_sqrt", {"timescale": 9}, lambda u, t: 1 / math.sqrt(1 + t / 9)),
+    "inverse root, as warm-up is": ("inverse_sqrt", None, lambda u, t: 1 / math.sqrt(1 + t / WARMUP)),
     "stable": (
         "warmup_stable_decay",
         {"num_decay_steps": 6},

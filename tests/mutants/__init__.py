@@ -8,6 +8,7 @@ from mutants.base import NAMES, PLACES, QUANTIZED, REPORTS
 from mutants.files import PEFT, TRAINING
 from mutants.forward import AXES, CONTROL_FLOW, FORWARD, TESTING
 from mutants.mutant import Mutant as Mutant
+from mutants.runs import PACKED, PREFERENCES, SCHEDULES
 from mutants.tree import INIT, MERGE, OPTIM, STACK, TREE
 
 MUTANTS = [
@@ -26,4 +27,7 @@ MUTANTS = [
     *PLACES,
     *REPORTS,
     *QUANTIZED,
+    *PACKED,
+    *PREFERENCES,
+    *SCHEDULES,
 ]
