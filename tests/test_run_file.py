@@ -1,9 +1,12 @@
 """`lora-jax train --config`: a run's settings from a file, and the file that each run writes."""
 
+import dataclasses
+
 import pytest
 import yaml
 
 from lora_jax.cli import _run_file, main
+from lora_jax.cli import sweep as sweep_command
 from lora_jax.cli import train as command
 
 
@@ -109,3 +112,40 @@ def test_what_is_written_is_what_is_read(parsed, written, tmp_path):
     _run_file.write(tmp_path, parsed())
     assert parsed("--config", tmp_path / "run.yaml") == command.replace(parsed(), config=tmp_path / "run.yaml")
     assert set(yaml.safe_load((tmp_path / "run.yaml").read_text())) & {"config", "overwrite", "resume"} == set()
+
+
+def test_a_flag_has_both_forms(parsed, written, capsys):
+    """With a file, each must be able to undo the file's; help has both, and the default that holds."""
+    path = written("dora: true\nmodel: some/model\nload_best_model_at_end: true\n")
+    off = parsed("--config", path, "--no-dora", "--no-load-best-model-at-end")
+    assert (off.lora.dora, off.train.load_best_model_at_end) == (False, False)
+    assert parsed("--load-best-model-at-end").train.load_best_model_at_end is True
+    assert main(["train", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    help_of = text.partition("--load-best-model-at-end, --no-load-best-model-at-end")[2]
+    assert help_of.partition("(default: ")[2].startswith("True)")
+
+
+def test_a_sweep_reads_a_file(monkeypatch, written, capsys):
+    """A file of its own, and one that a run has written: what only a run has must be as if it were left out."""
+    understood = []
+    monkeypatch.setattr(sweep_command, "run", understood.append)
+    path = written("model: some/model\ngrid: [rank=1;2, alpha=2r]\nlearning_rate: 0.5\nbudget: 9\n")
+    assert main(["sweep", "--config", str(path), "--budget", "7"]) == 0
+    settings = understood[-1]
+    assert (settings.grid, settings.budget, settings.train.learning_rate) == (("rank=1;2", "alpha=2r"), 7, 0.5)
+    assert main(["sweep", "--config", str(path), "--grid", "seed=1,2"]) == 0
+    assert understood[-1].grid == ("seed=1,2",)
+    run = command.Settings(lora=dataclasses.replace(command.Settings().lora, rank=3), data=("rows.jsonl",))
+    _run_file.write(path.parent, run)
+    assert main(["sweep", f"--config={path.parent / _run_file.FILE}"]) == 0
+    assert (understood[-1].lora.rank, understood[-1].data, understood[-1].grid) == (3, ("rows.jsonl",), ())
+    assert main(["sweep", "--config", str(written("learning_rate: 0.25"))]) == 0
+    assert understood[-1].grid == sweep_command.EMBEDDED_GRID
+    capsys.readouterr()
+    for text, line in (
+        ("from_adapter: out", "from_adapter: out given, which this command doesn't have; leave it out"),
+        ("bugdet: 3", "no setting 'bugdet'; the nearest is budget"),
+    ):
+        assert main(["sweep", "--config", str(written(text))]) == 2
+        assert line in capsys.readouterr().err

@@ -18,7 +18,7 @@ def parse(command: ModuleType, words: Sequence[str], *, prog: str) -> Any:
     An error of this library (rank 0) is raised as it is, not in the box in which tyro explains a mistyped flag.
     """
     default = command.defaults(words) if hasattr(command, "defaults") else tyro.MISSING_NONPROP
-    return settings_of(command.Settings, words, default, prog=prog, config=(tyro.conf.FlagCreatePairsOff,))
+    return settings_of(command.Settings, words, default, prog=prog, config=())
 
 
 def settings_of(

@@ -2,8 +2,9 @@
 
 import dataclasses
 import difflib
+import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
@@ -18,18 +19,28 @@ from lora_jax.cli import _flags
 FILE = "run.yaml"
 MOST_BYTES = 2**16  # of a file that comes with someone's adapter
 ONCE = ("config", "overwrite", "resume")  # flags of one call, which another call doesn't repeat
+REPEATED = ("grid",)  # flags that are given once for each value
 # A run that is repeated replaces nothing on the hub, and where its processes are is another call's.
 NOT_WRITTEN = (*ONCE, "push_to_hub", "distributed", "coordinator_address", "num_processes", "process_id")
 
 _SUPPRESSED = get_args(tyro.conf.Suppress[int])[1]
 
 
-def read(path: Path, kind: Any) -> dict[str, list[str]]:
+def path_in(words: Sequence[str]) -> Path | None:
+    """The last file that `--config` names; without a name tyro explains the mistake."""
+    found = [word.removeprefix("--config=") for word in words if word.startswith("--config=")]
+    found += [name for flag, name in itertools.pairwise(words) if flag == "--config"]
+    return Path(found[-1]) if found else None
+
+
+def read(path: Path, kind: Any, other: Any = None) -> dict[str, list[str]]:
     """The flags that a file of settings stands for, as words, by name: `rank: 8` is `--rank=8`.
 
     Args:
         path: A YAML file of one mapping, from names of flags to their values; underscores or hyphens join words.
         kind: The dataclass of all settings.
+        other: The default settings of another command, whose files are read too: a name that this one alone has is
+            passed over if its value is the default.
 
     Raises:
         OSError: The file can't be read.
@@ -46,11 +57,16 @@ def read(path: Path, kind: Any) -> dict[str, list[str]]:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: a {type(content).__name__} given, expected a mapping such as `rank: 8`")
     known = {name: hint for name, hint in _types(kind) if name not in ONCE}
+    others = {} if other is None else values_of(other)
     words = {}
     for given, value in content.items():
         name = str(given).replace("-", "_")
         if name in ONCE:
             raise ValueError(f"{path}: {name}: belongs to one call, expected on the command line")
+        if name not in known and name in others:
+            if value != others[name]:
+                raise ValueError(f"{path}: {name}: {value!s:.60} given, which this command doesn't have; leave it out")
+            continue
         if name not in known:
             raise ValueError(f"{path}: no setting {str(given)!r:.60}{_nearest(name, known)}")
         words[name] = _words(f"{path}: {name}", name, value, several=get_origin(known[name]) is tuple)
@@ -101,6 +117,8 @@ def _words(where: str, name: str, value: Any, *, several: bool) -> list[str]:
     if any(isinstance(x, list | dict) for x in values):
         raise ValueError(f"{where}: {value!s:.60} given, expected {'a list of values' if several else 'one value'}")
     flag = f"--{name.replace('_', '-')}"
+    if name in REPEATED:
+        return [word for x in values for word in (flag, str(x))]
     return [flag, *map(str, values)] if several else [f"{flag}={value}"]
 
 

@@ -16,7 +16,8 @@ import tyro
 import lora_jax
 from lora_jax import sweep
 from lora_jax._processes import one_writes
-from lora_jax.cli import _base, _data, _distributed, _embedded, _labels, _mesh, _rows, _show
+from lora_jax.cli import _base, _data, _distributed, _embedded, _labels, _mesh, _rows, _run_file, _show
+from lora_jax.cli import train as train_command
 from lora_jax.cli._rows import Rows
 from lora_jax.demo import text_to_sql
 from lora_jax.sweep import Point, Results
@@ -43,6 +44,8 @@ class Settings:
     glue:TASK and a folder of GLUE's own files; or a set of datasets, as for train; the embedded task if not given"""
     output: Path = Path("sweep")
     """folder for results.csv and results.json"""
+    config: Path | None = None
+    """YAML file of settings by the names of these flags, or the run.yaml of a training run; flags override it"""
     overwrite: bool = False
     """replace a sweep's results in the output folder"""
     grid: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
@@ -75,10 +78,18 @@ class Settings:
 
 def defaults(words: Sequence[str]) -> Settings:
     """The default settings, which are different for the embedded task."""
-    if any(word.split("=")[0] in ("--model", "--data") for word in words):
-        return Settings()
+    given = {word.split("=")[0] for word in words}
+    path = _run_file.path_in(words)
+    in_file = {} if path is None else _run_file.read(path, Settings, train_command.Settings())
+    if "--grid" in given:
+        in_file.pop("grid", None)  # else tyro adds the flag's to the file's
+    given |= {f"--{name}" for name, flag in in_file.items() if flag not in (["--data"], ["--model=None"], [])}
+    settings = Settings() if given & {"--model", "--data"} else _of_embedded_task("--grid" in given)
+    return settings if path is None else _run_file.settings(path, in_file, settings)
+
+
+def _of_embedded_task(own_grid: bool) -> Settings:
     task = text_to_sql.DEFAULTS
-    own_grid = any(word.split("=")[0] == "--grid" for word in words)
     return Settings(
         grid=() if own_grid else EMBEDDED_GRID,
         budget=None if own_grid else EMBEDDED_BUDGET,

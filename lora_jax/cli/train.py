@@ -1,7 +1,6 @@
 """`lora-jax train`: trains an adapter for a model on a data file, or without arguments on the embedded task."""
 
 import functools
-import itertools
 import shlex
 import signal
 import time
@@ -96,7 +95,7 @@ class Settings:
 def defaults(words: Sequence[str]) -> Settings:
     """The default settings: those of the `--config` file, and others for the embedded task than for data files."""
     given = {word.split("=")[0].removeprefix("--").replace("-", "_") for word in words if word.startswith("--")}
-    path = _config_in(words)
+    path = _run_file.path_in(words)
     in_file = {} if path is None else _run_file.read(path, Settings)
     named = given | {name for name, flag in in_file.items() if flag not in (["--data"], ["--model=None"])}
     settings = Settings() if named & {"model", "data"} else _of_embedded_task("num_train_epochs" in named)
@@ -105,13 +104,6 @@ def defaults(words: Sequence[str]) -> Settings:
         if "num_train_epochs" in given:  # of which max_steps in the file would be the stronger
             settings = replace(settings, train=replace(settings.train, max_steps=None))
     return settings
-
-
-def _config_in(words: Sequence[str]) -> Path | None:
-    """The last file that `--config` names; without a name tyro explains the mistake."""
-    found = [word.removeprefix("--config=") for word in words if word.startswith("--config=")]
-    found += [name for flag, name in itertools.pairwise(words) if flag == "--config"]
-    return Path(found[-1]) if found else None
 
 
 def _of_embedded_task(by_epochs: bool) -> Settings:
