@@ -295,3 +295,15 @@ def test_the_watchdog_runs_by_its_path_alone():
     assert module.explain(b"F1129 1 client.h:80] Socket closed", 3, 4).startswith(
         "process 3 of 4 ends, because process 0 has ended; "
     )
+
+
+@pytest.mark.slow
+def test_streamed_and_packed_rows_are_those_of_one_process(words, tmp_path):
+    """Each process puts its own rows of a batch on its devices, whatever their number."""
+    given = [*words, "--streaming", "--packing", "--max-length", "64", "--shuffle-buffer", "100", "--max-steps", "4"]
+    together, one = tmp_path / "together", tmp_path / "one"
+    run = Together([*given, "--output", str(together), "--mesh", "data=2,fsdp=4"], tmp_path)
+    assert run.wait(240) == [0, 0], run.errors
+    assert run_here([*given, "--output", str(one)]) == 0
+    assert steps(together) == [1, 2, 3, 4]
+    np.testing.assert_allclose(losses(together), losses(one), atol=1e-5)

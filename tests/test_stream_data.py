@@ -1,6 +1,7 @@
 """Rows that are read as they are needed: every row in each pass, in an order of the seed, gone on with exactly."""
 
 import json
+from typing import Any
 
 import grain
 import numpy as np
@@ -36,7 +37,8 @@ def path(request, tmp_path):
 
 
 def stream(path, **keywords):
-    return data.stream(path, Letters(), 16, **({"buffer_size": 25} | keywords))
+    settings: dict[str, Any] = {"buffer_size": 25} | keywords
+    return data.stream(path, Letters(), 16, **settings)
 
 
 def taken(rows, count):

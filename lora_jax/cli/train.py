@@ -252,7 +252,8 @@ def _report(settings: Settings, workload: Workload, result: TrainResult, before:
     show = _show.results()
     after = workload.predict(result.params)
     _samples.show(show, _samples_of(workload.questions, before, after))
-    show.print(_comparison(result, before, after))
+    if result.before is not None or before.accuracy is not None:
+        show.print(_comparison(result, before, after))
     if result.adapter_step != result.steps:
         show.print(f"the adapter is that of step {result.adapter_step} of {result.steps}, which was the best")
     show.print(

@@ -62,7 +62,7 @@ class _File:
         self._arrow: Any = import_module("pyarrow")
         self._path = path
         parquet: Any = import_module("pyarrow.parquet")
-        self._file = self._try(lambda: parquet.ParquetFile(path, buffer_size=buffer))
+        self._file = self._try(lambda: parquet.ParquetFile(path, buffer_size=buffer, pre_buffer=not buffer))
         self._bytes = 0
         self.groups: int = self._file.num_row_groups
         self.names: list[str] = self._try(lambda: self._file.schema_arrow.names)
