@@ -66,7 +66,7 @@ def commands(folder, sweep):
 
 
 def losses(output):
-    rows = list(csv.DictReader((output / "results.csv").open()))
+    rows = list(csv.DictReader((output / "results.csv").read_text().splitlines()))
     return [float(row[name]) for row in rows for name in ("train_loss", "valid_loss")]
 
 
