@@ -19,6 +19,7 @@ from transformers import BertConfig, LlamaConfig
 import lora_jax
 from lora_jax import _extras, _mesh
 from lora_jax.cli import main
+from lora_jax.cli import plan as command
 from lora_jax.plan import Plan, _run, _search, plan
 from lora_jax.plan._measure import over_full
 from lora_jax.plan._request import Request
@@ -384,6 +385,22 @@ def test_a_search_goes_on_after_what_does_not_compile(cut, monkeypatch):
         "fsdp=8, remat none: not compiled: the compiler gives up",
         "fsdp=8, remat lean: not compiled: the compiler's process ended (-9)",
     ]
+
+
+def test_the_command_says_which_flags_are_best(folder, cut, monkeypatch):
+    def on_mesh(mesh, total):
+        found = cut.found | {"remat": "lean", "per_chip": cut.found["per_chip"] | {"total": total}}
+        return Plan(dataclasses.replace(cut.request, mesh=mesh), 8, 2**20, found)
+
+    plans = [on_mesh({"fsdp": 4, "model": 2}, 2**19), on_mesh({"fsdp": 8}, 2**21)]
+    monkeypatch.setattr(command, "plan", lambda *_, **__: plans[1])
+    for fits in (True, False):
+        monkeypatch.setattr(command, "search", lambda *_, fits=fits, **__: plans if fits else plans[1:])
+        code, out, _ = run("--model", folder, "--search", *FLAGS)
+        assert code == 0
+        assert "the best first: 8 chips of 1 MiB" in out
+        best = "the best: --mesh fsdp=4,model=2" if fits else "nothing fits; the nearest: --mesh fsdp=8"
+        assert out.splitlines()[-1] == f"{best} --remat lean"
 
 
 def test_auto_takes_all_devices(folder, child):

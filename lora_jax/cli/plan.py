@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 import tyro
 
 import lora_jax
+from lora_jax import _mesh
 from lora_jax.cli import _base, _show
 from lora_jax.plan import Plan, plan, search
 from lora_jax.train import TrainConfig
@@ -66,14 +67,19 @@ def run(settings: Settings) -> None:
     show.print(str(plans[0]), markup=False, soft_wrap=True)
     if settings.search:
         rows = [_row(other) for other in plans]
-        show.print(_show.table(("mesh", "remat", "in all>", "", "FLOPs>", "sent>"), rows, title="tried"))
+        title = f"what was tried, the best first: {first.chips} chips of {_show.size(first.limit)}"
+        show.print(_show.table(("mesh", "remat", "in all>", "", "FLOPs>", "sent>"), rows, title=title))
+        best = plans[0]
+        remat = "" if best.found["remat"] == settings.base.remat else f" --remat {best.found['remat']}"
+        verdict = "the best" if best.fits else "nothing fits; the nearest"
+        show.print(f"{verdict}: --mesh {_mesh.show(best.mesh)}{remat}", markup=False)
 
 
 def _row(found: Plan) -> tuple[str, ...]:
     kinds = found.per_chip["collectives"]
     sent = "unknown" if kinds is None else _show.size(sum(kind["bytes"] for kind in kinds.values()))
     return (
-        ",".join(f"{name}={count}" for name, count in found.mesh.items()),
+        _mesh.show(found.mesh),
         found.found["remat"],
         _show.size(found.per_chip["total"]),
         "fits" if found.fits else f"{_show.size(found.short_by)} too much",

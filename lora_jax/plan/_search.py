@@ -25,7 +25,7 @@ def search(
 
     Args:
         first: A plan, as `plan` made it. It is one of the results.
-        on_stage: Called with the current stage, after its mesh and remat.
+        on_stage: Called with each mesh and remat that is compiled.
         on_plan: Called with each plan once it is known.
         on_failure: Called with a line for each mesh and remat that doesn't compile.
 
@@ -68,8 +68,9 @@ def order(plan: Plan) -> tuple[int, int, int]:
 
 
 def _compiled(request: Request, on_stage: OnStage, on_failure: Callable[[str], None]) -> Plan | None:
+    on_stage(f"compiling {_name(request)}")
     try:
-        return run(request, lambda stage: on_stage(f"{_name(request)}: {stage}"))
+        return run(request, lambda stage: None)
     except (ValueError, OSError, MemoryError) as error:  # the plans made so far are worth more than a whole search
         on_failure(f"{_name(request)}: not compiled: {error}")
         return None
