@@ -120,10 +120,14 @@ def _last_line(prompt: str) -> str:
 
     >>> _last_line("columns: a, b\\nquestion: how many?\\nsql: ")
     'question: how many?'
+    >>> _last_line("word " * 60)[:13]
+    '... word word'
     """
     lines = [line.strip() for line in prompt.splitlines() if line.strip()]
     filled = [line for line in lines if not line.endswith(":")]
-    return (filled or lines or [""])[-1][-LONGEST_LINE:]
+    line = (filled or lines or [""])[-1]
+    cut = line[-LONGEST_LINE:]
+    return line if len(line) <= LONGEST_LINE else f"...{cut[max(cut.find(' '), 0) :]}"
 
 
 def _shortened(message: str) -> str:
