@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,29 +11,29 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
 from rich.console import Console
 
 from lora_jax import data
-from lora_jax._finite import unfinite_leaf, why_unfinite
 from lora_jax._forward import dropout_of
-from lora_jax._processes import Preemption, is_first, several
+from lora_jax._processes import is_first
 from lora_jax._tree import combine, split
-from lora_jax.checkpoint import BestAdapter, TrainState
+from lora_jax.checkpoint import TrainState
 from lora_jax.train._config import TrainConfig
 from lora_jax.train._evaluate import Evaluation, Evaluator
 from lora_jax.train._feed import Feed
 from lora_jax.train._log import Log, OnLog
-from lora_jax.train._meter import Meter, Record
-from lora_jax.train._optimizer import averaged, make_optimizer, schedule
-from lora_jax.train._placement import placed
+from lora_jax.train._meter import Record
+from lora_jax.train._optimizer import make_optimizer, schedule
+from lora_jax.train._placement import Placement, placed
 from lora_jax.train._reference import Reference, at_start
 from lora_jax.train._report import check_installed, reporters
-from lora_jax.train._save import Saver, Stopped, claimed, fixed
+from lora_jax.train._run import Program, Run
+from lora_jax.train._save import Saver, claimed, fixed
 from lora_jax.train._step import make_step
 from lora_jax.train._task import Task
 from lora_jax.train._token_losses import losses_in_chunks
-from lora_jax.train._utilization import Utilization
 from lora_jax.train._vocabulary import check_examples
 
 
@@ -169,36 +168,8 @@ def train(
     task = task or feed.task
     apply_fn = losses_in_chunks(apply_fn, task, config.loss_chunk, base, adapter)
     start, facts = at_start(base, adapter) if task.reference else (None, {})
-    reference = Reference(apply_fn, task, start)
-    steps = config.total_steps(feed.rows)
-    every = config.evaluation_interval(feed.rows, task.metrics is not None)
-    _check_patience(config, every, valid_data)
-    rate, tx = schedule(config, steps), make_optimizer(config, steps, also_train=also_train)
-    uses_dropout = config.dropout or dropout_of(apply_fn)
-    step = make_step(
-        apply_fn,
-        tx,
-        objective=task.objective,
-        gradient_accumulation_steps=parts,
-        dropout=config.dropout,
-    )
-    step_fn = jax.jit(step, donate_argnums=(0, 1))
-    utilization = Utilization(step_fn, adapter)
-    batches = feed.iterate(steps)
-    validate = (
-        Evaluator(
-            apply_fn,
-            valid_data,
-            config.micro_batch_size,
-            task,
-            placement,
-            reference,
-            pack_length=config.max_length if config.eval_packing else None,
-        )
-        if valid_data
-        else lambda params, stop: None
-    )
-
+    program, tx = _program(apply_fn, base, feed, valid_data, config, task, placement, start, also_train)
+    batches = feed.iterate(program.steps)
     with contextlib.ExitStack() as stack:
         stack.enter_context(claimed(folder, config, resume, overwrite))
         stack.enter_context(placement.context())
@@ -210,102 +181,76 @@ def train(
             state = saver.restore(state)
             _note_changes(console, state.step, saver.changed, config)
             batches.set_state(state.position)
-
-        def evaluated(state: TrainState) -> Any:
-            return combine(base, averaged(state.opt_state, state.adapter))
-
-        progress = state.progress or {}
-        logged = progress.get("logged", True)  # False: the run was stopped before the line of its last step
-        before, after = _evaluation(progress.get("before")), None
-        stale = progress.get("stale", 0)  # evaluations in a row that found no better adapter
+        run = Run(program, state, batches, saver, stop)
         if not state.step:
-            before = after = validate(evaluated(state), lambda: False)
-            if before is not None and not np.isfinite(before.loss):
-                why = why_unfinite(combine(base, state.adapter))
-                raise ValueError(f"the validation loss is {before.loss:g} before training: {why}")
-        last = state.step if logged else state.step - 1
+            run.evaluate_at_start()
         there = (folder, console) if is_first() else (None, None)
-        reports = stack.enter_context(reporters(config, there[0], last if resume else None)) if is_first() else ()
-        log = stack.enter_context(Log(steps, state.step, *there, on_log, last=last, reporters=reports))
-        if before is not None and not state.step:
-            log.record(0, {}, before)
-        meter = Meter(log.step, lambda: unfinite_leaf(base))
-        preemption = Preemption(state.step)
+        newest = run.last_line if resume else None
+        reports = stack.enter_context(reporters(config, there[0], newest)) if is_first() else ()
+        log = Log(program.steps, state.step, *there, on_log, last=run.last_line, reporters=reports)
+        stack.enter_context(log)
+        if run.before is not None and not state.step:
+            log.record(0, {}, run.before)
+        run.go(log)
+        run.evaluate_at_end()
 
-        def stops(step: int) -> bool:
-            asked, together = stop(), preemption.at(step)
-            return together if several() else asked
-
-        def log_step(state: TrainState) -> TrainState:
-            """Log and evaluate after a step, if either is due."""
-            nonlocal after, stale
-            evaluates = state.step == steps or _due(state.step, every)
-            if evaluates or _due(state.step, config.logging_steps):
-                metrics = meter.read() | {"learning_rate": float(np.asarray(rate(state.step - 1)))}
-                found = validate(evaluated(state), lambda: stops(state.step)) if evaluates else None
-                log.record(state.step, metrics, found)
-                if found is not None:
-                    best = _better(state, found, task, config)
-                    stale = stale + 1 if best is state.best else 0
-                    after, state = found, state._replace(best=best)
-                meter.restart()
-            return state
-
-        meter.restart()
-        if "line" in progress:
-            meter.resume(progress["line"])
-
-        def ends(step: int) -> bool:
-            return step == steps or (logged and stale >= (config.early_stopping_patience or math.inf))
-
-        over = logged and ends(state.step)
-        for step in range(state.step + (1 if logged else 0), state.step if over else steps + 1):
-            if logged:
-                batch = next(batches)
-                step_key = jax.random.fold_in(state.key, step) if uses_dropout else None
-                batch_there = reference(placement.batch(batch), parts)
-                at_peak = utilization.seconds(state.adapter, state.opt_state, base, batch=batch_there, key=step_key)
-                adapter, opt_state, metrics = step_fn(state.adapter, state.opt_state, base, batch_there, step_key)
-                state = state._replace(adapter=adapter, opt_state=opt_state, step=step)
-                real = batch["attention_mask"]
-                meter.add(step, metrics, int(real.sum()), at_peak, positions=real.size)
-            if logged := not stops(step):
-                try:
-                    state = log_step(state)
-                except InterruptedError:
-                    logged = False
-            stopped, ended = not logged or stops(step), ends(step)
-            if stopped or saver.due(step, ended):
-                with meter.paused():
-                    log.sync()
-                    before_facts = before and before._asdict()
-                    progress = {"before": before_facts, "logged": logged, "stale": stale, "line": meter.progress}
-                    state = state._replace(position=batches.get_state(), progress=progress)
-                    checkpoint = saver.save(state)
-                    if stopped:
-                        raise Stopped(step, steps, checkpoint)
-            if ended:
-                break
-        if after is None and state.best is None:
-            after = validate(evaluated(state), lambda: False)
-
-    if state.step < steps and console is not None:
-        console.print(f"stopped early after step {state.step} of {steps}: {stale} evaluations found no better adapter")
-    adapter_step, adapter = state.step, averaged(state.opt_state, state.adapter)
-    if state.best is not None:
-        adapter_step, after = state.best.facts["step"], _of_facts(state.best.facts)
-        adapter = state.best.adapter
+    done, steps = run.state.step, program.steps
+    if done < steps and console is not None:
+        console.print(f"stopped early after step {done} of {steps}: {run.stale} evaluations found no better adapter")
+    adapter_step, adapter, after = run.result
     speeds = [line["tokens_per_second"] for line in log.history if "tokens_per_second" in line]
     return TrainResult(
         params=combine(base, adapter),
         history=log.history,
-        before=before,
+        before=run.before,
         after=after,
-        steps=state.step,
+        steps=done,
         adapter_step=adapter_step,
         tokens_per_second=float(np.median(speeds)) if speeds else 0.0,
         seconds=time.perf_counter() - began,
     )
+
+
+def _program(
+    apply_fn: Callable[..., Any],
+    base: Any,
+    feed: Feed,
+    valid_data: Sequence[data.AnyExample] | None,
+    config: TrainConfig,
+    task: Task,
+    placement: Placement,
+    start: Any,
+    also_train: Any,
+) -> tuple[Program, optax.GradientTransformation]:
+    """What the steps of a run compute with, and the optimizer; `start` has the parameters of the reference."""
+    steps, parts = config.total_steps(feed.rows), config.gradient_accumulation_steps
+    every = config.evaluation_interval(feed.rows, task.metrics is not None)
+    _check_patience(config, every, valid_data)
+    tx = make_optimizer(config, steps, also_train=also_train)
+    step = make_step(apply_fn, tx, objective=task.objective, gradient_accumulation_steps=parts, dropout=config.dropout)
+    reference = Reference(apply_fn, task, start)
+    length = config.max_length if config.eval_packing else None
+
+    def validate(params: Any, stop: Callable[[], bool]) -> Evaluation | None:
+        return None
+
+    if valid_data:
+        rows = config.micro_batch_size
+        validate = Evaluator(apply_fn, valid_data, rows, task, placement, reference, pack_length=length)
+    program = Program(
+        config=config,
+        task=task,
+        base=base,
+        step=jax.jit(step, donate_argnums=(0, 1)),
+        dropout=bool(config.dropout or dropout_of(apply_fn)),
+        validate=validate,
+        reference=reference,
+        placement=placement,
+        rate=schedule(config, steps),
+        steps=steps,
+        every=every,
+    )
+    return program, tx
 
 
 def _check_patience(config: TrainConfig, every: int, valid_data: Sequence[data.AnyExample] | None) -> None:
@@ -328,29 +273,3 @@ def _note_changes(console: Console | None, step: int, changed: Mapping[str, Any]
     if console is not None:
         for name, value in changed.items():
             console.print(f"{name}: {value} until step {step}, {getattr(config, name)} from there on", markup=False)
-
-
-def _better(state: TrainState, found: Evaluation, task: Task, config: TrainConfig) -> BestAdapter | None:
-    """The better of this adapter, copied because steps donate theirs, and the best one so far."""
-    if not config.load_best_model_at_end:
-        return None
-    if state.best is not None:
-        value, best = found.metric(task.best), _of_facts(state.best.facts).metric(task.best)
-        if not (value > best if task.highest else value < best):
-            return state.best
-    adapter = averaged(state.opt_state, state.adapter)
-    return BestAdapter(jax.tree.map(jnp.array, adapter), {"step": state.step, **found._asdict()})
-
-
-def _of_facts(facts: Mapping[str, Any]) -> Evaluation:
-    """The evaluation in the facts of a checkpoint, where infinity is text."""
-    metrics = {name: float(value) for name, value in facts["metrics"].items()}
-    return Evaluation(float(facts["loss"]), facts["count"], metrics)
-
-
-def _evaluation(facts: Mapping[str, Any] | None) -> Evaluation | None:
-    return None if facts is None else _of_facts(facts)
-
-
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
