@@ -80,7 +80,7 @@ $(BIN)/python:
 # torch on its own first: peft would be content with any version of it.
 .venv/.oracle: constraints-oracle.txt .venv/.test
 	$(PIP) torch==2.13.0
-	$(PIP) -c constraints.txt -c constraints-oracle.txt peft bitsandbytes
+	$(PIP) -c constraints.txt -c constraints-oracle.txt peft bitsandbytes trl
 	touch $@
 
 # Chromium comes from the system's packages, by their Debian names.

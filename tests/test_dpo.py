@@ -192,7 +192,7 @@ def test_parts_meshes_and_chunks_change_no_loss(how):
         "parts": dataclasses.replace(config, gradient_accumulation_steps=4),
         "chunk": dataclasses.replace(config, loss_chunk=3),
     }.get(how, config)
-    mesh = mesh_of("data=2,fsdp=2", "auto") if how == "mesh" else None
+    mesh = mesh_of("data=2,fsdp=2,model=2", "auto") if how == "mesh" else None
     found = [train(model.apply, params, TRAIN, VALID, c, mesh=m) for c, m in ((config, None), (other, mesh))]
     for name in ("loss", "rewards/margins", "rewards/accuracies"):
         lines = [[line[name] for line in result.history if name in line] for result in found]
