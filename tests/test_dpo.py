@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 from dpo_cases import ROWS, answer, said, tokenizer
+from marks import few
 
 import lora_jax
 from lora_jax import data
@@ -110,10 +111,11 @@ def test_losses_are_those_of_the_formulas():
         np.testing.assert_allclose(sums["rewards/margins"], m.sum(), rtol=1e-4)
 
 
-@pytest.mark.parametrize("what", ["also_train", "earlier"])
+@pytest.mark.parametrize("what", few(["also_train", "earlier", "pissa"], ["also_train", "earlier"]))
 def test_the_reference_is_the_model_at_the_start(what):
     """Leaves trained in full and an adapter gone on from are kept as they were, though steps donate theirs."""
-    params = parameters(also_train=["embed"]) if what == "also_train" else parameters(moved=0.1)
+    own = {"also_train": {"also_train": ["embed"]}, "earlier": {"moved": 0.1}, "pissa": {"init": "pissa"}}
+    params = parameters(**own[what])
     config = dataclasses.replace(CONFIG, max_steps=4, dropout=0.5 if what == "earlier" else 0.0)
     result = run(config, params)
     assert result.before.loss == pytest.approx(LOG2, abs=1e-6)
