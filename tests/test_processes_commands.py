@@ -20,8 +20,9 @@ from lora_jax.cli import _base, main
 COMMANDS = """
 import contextlib, json, sys
 import jax
+import lora_jax
 from lora_jax import models
-from lora_jax.cli import main
+from lora_jax.cli import _base, main
 
 where, number, folder, commands = sys.argv[1:]
 jax.distributed.initialize(where, 2, int(number))
@@ -30,7 +31,9 @@ for name, words in json.loads(commands).items():
         assert main(words) == 0, name
 mesh = jax.make_mesh((2,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
 model = models.load(f"{folder}/model", mesh=mesh)
-models.save(f"{folder}/saved", model, model.params, shard_bytes=5_000)
+config = lora_jax.LoRAConfig(rank=2, alpha=4, targets="q_proj")  # which changes nothing yet
+params = lora_jax.init(jax.random.key(0), model.params, config, axes=_base.kernel_axes(model))
+models.save(f"{folder}/saved", model, lora_jax.merge(params), shard_bytes=5_000)
 try:  # the first process alone finds the folder, before anything is gathered
     models.save(f"{folder}/saved", model, model.params)
 except OSError as error:
