@@ -300,7 +300,19 @@ def test_the_watchdog_runs_by_its_path_alone():
 @pytest.mark.slow
 def test_streamed_and_packed_rows_are_those_of_one_process(words, tmp_path):
     """Each process puts its own rows of a batch on its devices, whatever their number."""
-    given = [*words, "--streaming", "--packing", "--max-length", "64", "--shuffle-buffer", "100", "--max-steps", "4"]
+    given = [
+        *words,
+        "--streaming",
+        "--packing",
+        "--max-length",
+        "64",
+        "--shuffle-buffer",
+        "100",
+        "--max-steps",
+        "4",
+        "--save-steps",
+        "0",
+    ]
     together, one = tmp_path / "together", tmp_path / "one"
     run = Together([*given, "--output", str(together), "--mesh", "data=2,fsdp=4"], tmp_path)
     assert run.wait(240) == [0, 0], run.errors
