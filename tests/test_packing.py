@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +14,7 @@ from transformers import LlamaConfig
 import lora_jax
 from lora_jax import data, models
 from lora_jax.train import TrainConfig, evaluate, make_loss_sums, train
+from lora_jax.train._feed import Feed
 
 LENGTH = 24
 RNG = np.random.default_rng(0)
@@ -122,3 +124,11 @@ def test_what_cannot_be_packed():
     labelled = [data.LabelledExample(np.ones(3, np.int32), np.int32(0))]
     with pytest.raises(ValueError, match="packing: given for examples with labels"):
         train(tiny.small_apply, params, labelled, config=config)
+
+
+def test_batches_of_a_stream_have_few_lengths():
+    """Each is compiled."""
+    rows = grain.MapDataset.source([example(n) for n in range(2, 25)]).to_iter_dataset()
+    config = TrainConfig(batch_size=1, max_length=LENGTH, max_steps=1)
+    feed = Feed(rows, config)
+    assert {batch["input_ids"].shape for batch in feed.iterate(1)} == {(1, 16), (1, 24)}

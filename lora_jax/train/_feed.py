@@ -112,7 +112,9 @@ class Feed:
         size, length, seed = self._config.batch_size, self._config.max_length, self._config.shuffle_seed
         if self.streamed:
             examples = self._data.map(self._checked)
-            return iter(data.pack(examples, size, length, seed=seed) if self._config.packing else _even(examples, size))
+            return iter(
+                data.pack(examples, size, length, seed=seed) if self._config.packing else _even(examples, size, length)
+            )
         if self._config.packing:
             return iter(data.pack(self._data, size, length, seed=seed))
         # Ahead in a thread, so that the device waits for no batch where a line of metrics has waited for the device.
@@ -127,12 +129,12 @@ class Feed:
         return example
 
 
-def _even(examples: Any, batch_size: int) -> Any:
-    """Batches of a stream's examples, in its order."""
+def _even(examples: Any, batch_size: int, length: int) -> Any:
+    """Batches of a stream's examples, in its order; of few lengths, each of which is compiled."""
 
     def batch(rows: Sequence[data.Example]) -> data.Batch:
         longest = max(len(example.input_ids) for example in rows)
-        return data.pad(rows, batch_size, data.bucket(longest, longest))
+        return data.pad(rows, batch_size, data.bucket(longest, max(longest, length)))
 
     return examples.batch(batch_size, batch_fn=batch)
 
