@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from test_battery import MATERIALIZES, arrays_only, assert_close, factors_of, fl
 
 import lora_jax
 from lora_jax import Axes, LoRAConfig, QuantizeConfig
+from lora_jax._program import cost_of
 
 P = PartitionSpec
 STACKED = Axes((0,), (1,), (2,))
@@ -288,15 +290,39 @@ def test_meshes(kind, scheme):
     assert_close(jax.device_get(ours), jax.device_get(value_and_gradient(model, params)))
 
 
-@pytest.mark.parametrize("fn", [model, remat])
-def test_no_stack_is_alive_in_sixteen_bits(fn):
-    """Neither W for the backward pass nor a stack dequantized ahead of the scan."""
-    params = trees("int8", jnp.bfloat16, MANY)
-    base, adapter = lora_jax.split(params)
+@pytest.mark.parametrize("fn", [model, pytest.param(remat, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("scheme", ["nf4", *(pytest.param(it, marks=pytest.mark.slow) for it in ("int8", "int4"))])
+def test_no_stack_is_alive_in_sixteen_bits(fn, scheme):
+    """Neither W for the backward pass, nor a stack dequantized ahead of the scan, nor tables for its numbers.
+
+    XLA's CPU backend casts stacks of e4m3 to 16 bits; `tests/test_plan_tpu.py` has fp8 too.
+    """
+    base, adapter = lora_jax.split(trees(scheme, jnp.bfloat16, MANY))
     x = X[:4].astype(jnp.bfloat16)
     compiled = jax.jit(jax.value_and_grad(loss_of(fn))).lower(adapter, base, x).compile()
-    stack = 2 * MANY * 4 * WIDTH * WIDTH  # bytes of one of the two kernels
-    assert compiled.memory_analysis().temp_size_in_bytes < stack
+    stack = MANY * 4 * WIDTH * WIDTH  # numbers of one of the two kernels
+    assert max(sizes_in(compiled.as_text(), "bf16", "f16", "f32")) < stack
+    unpacked = 0 if scheme == "int8" else 2 * stack  # this backend has 4-bit codes one a byte
+    assert compiled.memory_analysis().temp_size_in_bytes - unpacked < 2 * stack
+
+
+def sizes_in(program, *dtypes):
+    """The number of elements of each array of these dtypes in a compiled program."""
+    shapes = re.findall(rf"\b(?:{'|'.join(dtypes)})\[([\d,]*)\]", program)
+    return [math.prod(map(int, filter(None, shape.split(",")))) for shape in shapes]
+
+
+@pytest.mark.parametrize("fn", [model, remat])
+def test_products_are_those_beside_plain_kernels(fn):
+    """The gradient of W isn't among them."""
+    base, adapter = lora_jax.split(trees("nf4"))
+
+    def products(base):
+        traced = jax.jit(jax.value_and_grad(loss_of(fn))).trace(adapter, base, X)
+        cost = cost_of(traced.jaxpr, [True] * len(traced.jaxpr.in_avals))
+        return sorted((product.shape, product.operands, product.flops) for product in cost.products)
+
+    assert products(base) == products(lora_jax.dequantize(base))
 
 
 @pytest.mark.slow

@@ -353,7 +353,13 @@ def apply(eqn: Any, values: Sequence[Any], bind: Callable[[Any, Sequence[Any]], 
     plan = make(eqn, values[0]) if make is not None and isinstance(values[0], Lazy) else None
     if plan is not None:
         return plan(values)
-    return jax.checkpoint(lambda ops: bind(eqn, list(map(settled, lax.optimization_barrier(ops)))))(list(values))
+
+    def product(operands: list[Any]) -> list[Any]:
+        # A barrier gives all of its outputs tangents, and the codes' would make the gradient of W out of them.
+        behind = [w.cut(lax.stop_gradient) if isinstance(w, Lazy) else w for w in lax.optimization_barrier(operands)]
+        return bind(eqn, list(map(settled, behind)))
+
+    return jax.checkpoint(product)(list(values))
 
 
 def settled(w: Any) -> Any:

@@ -55,7 +55,9 @@ def _nearest(x: jax.Array, codes: np.ndarray) -> jax.Array:
 def _pick(codes: jax.Array, numbers: np.ndarray) -> jax.Array:
     """numbers[codes] of a short table, by choices between two: elementwise, so that it fuses with what follows."""
     bits = codes.astype(jnp.uint8)
-    left: list[Any] = [jnp.float32(number) for number in numbers]
+    # XLA drops this zero. Without it JAX would move arrays of each number out of a scan over layers, and keep them.
+    zero = (bits & 0).astype(jnp.float32)
+    left: list[Any] = [zero + number for number in numbers]
     for bit in range(len(numbers).bit_length() - 1):
         odd = (bits >> bit) & 1 != 0
         left = [jnp.where(odd, high, low) for low, high in zip(left[::2], left[1::2], strict=True)]
