@@ -17,10 +17,10 @@ import pytest
 from transformers import BertConfig, LlamaConfig
 
 import lora_jax
-from lora_jax import _extras, _mesh
+from lora_jax import _extras, _mesh, models
 from lora_jax.cli import main
 from lora_jax.cli import plan as command
-from lora_jax.plan import Plan, _run, _search, plan
+from lora_jax.plan import Plan, _run, _search, _step, plan
 from lora_jax.plan._measure import over_full
 from lora_jax.plan._request import Request
 from lora_jax.train import TrainConfig
@@ -29,6 +29,7 @@ WIDTH, MLP, VOCABULARY, LAYERS, HEADS, RANK = 64, 96, 128, 2, 4, 2
 ROWS, LENGTH = 8, 32
 LORA = lora_jax.LoRAConfig(rank=RANK, alpha=4, targets=["q_proj", "v_proj"])
 TRAIN = TrainConfig(batch_size=ROWS, max_length=LENGTH)
+NF4 = lora_jax.QuantizeConfig(scheme="nf4", group_size=16, targets=["q_proj", "down_proj"])
 PARAMETERS = LAYERS * (4 * WIDTH**2 + 3 * WIDTH * MLP + 2 * WIDTH) + WIDTH + 2 * VOCABULARY * WIDTH
 TRAINED = LAYERS * 2 * RANK * 2 * WIDTH
 
@@ -120,6 +121,43 @@ def test_a_mesh_cuts_what_lies_on_a_device(one, cut):
     assert cut.per_chip["batch"] == one.per_chip["batch"] / 8
     assert cut.per_chip["flops"] * 8 == pytest.approx(one.per_chip["flops"], rel=1e-6)
     assert cut.chips == 8
+
+
+def test_a_quantized_base_is_counted_in_its_bits(folder, one):
+    """With the scales, for as many operations; full fine-tuning beside it has its weights in float32."""
+    code, out, _ = run("--model", folder, "--json", "--alpha", 4, *FLAGS, "--quantize", "int8")
+    assert code == 0
+    told = json.loads(out)
+    kernels, outputs = LAYERS * (4 * WIDTH**2 + 3 * WIDTH * MLP), LAYERS * (5 * WIDTH + 2 * MLP)
+    assert told["per_chip"]["weights"] == one.per_chip["weights"] - kernels + 4 * outputs
+    assert told["per_chip"]["flops"] == one.per_chip["flops"]
+    assert told["quantize"]["scheme"] == "int8"
+    assert one.to_json()["quantize"] is None
+    for name in ("parameters", "trainable", "checkpoint"):
+        assert told[name] == one.to_json()[name]
+    for name in ("weights", "gradients", "optimizer", "flops"):
+        assert told["full_fine_tuning"][name] == one.full_fine_tuning[name]
+
+
+def test_a_quantized_base_has_the_leaves_of_the_loaded_one(folder):
+    train = dataclasses.replace(TRAIN, dropout=0.1)
+    request = Request(model=folder, lora=LORA, train=train, quantize=NF4, mesh={"fsdp": 2})
+    step = _step.make(request, _step.open_model(request, None), jax.devices()[:2])
+    model = models.load_abstract(folder)
+    axes = lora_jax.kernel_axes(model.apply, model.params, jax.ShapeDtypeStruct((1, 8), jnp.int32))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), model.params)
+    where = models.shardings(model, jax.make_mesh((2,), ("fsdp",), devices=jax.devices()[:2]))
+    base = lora_jax.quantize(zeros, NF4, axes=axes)
+    loaded = jax.device_put(base, lora_jax.shardings(base, where))
+
+    def seen(tree):
+        return {
+            jax.tree_util.keystr(path): (leaf.shape, leaf.dtype, leaf.sharding.spec)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        }
+
+    assert seen(step.base) == seen(loaded)
+    assert _step.bytes_on_a_device(step.key) == 8
 
 
 def test_what_is_sent_is_listed(cut):
@@ -288,10 +326,11 @@ def test_a_request_goes_over_whole(folder, child):
     lora = dataclasses.replace(LORA, overrides=(lora_jax.Override(target="q_proj", rank=(1, 0)),), also_train=("norm",))
     child("print(json.dumps({'error': sys.stdin.read(), 'kind': 'ValueError'}))")
     with pytest.raises(ValueError, match=r"\{") as error:
-        plan(folder, lora, TRAIN, topology="v5p:2x2x1", mesh={"data": 2, "model": 2}, remat="lean")
+        plan(folder, lora, TRAIN, topology="v5p:2x2x1", mesh={"data": 2, "model": 2}, remat="lean", quantize=NF4)
     request = Request.from_json(json.loads(str(error.value)))
     assert (request.lora, request.train, request.mesh) == (lora, TRAIN, {"data": 2, "model": 2})
     assert (str(request.topology), request.remat, request.full) == ("v5p:2x2x1", "lean", False)
+    assert request.quantize == NF4
 
 
 def test_a_mesh_of_numpys_sizes_and_a_dtype_that_is_a_class_go_over(folder, child):

@@ -41,10 +41,6 @@ def defaults(words: Sequence[str]) -> Settings:
 
 
 def run(settings: Settings) -> None:
-    if settings.base.quantize is not None:
-        raise ValueError(
-            f"quantize: {settings.base.quantize} given, expected none: a plan counts the weights as they are"
-        )
     lora = {field.name: getattr(settings.lora, field.name) for field in fields(lora_jax.LoRAConfig)}
     with _stages() as on_stage:
         first = plan(
@@ -54,6 +50,7 @@ def run(settings: Settings) -> None:
             topology=settings.topology,
             mesh=settings.base.mesh,
             dtype=settings.base.loaded_dtype,
+            quantize=settings.base.quantize_config(()),
             full=settings.full,
             on_stage=on_stage,
             **settings.base.execution,

@@ -5,6 +5,7 @@ from typing import Any
 
 from lora_jax import _mesh
 from lora_jax._config import LoRAConfig, Override
+from lora_jax._quantize.config import QuantizeConfig
 from lora_jax.plan._chips import Topology
 from lora_jax.train import TrainConfig
 
@@ -27,6 +28,7 @@ class Request:
     topology: Topology | None = None
     mesh: dict[str, int] | None = None
     full: bool = False
+    quantize: QuantizeConfig | None = None
 
     def __post_init__(self) -> None:
         if self.train.objective is not None:
@@ -64,11 +66,12 @@ class Request:
             | {"overrides": [dataclasses.asdict(override) for override in self.lora.overrides]},
             "train": dataclasses.asdict(self.train),
             "topology": None if self.topology is None else str(self.topology),
+            "quantize": None if self.quantize is None else dataclasses.asdict(self.quantize),
         }
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Request":
-        lora, topology = values["lora"], values["topology"]
+        lora, topology, quantize = values["lora"], values["topology"], values["quantize"]
         overrides = [Override(**override) for override in lora["overrides"]]
         return cls(
             **values
@@ -76,5 +79,6 @@ class Request:
                 "lora": LoRAConfig(**lora | {"overrides": overrides}),
                 "train": TrainConfig(**values["train"]),
                 "topology": None if topology is None else Topology.parse(topology),
+                "quantize": None if quantize is None else QuantizeConfig(**quantize),
             }
         )

@@ -100,6 +100,7 @@ class Plan:
             "gradient_accumulation_steps": train.gradient_accumulation_steps,
             "max_length": self.found["length"],
             "rank": self.request.lora.rank,
+            "quantize": self.request.to_json()["quantize"],
             **{name: self.found[name] for name in names},
             "checkpoint": {"adapter": self.found["checkpoint"], "model": self.found["full_checkpoint"]},
             "per_chip": self.per_chip,
@@ -189,9 +190,10 @@ def _lines(plan: Plan) -> list[str]:
         if plan.fits
         else f"does not fit: {size(own['total'])} needed of {size(plan.limit)}, {size(plan.short_by)} too much"
     )
+    base = "" if plan.request.quantize is None else f"base in {plan.request.quantize.scheme}; "
     return [
         f"{over}, {train.batch_size} rows of {found['length']} tokens a step{at_once}; {found['compiler']}",
-        f"{found['attention']}; remat: {found['remat']}; layers: {found['layers']}; "
+        f"{base}{found['attention']}; remat: {found['remat']}; layers: {found['layers']}; "
         f"{found['trainable']:,} of {found['parameters']:,} parameters train",
         *(f"note: {note}" for note in found["notes"]),
         "",

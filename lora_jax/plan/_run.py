@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from lora_jax import _mesh
 from lora_jax._config import LoRAConfig
 from lora_jax._extras import require
+from lora_jax._quantize.config import QuantizeConfig
 from lora_jax.plan._chips import GENERATIONS, Topology
 from lora_jax.plan._measure import measure
 from lora_jax.plan._request import Request
@@ -35,6 +36,7 @@ def plan(
     attention: str = "auto",
     remat: str = "auto",
     layers: str = "auto",
+    quantize: QuantizeConfig | None = None,
     full: bool = False,
     on_stage: OnStage = lambda stage: None,
 ) -> Plan:
@@ -54,6 +56,7 @@ def plan(
         attention: The attention kernel, as in `lora_jax.models.ExecutionOptions`.
         remat: What the backward pass recomputes, as there.
         layers: The form of the stack of layers, as there.
+        quantize: How the base is quantized; None for weights of `dtype`. Full fine-tuning's are in float32 with both.
         full: Compile full fine-tuning too, which otherwise has its arguments and gradients counted and no activations.
         on_stage: Called with each stage as it begins.
 
@@ -81,6 +84,7 @@ def plan(
         topology=chips,
         mesh=None if mesh is None else _mesh.parse(mesh if isinstance(mesh, str) else _mesh.show(mesh)),
         full=full,
+        quantize=quantize,
     )
     return run(request, on_stage)
 

@@ -14,6 +14,8 @@ from lora_jax._config import CHANGES_KERNELS, LoRAConfig
 from lora_jax._forward import kernel_axes
 from lora_jax._init import init
 from lora_jax._optim import state_shardings
+from lora_jax._quantize.node import bits_of
+from lora_jax._quantize.transform import quantize
 from lora_jax._sharding import shardings
 from lora_jax._tree import split
 from lora_jax.plan._request import Request
@@ -81,7 +83,13 @@ def make(request: Request, model: Any, devices: Sequence[Any], *, full: bool = F
     axes = None if full else kernel_axes(model.apply, model.params, jax.ShapeDtypeStruct((1, TRACED_TOKENS), jnp.int32))
     if config.init in CHANGES_KERNELS:  # which is of the kernels' numbers; the shapes are those of any other
         config = dataclasses.replace(config, init="kaiming_normal")
-    params = jax.eval_shape(lambda base: init(jax.random.key(0), base, config, axes=axes), model.params)
+    kernels = None if full else request.quantize
+
+    def started(base: Any) -> Any:
+        held = base if kernels is None else quantize(base, kernels, axes=axes)
+        return init(jax.random.key(0), held, config, axes=axes)
+
+    params = jax.eval_shape(started, model.params)
     base, adapter = split(_at(params, shardings(params, models.shardings(model, mesh))))
     train = request.train
     tx = make_optimizer(train, STEPS)
@@ -118,7 +126,12 @@ def bytes_on_a_device(tree: Any) -> int:
     >>> bytes_on_a_device({"w": jax.ShapeDtypeStruct((4, 8), jnp.bfloat16, sharding=sharding)})
     64
     """
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    sizes = ((math.prod(leaf.sharding.shard_shape(leaf.shape)), leaf.dtype) for leaf in jax.tree.leaves(tree))
+    return sum(count * _bits(dtype) // 8 for count, dtype in sizes)
+
+
+def _bits(dtype: Any) -> int:
+    return 8 * dtype.itemsize if jnp.issubdtype(dtype, jax.dtypes.prng_key) else bits_of(dtype)
 
 
 def _at(tree: Any, places: Any) -> Any:
