@@ -105,6 +105,20 @@ def test_a_tied_embedding_is_written_once(tied):
     assert json.loads((tied.output / "config.json").read_text())["tie_word_embeddings"]
 
 
+@pytest.mark.parametrize(
+    ("dtype", "said"),
+    [("nf4", "merge into 16 bits, then load the result with --quantize nf4"), ("float8", "expected float32, bfloat16")],
+)
+def test_a_dtype_that_merged_weights_cant_have_is_one_line(tmp_path, capsys, monkeypatch, dtype, said):
+    monkeypatch.delenv("LORA_JAX_TRACEBACK", raising=False)
+    flags = ["--adapter", str(tmp_path), "--output", str(tmp_path / "out"), "--output-dtype", dtype]
+    assert main(["merge", *flags]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"lora-jax: output_dtype: '{dtype}' given, expected")
+    assert said in line
+    assert len(line) < 220
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_low_precision_base_in_any_dtype(tmp_path, dtype, capsys):

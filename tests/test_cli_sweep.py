@@ -136,6 +136,7 @@ def test_labels_and_a_prefix_are_swept_as_they_are_trained(labelled, tmp_path, c
         (["--grid", "prefix-length=0,127"], "prefix_length: 127 given, expected 0 to 126 for 128 positions"),
         (["--prefix-length", -1], "prefix_length: -1 given, expected a whole number of 0 or more"),
         (["--best", 1], "best: 1 given, expected 1 or more, with score_batches"),
+        (["--init", "pissa"], "init: 'pissa' given, expected one that leaves W alone"),
         (["--seed", 5, "--seeds", 2], "seed: 5 given together with seeds 2; give one of them"),
         (["--output", "{data}/out"], "{data}/out: {data} is a file, expected a folder to write"),
     ],

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +10,13 @@ import numpy as np
 import tyro
 
 import lora_jax
+from lora_jax._quantize.schemes import SCHEMES
 from lora_jax.cli import _base, _compare, _labels, _show
 from lora_jax.cli._merged import MergedWeights, check_tensors, merged
 from lora_jax.cli._rounded import Rounded, rounded, scheme_of_run
 from lora_jax.data import Labels
 
+DTYPES = ("float32", "bfloat16", "float16")
 MOST_PARAMETERS = 10**9  # of a model whose logits `--check auto` compares: 4 GB in float32
 
 
@@ -30,7 +32,7 @@ class Settings:
     """folder of an adapter, as `lora-jax train` writes it"""
     output: Path
     """folder to write"""
-    output_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    output_dtype: Annotated[str | None, tyro.conf.arg(metavar="{float32,bfloat16,float16}")] = None
     """dtype of the merged weights; the model's if not given. With float32 no part of the adapter is rounded away"""
     quantize: Literal["nf4", "int4", "int8", "fp8"] | None = None
     """number format of the run's base (train --quantize): the adapter is added to the kernels as they are after
@@ -43,6 +45,16 @@ class Settings:
     overwrite: bool = False
     """replace the merged model that is in the output folder; any other is refused"""
     base: tyro.conf.OmitArgPrefixes[_base.Base] = _base.Base()
+
+    def __post_init__(self) -> None:
+        given = self.output_dtype
+        if given in SCHEMES:
+            raise ValueError(
+                f"output_dtype: {given!r} given, expected float32, bfloat16 or float16: few bits would lose most of the"
+                f" update; merge into 16 bits, then load the result with --quantize {given}"
+            )
+        if given not in (None, *DTYPES):
+            raise ValueError(f"output_dtype: {given!r} given, expected float32, bfloat16 or float16")
 
 
 def run(settings: Settings) -> None:

@@ -12,6 +12,7 @@ from lora_jax._config import LoRAConfig
 from lora_jax._init import init
 from lora_jax._tree import leaf_paths, nodes_of
 from lora_jax.sweep._point import Point
+from lora_jax.sweep._start import check_init
 
 AUTO = "auto"  # the highest rank within the budget
 LEAST_SHARE = 0.9  # share of the budget that a point must use, so that points within one budget are comparable
@@ -58,6 +59,7 @@ def grid(
     Source: Hu et al. 2021, arXiv 2106.09685, section 7.1.
     """
     lora = lora or LoRAConfig(rank=8, alpha=16)
+    check_init(lora)
     lists = _checked(specs, seeds)
     counts = _ParameterCounts(params, lora, axes)
     points = []

@@ -23,7 +23,7 @@ from lora_jax.sweep._program import make_program
 from lora_jax.sweep._results import Result, Results
 from lora_jax.sweep._round import RoundProgress, RoundTrainer
 from lora_jax.sweep._score import kernel_scores, score_of
-from lora_jax.sweep._start import AdapterFactory, NewValues
+from lora_jax.sweep._start import AdapterFactory, NewValues, check_init
 from lora_jax.train import Task, TrainConfig, task_of
 from lora_jax.train._config import ELEMENTWISE
 from lora_jax.train._log import Log
@@ -110,6 +110,7 @@ def run(
     began = time.perf_counter()
     config, lora = config or TrainConfig(), lora or LoRAConfig(rank=1, alpha=1)
     _check(points, train_data, config, score_batches, best)
+    check_init(lora)
     config = _with_own_dropout(apply_fn, points, config)
     task = task or task_of(train_data)
     if axes is None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from lora_jax import prefix
 from lora_jax._axes import Axes
-from lora_jax._config import LoRAConfig
+from lora_jax._config import CHANGES_KERNELS, LoRAConfig
 from lora_jax._init import init
 from lora_jax._node import LoRA, Prefix, pad_rank, with_scale_as_data
 from lora_jax._stack import stack
@@ -20,6 +20,15 @@ from lora_jax.sweep._point import Point
 
 NewValues = Callable[[int], Mapping[str, Any]]
 """Returns, for a seed, newly initialised values of leaves trained in full, by path."""
+
+
+def check_init(lora: LoRAConfig) -> None:
+    """Refuse initialisations that change W, which all adapters of a sweep share."""
+    if lora.init in CHANGES_KERNELS:
+        raise ValueError(
+            f"init: {lora.init!r} given, expected one that leaves W alone: adapters of a sweep share W; take it for one"
+            " adapter, in `lora-jax train`"
+        )
 
 
 class AdapterFactory:
