@@ -13,7 +13,7 @@ from test_cli import TRAIN, tiny_model, write_rows
 from test_quantized_folders import in_float32, kernel_of, run
 
 import lora_jax
-from lora_jax import Axes, LoRAConfig, QuantizeConfig, Quantized, checkpoint, models, peft
+from lora_jax import Axes, LoRAConfig, QuantizeConfig, Quantized, _residual, checkpoint, models, peft
 from lora_jax.cli import main
 
 PLAIN = {
@@ -191,6 +191,44 @@ def test_pissa_is_peft_s(pissa_of_peft, tmp_path):
         np.testing.assert_allclose(kernel_of(ours, name), move, atol=1e-4 * np.abs(move).max(), err_msg=name)
 
 
+@pytest.mark.oracle
+@pytest.mark.parametrize("steps", [1, 5])
+def test_loftq_is_peft_s(steps, monkeypatch):
+    """With alpha = r, for PEFT divides by no scale, and with nested scales, as ours are; PEFT names a GPU."""
+    import bitsandbytes as bnb
+    import torch
+    from peft.utils import loftq_utils
+
+    def on_the_cpu(kind):
+        move = kind.to
+        here = lambda place: "cpu" if place == "cuda" else place
+        monkeypatch.setattr(
+            kind,
+            "to",
+            lambda self, *places, **named: move(self, *map(here, places), **{k: here(v) for k, v in named.items()}),
+        )
+
+    on_the_cpu(torch.Tensor)
+    params_4bit = bnb.nn.Params4bit
+    on_the_cpu(params_4bit)
+    nested = lambda data, **settings: params_4bit(data, **settings | {"compress_statistics": True})
+    monkeypatch.setattr(bnb.nn, "Params4bit", nested)
+    w = np.random.default_rng(0).normal(size=(128, 48)).astype(np.float32)
+    left, a, b = loftq_utils.loftq_init(torch.tensor(w.T.copy()), num_bits=4, reduced_rank=RANK, num_iter=steps)
+
+    monkeypatch.setattr(_residual, "LOFTQ_STEPS", steps)
+    settings = LoRAConfig(rank=RANK, alpha=RANK, targets="w", init="loftq")
+    ours = lora_jax.init(
+        jax.random.key(0), {"w": jnp.asarray(w)}, settings, quantize=QuantizeConfig(scheme="nf4", targets="w")
+    )
+    for mine, theirs in (
+        (lora_jax.dequantize(lora_jax.split(ours)[0])["w"], left.numpy().T),
+        (ours["w_lora"].a @ ours["w_lora"].b, (b @ a).numpy().T),
+        (lora_jax.merge(ours)["w"], (left + b @ a).numpy().T),
+    ):
+        assert error(mine, theirs) < 2e-5
+
+
 BAD = {
     "loftq without quantize": (lambda: started("loftq"), "isn't quantized, and init='loftq' is for kernels that are"),
     "traced": (
@@ -212,6 +250,12 @@ BAD = {
         "is to be quantized, and trained in full too",
     ),
 }
+
+
+def test_several_processes_are_refused_in_a_line(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match=r"^down/kernel: init='pissa' is for one process, 2 are running$"):
+        started(targets="down")
 
 
 @pytest.mark.parametrize("what", BAD)
