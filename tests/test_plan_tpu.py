@@ -57,6 +57,19 @@ def test_a_step_is_compiled_for_chips_that_are_not_here(folder, topology, mesh):
     assert dict(os.environ) == before
 
 
+@pytest.mark.parametrize("scheme", ["nf4", "int4", "int8", "fp8"])
+def test_no_stack_of_a_quantized_base_is_alive_in_sixteen_bits(tmp_path, scheme):
+    """Neither for the backward pass nor ahead of the scan; the arguments are in few bits too."""
+    LlamaConfig(**SHAPE | {"intermediate_size": 4096, "num_hidden_layers": 16}, dtype="bfloat16").save_pretrained(
+        tmp_path
+    )
+    train = TrainConfig(batch_size=1, max_length=128)
+    config = lora_jax.QuantizeConfig(scheme=scheme)
+    own = plan(tmp_path, LORA, train, topology="v5e:1x1", remat="full", quantize=config).per_chip
+    assert own["temporaries"] < 2 * 16 * 1024 * 4096  # one of the MLP's three stacks
+    assert own["arguments"] < 1.1 * (own["weights"] + own["adapter"] + own["optimizer"] + own["batch"])
+
+
 def test_what_does_not_fit_is_refused_by_how_much(tmp_path):
     """A 30B model of one v5e host: 4 chips of 16 GiB."""
     LlamaConfig(**SHAPE | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 36}).save_pretrained(
