@@ -122,6 +122,8 @@ def test_the_reference_is_the_model_at_the_start(what):
     assert result.before.metrics["rewards/margins"] == 0
     found = evaluate(tiny.small_apply, result.params, VALID, task=dpo(beta=0.5), reference=params)
     assert found.loss == pytest.approx(result.after.loss, rel=1e-5)
+    if what == "pissa":
+        assert evaluate(tiny.small_apply, params, VALID, task=dpo(beta=0.5)).loss == pytest.approx(LOG2, abs=1e-6)
     if what == "also_train":
         with pytest.raises(ValueError, match=r"^embed/kernel: trained in full, so that it isn't known what the ref"):
             evaluate(tiny.small_apply, result.params, VALID, task=dpo())

@@ -109,6 +109,18 @@ def test_packed_is_unpacked(name, form, monkeypatch):
     check_apart(lambda batch: run(batch)[0][1], losses)
 
 
+def test_padding_may_be_longer_than_the_model():
+    """Rows that fill a batch up are padding alone; GPT-2 has no position for the last of them."""
+    model = models.init(jax.random.key(0), GPT2Config(**SHORT.to_diff_dict() | {"n_positions": 4}))
+    segments = np.array([[1, 1, 1, *[0] * 21], [0] * 24], np.int32)
+    packed = {"ids": IDS, "mask": (segments > 0).astype(np.int32), "segment_ids": segments}
+    run = jax.jit(lambda batch: losses_of(model.apply, model.params, **batch))
+    losses = run(packed)
+    single = run({"ids": IDS[:1, :4], "mask": np.array([[1, 1, 1, 0]], np.int32)})
+    np.testing.assert_allclose(losses[0, :3], single[0, :3], atol=1e-5)
+    assert not losses[1].any()
+
+
 def test_what_takes_no_packed_rows():
     chosen = execution(platform="cuda")
     case = Case(2, 24, 4, 8, jnp.bfloat16)

@@ -69,7 +69,7 @@ def pad(examples: Sequence[AnyExample], batch_size: int, length: int) -> Batch:
 
 
 def longest_of(example: AnyExample) -> int:
-    """The tokens of an example; of preferences those of its longer text.
+    """The tokens of an example, or of the longer text of a pair.
 
     >>> long, short = (Example(np.arange(n), np.arange(n) > 1) for n in (5, 3))
     >>> longest_of(short), longest_of(PreferenceExample(short, long))

@@ -98,10 +98,13 @@ def positions_of(input_ids: jax.Array, attention_mask: jax.Array | None) -> jax.
 
 
 def positions_in(segment_ids: jax.Array) -> jax.Array:
-    """The position of each token in its segment, int32[B, T]: [1, 1, 2, 2, 2, 0] → [0, 1, 0, 1, 2, 0]."""
+    """The position of each token in its segment, int32[B, T]: [1, 1, 2, 2, 2, 0, 0] → [0, 1, 0, 1, 2, 0, 0].
+
+    Padding stays at 0, for there may be more of it than a table of positions has.
+    """
     places = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
     begins = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
-    return places - lax.cummax(jnp.where(begins, places, 0), axis=1)
+    return jnp.where(segment_ids > 0, places - lax.cummax(jnp.where(begins, places, 0), axis=1), 0)
 
 
 def cached_mask(cache: Cache, positions: jax.Array, window: int | None) -> jax.Array:

@@ -134,7 +134,7 @@ class TrainConfig:
 
     loss_type: LossType = "sigmoid"
     """Loss of dpo: the paper's sigmoid, robust (Chowdhury et al. 2024), hinge (Zhao et al. 2023), or ipo (Azar et al.
-    2023), whose rewards are means over the tokens of an answer."""
+    2023), which compares the means over the tokens of the answers."""
 
     label_smoothing: float = 0.0
     """Share of the preferences that dpo takes to be the wrong way round, below 0.5; for sigmoid and robust."""

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from lora_jax import data
 from lora_jax._finite import why_unfinite
-from lora_jax._tree import split, trained_paths
+from lora_jax._tree import attach, nodes_of, split, trained_paths
 from lora_jax.train._placement import Placement, placed
 from lora_jax.train._progress import counted
 from lora_jax.train._reference import Reference
@@ -102,14 +102,17 @@ def evaluate(
 
 
 def _base_of(params: Any) -> Any:
-    """The parameters without LoRA nodes."""
+    """The parameters without what was trained; what `init` has taken out of kernels (PiSSA, LoftQ) is there again."""
     base, adapter = split(params)
     if in_full := trained_paths(adapter):
         raise ValueError(
             f"{min(in_full)}: trained in full, so that it isn't known what the reference has there; give reference, the"
             " parameters of the model before training"
         )
-    return base
+    starts = {
+        path: node.replace(a=node.start.a, b=node.start.b) for path, node in nodes_of(adapter).items() if node.start
+    }
+    return attach(base, starts)
 
 
 class Evaluator:

@@ -55,7 +55,7 @@ class Feed:
 
     @property
     def examples(self) -> Sequence[data.AnyExample]:
-        """The examples that can be looked at before training: of a stream none."""
+        """The examples that can be looked at before training; a stream has none."""
         return () if self.streamed else self._data
 
     @property
@@ -86,7 +86,7 @@ class Feed:
         )
 
     def first(self) -> data.Batch:
-        """A batch such as training gets, to trace the model with; of packed or streamed rows one of padding."""
+        """A batch such as training gets, to trace the model with; one of padding where rows are packed or streamed."""
         if not self.streamed and not self._config.packing:
             batches: Any = data.batches(self._data, self._config.batch_size)
             return batches[0]

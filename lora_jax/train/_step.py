@@ -158,7 +158,7 @@ def _check_used(loss: Callable[[Any], Array], adapter: Any) -> None:
 def apply_to_batch(apply_fn: Callable[..., Any], params: Any, batch: Batch, **keywords: Any) -> Any:
     """The model's output for a batch, with its `token_type_ids` and `segment_ids`, if any, and `keywords` as keywords.
 
-    Of a batch of preferences, [B, 2, T], the model's rows are the 2 B texts.
+    The rows of a batch of preferences, [B, 2, T], are its 2 B texts.
 
     >>> ids = jnp.array([[1, 2]])
     >>> batch = {"input_ids": ids, "attention_mask": ids * 0 + 1, "loss_weights": jnp.ones((1, 2))}
