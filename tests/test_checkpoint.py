@@ -329,9 +329,11 @@ def test_what_a_killed_run_began_is_removed_and_who_holds_the_folder_is_said(tmp
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_adapter_of_a_checkpoint(finished):
+def test_the_adapter_of_a_checkpoint(finished, caplog):
     result = run(finished, resume=True)
+    caplog.clear()
     saved = load_adapter(finished)
+    assert caplog.messages == []
     assert (saved.step, saved.steps) == (result.adapter_step, 12)
     node, expected = saved.adapter["head"]["kernel_lora"], result.params["head"]["kernel_lora"]
     assert (node.axes, np.asarray(node.scale)) == (expected.axes, np.asarray(expected.scale))

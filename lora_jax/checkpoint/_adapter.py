@@ -1,5 +1,7 @@
 """The adapter of a checkpoint, read without the run that saved it."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,7 +11,7 @@ import orbax.checkpoint as ocp
 
 from lora_jax._node import SUFFIX, LoRA, Prefix, Trained, TrainedRows
 from lora_jax.checkpoint._folder import find
-from lora_jax.checkpoint._orbax import read_arrays, read_facts
+from lora_jax.checkpoint._orbax import quiet, read_arrays, read_facts
 from lora_jax.checkpoint._state import START
 
 
@@ -59,7 +61,7 @@ def load_adapter(folder: str | Path) -> Saved:
         (7, (3, 2))
     """
     folder, step = find(Path(folder).absolute())
-    with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+    with _reader(folder) as manager:
         try:
             facts = read_facts(manager, step)
             here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -84,11 +86,18 @@ def about(folder: str | Path) -> dict[str, Any]:
         FileNotFoundError: There is no checkpoint.
     """
     folder, step = find(Path(folder).absolute())
-    with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+    with _reader(folder) as manager:
         try:
             return dict(read_facts(manager, step)["about"] or {})
         except (KeyError, TypeError, ValueError, FileNotFoundError):  # restoring it says what is wrong
             return {}
+
+
+@contextlib.contextmanager
+def _reader(folder: Path) -> Iterator[ocp.CheckpointManager]:
+    # quiet before the options, for Orbax warns of those that a reader doesn't use.
+    with quiet(), ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+        yield manager
 
 
 def _tree_of(

@@ -34,15 +34,18 @@ def reason(error: BaseException) -> str:
     return found[0] if found else f"{type(error).__name__}: {text[:80]}"
 
 
+# The run itself prints a line where a signal has stopped it; and that a folder is only read is as it should be.
+_NOTES = ("preemption sync point", "read_only=True", "read only=")
+
+
 class _BelowError(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
-        # The run itself prints a line where a signal has stopped it.
-        return record.levelno < logging.ERROR and "preemption sync point" not in record.getMessage()
+        return record.levelno < logging.ERROR and not any(note in record.getMessage() for note in _NOTES)
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Suppress the errors that Orbax's threads log (waiting for them raises the same) and its notes on signals."""
+    """Suppress the errors that Orbax's threads log (waiting for them raises the same), and notes of no use to users."""
     below_error, loggers = _BelowError(), [logging.getLogger(name) for name in ("absl", "asyncio")]
     shown = sys.unraisablehook
 
