@@ -85,7 +85,7 @@ class TrainConfig:
     (warmup_stable_decay) the peak and a decay at the end. Only constant has no warm-up."""
 
     lr_scheduler_kwargs: str | None = None
-    """Settings of lr_scheduler_type by transformers' names, as a JSON object (in Python a dict too): num_cycles,
+    """Settings of lr_scheduler_type by transformers' names, as a JSON object: num_cycles,
     min_lr, min_lr_rate, lr_end, power, timescale, num_decay_steps, num_stable_steps, warmup_type, decay_type,
     min_lr_ratio."""
 
