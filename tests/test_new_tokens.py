@@ -178,6 +178,24 @@ def test_tokens_that_cannot_be_added(tmp_path):
 # Folders --------------------------------------------------------------------------------------------------------------
 
 
+def test_a_tokenizer_that_no_run_has_written_stays(tmp_path):
+    """The output folder may be the model's own."""
+    (tmp_path / "tokens.txt").write_text("<tool>\n")
+    tiny_tokenizer().save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for content in (None, "rank: 8\n", "add_tokens: null\n"):
+        if content is not None:
+            (tmp_path / "run.yaml").write_text(content)
+        _new_tokens.remove_earlier(tmp_path)
+        assert before.items() <= {path.name: path.read_bytes() for path in tmp_path.iterdir()}.items()
+        with pytest.raises(FileExistsError, match="has a tokenizer, which no run with --add-tokens wrote and this one"):
+            _new_tokens.check(tmp_path / "tokens.txt", tmp_path)
+    (tmp_path / "run.yaml").write_text("add_tokens: tokens.txt\n")
+    _new_tokens.check(tmp_path / "tokens.txt", tmp_path)
+    _new_tokens.remove_earlier(tmp_path)
+    assert models.tokenizer_in(tmp_path) == ""
+
+
 @pytest.mark.slow
 def test_a_run_with_new_tokens_and_the_commands_after_it(tmp_path, capsys):
     model, data = tiny_model(tmp_path / "model", tie_word_embeddings=True), write_rows(tmp_path / "rows.jsonl")
@@ -206,8 +224,8 @@ def test_a_run_with_new_tokens_and_the_commands_after_it(tmp_path, capsys):
     np.testing.assert_array_equal(np.asarray(at(merged.params, EMBEDDING))[:258], start)
     with pytest.raises(ValueError, match=r"has only 258 rows; for tokens that were added, models.resize_token_embe"):
         peft.load(out, base.params, names=base.names)
-    _new_tokens.save(out, base, None)  # as a run without new tokens does that overwrites this one
-    assert not (out / "tokenizer.json").exists()
+    call("train", *words, "--overwrite")
+    assert models.tokenizer_in(out) == ""
     capsys.readouterr()
     (tmp_path / "tokens.txt").write_text("a\n")
     assert main([str(word) for word in ["train", *words, "--overwrite", "--add-tokens", tmp_path / "tokens.txt"]]) == 2

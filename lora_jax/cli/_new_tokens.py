@@ -9,7 +9,7 @@ from rich.console import Console
 
 import lora_jax
 from lora_jax._tree import rows_of
-from lora_jax.cli import _show
+from lora_jax.cli import _run_file, _show
 from lora_jax.peft import adapter_folder
 
 MOST_BYTES = 2**24  # of a file of tokens
@@ -66,12 +66,33 @@ def add(path: Path, model: Any, key: jax.Array, show: Console) -> tuple[Any, dic
     return added, rows
 
 
-def save(folder: Path, model: Any, add_tokens: Path | None) -> None:
-    """Write the tokenizer with the new tokens beside the adapter, or remove that of an earlier run in the folder."""
-    if add_tokens is not None:
-        model.tokenizer.save_pretrained(folder)
-    else:
+def check(path: Path, output: Path) -> None:
+    """Refuse a faulty file of tokens, and a tokenizer in the output folder that no run has written there.
+
+    Raises:
+        FileNotFoundError: There is no such file of tokens.
+        ValueError: It is faulty.
+        FileExistsError: The output folder has such a tokenizer.
+    """
+    read(path)
+    if lora_jax.models.tokenizer_in(output) == "tokenizer" and not _wrote_tokenizer(output):
+        raise FileExistsError(
+            f"{output}: has a tokenizer, which no run with --add-tokens wrote and this one would replace; pass another"
+            " --output"
+        )
+
+
+def remove_earlier(folder: Path) -> None:
+    """Remove the tokenizer of the run that was in the folder before, if that run's file says that it wrote one.
+
+    It is called before the new run replaces that file. Any other tokenizer stays: the folder may be a model's own.
+    """
+    if _wrote_tokenizer(folder):
         lora_jax.models.remove_tokenizer(folder)
+
+
+def _wrote_tokenizer(folder: Path) -> bool:
+    return _run_file.value(folder, "add_tokens") is not None
 
 
 def fitted(model: Any, adapter: Path | None) -> Any:

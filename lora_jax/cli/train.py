@@ -189,8 +189,11 @@ def _train(settings: Settings, stop: Callable[[], bool]) -> Callable[[], None]:
     @functools.cache
     def write_settings() -> None:
         if jax.process_index() == 0:
+            if settings.add_tokens is None:
+                _new_tokens.remove_earlier(settings.output)
             _run_file.write(settings.output, replace(settings, base=replace(settings.base, **choices)))
-            _new_tokens.save(settings.output, model, settings.add_tokens)
+            if settings.add_tokens is not None:  # after the file that says whose tokenizer it is
+                model.tokenizer.save_pretrained(settings.output)
 
     def stop_after_step() -> bool:  # first called when the run's folder is there and nothing is refused any more
         write_settings()
@@ -272,7 +275,7 @@ def _check(settings: Settings) -> None:
         raise ValueError("init: 'loftq' given for a base that isn't quantized, expected --quantize too; or take pissa")
     check_installed(settings.train)
     if settings.add_tokens is not None:
-        _new_tokens.read(settings.add_tokens)
+        _new_tokens.check(settings.add_tokens, settings.output)
     if settings.push_to_hub is not None:
         _hub.check(settings.push_to_hub)
     _base.check_writable(settings.output)
