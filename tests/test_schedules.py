@@ -120,3 +120,19 @@ def test_a_run_can_be_resumed_before_its_decay():
     saved = dataclasses.asdict(config) | {"max_steps": 20}
     assert changed_schedule(saved, config, step=10, examples=8) == {"max_steps": 20}
     assert changed_schedule(saved, config, step=18, examples=8) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"), [("polynomial", {"lr_end": 5e-4}), ("polynomial", {}), ("cosine_with_min_lr", {"min_lr": 5e-4})]
+)
+def test_another_peak_is_refused_where_the_end_is_a_rate(name, kwargs):
+    """The steps of warm-up have the same shares of each peak; those after it fall to other shares."""
+    given = {"max_steps": 20, "warmup_steps": 4, "lr_scheduler_type": name}
+    saved = dataclasses.asdict(TrainConfig(**given, learning_rate=1e-3, lr_scheduler_kwargs=kwargs))
+    other = TrainConfig(**given, learning_rate=1e-2, lr_scheduler_kwargs=kwargs)
+    assert changed_schedule(saved, other, step=4, examples=8) == {"learning_rate": 1e-3}
+    assert changed_schedule(saved, other, step=10, examples=8) is None
+    share = {"polynomial": {"lr_end": 5e-3}, "cosine_with_min_lr": {"min_lr": 5e-3}}[name]
+    if kwargs:  # the same share of the other peak
+        alike = dataclasses.replace(other, lr_scheduler_kwargs=share)
+        assert changed_schedule(saved, alike, step=10, examples=8) is not None

@@ -1,6 +1,7 @@
 """The changes of the schedule that a resumed run may make: the steps before the checkpoint keep their rates."""
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 
 from lora_jax.train._config import SCHEDULE_FREE, TrainConfig
 from lora_jax.train._optimizer import schedule
+from lora_jax.train._schedule_settings import LR_END
 
 SCHEDULE = (
     "max_steps",
@@ -39,11 +41,20 @@ def changed_schedule(saved: Mapping[str, Any], config: TrainConfig, step: int, e
     changed = {name: saved[name] for name in SCHEDULE if name in saved and saved[name] != given[name]}
     try:
         earlier = dataclasses.replace(config, **changed)
-        # Schedule-free weights the average by the rates themselves.
-        peak = None if config.optim in SCHEDULE_FREE else 1.0
-        was, now = (schedule(c, c.total_steps(examples), peak) for c in (earlier, config))
+        was, now = (schedule(_of_peak_1(c), c.total_steps(examples)) for c in (earlier, config))
     except (TypeError, ValueError):  # no settings of ours
         return None
     done = np.arange(step)
     sound = config.total_steps(examples) >= step and np.array_equal(was(done), now(done))
     return changed if sound else None
+
+
+def _of_peak_1(config: TrainConfig) -> TrainConfig:
+    """The settings with rates as shares of the peak, also those that are given as rates: `min_lr` and `lr_end`."""
+    if config.optim in SCHEDULE_FREE:  # it weights the average by the rates themselves
+        return config
+    settings = config.schedule_settings
+    if config.lr_scheduler_type == "polynomial":
+        settings.setdefault("lr_end", LR_END)
+    shares = {name: settings[name] / config.learning_rate for name in ("min_lr", "lr_end") if name in settings}
+    return dataclasses.replace(config, learning_rate=1.0, lr_scheduler_kwargs=json.dumps(settings | shares))

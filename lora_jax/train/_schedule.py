@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from lora_jax.train._config import TrainConfig
+from lora_jax.train._schedule_settings import LR_END
 
 
 def schedule(config: TrainConfig, steps: int, peak: Any = None) -> optax.Schedule:
@@ -70,7 +71,7 @@ def _after_warmup(config: TrainConfig, peak: Any, steps: int, warmup: int) -> op
         case "linear":
             return optax.linear_schedule(peak, 0, steps)
         case "polynomial":
-            return optax.polynomial_schedule(peak, given.get("lr_end", 1e-7), given.get("power", 1.0), steps)
+            return optax.polynomial_schedule(peak, given.get("lr_end", LR_END), given.get("power", 1.0), steps)
         case "constant" | "constant_with_warmup":
             return optax.constant_schedule(peak)
         case "inverse_sqrt":

@@ -17,6 +17,7 @@ Scheduler = Literal[
     "warmup_stable_decay",
 ]
 SHAPES = ("linear", "cosine", "1-sqrt")
+LR_END = 1e-7  # a rate, as in transformers, so another share of each peak
 
 
 class _Setting(NamedTuple):
@@ -93,7 +94,7 @@ def _check(found: Mapping[str, Any], scheduler: str, peak: float) -> None:
         raise ValueError(
             'lr_scheduler_kwargs: warmup_stable_decay needs num_decay_steps; give {"num_decay_steps": 100}'
         )
-    for name, default in (("min_lr", 0.0), ("lr_end", 1e-7)):
+    for name, default in (("min_lr", 0.0), ("lr_end", LR_END)):
         if scheduler == ("polynomial" if name == "lr_end" else "cosine_with_min_lr"):
             end = found.get(name, default)
             if end >= peak:
