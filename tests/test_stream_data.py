@@ -3,13 +3,14 @@
 import json
 from typing import Any
 
-import grain
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from lora_jax import data
+from lora_jax.train import TrainConfig
+from lora_jax.train._feed import Feed
 
 COUNT = 50
 
@@ -67,7 +68,7 @@ def test_batches_of_a_stream_go_on_exactly(path, pack, monkeypatch):
     monkeypatch.setattr("lora_jax.data._pack.WINDOW", 4)
 
     def batches():
-        mixed = grain.IterDataset.mix([stream(path), stream(path, seed=5)], [3, 1])
+        mixed = data.mix_streams([stream(path), stream(path, seed=5)], [3, 1])
         return iter(data.pack(mixed, 2, 16, seed=0) if pack else mixed.batch(3, batch_fn=lambda x: data.pad(x, 3, 16)))
 
     rows = batches()
@@ -103,6 +104,16 @@ def test_what_cannot_be_streamed(tmp_path):
         iter(stream(file, buffer_size=1)).set_state(state)
     with pytest.raises(ValueError, match="none of 10,000 rows one after another has a target"):
         next(iter(data.stream(file, Letters(), 2, truncation_mode="drop")))
+
+
+def test_weights_of_streams_are_among_the_settings_of_a_run(path):
+    """Those of a mixture in memory are too; so neither is resumed with others."""
+    streams = [stream(path), stream(path, seed=5)]
+    config = TrainConfig(max_steps=1, batch_size=2)
+    assert Feed(data.mix_streams(streams, [3, 1]), config).facts == {"data_weights": [3.0, 1.0]}
+    examples = [[data.Example(np.full(3, n), np.ones(3, bool))] for n in range(2)]
+    assert Feed(data.Mixture(examples, [3, 1]), config).facts == {"data_weights": [3.0, 1.0]}
+    assert Feed(streams[0], config).facts == {}
 
 
 def test_shares_by_weight():

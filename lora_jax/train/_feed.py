@@ -11,6 +11,7 @@ import numpy as np
 
 from lora_jax import data
 from lora_jax._tables import Vocabulary, check_ids
+from lora_jax.data._stream_mix import MixedStreams
 from lora_jax.train._config import TrainConfig
 from lora_jax.train._task import LANGUAGE_MODELLING, Task, task_of
 
@@ -72,7 +73,8 @@ class Feed:
     @property
     def facts(self) -> dict[str, Any]:
         """JSON values that must be the same in a resumed run, beside the examples."""
-        return {"data_weights": list(self._data.weights)} if isinstance(self._data, data.Mixture) else {}
+        mixed = isinstance(self._data, data.Mixture | MixedStreams)
+        return {"data_weights": list(self._data.weights)} if mixed else {}
 
     @property
     def line(self) -> str | None:
