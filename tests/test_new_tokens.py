@@ -4,6 +4,7 @@ import functools
 import importlib
 import json
 import operator
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -194,6 +195,28 @@ def test_a_tokenizer_that_no_run_has_written_stays(tmp_path):
     _new_tokens.check(tmp_path / "tokens.txt", tmp_path)
     _new_tokens.remove_earlier(tmp_path)
     assert models.tokenizer_in(tmp_path) == ""
+
+
+def test_a_run_that_ends_while_it_writes_leaves_no_part_of_a_tokenizer(tmp_path, monkeypatch):
+    out, moved_to, replace_file = tmp_path / "out", [], os.replace
+    out.mkdir()
+
+    class Ends(Exception):
+        pass
+
+    class Ending:
+        def save_pretrained(self, folder):
+            (folder / "tokenizer.json").write_text('{"version"')
+            raise Ends
+
+    with pytest.raises(Ends):
+        models.save_tokenizer(out, Ending())
+    assert list(out.iterdir()) == []
+    monkeypatch.setattr(os, "replace", lambda old, new: (moved_to.append(new.name), replace_file(old, new)))
+    models.save_tokenizer(out, tiny_tokenizer())
+    models.copy_tokenizer(out, tmp_path)
+    assert moved_to == ["tokenizer_config.json", "tokenizer.json"] * 2  # without the last of them there is no tokenizer
+    assert AutoTokenizer.from_pretrained(tmp_path)("ab")["input_ids"] == tiny_tokenizer()("ab")["input_ids"]
 
 
 @pytest.mark.slow

@@ -83,12 +83,13 @@ def replacing(
 
 
 @contextlib.contextmanager
-def placing(folder: Path, *, remove: Collection[str] = ()) -> Iterator[Path]:
+def placing(folder: Path, *, remove: Collection[str] = (), last: Collection[str] = ()) -> Iterator[Path]:
     """Yield a temporary folder, whose files are moved into `folder` when the block ends without an error.
 
     Args:
         folder: The folder, which is created if it doesn't exist. Its other files stay.
         remove: Files of `folder` to remove, unless there are new ones with their names.
+        last: Files to move after all others, because readers take their presence for that of all.
     """
     # Inside an existing folder, not beside it: it may be a mounted disk, and files can be moved within one disk only.
     home = folder if folder.exists() else folder.parent
@@ -97,7 +98,7 @@ def placing(folder: Path, *, remove: Collection[str] = ()) -> Iterator[Path]:
         yield temporary
         _sync_all(temporary)
         if folder.exists():
-            _place_all(temporary, folder, remove)
+            _place_all(temporary, folder, remove, last)
         else:
             temporary.rename(folder)
             _sync_folder(folder.parent)
@@ -219,10 +220,11 @@ def _replace_contents(folder: Path, new: Path, old: Path) -> None:
     _sync_folder(folder)
 
 
-def _place_all(new: Path, folder: Path, remove: Collection[str]) -> None:
+def _place_all(new: Path, folder: Path, remove: Collection[str], last: Collection[str]) -> None:
     """Move each file of `new` over its predecessor in `folder`; if one move fails, restore the predecessors."""
     names = [str(path.relative_to(new)) for path in sorted(new.rglob("*")) if path.is_file()]
     names += [name for name in remove if name not in names]
+    names.sort(key=lambda name: name in last)
     with contextlib.ExitStack() as undo:
         for name in names:
             if (folder / name).exists():

@@ -193,7 +193,7 @@ def _train(settings: Settings, stop: Callable[[], bool]) -> Callable[[], None]:
                 _new_tokens.remove_earlier(settings.output)
             _run_file.write(settings.output, replace(settings, base=replace(settings.base, **choices)))
             if settings.add_tokens is not None:  # after the file that says whose tokenizer it is
-                model.tokenizer.save_pretrained(settings.output)
+                lora_jax.models.save_tokenizer(settings.output, model.tokenizer)
 
     def stop_after_step() -> bool:  # first called when the run's folder is there and nothing is refused any more
         write_settings()

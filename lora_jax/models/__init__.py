@@ -34,6 +34,7 @@ from lora_jax.models._tokenizer import beside as tokenizer_in
 from lora_jax.models._tokenizer import copy as copy_tokenizer
 from lora_jax.models._tokenizer import read_template as read_template
 from lora_jax.models._tokenizer import remove as remove_tokenizer
+from lora_jax.models._tokenizer import save as save_tokenizer
 from lora_jax.models._untied import untied as untied
 from lora_jax.models._weights import Streamed as Streamed
 
@@ -60,6 +61,7 @@ __all__ = [
     "remove_tokenizer",
     "resize_token_embeddings",
     "save",
+    "save_tokenizer",
     "shardings",
     "tokenizer_in",
     "unflatten",

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from lora_jax import _disk
 from lora_jax._untrusted import git_lfs_pointer, not_a_file
 from lora_jax.models._settings import one_line
 
@@ -112,12 +113,33 @@ def remove(folder: Path) -> None:
     ''
     """
     if beside(folder) == "tokenizer":
-        for name in (*VOCABULARIES, *DESCRIPTIONS):
+        for name in (*VOCABULARIES, *DESCRIPTIONS):  # in this order: nothing reads descriptions alone
             (folder / name).unlink(missing_ok=True)
 
 
+def save(folder: Path, tokenizer: Any) -> None:
+    """Write a tokenizer beside the other files of a folder, so that a process that is killed leaves no part of a file.
+
+    Args:
+        folder: The folder, which is created if it doesn't exist.
+        tokenizer: A tokenizer of transformers.
+
+    >>> import tempfile
+    >>> from tokenizers import Tokenizer
+    >>> from tokenizers.models import WordLevel
+    >>> from transformers import PreTrainedTokenizerFast
+    >>> words = Tokenizer(WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> save(folder, PreTrainedTokenizerFast(tokenizer_object=words))
+    >>> beside(folder)
+    'tokenizer'
+    """
+    with _disk.placing(folder, last=VOCABULARIES) as temporary:
+        tokenizer.save_pretrained(temporary)
+
+
 def copy(adapter: Path, target: Path) -> None:
-    """Replace the tokenizer in another folder with the adapter's, or only the chat template.
+    """Replace the tokenizer in another folder with the adapter's, or only the chat template, as `save` writes it.
 
     >>> import tempfile
     >>> adapter, target = Path(tempfile.mkdtemp()), Path(tempfile.mkdtemp())
@@ -128,7 +150,9 @@ def copy(adapter: Path, target: Path) -> None:
     """
     own = beside(adapter)
     names = {"tokenizer": (*VOCABULARIES, *DESCRIPTIONS, TEMPLATE), "chat template": (TEMPLATE,), "": ()}[own]
-    for name in names:
-        (target / name).unlink(missing_ok=True)
-        if (adapter / name).is_file():
-            shutil.copyfile(adapter / name, target / name)
+    if not names:
+        return
+    with _disk.placing(target, remove=names, last=VOCABULARIES) as temporary:
+        for name in names:
+            if (adapter / name).is_file():
+                shutil.copyfile(adapter / name, temporary / name)
