@@ -53,13 +53,22 @@ def test_a_streamed_run_goes_on_bit_for_bit(words, tmp_path):
     assert "streaming: the position is one in train.jsonl of" in text
 
 
-def test_what_several_sets_need(words, tmp_path):
-    for flags, message in (
-        (["--data-weights", "3"], "data_weights: 1 given for 2 sets of data, expected one for each"),
-        (["--streaming", "--max-steps", "1"], "streaming: 2 sets of data given, expected data_weights, which mix them"),
-        (["--streaming", "--data-weights", "1", "1"], "max_steps: none given for a stream"),
+def test_what_cannot_be_streamed_is_refused_before_the_model_is_read(tmp_path):
+    """Here the model isn't there."""
+    write_rows(tmp_path / "a.jsonl", 2)
+    (tmp_path / "labels.jsonl").write_text('{"text": "ab", "label": 1}\n')
+    (tmp_path / "rows.csv").write_text("text\nab\n")
+    streaming, steps = "--streaming", ("--max-steps", "1")
+    for names, flags, message in (
+        (["a", "a"], ["--data-weights", "3"], "data_weights: 1 given for 2 sets of data, expected one for each"),
+        (["a", "a"], [streaming, *steps], "streaming: 2 sets of data given, expected data_weights, which mix them"),
+        (["a", "a"], [streaming, "--data-weights", "1", "1"], "max_steps: none given for a stream"),
+        (["labels"], [streaming, *steps], "labels.jsonl:1: a row with a label"),
+        (["rows.csv"], [streaming, *steps], "rows.csv given, expected a .jsonl or .parquet file"),
     ):
-        code, text = said(*words, *flags, "--output", str(tmp_path / "out"))
+        files = [str(tmp_path / (name if "." in name else f"{name}.jsonl")) for name in names]
+        model = ("--model", str(tmp_path / "none"))
+        code, text = said("train", *model, "--data", *files, *flags, "--output", str(tmp_path / "out"))
         assert code == 2
         assert message in text
     assert not (tmp_path / "out").exists()

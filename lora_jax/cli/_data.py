@@ -8,6 +8,7 @@ from typing import Any
 from lora_jax import data
 from lora_jax.cli import _show
 from lora_jax.data import Labelled, Labels, Preference, Row
+from lora_jax.data._stream import streamed_rows
 
 COLUMNS = ("text", "text_pair", "label", "prompt", "completion", "messages", "chosen", "rejected")
 
@@ -93,14 +94,23 @@ class TrainedDataFlags(DataFlags):
     shuffle_buffer: int = 10_000
     """rows that are in memory with --streaming, among which the next one is selected"""
 
-    def check(self, paths: int) -> None:
-        """Refuse weights that don't belong to the data.
+    def check(self, words: Sequence[str], max_steps: int | None) -> None:
+        """Refuse flags that don't fit the words of `--data`, or each other.
 
         Raises:
-            ValueError: There is another number of them, or one isn't above 0.
+            ValueError: There is another number of weights than of paths, or one isn't above 0; a stream has no number
+                of steps, or several have no weights.
         """
+        source = source_of(words, self)
+        if source is None:
+            return
+        sets = len(source.paths)
         if self.data_weights:
-            data.check_weights(self.data_weights, paths)
+            data.check_weights(self.data_weights, sets)
+        if self.streaming and sets > 1 and not self.data_weights:
+            raise ValueError(f"streaming: {sets} sets of data given, expected data_weights, which mix them")
+        if self.streaming and max_steps is None:
+            raise ValueError("max_steps: none given for a stream, whose number of rows isn't known; give --max-steps")
 
 
 DEFAULTS = DataFlags()
@@ -151,11 +161,16 @@ class DataSource:
             )
             for path in self.paths
         ]
-        if len(streams) == 1:
-            return streams[0]
-        if not flags.data_weights:
-            raise ValueError(f"streaming: {len(streams)} sets of data given, expected data_weights, which mix them")
-        return data.mix_streams(streams, flags.data_weights)
+        return streams[0] if len(streams) == 1 else data.mix_streams(streams, flags.data_weights)
+
+    def check_streams(self) -> None:
+        """Read the first row of each path, which training streams.
+
+        Raises:
+            ValueError: There is none, or none that can be streamed.
+        """
+        for path in self.paths:
+            streamed_rows(path, **self._reading)
 
     @property
     def _reading(self) -> dict[str, Any]:

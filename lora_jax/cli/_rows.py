@@ -74,8 +74,6 @@ def read(
     if source is None:
         parts: dict[str, Any] = {split: [_embedded.rows(split)] for split in SPLITS}
     else:
-        if isinstance(flags, _data.TrainedDataFlags):
-            flags.check(len(source.paths))
         streamed = getattr(flags, "streaming", False)
         parts = {split: _held(source, split) if streamed else source.parts(split) for split in SPLITS}
     rows = Rows(source, parts, None, flags.truncation_mode or "keep_end", flags.loss or "all")
@@ -96,9 +94,10 @@ def read(
 def _held(source: DataSource, split: str) -> list[list[Row]]:
     """The rows that are in memory although the training rows are streamed: those of files of validation rows."""
     if split == "train":
+        if source.glue is not None:
+            raise ValueError(f"streaming: given for glue:{source.glue}, whose rows have labels; leave it out")
+        source.check_streams()
         return [[]]
-    if source.glue is not None:
-        raise ValueError(f"streaming: given for glue:{source.glue}, whose rows have labels; leave it out")
     files = [data.split_files(path, "valid") for path in source.paths if path.is_dir()]
     return [source.parts(None, paths=[path])[0] for found in files for path in found]
 

@@ -271,6 +271,7 @@ def _report(settings: Settings, workload: Workload, result: TrainResult, before:
 def _check(settings: Settings) -> None:
     """Refuse settings and outputs before any model or data are read."""
     _embedded.check_data_given(settings.base, settings.data)
+    settings.reading.check(settings.data, settings.train.max_steps)
     if settings.lora.init == "loftq" and settings.base.quantize is None:
         raise ValueError("init: 'loftq' given for a base that isn't quantized, expected --quantize too; or take pissa")
     check_installed(settings.train)

@@ -76,6 +76,24 @@ def stream(
     if buffer_size < 1:
         raise ValueError(f"buffer_size: {buffer_size} given, expected at least 1")
     settings = f"seed {seed}, buffer {buffer_size}, {max_length} tokens, {truncation_mode}, {loss}, {separator!r}"
+    rows = streamed_rows(path, settings, format=format, columns=columns, separator=separator, note=note)
+    ordered: Any = rows
+    if buffer_size > 1:
+        ordered = grain.experimental.WindowShuffleIterDataset(rows, window_size=buffer_size, seed=seed)
+    encode = _Encoder(tokenizer, max_length, truncation_mode, loss)
+    return ordered.map(encode).filter(lambda example: example is not None)
+
+
+def streamed_rows(
+    path: str | Path,
+    settings: str = "",
+    *,
+    format: Format | None,
+    columns: Mapping[str, str] | None,
+    separator: str,
+    note: Callable[[str], None] | None,
+) -> Any:
+    """The rows of `stream` before they are tokenised, the first of which is read and checked here."""
 
     def parser() -> Parser:
         return Parser(format, columns, separator)
@@ -90,11 +108,7 @@ def stream(
         raise ValueError(f"{where}: a row with a label, expected text: a stream's labels aren't known before its end")
     if note is not None and (line := first.note(Path(path))) is not None:
         note(line)
-    ordered: Any = rows
-    if buffer_size > 1:
-        ordered = grain.experimental.WindowShuffleIterDataset(rows, window_size=buffer_size, seed=seed)
-    encode = _Encoder(tokenizer, max_length, truncation_mode, loss)
-    return ordered.map(encode).filter(lambda example: example is not None)
+    return rows
 
 
 class _Encoder:
