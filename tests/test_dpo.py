@@ -198,7 +198,7 @@ def test_parts_meshes_and_chunks_change_no_loss(how):
     }.get(how, config)
     mesh = mesh_of("data=2,fsdp=2,model=2", "auto") if how == "mesh" else None
     found = [train(model.apply, params, TRAIN, VALID, c, mesh=m) for c, m in ((config, None), (other, mesh))]
-    for name in ("loss", "rewards/margins", "rewards/accuracies"):
+    for name in ("loss", "rewards/margins"):  # a margin near 0 is on either side of it by rounding
         lines = [[line[name] for line in result.history if name in line] for result in found]
         np.testing.assert_allclose(*lines, rtol=1e-4, atol=1e-5)
     assert found[0].before.loss == pytest.approx(LOG2, abs=1e-6)
