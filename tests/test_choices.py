@@ -1,15 +1,17 @@
 """A run computes as it did before it was stopped: attention, remat and layers are those of its checkpoint."""
 
 import jax
+import jax.numpy as jnp
 import pytest
 import yaml
 from test_cli import tiny_model, write_rows
 
+from lora_jax import models
 from lora_jax.checkpoint import Checkpoints, TrainState
 from lora_jax.checkpoint._adapter import about
 from lora_jax.cli import main
 from lora_jax.cli._base import TrainedBase
-from lora_jax.cli._choices import of_checkpoint
+from lora_jax.cli._choices import line, of_checkpoint, taken
 from lora_jax.train import TrainConfig
 
 RUN = TrainConfig(batch_size=2, max_length=64)
@@ -26,7 +28,7 @@ def resumed(model, tmp_path, capsys):
 
     def base_of(choices, **flags):
         with Checkpoints(tmp_path / "checkpoints") as checkpoints:
-            state = TrainState({"w": jax.numpy.ones(2)}, (), jax.random.key(0), 7, {}, "f", {}, about=choices)
+            state = TrainState({"w": jnp.ones(2)}, (), jax.random.key(0), 7, {}, "f", {}, about=choices)
             checkpoints.save(state)
         base = of_checkpoint(TrainedBase(model=model, **flags), tmp_path, RUN, None)
         return base, capsys.readouterr().err.splitlines()
@@ -61,6 +63,24 @@ def test_a_flag_is_stronger(resumed):
     base, said = resumed({"remat": "lean", "layers": "unrolled"}, remat="full", layers="unrolled")
     assert choices_of(base) == {"attention": "auto", "remat": "full", "layers": "unrolled"}
     assert said == ["remat: lean until step 7, full from there on"]
+
+
+@pytest.mark.parametrize(
+    ("platform", "changes", "form"),
+    [
+        ("cuda", {}, "cudnn"),
+        ("cuda", {"packing": True}, "xla"),  # cuDNN's kernel is called without segments
+        ("cpu", {"batch_size": 2048}, "xla"),  # 2**28 bytes of scores, the most that are held
+        ("cpu", {"batch_size": 2048, "max_length": 9999}, "xla"),
+        ("cpu", {"batch_size": 2048, "max_length": 129, "packing": True}, "blockwise"),
+        ("cpu", {"batch_size": 2048, "objective": "dpo"}, "blockwise"),  # of twice as many rows
+    ],
+)
+def test_a_run_records_and_prints_the_form_that_computes_its_steps(model, platform, changes, form):
+    loaded = models.load_abstract(model, jnp.bfloat16, platform=platform)
+    config = TrainConfig(**{"batch_size": 2, "max_length": 128} | changes)
+    assert taken(loaded, config)["attention"] == form
+    assert line(loaded, config).startswith(f"attention: {form}")
 
 
 @pytest.mark.slow

@@ -240,13 +240,6 @@ def _stay_in_few_bits(model: Any) -> list[str]:
     return [f"kernels that stay in few bits, as they are in {model.folder}: {named}"] if schemes else []
 
 
-def execution_line(model: Any, rows: int, length: int, packed: bool = False) -> str:
-    """One line on how a model computes its steps: attention, remat and layers."""
-    packed_call = {"packed": True} if packed else {}
-    attention = model.attention(rows, length if packed else min(length, model.max_length), **packed_call)
-    return f"{attention}; remat: {model.remat}; layers: {model.layers}"
-
-
 def head_leaves(model: Any) -> tuple[str, ...]:
     """Patterns of the leaves that train in full on labels: those of the head and all newly initialised ones."""
     if not model.head:

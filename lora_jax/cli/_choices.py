@@ -12,10 +12,33 @@ from lora_jax.train import TrainConfig
 from lora_jax.train._save import CHECKPOINTS
 
 
+def attention(model: Any, examples: int, length: int, *, packed: bool = False, pairs: bool = False) -> Any:
+    """The form of attention that computes a batch, as the model chooses it.
+
+    Args:
+        model: The model.
+        examples: Examples that are computed at once.
+        length: Most tokens of an example, or of a packed row, which may be longer than the model's context.
+        packed: Whether examples are packed rows.
+        pairs: Whether examples are pairs of answers, each of which is a row.
+
+    Raises:
+        ValueError: The form that was asked for can't compute it.
+    """
+    rows = 2 * examples if pairs else examples
+    if packed:
+        return model.attention(rows, length, packed=True)
+    return model.attention(rows, min(length, model.max_length))
+
+
+def line(model: Any, train: TrainConfig) -> str:
+    """One line on how a model computes its steps: attention, remat and layers."""
+    return f"{_of_steps(model, train)}; remat: {model.remat}; layers: {model.layers}"
+
+
 def taken(model: Any, train: TrainConfig) -> dict[str, str]:
     """The choices of a model for the batches of a run, by the names of the flags, with each "auto" resolved."""
-    attention = model.attention(train.micro_batch_size, min(train.max_length, model.max_length))
-    return {"attention": attention.form, "remat": model.remat, "layers": model.layers}
+    return {"attention": _of_steps(model, train).form, "remat": model.remat, "layers": model.layers}
 
 
 def of_checkpoint(
@@ -45,9 +68,14 @@ def of_checkpoint(
     for name, choice in before.items():
         if now[name] != choice:
             why = "" if asked[name] == now[name] else f": {choice} isn't possible on this device"
-            line = f"{name}: {choice} until step {step}, {now[name]} from there on{why}"
-            _show.notes().print(line, markup=False, soft_wrap=True)
+            note = f"{name}: {choice} until step {step}, {now[name]} from there on{why}"
+            _show.notes().print(note, markup=False, soft_wrap=True)
     return base
+
+
+def _of_steps(model: Any, train: TrainConfig) -> Any:
+    pairs = train.objective is not None
+    return attention(model, train.micro_batch_size, train.max_length, packed=train.packing, pairs=pairs)
 
 
 def _taken(base: _base.TrainedBase, train: TrainConfig, labels: Sequence[str] | None) -> dict[str, str]:
@@ -59,7 +87,7 @@ def _possible(
 ) -> bool:
     try:
         model = _abstract(replace(base, **{name: choice}), train, labels)
-        return not model.attention(train.micro_batch_size, min(train.max_length, model.max_length)).interpreted
+        return not _of_steps(model, train).interpreted
     except ValueError:
         return False
 

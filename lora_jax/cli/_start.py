@@ -10,7 +10,7 @@ from rich.console import Console
 
 import lora_jax
 from lora_jax._config import CHANGES_KERNELS
-from lora_jax.cli import _base, _labels, _mesh, _new_tokens, inspect
+from lora_jax.cli import _base, _choices, _labels, _mesh, _new_tokens, inspect
 from lora_jax.cli._rows import Rows
 from lora_jax.peft import adapter_folder
 from lora_jax.train import TrainConfig
@@ -112,8 +112,7 @@ def begin(
         show.print(str(lora_jax.describe(params)), markup=False, soft_wrap=True)
     if rows.label_names is not None:
         show.print(f"labels: {', '.join(rows.label_names)}. {_labels.new_parts(model)}", markup=False)
-    line = _base.execution_line(model, train.micro_batch_size, train.max_length, train.packing)
-    show.print(line, markup=False, soft_wrap=True)
+    show.print(_choices.line(model, train), markup=False, soft_wrap=True)
     if mesh is not None:
         show.print(_mesh.line(mesh), markup=False)
     if adapter is None:

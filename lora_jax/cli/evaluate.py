@@ -10,6 +10,7 @@ import tyro
 from lora_jax import data
 from lora_jax.cli import (
     _base,
+    _choices,
     _compared,
     _data,
     _distributed,
@@ -103,7 +104,8 @@ def _evaluate_text(settings: Settings, rows: Sequence[Row]) -> dict[str, Any]:
     encoded = _rows.encode_text(
         rows, model.tokenizer, length, reading.truncation_mode or "keep_end", reading.loss or "all"
     )
-    _show.notes().print(str(model.attention(settings.batch_size, length)), markup=False, soft_wrap=True)
+    attention = _choices.attention(model, settings.batch_size, length, pairs=compared is not None)
+    _show.notes().print(str(attention), markup=False, soft_wrap=True)
     evaluation = evaluate(
         model.apply,
         params,
@@ -140,7 +142,7 @@ def _evaluate_labels(settings: Settings, source: DataSource, rows: list[Labelled
     length = min(settings.max_length or TrainConfig.max_length, model.max_length)
     encoded = data.encode_labelled(rows, model.tokenizer, length, labels)
     task = _labels.task(source, encoded.examples, labels)
-    _show.notes().print(str(model.attention(settings.batch_size, length)), markup=False, soft_wrap=True)
+    _show.notes().print(str(_choices.attention(model, settings.batch_size, length)), markup=False, soft_wrap=True)
     evaluation = evaluate(
         model.apply,
         params,

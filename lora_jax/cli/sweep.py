@@ -16,7 +16,7 @@ import tyro
 import lora_jax
 from lora_jax import sweep
 from lora_jax._processes import one_writes
-from lora_jax.cli import _base, _data, _distributed, _embedded, _labels, _mesh, _rows, _run_file, _show
+from lora_jax.cli import _base, _choices, _data, _distributed, _embedded, _labels, _mesh, _rows, _run_file, _show
 from lora_jax.cli import train as train_command
 from lora_jax.cli._rows import Rows
 from lora_jax.demo import text_to_sql
@@ -121,11 +121,7 @@ def _run(settings: Settings) -> None:
     lora = _labels.with_head(settings.lora, model)
     if rows.label_names is not None:
         show.print(f"labels: {', '.join(rows.label_names)}. {_labels.new_parts(model)}", markup=False)
-    show.print(
-        _base.execution_line(model, settings.train.micro_batch_size, settings.train.max_length),
-        markup=False,
-        soft_wrap=True,
-    )
+    show.print(_choices.line(model, settings.train), markup=False, soft_wrap=True)
     encoded = _rows.encode(rows, model, min(settings.train.max_length, model.max_length - longest))
     results = sweep.run(
         model.apply,

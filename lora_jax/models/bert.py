@@ -251,10 +251,10 @@ class Encoder(nn.Module):
         """The number of units of each named axis, if it isn't the size: heads, not their channels."""
         return {"heads": self.spec.num_heads}
 
-    def attention(self, rows: int, length: int, dtype: Any) -> Choice:
+    def attention(self, rows: int, length: int, dtype: Any, **call: bool) -> Choice:
         """The form of attention of a call."""
         heads = self.spec.num_heads
-        return choose(self.execution, Case(rows, length, heads, self.spec.hidden_size // heads, dtype))
+        return choose(self.execution, Case(rows, length, heads, self.spec.hidden_size // heads, dtype, **call))
 
     @nn.compact
     def __call__(
