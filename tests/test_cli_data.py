@@ -109,6 +109,20 @@ def test_flags_without_data_are_refused(refused):
     )
 
 
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (("--data-weights", "3", "1"), "data: none given for --data-weights, which is about the rows of a file;"),
+        (("--streaming",), "data: none given for --streaming, which is about the rows of a file;"),
+        (("--shuffle-buffer", "5"), "shuffle_buffer: 5 given without --streaming, which alone uses it; leave it out"),
+        (("--streaming", "--shuffle-buffer", "0"), "shuffle_buffer: 0 given, expected at least 1 row"),
+    ],
+)
+def test_flags_of_training_that_would_have_no_effect_are_refused(tmp_path, refused, flags, line):
+    assert refused("train", *flags, "--output", tmp_path / "out").startswith(line)
+    assert not (tmp_path / "out").exists()
+
+
 def test_flags_are_typed_as_they_were_given():
     flags = DataFlags(format="sharegpt", messages_column="chat", truncation_mode="drop")
     assert flags.words == ["--format", "sharegpt", "--messages-column", "chat", "--truncation-mode", "drop"]

@@ -94,13 +94,24 @@ class TrainedDataFlags(DataFlags):
     shuffle_buffer: int = 10_000
     """rows that are in memory with --streaming, among which the next one is selected"""
 
+    @property
+    def words_of_training(self) -> list[str]:
+        """The flags on the data of a run that are given, by name."""
+        return [f"--{name.replace('_', '-')}" for name in ("data_weights", "streaming") if getattr(self, name)]
+
     def check(self, words: Sequence[str], max_steps: int | None) -> None:
         """Refuse flags that don't fit the words of `--data`, or each other.
 
         Raises:
             ValueError: There is another number of weights than of paths, or one isn't above 0; a stream has no number
-                of steps, or several have no weights.
+                of steps, or several have no weights; the buffer is empty, or is given without a stream.
         """
+        if self.shuffle_buffer < 1:
+            raise ValueError(f"shuffle_buffer: {self.shuffle_buffer} given, expected at least 1 row")
+        if not self.streaming and self.shuffle_buffer != TRAINED_DEFAULTS.shuffle_buffer:
+            raise ValueError(
+                f"shuffle_buffer: {self.shuffle_buffer} given without --streaming, which alone uses it; leave it out"
+            )
         source = source_of(words, self)
         if source is None:
             return
@@ -208,7 +219,7 @@ def source_of(words: Sequence[str], flags: DataFlags = DEFAULTS) -> DataSource |
         ValueError: The words have another form, name an unknown task, or are missing though flags say how to read them.
     """
     if not words:
-        given = [*flags.words, *(["--streaming"] if getattr(flags, "streaming", False) else [])]
+        given = [*flags.words, *(flags.words_of_training if isinstance(flags, TrainedDataFlags) else [])]
         if given:
             raise ValueError(f"data: none given for {given[0]}, which is about the rows of a file; pass --data FILE")
         return None
