@@ -13,6 +13,7 @@ from transformers import LlamaConfig
 
 import lora_jax
 from lora_jax import data, models
+from lora_jax._tables import Vocabulary
 from lora_jax.train import TrainConfig, evaluate, make_loss_sums, train
 from lora_jax.train._feed import Feed
 
@@ -124,6 +125,12 @@ def test_what_cannot_be_packed():
     labelled = [data.LabelledExample(np.ones(3, np.int32), np.int32(0))]
     with pytest.raises(ValueError, match="packing: given for examples with labels"):
         train(tiny.small_apply, params, labelled, config=config)
+    config = dataclasses.replace(config, packing=False, eval_packing=True)
+    with pytest.raises(ValueError, match="eval_packing: given for a function without the keyword segment_ids"):
+        train(tiny.small_apply, params, ROWS, ROWS, config=config)
+    feed = Feed(labelled, config)
+    with pytest.raises(ValueError, match="eval_packing: given for examples with labels"):
+        feed.check(tiny.small_apply, Vocabulary({}, None))
 
 
 def test_batches_of_a_stream_have_few_lengths():

@@ -1,6 +1,7 @@
 """Rows that are read as they are needed: every row in each pass, in an order of the seed, gone on with exactly."""
 
 import json
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -9,10 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from lora_jax import data
+from lora_jax._tables import Vocabulary
 from lora_jax.train import TrainConfig
 from lora_jax.train._feed import Feed
 
 COUNT = 50
+CONFIG = TrainConfig(max_steps=1, batch_size=2)
 
 
 class Letters:
@@ -106,14 +109,29 @@ def test_what_cannot_be_streamed(tmp_path):
         next(iter(data.stream(file, Letters(), 2, truncation_mode="drop")))
 
 
+def test_a_token_without_a_row_is_reported_with_its_line(tmp_path):
+    """Also of shuffled rows; a stream of other origin has no lines."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"text": "ab" if n != 4 else "az"}) + "\n" for n in range(1, 9)))
+
+    def apply_fn(params, input_ids, attention_mask):
+        return params[input_ids]
+
+    rows = stream(file, buffer_size=4)
+    for examples, place in ((rows, "rows.jsonl:4"), (rows.map(lambda one: data.Example(*one)), "a training example")):
+        feed = Feed(examples, CONFIG)
+        feed.check(apply_fn, Vocabulary({"table": 26}, None))
+        with pytest.raises(ValueError, match=f"{place}.*: token 26 is beyond table, a table of 26 rows"):
+            list(islice(feed.iterate(8), 8))
+
+
 def test_weights_of_streams_are_among_the_settings_of_a_run(path):
     """Those of a mixture in memory are too; so neither is resumed with others."""
     streams = [stream(path), stream(path, seed=5)]
-    config = TrainConfig(max_steps=1, batch_size=2)
-    assert Feed(data.mix_streams(streams, [3, 1]), config).facts == {"data_weights": [3.0, 1.0]}
+    assert Feed(data.mix_streams(streams, [3, 1]), CONFIG).facts == {"data_weights": [3.0, 1.0]}
     examples = [[data.Example(np.full(3, n), np.ones(3, bool))] for n in range(2)]
-    assert Feed(data.Mixture(examples, [3, 1]), config).facts == {"data_weights": [3.0, 1.0]}
-    assert Feed(streams[0], config).facts == {}
+    assert Feed(data.Mixture(examples, [3, 1]), CONFIG).facts == {"data_weights": [3.0, 1.0]}
+    assert Feed(streams[0], CONFIG).facts == {}
 
 
 def test_shares_by_weight():

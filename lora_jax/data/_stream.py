@@ -130,4 +130,16 @@ class _Encoder:
                 f"{where}: max_length {self._settings[1]} given, but none of {MOST_WITHOUT_TARGET:,} rows one after"
                 " another has a target within it; give more, or truncation_mode keep_end"
             )
-        return examples[0] if examples else None
+        return _placed(examples[0], where) if examples else None
+
+
+class _Placed(Example):
+    """An example with its file and line, for messages."""
+
+    where: str
+
+
+def _placed(example: Example, where: str) -> Example:
+    placed = _Placed(*example)
+    placed.where = where
+    return placed

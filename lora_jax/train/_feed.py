@@ -97,17 +97,22 @@ class Feed:
         return {name: np.zeros(shape, np.int32) for name in names} | {"loss_weights": np.zeros(shape, np.float32)}
 
     def check(self, apply_fn: Callable[..., Any], limits: Vocabulary) -> None:
-        """Refuse a function that takes no packed rows, and have a stream's tokens checked as they come.
+        """Refuse a function or examples that aren't packed, and have a stream's tokens checked as they come.
 
         Raises:
-            ValueError: The function has no keyword `segment_ids`.
+            ValueError: The function has no keyword `segment_ids`, or the examples have labels.
         """
         self._limits = limits
-        if self._config.packing and not _takes_segments(apply_fn):
-            raise ValueError(
-                "packing: given for a function without the keyword segment_ids, by which rows are divided into"
-                " documents; those of lora_jax.models decoders have it"
-            )
+        for name in ("packing", "eval_packing"):
+            if not getattr(self._config, name):
+                continue
+            if not self.streamed and not isinstance(self._data[0], data.Example):
+                raise ValueError(f"{name}: given for examples with labels, expected tokenised text; leave it out")
+            if not _takes_segments(apply_fn):
+                raise ValueError(
+                    f"{name}: given for a function without the keyword segment_ids, by which rows are divided into"
+                    " documents; those of lora_jax.models decoders have it"
+                )
 
     def iterate(self, steps: int) -> grain.DatasetIterator[Any]:
         """The batches, for `steps` steps at least; the state of the iterator is a run's position."""
@@ -127,7 +132,11 @@ class Feed:
     def _checked(self, example: data.Example) -> data.Example:
         if not isinstance(example, data.Example):
             raise ValueError(f"a stream of {type(example).__name__} given, expected one of lora_jax.data.Example")
-        check_ids([example.input_ids], self._limits, "training example", [example.targets])
+        try:
+            check_ids([example.input_ids], self._limits, "example", [example.targets])
+        except ValueError as error:  # its number is of a list of one
+            where = getattr(example, "where", "a training example of the stream")
+            raise ValueError(f"{where}: {str(error).removeprefix('example 1: ')}") from None
         return example
 
 
