@@ -8,6 +8,8 @@ from test_cli import tiny_model
 from test_cli_labels import call
 
 from lora_jax.cli import main
+from lora_jax.cli._compared import of_run
+from lora_jax.cli._data import DEFAULTS
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +60,7 @@ def test_a_planted_preference_through_the_command_line(world):
         ((), "data: rows of chosen and rejected answers, which lora-jax train takes with --objective dpo; or give"),
         (("--objective", "dpo", "--loss", "last"), "loss: last given, but of preferences the answers are compared"),
         (("--objective", "dpo", "--streaming"), "streaming: given with the objective dpo, whose rows are read whole"),
+        (("--objective", "dpo", "--prefix-length", "2"), "prefix_length: 2 given for dpo, whose reference would have"),
         (("--objective", "dpo", "--packing"), "packing: given for dpo, which compares whole texts; leave it out"),
         (
             ("--objective", "dpo", "--format", "alpaca"),
@@ -75,6 +78,23 @@ def test_what_is_refused(world, tmp_path, capsys, words, line):
     assert main(["train", *given, *words]) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"lora-jax: {line.format_map(world)}")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_reference_that_cannot_be_had_again(tmp_path, capsys):
+    run = tmp_path / "run.yaml"
+    for content, said in (
+        ("prefix_length: 2\nobjective: null\n", "reference: the model without an adapter; beta 0.1"),
+        (
+            "prefix_length: 0\nobjective: dpo\nadd_tokens: tokens.txt\n",
+            "reference: the model without an adapter, with its own rows for the new tokens; beta 0.1",
+        ),
+    ):
+        run.write_text(content)
+        of_run(tmp_path, DEFAULTS)
+        assert capsys.readouterr().err == f"{said}\n"
+    run.write_text("prefix_length: 2\nobjective: dpo\n")
+    with pytest.raises(ValueError, match="its run compared with a model that had a new prefix of 2 tokens"):
+        of_run(tmp_path, DEFAULTS)
 
 
 def test_other_commands_refuse_them(world, tmp_path, capsys):

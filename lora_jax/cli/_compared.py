@@ -25,7 +25,8 @@ def of_run(adapter: Path | None, flags: DataFlags) -> Compared:
     """What an adapter's run.yaml says of its training; DPO's defaults and the base for an adapter without one.
 
     Raises:
-        ValueError: There is no adapter, so that nothing is compared, or a flag has no effect on preferences.
+        ValueError: There is no adapter, so that nothing is compared; a flag has no effect on preferences; or the run
+            had a reference with a prefix of its own.
         FileNotFoundError: The adapter that the run went on from isn't there any more.
     """
     flags.check_answers()
@@ -40,6 +41,11 @@ def of_run(adapter: Path | None, flags: DataFlags) -> Compared:
         config = TrainConfig(objective="dpo", **given)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{adapter / _run_file.FILE}: {error}") from None
+    if _run_file.value(adapter, "objective") is not None and (length := _run_file.value(adapter, "prefix_length")):
+        raise ValueError(
+            f"{adapter}: its run compared with a model that had a new prefix of {length} tokens ({_run_file.FILE}),"
+            " which wasn't saved; evaluate an adapter without a prefix, or with one from --from-adapter"
+        )
     earlier = _run_file.value(adapter, "from_adapter")
     earlier = None if earlier is None else Path(str(earlier))
     if earlier is not None and not earlier.is_dir():
@@ -47,5 +53,7 @@ def of_run(adapter: Path | None, flags: DataFlags) -> Compared:
             f"{earlier}: no such folder; {adapter} was trained from it ({_run_file.FILE}) and is compared with it"
         )
     reference = "the model without an adapter" if earlier is None else f"the adapter {earlier}"
+    if _run_file.value(adapter, "add_tokens") is not None:
+        reference += ", with its own rows for the new tokens"
     _show.notes().print(f"reference: {reference}; beta {config.beta}", markup=False, soft_wrap=True)
     return Compared(dpo(config.beta, config.label_smoothing, config.loss_type), earlier)

@@ -42,6 +42,18 @@ def check_adapter(adapter: Path, output: Path, lora: lora_jax.LoRAConfig, prefix
             raise ValueError(f"{field.name}: {given} given, but {adapter} decides it (--from-adapter); leave it out")
 
 
+def check_reference(train: TrainConfig, prefix_length: int) -> None:
+    """Refuse a new prefix where a run has a reference, which would be the model with that prefix before any step.
+
+    No file has that prefix, so the adapter couldn't be evaluated against the reference.
+    """
+    if prefix_length and train.objective is not None:
+        raise ValueError(
+            f"prefix_length: {prefix_length} given for {train.objective}, whose reference would have the untrained"
+            " prefix; leave it out, or train it on examples first and pass --from-adapter"
+        )
+
+
 def labels_of_adapter(rows: Rows, adapter: Path) -> Rows:
     """The rows with the adapter's labels, in its order.
 

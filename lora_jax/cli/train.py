@@ -274,6 +274,7 @@ def _check(settings: Settings) -> None:
     settings.reading.check(settings.data, settings.train.max_steps)
     if settings.lora.init == "loftq" and settings.base.quantize is None:
         raise ValueError("init: 'loftq' given for a base that isn't quantized, expected --quantize too; or take pissa")
+    _start.check_reference(settings.train, settings.prefix_length)
     check_installed(settings.train)
     if settings.add_tokens is not None:
         _new_tokens.check(settings.add_tokens, settings.output)
