@@ -59,7 +59,10 @@ def test_a_planted_preference_through_the_command_line(world):
     [
         ((), "data: rows of chosen and rejected answers, which lora-jax train takes with --objective dpo; or give"),
         (("--objective", "dpo", "--loss", "last"), "loss: last given, but of preferences the answers are compared"),
-        (("--objective", "dpo", "--streaming"), "streaming: given with the objective dpo, whose rows are read whole"),
+        (
+            ("--objective", "dpo", "--streaming", "--max-steps", "1"),
+            "streaming: given with the objective dpo, whose rows are read whole",
+        ),
         (("--objective", "dpo", "--prefix-length", "2"), "prefix_length: 2 given for dpo, whose reference would have"),
         (("--objective", "dpo", "--packing"), "packing: given for dpo, which compares whole texts; leave it out"),
         (
