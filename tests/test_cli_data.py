@@ -9,7 +9,7 @@ from test_cli import tiny_model
 from lora_jax import models
 from lora_jax.cli import _base, _rows, main
 from lora_jax.cli._base import Base
-from lora_jax.cli._data import DataFlags, DataSource
+from lora_jax.cli._data import DataFlags, DataSource, TrainedDataFlags
 from lora_jax.data import Text
 
 
@@ -163,6 +163,15 @@ def test_dropped_rows_are_counted(tmp_path, capsys, texts, model):
     assert main([str(word) for word in command]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["rows"], found["rows_left_out"], found["rows_truncated"]) == (6, 4, 0)
+
+
+def test_the_first_rows_of_a_stream_are_counted(tmp_path, capsys, model, monkeypatch):
+    """With the line that other rows have; the rest of the file isn't read for it."""
+    monkeypatch.setattr(_rows, "COUNTED", 3)
+    path = write(tmp_path / "rows.jsonl", [{"prompt": "a" * n, "completion": "b"} for n in (2, 40, 2, 40, 40)])
+    rows = _rows.read((str(path),), Base(model=model), TrainedDataFlags(streaming=True))
+    _rows.encode(rows, models.load(model), 16)
+    assert f"train, beginning of {path}: 3 rows, 1 cut to 16 tokens\n" in capsys.readouterr().out
 
 
 def test_labels_are_cut_by_the_tokenizer():

@@ -8,7 +8,7 @@ from typing import Any
 from lora_jax import data
 from lora_jax.cli import _show
 from lora_jax.data import Labelled, Labels, Preference, Row
-from lora_jax.data._stream import streamed_rows
+from lora_jax.data._stream import first_rows, streamed_rows
 
 COLUMNS = ("text", "text_pair", "label", "prompt", "completion", "messages", "chosen", "rejected")
 
@@ -173,6 +173,10 @@ class DataSource:
             for path in self.paths
         ]
         return streams[0] if len(streams) == 1 else data.mix_streams(streams, flags.data_weights)
+
+    def first_rows(self, count: int) -> list[list[Row]]:
+        """The first rows of each path, which training streams."""
+        return [first_rows(path, count, **self._reading) for path in self.paths]
 
     def check_streams(self) -> None:
         """Read the first row of each path, which training streams.

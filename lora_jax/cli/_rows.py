@@ -8,10 +8,12 @@ from lora_jax import data
 from lora_jax.cli import _base, _data, _embedded, _labels, _show
 from lora_jax.cli._data import DataFlags, DataSource
 from lora_jax.data import Example, LabelledExample, Labels, PreferenceExample, Row
+from lora_jax.data._encode import encoded as encode_some  # or none, which `data.encode` refuses
 from lora_jax.train import Task
 from lora_jax.train._config import Goal
 
 SPLITS = ("train", "valid")
+COUNTED = 1_000  # first rows of each stream that are tokenised before training to report what is cut
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,7 @@ def encode(rows: Rows, model: Any, max_length: int, seed: int = 0) -> EncodedRow
     examples, held_out = [part.examples for part in train], [example for part in valid for example in part.examples]
     weights = getattr(rows.source and rows.source.flags, "data_weights", ())
     if rows.streamed and rows.source is not None:
+        _report_first(rows, rows.source, model.tokenizer, max_length)
         stream = rows.source.streams(model.tokenizer, max_length, seed)
         if not held_out:
             _show.notes().print("streaming: no validation rows; a folder with valid.jsonl has them", markup=False)
@@ -190,6 +193,17 @@ def _report(split: str, encoded: data.Encoded[Any] | data.EncodedLabelled, lengt
                 " (put the space before a completion into the completion)"
             )
     _show.results().print(line, soft_wrap=True)
+
+
+def _report_first(rows: Rows, source: DataSource, tokenizer: Any, length: int) -> None:
+    """Print for the first rows of streams what is printed for all of other rows."""
+    for path, part in zip(source.paths, source.first_rows(COUNTED), strict=True):
+        try:
+            found = encode_some(part, tokenizer, length, rows.truncation_mode, rows.loss)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        report_unread(*found.unread)
+        _report(f"train, beginning of {path}", found, length)
 
 
 def report_unread(*names: str) -> None:

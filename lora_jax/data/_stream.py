@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from importlib import import_module
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from lora_jax._extras import require
 from lora_jax.data._encode import Example, TruncationMode, check_encoding, encoded
 from lora_jax.data._forms import Format, Parser
 from lora_jax.data._load import train_files
-from lora_jax.data._rows import Labelled, Loss, Preference
+from lora_jax.data._rows import Labelled, Loss, Preference, Row
 
 if TYPE_CHECKING:
     import grain
@@ -109,6 +110,13 @@ def streamed_rows(
     if note is not None and (line := first.note(Path(path))) is not None:
         note(line)
     return rows
+
+
+def first_rows(path: str | Path, count: int, **reading: Any) -> list[Row]:
+    """The first rows of a stream's first file, at most `count`, in its order; `reading` is as for `streamed_rows`."""
+    rows = streamed_rows(path, **reading)
+    parser = rows.parser()
+    return [parser.row(fields, where) for _, where, fields in islice(rows.read(0, []), count)]
 
 
 class _Encoder:
