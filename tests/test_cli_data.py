@@ -92,8 +92,8 @@ def test_columns_by_name(tmp_path, capsys, texts, refused, model):
     assert (json.loads(said.out)["rows"], said.err.count(line)) == (11, 1)
     assert refused(*command) == (
         f'{path}:1: keys question, answer, id; accepted are {{"text"}} or {{"prompt", "completion"}} or {{"messages"}}'
-        ' or {"text", "label"} or {"text", "text_pair", "label"} or {"instruction", "output"} or {"conversations"}; or'
-        " name the columns"
+        ' or {"text", "label"} or {"text", "text_pair", "label"} or {"chosen", "rejected"} or {"instruction", "output"}'
+        ' or {"conversations"}; or name the columns'
     )
 
 
