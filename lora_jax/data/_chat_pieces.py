@@ -77,7 +77,7 @@ def chat_pieces(row: Chat, tokenizer: Any, number: int, budget: Budget, loss: Lo
             raise ValueError(
                 f"row {number}: the tokenizer's chat template writes another text for turn {turn + 1} than its "
                 "generation prompt begins, or refuses the turns before it, so the turn can't be found; give a template "
-                "whose texts agree"
+                "whose texts agree, or learn the whole text (--loss prompt-and-completion)"
             )
     if end < len(whole) or not pieces:
         pieces.append((whole[end:], False))
