@@ -22,7 +22,7 @@ class Compared:
 
 
 def of_run(adapter: Path | None, flags: DataFlags) -> Compared:
-    """What an adapter's run.yaml says of its training; DPO's defaults and the base for an adapter without one.
+    """Read from an adapter's run.yaml what it was compared with; without one, DPO's defaults and the base.
 
     Raises:
         ValueError: There is no adapter, so that nothing is compared; a flag has no effect on preferences; or the run

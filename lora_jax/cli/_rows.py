@@ -33,7 +33,7 @@ class Rows:
 
     @property
     def streamed(self) -> bool:
-        """Whether the training rows are read as they are needed."""
+        """True if the training rows are read as they are needed."""
         return self.source is not None and getattr(self.source.flags, "streaming", False)
 
     @property

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from lora_jax.data._rows import check_text
+from lora_jax.data._shared import shared_length
 
 NEAR = 200  # characters before a boundary that are tokenised again: far more than decide which tokens are next to it
 RUN = 8  # equal tokens that align one tokenisation with another
@@ -94,8 +95,7 @@ class Boundaries:
         Both are decoded, with their special tokens, so that any change that the decoder makes to a text is the same in
         both. Without a decoder, all tokens from the first difference on count as the text that follows.
         """
-        shared = next((i for i, (one, other) in enumerate(zip(ids, part, strict=False)) if one != other), len(part))
-        shared = min(shared, len(ids))
+        shared = shared_length(ids, part)
         if shared == len(part) or not hasattr(self._tokenizer, "decode"):
             return shared, shared < len(part)
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from lora_jax.data._messages import chat, completed_chat, tools_of
 from lora_jax.data._rows import Chat, Completion, Preference, is_target, string_in
+from lora_jax.data._shared import shared_length
 
 Answers = tuple[str, str]  # the columns of the two answers
 
@@ -73,7 +74,7 @@ def _shared_text(one: str, other: str) -> int:
     >>> _shared_text("The sky is blue.", "The sky is black."), _shared_text("Q: why?\\nYes", "Q: why?\\nNo")
     (10, 8)
     """
-    end = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    end = shared_length(one, other)
     while end and not one[end - 1].isspace():
         end -= 1
     return end - one[:end].endswith(" ")
@@ -94,5 +95,5 @@ def _conversations(values: Sequence[Any], names: Answers, where: str) -> list[Ch
 
 def _shared(rows: Sequence[Chat]) -> int:
     """Messages with which two conversations begin."""
-    pairs = zip(*(row.messages for row in rows), strict=False)
-    return next((i for i, (one, other) in enumerate(pairs) if one != other), min(len(row.messages) for row in rows))
+    one, other = rows
+    return shared_length(one.messages, other.messages)

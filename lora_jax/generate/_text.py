@@ -11,6 +11,7 @@ from lora_jax._processes import on_host
 from lora_jax._tables import check_ids
 from lora_jax.data import bucket
 from lora_jax.data._rows import check_text
+from lora_jax.data._shared import shared_length
 from lora_jax.generate._config import GenerateConfig
 from lora_jax.generate._loop import generate, limits, stream
 from lora_jax.generate._prompt import _prompt_ids
@@ -137,7 +138,7 @@ def stream_text(
             if len(whole) > len(given) and whole.startswith(given):
                 yield whole[len(given) :]
                 given = whole
-        if len(text) > (shared := _shared(given, text)):
+        if len(text) > (shared := shared_length(given, text)):
             yield text[shared:]
 
     return pieces()
@@ -157,12 +158,7 @@ def continuation(tokenizer: Any, before: Sequence[int], ids: Sequence[int]) -> s
     """
     start, whole = (tokenizer.decode(part, skip_special_tokens=True) for part in ([*before], [*before, *ids]))
     # `start` may end with a replacement character for bytes whose rest is in `ids`, so the common part is compared.
-    return whole[_shared(start, whole) :]
-
-
-def _shared(one: str, other: str) -> int:
-    """The number of first characters that two texts share."""
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    return whole[shared_length(start, whole) :]
 
 
 def _encoded(

@@ -126,8 +126,8 @@ class TrainConfig:
     only."""
 
     objective: Goal | None = None
-    """What preferences are trained for: dpo is direct preference optimization (Rafailov et al. 2023, arXiv 2305.18290),
-    on rows of prompt, chosen and rejected. None: next tokens, or the labels of the rows."""
+    """Objective of training on preferences: dpo is direct preference optimization (Rafailov et al. 2023, arXiv
+    2305.18290), on rows of prompt, chosen and rejected. None: next tokens, or the labels of the rows."""
 
     beta: float = 0.1
     """Weight of the distance to the reference in dpo: a higher one keeps the model closer to it."""

@@ -51,7 +51,7 @@ class Feed:
 
     @property
     def streamed(self) -> bool:
-        """Whether the examples are a stream."""
+        """True if the examples are a stream."""
         return isinstance(self._data, grain.IterDataset)
 
     @property

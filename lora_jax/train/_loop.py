@@ -222,7 +222,7 @@ def _program(
     start: Any,
     also_train: Any,
 ) -> tuple[Program, optax.GradientTransformation]:
-    """What the steps of a run compute with, and the optimizer; `start` has the parameters of the reference."""
+    """Make the program of a run's steps, and the optimizer; `start` has the parameters of the reference."""
     steps, parts = config.total_steps(feed.rows), config.gradient_accumulation_steps
     every = config.evaluation_interval(feed.rows, task.metrics is not None)
     _check_patience(config, every, valid_data)

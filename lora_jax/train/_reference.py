@@ -82,5 +82,5 @@ def at_start(base: Any, adapter: Any) -> tuple[Any, dict[str, str]]:
 
 
 def _is_update(node: LoRA) -> Any:
-    """Whether a node may change the function of its kernel; with a magnitude that isn't looked into."""
+    """Return whether a node may change the function of its kernel; one with a magnitude always may."""
     return jnp.array(True) if node.magnitude is not None else jnp.any(node.a) & jnp.any(node.b)

@@ -31,7 +31,7 @@ Validate = Callable[[Any, Callable[[], bool]], Evaluation | None]
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What the steps of a run compute with, which is the same for all of them.
+    """The program of a run: everything that its steps share.
 
     Attributes:
         config: The settings.
