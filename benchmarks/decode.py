@@ -49,7 +49,7 @@ generation: Any = sys.modules["lora_jax.generate._loop"]
 ahead = generation.ahead
 
 
-def inside(function: Any, fixed: Any, *args: Any) -> Any:
+def inside(function: Any, fixed: Any, *args: Any, merge: bool) -> Any:
     """In place of `ahead`: nothing is computed before the loop."""
     return lambda *args: function(fixed, *args)
 
@@ -94,6 +94,7 @@ class Contender:
                 max_tokens=self.tokens,
                 sample=False,
                 nucleus=False,
+                merge=True,
             )
             .compile()
             .as_text()
@@ -130,20 +131,20 @@ def copied(text: str) -> tuple[int, int]:
     return max((count(loop) for loop in loops), default=(0, 0))
 
 
-def contenders(shape: str, tokens: int) -> list[Contender]:
+def contenders(shape: str, tokens: int, forms: list[str]) -> list[Contender]:
     row = Row.read(f"{shape}:1x{PROMPT}:qv")
     made = []
     config = lora_jax.LoRAConfig(rank=8, alpha=16, targets=("q_proj", "v_proj"))
     params = adapted = None
-    for layers in ("unrolled", "scan"):
+    for form in forms:
+        layers = "scan" if form == "scan" else "unrolled"
         model = models.init(jax.random.key(0), row.config(), row.dtype, layers=layers)
         if params is None:
             axes = lora_jax.kernel_axes(model.apply, model.params, jax.ShapeDtypeStruct((1, 8), jnp.int32))
             params, adapted = model.params, lora_jax.init(jax.random.key(1), model.params, config, axes=axes)
-        for how in ("unrolled", "inside") if layers == "unrolled" else ("scan",):
-            made += [
-                Contender(how, kind, model, tree, tokens) for kind, tree in (("merged", params), ("adapted", adapted))
-            ]
+        made += [
+            Contender(form, kind, model, tree, tokens) for kind, tree in (("merged", params), ("adapted", adapted))
+        ]
     return made
 
 
@@ -171,6 +172,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--forms", nargs="+", default=["unrolled", "inside", "scan"], help="of the contenders")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument(
@@ -179,7 +181,7 @@ def main() -> None:
     settings = parser.parse_args()
     if settings.tiny:
         settings.shape, settings.tokens, settings.rounds = "tiny", 16, 2
-    rivals, named = contenders(settings.shape, settings.tokens), card()
+    rivals, named = contenders(settings.shape, settings.tokens, settings.forms), card()
     print(f"{named}; jax {jax.__version__}; {settings.shape}, {settings.tokens} tokens")
     print(f"{'':26}ms a token  lowest highest  tokens/s   over merged  copies  MB a token")
     for count in settings.prompts:

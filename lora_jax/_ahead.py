@@ -1,17 +1,20 @@
 """Computing once what depends on fixed arguments alone, for a function that a loop calls many times."""
 
+import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax import core
 from jax.extend import core as jex
 
 from lora_jax._jaxprs import as_jaxpr
 
 
-def ahead(function: Callable[..., Any], fixed: Any, *args: Any) -> Callable[..., Any]:
+def ahead(function: Callable[..., Any], fixed: Any, *args: Any, merge: bool = False) -> Callable[..., Any]:
     """Compute what `function(fixed, *args)` makes of `fixed` alone.
 
     XLA moves products out of a loop by itself, but no slices: each layer's kernel is copied out of its stack for every
@@ -22,6 +25,7 @@ def ahead(function: Callable[..., Any], fixed: Any, *args: Any) -> Callable[...,
     Args:
         function: Of arrays in any trees, returns a tree of arrays.
         args: Arrays, or their shapes and dtypes.
+        merge: Whether products of one left operand become one product; see `divided`.
 
     Returns:
         A function of `args`.
@@ -31,35 +35,41 @@ def ahead(function: Callable[..., Any], fixed: Any, *args: Any) -> Callable[...,
     >>> half(jnp.ones(2)).tolist()
     [9.0, 13.0]
     """
-    early, late = divided(function, fixed, *args)
+    early, late = divided(function, fixed, *args, merge=merge)
     values = early(fixed)
     return lambda *args: late(fixed, values, *args)
 
 
 def divided(
-    function: Callable[..., Any], fixed: Any, *args: Any
+    function: Callable[..., Any], fixed: Any, *args: Any, merge: bool = False
 ) -> tuple[Callable[[Any], list[Any]], Callable[..., Any]]:
     """Divide a function into what `ahead` computes at once and what it leaves to the calls.
 
     Args:
         function: As for `ahead`, and so are `fixed` and `args`, of which only shapes and dtypes are used.
+        merge: Whether products of one left operand with several matrices that are computed at once become one product,
+            x [U V W] for x U, x V and x W. With few rows each product is a kernel that little keeps busy: those of a
+            token with q, k and v, and with the factors A of these, are one. On a mesh the parts may be cut in different
+            ways, and shouldn't be merged.
 
     Returns:
         `early(fixed) -> values` and `late(fixed, values, *args)`, which together are `function(fixed, *args)`. In
         another program, the same function and shapes give the same division.
     """
     closed, shape = jax.make_jaxpr(function, return_shape=True)(fixed, *args)
-    jaxpr, structure = closed.jaxpr, jax.tree.structure(shape)
-    count = len(jax.tree.leaves(fixed))
+    structure, count = jax.tree.structure(shape), len(jax.tree.leaves(fixed))
+    division = _divide(closed.jaxpr, count)
+    if merge and (groups := _alike(division)):
+        flat = functools.partial(_evaluate_merged, closed, count, groups)
+        closed = jax.make_jaxpr(flat)(*(var.aval for var in closed.jaxpr.invars))
+        division = _divide(closed.jaxpr, count)
+    jaxpr, crossing = closed.jaxpr, division.crossing
     given = jaxpr.invars[:count]
-    now, later = _parts(jaxpr, given)
-    made = {var for eqn in now for var in eqn.outvars}.difference(*(eqn.outvars for eqn in later))
-    crossing = [var for var in _used(later, jaxpr.outvars) if var in made]
-    first = as_jaxpr(now, given, crossing)
-    rest = as_jaxpr(later, [*jaxpr.constvars, *given, *crossing, *jaxpr.invars[count:]], jaxpr.outvars)
+    first = as_jaxpr(division.now, [*jaxpr.constvars, *given], crossing)
+    rest = as_jaxpr(division.later, [*jaxpr.constvars, *given, *crossing, *jaxpr.invars[count:]], jaxpr.outvars)
 
     def early(fixed: Any) -> list[Any]:
-        return core.eval_jaxpr(first, (), *jax.tree.leaves(fixed))
+        return core.eval_jaxpr(first, (), *closed.consts, *jax.tree.leaves(fixed))
 
     def late(fixed: Any, values: list[Any], *args: Any) -> Any:
         leaves = (*jax.tree.leaves(fixed), *values, *jax.tree.leaves(args))
@@ -68,7 +78,68 @@ def divided(
     return early, late
 
 
-def _parts(jaxpr: Any, given: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+class _Division(NamedTuple):
+    now: list[Any]  # equations that need the fixed values and constants alone
+    later: list[Any]  # equations of each call; some are in both
+    crossing: list[Any]  # variables that the later equations read of those now
+    given: set[Any]
+
+
+def _divide(jaxpr: Any, count: int) -> _Division:
+    """Divide a jaxpr whose first `count` inputs are fixed."""
+    given = {*jaxpr.constvars, *jaxpr.invars[:count]}
+    now, later = _parts(jaxpr, given)
+    made = {var for eqn in now for var in eqn.outvars}.difference(*(eqn.outvars for eqn in later))
+    return _Division(now, later, [var for var in _used(later, jaxpr.outvars) if var in made], given)
+
+
+def _alike(division: _Division) -> list[list[Any]]:
+    """The later products with a matrix that are alike but for its outputs, in groups of two and more."""
+    ready, groups = division.given.union(division.crossing), dict[Any, list[Any]]()
+    for eqn in division.later:
+        if eqn.primitive.name != "dot_general" or any(isinstance(var, jex.Literal) for var in eqn.invars):
+            continue
+        (x, matrix), (_, batch) = eqn.invars, eqn.params["dimension_numbers"]
+        if matrix in ready and x not in ready and matrix.aval.ndim == 2 and not batch[0]:
+            settings = tuple(sorted((name, str(value)) for name, value in eqn.params.items()))
+            groups.setdefault((x, matrix.aval.dtype, settings), []).append(eqn)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _evaluate_merged(closed: Any, count: int, groups: Sequence[Sequence[Any]], *values: Any) -> list[Any]:
+    """Evaluate a jaxpr with one product for each group; the equations of what is fixed come first."""
+    jaxpr = closed.jaxpr
+    read = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*closed.consts, *values], strict=True))
+    group_of = {eqn.outvars[0]: group for group in groups for eqn in group}
+    fixed = {*jaxpr.constvars, *jaxpr.invars[:count]}
+    for alone in (True, False):
+        for eqn in jaxpr.eqns:
+            inputs = _variables(eqn)
+            if alone and not (inputs and fixed.issuperset(inputs)):
+                continue
+            if eqn.outvars[0] in read:
+                continue
+            if (group := group_of.get(eqn.outvars[0])) is None:
+                one = as_jaxpr([eqn], inputs, eqn.outvars)
+                read.update(zip(eqn.outvars, core.eval_jaxpr(one, (), *(read[var] for var in inputs)), strict=True))
+            else:
+                x, matrices = read[eqn.invars[0]], [read[each.invars[1]] for each in group]
+                read.update(zip([each.outvars[0] for each in group], _product(eqn, x, matrices), strict=True))
+            fixed.update(eqn.outvars if alone else ())
+    return [var.val if isinstance(var, jex.Literal) else read[var] for var in jaxpr.outvars]
+
+
+def _product(eqn: Any, x: Any, matrices: Sequence[Any]) -> list[Any]:
+    """The products of x with each matrix, as one."""
+    ((_, (contracted,)), _) = eqn.params["dimension_numbers"]
+    widths = [matrix.shape[1 - contracted] for matrix in matrices]
+    order = sorted(range(len(widths)), key=lambda i: -widths[i])  # so that wide parts begin at even places
+    whole = eqn.primitive.bind(x, jnp.concatenate([matrices[i] for i in order], axis=1 - contracted), **eqn.params)
+    parts = jnp.split(whole, np.cumsum([widths[i] for i in order])[:-1].tolist(), axis=-1)
+    return [part for _, part in sorted(zip(order, parts, strict=True), key=lambda pair: pair[0])]
+
+
+def _parts(jaxpr: Any, given: Collection[Any]) -> tuple[list[Any], list[Any]]:
     """Equations that need what is given alone, and those to compute at each call; some are in both."""
     known, able = set(given), []
     for eqn in jaxpr.eqns:

@@ -112,6 +112,7 @@ def test_a_token_copies_no_kernel_and_no_cache(name, rows):
             max_tokens=NEW,
             sample=False,
             nucleus=False,
+            merge=True,
         )
         cached = rows * 64 * (LENGTH + NEW) // (1 if name == "gpt2" else 2)
         found[layers] = large(loop_body(lowered.compile().as_text()), min(cached, 64 * 32))

@@ -76,6 +76,7 @@ def generate(
         max_tokens=max_tokens,
         sample=temperature > 0,
         nucleus=top_p < 1,
+        merge=_on_one_device(params),
     )
     if not on_host(finite):
         raise ValueError(f"the logits of the next tokens aren't finite: {why_unfinite(params)}")
@@ -122,14 +123,15 @@ def stream(
     choosing = _choosing(eos_id, temperature, top_p, key)
     begin = functools.partial(_begin, params, input_ids, mask, choosing.eos_ids)
     advance = functools.partial(_advance, params, choosing, sample=temperature > 0, nucleus=top_p < 1)
-    functions = {"model_apply": model_apply, "init_cache": init_cache}
+    merge = _on_one_device(params)
 
     def parts() -> Iterator[np.ndarray]:
-        values, state = begin(max_tokens=max_tokens, **functions)
+        values, state = begin(model_apply=model_apply, init_cache=init_cache, max_tokens=max_tokens, merge=merge)
         step, count, done = 0, 1, False
         while step < max_tokens and not done:
             began, before = time.perf_counter(), step
-            state = advance(values, state, jnp.int32(min(step + count, max_tokens)), model_apply=model_apply)
+            until = jnp.int32(min(step + count, max_tokens))
+            state = advance(values, state, until, model_apply=model_apply, merge=merge)
             step, done = int(state.step), bool(state.finished.all())
             if not state.finite:
                 raise ValueError(f"the logits of the next tokens aren't finite: {why_unfinite(params)}")
@@ -205,29 +207,48 @@ class _State(NamedTuple):
     finite: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames=("model_apply", "init_cache", "max_tokens", "sample", "nucleus"))
+def _on_one_device(params: Any) -> bool:
+    """Return whether no array is on a mesh; False for arrays of a trace, which may be on one."""
+    arrays = [leaf for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array)]
+    return not any(isinstance(leaf, jax.core.Tracer) or len(leaf.sharding.device_set) > 1 for leaf in arrays)
+
+
+@functools.partial(jax.jit, static_argnames=("model_apply", "init_cache", "max_tokens", "sample", "nucleus", "merge"))
 def _generate(
-    params, input_ids, mask, eos_ids, temperature, top_p, key, *, model_apply, init_cache, max_tokens, sample, nucleus
+    params,
+    input_ids,
+    mask,
+    eos_ids,
+    temperature,
+    top_p,
+    key,
+    *,
+    model_apply,
+    init_cache,
+    max_tokens,
+    sample,
+    nucleus,
+    merge,
 ):
     choosing = _Choosing(eos_ids, temperature, top_p, key)
     state = _start(params, input_ids, mask, eos_ids, model_apply, init_cache, max_tokens)
-    following = ahead(_one_token(model_apply), params, state.last[:, None], state.cache)
+    following = ahead(_one_token(model_apply), params, state.last[:, None], state.cache, merge=merge)
     state = _loop(following, state, choosing, max_tokens, sample, nucleus)
     return state.tokens, state.finite
 
 
-@functools.partial(jax.jit, static_argnames=("model_apply", "init_cache", "max_tokens"))
-def _begin(params, input_ids, mask, eos_ids, *, model_apply, init_cache, max_tokens):
+@functools.partial(jax.jit, static_argnames=("model_apply", "init_cache", "max_tokens", "merge"))
+def _begin(params, input_ids, mask, eos_ids, *, model_apply, init_cache, max_tokens, merge):
     """Compute the values that depend on the parameters alone, and the state before the first token."""
     state = _start(params, input_ids, mask, eos_ids, model_apply, init_cache, max_tokens)
-    early, _ = divided(_one_token(model_apply), params, state.last[:, None], state.cache)
+    early, _ = divided(_one_token(model_apply), params, state.last[:, None], state.cache, merge=merge)
     return early(params), state
 
 
-@functools.partial(jax.jit, static_argnames=("model_apply", "sample", "nucleus"), donate_argnames="state")
-def _advance(params, choosing, values, state, until, *, model_apply, sample, nucleus):
+@functools.partial(jax.jit, static_argnames=("model_apply", "sample", "nucleus", "merge"), donate_argnames="state")
+def _advance(params, choosing, values, state, until, *, model_apply, sample, nucleus, merge):
     """The state when there are `until` tokens, or all rows have ended."""
-    _, late = divided(_one_token(model_apply), params, state.last[:, None], state.cache)
+    _, late = divided(_one_token(model_apply), params, state.last[:, None], state.cache, merge=merge)
     return _loop(lambda *args: late(params, values, *args), state, choosing, until, sample, nucleus)
 
 
