@@ -14,7 +14,7 @@ from step import RANKS, SHAPES, TARGETS, Row, Worker, serve
 
 import lora_jax
 from lora_jax import models
-from lora_jax.train import TrainConfig, make_optimizer, make_step
+from lora_jax.train import LANGUAGE_MODELLING, TrainConfig, losses_in_chunks, make_optimizer, make_step
 
 
 def ceiling(size: int = 8192) -> float:
@@ -41,7 +41,9 @@ def make() -> Worker:
     config = lora_jax.LoRAConfig(rank=RANKS[row.targets], alpha=16, targets=TARGETS[row.targets])
     base, adapter = lora_jax.split(lora_jax.init(jax.random.key(1), model.params, config, axes=axes))
     tx = make_optimizer(TrainConfig(learning_rate=1e-4), 1000)
-    step = make_step(lora_jax.adapt(model.apply, on_materialize="error"), tx)
+    apply = lora_jax.adapt(model.apply, on_materialize="error")
+    logits = (row.batch, row.length, SHAPES[row.shape]["vocab_size"])
+    step = make_step(losses_in_chunks(apply, LANGUAGE_MODELLING, None, base, adapter, logits=logits), tx)
     state = {"adapter": adapter, "optimizer": jax.jit(tx.init)(adapter)}
     rng, size = np.random.default_rng(0), (row.batch, row.length)
     batches = [

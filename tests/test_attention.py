@@ -18,6 +18,7 @@ from transformers import BertConfig, Gemma2Config, GPT2Config, LlamaConfig, Qwen
 
 import lora_jax
 from lora_jax import models
+from lora_jax.models import _kernels
 from lora_jax.models._attention_choice import Case, choose
 from lora_jax.models._execution import execution
 from lora_jax.train import next_token_loss
@@ -293,3 +294,52 @@ def test_kernel_axes_sees_through_cudnn(cudnn):
         )
     ]
     assert axes[0] == axes[1]
+
+
+CASES_BY_BLOCKS = {  # the length, the number of heads of keys, whether it is causal, and the bound of the scores
+    "padded": (130, 2, True, None),
+    "segments": (256, 1, True, None),
+    "window": (300, 4, True, 5.0),
+    "padded, not causal": (130, 2, False, 5.0),
+}
+
+
+@pytest.mark.parametrize("case", few(CASES_BY_BLOCKS, ["padded"]))
+def test_blocks_of_queries_are_the_definition(case):
+    """XLA's form by blocks against the definition in float64, written in numpy; and the gradients against float64's."""
+    length, heads, causal, softcap = CASES_BY_BLOCKS[case]
+    kind = case.partition(",")[0]
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=(2, length, n, 8)) for n in (4, heads, heads))
+    places, segments = np.arange(length), None
+    real = np.ones((2, length), bool) if kind != "padded" else places >= np.array([0, 17])[:, None]
+    allowed = np.tile(real[:, None, None, :], (1, 1, length, 1))
+    if kind == "window":
+        allowed &= (places[:, None] - places < 50)[None, None]
+    mask = real[:, None, None, :] if kind == "padded" else allowed if kind == "window" else None
+    if kind == "segments":
+        segments = np.repeat([[1, 2, 3], [1, 2, 0]], [length // 2, 7, length - length // 2 - 7], axis=1)
+        allowed = allowed & (segments[:, None, :, None] == segments[:, None, None, :])
+    if causal:
+        allowed &= np.tril(np.ones((length, length), bool))
+
+    def expected(q, k, v):
+        k, v = (np.repeat(x, 4 // heads, axis=2) for x in (k, v))
+        scores = np.einsum("btnd,bsnd->bnts", q, k) * 0.4
+        scores = np.where(allowed, scores if softcap is None else softcap * np.tanh(scores / softcap), -np.inf)
+        weights = np.exp(scores - np.maximum(scores.max(-1, keepdims=True), -1e9))
+        return np.einsum("bnts,bsnd->btnd", weights / np.maximum(weights.sum(-1, keepdims=True), 1e-300), v)
+
+    def form(q, k, v):
+        return _kernels.xla(q, k, v, mask, causal=causal, scale=0.4, softcap=softcap, segments=segments)
+
+    seen = real[:, :, None, None]
+    low = [x.astype(np.float32) for x in (q, k, v)]
+    np.testing.assert_allclose(np.where(seen, form(*low), 0), np.where(seen, expected(q, k, v), 0), atol=2e-5)
+    weights = np.where(seen, rng.normal(size=q.shape), 0)
+    gradients = jax.grad(lambda qkv, w: (form(*qkv) * w).sum())
+    with jax.enable_x64(True):
+        high = gradients([jnp.asarray(x) for x in (q, k, v)], weights)
+        np.testing.assert_allclose(form(q, k, v)[:, 20:], expected(q, k, v)[:, 20:], atol=1e-12)
+    for got, exact in zip(gradients(low, weights.astype(np.float32)), high, strict=True):
+        np.testing.assert_allclose(got, exact, atol=1e-4)

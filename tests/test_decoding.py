@@ -14,7 +14,7 @@ import lora_jax
 from lora_jax import models
 from lora_jax._ahead import ahead
 from lora_jax.generate import generate
-from lora_jax.generate._loop import _generate
+from lora_jax.generate._loop import _generate, _on_one_device
 from lora_jax.models._execution import LEAST_COPIED, decodes, execution
 
 SIZES = {
@@ -180,3 +180,40 @@ def test_what_has_an_effect_is_left_to_each_call():
 def test_a_result_that_needs_no_argument_is_given_back():
     call = ahead(lambda w, x: (w, w[0], 3.0, x), jnp.arange(2.0), jnp.ones(()))
     assert [np.asarray(value).tolist() for value in call(jnp.ones(()))] == [[0.0, 1.0], 0.0, 3.0, 1.0]
+
+
+def test_products_of_one_operand_are_one_product():
+    """Kernels that are slices of the fixed values; not one that is larger than what it is made of."""
+    fixed = {
+        "stack": jnp.arange(24.0).reshape(2, 3, 4),
+        "a": jnp.arange(3.0)[:, None],
+        "half": jnp.ones((3, 2), "bfloat16"),
+    }
+
+    def function(fixed, x):
+        wide = fixed["half"].astype(jnp.float32)
+        return x @ fixed["a"], x @ fixed["stack"][1], x @ fixed["stack"][0], x @ wide, (2 * x) @ fixed["a"]
+
+    x = jnp.array([[1.0, 2.0, 4.0]])
+    apart, merged = (ahead(function, fixed, x, merge=merge) for merge in (False, True))
+    jax.tree.map(np.testing.assert_array_equal, merged(x), function(fixed, x))
+    assert primitives(apart, x).count("dot_general") == 5
+    assert primitives(merged, x).count("dot_general") == 3
+    assert "concatenate" not in primitives(merged, x)
+
+
+def test_what_depends_on_constants_and_fixed_values_is_computed_once():
+    scale = jnp.full((2, 1), 3.0)
+    call = ahead(lambda w, x: jnp.exp(w * scale)[0] * x, jnp.ones((2, 4)), jnp.ones(4))
+    assert primitives(call, jnp.ones(4)) == ["mul"]
+    np.testing.assert_allclose(call(jnp.ones(4)), np.exp(3.0), rtol=1e-6)
+
+
+def test_products_on_a_mesh_stay_apart():
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    mesh = jax.make_mesh((8,), ("model",))
+    cut = jax.device_put(jnp.ones((8, 8)), NamedSharding(mesh, PartitionSpec("model")))
+    assert _on_one_device({"w": jnp.ones(2), "n": np.ones(2)})
+    assert not _on_one_device({"w": cut})
+    assert not jax.jit(lambda w: jnp.array(_on_one_device(w)))(jnp.ones(2))

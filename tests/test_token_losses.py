@@ -1,5 +1,6 @@
 """The loss in chunks of positions: the losses and gradients of the whole logits, which are never there."""
 
+import functools
 import re
 
 import jax
@@ -13,7 +14,7 @@ from transformers import Gemma2Config, GPT2Config, GraniteConfig, LlamaConfig
 import lora_jax
 from lora_jax import models
 from lora_jax.data import Example
-from lora_jax.train import LANGUAGE_MODELLING, TrainConfig, classification, losses_in_chunks, train
+from lora_jax.train import LANGUAGE_MODELLING, TrainConfig, _token_losses, classification, losses_in_chunks, train
 
 VOCABULARY = 64
 SIZES = {
@@ -151,3 +152,47 @@ def test_what_has_no_chunks_is_one_line():
         losses_in_chunks(model.apply, LANGUAGE_MODELLING, 4, *lora_jax.split(params))
     with pytest.raises(ValueError, match=r"^loss_chunk: -1 given, expected 0 to"):
         TrainConfig(loss_chunk=-1)
+
+
+@pytest.mark.parametrize(("which", "chunk"), [("frozen", 5), ("head", None)])
+def test_a_cpu_computes_many_logits_in_chunks_by_itself(which, chunk, monkeypatch):
+    """The same losses; not where the head trains, nor where logits are few, nor on another platform."""
+    model, base, adapter = setting("untied", **OTHERS.get(which, QUERIES))
+    apply = lora_jax.adapt(model.apply, on_materialize="error")
+    make = functools.partial(losses_in_chunks, apply, LANGUAGE_MODELLING, None, base, adapter)
+    shape = (3, 13, VOCABULARY)
+    assert make(logits=shape) is apply
+    assert make() is apply
+    monkeypatch.setattr(_token_losses, "MOST_LOGITS", 4 * 3 * 13 * VOCABULARY - 1)
+    monkeypatch.setattr(_token_losses, "CHUNK_LOGITS", 4 * 3 * 5 * VOCABULARY)
+    params, given = lora_jax.combine(base, adapter), batch()
+    outputs = make(logits=shape)(params, given["input_ids"], given["attention_mask"])
+    assert outputs.shape == (shape if chunk is None else shape[:2])
+    if chunk:
+        asked = losses_in_chunks(apply, LANGUAGE_MODELLING, chunk, base, adapter)
+        np.testing.assert_array_equal(outputs, asked(params, given["input_ids"], given["attention_mask"]))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert make(logits=shape) is apply
+
+
+@pytest.mark.slow
+def test_the_trainer_takes_chunks_by_itself_for_its_steps(monkeypatch):
+    """Not for its evaluations: asked for, chunks are in more traces."""
+    rng = np.random.default_rng(0)
+    rows = [Example(rng.integers(1, VOCABULARY, 12).astype(np.int32), np.arange(12) > 2) for _ in range(8)]
+    model, base, adapter = setting("untied", **QUERIES)
+    found, chunks = [], []
+    real = _token_losses._by_chunks
+    monkeypatch.setattr(_token_losses, "_by_chunks", lambda *args: chunks.append(args[3]) or real(*args))
+    monkeypatch.setattr(_token_losses, "CHUNK_LOGITS", 4 * 4 * 6 * VOCABULARY)
+    counts = []
+    for most, chunk in ((2**26, None), (1, None), (1, 6)):
+        chunks.clear()
+        monkeypatch.setattr(_token_losses, "MOST_LOGITS", most)
+        config = TrainConfig(batch_size=4, max_steps=3, logging_steps=1, save_minutes=0, loss_chunk=chunk)
+        result = train(model.apply, lora_jax.combine(base, adapter), rows, rows[:3], config)
+        found.append([line.get("loss", 0) for line in result.history] + [result.before.loss, result.after.loss])
+        assert set(chunks) <= {6}
+        counts.append(len(chunks))
+    assert 0 == counts[0] < counts[1] < counts[2]
+    np.testing.assert_allclose(found[1:], [found[0]] * 2, rtol=1e-5)

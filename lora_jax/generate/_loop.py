@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import core
 
 from lora_jax import prefix
 from lora_jax._ahead import ahead, divided
@@ -210,7 +211,7 @@ class _State(NamedTuple):
 def _on_one_device(params: Any) -> bool:
     """Return whether no array is on a mesh; False for arrays of a trace, which may be on one."""
     arrays = [leaf for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array)]
-    return not any(isinstance(leaf, jax.core.Tracer) or len(leaf.sharding.device_set) > 1 for leaf in arrays)
+    return not any(isinstance(leaf, core.Tracer) or len(leaf.sharding.device_set) > 1 for leaf in arrays)
 
 
 @functools.partial(jax.jit, static_argnames=("model_apply", "init_cache", "max_tokens", "sample", "nucleus", "merge"))

@@ -14,26 +14,56 @@ from jax import lax
 
 from lora_jax.models._execution import SAVED
 
-QUERIES = 512  # the most queries of a block
+QUERIES = 512  # the most queries of a block of `blockwise`
+SHORT = 128  # queries of a block of `xla`, which are more where there would be more than MOST_BLOCKS
+MOST_BLOCKS = 8  # each is compiled apart
 
 
 def xla(q, k, v, mask, *, causal: bool, scale: float, softcap: float | None = None, segments=None) -> jax.Array:
-    """Compute all scores at once, in float32: [B, N, T, S].
+    """Compute the scores in float32, [B, N, T, S]; causal queries in blocks, each with the keys up to its own end.
+
+    So up to half of the scores after the query aren't computed.
 
     Args:
         mask: Bool, broadcast to [B, 1, T, S]; None if `causal` is all.
         softcap: The bound c of the scores: c · tanh(scores / c).
     """
-    if segments is not None:
-        mask = _both(mask, segments[:, None, :, None] == segments[:, None, None, :])
-    if softcap is None:
+    length = q.shape[1]
+    if length < SHORT and softcap is None:
+        if segments is not None:
+            mask = _both(mask, segments[:, None, :, None] == segments[:, None, None, :])
         return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, scale=scale)
-    grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])
-    logits = jnp.einsum("btkgd,bskd->bkgts", grouped, k, preferred_element_type=jnp.float32) * scale
-    logits = softcap * jnp.tanh(logits / softcap)
-    logits = jnp.where(mask[:, :, None], logits, -1e30)
-    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    return jnp.einsum("bkgts,bskd->btkgd", weights, v).reshape(q.shape)
+    dtype = jnp.promote_types(jnp.float32, q.dtype)
+    shape = (*q.shape[:2], k.shape[2], -1, q.shape[3])
+    grouped = (q * scale if dtype == q.dtype else q).reshape(shape).transpose(0, 2, 3, 1, 4)  # [B, K, N/K, T, d]
+    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, K, S, d]
+    size = max(SHORT, -(-length // MOST_BLOCKS)) if causal else length
+    parts = []
+    for begin in range(0, length, size):
+        end = min(begin + size, length)
+        keys = end if causal else k.shape[2]
+        allowed = jnp.arange(keys) <= jnp.arange(begin, end)[:, None] if causal else None
+        if mask is not None:
+            rows = mask if mask.shape[2] == 1 else mask[:, :, begin:end]
+            allowed = _both(allowed, rows[:, :, None, :, :keys])
+        if segments is not None:
+            allowed = _both(allowed, (segments[:, begin:end, None] == segments[:, None, :keys])[:, None, None])
+        logits = jnp.einsum(
+            "bkgtd,bksd->bkgts", grouped[..., begin:end, :], k[:, :, :keys], preferred_element_type=dtype
+        )
+        logits = logits if dtype == q.dtype else logits * scale
+        if softcap is not None:
+            logits = softcap * jnp.tanh(logits / softcap)
+        if allowed is not None:
+            logits = jnp.where(allowed, logits, -1e30)
+        # The division comes after the product: it is of [T, d] and not of [T, S].
+        weights = jnp.exp(logits - lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True)))
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        seen = v[:, :, :keys]
+        out = jnp.einsum("bkgts,bksd->bkgtd", weights.astype(v.dtype), seen, preferred_element_type=dtype)
+        parts.append((out / total).astype(q.dtype))
+    whole = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=3)
+    return whole.transpose(0, 3, 1, 2, 4).reshape(q.shape)
 
 
 def _both(mask: Any, other: Any) -> Any:

@@ -121,9 +121,9 @@ class TrainConfig:
     """Further destinations of the lines of metrics.jsonl: tensorboard (event files in the output folder), wandb
     (Weights & Biases, if installed) or none; several with commas."""
 
-    loss_chunk: int = 0
-    """Positions of each row whose logits are held at once, to save memory; 0 holds all. It changes losses by rounding
-    only."""
+    loss_chunk: int | None = None
+    """Positions of each row whose logits are held at once, to save memory; 0 holds all. None is 0, but on a CPU without
+    a mesh as many as 32 MiB hold, if all are more than 64 MiB. It changes losses by rounding only."""
 
     objective: Goal | None = None
     """Objective of training on preferences: dpo is direct preference optimization (Rafailov et al. 2023, arXiv
@@ -154,7 +154,7 @@ class TrainConfig:
             "gradient_accumulation_steps": (1 <= self.gradient_accumulation_steps <= MOST_BATCH, f"1 to {MOST_BATCH}"),
             "num_train_epochs": (0 < self.num_train_epochs <= MOST_STEPS, f"more than 0 and at most {MOST_STEPS}"),
             "max_steps": (self.max_steps is None or 1 <= self.max_steps <= MOST_STEPS, f"1 to {MOST_STEPS}"),
-            "loss_chunk": (0 <= self.loss_chunk <= MOST_STEPS, f"0 to {MOST_STEPS}"),
+            "loss_chunk": (self.loss_chunk is None or 0 <= self.loss_chunk <= MOST_STEPS, f"0 to {MOST_STEPS}"),
             "max_length": (2 <= self.max_length <= MOST_STEPS, f"2 to {MOST_STEPS}"),
             "learning_rate": (0 < self.learning_rate < math.inf, "more than 0"),
             "warmup_steps": (

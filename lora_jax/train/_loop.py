@@ -163,12 +163,19 @@ def train(
     placement = placed(apply_fn, params, mesh, rules, config.batch_size, parts)
     apply_fn, (base, adapter) = placement.apply_fn, _parts(placement.params, also_train)
     examples = {"training example": feed.examples, "validation example": valid_data or ()}
-    feed.check(apply_fn, check_examples(apply_fn, combine(base, adapter), examples, config.batch_size, feed.first()))
+    first = feed.first()
+    limits = check_examples(apply_fn, combine(base, adapter), examples, config.batch_size, first)
+    feed.check(apply_fn, limits)
 
     task = task or feed.task
-    apply_fn = losses_in_chunks(apply_fn, task, config.loss_chunk, base, adapter)
+    logits = None
+    if mesh is None and limits.logits is not None and "input_ids" in first:
+        logits = (config.batch_size // parts, first["input_ids"].shape[1], limits.logits)
+    stepped = losses_in_chunks(apply_fn, task, config.loss_chunk, base, adapter, logits=logits)
+    # Chunks that nobody asked for are those of a step: they compute the gradient, which an evaluation has no use for.
+    evaluated = apply_fn if config.loss_chunk is None else stepped
     start, facts = at_start(base, adapter) if task.reference else (None, {})
-    program, tx = _program(apply_fn, base, feed, valid_data, config, task, placement, start, also_train)
+    program, tx = _program(stepped, evaluated, base, feed, valid_data, config, task, placement, start, also_train)
     batches = feed.iterate(program.steps)
     with contextlib.ExitStack() as stack:
         stack.enter_context(claimed(folder, config, resume, overwrite))
@@ -212,7 +219,8 @@ def train(
 
 
 def _program(
-    apply_fn: Callable[..., Any],
+    stepped: Callable[..., Any],
+    evaluated: Callable[..., Any],
     base: Any,
     feed: Feed,
     valid_data: Sequence[data.AnyExample] | None,
@@ -227,8 +235,8 @@ def _program(
     every = config.evaluation_interval(feed.rows, task.metrics is not None)
     _check_patience(config, every, valid_data)
     tx = make_optimizer(config, steps, also_train=also_train)
-    step = make_step(apply_fn, tx, objective=task.objective, gradient_accumulation_steps=parts, dropout=config.dropout)
-    reference = Reference(apply_fn, task, start)
+    step = make_step(stepped, tx, objective=task.objective, gradient_accumulation_steps=parts, dropout=config.dropout)
+    reference = Reference(stepped, task, start)
     length = config.max_length if config.eval_packing else None
 
     def validate(params: Any, stop: Callable[[], bool]) -> Evaluation | None:
@@ -236,13 +244,13 @@ def _program(
 
     if valid_data:
         rows = config.micro_batch_size
-        validate = Evaluator(apply_fn, valid_data, rows, task, placement, reference, pack_length=length)
+        validate = Evaluator(evaluated, valid_data, rows, task, placement, reference, pack_length=length)
     program = Program(
         config=config,
         task=task,
         base=base,
         step=jax.jit(step, donate_argnums=(0, 1)),
-        dropout=bool(config.dropout or dropout_of(apply_fn)),
+        dropout=bool(config.dropout or dropout_of(stepped)),
         validate=validate,
         reference=reference,
         placement=placement,

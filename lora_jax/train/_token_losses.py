@@ -1,5 +1,6 @@
 """Cross entropy without the logits of all tokens: the head and the loss are computed for some positions at a time."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,9 +15,18 @@ from lora_jax._tree import combine
 from lora_jax.train._loss import cross_entropy, following
 from lora_jax.train._task import Task
 
+MOST_LOGITS = 2**26  # bytes of logits in float32, above which a CPU computes them in chunks by itself
+CHUNK_LOGITS = 2**25  # bytes of a chunk's
+
 
 def losses_in_chunks(
-    apply_fn: Callable[..., Any], task: Task, chunk: int, base: Any, adapter: Any
+    apply_fn: Callable[..., Any],
+    task: Task,
+    chunk: int | None,
+    base: Any,
+    adapter: Any,
+    *,
+    logits: tuple[int, int, int] | None = None,
 ) -> Callable[..., Any]:
     """Make the function that returns the losses of the tokens, and holds the logits of `chunk` positions.
 
@@ -31,9 +41,12 @@ def losses_in_chunks(
         apply_fn: A function as for `make_step`, whose raw function has the attribute `unembed`, as those of
             `lora_jax.models` have, and takes `hidden=True`.
         task: A task of tokens.
-        chunk: Positions of each row whose logits are held at once; with 0 the function is returned as it is.
+        chunk: Positions of each row whose logits are held at once; with 0 the function is returned as it is. None is 0,
+            but on a CPU, where writing large arrays takes longer than using them, the positions of 32 MiB of logits, if
+            the head is frozen and all `logits` would be more than 64 MiB.
         base: The parameters that don't train.
         adapter: Those that train. The head is frozen if none of them, and no factor of theirs, is in it.
+        logits: The axes [B, T, V] of the logits of a step, for a chunk of None; None if they aren't known.
 
     Returns:
         A function `(params, input_ids, attention_mask)` -> float32 [B, T], adapted as `apply_fn` is.
@@ -53,31 +66,47 @@ def losses_in_chunks(
         >>> losses(model.params, jnp.ones((1, 5), jnp.int32), None).shape
         (1, 5)
     """
-    if not chunk:
+    whole = logits is None or 4 * math.prod(logits) <= MOST_LOGITS or jax.default_backend() != "cpu"
+    if not chunk and (chunk is not None or whole or not task.of_tokens):
         return apply_fn
-    if not task.of_tokens:
+    prefixed = prefix.take(combine(base, adapter))[1] is not None
+    if chunk and not task.of_tokens:
         raise ValueError(f"loss_chunk: {chunk} given, expected 0 for a loss that isn't that of the next tokens")
-    if prefix.take(combine(base, adapter))[1] is not None:
+    if chunk and prefixed:
         raise ValueError(f"loss_chunk: {chunk} given, expected 0 for a tree with a prefix of embeddings")
 
     def losses_of(raw: Callable[..., Any]) -> Callable[..., Array]:
-        if not hasattr(raw, "unembed"):
+        separate = hasattr(raw, "unembed")
+        if chunk and not separate:
             raise ValueError(
                 f"loss_chunk: {chunk} given, expected 0 for a function whose head can't be called apart; those of"
                 " lora_jax.models decoders have it as the attribute `unembed`"
             )
-        frozen = _is_frozen(raw, base, adapter)
+        frozen = separate and not prefixed and _is_frozen(raw, base, adapter)
+        size = chunk if chunk is not None else _chunk(*logits) if frozen and logits is not None else 0
+        if not size:
+            return raw
 
         def losses(params: Any, input_ids: Array, attention_mask: Array | None = None, **keywords: Any) -> Array:
             x = raw(params, input_ids, attention_mask, hidden=True, **keywords)
             head = raw.unembed(params)
             return _by_chunks(
-                lambda x, ids: cross_entropy(head(x), ids), x, following(input_ids), min(chunk, x.shape[1]), frozen
+                lambda x, ids: cross_entropy(head(x), ids), x, following(input_ids), min(size, x.shape[1]), frozen
             )
 
         return losses
 
     return with_raw(apply_fn, losses_of)
+
+
+def _chunk(rows: int, length: int, width: int) -> int:
+    """The positions of a chunk where nobody has given them: of equal chunks, as few as CHUNK_LOGITS allows.
+
+    >>> _chunk(4, 256, 32000)  # 65 positions have 32 MiB
+    64
+    """
+    count = -(-4 * rows * length * width // CHUNK_LOGITS)
+    return -(-length // min(count, length))
 
 
 def _is_frozen(raw: Any, base: Any, adapter: Any) -> bool:
