@@ -3,6 +3,7 @@
     make bench DEVICE=cpu                                        # or: python benchmarks/step.py --device cpu
     make bench DEVICE=gpu                                        # the rows and contenders of the tables below
     python benchmarks/step.py --rows 1b:4x2048:qv --contenders ours ours:remat=full peft:compile
+    python benchmarks/step.py --rows 1b:4x2048:qv --contenders ours ours:quantize=nf4 peft:nf4 peft:nf4,compile
     python benchmarks/step.py --tiny                             # two layers on any machine, to see that it runs
 
 Every contender is a process with a model of random weights, in bfloat16 (`small`: float32). The contenders take their
@@ -10,7 +11,9 @@ steps in turn, in `--rounds` rounds of `--steps`, so that the machine's state is
 the device has finished it; the table has the median of the rounds' medians, and the lowest and the highest of them.
 `ours` is `models.init`, `adapt` and `make_step` with only the settings that it names, and gets a mask of padding;
 `peft` gets none. `peft:flash` has transformers' attention replaced by the flash kernel with a causal flag, which
-transformers doesn't choose by itself.
+transformers doesn't choose by itself. With `quantize=` (nf4, int4, int8, fp8) the kernels of our layers are in few
+bits; `peft:nf4` has bitsandbytes' NF4 with nested scales in its layers. Both rounded the random weights on the device.
+The peak is the step's, model included: the compiler's count of ours, torch's count of PEFT's.
 
 Needs torch, transformers and PEFT beside jax; 3 minutes a row of 1B on an H200 and 6 of 8B, most of it compilation. The
 values to expect there (driver 580.159, jax 0.11.2, torch 2.11.0, PEFT 0.21.0, transformers 5.17.0; a product of

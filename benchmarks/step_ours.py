@@ -1,5 +1,9 @@
-"""This library's contender for step.py, which starts it with ROW and settings of `models.init`, `name=value,...`."""
+"""This library's contender for step.py, which starts it with ROW and settings of `models.init`, `name=value,...`.
 
+`quantize=nf4` (int4, int8, fp8) is no setting of `models.init`: it puts the layers' kernels into few bits.
+"""
+
+import dataclasses
 import os
 import sys
 import time
@@ -35,10 +39,14 @@ def ceiling(size: int = 8192) -> float:
 def make() -> Worker:
     row = Row.read(sys.argv[1])
     how: dict[str, Any] = dict(pair.split("=") for pair in sys.argv[2].split(",") if pair)
+    scheme = how.pop("quantize", None)
     model = models.init(jax.random.key(0), row.config(), row.dtype, **how)
     ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
     axes = lora_jax.kernel_axes(model.apply, model.params, ids)
     config = lora_jax.LoRAConfig(rank=RANKS[row.targets], alpha=16, targets=TARGETS[row.targets])
+    if scheme:
+        few_bits = lora_jax.QuantizeConfig(scheme=scheme)
+        model = dataclasses.replace(model, params=lora_jax.quantize(model.params, few_bits, axes=axes))
     base, adapter = lora_jax.split(lora_jax.init(jax.random.key(1), model.params, config, axes=axes))
     tx = make_optimizer(TrainConfig(learning_rate=1e-4), 1000)
     apply = lora_jax.adapt(model.apply, on_materialize="error")

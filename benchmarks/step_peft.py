@@ -1,4 +1,8 @@
-"""PEFT's contender for step.py, which starts it with ROW and `eager` or `compile`, and `flash` for the flash kernel."""
+"""PEFT's contender for step.py, which starts it with ROW and settings.
+
+`eager` or `compile`; `flash` for the flash kernel; `nf4` for bitsandbytes' layers; `checkpoint` for transformers'
+gradient checkpointing.
+"""
 
 import sys
 import time
@@ -30,6 +34,27 @@ def wait(result=None):
         torch.cuda.synchronize()
 
 
+def in_nf4(model):
+    """Replace the linear layers, but for the head, by bitsandbytes' NF4 with nested scales, computed in bfloat16.
+
+    As transformers does while it loads a checkpoint, with the weights that the layers have.
+    """
+    import bitsandbytes
+
+    for name, layer in list(model.named_modules()):
+        if type(layer) is not torch.nn.Linear or name == "lm_head":
+            continue
+        with torch.device("meta"):
+            made = bitsandbytes.nn.Linear4bit(
+                layer.in_features, layer.out_features, False, torch.bfloat16, compress_statistics=True, quant_type="nf4"
+            )
+        made.weight = bitsandbytes.nn.Params4bit(
+            layer.weight.data, compress_statistics=True, quant_type="nf4", module=made
+        ).to(DEVICE)
+        model.set_submodule(name, made)
+    model.is_loaded_in_4bit = True  # PEFT asks for it
+
+
 def ceiling(size: int = 8192) -> float:
     """Measure the TFLOP/s of a product of two bfloat16 matrices."""
     x = torch.randn(size, size, device=DEVICE, dtype=torch.bfloat16)
@@ -53,6 +78,10 @@ def make() -> Worker:
     if "flash" in how:
         base.config._attn_implementation = "causal_only"
     torch.set_default_dtype(torch.float32)
+    if "nf4" in how:
+        in_nf4(base)
+    if "checkpoint" in how:
+        base.gradient_checkpointing_enable()
     lora = peft.LoraConfig(
         r=RANKS[row.targets], lora_alpha=16, target_modules=list(TARGETS[row.targets]), task_type="CAUSAL_LM"
     )
@@ -85,8 +114,9 @@ def make() -> Worker:
     if DEVICE == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated() / 1e9 if DEVICE == "cuda" else 0
     versions = {"torch": torch.__version__, "peft": peft.__version__, "transformers": transformers.__version__}
-    return Worker(step, wait, facts, {"ceiling": rate} | versions)
+    return Worker(step, wait, facts, {"ceiling": rate, "weights_gb": held} | versions)
 
 
 if __name__ == "__main__":
