@@ -3,6 +3,7 @@
     python benchmarks/loop.py                # the command beside the bare step, in turn
     python benchmarks/loop.py --host         # the host's own time: the command with a step that computes nothing
     python benchmarks/loop.py --host --profile
+    python benchmarks/loop.py --shape 1b --length 2048 --batch 4 --steps 60 --rounds 3       # on a GPU; 4 minutes
 
 A small Llama in float32 (4 layers, 256 wide) trains on rows of 128 bytes, 8 a batch, q and v with rank 8. The bare step
 is `make_step` compiled on the same batches, dispatched one after another and waited for at the end. The command's rate
@@ -23,6 +24,7 @@ import contextlib
 import cProfile
 import io
 import json
+import os
 import pstats
 import statistics
 import tempfile
@@ -31,8 +33,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
 import jax
 import numpy as np
+from step import SHAPES
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as tokenizer_models
 from transformers import LlamaConfig, PreTrainedTokenizerFast
@@ -40,36 +45,60 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 import lora_jax
 from lora_jax import data, models
 from lora_jax.cli import main
-from lora_jax.train import StepMetrics, TrainConfig, _loop, _meter, make_optimizer, make_step
+from lora_jax.train import (
+    LANGUAGE_MODELLING,
+    StepMetrics,
+    TrainConfig,
+    _loop,
+    _meter,
+    losses_in_chunks,
+    make_optimizer,
+    make_step,
+)
 
-BATCH, LENGTH, RANK, ALPHA = 8, 128, 8, 16
+RANK, ALPHA = 8, 16
 SIZES = {
     "hidden_size": 256,
     "intermediate_size": 688,
     "num_hidden_layers": 4,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
-    "max_position_embeddings": LENGTH,
     "vocab_size": 258,
 }
 
 
-def make_model(folder: Path) -> None:
+class Size(NamedTuple):
+    """A shape of step.py, or "small" for this file's, in which weights are float32; a batch's rows and their tokens."""
+
+    shape: str
+    batch: int
+    length: int
+
+    def config(self) -> LlamaConfig:
+        sizes = SIZES if self.shape == "small" else SHAPES[self.shape]
+        ids = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
+        return LlamaConfig(**sizes, max_position_embeddings=self.length, **ids)
+
+    @property
+    def dtype(self) -> str:
+        return "float32" if self.shape == "small" else "bfloat16"
+
+
+def make_model(folder: Path, size: Size) -> None:
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = {token: i for i, token in enumerate(["<pad>", "</s>", *letters])}
     tokenizer = Tokenizer(tokenizer_models.BPE(tokens, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    config = LlamaConfig(**SIZES, pad_token_id=0, eos_token_id=1, bos_token_id=None)
-    model = models.init(jax.random.key(0), config)
+    model = models.init(jax.random.key(0), size.config(), size.dtype)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
     models.save(folder, model, model.params, tokenizer=fast)
 
 
-def make_rows(path: Path, count: int) -> None:
-    """Rows of one token less than LENGTH: the end token is the last."""
-    text = "".join(chr(letter) for letter in np.random.default_rng(0).integers(97, 123, (LENGTH - 1) * count))
-    rows = [text[i * (LENGTH - 1) :][: LENGTH - 1] for i in range(count)]
+def make_rows(path: Path, count: int, length: int) -> None:
+    """Rows of one token less than the length: the end token is the last."""
+    letters = np.random.default_rng(0).integers(97, 123, (count, length - 1), np.uint8)
+    rows = [row.tobytes().decode() for row in letters]
     path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
 
 
@@ -81,17 +110,19 @@ class Rate(NamedTuple):
 class Bare:
     """The compiled step on the command's batches."""
 
-    def __init__(self, folder: Path, rows: Path, steps: int):
+    def __init__(self, folder: Path, rows: Path, steps: int, size: Size):
         model = models.load(folder)
         axes = lora_jax.kernel_axes(model.apply, model.params, jax.ShapeDtypeStruct((1, 8), np.int32))
         lora = lora_jax.LoRAConfig(rank=RANK, alpha=ALPHA, targets=("q_proj", "v_proj"))
         self.base, self.adapter = lora_jax.split(lora_jax.init(jax.random.key(1), model.params, lora, axes=axes))
         tx = make_optimizer(TrainConfig(learning_rate=1e-3), steps)
-        self.step = jax.jit(make_step(model.apply, tx), donate_argnums=(0, 1))
+        logits = (size.batch, size.length, size.config().vocab_size)
+        apply = losses_in_chunks(model.apply, LANGUAGE_MODELLING, None, self.base, self.adapter, logits=logits)
+        self.step = jax.jit(make_step(apply, tx), donate_argnums=(0, 1))
         self.state = jax.jit(tx.init)(self.adapter)
-        encoded = data.encode(data.load(rows), model.tokenizer, LENGTH)
-        epochs = -(-steps * BATCH // len(encoded.examples))
-        made = data.batches(encoded.examples, BATCH, seed=0, epochs=epochs)
+        encoded = data.encode(data.load(rows), model.tokenizer, size.length)
+        epochs = -(-steps * size.batch // len(encoded.examples))
+        made = data.batches(encoded.examples, size.batch, seed=0, epochs=epochs)
         self.batches = [made[number] for number in range(steps)]
         self.run()
 
@@ -106,7 +137,7 @@ class Bare:
         )
 
 
-def command(folder: Path, rows: Path, steps: int, *flags: str) -> Rate:
+def command(folder: Path, rows: Path, steps: int, size: Size) -> Rate:
     """The rate of `lora-jax train`, its first log line left out."""
     used, add = [], _meter.Meter.add
 
@@ -117,7 +148,7 @@ def command(folder: Path, rows: Path, steps: int, *flags: str) -> Rate:
     with mock.patch.object(_meter.Meter, "add", noted), tempfile.TemporaryDirectory() as output:
         words = ["--model", str(folder), "--data", str(rows), "--output", output, "--overwrite"]
         words += ["--rank", str(RANK), "--alpha", str(ALPHA), "--targets", "q_proj", "v_proj"]
-        words += ["--batch-size", str(BATCH), "--max-length", str(LENGTH), "--max-steps", str(steps), *flags]
+        words += ["--batch-size", str(size.batch), "--max-length", str(size.length), "--max-steps", str(steps)]
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
             code = main(["train", *words])
         if code:
@@ -127,12 +158,12 @@ def command(folder: Path, rows: Path, steps: int, *flags: str) -> Rate:
     return Rate(statistics.median(rates[1:]), (used[-1] - used[10]) / (len(used) - 11))
 
 
-def compare(folder: Path, rows: Path, rounds: int, steps: int) -> None:
-    bare = Bare(folder, rows, steps)
-    command(folder, rows, steps)
+def compare(folder: Path, rows: Path, rounds: int, steps: int, size: Size) -> None:
+    bare = Bare(folder, rows, steps, size)
+    command(folder, rows, steps, size)
     found = []
     for _ in range(rounds):
-        alone, through = bare.run(), command(folder, rows, steps)
+        alone, through = bare.run(), command(folder, rows, steps, size)
         found.append((through.tokens / alone.tokens, through.used / alone.used))
         print(
             f"bare {alone.tokens:,.0f} tokens/s, {1000 * alone.used:.1f} ms of processor time a step;"
@@ -168,7 +199,7 @@ class Idle:
         return call
 
 
-def measure_host(folder: Path, rows: Path, steps: int, profiled: bool) -> None:
+def measure_host(folder: Path, rows: Path, steps: int, profiled: bool, size: Size) -> None:
     idle = Idle()
     if profiled:
         idle.profile = cProfile.Profile()
@@ -179,7 +210,7 @@ def measure_host(folder: Path, rows: Path, steps: int, profiled: bool) -> None:
         return idle.jit(function) if named.get("donate_argnums") == (0, 1) else real(function, **named)
 
     jax.jit = jit  # pyright: ignore[reportAttributeAccessIssue]
-    command(folder, rows, steps)
+    command(folder, rows, steps, size)
     if idle.profile is not None:
         idle.profile.disable()
         stats = pstats.Stats(idle.profile)
@@ -193,14 +224,18 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--shape", default="small", help="small, or one of step.py's but for its own small")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--host", action="store_true")
     parser.add_argument("--profile", action="store_true")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as made:
         folder, rows = Path(made) / "model", Path(made) / "rows.jsonl"
-        make_model(folder)
-        make_rows(rows, 512)
+        sizes = Size(args.shape, args.batch, args.length)
+        make_model(folder, sizes)
+        make_rows(rows, 512, args.length)
         if args.host or args.profile:
-            measure_host(folder, rows, 1000, args.profile)
+            measure_host(folder, rows, 1000, args.profile, sizes)
         else:
-            compare(folder, rows, args.rounds, args.steps)
+            compare(folder, rows, args.rounds, args.steps, sizes)

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import operator
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +12,11 @@ import numpy as np
 from jax import core
 from jax.extend import core as jex
 
+from lora_jax._dtypes import wide
 from lora_jax._jaxprs import as_jaxpr
+
+MOST_TERMS = 32  # of a sum in place of a product
+MOST_ROWS = 64  # of its left operand
 
 
 def ahead(function: Callable[..., Any], fixed: Any, *args: Any, merge: bool = False) -> Callable[..., Any]:
@@ -50,7 +55,8 @@ def divided(
         merge: Whether products of one left operand with several matrices that are computed at once become one product,
             x [U V W] for x U, x V and x W. With few rows each product is a kernel that little keeps busy: those of a
             token with q, k and v, and with the factors A of these, are one. On a mesh the parts may be cut in different
-            ways, and shouldn't be merged.
+            ways, and shouldn't be merged. Products over as few numbers as a rank has become sums of terms, which XLA
+            computes with what comes after them.
 
     Returns:
         `early(fixed) -> values` and `late(fixed, values, *args)`, which together are `function(fixed, *args)`. In
@@ -94,7 +100,10 @@ def _divide(jaxpr: Any, count: int) -> _Division:
 
 
 def _alike(division: _Division) -> list[list[Any]]:
-    """The later products with a matrix that are alike but for its outputs, in groups of two and more."""
+    """The later products with a matrix that are to be replaced, in groups that are alike but for the outputs.
+
+    These are groups of two and more, and products over few numbers.
+    """
     ready, groups = division.given.union(division.crossing), dict[Any, list[Any]]()
     for eqn in division.later:
         if eqn.primitive.name != "dot_general" or any(isinstance(var, jex.Literal) for var in eqn.invars):
@@ -103,7 +112,19 @@ def _alike(division: _Division) -> list[list[Any]]:
         if matrix in ready and x not in ready and matrix.aval.ndim == 2 and not batch[0]:
             settings = tuple(sorted((name, str(value)) for name, value in eqn.params.items()))
             groups.setdefault((x, matrix.aval.dtype, settings), []).append(eqn)
-    return [group for group in groups.values() if len(group) > 1]
+    return [group for group in groups.values() if len(group) > 1 or _is_small(group[0])]
+
+
+def _is_small(eqn: Any) -> bool:
+    """Return whether a product x U, with U [few, n], is better a sum: x is a row, or some."""
+    x, matrix = (var.aval for var in eqn.invars)
+    inner = matrix.shape[0]
+    return (
+        eqn.params["dimension_numbers"][0] == ((x.ndim - 1,), (0,))
+        and inner <= MOST_TERMS
+        and x.size // inner <= MOST_ROWS
+        and jnp.issubdtype(x.dtype, jnp.floating)
+    )
 
 
 def _evaluate_merged(closed: Any, count: int, groups: Sequence[Sequence[Any]], *values: Any) -> list[Any]:
@@ -111,30 +132,35 @@ def _evaluate_merged(closed: Any, count: int, groups: Sequence[Sequence[Any]], *
     jaxpr = closed.jaxpr
     read = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*closed.consts, *values], strict=True))
     group_of = {eqn.outvars[0]: group for group in groups for eqn in group}
-    fixed = {*jaxpr.constvars, *jaxpr.invars[:count]}
-    for alone in (True, False):
-        for eqn in jaxpr.eqns:
+    fixed, first, rest = {*jaxpr.constvars, *jaxpr.invars[:count]}, [], []
+    for eqn in jaxpr.eqns:
+        inputs = _variables(eqn)
+        alone = bool(inputs) and not eqn.effects and fixed.issuperset(inputs)
+        (first if alone else rest).append(eqn)
+        fixed.update(eqn.outvars if alone else ())
+    for eqn in (*first, *rest):
+        if not eqn.outvars or (group := group_of.get(eqn.outvars[0])) is None:
             inputs = _variables(eqn)
-            if alone and not (inputs and fixed.issuperset(inputs)):
-                continue
-            if eqn.outvars[0] in read:
-                continue
-            if (group := group_of.get(eqn.outvars[0])) is None:
-                one = as_jaxpr([eqn], inputs, eqn.outvars)
-                read.update(zip(eqn.outvars, core.eval_jaxpr(one, (), *(read[var] for var in inputs)), strict=True))
-            else:
-                x, matrices = read[eqn.invars[0]], [read[each.invars[1]] for each in group]
-                read.update(zip([each.outvars[0] for each in group], _product(eqn, x, matrices), strict=True))
-            fixed.update(eqn.outvars if alone else ())
+            one = as_jaxpr([eqn], inputs, eqn.outvars)
+            read.update(zip(eqn.outvars, core.eval_jaxpr(one, (), *(read[var] for var in inputs)), strict=True))
+        elif eqn is group[0]:
+            x, matrices = read[eqn.invars[0]], [read[each.invars[1]] for each in group]
+            read.update(zip([each.outvars[0] for each in group], _product(eqn, x, matrices), strict=True))
     return [var.val if isinstance(var, jex.Literal) else read[var] for var in jaxpr.outvars]
 
 
 def _product(eqn: Any, x: Any, matrices: Sequence[Any]) -> list[Any]:
-    """The products of x with each matrix, as one."""
+    """The products of x with each matrix, as one product or sum."""
     ((_, (contracted,)), _) = eqn.params["dimension_numbers"]
     widths = [matrix.shape[1 - contracted] for matrix in matrices]
     order = sorted(range(len(widths)), key=lambda i: -widths[i])  # so that wide parts begin at even places
-    whole = eqn.primitive.bind(x, jnp.concatenate([matrices[i] for i in order], axis=1 - contracted), **eqn.params)
+    matrix = jnp.concatenate([matrices[i] for i in order], axis=1 - contracted)
+    if _is_small(eqn):
+        dtype = wide(eqn.outvars[0].aval.dtype)
+        terms = (x[..., i, None].astype(dtype) * matrix[i].astype(dtype) for i in range(matrix.shape[0]))
+        whole = functools.reduce(operator.add, terms).astype(eqn.outvars[0].aval.dtype)
+    else:
+        whole = eqn.primitive.bind(x, matrix, **eqn.params)
     parts = jnp.split(whole, np.cumsum([widths[i] for i in order])[:-1].tolist(), axis=-1)
     return [part for _, part in sorted(zip(order, parts, strict=True), key=lambda pair: pair[0])]
 

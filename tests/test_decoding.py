@@ -11,7 +11,7 @@ from marks import few
 from transformers import GPT2Config, LlamaConfig, Qwen2Config
 
 import lora_jax
-from lora_jax import models
+from lora_jax import _ahead, models
 from lora_jax._ahead import ahead
 from lora_jax.generate import generate
 from lora_jax.generate._loop import _generate, _on_one_device
@@ -182,13 +182,14 @@ def test_a_result_that_needs_no_argument_is_given_back():
     assert [np.asarray(value).tolist() for value in call(jnp.ones(()))] == [[0.0, 1.0], 0.0, 3.0, 1.0]
 
 
-def test_products_of_one_operand_are_one_product():
+def test_products_of_one_operand_are_one_product(monkeypatch):
     """Kernels that are slices of the fixed values; not one that is larger than what it is made of."""
     fixed = {
         "stack": jnp.arange(24.0).reshape(2, 3, 4),
         "a": jnp.arange(3.0)[:, None],
         "half": jnp.ones((3, 2), "bfloat16"),
     }
+    monkeypatch.setattr(_ahead, "MOST_TERMS", 0)
 
     def function(fixed, x):
         wide = fixed["half"].astype(jnp.float32)
@@ -200,6 +201,27 @@ def test_products_of_one_operand_are_one_product():
     assert primitives(apart, x).count("dot_general") == 5
     assert primitives(merged, x).count("dot_general") == 3
     assert "concatenate" not in primitives(merged, x)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_products_over_few_numbers_are_sums(dtype):
+    """They are accumulated in float32, as products are; larger ones, and those of many rows, stay products."""
+    rng = np.random.default_rng(0)
+    fixed = {"b": jnp.asarray(rng.normal(size=(2, 4, 6)), dtype), "w": jnp.asarray(rng.normal(size=(40, 3)), dtype)}
+
+    def function(fixed, x, wide, many):
+        return x @ fixed["b"][0], wide @ fixed["w"], many @ fixed["b"][1]
+
+    args = [jnp.asarray(rng.normal(size=shape), dtype) for shape in ((2, 1, 4), (1, 40), (65, 4))]
+    call = ahead(function, fixed, *args, merge=True)
+    assert primitives(call, *args).count("dot_general") == 2
+    for got, expected in zip(call(*args), function(fixed, *args), strict=True):
+        np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (got, expected)), rtol=1e-2, atol=1e-6)
+    exact = np.asarray(args[0], np.float64) @ np.asarray(fixed["b"][0], np.float64)
+    assert got.dtype == dtype
+    np.testing.assert_allclose(
+        np.asarray(call(*args)[0], np.float64), exact, rtol=2.0**-8 if dtype == "bfloat16" else 1e-5
+    )
 
 
 def test_what_depends_on_constants_and_fixed_values_is_computed_once():
