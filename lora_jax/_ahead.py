@@ -1,6 +1,7 @@
 """Computing once what depends on fixed arguments alone, for a function that a loop calls many times."""
 
 import functools
+import itertools
 import math
 import operator
 from collections.abc import Callable, Collection, Sequence
@@ -8,7 +9,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import core
 from jax.extend import core as jex
 
@@ -161,7 +161,8 @@ def _product(eqn: Any, x: Any, matrices: Sequence[Any]) -> list[Any]:
         whole = functools.reduce(operator.add, terms).astype(eqn.outvars[0].aval.dtype)
     else:
         whole = eqn.primitive.bind(x, matrix, **eqn.params)
-    parts = jnp.split(whole, np.cumsum([widths[i] for i in order])[:-1].tolist(), axis=-1)
+    ends = list(itertools.accumulate(widths[i] for i in order))
+    parts = jnp.split(whole, ends[:-1], axis=-1)
     return [part for _, part in sorted(zip(order, parts, strict=True), key=lambda pair: pair[0])]
 
 

@@ -19,7 +19,7 @@ from transformers import BertConfig, Gemma2Config, GPT2Config, LlamaConfig, Qwen
 import lora_jax
 from lora_jax import models
 from lora_jax.models import _kernels
-from lora_jax.models._attention_choice import Case, choose
+from lora_jax.models._attention_choice import Case, Choice, choose
 from lora_jax.models._execution import execution
 from lora_jax.train import next_token_loss
 
@@ -189,9 +189,9 @@ def chosen(attention="auto", platform="cuda", **case):
 
 
 def test_choices_by_platform_and_shape():
-    assert chosen() == ("cudnn", "", False)
+    assert chosen() == Choice("cudnn", "")
     assert chosen(platform="gpu").form == "cudnn"
-    assert chosen(platform="cpu", length=64) == ("xla", "", False)
+    assert chosen(platform="cpu", length=64) == Choice("xla", "", blocks=True)
     assert chosen(platform="cpu").form == "blockwise"
     assert chosen(platform="rocm", length=64).form == "xla"
     assert str(chosen(dtype=jnp.float32, length=64)) == (
@@ -203,7 +203,7 @@ def test_choices_by_platform_and_shape():
     assert chosen(cached=True).form == "xla"
     assert "cache" in chosen(cached=True).why
     assert "one device" in chosen(platform="tpu").why  # there are eight here
-    assert chosen("splash", platform="tpu") == ("splash", "", False)
+    assert chosen("splash", platform="tpu") == Choice("splash", "")
     assert chosen("splash", platform="cpu").interpreted
 
 
@@ -331,7 +331,7 @@ def test_blocks_of_queries_are_the_definition(case):
         return np.einsum("bnts,bsnd->btnd", weights / np.maximum(weights.sum(-1, keepdims=True), 1e-300), v)
 
     def form(q, k, v):
-        return _kernels.xla(q, k, v, mask, causal=causal, scale=0.4, softcap=softcap, segments=segments)
+        return _kernels.xla(q, k, v, mask, causal=causal, scale=0.4, softcap=softcap, segments=segments, blocks=True)
 
     seen = real[:, :, None, None]
     low = [x.astype(np.float32) for x in (q, k, v)]

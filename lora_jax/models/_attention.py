@@ -220,7 +220,9 @@ def attend(
     options: dict[str, Any] = {"causal": causal, "scale": scale}
     k, v = _as_cut(layout, q, k), _as_cut(layout, q, v)
     if choice.form not in KERNELS:
-        form = _kernels.blockwise if choice.form == "blockwise" else _kernels.xla
+        form = _kernels.blockwise
+        if choice.form == "xla":
+            form = functools.partial(_kernels.xla, blocks=choice.blocks)
         return checkpoint_name(form(q, k, v, mask, segments=segments, softcap=softcap, **options), SAVED)
     kernel = _kernels.cudnn
     if choice.form == "splash":

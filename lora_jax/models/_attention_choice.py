@@ -40,6 +40,7 @@ class Choice(NamedTuple):
     form: str
     why: str
     interpreted: bool = False  # a kernel on another platform than the one that it is written for
+    blocks: bool = False  # whether "xla" takes causal queries in blocks: on a GPU each costs seconds of compilation
 
     def packs(self, attention_mask: Any) -> bool:
         """Return whether the real tokens of each row must be moved to its front."""
@@ -55,6 +56,10 @@ def choose(execution: Execution, case: Case) -> Choice:
     Raises:
         ValueError: The requested form can't compute it.
     """
+    return _chosen(execution, case)._replace(blocks=execution.platform == "cpu")
+
+
+def _chosen(execution: Execution, case: Case) -> Choice:
     asked = execution.attention
     if asked in ("xla", "blockwise"):
         return Choice("xla" if case.length == 1 else asked, "as requested")

@@ -19,17 +19,19 @@ SHORT = 128  # queries of a block of `xla`, which are more where there would be 
 MOST_BLOCKS = 8  # each is compiled apart
 
 
-def xla(q, k, v, mask, *, causal: bool, scale: float, softcap: float | None = None, segments=None) -> jax.Array:
-    """Compute the scores in float32, [B, N, T, S]; causal queries in blocks, each with the keys up to its own end.
-
-    So up to half of the scores after the query aren't computed.
+def xla(
+    q, k, v, mask, *, causal: bool, scale: float, softcap: float | None = None, segments=None, blocks: bool = False
+) -> jax.Array:
+    """Compute the scores in float32, [B, N, T, S].
 
     Args:
         mask: Bool, broadcast to [B, 1, T, S]; None if `causal` is all.
+        blocks: Whether causal queries are taken in blocks, each with the keys up to its own end: up to half of the
+            scores that causality forbids aren't computed.
         softcap: The bound c of the scores: c · tanh(scores / c).
     """
     length = q.shape[1]
-    if length < SHORT and softcap is None:
+    if softcap is None and (length < SHORT or not blocks):
         if segments is not None:
             mask = _both(mask, segments[:, None, :, None] == segments[:, None, None, :])
         return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, scale=scale)
@@ -37,11 +39,12 @@ def xla(q, k, v, mask, *, causal: bool, scale: float, softcap: float | None = No
     shape = (*q.shape[:2], k.shape[2], -1, q.shape[3])
     grouped = (q * scale if dtype == q.dtype else q).reshape(shape).transpose(0, 2, 3, 1, 4)  # [B, K, N/K, T, d]
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, K, S, d]
-    size = max(SHORT, -(-length // MOST_BLOCKS)) if causal else length
+    causal_blocks = causal and blocks
+    size = max(SHORT, -(-length // MOST_BLOCKS)) if causal_blocks else length
     parts = []
     for begin in range(0, length, size):
         end = min(begin + size, length)
-        keys = end if causal else k.shape[2]
+        keys = end if causal_blocks else k.shape[2]
         allowed = jnp.arange(keys) <= jnp.arange(begin, end)[:, None] if causal else None
         if mask is not None:
             rows = mask if mask.shape[2] == 1 else mask[:, :, begin:end]
