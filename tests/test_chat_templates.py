@@ -134,14 +134,14 @@ def test_a_turn_of_weight_0_is_context(tokenizer):
         told(tokenizer, TURNS[0], other | {"weight": 0.5})
 
 
-def test_earlier_answers_are_context_where_the_last_has_a_block_for_reasoning(tokenizer):
-    """As with Qwen 3's template."""
+def test_earlier_answers_are_learned_as_the_text_has_them(tokenizer):
+    """The last has a block for reasoning, as with Qwen 3's template."""
     tokenizer.chat_template = (
         "{% for m in messages %}({{ m.role }}){% if m.role == 'assistant' and loop.last %}[]{% endif %}{{ m.content }}"
         "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}(assistant){% endif %}"
     )
     turns = (*TURNS, TURNS[0], {"role": "assistant", "content": "ab"})
-    assert told(tokenizer, *turns) == "[]ab</s>"
+    assert told(tokenizer, *turns) == "yes</s>[]ab</s>"
     assert told(tokenizer, *TURNS) == "[]yes</s>"
     ids = data.encode([Chat(turns)], tokenizer, 200).examples[0].input_ids
     expected = tokenizer.apply_chat_template(list(turns), tokenize=False)
@@ -156,7 +156,7 @@ def test_a_conversation_may_begin_with_the_assistant(tokenizer):
     assert told(tokenizer, greeting, TURNS[0], other) == "ab</s>"
     rows = [Chat(turns) for turns in (TURNS, (greeting, TURNS[0], other), (greeting, TURNS[0]), (greeting,))]
     encoded = data.encode(rows, tokenizer, 200)
-    assert (encoded.rewritten, encoded.left_out) == (3, 2)
+    assert (encoded.unfound, encoded.left_out) == (3, 2)
     expected = tokenizer.apply_chat_template(list(rows[1].messages), tokenize=False)
     assert tokenizer.decode(encoded.examples[1].input_ids) == expected
     tokenizer.chat_template = CHAT
@@ -219,7 +219,7 @@ def test_keys_that_no_template_reads_are_reported_once(tokenizer):
 
 def test_many_conversations_share_a_bound_of_time(tokenizer, monkeypatch):
     """Each within its own bound, and all together for hours."""
-    for name, seconds in (("SECONDS", 1.0), ("SECONDS_A_PART", 0.0), ("SECONDS_A_ROW", 0.002)):
+    for name, seconds in (("SECONDS", 1.0), ("SECONDS_A_TURN", 0.0), ("SECONDS_A_ROW", 0.002)):
         monkeypatch.setattr(_chat_template, name, seconds)
     loop = "{% for i in range(20000) %}{% for j in range(10) %}{% endfor %}{% endfor %}"
     tokenizer.chat_template = loop + CHAT

@@ -228,7 +228,11 @@ def test_what_has_no_effect_in_rows_is_reported_once(world, tmp_path, capsys):
         "rows_truncated": 0,
         "rows_crossing": 0,
         "rows_rewritten": 0,
+        "rows_unfound": 0,
+        "rows_unprompted": 0,
         "rows_incomplete": 0,
+        "rows_omitted": 0,
+        "rows_shortened": 0,
     }
 
 
@@ -242,7 +246,7 @@ def test_turns_that_are_context_are_reported(world, tmp_path, capsys):
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"messages": turns[:count]}) + "\n" for count in (2, 4, 4)))
     assert main(["evaluate", "--model", str(tmp_path / "model"), "--data", str(rows), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["rows_rewritten"] == 2
+    assert json.loads(capsys.readouterr().out)["rows_unfound"] == 2
 
 
 def test_a_model_that_is_not_finite_is_named(refused, world, tmp_path):

@@ -265,7 +265,7 @@ def test_a_template_that_rewrites_earlier_turns_leaves_the_last():
         ("<u:xy$><a:-$><u:xy$><a:xy$>", "xy$>"),
         ("<u:xy$><a:xy$>", "xy$>"),
     ]
-    assert encoded.rewritten == 2
+    assert (encoded.unfound, encoded.shortened) == (2, 2)
     assert encoded.left_out == 0
 
 
@@ -275,10 +275,10 @@ def test_a_last_turn_that_no_generation_prompt_begins():
             text = super().apply_chat_template(messages, tokenize=tokenize, add_generation_prompt=False)
             return text + "<a:(think)" * add_generation_prompt
 
-    with pytest.raises(
-        ValueError, match="row 1: the tokenizer's chat template writes another text for turn 2 than its"
-    ):
-        data.encode([Chat(({"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}))], Reasoning(), 100)
+    rows = [Chat(({"role": "user", "content": "x"}, {"role": "assistant", "content": said})) for said in ("y", "(t")]
+    encoded = data.encode(rows, Reasoning(), 100)
+    assert [told(row) for row in encoded.examples] == [("<u:x$><a:y$>", "y$>"), ("<u:x$><a:(t$>", "(t$>")]
+    assert encoded.unprompted == 2
 
 
 def test_a_turn_whose_generation_prompt_is_refused_is_context():
@@ -291,7 +291,7 @@ def test_a_turn_whose_generation_prompt_is_refused_is_context():
     turns = tuple({"role": role, "content": "xy"} for role in ("assistant", "user", "assistant"))
     encoded = data.encode([Chat(turns)], Beginning(), 100)
     assert [told(row) for row in encoded.examples] == [("<a:xy$><u:xy$><a:xy$>", "xy$>")]
-    assert encoded.rewritten == 1
+    assert encoded.unfound == 1
 
 
 def test_rows_with_no_target_left_are_counted_and_left_out():

@@ -44,11 +44,12 @@ def test_the_turns_that_are_learned(loss, expected):
 
 
 def test_earlier_turns_that_a_template_rewrites_are_none_of_the_last():
-    rewriting = CHAT.replace("{{ m.content }}", "{{ m.content if loop.last or m.role != 'assistant' }}")
-    assert learned(Chat(TURNS), "last", rewriting)[1].rewritten == 0
-    assert learned(Chat(TURNS), "all", rewriting)[1].rewritten == 1
-    texts, encoded = learned(Chat(TURNS), "prompt-and-completion", rewriting)
-    assert (len(texts), encoded.rewritten) == (1, 0)
+    rewriting = CHAT.replace("{{ m.content }}", "{{ m.content if loop.last or m.role != 'assistant' else 'b' }}")
+    for shown, name in ((rewriting.replace("'b'", "'!' + m.content"), "rewritten"), (rewriting, "unfound")):
+        assert getattr(learned(Chat(TURNS), "last", shown)[1], name) == 0
+        assert getattr(learned(Chat(TURNS), "all", shown)[1], name) == 1
+        texts, encoded = learned(Chat(TURNS), "prompt-and-completion", shown)
+        assert (len(texts), getattr(encoded, name)) == (1, 0)
 
 
 def test_a_weight_counts_where_turns_are_selected():

@@ -13,6 +13,15 @@ from lora_jax.train import Task
 from lora_jax.train._config import Goal
 
 SPLITS = ("train", "valid")
+CHATS = {  # counts of `Encoded`, in words
+    "rewritten": "with earlier turns learned as the chat template rewrites them once they aren't the last",
+    "unfound": "with assistant's turns that aren't targets:"
+    " the chat template's text doesn't have them, or it refuses their generation prompt",
+    "unprompted": "with turns whose generation prompt has more than the text before them, such as <think>",
+    "incomplete": "with answers of which the chat template leaves out or changes a part, such as reasoning",
+    "omitted": "with other messages of which the chat template leaves out or changes content",
+    "shortened": "without the messages after the last target, with which the chat template rewrites it",
+}
 COUNTED = 1_000  # first rows of each stream that are tokenised before training to report what is cut
 
 
@@ -128,7 +137,7 @@ def encode(rows: Rows, model: Any, max_length: int, seed: int = 0) -> EncodedRow
         [_encode(_name(rows, split, number), part, rows, model, max_length) for number, part in enumerate(parts)]
         for split, parts in ((split, rows.parts[split]) for split in SPLITS)
     )
-    report_unread(*(name for part in (*train, *valid) if isinstance(part, data.Encoded) for name in part.unread))
+    report_ignored(*(part for part in (*train, *valid) if isinstance(part, data.Encoded)))
     examples, held_out = [part.examples for part in train], [example for part in valid for example in part.examples]
     weights = getattr(rows.source and rows.source.flags, "data_weights", ())
     if rows.streamed and rows.source is not None:
@@ -177,16 +186,9 @@ def _report(split: str, encoded: data.Encoded[Any] | data.EncodedLabelled, lengt
             line += f", {encoded.dropped:,} left out because they are longer than {length} tokens"
         if without_target := encoded.left_out - encoded.dropped:
             line += f", {without_target:,} left out because no target remained"
-        if encoded.rewritten:
-            line += (
-                f", {encoded.rewritten:,} with assistant's turns that aren't targets:"
-                " the chat template rewrites them, or refuses their generation prompt"
-            )
-        if encoded.incomplete:
-            line += (
-                f", {encoded.incomplete:,} with answers of which the chat template leaves out or changes a part,"
-                " such as reasoning"
-            )
+        for name, what in CHATS.items():
+            if count := getattr(encoded, name):
+                line += f", {count:,} {what}"
         if encoded.crossing:
             line += (
                 f", {encoded.crossing:,} whose prompt ends within a token"
@@ -202,14 +204,19 @@ def _report_first(rows: Rows, source: DataSource, tokenizer: Any, length: int) -
             found = encode_some(part, tokenizer, length, rows.truncation_mode, rows.loss)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-        report_unread(*found.unread)
+        report_ignored(found)
         _report(f"train, beginning of {path}", found, length)
 
 
-def report_unread(*names: str) -> None:
-    """Print a line on the keys of messages that the chat template ignores."""
-    if names:
-        keys = data.listed(dict.fromkeys(names))
+def report_ignored(*encoded: data.Encoded[Any]) -> None:
+    """Print a line on the keys of messages that the chat template ignores, and one on roles that are unknown."""
+    keys = dict.fromkeys(name for part in encoded for name in part.unread)
+    roles = dict.fromkeys(name for part in encoded for name in part.roles)
+    if keys:
         _show.notes().print(
-            f"messages: the chat template doesn't read the keys {keys}; they have no effect", markup=False
+            f"messages: the chat template doesn't read the keys {data.listed(keys)}; they have no effect", markup=False
+        )
+    if roles:
+        _show.notes().print(
+            f"messages: the roles {data.listed(roles)} are unknown; only turns of assistant are targets", markup=False
         )

@@ -124,10 +124,9 @@ def _evaluate_text(settings: Settings, rows: Sequence[Row]) -> dict[str, Any]:
         "rows_left_out": encoded.left_out,
         "rows_truncated": encoded.truncated,
         "rows_crossing": encoded.crossing,
-        "rows_rewritten": encoded.rewritten,
-        "rows_incomplete": encoded.incomplete,
+        **{f"rows_{name}": getattr(encoded, name) for name in _rows.CHATS},
     }
-    _rows.report_unread(*encoded.unread)
+    _rows.report_ignored(encoded)
     if not settings.data:
         metrics["execution_accuracy"] = _embedded.answer(model, params, settings.split or "test").accuracy
     return metrics

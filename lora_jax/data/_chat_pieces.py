@@ -1,33 +1,40 @@
 """Dividing the text of a conversation into pieces that are targets and pieces that aren't."""
 
+import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from lora_jax.data._chat_template import Budget, refusal, render_parts, template_of
-from lora_jax.data._rows import Chat, Loss, is_target
+from lora_jax.data._chat_template import Budget, refusal, rendered, template_of
+from lora_jax.data._rows import ASSISTANT, Chat, Loss, is_target
+from lora_jax.data._turns import REASONING
 
 Pieces = list[tuple[str, bool]]  # text, and whether its tokens are targets
 
 OURS = ("role", "content", "weight")
-# transformers passes each of these to a template under all three names.
-REASONING = ("reasoning_content", "thinking", "reasoning")
+OTHERS = ("system", "developer", "user", "tool", "function", "ipython", "observation")  # roles
+HEADER = 40  # characters of a generation prompt that may have the beginning of an answer, such as <think>
 
 
 class ChatPieces(NamedTuple):
-    """The text of a conversation in pieces."""
+    """The text of a conversation in pieces, and what the chat template has done to it."""
 
     pieces: Pieces
-    rewritten: int = 0  # turns that are no targets because their beginning or end can't be found in the text
-    incomplete: bool = False  # a target hasn't all of its message's content
+    rewritten: bool = False  # a target has another form than while it was the last turn
+    unfound: bool = False  # a turn is no target because the text doesn't have it, or no generation begins with it
+    unprompted: bool = False  # the generation prompt has more than the text before a target
+    incomplete: bool = False  # a target hasn't all of its message's content, reasoning and calls
+    omitted: bool = False  # the text hasn't all content of a message that isn't the assistant's
+    shortened: bool = False  # messages after the last target are left out, with which it would have another form
 
 
 def chat_pieces(row: Chat, tokenizer: Any, number: int, budget: Budget, loss: Loss = "all") -> ChatPieces:
     """Render a conversation with the tokenizer's chat template, divided before and after each turn that is a target.
 
-    A turn is a target if the text has it as it was when it was the last one, because generation writes that. A template
-    may rewrite earlier turns, as Qwen 3's does, which leaves their reasoning out, or refuse the generation prompt
-    alone, as Qwen 2.5's does where a conversation begins with the assistant: such a turn is context.
+    The targets are what the text has of the turns. A template may rewrite earlier turns, as Qwen 3's does, which
+    leaves their reasoning out. If it rewrites the last target, the text ends with that turn, because what follows isn't
+    learned. A turn that isn't in the text is context, and so is the first turn where the template refuses a generation
+    prompt alone, as Qwen 2.5's does.
 
     Args:
         row: The conversation.
@@ -37,8 +44,7 @@ def chat_pieces(row: Chat, tokenizer: Any, number: int, budget: Budget, loss: Lo
         loss: `"last"` has only the last of the targets, `"prompt-and-completion"` the whole text as one.
 
     Raises:
-        ValueError: There is no template, it raises an error or takes too long, or the last turn that is to be a target
-            can't be found in its text.
+        ValueError: There is no template, or it raises an error or takes too long.
     """
     messages = row.messages
     if not getattr(tokenizer, "chat_template", None):
@@ -47,49 +53,67 @@ def chat_pieces(row: Chat, tokenizer: Any, number: int, budget: Budget, loss: Lo
             'add a template to it, or give rows of {"prompt", "completion"}'
         )
     try:
-        targets = [turn for turn, message in enumerate(messages) if is_target(message)]
+        answers = [turn for turn, message in enumerate(messages) if is_target(message)]
     except ValueError as error:
         raise ValueError(f"row {number}: {error}") from None
-    if loss != "all":
-        targets = targets[-1:] if loss == "last" else []
+    targets = {"all": answers, "last": answers[-1:], "prompt-and-completion": []}[loss]
     shown = [{name: value for name, value in message.items() if name != "weight"} for message in messages]
-    parts = [part for turn in targets for part in ((turn, True), (turn + 1, False))]
+    others = [turn for turn, message in enumerate(messages) if message["role"] != ASSISTANT and any(_texts(message))]
     try:
-        whole, lengths = render_parts(shown, tokenizer, parts, budget=budget, tools=row.tools)
+        whole, turns, missing = rendered(shown, tokenizer, targets, others, budget=budget, tools=row.tools)
     except ValueError as error:
         raise ValueError(f"row {number}: {refusal(error)}") from error
+    if turns and targets[-1] + 1 < len(messages) and (turns[-1] is None or turns[-1].rewritten):
+        shorter = row._replace(messages=messages[: targets[-1] + 1])  # what follows isn't learned
+        return chat_pieces(shorter, tokenizer, number, budget, loss)._replace(shortened=True)
+    written = _without_space(whole)
+    omitted = bool(missing) or not all(_has_all(written, messages[turn]) for turn in others)
     if loss == "prompt-and-completion":
-        return ChatPieces([(whole, True)])
-    pieces, end, rewritten, incomplete = [], 0, 0, False
-    for turn, start, stop in zip(targets, lengths[::2], lengths[1::2], strict=True):
-        if start is not None and stop is not None and end <= start <= stop:
-            pieces += [(whole[end:start], False), (whole[start:stop], True)]
-            # The generation prompt may have the beginning of the content, such as <think>.
-            incomplete |= not _has_content(whole[end:stop], messages[turn])
-            end = stop
-        elif turn != targets[-1]:
-            rewritten += 1
-        elif turn + 1 < len(messages):  # what follows it isn't learned, so it may as well be the last
-            return chat_pieces(row._replace(messages=messages[: turn + 1]), tokenizer, number, budget, loss)
-        elif turn == 0:  # no generation begins with nothing
-            rewritten += 1
-        else:
-            raise ValueError(
-                f"row {number}: the tokenizer's chat template writes another text for turn {turn + 1} than its "
-                "generation prompt begins, or refuses the turns before it, so the turn can't be found; give a template "
-                "whose texts agree, or learn the whole text (--loss prompt-and-completion)"
-            )
+        incomplete = not all(_has_all(written, messages[turn]) for turn in answers)
+        return ChatPieces([(whole, True)], incomplete=incomplete, omitted=omitted)
+    pieces, end, learned, incomplete = [], 0, [], False
+    for turn, found in zip(targets, turns, strict=True):
+        if found is not None and end <= found.start and _has_any(whole[found.start : found.stop], messages[turn]):
+            pieces += [(whole[end : found.start], False), (whole[found.start : found.stop], True)]
+            text = whole[max(end, found.start - HEADER) : found.stop]
+            incomplete |= not _has_all(_without_space(text), messages[turn])
+            end = found.stop
+            learned.append(found)
     if end < len(whole) or not pieces:
         pieces.append((whole[end:], False))
-    return ChatPieces(pieces, rewritten, incomplete)
+    return ChatPieces(
+        pieces,
+        rewritten=any(found.rewritten for found in learned),
+        unfound=len(learned) < len(targets),
+        unprompted=any(found.unprompted for found in learned),
+        incomplete=incomplete,
+        omitted=omitted,
+    )
 
 
-def _has_content(text: str, message: Mapping[str, Any]) -> bool:
-    """Return whether a text has all content of a message, apart from white space, which templates often change."""
-    content, written = message.get("content"), _without_space(text)
+def _has_all(written: str, message: Mapping[str, Any]) -> bool:
+    """Return whether a text without white space, which templates often change, has all that a message says."""
+    forms = ((text, json.dumps(text, ensure_ascii=False)[1:-1]) for text in _texts(message))  # of tools often as JSON
+    return all(any(_without_space(form) in written for form in both) for both in forms)
+
+
+def _has_any(text: str, message: Mapping[str, Any]) -> bool:
+    """Return whether a text has a word that a message says, or the message says none."""
+    words = {word for said in _texts(message) for word in re.findall(r"\w+", said)}
+    return not words or any(word in text for word in words)
+
+
+def _texts(message: Mapping[str, Any]) -> Iterator[str]:
+    """The texts of a message's content and reasoning, and the names of the tools that it calls."""
+    content = message.get("content")
     parts = content if isinstance(content, list) else [{"text": content}]
-    texts = [part.get("text") for part in parts if isinstance(part, Mapping)]
-    return all(_without_space(part) in written for part in texts if isinstance(part, str))
+    calls = message.get("tool_calls")
+    calls = calls if isinstance(calls, list | tuple) else []
+    functions = [call.get("function", call) for call in calls if isinstance(call, Mapping)]
+    found = [part.get("text") for part in parts if isinstance(part, Mapping)]
+    found += [message.get(name) for name in REASONING]
+    found += [function.get("name") for function in functions if isinstance(function, Mapping)]
+    return (text for text in found if isinstance(text, str) and text)
 
 
 def _without_space(text: str) -> str:
@@ -106,3 +130,8 @@ def keys_unread(rows: Iterable[Chat], tokenizer: Any) -> tuple[str, ...]:
     if words & {*REASONING}:
         read |= {*REASONING}
     return tuple(sorted(map(str, keys - read)))
+
+
+def roles_unknown(rows: Iterable[Chat]) -> tuple[str, ...]:
+    """Roles of messages that are neither the assistant's nor known ones of others."""
+    return tuple(sorted({message["role"] for row in rows for message in row.messages} - {ASSISTANT, *OTHERS}))

@@ -10,11 +10,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
+
+from lora_jax.data import _turns
+from lora_jax.data._turns import Turn
 
 PROGRAM = pathlib.Path(__file__).parent / "_render_template.py"
 SECONDS = 5.0  # CPU time for a conversation; an ordinary one takes a millisecond
-SECONDS_A_PART = 0.05  # more CPU time for each part of it whose length is asked for
+SECONDS_A_TURN = 0.1  # more CPU time for each turn of it that is to be found
 SECONDS_A_ROW = 0.02  # CPU time for each conversation of a data set, whose sum and SECONDS are the limit for all
 MEMORY = 256 * 2**20  # bytes, plus 64 times the size of the messages
 LONGEST = 2**22  # characters of a text, plus 16 times the messages'
@@ -48,13 +51,13 @@ def render_chat(
     '<user>2 + 2?<assistant>'
     """
     try:
-        return render_parts(messages, tokenizer, (), add_generation_prompt, tools=tools)[0]
+        return rendered(messages, tokenizer, add_generation_prompt=add_generation_prompt, tools=tools).text
     except ValueError as error:
         raise ValueError(refusal(error)) from error
 
 
 def refusal(error: Exception) -> str:
-    """The error of `render_parts` as a short line."""
+    """The error of `rendered` as a short line."""
     said = " ".join(str(error).split())
     said = said if len(said) <= LONGEST_ERROR else f"{said[:LONGEST_ERROR]}..."
     return f"the tokenizer's chat template refuses it ({said})"
@@ -66,13 +69,13 @@ class Budget:
     def __init__(self):
         self.allowed, self.taken = SECONDS, 0.0
 
-    def spend(self, seconds: float, parts: int) -> None:
+    def spend(self, seconds: float, turns: int) -> None:
         """Add the time of one conversation.
 
         Raises:
             ValueError: All so far have taken more than they may.
         """
-        self.allowed += SECONDS_A_ROW + SECONDS_A_PART * parts
+        self.allowed += SECONDS_A_ROW + SECONDS_A_TURN * turns
         self.taken += seconds
         if self.taken > self.allowed:
             raise ValueError(
@@ -80,37 +83,62 @@ class Budget:
             )
 
 
-def render_parts(
+class Rendered(NamedTuple):
+    """The text of a conversation, where its turns are, and which of its messages it hasn't."""
+
+    text: str
+    turns: list[Turn | None]
+    left_out: list[int]
+
+
+def rendered(
     messages: Sequence[Message],
     tokenizer: Any,
-    parts: Sequence[tuple[int, bool]],
+    turns: Sequence[int] = (),
+    others: Sequence[int] = (),
+    *,
     add_generation_prompt: bool = False,
     budget: Budget | None = None,
     tools: Sequence[Mapping[str, Any]] = (),
-) -> tuple[str, list[int | None]]:
-    """The text of a conversation, and the length of the text of each part of it.
+) -> Rendered:
+    """Render a conversation, and find turns in its text.
 
-    A part is a number of first messages, and whether the generation prompt follows them. Its length is None if the
-    template refuses it, or the text of the conversation doesn't begin with the part's text. The texts of the parts
-    aren't returned, because all together may be very long.
+    The texts of its parts, by which turns are found, aren't returned, because all together may be very long.
+
+    Args:
+        messages: The conversation.
+        tokenizer: A tokenizer with a chat template.
+        turns: The numbers of turns of the assistant that are to be found.
+        others: The numbers of messages that `left_out` is asked for.
+        add_generation_prompt: As for `render_chat`.
+        budget: The CPU time that is left for rendering.
+        tools: As for `render_chat`.
 
     Raises:
         ValueError: As `render_chat`.
     """
-    given = [{name: value for name, value in message.items() if value is not None} for message in messages]
+    # Rows of columns have None for the keys that other rows have.
+    given = [
+        {name: value for name, value in message.items() if value is not None or _is_silent(message, name)}
+        for message in messages
+    ]
     template = template_of(tokenizer)
     if template is None:
         raise ValueError("the tokenizer has none")
     if not _is_transformers(tokenizer):
-        whole = _called(given, tokenizer, add_generation_prompt, tools)
-        return whole, [_length(whole, given[:count], tokenizer, prompt, tools) for count, prompt in parts]
-    request = {"messages": given, "parts": parts, "prompt": add_generation_prompt, "template": template}
-    request["tools"] = list(tools) or None
+        return _called(given, tokenizer, turns, others, add_generation_prompt, tools)
+    request = {"messages": given, "turns": turns, "others": others, "prompt": add_generation_prompt}
+    request |= {"template": template, "tools": list(tools) or None, "names": tokenizer.special_tokens_map}
     with _lock:
-        text, lengths, seconds = _renderer().ask(request | {"names": tokenizer.special_tokens_map})
+        answer = _renderer().ask(request)
     if budget is not None:
-        budget.spend(seconds, len(parts))
-    return text, lengths
+        budget.spend(answer["seconds"], len(turns))
+    return Rendered(answer["text"], [found and Turn(*found) for found in answer["turns"]], answer["left_out"])
+
+
+def _is_silent(message: Message, name: str) -> bool:
+    """Return whether a key is the content of a message that calls tools and says nothing."""
+    return name == "content" and bool(message.get("tool_calls"))
 
 
 def template_of(tokenizer: Any) -> str | None:
@@ -133,22 +161,34 @@ def _is_transformers(tokenizer: Any) -> bool:
     return getattr(method, "__module__", None) == "transformers.tokenization_utils_base"
 
 
-def _called(messages: list[dict[str, Any]], tokenizer: Any, prompt: bool, tools: Sequence[Mapping[str, Any]]) -> str:
+def _called(
+    messages: list[dict[str, Any]],
+    tokenizer: Any,
+    turns: Sequence[int],
+    others: Sequence[int],
+    prompt: bool,
+    tools: Sequence[Mapping[str, Any]],
+) -> Rendered:
+    """`rendered` by the tokenizer's own method, in this process."""
     more = {"tools": list(tools)} if tools else {}
+
+    def text_of(shown: _turns.Messages, prompt: bool) -> str:
+        return tokenizer.apply_chat_template(list(shown), tokenize=False, add_generation_prompt=prompt, **more)
+
+    def text_or_none(shown: _turns.Messages, prompt: bool) -> str | None:
+        try:
+            return text_of(shown, prompt)
+        except Exception:  # a template may need messages that a part of the conversation lacks
+            return None
+
+    messages = list(_turns.with_content(messages, text_or_none))
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **more)
+        whole = text_of(messages, prompt)
     except Exception as error:  # a template may raise any exception
         raise ValueError(str(error)) from error
-
-
-def _length(
-    whole: str, messages: list[dict[str, Any]], tokenizer: Any, prompt: bool, tools: Sequence[Mapping[str, Any]]
-) -> int | None:
-    try:
-        text = _called(messages, tokenizer, prompt, tools)
-    except ValueError:
-        return None
-    return len(text) if whole.startswith(text) else None
+    end = getattr(tokenizer, "eos_token", None) or ""
+    found = [_turns.find(whole, messages, turn, text_or_none, end) for turn in turns]
+    return Rendered(whole, found, _turns.left_out(whole, messages, others, text_or_none))
 
 
 class _Renderer:
@@ -166,13 +206,13 @@ class _Renderer:
         )
         self.owner = os.getpid()
 
-    def ask(self, request: dict[str, Any]) -> tuple[str, list[int | None], float]:
-        """The text, the lengths of the parts, and the CPU time that it took.
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The answer to a request: the text, what was found in it, and the CPU time that it took.
 
         Raises:
             ValueError: The template raised an error or exceeded a limit.
         """
-        seconds = SECONDS + SECONDS_A_PART * len(request["parts"])
+        seconds = SECONDS + SECONDS_A_TURN * len(request["turns"])
         try:
             line = json.dumps(request | {"seconds": seconds, "memory": MEMORY, "longest": LONGEST}).encode()
         except (TypeError, RecursionError) as error:
@@ -180,7 +220,7 @@ class _Renderer:
         answer = self._exchange(line, seconds)
         if "error" in answer:
             raise ValueError(answer["error"])
-        return answer["text"], answer["lengths"], answer["seconds"]
+        return answer
 
     def _exchange(self, line: bytes, seconds: float) -> dict[str, Any]:
         to, back = self._process.stdin, self._process.stdout

@@ -5,11 +5,12 @@ from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar, get_arg
 
 import numpy as np
 
-from lora_jax.data._chat_pieces import ChatPieces, Pieces, chat_pieces, keys_unread
+from lora_jax.data._chat_pieces import ChatPieces, Pieces, chat_pieces, keys_unread, roles_unknown
 from lora_jax.data._chat_template import Budget
 from lora_jax.data._joint import Boundaries, Joint
-from lora_jax.data._rows import Chat, Completion, Labelled, Loss, Preference, Row, Text
+from lora_jax.data._rows import Chat, Completion, Labelled, Loss, Preference, Row, Text, listed
 
+COUNTED = ChatPieces._fields[1:]  # what is counted of conversations
 TruncationMode = Literal["keep_end", "keep_start", "drop"]
 
 
@@ -66,8 +67,14 @@ class Encoded(NamedTuple, Generic[_Example]):
     crossing: int = 0  # rows in which one token has the end of a prompt and the beginning of the text after it
     unread: tuple[str, ...] = ()  # keys of messages that the chat template doesn't read
     dropped: int = 0  # rows left out because they are longer than max_length
-    rewritten: int = 0  # rows with assistant's turns that are context: the chat template rewrites or refuses them
-    incomplete: int = 0  # rows with a target of whose content the chat template leaves out or changes a part
+    roles: tuple[str, ...] = ()  # roles that are unknown, whose messages aren't targets
+    # Rows by what the chat template does to their conversations:
+    rewritten: int = 0  # with targets that have another form than while they were the last turn
+    unfound: int = 0  # with assistant's turns that aren't in the text, or whose generation prompt is refused
+    unprompted: int = 0  # with targets before which the text has only the beginning of the generation prompt
+    incomplete: int = 0  # with targets of which content, reasoning or calls are left out or changed, at least in part
+    omitted: int = 0  # with other messages of which content is left out or changed, at least in part
+    shortened: int = 0  # without the messages after the last target, with which it would have another form
 
 
 def encode(
@@ -81,14 +88,19 @@ def encode(
 
     A row is tokenised as one text, so that its tokens decode to prompt + completion exactly, and the tokens of a
     conversation are the tokens of `apply_chat_template`. The tokens of the completion, or of the assistant's turns, are
-    targets, except for the turn of a message with a `"weight"` of 0, and for earlier turns that the template has in
-    another form than when they were last or whose generation prompt it refuses, as that of a conversation that begins
-    with the assistant (rows of these are counted in `rewritten`). Where the template leaves out or changes a part of a
-    target, such as reasoning within the content, the row is counted in `incomplete`. A token that has the end of a
-    prompt and the beginning of the text after it is a target too, and the row is counted in `crossing`: generation
-    tokenises the prompt alone, so it begins with other tokens than training had. To avoid this, put the space between
-    the two into the completion. The end-of-sequence token is appended, as a target, unless the text already ends with
-    it, as with some chat templates.
+    targets, except for the turn of a message with a `"weight"` of 0. A token that has the end of a prompt and the
+    beginning of the text after it is a target too, and the row is counted in `crossing`: generation tokenises the
+    prompt alone, so it begins with other tokens than training had. To avoid this, put the space between the two into
+    the completion. The end-of-sequence token is appended, as a target, unless the text already ends with it, as with
+    some chat templates.
+
+    A turn is learned as the text of the whole conversation has it. Templates for models that reason write some turns
+    otherwise than generation does, and rows of these are counted: in `rewritten` where an earlier turn has another form
+    than while it was the last, in `unprompted` where the generation prompt has more than the text before the turn, such
+    as R1's `<think>`, in `incomplete` and `omitted` where a part of a target or of another message isn't in the text.
+    If the last target would be rewritten, the messages after it are left out (`shortened`). A turn that isn't in the
+    text, or whose generation prompt the template refuses, as that of a conversation that begins with the assistant, is
+    context (`unfound`).
 
     The first token of a row is never a target, because no token predicts it. A row of more than `max_length` tokens
     keeps its last tokens, because the answer is among them, and the tokenizer's beginning-of-sequence token if the row
@@ -105,8 +117,7 @@ def encode(
 
     Raises:
         ValueError: `truncation_mode` or `loss` is another; the rows have labels; the tokenizer has no end-of-sequence
-            token, or no chat template for `Chat` rows; the last of the assistant's turns can't be found in the
-            template's text; every row was left out.
+            token, or no chat template for `Chat` rows; every row was left out.
 
     >>> from lora_jax import data
     >>> class Letters:
@@ -125,8 +136,7 @@ def encode(
     check_encoding(tokenizer, max_length, truncation_mode, loss)
     found = encoded(rows, tokenizer, max_length, truncation_mode, loss)
     if not found.examples:
-        why = _reason(truncation_mode == "drop")
-        raise ValueError(f"max_length: {max_length} given, but none of {len(rows)} rows has a target within it: {why}")
+        raise without_targets(rows, found, max_length, truncation_mode == "drop")
     return found
 
 
@@ -158,18 +168,16 @@ def encoded(
     examples = [cut(example, max_length, truncation_mode, tokenizer) for example in examples]
     with_targets = [example for example in examples if example.targets.any()]
     crossing = sum(joint.crossings > 0 for joint in joints)
-    unread = keys_unread((row for row in rows if isinstance(row, Chat)), tokenizer)
-    rewritten = sum(row.rewritten > 0 for row in divided)
-    incomplete = sum(row.incomplete for row in divided)
+    chats = [row for row in rows if isinstance(row, Chat)]
     return Encoded(
         with_targets,
         left_out=len(rows) - len(with_targets),
         truncated=0 if drop else long,
         crossing=crossing,
-        unread=unread,
+        unread=keys_unread(chats, tokenizer),
         dropped=long if drop else 0,
-        rewritten=rewritten,
-        incomplete=incomplete,
+        roles=roles_unknown(chats),
+        **{name: sum(getattr(row, name) for row in divided) for name in COUNTED},
     )
 
 
@@ -201,10 +209,21 @@ def cut(example: Example, max_length: int, truncation_mode: TruncationMode, toke
     return Example(ids[kept], targets)
 
 
-def _reason(drop: bool) -> str:
+def without_targets(rows: Sequence[Row], found: Encoded[Any], max_length: int, drop: bool) -> ValueError:
+    """The error for rows of which none has a target."""
+    if found.unfound == len(rows):
+        return ValueError(
+            f"the texts of the tokenizer's chat template have an answer in none of {len(rows)} rows, or no generation"
+            " prompt before it; give another template (--chat-template FILE), or learn the whole text"
+            " (--loss prompt-and-completion)"
+        )
+    roles = listed(dict.fromkeys(message["role"] for row in rows if isinstance(row, Chat) for message in row.messages))
+    turns = "there are no assistant turns" + (f" (the roles are {roles})" if isinstance(rows[0], Chat) else "")
     if drop:
-        return "all are longer, or have no assistant turns; truncation_mode keep_end would cut them"
-    return "the prompts alone are longer (truncation_mode keep_end keeps the answers), or there are no assistant turns"
+        why = f"all are longer, or {turns}; truncation_mode keep_end would cut them"
+    else:
+        why = f"the prompts alone are longer (truncation_mode keep_end keeps the answers), or {turns}"
+    return ValueError(f"max_length: {max_length} given, but none of {len(rows)} rows has a target within it: {why}")
 
 
 def _example(joint: Joint, pieces: Pieces, eos: int) -> Example:

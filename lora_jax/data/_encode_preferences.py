@@ -3,8 +3,17 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from lora_jax.data._chat_pieces import keys_unread
-from lora_jax.data._encode import Encoded, Example, Tokenizer, TruncationMode, check_encoding, cut, tokenized
+from lora_jax.data._chat_pieces import keys_unread, roles_unknown
+from lora_jax.data._encode import (
+    COUNTED,
+    Encoded,
+    Example,
+    Tokenizer,
+    TruncationMode,
+    check_encoding,
+    cut,
+    tokenized,
+)
 from lora_jax.data._rows import Chat, Preference
 
 
@@ -71,20 +80,21 @@ def encode_preferences(
     if not with_targets:
         raise ValueError(
             f"max_length: {max_length} given, but none of {len(rows)} rows has a token of both answers within it;"
-            " give a larger one, or truncation_mode keep_end, which keeps the answers"
+            " give a larger one, truncation_mode keep_end, which keeps the answers, or another chat template"
         )
 
     def either(counted: Any) -> int:
         """Rows of which `counted` is true in one half or the other."""
         return sum(any(map(counted, row)) for row in zip(*(zip(*half, strict=True) for half in halves), strict=True))
 
+    chats = [half for row in rows for half in row if isinstance(half, Chat)]
     return Encoded(
         with_targets,
         left_out=len(rows) - len(with_targets),
         truncated=0 if drop else sum(long),
         crossing=either(lambda half: half[1].crossings),
-        unread=keys_unread((half for row in rows for half in row if isinstance(half, Chat)), tokenizer),
+        unread=keys_unread(chats, tokenizer),
         dropped=sum(long) if drop else 0,
-        rewritten=either(lambda half: half[2].rewritten),
-        incomplete=either(lambda half: half[2].incomplete),
+        roles=roles_unknown(chats),
+        **{name: either(lambda half, name=name: getattr(half[2], name)) for name in COUNTED},
     )

@@ -5,16 +5,19 @@ or from filling the memory: jinja has no hook in which one filter, one method or
 stopped. The operating system can stop them, with a timer of CPU time that ends the process and a limit of its address
 space.
 
-The program reads requests, one JSON object a line, and answers each with one. It is run as a file, so that nothing else
-of this package is imported.
+The program reads requests, one JSON object a line, and answers each with one. It is run as a file, and loads
+`_turns.py` as one, so that nothing else of this package is imported.
 """
 
 import contextlib
 import json
 import os
+import pathlib
+import runpy
 import signal
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 try:
@@ -23,6 +26,7 @@ except ImportError:  # Windows
     resource = None
 
 MEBIBYTE = 2**20
+TURNS = runpy.run_path(str(pathlib.Path(__file__).with_name("_turns.py")))
 
 
 def main() -> None:
@@ -42,41 +46,41 @@ def main() -> None:
 
 
 def _answer(render: Any, line: bytes) -> dict[str, Any]:
-    """The answer to one request: `{"text", "lengths", "seconds"}` or `{"error"}`.
+    """The answer to one request: `{"text", "turns", "left_out", "seconds"}` or `{"error"}`.
 
-    `text` is the rendered text, `lengths` has the length of each part's text (None where the template refuses the
-    part, or the whole text doesn't begin with its text), and `seconds` is the CPU time.
+    `text` is the rendered text, `turns` has a `Turn` for each of the turns asked for, or None, `left_out` the messages
+    among the others asked for that the text hasn't, and `seconds` is the CPU time.
     """
     request = json.loads(line)
     memory, longest = request["memory"] + 64 * len(line), request["longest"] + 16 * len(line)
     messages, tools = request["messages"], request["tools"]
     template, names = request["template"], request["names"]
 
-    def text_of(count: int, prompt: bool) -> str:
+    def text_of(shown: Sequence[Mapping[str, Any]], prompt: bool) -> str:
         # Copies of the messages, as a template may change them.
-        given = [dict(message) for message in messages[:count]]
+        given = [dict(message) for message in shown]
         found = render([given], tools=tools, chat_template=template, add_generation_prompt=prompt, **names)
         text = (found[0] if isinstance(found, tuple) else found)[0]
         if len(text) > longest:
             raise ValueError(f"it writes {len(text):,} characters, {longest:,} are allowed")
         return text
 
-    def length_of(whole: str, count: int, prompt: bool) -> int | None:
+    def text_or_none(shown: Sequence[Mapping[str, Any]], prompt: bool) -> str | None:
         try:
-            text = text_of(count, prompt)
+            return text_of(shown, prompt)
         except MemoryError:
             raise
-        except Exception:  # a template may need messages that the part lacks
+        except Exception:  # a template may need messages that a part of the conversation lacks
             return None
-        return len(text) if whole.startswith(text) else None
 
     began = time.process_time()
     try:
         with _limits(request["seconds"], memory):
-            whole, lengths = text_of(len(messages), request["prompt"]), []
-            for count, prompt in request["parts"]:
-                lengths.append(length_of(whole, count, prompt))
-        return {"text": whole, "lengths": lengths, "seconds": time.process_time() - began}
+            messages = TURNS["with_content"](messages, text_or_none)
+            whole, end = text_of(messages, request["prompt"]), names.get("eos_token") or ""
+            turns = [TURNS["find"](whole, messages, turn, text_or_none, end) for turn in request["turns"]]
+            left_out = TURNS["left_out"](whole, messages, request["others"], text_or_none)
+        return {"text": whole, "turns": turns, "left_out": left_out, "seconds": time.process_time() - began}
     except MemoryError:
         return {"error": f"it needs more than {memory // MEBIBYTE:,} MiB of memory"}
     except Exception as error:  # a template can raise any error

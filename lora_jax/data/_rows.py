@@ -72,6 +72,8 @@ class Preference(NamedTuple):
 
 Row = Text | Completion | Chat | Labelled | Preference
 
+ASSISTANT = "assistant"
+MEANS_ASSISTANT = ("model", "gpt", "chatgpt", "bot", "chatbot", "ai", "function_call")  # roles of other files and APIs
 LONGEST_QUOTE = 40  # characters of a value in a message
 
 
@@ -79,7 +81,7 @@ def is_target(message: Mapping[str, Any]) -> bool:
     """Return whether a message of a chat is a target.
 
     Raises:
-        ValueError: Its weight is neither 0 nor 1.
+        ValueError: Its weight is neither 0 nor 1, or its role is another name of the assistant's.
 
     >>> [is_target({"role": role, "weight": 1}) for role in ("user", "assistant")]
     [False, True]
@@ -89,7 +91,10 @@ def is_target(message: Mapping[str, Any]) -> bool:
     weight = message.get("weight")
     if weight is not None and weight not in (0, 1):
         raise ValueError(f'"weight" is {quoted(weight)}, expected 0 or 1')
-    return message["role"] == "assistant" and weight != 0
+    role = message["role"]
+    if role != ASSISTANT and role.strip().casefold() in (ASSISTANT, *MEANS_ASSISTANT):
+        raise ValueError(f'"role" is {quoted(role)}, expected assistant for turns of the model; rename it')
+    return role == ASSISTANT and weight != 0
 
 
 def quoted(value: Any, most: int = LONGEST_QUOTE) -> str:

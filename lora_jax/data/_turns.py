@@ -1,0 +1,131 @@
+"""Finding the text of a turn in the text of its conversation, which a chat template may write in another form.
+
+`_render_template.py` loads this file without the package, so that long texts needn't be sent to another process.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+Messages = Sequence[dict[str, Any]]
+Render = Callable[[Messages, bool], str | None]  # with the generation prompt or not; None: the template refuses it
+
+# transformers passes each of these to a template under all three names.
+REASONING = ("reasoning_content", "thinking", "reasoning")
+
+
+class Turn(NamedTuple):
+    """The characters of a turn in the text of its conversation: what generation would write."""
+
+    start: int
+    stop: int
+    rewritten: bool = False  # the turn has another text while it is the last
+    unprompted: bool = False  # the text before it has only the beginning of the generation prompt
+
+
+def find(whole: str, messages: Messages, turn: int, render: Render, end_token: str = "") -> Turn | None:
+    """Find a turn of the assistant in the text of a conversation.
+
+    It begins where the generation prompt ends, and ends where the text of the messages up to it does. Where the whole
+    text doesn't begin with these two, as with R1's generation prompt, which ends in `<think>`, or Qwen 3's empty
+    reasoning of a last turn, the conversation is rendered with a mark in place of the turn: the turn's text is what is
+    between the mark's left and right sides. So no character that a prompt and an answer happen to share is taken for a
+    part of the prompt.
+
+    Args:
+        whole: The text of the conversation.
+        messages: Its messages.
+        turn: The number of the turn.
+        render: Renders messages.
+        end_token: A token that some templates, such as Phi 3's, write after the last turn of a text.
+
+    Returns:
+        None if the text doesn't have the turn, or no generation begins with it.
+    """
+    asked, said = render(messages[:turn], True), render(messages[: turn + 1], False)
+    if asked is None and not turn:
+        return None
+    start = None if asked is None else _length(whole, asked)
+    stop = None if said is None else _length(whole, said, end_token)
+    unprompted, rewritten = start is None, stop is None
+    mark = mark_for(whole)
+    for other in _marked(messages[turn], mark) if unprompted or rewritten else ():
+        sides = _sides(render([*messages[:turn], other, *messages[turn + 1 :]], False), mark)
+        if sides is None:
+            continue
+        before, after = sides
+        if start is None and whole.startswith(before):
+            # Where it doesn't, an earlier turn of the generation prompt's text has another form.
+            start, unprompted = len(before), asked is not None and asked.startswith(before)
+        end = len(whole) - len(after)
+        # With the mark beside calls of tools, the right side has the calls.
+        if stop is None and not other.get("tool_calls") and whole.endswith(after) and len(before) < end:
+            alone = _sides(render([*messages[:turn], other], False), mark)
+            stop = end + ((_length(whole, alone[1], end_token, end) or 0) if alone else 0)
+    if start is None or stop is None or start >= stop:
+        return None
+    return Turn(start, stop, rewritten, unprompted)
+
+
+def with_content(messages: Messages, render: Render) -> Messages:
+    """The messages with no content where it is None, beside calls of tools, or with one that the template takes.
+
+    transformers leaves None out. Templates that add contents to texts refuse that: R1's takes None, Qwen 3's "".
+    """
+    silent = {number for number, message in enumerate(messages) if message.get("content", "") is None}
+    absent = [
+        {name: value for name, value in message.items() if value is not None or number not in silent}
+        for number, message in enumerate(messages)
+    ]
+    if not silent or render(absent, False) is not None:
+        return absent
+    empty = [message | {"content": ""} if number in silent else message for number, message in enumerate(messages)]
+    return next((given for given in (messages, empty) if render(given, False) is not None), absent)
+
+
+def left_out(whole: str, messages: Messages, numbers: Sequence[int], render: Render) -> list[int]:
+    """The messages among `numbers` of whose content nothing is written: a mark in its place isn't either."""
+    mark, marked = mark_for(whole), list(messages)
+    for number in numbers:
+        marked[number] = {**messages[number], "content": _replaced(messages[number].get("content"), f"{mark}{number}e")}
+    text = render(marked, False) if numbers else None
+    return [] if text is None else [number for number in numbers if f"{mark}{number}e" not in text]
+
+
+def mark_for(text: str) -> str:
+    """A word that isn't in a text, of letters and digits, which no template escapes or cuts.
+
+    >>> mark_for("no x0x, but x1x")
+    'x2x'
+    """
+    number = 0
+    while (mark := f"x{number}x") in text:
+        number += 1
+    return mark
+
+
+def _marked(message: dict[str, Any], mark: str) -> Iterator[dict[str, Any]]:
+    """The message with a mark in place of all that it says, and with its calls and reasoning beside the mark."""
+    other = {**message, "content": _replaced(message.get("content"), mark)}
+    alone = {name: value for name, value in other.items() if name not in ("tool_calls", *REASONING)}
+    yield alone
+    if alone != other:
+        yield other
+
+
+def _replaced(content: Any, mark: str) -> Any:
+    return [{"type": "text", "text": mark}] if isinstance(content, list) else mark
+
+
+def _sides(text: str | None, mark: str) -> tuple[str, str] | None:
+    if text is None or text.count(mark) != 1:
+        return None
+    before, _, after = text.partition(mark)
+    return before, after
+
+
+def _length(whole: str, text: str, end_token: str = "", at: int = 0) -> int | None:
+    """The length of a text that is in another at a place, perhaps without an end token; None if it isn't."""
+    if whole.startswith(text, at):
+        return len(text)
+    shorter = text.rstrip().removesuffix(end_token) if end_token else text
+    return len(shorter) if len(shorter) < len(text.rstrip()) and whole.startswith(shorter, at) else None

@@ -1,0 +1,301 @@
+"""Which text of a conversation is learned where its chat template writes turns otherwise than generation does.
+
+The templates are small ones in the style of those of models that reason or call tools.
+"""
+
+import json
+
+import pytest
+from tokenizers_of import CHAT, byte_level
+
+from lora_jax import data
+from lora_jax.cli import _rows
+from lora_jax.data import Chat, Completion, Preference
+from lora_jax.data._encode import COUNTED
+from lora_jax.data._rows import Loss
+from lora_jax.data._turns import find
+
+# R1's distilled models: reasoning is cut away everywhere, and the generation prompt opens it.
+R1 = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}<A>{% generation %}"
+    "{% if m.content is none %}{% for call in m.tool_calls %}<call>{{ call.function.name }}{% endfor %}"
+    "{% else %}{{ m.content.split('</think>')[-1] }}{% endif %}{{ eos_token }}{% endgeneration %}"
+    "{% else %}<{{ m.role }}>{{ m.content }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<A><think>{{ '\n' }}{% endif %}"
+)
+# QwQ: the last turn keeps its reasoning.
+QWQ = (
+    "{% for m in messages %}{% if m.role != 'assistant' %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% else %}"
+    "[assistant]{% set said = m.content if loop.last else m.content.split('</think>')[-1] %}"
+    "{% generation %}{{ said }}{{ eos_token }}{% endgeneration %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]<think>{{ '\n' }}{% endif %}"
+)
+# Qwen 3: turns after the user's last message have their reasoning, and the last one has it even if it is empty.
+QWEN = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}{% set at = namespace(user=-1) %}"
+    "{% for m in messages %}{% if m.role == 'user' %}{% set at.user = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}[{{ m.role }}]{% if m.role == 'assistant' %}{% set why = m.reasoning_content or '' %}"
+    "{% set thinks = loop.index0 > at.user and (loop.last or why) %}{% generation %}"
+    "{% if thinks %}<think>{{ why }}</think>{% endif %}"
+    "{{ '' + m.content }}{% for call in m.tool_calls or [] %}<call>{{ call.function | tojson }}</call>{% endfor %}"
+    "{{ eos_token }}{{ '\n' }}{% endgeneration %}{% else %}{{ m.content }}{{ eos_token }}{{ '\n' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+THINKING = QWEN.replace("%}[assistant]{%", "%}[assistant]<think>{%")  # a Qwen 3 that always reasons
+ADD = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def answer(text, **more):
+    return {"role": "assistant", "content": text, **more}
+
+
+def call(number, **more):
+    return answer(
+        None, tool_calls=[{"type": "function", "function": {"name": "add", "arguments": {"a": number}}}], **more
+    )
+
+
+SYSTEM, RESULT = {"role": "system", "content": "be brief"}, {"role": "tool", "content": "3"}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return byte_level()
+
+
+@pytest.fixture
+def learned(tokenizer):
+    """The text of each stretch of targets, and the counts that aren't 0."""
+
+    def of(template, *messages, tools=(), loss: Loss = "all"):
+        tokenizer.chat_template = template
+        encoded = data.encode([Chat(messages, tools)], tokenizer, 1000, loss=loss)
+        texts, before = [], False
+        for token, target in zip(*encoded.examples[0], strict=True):
+            if target:
+                texts = [*texts[:-1], [*texts[-1], token]] if before else [*texts, [token]]
+            before = target
+        counts = {name: getattr(encoded, name) for name in COUNTED if getattr(encoded, name)}
+        return [tokenizer.decode(tokens) for tokens in texts], counts
+
+    return of
+
+
+# --- templates of models that reason ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("said", ["yes", "<think", "<thin ice", "<think>", "\nyes", "<A>"])
+@pytest.mark.parametrize("template", [R1, QWQ])
+def test_an_answer_may_begin_as_the_generation_prompt_goes_on(learned, template, said):
+    """The prompt ends in <think> and a line break, and the text of the turn hasn't these."""
+    assert learned(template, user("a?"), answer(said)) == ([f"{said}</s>"], {"unprompted": 1})
+
+
+def test_turns_of_a_template_that_cuts_reasoning_away(learned):
+    reasoned = answer("<think>\nbecause\n</think>no")
+    assert learned(R1, SYSTEM, user("a?"), answer("yes"), user("b?"), reasoned) == (
+        ["yes</s>", "no</s>"],
+        {"unprompted": 1, "incomplete": 1},
+    )
+    assert learned(R1, user("a?"), answer("no", reasoning_content="because"))[1] == {"unprompted": 1, "incomplete": 1}
+    assert learned(R1, user("a?"), call(1), RESULT, answer("3."))[0] == ["<call>add</s>", "3.</s>"]
+
+
+def test_turns_of_a_template_that_keeps_the_last_reasoning(learned):
+    reasoned = answer("<think>\nbecause</think>no")
+    assert learned(QWQ, user("a?"), reasoned) == (["because</think>no</s>"], {})
+    counts = {"rewritten": 1, "unprompted": 1, "incomplete": 1}
+    assert learned(QWQ, user("a?"), reasoned, user("b?"), reasoned) == (["no</s>", "because</think>no</s>"], counts)
+    assert learned(QWQ, user("a?"), answer("no"), user("b?"), reasoned)[1] == {"unprompted": 1}
+
+
+def test_turns_of_a_template_that_opens_the_last_with_reasoning(learned):
+    """An earlier turn is learned as the text has it, and the last as generation writes it."""
+    assert learned(QWEN, user("a?"), answer("yes")) == (["<think></think>yes</s>\n"], {})
+    asked = (user("a?"), answer("yes", reasoning_content="because"), user("b?"), answer("no"))
+    rewritten = {"rewritten": 1, "incomplete": 1}
+    assert learned(QWEN, *asked) == (["yes</s>\n", "<think></think>no</s>\n"], rewritten)
+    assert learned(QWEN, *asked, loss="last") == (["<think></think>no</s>\n"], {})
+    assert learned(THINKING, *asked) == (["yes</s>\n", "</think>no</s>\n"], rewritten | {"unprompted": 1})
+
+
+@pytest.mark.parametrize(("template", "opened"), [(QWEN, "<think></think>"), (THINKING, "</think>")])
+def test_calls_of_tools_are_targets(learned, template, opened):
+    """The turn of a call isn't the last, so it has no empty reasoning."""
+    called = '<call>{"name": "add", "arguments": {"a": 1}}</call></s>\n'
+    row = (SYSTEM, user("1 + 2?"), call(1), RESULT, answer("It is 3."))
+    texts, counts = learned(template, *row, tools=(ADD,))
+    assert texts == [called, f"{opened}It is 3.</s>\n"]
+    assert counts == {"rewritten": 1} | ({"unprompted": 1} if template == THINKING else {})
+    # In the text up to the second answer the call still has its reasoning, but not in the whole text.
+    row = (*row[:2], call(1, reasoning_content="hm"), *row[3:], user("and?"), call(2), RESULT, answer("4"))
+    texts, counts = learned(template, *row, tools=(ADD,))
+    assert texts == [called, "It is 3.</s>\n", called.replace("1", "2"), f"{opened}4</s>\n"]
+    assert counts["incomplete"] == 1
+
+
+def test_an_end_token_that_closes_a_text_is_none_of_the_turns_before(learned):
+    """As Phi 3's, which has another token at the end of each turn."""
+    template = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% else %}{{ eos_token }}{% endif %}"
+    )
+    texts, counts = learned(template, user("a?"), answer("yes"), user("b?"), answer("no"))
+    assert (texts, counts) == (["yes<|end|>\n", "no<|end|>\n</s>"], {})
+
+
+@pytest.mark.parametrize("template", [R1, QWQ, QWEN])
+def test_targets_are_those_of_transformers(tokenizer, template):
+    """The blocks that mark what the assistant generates, which nothing here reads, begin and end with the targets."""
+    tokenizer.chat_template = template
+    calls = (call(1) | {"content": ""}, RESULT) if template == QWEN else ()
+    for row in (
+        (user("a?"), answer("yes")),
+        (SYSTEM, user("a?"), answer("<yes"), user("b?"), answer("no")),
+        (SYSTEM, user("a?"), *calls, answer("yes"), user("b?"), *calls, answer("<think")),
+    ):
+        ids, targets = data.encode([Chat(row, (ADD,))], tokenizer, 1000).examples[0]
+        expected = tokenizer.apply_chat_template(
+            list(row), tools=[ADD], return_dict=True, return_assistant_tokens_mask=True
+        )
+        assert ids.tolist() == expected["input_ids"]
+        assert targets.tolist() == [bool(target) for target in expected["assistant_masks"]]
+        assert targets.sum() > 1
+
+
+def test_a_turn_of_which_the_text_has_the_end_alone_is_not_found():
+    """The last turn has its content, and the same as an earlier one hasn't."""
+
+    def render(messages, prompt):
+        last = len(messages) - 1
+        said = (m["content"] if i == last or m["content"] != "yes" else "" for i, m in enumerate(messages))
+        return "".join(f"[{m['role']}]{text}." for m, text in zip(messages, said, strict=True)) + "[assistant]" * prompt
+
+    turns = [user("a?"), answer("yes"), user("b?"), answer("no")]
+    whole = render(turns, False)
+    assert find(whole, turns, 1, render) is None
+    found = find(whole, turns, 3, render)
+    assert found is not None
+    assert whole[found.start : found.stop] == "no."
+
+
+# --- content of None -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shown", "expected"),
+    [
+        ("m.content", "<call>"),  # which writes None as a word
+        ("'' + m.content", "<call>"),  # Qwen 3: what isn't a text fails
+        ("'none' if m.content is none else '' + m.content", "none<call>"),  # R1
+        ("'none' if m.content is not defined else m.content", "none<call>"),
+    ],
+)
+def test_a_call_without_content(learned, shown, expected):
+    template = CHAT.replace("m.content", shown).replace("{{ eos", "{% if m.tool_calls %}<call>{% endif %}{{ eos")
+    for turns in ([], [RESULT, answer("3")]):
+        texts, _ = learned(template.replace("<call>", "<call>add"), user("a?"), call(1), *turns)
+        assert texts[0] == f"{expected}add</s>\n"
+
+
+# --- what a template leaves out --------------------------------------------------------------------------------------
+
+
+def test_a_row_without_an_answer_in_its_text_is_left_out(tokenizer):
+    tokenizer.chat_template = CHAT.replace("{{ m.content }}", "{{ m.content if m.content != 'yes' }}")
+    lost, kept = Chat((user("a?"), answer("yes"))), Chat((user("a?"), answer("no")))
+    encoded = data.encode([lost, kept, lost], tokenizer, 200)
+    assert (len(encoded.examples), encoded.left_out, encoded.unfound) == (1, 2, 2)
+    with pytest.raises(ValueError, match=r"have an answer in none of 2 rows, .* \(--loss prompt-and-completion\)$"):
+        data.encode([lost, lost], tokenizer, 200)
+    pairs = [Preference(kept, lost), Preference(kept, Chat((user("a?"), answer("so"))))]
+    encoded = data.encode_preferences(pairs, tokenizer, 200)
+    assert (len(encoded.examples), encoded.left_out, encoded.unfound) == (1, 1, 1)
+    with pytest.raises(ValueError, match="or another chat template"):
+        data.encode_preferences(pairs[:1], tokenizer, 200)
+
+
+def test_calls_that_a_template_leaves_out_are_no_answers(learned):
+    """Else the model would learn to say nothing."""
+    texts, counts = learned(CHAT, user("a?"), call(1), RESULT, answer("3."))
+    assert (texts, counts) == (["3.</s>\n"], {"unfound": 1})
+
+
+def test_messages_that_a_template_leaves_out_are_counted(tokenizer):
+    """Also where the text has the same words by chance."""
+    parts = {"role": "user", "content": [{"type": "text", "text": "a?"}, {"type": "text", "text": "b?"}]}
+    rows = [Chat((*before, user("a?"), answer("be brief, a? 3"))) for before in ((), (SYSTEM,), (RESULT,), (parts,))]
+
+    def omitted(shown):
+        tokenizer.chat_template = CHAT.replace("{{ m.content }}", shown)
+        return data.encode(rows, tokenizer, 200).omitted
+
+    assert omitted("{{ m.content if m.content is string else m.content | map(attribute='text') | join }}") == 0
+    assert omitted("{{ m.content if m.content is string else m.content[0].text }}") == 1
+    assert omitted("{{ m.content if m.role in ('user', 'assistant') }}") == 2
+    quoted = Chat((user('say "a"\n'), answer("a")))
+    tokenizer.chat_template = CHAT.replace("{{ m.content }}", "{{ m.content | tojson }}")
+    assert data.encode([quoted], tokenizer, 200).omitted == 0
+
+
+def test_messages_after_the_last_target_are_counted_where_they_are_left_out(learned):
+    row = (user("a?"), answer("yes"), user("b?"))
+    assert learned(QWEN, *row) == (["<think></think>yes</s>\n"], {"shortened": 1})
+    assert learned(R1, *row) == (["yes</s>"], {"unprompted": 1})
+    assert learned(CHAT, *row) == (["yes</s>\n"], {})
+
+
+def test_all_of_a_text_is_compared_with_its_messages(learned):
+    reasoned = answer("<think>because</think>yes")
+    assert learned(R1, user("a?"), reasoned, loss="prompt-and-completion")[1] == {"incomplete": 1}
+    assert learned(R1, user("a?"), answer("yes"), loss="prompt-and-completion")[1] == {}
+
+
+def test_each_count_is_printed(tokenizer, capsys):
+    tokenizer.chat_template = R1
+    cut = Chat((user("a?"), answer("<think>because</think>yes")))
+    _rows._report("train", data.encode([cut, Chat((user("a?"), answer("yes")))], tokenizer, 200), 200)
+    line = capsys.readouterr().out
+    assert line.startswith("train: 2 rows, 2 with turns whose generation prompt has more than the text before them")
+    assert "1 with answers of which the chat template leaves out or changes a part, such as reasoning" in line
+    assert tuple(_rows.CHATS) == COUNTED
+
+
+def test_roles_are_printed_once(tokenizer, capsys):
+    tokenizer.chat_template = CHAT
+    encoded = data.encode([Chat(({"role": "narrator", "content": "a?"}, answer("yes")))], tokenizer, 200)
+    _rows.report_ignored(encoded, encoded)
+    line = "messages: the roles narrator are unknown; only turns of assistant are targets\n"
+    assert capsys.readouterr().err == line
+
+
+# --- roles -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("role", ["model", "Assistant", "gpt", "bot", "ASSISTANT "])
+def test_other_names_of_the_assistant_are_refused(tokenizer, tmp_path, role):
+    tokenizer.chat_template = CHAT
+    expected = rf'"role" is {role!r}, expected assistant for turns of the model; rename it$'
+    turns = [user("a?"), {"role": role, "content": "yes"}]
+    with pytest.raises(ValueError, match=f"^row 1: {expected}"):
+        data.encode([Chat(tuple(turns))], tokenizer, 200)
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"messages": turns}))
+    with pytest.raises(ValueError, match=rf"rows.jsonl:1: messages\[1\]: {expected}"):
+        data.load(path)
+
+
+def test_roles_that_are_unknown_are_named(tokenizer):
+    tokenizer.chat_template = CHAT
+    rows = [
+        Chat((SYSTEM, {"role": role, "content": "a?"}, RESULT, answer("yes"))) for role in ("narrator", "user", "x")
+    ]
+    assert data.encode(rows, tokenizer, 200).roles == ("narrator", "x")
+    with pytest.raises(ValueError, match=r"no assistant turns \(the roles are system, narrator\)$"):
+        data.encode([Chat(rows[0].messages[:2])], tokenizer, 200)
+    with pytest.raises(ValueError, match=r"no assistant turns$"):
+        data.encode([Completion("a" * 20, "b")], tokenizer, 3, "keep_start")
