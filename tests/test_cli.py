@@ -2,9 +2,11 @@
 
 import contextlib
 import errno
+import importlib
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -402,6 +404,49 @@ def test_every_command_has_help(capsys):
     for name in COMMANDS:
         assert main([name, "--help"]) == 0
         assert f"usage: lora-jax {name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["train", "sweep"])
+def test_help_begins_with_what_is_set_most(command, capsys, monkeypatch):
+    """Each of these flags is in the first box, in the list's order, and there alone; on a wide screen too."""
+    most_used = importlib.import_module(f"lora_jax.cli.{command}").MOST_USED
+    for columns in ("80", "200"):
+        monkeypatch.setenv("COLUMNS", columns)
+        assert main([command, "--help"]) == 0
+        boxes = [box.partition("╰")[0] for box in capsys.readouterr().out.split("╭")[1:]]
+        flags = [re.findall(r"^│ (?:-h, )?--([\w-]+)", box, re.MULTILINE) for box in boxes]
+        assert boxes[0].startswith("─ most used options ─")
+        assert [flag.replace("-", "_") for flag in flags[0]] == list(most_used)
+        assert len(flags) > 4
+        every = [flag for box in flags for flag in box]
+        assert len({*every}) == len(every) > 60
+        assert os.environ["COLUMNS"] == columns
+        assert len({len(line) for box in boxes for line in box.splitlines() if line.startswith("│")}) == 1
+
+
+def test_help_says_whose_defaults_it_shows(capsys, tmp_path):
+    def first_lines(*words):
+        assert main(["train", *words, "--help"]) == 0
+        text = capsys.readouterr().out
+        return " ".join(text.partition("╭")[0].split()), re.search(r"--rank.*?default: (\d+)", text, re.DOTALL)[1]
+
+    (path := tmp_path / "run.yaml").write_text("model: some/model\nrank: 3\n")
+    of_task, rank = first_lines()
+    assert (
+        "Shown are the defaults of the embedded task. Some differ with your own: see `lora-jax train --data" in of_task
+    )
+    assert rank == str(text_to_sql.DEFAULTS.rank)
+    own = "usage: lora-jax train [-h] [OPTIONS] Fine-tune a model with LoRA."
+    own += " Shown are the defaults for your own model or data"
+    assert first_lines("--data=x")[0] == first_lines("--model", "x")[0] == f"{own}."
+    assert first_lines("--config", str(path)) == (f"{own}, but for the values in {path}.", "3")
+
+
+def test_help_where_there_are_no_boxes(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", text := io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    assert main(["train", "--help"]) == 0
+    text.seek(0)
+    assert "+- most used options -" in text.read()
 
 
 def test_help_loads_no_models():

@@ -11,6 +11,8 @@ from typing import Any
 
 import tyro
 
+from lora_jax.cli import _help
+
 
 def parse(command: ModuleType, words: Sequence[str], *, prog: str) -> Any:
     """Convert flags to the command's `Settings`, whose defaults may depend on the flags.
@@ -18,11 +20,24 @@ def parse(command: ModuleType, words: Sequence[str], *, prog: str) -> Any:
     An error of this library (rank 0) is raised as it is, not in the box in which tyro explains a mistyped flag.
     """
     default = command.defaults(words) if hasattr(command, "defaults") else tyro.MISSING_NONPROP
-    return settings_of(command.Settings, words, default, prog=prog, config=())
+    about = command.description(words) if hasattr(command, "description") else None
+    try:
+        with _help.captured() as text:
+            return settings_of(command.Settings, words, default, prog=prog, config=(), description=about)
+    finally:
+        if text.getvalue():
+            _help.show(text.getvalue(), getattr(command, "MOST_USED", ()))
 
 
 def settings_of(
-    kind: Any, words: Sequence[str], default: Any, *, prog: str, config: Any, in_one_line: bool = False
+    kind: Any,
+    words: Sequence[str],
+    default: Any,
+    *,
+    prog: str,
+    config: Any,
+    description: str | None = None,
+    in_one_line: bool = False,
 ) -> Any:
     """The dataclass `kind` with the values of its flags.
 
@@ -32,12 +47,13 @@ def settings_of(
         default: The value of `kind` where flags are left out.
         prog: What tyro calls the program.
         config: Settings of tyro's.
+        description: The first lines of help; the dataclass's docstring if None.
         in_one_line: Whether a choice that there isn't is a `ValueError` too, without tyro's box.
     """
     messages = io.StringIO()
     try:
         with contextlib.redirect_stderr(messages):
-            return tyro.cli(kind, args=words, prog=prog, default=default, config=config)
+            return tyro.cli(kind, args=words, prog=prog, description=description, default=default, config=config)
     except SystemExit as exit:
         cause = exit.__context__
         while cause is not None and not _raised_by_us(cause):

@@ -31,6 +31,10 @@ EMBEDDED_GRID = ("targets=q;v;q,v;q,k,v,o", "rank=auto", "alpha=2r")
 EMBEDDED_BUDGET = 17_920  # q at rank 7, q and v at 4, all four at 2
 EMBEDDED_STEPS = 40
 
+# Flags with which `--help` begins.
+MOST_USED = ("model", "data", "output", "grid", "budget", "seeds", "rank", "alpha", "targets", "learning_rate")
+MOST_USED += ("batch_size", "num_train_epochs", "max_steps", "max_length", "config", "overwrite")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:

@@ -4,7 +4,7 @@ import functools
 import shlex
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,13 +54,16 @@ RUN_FILES = (
     _template.FILE,
 )
 
+OWN = {"model", "data"}  # flags without which the embedded task is trained
+
+# Flags with which `--help` begins.
+MOST_USED = ("model", "data", "output", "rank", "alpha", "targets", "learning_rate", "batch_size", "num_train_epochs")
+MOST_USED += ("max_steps", "max_length", "eval_steps", "seed", "config", "resume", "overwrite")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Fine-tune a model with LoRA. Without arguments: the embedded model on the embedded text-to-SQL task, offline.
-
-    That run's defaults differ from the defaults for your own data: see `lora-jax train --data FILE --help`.
-    """
+    """Fine-tune a model with LoRA. Without arguments: the embedded model on the embedded text-to-SQL task, offline."""
 
     data: tuple[str, ...] = ()
     """files (jsonl, JSON, CSV, TSV or Parquet), or folders with train.jsonl, or .csv, and perhaps valid.jsonl; or
@@ -94,16 +97,37 @@ class Settings:
 
 def defaults(words: Sequence[str]) -> Settings:
     """The default settings: those of the `--config` file, and others for the embedded task than for data files."""
-    given = {word.split("=")[0].removeprefix("--").replace("-", "_") for word in words if word.startswith("--")}
+    given = _given(words)
     path = _run_file.path_in(words)
     in_file = {} if path is None else _run_file.read(path, Settings)
-    named = given | {name for name, flag in in_file.items() if flag not in (["--data"], ["--model=None"])}
-    settings = Settings() if named & {"model", "data"} else _of_embedded_task("num_train_epochs" in named)
+    named = given | _named(in_file)
+    settings = Settings() if named & OWN else _of_embedded_task("num_train_epochs" in named)
     if path is not None:
         settings = _run_file.settings(path, in_file, settings)
         if "num_train_epochs" in given:  # of which max_steps in the file would be the stronger
             settings = replace(settings, train=replace(settings.train, max_steps=None))
     return settings
+
+
+def description(words: Sequence[str]) -> str:
+    """The first lines of help, which say whose defaults follow."""
+    path = _run_file.path_in(words)
+    in_file = {} if path is None else _run_file.read(path, Settings)
+    own = bool((_given(words) | _named(in_file)) & OWN)
+    whose = "for your own model or data" if own else "of the embedded task"
+    shown = f"Shown are the defaults {whose}" + ("." if path is None else f", but for the values in {path}.")
+    if own:
+        return f"Fine-tune a model with LoRA.\n\n{shown}"
+    return f"{Settings.__doc__}\n\n{shown} Some differ with your own: see `lora-jax train --data FILE --help`."
+
+
+def _given(words: Sequence[str]) -> set[str]:
+    return {word.split("=")[0].removeprefix("--").replace("-", "_") for word in words if word.startswith("--")}
+
+
+def _named(in_file: Mapping[str, Sequence[str]]) -> set[str]:
+    """The settings that a file has; a run's own has none of data and model if it is of the embedded task."""
+    return {name for name, flag in in_file.items() if flag not in (["--data"], ["--model=None"])}
 
 
 def _of_embedded_task(by_epochs: bool) -> Settings:
