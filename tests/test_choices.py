@@ -11,7 +11,7 @@ from lora_jax.checkpoint import Checkpoints, TrainState
 from lora_jax.checkpoint._adapter import about
 from lora_jax.cli import main
 from lora_jax.cli._base import TrainedBase
-from lora_jax.cli._choices import line, of_checkpoint, taken
+from lora_jax.cli._choices import line, of_checkpoint, taken, to_repeat
 from lora_jax.train import TrainConfig
 
 RUN = TrainConfig(batch_size=2, max_length=64)
@@ -81,6 +81,33 @@ def test_a_run_records_and_prints_the_form_that_computes_its_steps(model, platfo
     config = TrainConfig(**{"batch_size": 2, "max_length": 128} | changes)
     assert taken(loaded, config)["attention"] == form
     assert line(loaded, config).startswith(f"attention: {form}")
+
+
+@pytest.mark.parametrize(
+    ("platform", "changes", "steps", "evaluation"),
+    [
+        ("cuda", {"eval_packing": True}, "cudnn", "xla"),
+        ("cuda", {"packing": True}, "xla", "cudnn"),
+        ("cuda", {"packing": True, "eval_packing": True}, "xla", "xla"),
+        ("cuda", {}, "cudnn", "cudnn"),
+        ("tpu", {"eval_packing": True}, "splash", "splash"),  # which takes segments
+    ],
+)
+def test_a_runs_file_repeats_its_evaluation_too(model, platform, changes, steps, evaluation, monkeypatch):
+    """A form that one of the two can't be computed by isn't a flag of the run: "auto" gives each its own."""
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    config = TrainConfig(**{"batch_size": 2, "max_length": 128} | changes)
+    loaded = models.load_abstract(model, jnp.bfloat16, platform=platform)
+    assert taken(loaded, config)["attention"] == steps
+    assert ("evaluation: attention: " + evaluation in line(loaded, config)) is (steps != evaluation)
+    flag = to_repeat(loaded, config)["attention"]
+    assert flag == (steps if steps == evaluation else "auto")
+    again = models.load_abstract(model, jnp.bfloat16, platform=platform, attention=flag)
+    assert line(again, config).partition(" (")[0] == line(loaded, config).partition(" (")[0]
+    if evaluation != steps == "cudnn":
+        forced = models.load_abstract(model, jnp.bfloat16, platform=platform, attention="cudnn")
+        with pytest.raises(ValueError, match="attention: 'cudnn' given, but rows are packed"):
+            line(forced, config)
 
 
 @pytest.mark.slow

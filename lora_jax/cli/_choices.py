@@ -32,13 +32,30 @@ def attention(model: Any, examples: int, length: int, *, packed: bool = False, p
 
 
 def line(model: Any, train: TrainConfig) -> str:
-    """One line on how a model computes its steps: attention, remat and layers."""
-    return f"{_of_steps(model, train)}; remat: {model.remat}; layers: {model.layers}"
+    """One line on how a model computes its steps: attention, remat and layers.
+
+    Raises:
+        ValueError: The form of attention that was asked for can't compute the steps, or their evaluation.
+    """
+    steps, evaluation = _of_steps(model, train), _of_evaluation(model, train)
+    other = "" if evaluation.form == steps.form else f"; evaluation: {evaluation}"
+    return f"{steps}; remat: {model.remat}; layers: {model.layers}{other}"
 
 
 def taken(model: Any, train: TrainConfig) -> dict[str, str]:
     """The choices of a model for the batches of a run, by the names of the flags, with each "auto" resolved."""
     return {"attention": _of_steps(model, train).form, "remat": model.remat, "layers": model.layers}
+
+
+def to_repeat(model: Any, train: TrainConfig) -> dict[str, str]:
+    """The choices that are flags of the same run: `taken`, but "auto" where steps and evaluation differ in attention.
+
+    Evaluation differs where one of the two has packed rows, for which a platform's kernel may have no segments.
+    """
+    choices = taken(model, train)
+    if _of_evaluation(model, train).form != choices["attention"]:
+        choices["attention"] = "auto"
+    return choices
 
 
 def of_checkpoint(
@@ -73,9 +90,13 @@ def of_checkpoint(
     return base
 
 
-def _of_steps(model: Any, train: TrainConfig) -> Any:
-    pairs = train.objective is not None
-    return attention(model, train.micro_batch_size, train.max_length, packed=train.packing, pairs=pairs)
+def _of_steps(model: Any, train: TrainConfig, packed: bool | None = None) -> Any:
+    packed, pairs = train.packing if packed is None else packed, train.objective is not None
+    return attention(model, train.micro_batch_size, train.max_length, packed=packed, pairs=pairs)
+
+
+def _of_evaluation(model: Any, train: TrainConfig) -> Any:
+    return _of_steps(model, train, packed=train.eval_packing)
 
 
 def _taken(base: _base.TrainedBase, train: TrainConfig, labels: Sequence[str] | None) -> dict[str, str]:
