@@ -86,6 +86,28 @@ def test_batches_of_a_stream_go_on_exactly(path, pack, monkeypatch):
             assert all(np.array_equal(batch[name], expected[name]) for name in expected)
 
 
+def test_the_tokenizer_is_looked_into_once(tmp_path):
+    """Afterwards it is called for a row and for its prompt alone, and the examples are those of `encode`."""
+    calls = []
+
+    class Closing(Letters):  # a tokenizer that puts a token behind each text, which the prompt in a row doesn't have
+        eos_token_id = 27
+
+        def __call__(self, text, *, add_special_tokens):
+            calls.append(text)
+            found = super().__call__(text, add_special_tokens=add_special_tokens)["input_ids"]
+            return {"input_ids": [[*ids, 27] if add_special_tokens else ids for ids in found]}
+
+    fields = [{"prompt": "ab", "completion": f"c{text}"} for text in texts()]
+    (path := tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, fields)))
+    rows = iter(data.stream(path, Closing(), 16, buffer_size=1))
+    found = [next(rows) for _ in fields]
+    assert calls.count(["a"]) == 2  # with the token and without
+    assert len(calls) == 2 + 2 * len(fields)
+    expected = data.encode(data.load(path, None), Closing(), 16).examples
+    assert [tuple(map(list, example)) for example in found] == [tuple(map(list, example)) for example in expected]
+
+
 def test_what_cannot_be_streamed(tmp_path):
     (tmp_path / "a.csv").write_text("text\nab\n")
     with pytest.raises(ValueError, match=r"streaming: .*a.csv given, expected a .jsonl or .parquet file"):

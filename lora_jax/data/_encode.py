@@ -181,16 +181,29 @@ def encoded(
     )
 
 
-def tokenized(rows: Sequence[Row], tokenizer: Any, loss: Loss) -> tuple[list[Example], list[Joint], list[ChatPieces]]:
+def boundaries_of(row: Row, tokenizer: Any) -> Boundaries:
+    """What tokenises this row and others of its form; it learns about the tokenizer with the first one."""
+    # The text of a chat template has its special tokens already.
+    return Boundaries(tokenizer, special=not isinstance(row, Chat))
+
+
+def tokenized(
+    rows: Sequence[Row], tokenizer: Any, loss: Loss, boundaries: Boundaries | None = None
+) -> tuple[list[Example], list[Joint], list[ChatPieces]]:
     """The examples of rows, of any length, with the tokens and the pieces that they are made of.
+
+    Args:
+        rows: The rows.
+        tokenizer: The tokenizer.
+        loss: The targets.
+        boundaries: What tokenises them, if earlier rows have made it.
 
     Raises:
         ValueError: A row can't be rendered by the chat template; the message has the row's number.
     """
     budget = Budget()
     divided = [_pieces(row, tokenizer, number, budget, loss) for number, row in enumerate(rows, 1)]
-    # The text of a chat template has its special tokens already.
-    boundaries = Boundaries(tokenizer, special=not isinstance(rows[0], Chat))
+    boundaries = boundaries or boundaries_of(rows[0], tokenizer)
     joints = list(boundaries.join([[text for text, _ in row.pieces] for row in divided]))
     pairs = zip(joints, divided, strict=True)
     return [_example(joint, row.pieces, tokenizer.eos_token_id) for joint, row in pairs], joints, divided

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_jax._extras import require
-from lora_jax.data._encode import Example, TruncationMode, check_encoding, encoded
+from lora_jax.data._encode import Example, TruncationMode, boundaries_of, check_encoding, cut, tokenized
 from lora_jax.data._forms import Format, Parser
+from lora_jax.data._joint import Boundaries
 from lora_jax.data._load import train_files
 from lora_jax.data._rows import Labelled, Loss, Preference, Row
 
@@ -123,22 +124,31 @@ class _Encoder:
     """Tokenises one row; None if no target is left."""
 
     def __init__(self, tokenizer: Any, max_length: int, truncation_mode: TruncationMode, loss: Loss):
-        self._settings = (tokenizer, max_length, truncation_mode, loss)
+        self._tokenizer, self._max_length = tokenizer, max_length
+        self._mode: TruncationMode = truncation_mode
+        self._loss: Loss = loss
         self._without = 0
+        self._boundaries: Boundaries | None = None  # made once: finding out about a tokenizer takes calls of it
 
     def __call__(self, found: Any) -> Example | None:
         where, row = found
+        self._boundaries = self._boundaries or boundaries_of(row, self._tokenizer)
         try:
-            examples = encoded([row], *self._settings).examples
+            [example], _, _ = tokenized([row], self._tokenizer, self._loss, self._boundaries)
         except ValueError as error:
             raise ValueError(f"{where}: {str(error).removeprefix('row 1: ')}") from None
-        self._without = 0 if examples else self._without + 1
+        dropped = self._mode == "drop" and len(example.input_ids) > self._max_length
+        example = cut(example, self._max_length, self._mode, self._tokenizer)
+        if not dropped and example.targets.any():
+            self._without = 0
+            return _placed(example, where)
+        self._without += 1
         if self._without == MOST_WITHOUT_TARGET:
             raise ValueError(
-                f"{where}: max_length {self._settings[1]} given, but none of {MOST_WITHOUT_TARGET:,} rows one after"
+                f"{where}: max_length {self._max_length} given, but none of {MOST_WITHOUT_TARGET:,} rows one after"
                 " another has a target within it; give more, or truncation_mode keep_end"
             )
-        return _placed(examples[0], where) if examples else None
+        return None
 
 
 class _Placed(Example):
