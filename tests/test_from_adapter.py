@@ -13,8 +13,9 @@ from test_cli_labels import write_rows as write_labelled
 
 import lora_jax
 from lora_jax import models, peft, train
-from lora_jax.cli import _base, main
+from lora_jax.cli import _base, _new_tokens, main
 from lora_jax.data import encode, load
+from lora_jax.peft import adapter_folder
 
 
 @pytest.fixture(scope="module")
@@ -73,16 +74,67 @@ def test_what_is_refused(earlier, tmp_path, capsys, words, line):
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"lora-jax: {line.format_map(earlier)}")
 
 
-def test_rows_of_an_embedding_are_refused(earlier, tmp_path, capsys):
-    model = models.load(earlier["model"])
-    rows = {"embed_tokens/embedding": [5, 2]}
-    config = lora_jax.LoRAConfig(rank=2, alpha=4, also_train=["embed_tokens"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rows_of_tables_go_on_alone(earlier, tmp_path, dtype):
+    """The rows that trained are nodes with their full precision, of an untied head too."""
+    model = models.load(earlier["model"], dtype)
+    rows = {"embed_tokens/embedding": (2, 5), "lm_head/kernel": (2, 5)}
+    config = lora_jax.LoRAConfig(rank=2, alpha=4, targets=("q_proj",))
     params = lora_jax.init(jax.random.key(0), model.params, config, axes=_base.kernel_axes(model))
-    peft.save(tmp_path / "rows", params, names=model.names, base_model=earlier["model"], tokens=rows)
-    words = ["--data", earlier["data"], "--output", str(tmp_path / "out"), "--from-adapter", str(tmp_path / "rows")]
-    assert main(["train", *words]) == 2
-    assert "trains rows of an embedding (trainable_token_indices)" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+    base, adapter = lora_jax.split(lora_jax.init_rows(params, rows))
+    trained = lora_jax.combine(base, jax.tree.map(lambda x: x + 0.1234567, adapter))
+    peft.save(tmp_path, trained, names=model.names)
+    loaded = peft.load(tmp_path, model.params, names=model.names)
+    named = adapter_folder.token_rows(tmp_path, model.params, model.names)
+    assert named == rows
+    params = _new_tokens.gone_on_with(loaded, model.params, named)
+    assert jax.tree.structure(params) == jax.tree.structure(trained)
+    for leaf, expected in zip(*map(jax.tree.leaves, (params, trained)), strict=True):
+        assert (leaf.dtype, leaf.tolist()) == (expected.dtype, expected.tolist())
+    untouched = _new_tokens.gone_on_with(loaded, model.params, {})
+    assert jax.tree.structure(untouched) == jax.tree.structure(loaded)
+
+
+@pytest.mark.slow
+def test_a_run_with_new_tokens_is_gone_on_with(earlier, tmp_path, capsys):
+    """The same rows train again, beside the same tokenizer; other tokens can't be added, and no tokenizer is lost."""
+    (tmp_path / "tokens.txt").write_text("<tool>\n1 + 1\n")
+    first, on = tmp_path / "first", tmp_path / "on"
+    words = ["--data", earlier["data"], "--max-steps", 2, "--batch-size", 4, "--learning-rate", 0.1]
+    words += ["--report-to", "none"]
+    call("train", "--model", earlier["model"], *words, "--add-tokens", tmp_path / "tokens.txt", "--output", first)
+    for again in ([], ["--overwrite"]):
+        call("train", "--from-adapter", first, *words, "--no-load-best-model-at-end", "--output", on, *again)
+    losses = [
+        [
+            line["valid_loss"]
+            for text in (out / "metrics.jsonl").read_text().splitlines()
+            if "valid_loss" in (line := json.loads(text))
+        ]
+        for out in (first, on)
+    ]
+    assert losses[1][0] == pytest.approx(min(losses[0]), rel=1e-5)
+    tensors = [load_file(out / "adapter_model.safetensors") for out in (first, on)]
+    assert {name: x.shape for name, x in tensors[0].items()} == {name: x.shape for name, x in tensors[1].items()}
+    name = next(name for name in tensors[0] if "token_adapter" in name and "embed" in name)
+    assert len(tensors[1][name]) == 2
+    assert (tensors[0][name] != tensors[1][name]).all(1).all()
+    configs = [json.loads((out / "adapter_config.json").read_text()) for out in (first, on)]
+    assert configs[0] == configs[1]
+    assert (on / "tokenizer.json").read_bytes() == (first / "tokenizer.json").read_bytes()
+    call("train", "--model", earlier["model"], *words, "--output", on, "--overwrite")
+    assert models.tokenizer_in(on) == ""
+
+    def refused(*more):
+        given = ["train", "--from-adapter", first, *words, "--output", on, "--overwrite", *more]
+        capsys.readouterr()
+        assert main([str(word) for word in given]) == 2
+        return capsys.readouterr().err
+
+    said = refused("--add-tokens", tmp_path / "tokens.txt")
+    assert f"but {first} trains the rows of its own tokens (--from-adapter); leave it out" in said
+    (on / "tokenizer.json").write_text("{}")
+    assert f"{on}: has a tokenizer, which no run" in refused()
 
 
 @pytest.mark.slow

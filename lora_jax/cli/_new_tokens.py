@@ -1,14 +1,19 @@
 """The `--add-tokens` flag: tokens that a run adds to the vocabulary, and the tokenizer beside the adapter."""
 
 import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from rich.console import Console
 
 import lora_jax
-from lora_jax._tree import rows_of
+from lora_jax._node import ROWS
+from lora_jax._tree import attach, leaves_with_paths, rows_of
 from lora_jax.cli import _run_file, _show
 from lora_jax.peft import adapter_folder
 
@@ -75,11 +80,44 @@ def check(path: Path, output: Path) -> None:
         FileExistsError: The output folder has such a tokenizer.
     """
     read(path)
+    check_replaced(output)
+
+
+def check_replaced(output: Path) -> None:
+    """Refuse an output folder with a tokenizer that no run has written there.
+
+    Raises:
+        FileExistsError: It has such a tokenizer.
+    """
     if lora_jax.models.tokenizer_in(output) == "tokenizer" and not _wrote_tokenizer(output):
         raise FileExistsError(
             f"{output}: has a tokenizer, which no run with --add-tokens wrote and this one would replace; pass another"
             " --output"
         )
+
+
+def has_own(adapter: Path) -> bool:
+    """Return whether an adapter trains rows of tokens, and its folder has the tokenizer that these belong to."""
+    named = adapter_folder.has_config(adapter) and adapter_folder.added_rows(adapter)
+    return bool(named) and lora_jax.models.tokenizer_in(adapter) == "tokenizer"
+
+
+def gone_on_with(params: Any, base: Any, rows: Mapping[str, Sequence[int]]) -> Any:
+    """The parameters of an adapter, of whose tables the rows that it trained go on training, and no others.
+
+    Args:
+        params: The tree of `peft.load`, which has such a table as a leaf trained in full.
+        base: The model's parameters.
+        rows: The rows by the path of their table.
+    """
+    tables = {path: leaf for path, leaf in leaves_with_paths(base) if path in rows}
+    loaded = {path: leaf.value for path, leaf in leaves_with_paths(params) if path in rows}
+    params = lora_jax.init_rows(attach(params, {}, tables), rows)
+    nodes = {}
+    for path, node in rows_of(params).items():  # with the rows in their full precision
+        value = jnp.take(loaded[path], np.asarray(node.rows), axis=node.axis)
+        nodes[f"{path}{ROWS}"] = replace(node, value=value.T if node.axis else value)
+    return attach(params, {}, nodes)
 
 
 def remove_earlier(folder: Path) -> None:
@@ -91,8 +129,21 @@ def remove_earlier(folder: Path) -> None:
         lora_jax.models.remove_tokenizer(folder)
 
 
+def copy_of_adapter(adapter: Path, folder: Path) -> None:
+    """Copy the tokenizer of an adapter that a run goes on from, if it has tokens of its own."""
+    if has_own(adapter):
+        lora_jax.models.copy_tokenizer(adapter, folder)
+
+
 def _wrote_tokenizer(folder: Path) -> bool:
-    return _run_file.value(folder, "add_tokens") is not None
+    """Return whether the tokenizer in a folder is one that its run wrote: with new tokens, or its adapter's."""
+    if _run_file.value(folder, "add_tokens") is not None:
+        return True
+    adapter = _run_file.value(folder, "from_adapter")
+    if not isinstance(adapter, str):
+        return False
+    copy, own = (Path(where) / "tokenizer.json" for where in (folder, adapter))
+    return copy.is_file() and own.is_file() and copy.read_bytes() == own.read_bytes()
 
 
 def fitted(model: Any, adapter: Path | None) -> Any:

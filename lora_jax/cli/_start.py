@@ -24,14 +24,23 @@ class Start(NamedTuple):
     mesh: Mesh | None
 
 
-def check_adapter(adapter: Path, output: Path, lora: lora_jax.LoRAConfig, prefix_length: int) -> None:
+def check_adapter(
+    adapter: Path, output: Path, lora: lora_jax.LoRAConfig, prefix_length: int, add_tokens: Path | None
+) -> None:
     """Refuse settings that the adapter to go on from has decided already, and an output folder that is this adapter's.
 
     Raises:
         ValueError: Such a setting is given.
-        FileExistsError: The output folder is the adapter's.
+        FileExistsError: The output folder is the adapter's, or has a tokenizer that would be replaced.
     """
     _base.check_free(output, True, adapter)
+    if _new_tokens.has_own(adapter):
+        if add_tokens is not None:
+            raise ValueError(
+                f"add_tokens: {add_tokens} given, but {adapter} trains the rows of its own tokens (--from-adapter);"
+                " leave it out"
+            )
+        _new_tokens.check_replaced(output)
     if prefix_length:
         raise ValueError(
             f"prefix_length: {prefix_length} given, but {adapter} decides it (--from-adapter); leave it out"
@@ -96,7 +105,7 @@ def begin(
         add_tokens: A file of new tokens, whose rows train, if any.
 
     Raises:
-        ValueError: The adapter trains rows of an embedding, or a new token is there already.
+        ValueError: A new token is there already.
     """
     _check_packing(train, rows, prefix_length)
     key = jax.random.fold_in(jax.random.key(train.seed), 0)  # training folds in the steps, from 1
@@ -110,16 +119,14 @@ def begin(
     # Such an init starts from the weights as they are, and rounds what is left.
     loaded = dataclasses.replace(base, quantize=None) if changes else base
     model = loaded.load(labels=rows.label_names, key=jax.random.fold_in(key, 1), mesh=mesh)
-    if adapter is not None and adapter_folder.token_rows(adapter, model.params, model.names):
-        raise ValueError(
-            f"{adapter}: trains rows of an embedding (trainable_token_indices), and a run would train all its rows;"
-            " merge it, and train a new adapter"
-        )
     new_rows = {}
     if add_tokens is not None:
         model, new_rows = _new_tokens.add(add_tokens, model, jax.random.fold_in(key, 2), show)
     params = _base.with_adapter(model, adapter)
     if adapter is not None:
+        params = _new_tokens.gone_on_with(
+            params, model.params, adapter_folder.token_rows(adapter, model.params, model.names)
+        )
         show.print(f"going on from {adapter}", markup=False, soft_wrap=True)
         show.print(str(lora_jax.describe(params)), markup=False, soft_wrap=True)
     if rows.label_names is not None:

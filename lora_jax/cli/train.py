@@ -215,9 +215,12 @@ def _train(settings: Settings, stop: Callable[[], bool]) -> Callable[[], None]:
         if jax.process_index() == 0:
             if settings.add_tokens is None:
                 _new_tokens.remove_earlier(settings.output)
-            _run_file.write(settings.output, replace(settings, base=replace(settings.base, **choices)))
+            repeated = replace(settings.base, **_choices.to_repeat(model, settings.train))
+            _run_file.write(settings.output, replace(settings, base=repeated))
             if settings.add_tokens is not None:  # after the file that says whose tokenizer it is
                 lora_jax.models.save_tokenizer(settings.output, model.tokenizer)
+            elif settings.from_adapter is not None:
+                _new_tokens.copy_of_adapter(settings.from_adapter, settings.output)
 
     def stop_after_step() -> bool:  # first called when the run's folder is there and nothing is refused any more
         write_settings()
@@ -306,7 +309,9 @@ def _check(settings: Settings) -> None:
         _hub.check(settings.push_to_hub)
     _base.check_writable(settings.output)
     if settings.from_adapter is not None:
-        _start.check_adapter(settings.from_adapter, settings.output, settings.lora, settings.prefix_length)
+        _start.check_adapter(
+            settings.from_adapter, settings.output, settings.lora, settings.prefix_length, settings.add_tokens
+        )
     held = [name for name in RUN_FILES if (settings.output / name).exists()]
     if held and not (settings.overwrite or settings.resume):
         raise FileExistsError(
