@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from public_trees import leaves_of
+from safetensors.numpy import load_file
 from test_cli import tiny_model, tiny_tokenizer
 from transformers import BertConfig, GraniteConfig, RobertaConfig
 
@@ -290,6 +291,32 @@ def test_a_decoder_gets_a_head_that_sees_the_last_token(tmp_path, capsys):
     assert alone["loss"] == pytest.approx(adapted["loss"], rel=1e-4)
     assert main(["generate", "--model", str(merged), "--prompt", "a"]) == 2
     assert "LlamaForSequenceClassification predicts no next token" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_decoder_learns_scores(tmp_path):
+    """Its head has one output, which is learned, evaluated, merged and saved for PEFT under the head's name."""
+    model, out, merged = tiny_model(tmp_path / "model"), tmp_path / "out", tmp_path / "merged"
+    rows = [{"text": f"row {'+' * (i % 5)}{'abc'[i % 3]}", "label": [0.5, -1.0, 2.25][i % 3]} for i in range(30)]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ("--rank", 2, "--alpha", 4, "--max-steps", 30, "--batch-size", 8, "--learning-rate", 0.02)
+    said = call("train", "--model", model, "--data", data, "--output", out, *words, "--report-to", "none")
+    assert "newly initialised and trained in full: score" in said
+    found = json.loads(call("evaluate", "--adapter", out, "--data", data, "--json"))
+    assert set(found) == {"loss", "pearson", "spearman", "rows", "rows_truncated"}
+    before = json.loads((out / "metrics.jsonl").read_text().splitlines()[0])["valid_loss"]
+    assert found["loss"] < before / 2
+    assert found["pearson"] > 0.9
+    assert json.loads((out / "adapter_config.json").read_text())["task_type"] == "SEQ_CLS"
+    head = [
+        value for name, value in load_file(out / "adapter_model.safetensors").items() if name.endswith("score.weight")
+    ]
+    assert [value.shape for value in head] == [(1, 16)]
+    call("merge", "--adapter", out, "--output", merged)
+    assert models.load(merged).config.problem_type == "regression"
+    alone = json.loads(call("evaluate", "--model", merged, "--data", data, "--json", "--batch-size", 5))
+    assert alone["loss"] == pytest.approx(found["loss"], rel=1e-4)
 
 
 def test_mistakes(world, tmp_path, refused):

@@ -1,9 +1,12 @@
 """`lora-jax train --config`: a run's settings from a file, and the file that each run writes."""
 
 import dataclasses
+import json
 
 import pytest
 import yaml
+from safetensors.numpy import load_file
+from test_cli import tiny_model, write_rows
 
 from lora_jax.cli import _run_file, main
 from lora_jax.cli import sweep as sweep_command
@@ -149,3 +152,29 @@ def test_a_sweep_reads_a_file(monkeypatch, written, capsys):
     ):
         assert main(["sweep", "--config", str(written(text))]) == 2
         assert line in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_what_a_run_writes_repeats_it_bit_for_bit(tmp_path):
+    """Its losses, and its adapter; and once more into the same folder, which is what a second `make run` does."""
+    model, data = tiny_model(tmp_path / "model"), write_rows(tmp_path / "rows.jsonl", 24)
+    out, again = tmp_path / "out", tmp_path / "again"
+    words = ["--rank=3", "--alpha=6", "--targets", "q_proj", "down_proj", "--dropout=0.3", "--seed=5", "--optim=lion"]
+    words += ["--batch-size=4", "--max-steps=6", "--eval-steps=2", "--logging-steps=1", "--learning-rate=0.01"]
+    words += ["--lr-scheduler-type=linear", "--loss=prompt-and-completion", "--report-to=none"]
+    assert main(["train", "--model", model, "--data", data, "--output", str(out), *words]) == 0
+
+    def of(folder):
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        losses = [{name: value for name, value in line.items() if "loss" in name} for line in lines]
+        # By tensor: safetensors writes its metadata in any order.
+        tensors = load_file(folder / "adapter_model.safetensors")
+        return losses, {name: tensor.tobytes() for name, tensor in tensors.items()}
+
+    first = of(out)
+    assert len([line for line in first[0] if "loss" in line]) == 6
+    for call in (["--output", str(again)], ["--output", str(again), "--overwrite"], ["--overwrite"]):
+        assert main(["train", "--config", str(out / "run.yaml"), *call]) == 0
+        assert of(again if str(again) in call else out) == first
+    assert main(["train", "--config", str(out / "run.yaml"), "--output", str(again), "--overwrite", "--seed=6"]) == 0
+    assert of(again) != first
