@@ -12,8 +12,9 @@ from jax.core import Tracer
 
 from lora_jax._axes import Axes
 from lora_jax._dtypes import wide
-from lora_jax._node import LoRA, check_node, used_ranks
+from lora_jax._node import LoRA, check_node
 from lora_jax._quantize.schemes import whole
+from lora_jax._ranks import used_ranks
 from lora_jax._tree import detach, leaves_with_paths, rows_of, trained_paths, unbox
 from lora_jax._update import changed, difference
 

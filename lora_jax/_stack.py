@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from lora_jax._node import LoRA, pad_rank, trim_rank, with_scale_as_data
+from lora_jax._node import LoRA, with_scale_as_data
+from lora_jax._ranks import pad_rank, trim_rank
 from lora_jax._tree import edit, is_adapter, leaves_with_paths, nodes_of
 
 

@@ -22,7 +22,7 @@ from flax import linen, nnx
 import lora_jax
 from lora_jax import Axes, KernelAxes, LoRAConfig, Override
 from lora_jax._config import PEFT_NAMES
-from lora_jax._node import used_ranks
+from lora_jax._ranks import used_ranks
 from lora_jax._tree import detach
 
 KEY = jax.random.key(0)

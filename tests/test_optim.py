@@ -9,7 +9,8 @@ from marks import few
 
 import lora_jax
 from lora_jax import Axes, LoRA, LoRAConfig, Override, Trained
-from lora_jax._node import pad_rank, with_scale_as_data
+from lora_jax._node import with_scale_as_data
+from lora_jax._ranks import pad_rank
 from lora_jax._tree import detach
 
 KEY = jax.random.key(0)

@@ -8,7 +8,8 @@ from typing import Any
 
 from transformers import Gemma2Config, Gemma3TextConfig, GemmaConfig
 
-from lora_jax.models._decoder import DecoderSpec, classifier, common, family, rope, sliding_layers
+from lora_jax.models._decoder import DecoderSpec
+from lora_jax.models._decoder_family import classifier, common, family, rope, sliding_layers
 
 
 def gemma(config: Any) -> DecoderSpec:

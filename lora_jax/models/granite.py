@@ -6,7 +6,8 @@ from typing import Any
 from transformers import GraniteConfig
 
 from lora_jax.models import llama
-from lora_jax.models._decoder import DecoderSpec, family
+from lora_jax.models._decoder import DecoderSpec
+from lora_jax.models._decoder_family import family
 
 
 def spec(config: Any) -> DecoderSpec:

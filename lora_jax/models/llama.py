@@ -4,7 +4,8 @@ from typing import Any
 
 from transformers import LlamaConfig
 
-from lora_jax.models._decoder import DecoderSpec, classifier, common, family
+from lora_jax.models._decoder import DecoderSpec
+from lora_jax.models._decoder_family import classifier, common, family
 
 
 def spec(config: Any) -> DecoderSpec:

@@ -4,7 +4,8 @@ from typing import Any
 
 from transformers import Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
-from lora_jax.models._decoder import DecoderSpec, classifier, common, family, sliding_layers
+from lora_jax.models._decoder import DecoderSpec
+from lora_jax.models._decoder_family import classifier, common, family, sliding_layers
 from lora_jax.models._experts import ExpertsSpec, expert_weights
 from lora_jax.models._family import Weight
 

@@ -123,7 +123,7 @@ TREE = [
         tests_in("tree", "leaves_trained_in_full_are_marked_and_of_low_precision_kept_in_float32"),
     ),
     Mutant(
-        "_node.py",
+        "_ranks.py",
         "    counts = np.where(used.any(-1), rank - np.argmax(used[..., ::-1], -1), 0)",
         "    counts = used.sum(-1)",
         "a rank that is zero among others counts as padding",
@@ -161,7 +161,7 @@ MERGE = [
         tests_in("merge", "merge_in_float32_on_request"),
     ),
     Mutant(
-        "_node.py",
+        "_update.py",
         "    return product.transpose([order.index(axis) for axis in range(len(order))])",
         "    return product.transpose(order)",
         "an update whose axes move in a circle is added to the wrong entries",
@@ -170,7 +170,7 @@ MERGE = [
         + tests_in("forward", "equals_merged"),
     ),
     Mutant(
-        "_node.py",
+        "_update.py",
         "        node.a.astype(dtype) * scale,",
         "        node.a.astype(dtype),",
         "merge forgets alpha / r",
@@ -191,7 +191,7 @@ MERGE = [
         "tests/test_battery_dora.py::test_adapted_is_merged[dense]",
     ),
     Mutant(
-        "_dora.py",
+        "_update.py",
         "update_of(node, kernel.dtype) if node.magnitude is None else changed(kernel, node) - kernel",
         "update_of(node, kernel.dtype)",
         "delta forgets the magnitude",
