@@ -28,7 +28,8 @@ WATCHDOG = Path(lora_jax.__file__).parent / "cli" / "_watchdog.py"
 
 def environment(devices):
     plain = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
-    return plain | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"  # the last one counts
+    return plain | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
 
 
 def free_port():
