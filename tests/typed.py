@@ -36,4 +36,6 @@ lora_jax.models.load("folder", layers="unrolled", platform="tpu")
 lora_jax.models.load("folder", layers="rolled")  # pyright: ignore[reportArgumentType]
 lora_jax.data.load("folder", "valid")
 lora_jax.data.load("folder", "dev")  # pyright: ignore[reportArgumentType]
-lora_jax.train.TrainConfig(num_train_epochs=2, learning_rate=1e-3)
+lora_jax.train.TrainConfig(num_train_epochs=2, learning_rate=1e-3, report_to=("tensorboard", "wandb"))
+lora_jax.train.TrainConfig(report_to=("none",))
+lora_jax.train.TrainConfig(report_to=("mlflow",))  # pyright: ignore[reportArgumentType]

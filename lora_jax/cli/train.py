@@ -251,6 +251,12 @@ def _train(settings: Settings, stop: Callable[[], bool]) -> Callable[[], None]:
             **({} if settings.base.quantize is None else {"quantize": settings.base.quantize}),
         },
     )
+    _save(settings, model, rows, result)
+    return lambda: _report(settings, workload, result, before, time.perf_counter() - began)
+
+
+def _save(settings: Settings, model: Any, rows: Rows, result: TrainResult) -> None:
+    """Write the adapter and the files beside it: labels, chat template and model card."""
     with one_writes() as writes:
         if writes:
             _labels.save(settings.output, rows.labels)
@@ -274,7 +280,6 @@ def _train(settings: Settings, stop: Callable[[], bool]) -> Callable[[], None]:
                 data=settings.data,
                 task_type=rows.task_type,
             )
-    return lambda: _report(settings, workload, result, before, time.perf_counter() - began)
 
 
 def _report(settings: Settings, workload: Workload, result: TrainResult, before: "Predictions", seconds: float) -> None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -151,12 +151,19 @@ def run(
     rounds = [runs[start : start + size] for start in range(0, len(runs), size)]
     results: list[Result] = []
     with Log(steps * len(rounds), 0, None, console, None) as log:
-        for number, of_round in enumerate(rounds):
-            for result in trainer.train(of_round, size, RoundProgress(log, number * steps, config.logging_steps)):
-                results.append(result)
-                if on_result is not None:
-                    on_result(result)
+        for result in _trained(trainer, rounds, size, log, steps, config.logging_steps):
+            results.append(result)
+            if on_result is not None:
+                on_result(result)
     return Results(tuple(results), len(rounds), time.perf_counter() - began, scores)
+
+
+def _trained(
+    trainer: RoundTrainer, rounds: Sequence[Sequence[PlannedRun]], size: int, log: Log, steps: int, logging_steps: int
+) -> Iterator[Result]:
+    """The results of round after round, each round's as it ends."""
+    for number, runs in enumerate(rounds):
+        yield from trainer.train(runs, size, RoundProgress(log, number * steps, logging_steps))
 
 
 def _with_own_dropout(apply_fn: Callable[..., Any], points: Sequence[Point], config: TrainConfig) -> TrainConfig:

@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from lora_jax.train import _schedule_settings
 from lora_jax.train._schedule_settings import Scheduler
@@ -21,7 +21,12 @@ SCHEDULE_FREE = ("schedule_free_adamw",)
 Goal = Literal["dpo"]
 LossType = Literal["sigmoid", "robust", "hinge", "ipo"]
 SMOOTHED = ("sigmoid", "robust")  # of these, the losses that have a label_smoothing
-REPORTERS = ("tensorboard", "wandb")
+Reporter = Literal["tensorboard", "wandb"]
+REPORTERS = get_args(Reporter)
+if TYPE_CHECKING:
+    Reporters = tuple[Reporter | Literal["none"], ...]
+else:  # flags are made from this: one may have several names with commas
+    Reporters = tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +122,7 @@ class TrainConfig:
     logging_steps: int = 10
     """Steps between lines in metrics.jsonl."""
 
-    report_to: tuple[str, ...] = ("tensorboard",)
+    report_to: Reporters = ("tensorboard",)
     """Further destinations of the lines of metrics.jsonl: tensorboard (event files in the output folder), wandb
     (Weights & Biases, if installed) or none; several with commas."""
 
@@ -149,6 +154,12 @@ class TrainConfig:
         object.__setattr__(self, "report_to", _split(self.report_to))
         if isinstance(self.lr_scheduler_kwargs, Mapping):
             object.__setattr__(self, "lr_scheduler_kwargs", json.dumps(self.lr_scheduler_kwargs))
+        self._check_ranges()
+        self._check_objective()
+        self._check_together()
+
+    def _check_ranges(self) -> None:
+        """Refuse a setting that is out of its own range."""
         ranges = {
             "batch_size": (1 <= self.batch_size <= MOST_BATCH, f"1 to {MOST_BATCH}"),
             "gradient_accumulation_steps": (1 <= self.gradient_accumulation_steps <= MOST_BATCH, f"1 to {MOST_BATCH}"),
@@ -191,7 +202,9 @@ class TrainConfig:
         for name, (fits, expected) in ranges.items():
             if not fits:
                 raise ValueError(f"{name}: {getattr(self, name)} given, expected {expected}")
-        self._check_objective()
+
+    def _check_together(self) -> None:
+        """Refuse settings of the schedule, of the evaluation and of the batch that contradict one another."""
         _ = self.schedule_settings
         if self.early_stopping_patience and not self.load_best_model_at_end:
             raise ValueError(
