@@ -46,6 +46,27 @@ def test_the_commands_give_the_results_of_one_device(inputs, tmp_path, capsys):
     }
 
 
+@pytest.fixture(scope="module")
+def alone(inputs, tmp_path_factory):
+    """The losses of twenty steps on one device."""
+    model, rows = inputs
+    output = tmp_path_factory.mktemp("alone") / "out"
+    assert main(["train", "--model", model, "--data", rows, "--output", str(output), *TRAIN]) == 0
+    return losses(output)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["data=8", "fsdp=8", "model=8", "auto"])
+def test_the_losses_are_those_of_one_device(inputs, alone, tmp_path, capsys, mesh):
+    """Four heads don't divide by eight devices along `model`, and each of these has them all."""
+    model, rows = inputs
+    given = ["train", "--model", model, "--data", rows, "--output", str(tmp_path / "out"), *TRAIN]
+    assert main([*given, "--mesh", mesh]) == 0
+    assert ("don't divide by 8 devices" in capsys.readouterr().err) == (mesh == "model=8")
+    assert len(alone) == 20
+    np.testing.assert_allclose(losses(tmp_path / "out"), alone, atol=1e-5)
+
+
 @pytest.mark.slow
 def test_a_quantized_base_is_cut_too(inputs, capsys):
     model, rows = inputs
