@@ -389,6 +389,36 @@ def test_a_search_takes_the_least_computed_anew_that_fits(folder, cut, monkeypat
     assert len(told) == 4
 
 
+def test_a_search_tries_chunks_where_the_logits_are_what_is_too_much(cut, monkeypatch):
+    """Of "none" far more is lacking than the logits take, of "lean" less."""
+    logits = 8 * 2 * 512 * 100
+    over = {"none": logits + 1, "lean": logits, "full": -1}
+    asked = []
+
+    def pretend(request, on_stage):
+        asked.append((request.remat, request.train.loss_chunk))
+        spared = logits if request.train.loss_chunk else 0
+        per_chip = cut.found["per_chip"] | {"total": 2**30 + over[request.remat] - spared, "limit": None}
+        found = {"remat": request.remat, "per_chip": per_chip, "length": 512, "vocabulary": 100}
+        return Plan(request, 8, 2**30, cut.found | found)
+
+    monkeypatch.setattr(_search, "run", pretend)
+    monkeypatch.setattr(_mesh, "candidates", lambda devices, heads: [{"fsdp": 8}])
+    train = dataclasses.replace(TRAIN, batch_size=16)
+    request = dataclasses.replace(cut.request, mesh={"data": 8}, remat="full", train=train)
+    first = pretend(request, None)
+    asked.clear()
+    stages = []
+    best = _search.search(first, on_stage=stages.append)
+    assert asked == [("none", None), ("lean", None), ("lean", 256)]
+    assert stages[-1] == "compiling fsdp=8, remat lean, loss chunk 256 (mesh 1 of 1)"
+    assert best[-1].short_by == logits + 1
+    asked.clear()
+    given = dataclasses.replace(request, train=dataclasses.replace(train, loss_chunk=64))
+    _search.search(pretend(given, None))
+    assert {chunk for _, chunk in asked} == {64}
+
+
 @pytest.mark.slow
 def test_a_search_passes_over_meshes_that_do_not_divide_the_rows(folder, monkeypatch):
     """On this machine's devices, whose number isn't in the request."""
@@ -432,6 +462,8 @@ def test_the_command_says_which_flags_are_best(folder, cut, monkeypatch):
         return Plan(dataclasses.replace(cut.request, mesh=mesh), 8, 2**20, found)
 
     plans = [on_mesh({"fsdp": 4, "model": 2}, 2**19), on_mesh({"fsdp": 8}, 2**21)]
+    chunked = dataclasses.replace(cut.request.train, loss_chunk=256)
+    plans[0] = dataclasses.replace(plans[0], request=dataclasses.replace(plans[0].request, train=chunked))
     monkeypatch.setattr(command, "plan", lambda *_, **__: plans[1])
     for fits in (True, False):
         monkeypatch.setattr(command, "search", lambda *_, fits=fits, **__: plans if fits else plans[1:])
@@ -439,7 +471,7 @@ def test_the_command_says_which_flags_are_best(folder, cut, monkeypatch):
         assert code == 0
         assert "the best first: 8 chips of 1 MiB" in out
         best = "the best: --mesh fsdp=4,model=2" if fits else "nothing fits; the nearest: --mesh fsdp=8"
-        assert out.splitlines()[-1] == f"{best} --remat lean"
+        assert out.splitlines()[-1] == f"{best} --remat lean" + (" --loss-chunk 256" if fits else "")
 
 
 def test_auto_takes_all_devices(folder, child):

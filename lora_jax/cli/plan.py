@@ -26,7 +26,8 @@ class Settings:
     full: bool = False
     """compile full fine-tuning too, which takes about as long"""
     search: bool = False
-    """try other meshes and other settings of --remat, and list them, the best first"""
+    """try other meshes, other settings of --remat and --loss-chunk 256, and list them, the best first; each takes as
+    long as one plan"""
     json: bool = False
     """print one JSON object, and nothing else, on standard output"""
     base: tyro.conf.OmitArgPrefixes[_base.TrainedBase] = _base.TrainedBase()
@@ -65,11 +66,13 @@ def run(settings: Settings) -> None:
     if settings.search:
         rows = [_row(other) for other in plans]
         title = f"what was tried, the best first: {first.chips} chips of {_show.size(first.limit)}"
-        show.print(_show.table(("mesh", "remat", "in all>", "", "FLOPs>", "sent>"), rows, title=title))
+        show.print(_show.table(("mesh", "remat", "loss chunk>", "in all>", "", "FLOPs>", "sent>"), rows, title=title))
         best = plans[0]
         remat = "" if best.found["remat"] == settings.base.remat else f" --remat {best.found['remat']}"
+        chunk = best.request.train.loss_chunk
+        chunks = "" if chunk == settings.train.loss_chunk else f" --loss-chunk {chunk}"
         verdict = "the best" if best.fits else "nothing fits; the nearest"
-        show.print(f"{verdict}: --mesh {_mesh.show(best.mesh)}{remat}", markup=False)
+        show.print(f"{verdict}: --mesh {_mesh.show(best.mesh)}{remat}{chunks}", markup=False)
 
 
 def _row(found: Plan) -> tuple[str, ...]:
@@ -78,6 +81,7 @@ def _row(found: Plan) -> tuple[str, ...]:
     return (
         _mesh.show(found.mesh),
         found.found["remat"],
+        str(found.request.train.loss_chunk or ""),
         _show.size(found.per_chip["total"]),
         "fits" if found.fits else f"{_show.size(found.short_by)} too much",
         f"{found.per_chip['flops']:.3g}",
@@ -86,8 +90,9 @@ def _row(found: Plan) -> tuple[str, ...]:
 
 
 def _note(found: Plan) -> None:
-    mesh, remat, total, verdict, _, sent = _row(found)
-    _print(f"{mesh}, remat {remat}: {total} of a chip, {verdict}; {sent} sent")
+    mesh, remat, chunk, total, verdict, _, sent = _row(found)
+    chunks = f", loss chunk {chunk}" if chunk else ""
+    _print(f"{mesh}, remat {remat}{chunks}: {total} of a chip, {verdict}; {sent} sent")
 
 
 def _print(line: str) -> None:

@@ -50,6 +50,7 @@ def measure(request: Request, devices: Sequence[Any], platform: str | None, repo
         "remat": step.model.remat,
         "layers": step.model.layers,
         "heads": getattr(step.model.config, "num_key_value_heads", None) or step.model.config.num_attention_heads,
+        "vocabulary": step.model.config.vocab_size,
         "device": devices[0].device_kind,
         "notes": list(dict.fromkeys(" ".join(str(warning.message).split()) for warning in warned)),
         "per_chip": lora,

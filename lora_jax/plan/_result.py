@@ -99,6 +99,7 @@ class Plan:
             "batch_size": train.batch_size,
             "gradient_accumulation_steps": train.gradient_accumulation_steps,
             "max_length": self.found["length"],
+            "loss_chunk": train.loss_chunk,
             "rank": self.request.lora.rank,
             "quantize": self.request.to_json()["quantize"],
             **{name: self.found[name] for name in names},
@@ -138,7 +139,7 @@ class Plan:
                 lines.append(f"--max-length {length}: activations grow with it at least")
         if "model" not in self.mesh and self.chips > 1 and self.found["heads"] % 2 == 0:
             lines.append(f"--mesh fsdp={self.chips // 2},model=2: each chip computes half of a product")
-        return [*lines, "--search tries meshes and remat"]
+        return [*lines, "--search tries meshes, remat and the loss in chunks"]
 
     def _parts_of(self, fitting: int) -> int | None:
         """The fewest parts of a batch of which each has at most so many rows of a chip; None where there are none."""

@@ -1,4 +1,4 @@
-"""Several plans of one step: over meshes, each with the least recomputation that fits."""
+"""Several plans of one step: over meshes, each with the least recomputation that fits, the loss in chunks or not."""
 
 import dataclasses
 from collections.abc import Callable
@@ -9,6 +9,7 @@ from lora_jax.plan._result import Plan
 from lora_jax.plan._run import OnStage, run
 
 REMAT = ("none", "lean", "full")  # from the fewest operations to the least memory
+CHUNK = 256  # positions of a row whose logits are held at once, where that may make a step fit
 
 
 def search(
@@ -20,14 +21,16 @@ def search(
 ) -> list[Plan]:
     """Plan a step on other meshes too, and sort: first the plans that fit, then by FLOPs, then by bytes sent.
 
-    On each mesh "none", "lean" and "full" are compiled up to the first that fits: those after it compute more. A mesh
-    that doesn't divide the rows is passed over, and so is what doesn't compile.
+    On each mesh "none", "lean" and "full" are compiled up to the first that fits: those after it compute more. Where
+    the memory that one of them lacks is no more than the logits take, it is compiled with the loss in chunks too,
+    unless the request says of how many positions. A mesh that doesn't divide the rows is passed over, and so is what
+    doesn't compile.
 
     Args:
         first: A plan, as `plan` made it. It is one of the results.
-        on_stage: Called with each mesh and remat that is compiled.
+        on_stage: Called with what is compiled: mesh, remat and chunk, and how many meshes there are.
         on_plan: Called with each plan once it is known.
-        on_failure: Called with a line for each mesh and remat that doesn't compile.
+        on_failure: Called with a line for what doesn't compile.
 
     Returns:
         All plans that were made, at least one.
@@ -44,19 +47,31 @@ def search(
     [True]
     """
     found = [first]
-    for sizes in _mesh.candidates(first.chips, first.found["heads"]):
+    meshes = _mesh.candidates(first.chips, first.found["heads"])
+
+    def attempt(request: Request, where: str) -> Plan | None:
+        known = _known(found, request)
+        if known is None:
+            on_stage(f"compiling {_name(request)} ({where})")
+            if (known := _compiled(request, on_failure)) is not None:
+                found.append(known)
+                on_plan(known)
+        return known
+
+    for number, sizes in enumerate(meshes, 1):
+        where = f"mesh {number} of {len(meshes)}"
         for remat in REMAT:
             try:
                 request = dataclasses.replace(first.request, mesh=sizes, remat=remat)
                 request.check_devices(first.chips)
             except ValueError:
                 break
-            if (known := _known(found, request)) is None:
-                if (known := _compiled(request, on_stage, on_failure)) is None:
-                    continue
-                found.append(known)
-                on_plan(known)
-            if known.fits:
+            plan = attempt(request, where)
+            if plan is not None and _chunks_may_help(plan):
+                plan = attempt(
+                    dataclasses.replace(request, train=dataclasses.replace(request.train, loss_chunk=CHUNK)), where
+                )
+            if plan is not None and plan.fits:
                 break
     return sorted(found, key=order)
 
@@ -67,8 +82,16 @@ def order(plan: Plan) -> tuple[int, int, int]:
     return (plan.short_by, plan.per_chip["flops"], sum(kind["bytes"] for kind in kinds.values()))
 
 
-def _compiled(request: Request, on_stage: OnStage, on_failure: Callable[[str], None]) -> Plan | None:
-    on_stage(f"compiling {_name(request)}")
+def _chunks_may_help(plan: Plan) -> bool:
+    """Return whether the memory that is lacking is at most what logits and their gradient take in float32."""
+    mesh, length, train = plan.mesh, plan.found["length"], plan.request.train
+    if plan.fits or train.loss_chunk is not None or length <= CHUNK:
+        return False
+    rows = train.micro_batch_size // _mesh.rows_over(mesh)
+    return plan.short_by <= 8 * rows * length * plan.found["vocabulary"] // mesh.get("model", 1)
+
+
+def _compiled(request: Request, on_failure: Callable[[str], None]) -> Plan | None:
     try:
         return run(request, lambda stage: None)
     except (ValueError, OSError, MemoryError) as error:  # the plans made so far are worth more than a whole search
@@ -77,8 +100,10 @@ def _compiled(request: Request, on_stage: OnStage, on_failure: Callable[[str], N
 
 
 def _known(found: list[Plan], request: Request) -> Plan | None:
-    return next((plan for plan in found if (plan.mesh, plan.found["remat"]) == (request.mesh, request.remat)), None)
+    wanted = (request.mesh, request.remat, request.train.loss_chunk)
+    return next((p for p in found if (p.mesh, p.found["remat"], p.request.train.loss_chunk) == wanted), None)
 
 
 def _name(request: Request) -> str:
-    return f"{_mesh.show(request.mesh or {})}, remat {request.remat}"
+    chunk = request.train.loss_chunk
+    return f"{_mesh.show(request.mesh or {})}, remat {request.remat}" + (f", loss chunk {chunk}" if chunk else "")
