@@ -7,6 +7,7 @@ gradient checkpointing.
 import sys
 import time
 import warnings
+from typing import Any
 
 import peft
 import torch
@@ -41,16 +42,17 @@ def in_nf4(model):
     """
     import bitsandbytes
 
+    nn: Any = bitsandbytes.nn
     for name, layer in list(model.named_modules()):
         if type(layer) is not torch.nn.Linear or name == "lm_head":
             continue
         with torch.device("meta"):
-            made = bitsandbytes.nn.Linear4bit(
+            made = nn.Linear4bit(
                 layer.in_features, layer.out_features, False, torch.bfloat16, compress_statistics=True, quant_type="nf4"
             )
-        made.weight = bitsandbytes.nn.Params4bit(
-            layer.weight.data, compress_statistics=True, quant_type="nf4", module=made
-        ).to(DEVICE)
+        made.weight = nn.Params4bit(layer.weight.data, compress_statistics=True, quant_type="nf4", module=made).to(
+            DEVICE
+        )
         model.set_submodule(name, made)
     model.is_loaded_in_4bit = True  # PEFT asks for it
 
