@@ -25,6 +25,9 @@ from test_cli import TRAIN, tiny_model, write_rows
 import lora_jax
 from lora_jax import Quantized, models
 from lora_jax.cli import main
+from lora_jax.plan import _step
+from lora_jax.plan._request import Request
+from lora_jax.train import TrainConfig
 
 SCHEMES = {"nf4": ("nf4", 64), "nf4_plain_scales": ("nf4", 64), "int8": ("int8", 0), "fp8": ("fp8", 32)}
 LINEAR = {f"layers/self_attn/{name}_proj/kernel" for name in "qkvo"} | {
@@ -67,6 +70,27 @@ def test_kernels_stay_in_their_scheme(case):
     assert {(node.scheme, node.group_size) for node in nodes.values()} == {SCHEMES[name]}
     assert {node.dtype for node in nodes.values()} == {jnp.dtype("bfloat16")}
     assert all((node.outer is not None) == (name == "nf4") for node in nodes.values())
+
+
+def test_shapes_without_the_weights_are_those_of_the_loaded_model(case):
+    _, folder, _ = case
+    shapes, loaded = models.load_abstract(folder, few_bits=True).params, models.load(folder).params
+    for (path, shape), (_, leaf) in pairs_of(shapes, loaded):
+        for one, other in zip(jax.tree.leaves(shape), jax.tree.leaves(leaf), strict=True):
+            assert isinstance(one, jax.ShapeDtypeStruct)
+            assert (path, one.shape, one.dtype) == (path, other.shape, other.dtype)
+    assert jax.tree.structure(shapes) == jax.tree.structure(loaded)
+
+
+def test_shapes_in_few_bits_need_the_files_of_weights(tmp_path):
+    shutil.copy(FOLDERS / "nf4" / "config.json", tmp_path)
+    plain = models.load_abstract(tmp_path)
+    assert not any(isinstance(leaf, Quantized) for leaf in leaves_of(plain.params).values())
+    message = (
+        r"has kernels in few bits \(bitsandbytes\), and no files of weights, .*; take a folder with its weights, or"
+    )
+    with pytest.raises(ValueError, match=message):
+        models.load_abstract(tmp_path, few_bits=True)
 
 
 def test_numbers_are_those_of_the_reference(case):
@@ -270,6 +294,29 @@ def test_commands_take_such_a_folder(tmp_path):
     assert "quantization_config" not in json.loads((merged / "config.json").read_text())
     for (path, one), (_, other) in pairs_of(lora_jax.dequantize(expected), written.params):
         np.testing.assert_allclose(in_float32(one), in_float32(other), atol=1e-6, err_msg=path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCHEMES)
+def test_a_plan_counts_what_the_folder_holds(name):
+    loaded, lora = leaves_of(models.load(FOLDERS / name).params), lora_jax.LoRAConfig(rank=2, alpha=4)
+    request = Request(model=str(FOLDERS / name), lora=lora, train=TrainConfig(batch_size=2))
+    step = _step.make(request, _step.open_model(request, None), jax.devices()[:1])
+    assert _step.bytes_on_a_device(step.base) == sum(leaf.nbytes for leaf in loaded.values())
+    assert _step.schemes(step.base) == {SCHEMES[name][0]: len(LINEAR)}
+
+
+@pytest.mark.slow
+def test_the_command_plans_with_what_the_folder_holds(capsys):
+    words = ["--rank", "2", "--alpha", "4", "--batch-size", "2", "--max-length", "16"]
+    assert main(["plan", "--model", str(FOLDERS / "nf4"), *words, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    loaded = leaves_of(models.load(FOLDERS / "nf4").params)
+    assert told["per_chip"]["weights"] == sum(leaf.nbytes for leaf in loaded.values())
+    assert told["notes"] == [f"kernels that stay in few bits, as they are in {FOLDERS / 'nf4'}: 7 in nf4"]
+    assert told["parameters"] == sum(leaf.size for leaf in loaded.values())
+    assert main(["plan", "--model", str(FOLDERS / "nf4"), *words, "--quantize", "int8"]) == 2
+    assert "kernel: is quantized already, as nf4; dequantize it first" in capsys.readouterr().err
 
 
 def with_adapter(base, adapter):

@@ -50,18 +50,35 @@ class PackedReader:
 
 def node_of(leaf: Any, reader: PackedReader, sharding: Any = None) -> Quantized:
     """The leaf as a quantized kernel, f[*stack, inputs, outputs], whose parts are placed as `sharding` places it."""
-    packed = [one for one in reader.each.values() if one is not None]
-    lead, stack = leaf.shape[: leaf.stack], leaf.stack
-    parts = [one.parts() for one in packed]
+    lead, parts = leaf.shape[: leaf.stack], [one.parts() for one in _packed(reader)]
     data = {
         name: None if array is None else _stacked([part[name] for part in parts], lead)
         for name, array in parts[0].items()
     }
-    axes = Axes(tuple(range(stack)), (stack,), (stack + 1,))
-    node = Quantized(**data, scheme=reader.scheme, group_size=packed[0].group_size, dtype=leaf.dtype, axes=axes)
+    node = _node(leaf, reader, data)
     if sharding is None:
         return jax.tree.map(jnp.asarray, node)
     return jax.tree.map(_placed, node, place(sharding, node))
+
+
+def shapes_of(leaf: Any, reader: PackedReader) -> Quantized:
+    """The node of the leaf with a `jax.ShapeDtypeStruct` for each array; of its stack the first tensor is read."""
+    lead, first = leaf.shape[: leaf.stack], _packed(reader)[0].parts()
+    data = {
+        name: None if array is None else jax.ShapeDtypeStruct((*lead, *np.shape(array)), array.dtype)
+        for name, array in first.items()
+    }
+    return _node(leaf, reader, data)
+
+
+def _packed(reader: PackedReader) -> list[Packed]:
+    return [one for one in reader.each.values() if one is not None]
+
+
+def _node(leaf: Any, reader: PackedReader, data: Mapping[str, Any]) -> Quantized:
+    size, stack = _packed(reader)[0].group_size, leaf.stack
+    axes = Axes(tuple(range(stack)), (stack,), (stack + 1,))
+    return Quantized(**data, scheme=reader.scheme, group_size=size, dtype=leaf.dtype, axes=axes)
 
 
 def _stacked(arrays: list[Any], lead: tuple[int, ...]) -> np.ndarray:

@@ -19,7 +19,7 @@ from lora_jax.models._axis_rules import RULES, Rules
 from lora_jax.models._execution import Attention, Execution, Layers, Platform, Remat, execution
 from lora_jax.models._families import FAMILIES
 from lora_jax.models._family import flatten, unflatten
-from lora_jax.models._kept import PackedReader
+from lora_jax.models._kept import PackedReader, shapes_of
 from lora_jax.models._model import Model, abstract
 from lora_jax.models._model import shardings as places
 from lora_jax.models._packed import check_method
@@ -242,11 +242,17 @@ def load_abstract(
     dtype: Any = None,
     *,
     labels: Sequence[str] | None = None,
+    few_bits: bool = False,
     **options: Unpack[ExecutionOptions],
 ) -> Model:
     """Load a model like `load`, but from `config.json` alone: every leaf is a `jax.ShapeDtypeStruct`.
 
-    Without `dtype`, leaves have the dtype that the configuration names, or float32.
+    Without `dtype`, leaves have the dtype that the configuration names, or float32. With `few_bits`, kernels that stay
+    in few bits when the folder is loaded are `lora_jax.Quantized` nodes of such shapes; which ones those are, the files
+    of weights say, and so these are needed where `quant_method(folder)` isn't empty.
+
+    Raises:
+        ValueError: `few_bits` is given, and the files of weights that it needs aren't there.
 
     >>> import tempfile
     >>> from transformers import LlamaConfig
@@ -263,7 +269,21 @@ def load_abstract(
     family, config = _folder.read_config(folder, FAMILIES)
     if labels is not None:
         family, config, _ = _heads.labelled(family, config, labels, FAMILIES)
-    return abstract(family, config, dtype, compute_dtype, chosen, folder)
+    model = abstract(family, config, dtype, compute_dtype, chosen, folder)
+    if not few_bits or not (method := quant_method(folder)):
+        return model
+    if not any(folder.glob("*.safetensors")):
+        raise ValueError(
+            f"{folder}: has kernels in few bits ({method}), and no files of weights, which say which ones; take a"
+            " folder with its weights, or the 16-bit model"
+        )
+    streamed = flatten(load_streamed(folder, dtype, labels=labels, **options).params)
+    kept = {
+        path: shapes_of(leaf, leaf.read)
+        for path, leaf in streamed.items()
+        if isinstance(leaf, Streamed) and isinstance(leaf.read, PackedReader) and leaf.read.scheme
+    }
+    return replace(model, params=unflatten(flatten(model.params) | kept))
 
 
 def init(

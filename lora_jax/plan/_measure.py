@@ -52,11 +52,21 @@ def measure(request: Request, devices: Sequence[Any], platform: str | None, repo
         "heads": getattr(step.model.config, "num_key_value_heads", None) or step.model.config.num_attention_heads,
         "vocabulary": step.model.config.vocab_size,
         "device": devices[0].device_kind,
-        "notes": list(dict.fromkeys(" ".join(str(warning.message).split()) for warning in warned)),
+        "notes": [
+            *_stay_in_few_bits(request, step),
+            *dict.fromkeys(" ".join(str(warning.message).split()) for warning in warned),
+        ],
         "per_chip": lora,
         "full_fine_tuning": full,
         "seconds": time.perf_counter() - began,
     }
+
+
+def _stay_in_few_bits(request: Request, step: Step) -> list[str]:
+    """A line on the kernels that are in few bits in the model's folder."""
+    held = _step.schemes(step.base) if request.quantize is None else {}
+    named = ", ".join(f"{count} in {scheme}" for scheme, count in held.items())
+    return [f"kernels that stay in few bits, as they are in {request.model}: {named}"] if held else []
 
 
 def _measured(step: Step, platform: str | None, devices: int, report: Report, compiling: str | None) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from lora_jax._optim import state_shardings
 from lora_jax._quantize.node import bits_of
 from lora_jax._quantize.transform import quantize
 from lora_jax._sharding import shardings
-from lora_jax._tree import split
+from lora_jax._tree import is_quantized, split
 from lora_jax.plan._request import Request
 from lora_jax.train import LANGUAGE_MODELLING, losses_in_chunks, make_optimizer, make_step
 
@@ -84,12 +85,13 @@ def make(request: Request, model: Any, devices: Sequence[Any], *, full: bool = F
     if config.init in CHANGES_KERNELS:  # which is of the kernels' numbers; the shapes are those of any other
         config = dataclasses.replace(config, init="kaiming_normal")
     kernels = None if full else request.quantize
+    weights = model.params if full else models.load_abstract(request.model, request.dtype, few_bits=True).params
 
     def started(base: Any) -> Any:
         held = base if kernels is None else quantize(base, kernels, axes=axes)
         return init(jax.random.key(0), held, config, axes=axes)
 
-    params = jax.eval_shape(started, model.params)
+    params = jax.eval_shape(started, weights)
     base, adapter = split(_at(params, shardings(params, models.shardings(model, mesh))))
     train = request.train
     tx = make_optimizer(train, STEPS)
@@ -117,6 +119,12 @@ def make(request: Request, model: Any, devices: Sequence[Any], *, full: bool = F
         model=model,
         attention=model.attention(train.micro_batch_size, shape[1], **({"packed": True} if train.packing else {})),
     )
+
+
+def schemes(tree: Any) -> dict[str, int]:
+    """The number of kernels in each scheme of few bits."""
+    leaves = jax.tree.leaves(tree, is_leaf=is_quantized)
+    return dict(Counter(sorted(leaf.scheme for leaf in leaves if is_quantized(leaf))))
 
 
 def bytes_on_a_device(tree: Any) -> int:
