@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from agreement import assert_agrees
 from golden.make_quantized_folders import CONFIG, PROBE, TOKENS
 from public_trees import leaves_of
 from test_cli import TRAIN, tiny_model, write_rows
@@ -14,7 +15,7 @@ from test_quantized_folders import in_float32, kernel_of, run
 
 import lora_jax
 from lora_jax import Axes, LoRAConfig, QuantizeConfig, Quantized, _residual, checkpoint, models, peft
-from lora_jax.cli import main
+from lora_jax.cli import main, train
 
 PLAIN = {
     "up": {"kernel": 0.3 * jax.random.normal(jax.random.key(0), (3, 64, 48))},
@@ -192,6 +193,42 @@ def test_pissa_is_peft_s(pissa_of_peft, tmp_path):
 
 
 @pytest.mark.oracle
+@pytest.mark.parametrize("initializer", ["pissa", "loftq"])
+def test_peft_s_logits_with_the_saved_adapter_are_those_of_the_run(initializer, pissa_of_peft, tmp_path):
+    """On the plain model, by the agreement rule: of rank 2r, and with what is left of W dequantized in place of W."""
+    import peft as reference
+    import torch
+    import transformers
+
+    folder, ids = pissa_of_peft[0], jnp.asarray(TOKENS)
+    model = models.load(folder)
+    settings = LoRAConfig(rank=RANK, alpha=ALPHA, targets=TARGETS, init=initializer)
+    axes = lora_jax.kernel_axes(model.apply, model.params, ids)
+    few_bits = QuantizeConfig(scheme="nf4", targets=TARGETS) if initializer == "loftq" else None
+    started = lora_jax.init(jax.random.key(0), model.params, settings, axes=axes, quantize=few_bits)
+    params = moved(started)
+    peft.save(tmp_path, params, names=model.names)
+
+    def theirs(dtype):
+        plain: Any = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=dtype)
+        adapted: Any = reference.PeftModel.from_pretrained(plain, tmp_path, autocast_adapter_dtype=False).to(dtype)
+        assert adapted.peft_config["default"].r == 2 * RANK
+        with torch.no_grad():
+            return adapted(torch.tensor(TOKENS)).logits.double().numpy()
+
+    # The plain kernels with the update that the run made: what the converted adapter means, and PiSSA's run computed.
+    rounding = jax.tree.map(lambda w, kept: w - kept, model.params, lora_jax.merge(started))
+    run_of = jax.tree.map(lambda w, lost: w + lost, lora_jax.merge(params), rounding)
+    ours = jax.jit(model.apply)(run_of, ids)
+    assert_agrees(ours, theirs(torch.float32), theirs(torch.float64))
+    assert np.abs(ours - model.apply(model.params, ids)).max() > 0.1 * np.abs(ours).max()
+    beside = peft.load(tmp_path, model.params, names=model.names, axes=axes)
+    assert_agrees(jax.jit(lora_jax.adapt(model.apply))(beside, ids), theirs(torch.float32), theirs(torch.float64))
+    if initializer == "pissa":
+        assert_agrees(jax.jit(lora_jax.adapt(model.apply))(params, ids), theirs(torch.float32), theirs(torch.float64))
+
+
+@pytest.mark.oracle
 @pytest.mark.parametrize("steps", [1, 5])
 def test_loftq_is_peft_s(steps, monkeypatch):
     """With alpha = r, for PEFT divides by no scale, and with nested scales, as ours are; PEFT names a GPU."""
@@ -269,6 +306,14 @@ def test_what_can_t_be_is_refused_in_a_line(what):
 def test_loftq_on_the_command_line_needs_quantize(tmp_path, capsys):
     assert main(["train", "--init", "loftq", "--output", str(tmp_path / "out")]) == 2
     assert "init: 'loftq' given for a base that isn't quantized" in capsys.readouterr().err
+
+
+def test_a_run_of_several_processes_is_refused_before_anything_is_read(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "several", lambda: True)
+    words = ["--model", str(tmp_path), "--data", str(tmp_path / "rows.jsonl"), "--quantize", "int8", "--init", "loftq"]
+    assert main(["train", *words, "--output", str(tmp_path / "out")]) == 2
+    message = "init: 'loftq' given for several processes, expected one; take another init"
+    assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.slow

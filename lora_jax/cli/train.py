@@ -306,6 +306,8 @@ def _check(settings: Settings) -> None:
     settings.reading.check(settings.data, settings.train.max_steps)
     if settings.lora.init == "loftq" and settings.base.quantize is None:
         raise ValueError("init: 'loftq' given for a base that isn't quantized, expected --quantize too; or take pissa")
+    if settings.lora.init in CHANGES_KERNELS and several():
+        raise ValueError(f"init: {settings.lora.init!r} given for several processes, expected one; take another init")
     _start.check_reference(settings.train, settings.prefix_length)
     check_installed(settings.train)
     if settings.add_tokens is not None:
