@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import pathlib
 import shutil
 
 import jax
@@ -138,16 +139,22 @@ def run(*argv):
 
 
 @pytest.mark.slow
-def test_train_evaluate_and_generate(folder, tmp_path):
+@pytest.mark.parametrize("scheme", ["nf4", "fp8"])
+def test_train_evaluate_and_generate(folder, scheme, tmp_path):
     data = write_rows(tmp_path / "data.jsonl")
-    base, out = ("--model", folder, "--quantize", "nf4"), tmp_path / "out"
-    said = run("train", *base, "--data", data, "--output", out, *TRAIN)
-    assert "--quantize nf4" in said  # in the next command
+    base, out = ("--model", folder, "--quantize", scheme), tmp_path / "out"
+    said = run("train", *base, "--data", data, "--output", out, *TRAIN, "--layers", "scan")
+    assert f"--quantize {scheme}" in said  # in the next command
     before = json.loads(run("evaluate", *base, "--data", data, "--json"))
     after = json.loads(run("evaluate", *base, "--adapter", out, "--data", data, "--json"))
     plain = json.loads(run("evaluate", "--model", folder, "--data", data, "--json"))
     assert after["loss"] < before["loss"] != plain["loss"]
     assert before["loss"] == pytest.approx(plain["loss"], rel=0.2)
+    rounded = lora_jax.dequantize(loaded(folder, scheme).params)
+    models.save(tmp_path / "rounded", models.load_abstract(folder), rounded)
+    models.copy_tokenizer(pathlib.Path(folder), tmp_path / "rounded")
+    dense = json.loads(run("evaluate", "--model", tmp_path / "rounded", "--adapter", out, "--data", data, "--json"))
+    assert dense["loss"] == pytest.approx(after["loss"], rel=1e-5)
     run("generate", *base, "--adapter", out, "--prompt", "1 + 1 = ", "--max-tokens", "2")
 
 
