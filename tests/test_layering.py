@@ -32,7 +32,7 @@ GROUPS = {
     "_tree": ({"_paths", "_processes", "number format"}, {"jax", "numpy", "ml_dtypes"}),
     "_jaxprs": (set(), {"jax"}),
     "_walk": ({"_jaxprs"}, {"jax"}),
-    "_ahead": ({"_jaxprs", "number format"}, {"jax"}),
+    "_ahead": ({"_jaxprs", "_tree"}, {"jax"}),
     "_forward": ({"_tree", "_paths", "number format", "_jaxprs", "_walk"}, {"jax", "numpy"}),
     "_optim": ({"_tree", "_paths", "number format"}, {"jax", "numpy", "optax"}),
     "_sharding": ({"_tree", "_paths", "number format"}, {"jax", "numpy"}),
