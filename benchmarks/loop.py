@@ -16,7 +16,7 @@ time of all threads, and of Python's, for a step of the command with its default
 Hardware: any CPU. Time: 3 minutes, `--host` half a minute. Seen on two cores with a load of 16, where the tokens/s say
 little: the command takes 0.99 times the bare step's processor time (165 ms; rounds 0.94 to 1.02), and 0.85 of its
 tokens/s (0.83 to 1.07). `--host`: 0.52 ms of processor time a step, 0.13 ms of them in the loop's thread; with batches
-made in that thread 0.47 and 0.47.
+made in that thread 0.47 and 0.47. 1b on an H200: 96,203 tokens/s beside 96,137 of the bare step (one round).
 """
 
 import argparse

@@ -23,7 +23,8 @@ matrices runs at 796 TFLOP/s): seconds a step, ours, and PEFT's over ours
     1b:4x2048:qv    0.0849  64.6%    1.68
     1b:4x2048:qv    0.0894  64.1%    1.61    1.30      1.09         all contenders compiling at once, which XLA's
     1b:4x2048:all   0.1008  57.2%    2.26    1.60      1.42         choice of kernels suffers from
-    1b:1x8192:qv    0.1161  58.0%    1.44
+    1b:1x8192:qv    0.1174  57.8%    1.43    1.72
+    1b:1x32768:qv   0.9064  51.5%                               48.4 GB
     8b:2x2048:qv    0.2380  70.5%    1.35    1.16      1.03
     8b:2x2048:all   0.2543  66.9%            1.42               --contenders ours peft:compile --steps 3
 
