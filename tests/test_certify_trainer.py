@@ -9,8 +9,7 @@ from model_cases import CASES
 
 import lora_jax
 from lora_jax import models
-from lora_jax.train import TrainConfig, make_optimizer, make_step
-from lora_jax.train._loss import next_token_loss
+from lora_jax.train import TrainConfig, make_optimizer, make_step, next_token_loss
 
 ROWS = {"input_ids": jnp.int32, "attention_mask": jnp.int32, "loss_weights": jnp.float32}
 

@@ -18,12 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen, nnx
+from trees import nodes_in
 
 import lora_jax
 from lora_jax import Axes, KernelAxes, LoRAConfig, Override
 from lora_jax._config import PEFT_NAMES
 from lora_jax._ranks import used_ranks
-from lora_jax._tree import detach
 
 KEY = jax.random.key(0)
 GOLDEN = Path(__file__).parent / "golden"
@@ -39,7 +39,7 @@ def layer(*names, shape=(6, 8), dtype=jnp.float32):
 
 def adapted_paths(params, settings, axes=None):
     whole = jax.eval_shape(lambda tree: lora_jax.init(KEY, tree, settings, axes=axes), params)
-    return set(detach(whole)[1])
+    return set(nodes_in(whole))
 
 
 # The config
@@ -242,14 +242,14 @@ def test_shapes_and_the_start_of_every_kind_of_kernel():
     }
     axes = {"torch": Axes((), (1,), (0,)), "heads": Axes((0,), (1,), (2, 3))}
     whole = lora_jax.init(KEY, params, config(targets=["/.*/"]), axes=axes)
-    shapes = {path: (node.a.shape, node.b.shape, node.scale.shape) for path, node in detach(whole)[1].items()}
+    shapes = {path: (node.a.shape, node.b.shape, node.scale.shape) for path, node in nodes_in(whole).items()}
     assert shapes == {
         "dense/kernel": ((6, 2), (2, 8), ()),
         "torch/weight": ((6, 2), (2, 8), ()),
         "heads/kernel": ((3, 6, 2), (3, 2, 2, 4), (3,)),
         "embed/embedding": ((9, 2), (2, 6), ()),
     }
-    for path, node in detach(whole)[1].items():
+    for path, node in nodes_in(whole).items():
         assert node.a.dtype == node.b.dtype == node.scale.dtype == jnp.float32
         np.testing.assert_array_equal(node.scale, np.full(node.scale.shape, 2.0))
         zero, drawn = (node.a, node.b) if path.startswith("embed") else (node.b, node.a)
@@ -303,7 +303,7 @@ def test_the_start_is_that_of_peft_and_loralib(reference, case):
     params, axes = LAYERS[kind]
     settings = LoRAConfig(rank=16, alpha=24, targets=[kind], init=initializer, scaling=scaling)
     whole = lora_jax.init(KEY, {kind: params}, settings, axes={kind: axes})
-    (node,) = detach(whole)[1].values()
+    (node,) = nodes_in(whole).values()
     assert float(node.scale) == reference[f"{name}/scale"]
     for factor, quantiles in ((node.a, reference[f"{name}/a"]), (node.b, reference[f"{name}/b"])):
         if not quantiles.any():
@@ -321,7 +321,7 @@ def test_the_start_is_that_of_peft_and_loralib(reference, case):
 def test_the_default_is_gaussian_with_the_variance_of_loralibs(kind, inputs):
     params, axes = LAYERS[kind]
     whole = lora_jax.init(KEY, {kind: params}, LoRAConfig(rank=16, alpha=24, targets=[kind]), axes={kind: axes})
-    (node,) = detach(whole)[1].values()
+    (node,) = nodes_in(whole).values()
     a = np.asarray(node.a).ravel() * np.sqrt(3 * inputs)  # of 6,400 draws from N(0, 1)
     assert abs(a.mean()) < 0.05
     assert abs(a.std() - 1) < 0.04
@@ -564,7 +564,7 @@ def test_a_second_init_is_an_error_over_a_node_and_fine_elsewhere():
         lora_jax.init(KEY, once, config(targets=["q"]))
     twice = lora_jax.init(KEY, once, config(targets=["k"]))
     assert twice["q"]["kernel_lora"] is once["q"]["kernel_lora"]
-    assert set(detach(twice)[1]) == {"q/kernel", "k/kernel"}
+    assert set(nodes_in(twice)) == {"q/kernel", "k/kernel"}
 
 
 def test_a_target_cant_train_whole():

@@ -14,7 +14,8 @@ import lora_jax
 from lora_jax import models
 from lora_jax.models._attention_choice import Case, choose
 from lora_jax.models._execution import execution
-from lora_jax.train._loss import cross_entropy, following
+from lora_jax.train import cross_entropy
+from lora_jax.train._loss import following
 
 LENGTHS = [(9, 1, 7), (11, 13)]  # of the documents of each row, of 24 tokens
 IDS = np.random.default_rng(3).integers(2, 32, (2, 24)).astype(np.int32)

@@ -21,6 +21,18 @@ def values(shape, dtype=jnp.float32, seed=0):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
 
+def by_path(tree):
+    """The leaves and nodes of a tree, {path: leaf}."""
+    pairs = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: isinstance(x, lora_jax.LoRA))
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in pairs}
+
+
+def nodes_in(tree):
+    """The nodes of a tree, {path of the kernel: node}."""
+    nodes = {path: leaf for path, leaf in by_path(tree).items() if isinstance(leaf, lora_jax.LoRA)}
+    return {path.removesuffix("_lora"): node for path, node in nodes.items()}
+
+
 @st.composite
 def kernels(draw, dtypes=DTYPES):
     """(kernel, axes): each axis of a random role, at least one of them an input and one an output."""
