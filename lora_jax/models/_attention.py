@@ -172,6 +172,13 @@ def real_first(attention_mask: Any) -> tuple[jax.Array, jax.Array]:
     return order, jnp.maximum(jnp.sum(real, axis=1, dtype=jnp.int32), 1)
 
 
+def segments_of(choice: Choice, attention_mask: Any, segment_ids: Any, lengths: Any) -> Any:
+    """The segments that a decoder's kernel gets: those of packed rows, or real tokens as 1 where they weren't moved."""
+    if segment_ids is None and choice.form == "splash" and lengths is None and attention_mask is not None:
+        return attention_mask.astype(jnp.int32)
+    return segment_ids
+
+
 def ordered(order: jax.Array | None, x: jax.Array) -> jax.Array:
     """Put each row of [B or 1, T, ...] into the order; None changes nothing."""
     if order is None:

@@ -42,9 +42,14 @@ class Choice(NamedTuple):
     interpreted: bool = False  # a kernel on another platform than the one that it is written for
     blocks: bool = False  # whether "xla" takes causal queries in blocks: on a GPU each costs seconds of compilation
 
-    def packs(self, attention_mask: Any) -> bool:
-        """Return whether the real tokens of each row must be moved to its front."""
-        return self.form in KERNELS and attention_mask is not None
+    def packs(self, attention_mask: Any, window: int | None = None, *, causal: bool = True) -> bool:
+        """Return whether the real tokens of each row must be moved to its front.
+
+        Splash keeps padding apart where it is, as a segment. But its window counts places, not tokens, and an encoder's
+        queries attend to one segment only.
+        """
+        apart = self.form == "splash" and causal and window is None
+        return self.form in KERNELS and attention_mask is not None and not apart
 
     def __str__(self) -> str:
         return f"attention: {self.form}" + (f" ({self.why})" if self.why else "")

@@ -248,12 +248,14 @@ class Decoder(nn.Module):
         choice = self.attention(
             x.shape[0], x.shape[1], x.dtype, cached=cache is not None, placed=placed, packed=segment_ids is not None
         )
-        order, lengths = _attention.real_first(attention_mask) if choice.packs(attention_mask) else (None, None)
+        packs = choice.packs(attention_mask, spec.window)
+        order, lengths = _attention.real_first(attention_mask) if packs else (None, None)
+        segments = _attention.segments_of(choice, attention_mask, segment_ids, lengths)
         x, positions = _attention.ordered(order, x), _attention.ordered(order, positions)
         context = {
             "index": None if cache is None else cache["index"],
             "lengths": lengths,
-            "segments": segment_ids,
+            "segments": segments,
             "layer_types": [
                 _seen(spec, choice, sliding, positions, attention_mask, cache, x.dtype) for sliding in spec.layer_types
             ],

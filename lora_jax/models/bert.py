@@ -270,7 +270,8 @@ class Encoder(nn.Module):
         embeddings = Embeddings(spec, self.param_dtype, layout, name="embeddings")
         x, words = embeddings(input_ids, attention_mask, token_type_ids, positions, self.dtype, more_embeddings)
         choice = self.attention(x.shape[0], x.shape[1], x.dtype)
-        order, lengths = _attention.real_first(attention_mask) if choice.packs(attention_mask) else (None, None)
+        packs = choice.packs(attention_mask, causal=False)
+        order, lengths = _attention.real_first(attention_mask) if packs else (None, None)
         mask = None if attention_mask is None else attention_mask.astype(bool)[:, None, None, :]
         layers = stacked(Layer, spec.num_layers, self.execution)(spec, self.param_dtype, choice, layout, name="layer")
         x, _ = layers(_attention.ordered(order, x), None, (mask, lengths))

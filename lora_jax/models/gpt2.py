@@ -166,9 +166,11 @@ class GPT2(nn.Module):
         x = tokens(input_ids, self.dtype, more_embeddings) + places(positions, self.dtype)
         call = {"cached": cache is not None, "packed": segment_ids is not None}
         choice = self.attention(x.shape[0], x.shape[1], x.dtype, **call)
-        order, lengths = _attention.real_first(attention_mask) if choice.packs(attention_mask) else (None, None)
+        packs = choice.packs(attention_mask)
+        order, lengths = _attention.real_first(attention_mask) if packs else (None, None)
+        segments = _attention.segments_of(choice, attention_mask, segment_ids, lengths)
         x = _attention.ordered(order, x)
-        context = {"index": None, "mask": None, "lengths": lengths, "segments": segment_ids}
+        context = {"index": None, "mask": None, "lengths": lengths, "segments": segments}
         if cache is not None:
             context |= {"index": cache["index"], "mask": _attention.cached_mask(cache, positions, None)}
         elif attention_mask is not None and lengths is None:
