@@ -1,7 +1,7 @@
-"""Measure a training step of this library and of PEFT: seconds, share of the matrix units' rate, memory.
+"""Measure a training step of this library beside others: seconds, share of the matrix units' rate, memory.
 
     make bench DEVICE=cpu                                        # or: python benchmarks/step.py --device cpu
-    make bench DEVICE=gpu                                        # the rows and contenders of the tables below
+    make bench DEVICE=gpu                                        # the rows of the table below, but for 32k and 8b:all
     python benchmarks/step.py --rows 1b:4x2048:qv --contenders ours ours:remat=full peft:compile
     python benchmarks/step.py --rows 1b:4x2048:qv --contenders ours ours:quantize=nf4 peft:nf4 peft:nf4,compile
     python benchmarks/step.py --tiny                             # two layers on any machine, to see that it runs
@@ -9,15 +9,24 @@
 Every contender is a process with a model of random weights, in bfloat16 (`small`: float32). The contenders take their
 steps in turn, in `--rounds` rounds of `--steps`, so that the machine's state is the same for all. A step is timed until
 the device has finished it; the table has the median of the rounds' medians, and the lowest and the highest of them.
-`ours` is `models.init`, `adapt` and `make_step` with only the settings that it names, and gets a mask of padding;
-`peft` gets none. `peft:flash` has transformers' attention replaced by the flash kernel with a causal flag, which
-transformers doesn't choose by itself. With `quantize=` (nf4, int4, int8, fp8) the kernels of our layers are in few
-bits; `peft:nf4` has bitsandbytes' NF4 with nested scales in its layers. Both rounded the random weights on the device.
-The peak is the step's, model included: the compiler's count of ours, torch's count of PEFT's.
+The contenders:
 
-Needs torch, transformers and PEFT beside jax; 3 minutes a row of 1B on an H200 and 6 of 8B, most of it compilation. The
-values to expect there (driver 580.159, jax 0.11.2, torch 2.11.0, PEFT 0.21.0, transformers 5.17.0; a product of
-matrices runs at 796 TFLOP/s): seconds a step, ours, and PEFT's over ours
+- `ours`: `models.init`, `adapt` and `make_step` with only the settings that it names. With `quantize=` (nf4, int4,
+  int8, fp8) the kernels of the layers are in few bits.
+- `hand`: LoRA written by hand in JAX (tests/by_hand.py), with the attention, remat and form of the layers that ours
+  chooses.
+- `full`: all parameters of our model trained, with moments in float32. Its share counts the gradients of the kernels.
+- `peft`: `eager` or `compile`. `peft:flash` has transformers' attention replaced by the flash kernel with a causal
+  flag, which transformers doesn't choose by itself; `peft:nf4` has bitsandbytes' NF4 with nested scales in its layers.
+
+All but PEFT's get a mask of padding. `hand` and `full` hold all logits of a step. Weights in few bits are the random
+ones, rounded on the device. The peak is the step's, model included: XLA's count, and torch's of PEFT's. A contender
+whose packages aren't installed is skipped with a line. Unless contenders are named, a row of 8B has ours and PEFT's
+only, because all contenders of a row have their models on the card at once.
+
+PEFT's contenders need torch, transformers and PEFT beside jax. With ours and these a row of 1B takes 3 minutes on an
+H200 and one of 8B 6, most of it compilation. The values to expect there (driver 580.159, jax 0.11.2, torch 2.11.0, PEFT
+0.21.0, transformers 5.17.0; a product of matrices runs at 796 TFLOP/s): seconds a step, ours, and PEFT's over ours
 
                      ours   share   eager  compile  flash,compile
     1b:4x2048:qv    0.0849  64.6%    1.68
@@ -96,9 +105,11 @@ ROWS = {
     "cpu": ("small:4x256:qv", "small:4x256:all8"),
 }
 CONTENDERS = {
-    "gpu": ("ours", "peft:eager", "peft:compile", "peft:flash,compile"),
-    "cpu": ("ours", "peft:eager", "peft:compile"),
+    "gpu": ("ours", "hand", "full", "peft:eager", "peft:compile", "peft:flash,compile"),
+    "cpu": ("ours", "hand", "full", "peft:eager", "peft:compile"),
+    "8b": ("ours", "peft:eager", "peft:compile", "peft:flash,compile"),  # all have their models on the card at once
 }
+NEEDS = {"peft": ("torch", "transformers", "peft")}
 WARM_UP = 3  # steps that are not timed
 
 
@@ -126,8 +137,11 @@ class Row(NamedTuple):
         """The dtype of the base's weights."""
         return "float32" if self.shape == "small" else "bfloat16"
 
-    def flops(self) -> float:
-        """FLOPs of one step with a frozen base: each product and its gradient of x, causal attention, A and B."""
+    def flops(self, full: bool = False) -> float:
+        """FLOPs of one step: each product and its gradient of x, causal attention, and the gradients of what trains.
+
+        A and B train; with `full`, the kernels do.
+        """
         s = SHAPES[self.shape]
         width, inner, layers = s["hidden_size"], s["intermediate_size"], s["num_hidden_layers"]
         q, kv = (s[heads] * s["head_dim"] for heads in ("num_attention_heads", "num_key_value_heads"))
@@ -137,7 +151,7 @@ class Row(NamedTuple):
         tokens = self.batch * self.length
         attention = 3 * layers * self.batch * 2 * self.length**2 * q
         lora = 6 * layers * tokens * RANKS[self.targets] * sum(sum(sizes[name]) for name in TARGETS[self.targets])
-        return 4 * kernels * tokens + attention + lora
+        return (6 * kernels * tokens if full else 4 * kernels * tokens + lora) + attention
 
 
 class Worker(NamedTuple):
@@ -164,6 +178,14 @@ def serve(make: Callable[[], Worker]) -> None:
             worker.wait(worker.step(number))
             times.append(time.perf_counter() - began)
         print(json.dumps({"times": times} | worker.facts() | worker.about), flush=True)
+
+
+def missing(contender: str) -> list[str]:
+    """The packages that a contender needs and that aren't installed for it."""
+    who = contender.partition(":")[0]
+    find = "import importlib.util, sys; print(*(name for name in sys.argv[1:] if not importlib.util.find_spec(name)))"
+    command = [sys.executable, "-c", find, *NEEDS.get(who, ())]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
 
 
 class Process:
@@ -202,15 +224,26 @@ class Process:
 
 def run(row: str, settings: argparse.Namespace, log: Any) -> list[dict[str, Any]]:
     """Measure each contender, and return its row of the table."""
-    processes = [Process(contender, row, log) for contender in settings.contenders]
-    # The first contender compiles alone, because XLA times kernels meanwhile. The others compile at the same time.
-    for group in (processes[:1], processes[1:]):
+    default = CONTENDERS["8b" if row.startswith("8b") else settings.device]
+    processes = []
+    for contender in settings.contenders or default:
+        if lacking := missing(contender):
+            print(f"{row} {contender}: skipped, {', '.join(lacking)} not installed", file=sys.stderr, flush=True)
+        else:
+            processes.append(Process(contender, row, log))
+    # Those in JAX compile alone, because XLA times kernels meanwhile. PEFT's compile at the same time.
+    alone = [[process] for process in processes if not process.name.startswith("peft")]
+    for group in (*alone, [process for process in processes if process.name.startswith("peft")]):
         began = time.perf_counter()
         for process in group:
             process.start(WARM_UP)
         for process in group:
             process.wait()
             process.facts["first_s"] = time.perf_counter() - began
+            platform, others = (one.facts.get("platform") for one in (process, processes[0]))
+            if not process.failed and platform != others:
+                print(f"{row} {process.name}: on {platform}, {processes[0].name} on {others}", file=sys.stderr)
+                process.failed = True
             state = "failed" if process.failed else "ready"
             print(f"{row} {process.name}: {state} after {process.facts['first_s']:.0f} s", file=sys.stderr, flush=True)
     for _ in range(settings.rounds):
@@ -219,8 +252,9 @@ def run(row: str, settings: argparse.Namespace, log: Any) -> list[dict[str, Any]
             process.medians += [statistics.median(times)] if (times := process.wait()) else []
     for process in processes:
         process.close()
-    flops, results = Row.read(row).flops(), []
+    results = []
     for process in processes:
+        flops = Row.read(row).flops(process.name.startswith("full"))
         result = {"row": row, "contender": process.name, "failed": process.failed} | process.facts
         if process.medians:
             seconds = statistics.median(process.medians)
@@ -269,7 +303,6 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     settings = parser.parse_args()
     settings.rows = settings.rows or ROWS[settings.device]
-    settings.contenders = settings.contenders or CONTENDERS[settings.device]
     if settings.device == "cpu":
         os.environ |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     if settings.tiny:

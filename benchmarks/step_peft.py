@@ -118,7 +118,8 @@ def make() -> Worker:
         torch.cuda.reset_peak_memory_stats()
     held = torch.cuda.memory_allocated() / 1e9 if DEVICE == "cuda" else 0
     versions = {"torch": torch.__version__, "peft": peft.__version__, "transformers": transformers.__version__}
-    return Worker(step, wait, facts, {"ceiling": rate, "weights_gb": held} | versions)
+    platform = "gpu" if DEVICE == "cuda" else "cpu"
+    return Worker(step, wait, facts, {"ceiling": rate, "weights_gb": held, "platform": platform} | versions)
 
 
 if __name__ == "__main__":
