@@ -28,7 +28,7 @@ oracle: .venv/.oracle  ## the comparisons with torch and PEFT, live
 real: .venv/.oracle  ## published weights against their references: make real DATA=DIR, see tests/test_real_weights.py
 	$(BIN)/python -m pytest --real $(DATA) tests/test_real_weights.py
 
-bench: .venv/.oracle  ## a training step beside PEFT's, in turn: make bench DEVICE=gpu where torch and jax see one
+bench: .venv/.oracle .venv-qwix/.ready  ## a step beside PEFT's and others', in turn: make bench DEVICE=gpu where torch and jax see one
 	$(BIN)/python benchmarks/step.py --device $(or $(DEVICE),cpu)
 
 browser: .venv/.browser  ## reports and the site, opened in headless Chromium
@@ -60,7 +60,7 @@ check: .venv/.check  ## style, types, layering
 	$(BIN)/python -m pytest -q tests/test_layering.py
 
 clean:
-	rm -rf .venv .venv-oldest
+	rm -rf .venv .venv-oldest .venv-qwix
 
 $(BIN)/python:
 	$(PYTHON) -m venv .venv
@@ -106,4 +106,10 @@ $(BIN)/python:
 	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt \
 		jax flax optax pytest pytest-xdist hypothesis dm-haiku equinox
 	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $@
+
+# Apart from .venv, so that no test and no other contender of the benchmark depends on what Qwix needs.
+.venv-qwix/.ready: $(INPUTS)
+	$(PYTHON) -m venv .venv-qwix
+	.venv-qwix/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[hf]' qwix==0.1.8
 	touch $@

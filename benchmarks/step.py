@@ -18,15 +18,17 @@ The contenders:
 - `full`: all parameters of our model trained, with moments in float32. Its share counts the gradients of the kernels.
 - `peft`: `eager` or `compile`. `peft:flash` has transformers' attention replaced by the flash kernel with a causal
   flag, which transformers doesn't choose by itself; `peft:nf4` has bitsandbytes' NF4 with nested scales in its layers.
+- `qwix`: Qwix's LoRA on our Flax module, in the environment that `make bench` makes for it, `.venv-qwix`.
 
-All but PEFT's get a mask of padding. `hand` and `full` hold all logits of a step. Weights in few bits are the random
-ones, rounded on the device. The peak is the step's, model included: XLA's count, and torch's of PEFT's. A contender
-whose packages aren't installed is skipped with a line. Unless contenders are named, a row of 8B has ours and PEFT's
-only, because all contenders of a row have their models on the card at once.
+All but PEFT's get a mask of padding. `hand`, `full` and `qwix` hold all logits of a step. Weights in few bits are the
+random ones, rounded on the device. The peak is the step's, model included: XLA's count, and torch's of PEFT's. A
+contender whose packages aren't installed is skipped with a line. Unless contenders are named, a row of 8B has ours and
+PEFT's only, because all contenders of a row have their models on the card at once.
 
-PEFT's contenders need torch, transformers and PEFT beside jax. With ours and these a row of 1B takes 3 minutes on an
-H200 and one of 8B 6, most of it compilation. The values to expect there (driver 580.159, jax 0.11.2, torch 2.11.0, PEFT
-0.21.0, transformers 5.17.0; a product of matrices runs at 796 TFLOP/s): seconds a step, ours, and PEFT's over ours
+PEFT's contenders need torch, transformers and PEFT beside jax; on a GPU both environments need a jax with CUDA. With
+ours and PEFT's a row of 1B takes 3 minutes on an H200 and one of 8B 6, most of it compilation. The values to expect
+there (driver 580.159, jax 0.11.2, torch 2.11.0, PEFT 0.21.0, transformers 5.17.0; a product of matrices runs at 796
+TFLOP/s): seconds a step, ours, and PEFT's over ours
 
                      ours   share   eager  compile  flash,compile
     1b:4x2048:qv    0.0849  64.6%    1.68
@@ -105,11 +107,11 @@ ROWS = {
     "cpu": ("small:4x256:qv", "small:4x256:all8"),
 }
 CONTENDERS = {
-    "gpu": ("ours", "hand", "full", "peft:eager", "peft:compile", "peft:flash,compile"),
-    "cpu": ("ours", "hand", "full", "peft:eager", "peft:compile"),
+    "gpu": ("ours", "hand", "full", "peft:eager", "peft:compile", "peft:flash,compile", "qwix"),
+    "cpu": ("ours", "hand", "full", "peft:eager", "peft:compile", "qwix"),
     "8b": ("ours", "peft:eager", "peft:compile", "peft:flash,compile"),  # all have their models on the card at once
 }
-NEEDS = {"peft": ("torch", "transformers", "peft")}
+NEEDS = {"peft": ("torch", "transformers", "peft"), "qwix": ("qwix", "flax", "transformers")}
 WARM_UP = 3  # steps that are not timed
 
 
@@ -180,11 +182,17 @@ def serve(make: Callable[[], Worker]) -> None:
         print(json.dumps({"times": times} | worker.facts() | worker.about), flush=True)
 
 
+def interpreter(who: str) -> str:
+    """The Python that runs a contender: Qwix's is in an environment of its own, if `make bench` has made it."""
+    own = Path(__file__).parent.parent / ".venv-qwix" / "bin" / "python"
+    return str(own) if who == "qwix" and own.exists() else sys.executable
+
+
 def missing(contender: str) -> list[str]:
     """The packages that a contender needs and that aren't installed for it."""
     who = contender.partition(":")[0]
     find = "import importlib.util, sys; print(*(name for name in sys.argv[1:] if not importlib.util.find_spec(name)))"
-    command = [sys.executable, "-c", find, *NEEDS.get(who, ())]
+    command = [interpreter(who), "-c", find, *NEEDS.get(who, ())]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
 
 
@@ -194,7 +202,7 @@ class Process:
     def __init__(self, contender: str, row: str, log: Any):
         self.name, (who, _, how) = contender, contender.partition(":")
         script = Path(__file__).with_name(f"step_{who}.py")
-        command = [sys.executable, str(script), row, how]
+        command = [interpreter(who), str(script), row, how]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
         self.medians, self.facts, self.failed = [], {}, False
 
@@ -240,9 +248,9 @@ def run(row: str, settings: argparse.Namespace, log: Any) -> list[dict[str, Any]
         for process in group:
             process.wait()
             process.facts["first_s"] = time.perf_counter() - began
-            platform, others = (one.facts.get("platform") for one in (process, processes[0]))
-            if not process.failed and platform != others:
-                print(f"{row} {process.name}: on {platform}, {processes[0].name} on {others}", file=sys.stderr)
+            platform, expected = process.facts.get("platform"), processes[0].facts.get("platform")
+            if platform and expected and platform != expected:  # as a jax without CUDA beside one with it
+                print(f"{row} {process.name}: on {platform}, not {expected} as {processes[0].name}", file=sys.stderr)
                 process.failed = True
             state = "failed" if process.failed else "ready"
             print(f"{row} {process.name}: {state} after {process.facts['first_s']:.0f} s", file=sys.stderr, flush=True)
@@ -314,10 +322,12 @@ def main() -> None:
             results += found
             for result in found:
                 print(json.dumps({"card": named} | result), file=file, flush=True)
-            print(table(found, max(result.get("ceiling", 0) for result in found)) + "\n", flush=True)
-    packages = ("jax", "torch", "peft", "transformers")
+            print(table(found, max((result.get("ceiling", 0) for result in found), default=0)) + "\n", flush=True)
+    packages = ("jax", "torch", "peft", "transformers", "qwix")
     versions = {key: result[key] for result in results for key in packages if key in result}
-    print(f"{named}; ceiling {max(result.get('ceiling', 0) for result in results):.0f} TFLOP/s; {versions}")
+    print(
+        f"{named}; ceiling {max((result.get('ceiling', 0) for result in results), default=0):.0f} TFLOP/s; {versions}"
+    )
 
 
 if __name__ == "__main__":
