@@ -148,6 +148,42 @@ def test_an_end_token_that_closes_a_text_is_none_of_the_turns_before(learned):
     assert (texts, counts) == (["yes<|end|>\n", "no<|end|>\n</s>"], {})
 
 
+ENDS = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if LAST %}{{ eos_token }}{% else %}<|end|>{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+OPEN = CHAT.replace("{{ eos_token }}", "{% if not loop.last %}{{ eos_token }}{% endif %}")
+ROW = (user("a?"), answer("yes"), user("b?"), answer("no"))
+
+
+def test_an_end_token_in_place_of_another_end(learned):
+    """As gpt-oss's: the turns before the last end where another generation prompt would begin."""
+    template = ENDS.replace("LAST", "m.role == 'assistant' and loop.last and not add_generation_prompt")
+    assert learned(template, *ROW) == (["yes<|end|>", "no</s>"], {"rewritten": 1})
+    assert learned(template, *ROW[:3]) == (["yes</s>"], {"shortened": 1})
+    reasoned = template.replace("{{ m.content", "{{ m.why or '' if loop.last }}{{ m.content")
+    row = (user("a?"), answer("yes", why="so "), *ROW[2:])
+    assert learned(reasoned, *row)[0] == ["yes<|end|>", "no</s>"]
+    # Where the user's turns have it too, nothing separates the end from the prompt.
+    template = ENDS.replace("LAST", "loop.last and not add_generation_prompt")
+    assert learned(template, *ROW) == (["yes", "no</s>"], {"rewritten": 1})
+
+
+def test_an_end_that_the_last_turn_lacks_is_learned(learned):
+    assert learned(OPEN, *ROW)[0] == ["yes</s>", "no\n</s>"]
+    plain = CHAT.replace("{{ eos_token }}", "")
+    assert learned(plain, *ROW) == (["yes\n", "no\n</s>"], {})
+
+
+def test_turns_that_a_template_joins_are_counted(learned):
+    template = (
+        "{% set at = namespace(role='') %}{% for m in messages %}"
+        "{% if m.role == at.role %}\n\n{% else %}{% if at.role %}</s>{% endif %}<{{ m.role }}>{% endif %}"
+        "{{ m.content }}{% set at.role = m.role %}{% endfor %}</s>{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    assert learned(template, user("a?"), answer("yes"), answer("more"))[1]["rewritten"] == 1
+
+
 @pytest.mark.parametrize("template", [R1, QWQ, QWEN])
 def test_targets_are_those_of_transformers(tokenizer, template):
     """The blocks that mark what the assistant generates, which nothing here reads, begin and end with the targets."""

@@ -41,14 +41,19 @@ def find(whole: str, messages: Messages, turn: int, render: Render, end_token: s
     Returns:
         None if the text doesn't have the turn, or no generation begins with it.
     """
-    asked, said = render(messages[:turn], True), render(messages[: turn + 1], False)
+    shown = messages[: turn + 1]
+    asked, said = render(messages[:turn], True), render(shown, False)
     if asked is None and not turn:
         return None
     start = None if asked is None else _length(whole, asked)
     stop = None if said is None else _length(whole, said, end_token)
     unprompted, rewritten = start is None, stop is None
-    mark = mark_for(whole)
-    for other in _marked(messages[turn], mark) if unprompted or rewritten else ():
+    if stop is not None and _is_open(whole[:stop], messages[turn]):
+        cut = said is not None and not whole.startswith(said)
+        closed = _closed(whole, stop, asked, shown, render, end_token)
+        stop, rewritten = (None if cut else stop, cut) if closed is None else (closed, cut and closed > stop)
+    mark = mark_for(whole) if stop is None or unprompted else ""
+    for other in _marked(messages[turn], mark) if mark else ():
         sides = _sides(render([*messages[:turn], other, *messages[turn + 1 :]], False), mark)
         if sides is None:
             continue
@@ -59,8 +64,7 @@ def find(whole: str, messages: Messages, turn: int, render: Render, end_token: s
         end = len(whole) - len(after)
         # With the mark beside calls of tools, the right side has the calls.
         if stop is None and not other.get("tool_calls") and whole.endswith(after) and len(before) < end:
-            alone = _sides(render([*messages[:turn], other], False), mark)
-            stop = end + ((_length(whole, alone[1], end_token, end) or 0) if alone else 0)
+            stop = _marked_stop(whole, end, asked, [*messages[:turn], other], render, end_token, mark)
     if start is None or stop is None or start >= stop:
         return None
     return Turn(start, stop, rewritten, unprompted)
@@ -121,6 +125,50 @@ def _sides(text: str | None, mark: str) -> tuple[str, str] | None:
         return None
     before, _, after = text.partition(mark)
     return before, after
+
+
+def _marked_stop(
+    whole: str, end: int, asked: str | None, shown: Messages, render: Render, end_token: str, mark: str
+) -> int:
+    """Where a turn ends whose content ends at `end`; the last of the messages shown has a mark in place of it."""
+    alone = _sides(render(shown, False), mark)
+    stop = end + ((_length(whole, alone[1], end_token, end) or 0) if alone else 0)
+    closed = None if whole[end:stop].strip() else _closed(whole, stop, asked, shown, render, end_token, mark)
+    return stop if closed is None else closed
+
+
+def _closed(
+    whole: str, stop: int, asked: str | None, shown: Messages, render: Render, end_token: str, mark: str = ""
+) -> int | None:
+    """Where the last turn shown ends if it has another end than while it closes a text, as gpt-oss's turns.
+
+    It ends where another generation prompt would begin. With a mark, `stop` is where the turn's content ends, else
+    what `_length` has found; the length isn't less than that. None if it can't be found.
+    """
+    beyond = len(whole) - len(whole[stop:].lstrip())
+    if end_token and whole.startswith(end_token, beyond):
+        return beyond + len(end_token)
+    text, before = render(shown, True), render(shown[:-1], False)
+    if not asked or not text or before is None or not asked.startswith(before):
+        return None
+    prompt = asked[len(before) :]
+    if not prompt or not text.endswith(prompt):
+        return None
+    text, at = text.removesuffix(prompt), 0
+    if mark:
+        sides = _sides(text, mark)
+        if sides is None:
+            return None
+        text, at = sides[1], stop
+    return at + len(text) if whole.startswith(text, at) and at + len(text) >= stop else None
+
+
+def _is_open(text: str, message: dict[str, Any]) -> bool:
+    """Return whether a text ends with a message's content, and nothing closes the turn."""
+    content = message.get("content")
+    if isinstance(content, list):
+        content = content[-1].get("text") if content and isinstance(content[-1], dict) else None
+    return isinstance(content, str) and bool(content.strip()) and text.rstrip().endswith(content.strip())
 
 
 def _length(whole: str, text: str, end_token: str = "", at: int = 0) -> int | None:
