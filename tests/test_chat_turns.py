@@ -4,6 +4,7 @@ The templates are small ones in the style of those of models that reason or call
 """
 
 import json
+import time
 
 import pytest
 from tokenizers_of import CHAT, byte_level
@@ -11,6 +12,7 @@ from tokenizers_of import CHAT, byte_level
 from lora_jax import data
 from lora_jax.cli import _rows
 from lora_jax.data import Chat, Completion, Preference
+from lora_jax.data._chat_pieces import _has_any
 from lora_jax.data._encode import COUNTED
 from lora_jax.data._rows import Loss
 from lora_jax.data._turns import find
@@ -259,6 +261,29 @@ def test_calls_that_a_template_leaves_out_are_no_answers(learned):
     """Else the model would learn to say nothing."""
     texts, counts = learned(CHAT, user("a?"), call(1), RESULT, answer("3."))
     assert (texts, counts) == (["3.</s>\n"], {"unfound": 1})
+
+
+@pytest.mark.parametrize("said", ["it's so", "so</s>s", "<|end|> s", "<think>\ns\n</think>"])
+def test_an_end_is_no_answer(tokenizer, said):
+    """Also where it has a word of the answer, as DeepSeek's has "end" and "of"."""
+    end = "{% if m.role == 'user' %}{{ m.content }}{% else %}<|end|>{% endif %}"
+    tokenizer.chat_template = CHAT.replace("{{ m.content }}", end)
+    with pytest.raises(ValueError, match="have an answer in none of 1 rows"):
+        data.encode([Chat((user("a?"), answer(said)))], tokenizer, 200)
+
+
+@pytest.mark.parametrize("shown", ["m.content | upper", "m.content | lower", "m.content | replace('it', '-')"])
+def test_an_answer_may_be_changed(learned, shown):
+    row = (user("a?"), answer("Yes it is"), user("b?"), answer("NO"))
+    texts, counts = learned(CHAT.replace("m.content", shown), *row)
+    assert (len(texts), counts["incomplete"]) == (2, 1)
+
+
+def test_words_are_compared_in_linear_time():
+    text = "b " * 500_000
+    began = time.process_time()
+    assert not _has_any(text, answer(" ".join(f"w{number}" for number in range(20_000))), ())
+    assert time.process_time() - began < 2
 
 
 def test_messages_that_a_template_leaves_out_are_counted(tokenizer):

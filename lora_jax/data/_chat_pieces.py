@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lora_jax.data._chat_template import Budget, refusal, rendered, template_of
@@ -14,6 +14,7 @@ Pieces = list[tuple[str, bool]]  # text, and whether its tokens are targets
 OURS = ("role", "content", "weight")
 OTHERS = ("system", "developer", "user", "tool", "function", "ipython", "observation")  # roles
 HEADER = 40  # characters of a generation prompt that may have the beginning of an answer, such as <think>
+MARKUP = re.compile(r"<[|｜][^<>\s]{1,40}[|｜]>|</?think>")  # tokens that a tokenizer may not name as special
 
 
 class ChatPieces(NamedTuple):
@@ -71,10 +72,12 @@ def chat_pieces(row: Chat, tokenizer: Any, number: int, budget: Budget, loss: Lo
     if loss == "prompt-and-completion":
         incomplete = not all(_has_all(written, messages[turn]) for turn in answers)
         return ChatPieces([(whole, True)], incomplete=incomplete, omitted=omitted)
+    special = [token for token in getattr(tokenizer, "all_special_tokens", ()) if token]
     pieces, end, learned, incomplete = [], 0, [], False
     for turn, found in zip(targets, turns, strict=True):
-        if found is not None and end <= found.start and _has_any(whole[found.start : found.stop], messages[turn]):
-            pieces += [(whole[end : found.start], False), (whole[found.start : found.stop], True)]
+        said = "" if found is None else whole[found.start : found.stop]
+        if found is not None and end <= found.start and _has_any(said, messages[turn], special):
+            pieces += [(whole[end : found.start], False), (said, True)]
             text = whole[max(end, found.start - HEADER) : found.stop]
             incomplete |= not _has_all(_without_space(text), messages[turn])
             end = found.stop
@@ -97,10 +100,16 @@ def _has_all(written: str, message: Mapping[str, Any]) -> bool:
     return all(any(_without_space(form) in written for form in both) for both in forms)
 
 
-def _has_any(text: str, message: Mapping[str, Any]) -> bool:
-    """Return whether a text has a word that a message says, or the message says none."""
-    words = {word for said in _texts(message) for word in re.findall(r"\w+", said)}
-    return not words or any(word in text for word in words)
+def _has_any(text: str, message: Mapping[str, Any], special: Sequence[str]) -> bool:
+    """Return whether a text has a word that a message says, besides special tokens, or the message says none."""
+    words = {word for said in _texts(message) for word in _words(said, special)}
+    return not words or not words.isdisjoint(_words(text, special))
+
+
+def _words(text: str, special: Sequence[str]) -> set[str]:
+    for token in special:
+        text = text.replace(token, " ")
+    return set(re.findall(r"\w+", MARKUP.sub(" ", text).casefold()))
 
 
 def _texts(message: Mapping[str, Any]) -> Iterator[str]:
