@@ -125,6 +125,19 @@ def test_turns_of_a_template_that_opens_the_last_with_reasoning(learned):
     assert learned(THINKING, *asked) == (["yes</s>\n", "</think>no</s>\n"], rewritten | {"unprompted": 1})
 
 
+@pytest.mark.parametrize("why", ["because", "because " * 10])
+def test_reasoning_of_an_answer_where_the_prompt_has_none(learned, why):
+    """As Qwen 3.5's prompt with thinking off: the answer is learned, and its reasoning is context."""
+    template = QWEN.replace("%}[assistant]{%", "%}[assistant]<think></think>{%")
+    row = (user("a?"), answer(f"<think>{why}</think>no"))
+    template = template.replace(
+        "<think>{{ why }}</think>", "{% if '<think>' not in m.content %}<think></think>{% endif %}"
+    )
+    assert learned(template, *row) == (["no</s>\n"], {"incomplete": 1})
+    template = QWEN.replace("%}[assistant]{%", "%}[assistant]<think></think>{%")
+    assert learned(template, row[0], answer("no", reasoning_content=why)) == (["no</s>\n"], {"incomplete": 1})
+
+
 @pytest.mark.parametrize(("template", "opened"), [(QWEN, "<think></think>"), (THINKING, "</think>")])
 def test_calls_of_tools_are_targets(learned, template, opened):
     """The turn of a call isn't the last, so it has no empty reasoning."""
@@ -238,6 +251,26 @@ def test_a_call_without_content(learned, shown, expected):
     for turns in ([], [RESULT, answer("3")]):
         texts, _ = learned(template.replace("<call>", "<call>add"), user("a?"), call(1), *turns)
         assert texts[0] == f"{expected}add</s>\n"
+
+
+@pytest.mark.parametrize("content", [None, "so"])
+@pytest.mark.parametrize("arguments", [{"a": "é"}, '{"a": "é"}'])
+def test_arguments_that_a_template_wants_as_text(learned, content, arguments):
+    """As R1's and DeepSeek 3's, which leave out the calls beside a content of "" or fail."""
+    shown = "{% for call in m.tool_calls %}{{ '<call>' + call.function.name + call.function.arguments }}{% endfor %}"
+    template = R1.replace("{% for call in m.tool_calls %}<call>{{ call.function.name }}{% endfor %}", shown)
+    if content:
+        template = template.replace("m.content is none", "m.tool_calls")
+    called = answer(content, tool_calls=[{"function": {"name": "add", "arguments": arguments}}])
+    assert learned(template, user("a?"), called, RESULT, answer("3."))[0] == ['<call>add{"a": "é"}</s>', "3.</s>"]
+
+
+def test_the_error_of_the_last_form_is_reported(learned):
+    template = (
+        "{{ raise_exception('roles alternate') if messages[1].content is defined else '' + messages[1].content }}"
+    )
+    with pytest.raises(ValueError, match=r"refuses it \(roles alternate"):
+        learned(template, user("a?"), call(1))
 
 
 # --- what a template leaves out --------------------------------------------------------------------------------------

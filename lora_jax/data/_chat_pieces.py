@@ -78,7 +78,7 @@ def chat_pieces(row: Chat, tokenizer: Any, number: int, budget: Budget, loss: Lo
         said = "" if found is None else whole[found.start : found.stop]
         if found is not None and end <= found.start and _has_any(said, messages[turn], special):
             pieces += [(whole[end : found.start], False), (said, True)]
-            text = whole[max(end, found.start - HEADER) : found.stop]
+            text = said if found.reasoned else whole[max(end, found.start - HEADER) : found.stop]
             incomplete |= not _has_all(_without_space(text), messages[turn])
             end = found.stop
             learned.append(found)

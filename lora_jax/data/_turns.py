@@ -3,6 +3,7 @@
 `_render_template.py` loads this file without the package, so that long texts needn't be sent to another process.
 """
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ class Turn(NamedTuple):
     stop: int
     rewritten: bool = False  # the turn has another text while it is the last
     unprompted: bool = False  # the text before it has only the beginning of the generation prompt
+    reasoned: bool = False  # the text before it has reasoning of the message, which isn't of the generation prompt
 
 
 def find(whole: str, messages: Messages, turn: int, render: Render, end_token: str = "") -> Turn | None:
@@ -53,7 +55,8 @@ def find(whole: str, messages: Messages, turn: int, render: Render, end_token: s
         closed = _closed(whole, stop, asked, shown, render, end_token)
         stop, rewritten = (None if cut else stop, cut) if closed is None else (closed, cut and closed > stop)
     mark = mark_for(whole) if stop is None or unprompted else ""
-    for other in _marked(messages[turn], mark) if mark else ():
+    reasoned = False
+    for number, other in enumerate(_marked(messages[turn], mark)) if mark else ():
         sides = _sides(render([*messages[:turn], other, *messages[turn + 1 :]], False), mark)
         if sides is None:
             continue
@@ -61,29 +64,53 @@ def find(whole: str, messages: Messages, turn: int, render: Render, end_token: s
         if start is None and whole.startswith(before):
             # Where it doesn't, an earlier turn of the generation prompt's text has another form.
             start, unprompted = len(before), asked is not None and asked.startswith(before)
+            reasoned = number > 0
         end = len(whole) - len(after)
         # With the mark beside calls of tools, the right side has the calls.
         if stop is None and not other.get("tool_calls") and whole.endswith(after) and len(before) < end:
             stop = _marked_stop(whole, end, asked, [*messages[:turn], other], render, end_token, mark)
     if start is None or stop is None or start >= stop:
         return None
-    return Turn(start, stop, rewritten, unprompted)
+    return Turn(start, stop, rewritten, unprompted, reasoned)
 
 
 def with_content(messages: Messages, render: Render) -> Messages:
-    """The messages with no content where it is None, beside calls of tools, or with one that the template takes.
+    """The messages with no content where it is None, beside calls of tools, or in another form that the template takes.
 
-    transformers leaves None out. Templates that add contents to texts refuse that: R1's takes None, Qwen 3's "".
+    transformers leaves None out. Templates that add contents to texts refuse that: R1's takes None, Qwen 3's "". R1's
+    also adds the arguments of calls, so that it needs them as JSON text.
     """
     silent = {number for number, message in enumerate(messages) if message.get("content", "") is None}
     absent = [
         {name: value for name, value in message.items() if value is not None or number not in silent}
         for number, message in enumerate(messages)
     ]
-    if not silent or render(absent, False) is not None:
-        return absent
     empty = [message | {"content": ""} if number in silent else message for number, message in enumerate(messages)]
-    return next((given for given in (messages, empty) if render(given, False) is not None), absent)
+    forms = [absent, messages, empty] if silent else [messages]
+    written = [[_with_arguments(message) for message in form] for form in forms]
+    if written[-1] != forms[-1]:
+        # "" comes after the arguments, because R1's template leaves the calls beside it out.
+        forms = [*forms[:2], *written[:2], *forms[2:], *written[2:]] if silent else [*forms, *written]
+    # The last one's error is reported.
+    return next((form for form in forms[:-1] if render(form, False) is not None), forms[-1])
+
+
+def _with_arguments(message: dict[str, Any]) -> dict[str, Any]:
+    """The message with the arguments of its calls as JSON text."""
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list | tuple):
+        return message
+    return {**message, "tool_calls": [_written(call) for call in calls]}
+
+
+def _written(call: Any) -> Any:
+    if not isinstance(call, dict):
+        return call
+    if isinstance(call.get("function"), dict):
+        return {**call, "function": _written(call["function"])}
+    if not isinstance(call.get("arguments"), dict):
+        return call
+    return {**call, "arguments": json.dumps(call["arguments"], ensure_ascii=False)}
 
 
 def left_out(whole: str, messages: Messages, numbers: Sequence[int], render: Render) -> list[int]:
@@ -108,12 +135,17 @@ def mark_for(text: str) -> str:
 
 
 def _marked(message: dict[str, Any], mark: str) -> Iterator[dict[str, Any]]:
-    """The message with a mark in place of all that it says, and with its calls and reasoning beside the mark."""
+    """The message with a mark in place of all that it says, with its calls and reasoning beside it, and after these."""
     other = {**message, "content": _replaced(message.get("content"), mark)}
     alone = {name: value for name, value in other.items() if name not in ("tool_calls", *REASONING)}
     yield alone
     if alone != other:
         yield other
+    content = message.get("content")
+    if isinstance(content, str) and "</think>" in content:
+        # The text may have the reasoning where the generation prompt has an empty one.
+        before, end, _ = content.rpartition("</think>")
+        yield {**message, "content": before + end + mark}
 
 
 def _replaced(content: Any, mark: str) -> Any:
