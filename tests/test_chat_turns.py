@@ -11,7 +11,7 @@ from tokenizers_of import CHAT, byte_level
 
 from lora_jax import data
 from lora_jax.cli import _rows
-from lora_jax.data import Chat, Completion, Preference
+from lora_jax.data import Chat, Completion, Preference, _stream
 from lora_jax.data._chat_pieces import _has_any
 from lora_jax.data._encode import COUNTED
 from lora_jax.data._rows import Loss
@@ -288,6 +288,17 @@ def test_a_row_without_an_answer_in_its_text_is_left_out(tokenizer):
     assert (len(encoded.examples), encoded.left_out, encoded.unfound) == (1, 1, 1)
     with pytest.raises(ValueError, match="or another chat template"):
         data.encode_preferences(pairs[:1], tokenizer, 200)
+
+
+def test_a_stream_without_an_answer_in_its_texts_names_the_template(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(_stream, "MOST_WITHOUT_TARGET", 3)
+    tokenizer.chat_template = CHAT.replace("{{ m.content }}", "{{ m.content if m.role == 'user' }}")
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"messages": [user("a?"), answer("yes")]}) + "\n")
+    with pytest.raises(ValueError, match=r"rows.jsonl:1: the texts .* in none of 3 rows one after another, or no"):
+        next(iter(data.stream(path, tokenizer, 200)))
+    with pytest.raises(ValueError, match="max_length 2 given, but none of 3 rows one after another has a target"):
+        next(iter(data.stream(path, tokenizer, 2, loss="prompt-and-completion", truncation_mode="drop")))
 
 
 def test_calls_that_a_template_leaves_out_are_no_answers(learned):

@@ -222,14 +222,19 @@ def cut(example: Example, max_length: int, truncation_mode: TruncationMode, toke
     return Example(ids[kept], targets)
 
 
+def without_answers(rows: str) -> str:
+    """The message for rows of which the chat template's text has no answer."""
+    return (
+        f"the texts of the tokenizer's chat template have an answer in none of {rows}, or no generation"
+        " prompt before it; give another template (--chat-template FILE), or learn the whole text"
+        " (--loss prompt-and-completion)"
+    )
+
+
 def without_targets(rows: Sequence[Row], found: Encoded[Any], max_length: int, drop: bool) -> ValueError:
     """The error for rows of which none has a target."""
     if found.unfound == len(rows):
-        return ValueError(
-            f"the texts of the tokenizer's chat template have an answer in none of {len(rows)} rows, or no generation"
-            " prompt before it; give another template (--chat-template FILE), or learn the whole text"
-            " (--loss prompt-and-completion)"
-        )
+        return ValueError(without_answers(f"{len(rows)} rows"))
     roles = listed(dict.fromkeys(message["role"] for row in rows if isinstance(row, Chat) for message in row.messages))
     turns = "there are no assistant turns" + (f" (the roles are {roles})" if isinstance(rows[0], Chat) else "")
     if drop:

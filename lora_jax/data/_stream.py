@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_jax._extras import require
-from lora_jax.data._encode import Example, TruncationMode, boundaries_of, check_encoding, cut, tokenized
+from lora_jax.data._encode import (
+    Example,
+    TruncationMode,
+    boundaries_of,
+    check_encoding,
+    cut,
+    tokenized,
+    without_answers,
+)
 from lora_jax.data._forms import Format, Parser
 from lora_jax.data._joint import Boundaries
 from lora_jax.data._load import train_files
@@ -127,22 +135,25 @@ class _Encoder:
         self._tokenizer, self._max_length = tokenizer, max_length
         self._mode: TruncationMode = truncation_mode
         self._loss: Loss = loss
-        self._without = 0
+        self._without = self._unfound = 0
         self._boundaries: Boundaries | None = None  # made once: finding out about a tokenizer takes calls of it
 
     def __call__(self, found: Any) -> Example | None:
         where, row = found
         self._boundaries = self._boundaries or boundaries_of(row, self._tokenizer)
         try:
-            [example], _, _ = tokenized([row], self._tokenizer, self._loss, self._boundaries)
+            [example], _, [pieces] = tokenized([row], self._tokenizer, self._loss, self._boundaries)
         except ValueError as error:
             raise ValueError(f"{where}: {str(error).removeprefix('row 1: ')}") from None
         dropped = self._mode == "drop" and len(example.input_ids) > self._max_length
         example = cut(example, self._max_length, self._mode, self._tokenizer)
         if not dropped and example.targets.any():
-            self._without = 0
+            self._without = self._unfound = 0
             return _placed(example, where)
         self._without += 1
+        self._unfound += pieces.unfound
+        if self._without == MOST_WITHOUT_TARGET == self._unfound:
+            raise ValueError(f"{where}: {without_answers(f'{MOST_WITHOUT_TARGET:,} rows one after another')}")
         if self._without == MOST_WITHOUT_TARGET:
             raise ValueError(
                 f"{where}: max_length {self._max_length} given, but none of {MOST_WITHOUT_TARGET:,} rows one after"
