@@ -122,6 +122,9 @@ def test_a_run_with_new_tokens_is_gone_on_with(earlier, tmp_path, capsys):
     configs = [json.loads((out / "adapter_config.json").read_text()) for out in (first, on)]
     assert configs[0] == configs[1]
     assert (on / "tokenizer.json").read_bytes() == (first / "tokenizer.json").read_bytes()
+    first = first.rename(tmp_path / "moved")
+    call("train", "--from-adapter", first, *words, "--output", on, "--overwrite")
+    first = first.rename(tmp_path / "first")
     call("train", "--model", earlier["model"], *words, "--output", on, "--overwrite")
     assert models.tokenizer_in(on) == ""
 

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, BertConfig
 import lora_jax
 from lora_jax import checkpoint, models, peft
 from lora_jax.checkpoint import Checkpoints, TrainState
-from lora_jax.cli import _new_tokens, main
+from lora_jax.cli import _new_tokens, _run_file, main, train
 from lora_jax.models._new_tokens import _rows_near_the_mean
 
 EMBEDDING, HEAD = "embed_tokens/embedding", "lm_head/kernel"
@@ -189,12 +189,39 @@ def test_a_tokenizer_that_no_run_has_written_stays(tmp_path):
             (tmp_path / "run.yaml").write_text(content)
         _new_tokens.remove_earlier(tmp_path)
         assert before.items() <= {path.name: path.read_bytes() for path in tmp_path.iterdir()}.items()
-        with pytest.raises(FileExistsError, match="has a tokenizer, which no run with --add-tokens wrote and this one"):
+        with pytest.raises(FileExistsError, match="has a tokenizer, which no run with --add-tokens or "):
             _new_tokens.check(tmp_path / "tokens.txt", tmp_path)
     (tmp_path / "run.yaml").write_text("add_tokens: tokens.txt\n")
     _new_tokens.check(tmp_path / "tokens.txt", tmp_path)
     _new_tokens.remove_earlier(tmp_path)
     assert models.tokenizer_in(tmp_path) == ""
+
+
+def test_a_copied_tokenizer_is_known_where_its_adapter_has_moved(tmp_path):
+    """By the note in run.yaml; the files of runs before there was one name the adapter, which must be there then."""
+    first, on, other = (tmp_path / name for name in ("first", "on", "other"))
+    config = {"peft_type": "LORA", "trainable_token_indices": {"model.embed_tokens": [258]}}
+    first.mkdir()
+    (first / "adapter_config.json").write_text(json.dumps(config))
+    tiny_tokenizer().save_pretrained(first)
+    for folder in (on, other):
+        _new_tokens.copy_of_adapter(first, folder)
+    _run_file.write(on, train.Settings(from_adapter=first), _new_tokens.notes(first))
+    _run_file.write(other, train.Settings(from_adapter=first))
+    _new_tokens.check_replaced(other)
+    first.rename(tmp_path / "moved")
+    with pytest.raises(FileExistsError, match="has a tokenizer"):
+        _new_tokens.check_replaced(other)
+    _new_tokens.check_replaced(on)
+    tokenizer = (on / "tokenizer.json").read_bytes()
+    (on / "tokenizer.json").write_bytes(tokenizer + b" ")
+    with pytest.raises(FileExistsError, match="has a tokenizer, which no run with --add-tokens or --from-adapter"):
+        _new_tokens.check_replaced(on)
+    _new_tokens.remove_earlier(on)
+    assert models.tokenizer_in(on) == "tokenizer"
+    (on / "tokenizer.json").write_bytes(tokenizer)
+    _new_tokens.remove_earlier(on)
+    assert models.tokenizer_in(on) == ""
 
 
 def test_a_run_that_ends_while_it_writes_leaves_no_part_of_a_tokenizer(tmp_path, monkeypatch):

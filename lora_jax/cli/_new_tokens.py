@@ -18,6 +18,7 @@ from lora_jax.cli import _run_file, _show
 from lora_jax.peft import adapter_folder
 
 MOST_BYTES = 2**24  # of a file of tokens
+COPIED = "sha256 of the tokenizer that was copied from the adapter"
 
 
 def read(path: Path) -> list[str]:
@@ -91,8 +92,8 @@ def check_replaced(output: Path) -> None:
     """
     if lora_jax.models.tokenizer_in(output) == "tokenizer" and not _wrote_tokenizer(output):
         raise FileExistsError(
-            f"{output}: has a tokenizer, which no run with --add-tokens wrote and this one would replace; pass another"
-            " --output"
+            f"{output}: has a tokenizer, which no run with --add-tokens or --from-adapter wrote and this one would"
+            " replace; pass another --output"
         )
 
 
@@ -129,6 +130,13 @@ def remove_earlier(folder: Path) -> None:
         lora_jax.models.remove_tokenizer(folder)
 
 
+def notes(adapter: Path | None) -> dict[str, str]:
+    """The note of a run's file by which later runs know the tokenizer that the run copies from an adapter, if any."""
+    if adapter is None or not has_own(adapter):
+        return {}
+    return {COPIED: str(lora_jax.models.tokenizer_digest(adapter))}
+
+
 def copy_of_adapter(adapter: Path, folder: Path) -> None:
     """Copy the tokenizer of an adapter that a run goes on from, if it has tokens of its own."""
     if has_own(adapter):
@@ -139,11 +147,12 @@ def _wrote_tokenizer(folder: Path) -> bool:
     """Return whether the tokenizer in a folder is one that its run wrote: with new tokens, or its adapter's."""
     if _run_file.value(folder, "add_tokens") is not None:
         return True
-    adapter = _run_file.value(folder, "from_adapter")
-    if not isinstance(adapter, str):
-        return False
-    copy, own = (Path(where) / "tokenizer.json" for where in (folder, adapter))
-    return copy.is_file() and own.is_file() and copy.read_bytes() == own.read_bytes()
+    copied = _run_file.note(folder, COPIED)
+    if copied is None:  # a run from an adapter without new tokens, or one before there was the note
+        adapter = _run_file.value(folder, "from_adapter")
+        named = isinstance(adapter, str) and has_own(Path(adapter))
+        copied = lora_jax.models.tokenizer_digest(Path(adapter)) if named else None
+    return copied is not None and copied == lora_jax.models.tokenizer_digest(folder)
 
 
 def fitted(model: Any, adapter: Path | None) -> Any:

@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
@@ -97,10 +97,24 @@ def value(folder: Path, name: str) -> Any:
     return content.get(name) if isinstance(content, dict) else None
 
 
-def write(folder: Path, settings: Any) -> None:
-    """Write the run's settings to `run.yaml`, all of them, so that later defaults don't change them."""
+def note(folder: Path, name: str) -> str | None:
+    """A note in the comments that `write` puts at the head of the file of a run; None if there is none."""
+    try:
+        head = (folder / FILE).read_bytes()[:MOST_BYTES].decode(errors="replace")
+    except OSError:
+        return None
+    notes = itertools.takewhile(lambda line: line.startswith("#"), head.splitlines())
+    return next((line.removeprefix(f"# {name}: ") for line in notes if line.startswith(f"# {name}: ")), None)
+
+
+def write(folder: Path, settings: Any, notes: Mapping[str, str] | None = None) -> None:
+    """Write the run's settings to `run.yaml`, all of them, so that later defaults don't change them.
+
+    The notes are of this run and folder: they are comments, which a run that repeats the file doesn't read.
+    """
     values = {name: value for name, value in values_of(settings).items() if name not in NOT_WRITTEN}
     head = f"# lora-jax train --config {FILE} repeats this run of lora_jax {version('lora_jax')}; flags override it.\n"
+    head += "".join(f"# {name}: {text}\n" for name, text in (notes or {}).items())
     _disk.write(folder / FILE, head + yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=110))
 
 

@@ -216,7 +216,8 @@ def _train(settings: Settings, stop: Callable[[], bool]) -> Callable[[], None]:
             if settings.add_tokens is None:
                 _new_tokens.remove_earlier(settings.output)
             repeated = replace(settings.base, **_choices.to_repeat(model, settings.train))
-            _run_file.write(settings.output, replace(settings, base=repeated))
+            notes = _new_tokens.notes(settings.from_adapter)
+            _run_file.write(settings.output, replace(settings, base=repeated), notes)
             if settings.add_tokens is not None:  # after the file that says whose tokenizer it is
                 lora_jax.models.save_tokenizer(settings.output, model.tokenizer)
             elif settings.from_adapter is not None:

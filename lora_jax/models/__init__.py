@@ -32,6 +32,7 @@ from lora_jax.models._save import check_free as check_free
 from lora_jax.models._save import save as save
 from lora_jax.models._tokenizer import beside as tokenizer_in
 from lora_jax.models._tokenizer import copy as copy_tokenizer
+from lora_jax.models._tokenizer import digest as tokenizer_digest
 from lora_jax.models._tokenizer import read_template as read_template
 from lora_jax.models._tokenizer import remove as remove_tokenizer
 from lora_jax.models._tokenizer import save as save_tokenizer
@@ -63,6 +64,7 @@ __all__ = [
     "save",
     "save_tokenizer",
     "shardings",
+    "tokenizer_digest",
     "tokenizer_in",
     "unflatten",
     "untied",

@@ -1,5 +1,6 @@
 """A model's tokenizer: from its folder, or from the folder of an adapter, whose training may have added tokens."""
 
+import hashlib
 import shutil
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,20 @@ def beside(folder: Path) -> str:
     if any((folder / name).exists() for name in VOCABULARIES):
         return "tokenizer"
     return "chat template" if (folder / TEMPLATE).exists() else ""
+
+
+def digest(folder: Path) -> str | None:
+    """Return the SHA-256 of a folder's tokenizer, of its vocabulary; None if the folder has none.
+
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> digest(folder)
+    >>> _ = (folder / "tokenizer.json").write_text("{}")
+    >>> digest(folder)[:12]
+    '44136fa355b3'
+    """
+    found = [path for name in VOCABULARIES if (path := folder / name).is_file()]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in found)).hexdigest() if found else None
 
 
 def load(folder: Path | None, adapter: Path | None, config: Any, template: Path | None = None) -> Any:
