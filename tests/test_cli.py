@@ -4,6 +4,7 @@ import contextlib
 import errno
 import importlib
 import io
+import itertools
 import json
 import os
 import re
@@ -422,6 +423,19 @@ def test_help_begins_with_what_is_set_most(command, capsys, monkeypatch):
         assert len({*every}) == len(every) > 60
         assert os.environ["COLUMNS"] == columns
         assert len({len(line) for box in boxes for line in box.splitlines() if line.startswith("│")}) == 1
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_help_fills_its_lines(columns, capsys, monkeypatch):
+    """A line ends where the next word has no room, not where a docstring's line does."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert main(["train", "--help"]) == 0
+    pairs = list(itertools.pairwise(capsys.readouterr().out.splitlines()))
+    of_texts = [pair for pair in pairs if all(line.startswith("│       ") for line in pair)]
+    assert len(of_texts) > 40
+    for line, after in of_texts:
+        line, after = line.strip("│ "), after.strip("│ ")
+        assert len(line) + 1 + len(after.split()[0]) > columns - 10, (line, after)
 
 
 def test_help_says_whose_defaults_it_shows(capsys, tmp_path):

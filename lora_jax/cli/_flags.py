@@ -53,7 +53,15 @@ def settings_of(
     messages = io.StringIO()
     try:
         with contextlib.redirect_stderr(messages):
-            return tyro.cli(kind, args=words, prog=prog, description=description, default=default, config=config)
+            return tyro.cli(
+                kind,
+                args=words,
+                prog=prog,
+                description=description,
+                default=default,
+                config=config,
+                registry=_help.joining_lines(),
+            )
     except SystemExit as exit:
         cause = exit.__context__
         while cause is not None and not _raised_by_us(cause):

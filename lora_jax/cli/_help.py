@@ -1,12 +1,16 @@
 """The text of `--help`: the flags that are set most come first, in a box of their own."""
 
 import contextlib
+import functools
 import io
 import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import tyro
 
 MOST_COLUMNS = 120  # tyro puts its boxes side by side from 130 on
 TITLE = "most used options"
@@ -43,6 +47,37 @@ def captured() -> Iterator[io.StringIO]:
         os.environ.pop("COLUMNS")
         if columns is not None:
             os.environ["COLUMNS"] = columns
+
+
+def joining_lines() -> tyro.constructors.ConstructorRegistry:
+    """Rules for `tyro.cli` by which the lines of a field's docstring are joined, and wrapped to the screen alone.
+
+    tyro joins a line to the one before it only if it begins with a letter, and these begin with their indentation.
+    """
+    registry = tyro.constructors.ConstructorRegistry()
+    asking = False
+
+    @registry.struct_rule
+    def rule(info: tyro.constructors.StructTypeInfo) -> tyro.constructors.StructConstructorSpec | None:
+        nonlocal asking
+        if asking:  # for tyro's own rules, which come after this one
+            return None
+        asking = True
+        try:
+            spec = registry.get_struct_spec(info)
+        finally:
+            asking = False
+        if not isinstance(spec, tyro.constructors.StructConstructorSpec):
+            return None
+        fields = [replace(field, helptext=functools.partial(_joined, field.helptext)) for field in spec.fields]
+        return replace(spec, fields=tuple(fields))
+
+    return registry
+
+
+def _joined(helptext: str | Callable[[], str | None] | None) -> str | None:
+    text = helptext() if callable(helptext) else helptext
+    return None if text is None else " ".join(text.split())
 
 
 def show(text: str, most_used: Sequence[str]) -> None:
