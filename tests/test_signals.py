@@ -36,6 +36,14 @@ def metrics(output):
     return [{name: value for name, value in line.items() if name not in clock} for line in lines]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def interrupts():
+    """SIGINT raises, which a process that a shell has put into the background inherits as ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def unstopped(world, tmp_path_factory):  # noqa: F811
     output = tmp_path_factory.mktemp("unstopped") / "out"
@@ -103,6 +111,7 @@ def test_an_adapter_of_a_run_that_was_cut_off(world, stopped, tmp_path, capfd): 
 PROGRAM = """
 import os, signal, sys, time
 from lora_jax.cli._signals import Signals
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's parent may ignore it
 with Signals(lambda name: name + ": nothing", lambda name: name + ": at once") as stop:
     if sys.argv[1] == "second":
         stop()
