@@ -15,7 +15,7 @@ from lora_jax.data import Chat, Completion, Preference, _stream
 from lora_jax.data._chat_pieces import _has_any
 from lora_jax.data._encode import COUNTED
 from lora_jax.data._rows import Loss
-from lora_jax.data._turns import find
+from lora_jax.data._turns import find, mark_for
 
 # R1's distilled models: reasoning is cut away everywhere, and the generation prompt opens it.
 R1 = (
@@ -321,6 +321,13 @@ def test_an_answer_may_be_changed(learned, shown):
     row = (user("a?"), answer("Yes it is"), user("b?"), answer("NO"))
     texts, counts = learned(CHAT.replace("m.content", shown), *row)
     assert (len(texts), counts["incomplete"]) == (2, 1)
+
+
+def test_a_mark_is_found_in_linear_time():
+    began = time.process_time()
+    assert mark_for("x".join(map(str, range(200_000)))) == "x0x"
+    assert mark_for("x" + "x".join(map(str, range(200_000))) + "x") == "x200000x"
+    assert time.process_time() - began < 2
 
 
 def test_words_are_compared_in_linear_time():

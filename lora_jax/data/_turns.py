@@ -3,7 +3,9 @@
 `_render_template.py` loads this file without the package, so that long texts needn't be sent to another process.
 """
 
+import itertools
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -128,10 +130,8 @@ def mark_for(text: str) -> str:
     >>> mark_for("no x0x, but x1x")
     'x2x'
     """
-    number = 0
-    while (mark := f"x{number}x") in text:
-        number += 1
-    return mark
+    taken = set(re.findall(r"x(?=([0-9]{1,9})x)", text))  # the x after a number may be the next one's
+    return next(f"x{number}x" for number in itertools.count() if str(number) not in taken)
 
 
 def _marked(message: dict[str, Any], mark: str) -> Iterator[dict[str, Any]]:
