@@ -89,14 +89,15 @@ class _Division(NamedTuple):
     later: list[Any]  # equations of each call; some are in both
     crossing: list[Any]  # variables that the later equations read of those now
     given: set[Any]
+    known: set[Any]  # variables that need the fixed values and constants alone
 
 
 def _divide(jaxpr: Any, count: int) -> _Division:
     """Divide a jaxpr whose first `count` inputs are fixed."""
     given = {*jaxpr.constvars, *jaxpr.invars[:count]}
-    now, later = _parts(jaxpr, given)
+    now, later, known = _parts(jaxpr, given)
     made = {var for eqn in now for var in eqn.outvars}.difference(*(eqn.outvars for eqn in later))
-    return _Division(now, later, [var for var in _used(later, jaxpr.outvars) if var in made], given)
+    return _Division(now, later, [var for var in _used(later, jaxpr.outvars) if var in made], given, known)
 
 
 def _alike(division: _Division) -> list[list[Any]]:
@@ -108,8 +109,9 @@ def _alike(division: _Division) -> list[list[Any]]:
     for eqn in division.later:
         if eqn.primitive.name != "dot_general" or any(isinstance(var, jex.Literal) for var in eqn.invars):
             continue
-        (x, matrix), (_, batch) = eqn.invars, eqn.params["dimension_numbers"]
-        if matrix in ready and x not in ready and matrix.aval.ndim == 2 and not batch[0]:
+        (x, matrix), ((_, contracted), batch) = eqn.invars, eqn.params["dimension_numbers"]
+        plain = matrix.aval.ndim == 2 and len(contracted) == 1 and not batch[0]
+        if matrix in ready and x not in division.known and plain:
             settings = tuple(sorted((name, str(value)) for name, value in eqn.params.items()))
             groups.setdefault((x, matrix.aval.dtype, settings), []).append(eqn)
     return [group for group in groups.values() if len(group) > 1 or _is_small(group[0])]
@@ -121,7 +123,7 @@ def _is_small(eqn: Any) -> bool:
     inner = matrix.shape[0]
     return (
         eqn.params["dimension_numbers"][0] == ((x.ndim - 1,), (0,))
-        and inner <= MOST_TERMS
+        and 0 < inner <= MOST_TERMS
         and x.size // inner <= MOST_ROWS
         and jnp.issubdtype(x.dtype, jnp.floating)
     )
@@ -166,8 +168,11 @@ def _product(eqn: Any, x: Any, matrices: Sequence[Any]) -> list[Any]:
     return [part for _, part in sorted(zip(order, parts, strict=True), key=lambda pair: pair[0])]
 
 
-def _parts(jaxpr: Any, given: Collection[Any]) -> tuple[list[Any], list[Any]]:
-    """Equations that need what is given alone, and those to compute at each call; some are in both."""
+def _parts(jaxpr: Any, given: Collection[Any]) -> tuple[list[Any], list[Any], set[Any]]:
+    """Equations that need what is given alone, those to compute at each call, and what needs the given alone.
+
+    Some equations are in both.
+    """
     known, able = set(given), []
     for eqn in jaxpr.eqns:
         inputs = _variables(eqn)
@@ -184,7 +189,7 @@ def _parts(jaxpr: Any, given: Collection[Any]) -> tuple[list[Any], list[Any]]:
         if alone and (not again or not early.isdisjoint(eqn.outvars)):
             now.append(eqn)
             early.update(_variables(eqn))
-    return now[::-1], later[::-1]
+    return now[::-1], later[::-1], known
 
 
 def _variables(eqn: Any) -> list[Any]:

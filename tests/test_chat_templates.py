@@ -58,6 +58,7 @@ def test_what_is_written_is_bounded(tokenizer):
 def test_time_is_bounded(tokenizer, template, monkeypatch):
     monkeypatch.setattr(_chat_template, "SECONDS", 0.3)
     assert "it ran for 0.4 s without an end" in refused(tokenizer, template)
+    monkeypatch.undo()
     tokenizer.chat_template = CHAT  # and the next text is rendered as ever
     assert render_chat(TURNS, tokenizer) == tokenizer.apply_chat_template(list(TURNS), tokenize=False)
 

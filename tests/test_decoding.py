@@ -14,7 +14,7 @@ import lora_jax
 from lora_jax import _ahead, models
 from lora_jax._ahead import ahead
 from lora_jax.generate import generate
-from lora_jax.generate._loop import _generate, _on_one_device
+from lora_jax.generate._loop import _generate, _merges, _on_one_device
 from lora_jax.models._execution import LEAST_COPIED, decodes, execution
 
 SIZES = {
@@ -224,6 +224,21 @@ def test_products_over_few_numbers_are_sums(dtype):
     )
 
 
+def test_products_that_cannot_be_one_stay_apart():
+    """Two contracted axes or none, an operand that is fixed itself, an axis of size zero."""
+    fixed = {"a": jnp.arange(6.0).reshape(2, 3), "stack": jnp.arange(12.0).reshape(2, 2, 3), "none": jnp.ones((0, 3))}
+
+    def function(fixed, x, empty):
+        whole = [jnp.einsum("bij,ij->b", x, fixed["stack"][i]) for i in (0, 1)]
+        outer = [jnp.einsum("b,ij->bij", x[:, 0, 0], fixed["stack"][i]) for i in (0, 1)]
+        turned = fixed["a"].T
+        return whole, outer, turned @ fixed["stack"][0], turned @ fixed["stack"][1], empty @ fixed["none"], x
+
+    args = jnp.arange(6.0).reshape(1, 2, 3), jnp.ones((2, 0))
+    call = ahead(function, fixed, *args, merge=True)
+    jax.tree.map(np.testing.assert_array_equal, call(*args), function(fixed, *args))
+
+
 def test_what_depends_on_constants_and_fixed_values_is_computed_once():
     scale = jnp.full((2, 1), 3.0)
     call = ahead(lambda w, x: jnp.exp(w * scale)[0] * x, jnp.ones((2, 4)), jnp.ones(4))
@@ -231,11 +246,15 @@ def test_what_depends_on_constants_and_fixed_values_is_computed_once():
     np.testing.assert_allclose(call(jnp.ones(4)), np.exp(3.0), rtol=1e-6)
 
 
-def test_products_on_a_mesh_stay_apart():
+def test_products_on_a_mesh_stay_apart(monkeypatch):
     from jax.sharding import NamedSharding, PartitionSpec
 
     mesh = jax.make_mesh((8,), ("model",))
     cut = jax.device_put(jnp.ones((8, 8)), NamedSharding(mesh, PartitionSpec("model")))
     assert _on_one_device({"w": jnp.ones(2), "n": np.ones(2)})
     assert not _on_one_device({"w": cut})
+    assert not _merges({"w": jnp.ones(2)})  # a CPU gains nothing
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert _merges({"w": jnp.ones(2)})
+    assert not _merges({"w": cut})
     assert not jax.jit(lambda w: jnp.array(_on_one_device(w)))(jnp.ones(2))

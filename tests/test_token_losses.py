@@ -13,8 +13,9 @@ from transformers import Gemma2Config, GPT2Config, GraniteConfig, LlamaConfig
 
 import lora_jax
 from lora_jax import models
-from lora_jax.data import Example
+from lora_jax.data import Example, PreferenceExample
 from lora_jax.train import LANGUAGE_MODELLING, TrainConfig, _token_losses, classification, losses_in_chunks, train
+from lora_jax.train._feed import Feed
 
 VOCABULARY = 64
 SIZES = {
@@ -196,3 +197,15 @@ def test_the_trainer_takes_chunks_by_itself_for_its_steps(monkeypatch):
         counts.append(len(chunks))
     assert 0 == counts[0] < counts[1] < counts[2]
     np.testing.assert_allclose(found[1:], [found[0]] * 2, rtol=1e-5)
+
+
+def test_the_largest_batch_decides():
+    """Rows are sorted by length, so that the first batch is the shortest; both answers of a preference are rows."""
+    rows = [Example(np.ones(n, np.int32), np.arange(n) > 2) for n in (300, 10, 12, 11)]
+    pairs = [PreferenceExample(rows[1], rows[0]), PreferenceExample(rows[2], rows[3])]
+    config = TrainConfig(batch_size=2, max_steps=1, gradient_accumulation_steps=2)
+    for examples, count in ((rows, 1), (pairs, 2)):
+        feed = Feed(examples, config)
+        first = feed.first()
+        assert first["input_ids"].shape[-1] < 300 or examples is pairs
+        assert feed.largest(first) == (count, 300)

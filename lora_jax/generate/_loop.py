@@ -77,7 +77,7 @@ def generate(
         max_tokens=max_tokens,
         sample=temperature > 0,
         nucleus=top_p < 1,
-        merge=_on_one_device(params),
+        merge=_merges(params),
     )
     if not on_host(finite):
         raise ValueError(f"the logits of the next tokens aren't finite: {why_unfinite(params)}")
@@ -124,7 +124,7 @@ def stream(
     choosing = _choosing(eos_id, temperature, top_p, key)
     begin = functools.partial(_begin, params, input_ids, mask, choosing.eos_ids)
     advance = functools.partial(_advance, params, choosing, sample=temperature > 0, nucleus=top_p < 1)
-    merge = _on_one_device(params)
+    merge = _merges(params)
 
     def parts() -> Iterator[np.ndarray]:
         values, state = begin(model_apply=model_apply, init_cache=init_cache, max_tokens=max_tokens, merge=merge)
@@ -206,6 +206,11 @@ class _State(NamedTuple):
     cache: Any
     finished: jax.Array  # bool [B]
     finite: jax.Array
+
+
+def _merges(params: Any) -> bool:
+    """Return whether a token's products of one operand become one: a CPU gains nothing, and holds kernels twice."""
+    return jax.default_backend() != "cpu" and _on_one_device(params)
 
 
 def _on_one_device(params: Any) -> bool:

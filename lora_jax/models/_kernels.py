@@ -26,8 +26,8 @@ def xla(
 
     Args:
         mask: Bool, broadcast to [B, 1, T, S]; None if `causal` is all.
-        blocks: Whether causal queries are taken in blocks, each with the keys up to its own end: up to half of the
-            scores that causality forbids aren't computed.
+        blocks: Whether causal queries are taken in blocks, each with the keys up to its own end. Nearly half of all
+            scores, those after each block's end, aren't computed then.
         softcap: The bound c of the scores: c · tanh(scores / c).
     """
     length = q.shape[1]

@@ -96,6 +96,14 @@ class Feed:
         names = ("input_ids", "attention_mask", *(("segment_ids",) if self._config.packing else ()))
         return {name: np.zeros(shape, np.int32) for name in names} | {"loss_weights": np.zeros(shape, np.float32)}
 
+    def largest(self, first: data.Batch) -> tuple[int, int]:
+        """The rows and the length of the largest batch of a step's part; `first` is a batch such as training gets."""
+        *rows, length = first["input_ids"].shape
+        for example in self.examples:
+            texts = example if isinstance(example, data.PreferenceExample) else (example,)
+            length = max(length, *(len(text.input_ids) for text in texts))
+        return math.prod(rows) // self._config.gradient_accumulation_steps, length
+
     def check(self, apply_fn: Callable[..., Any], limits: Vocabulary) -> None:
         """Refuse a function or examples that aren't packed, and have a stream's tokens checked as they come.
 

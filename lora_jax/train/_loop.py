@@ -168,12 +168,11 @@ def train(
     feed.check(apply_fn, limits)
 
     task = task or feed.task
-    logits = None
-    if mesh is None and limits.logits is not None and "input_ids" in first:
-        logits = (config.batch_size // parts, first["input_ids"].shape[1], limits.logits)
+    logits = None if mesh is not None or limits.logits is None else (*feed.largest(first), limits.logits)
     stepped = losses_in_chunks(apply_fn, task, config.loss_chunk, base, adapter, logits=logits)
     # Chunks that nobody asked for are those of a step: they compute the gradient, which an evaluation has no use for.
-    evaluated = apply_fn if config.loss_chunk is None else stepped
+    # Losses that are compared with the reference's are rounded as these are.
+    evaluated = apply_fn if config.loss_chunk is None and not task.reference else stepped
     start, facts = at_start(base, adapter) if task.reference else (None, {})
     program, tx = _program(stepped, evaluated, base, feed, valid_data, config, task, placement, start, also_train)
     batches = feed.iterate(program.steps)
