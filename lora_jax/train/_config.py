@@ -127,8 +127,8 @@ class TrainConfig:
     (Weights & Biases, if installed) or none; several with commas."""
 
     loss_chunk: int | None = None
-    """Positions of each row whose logits are held at once, to save memory; 0 holds all. None chooses: all, but on one CPU
-    with a frozen head and more than 64 MiB of logits chunks of 32 MiB. It changes losses by rounding only."""
+    """Positions of each row whose logits are held at once, to save memory; 0 holds all. None chooses: all, but on one
+    CPU with a frozen head and more than 64 MiB of logits chunks of 32 MiB. It changes losses by rounding only."""
 
     objective: Goal | None = None
     """Objective of training on preferences: dpo is direct preference optimization (Rafailov et al. 2023, arXiv
