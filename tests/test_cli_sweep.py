@@ -131,6 +131,7 @@ def test_labels_and_a_prefix_are_swept_as_they_are_trained(labelled, tmp_path, c
         (["--grid", "ranks=1"], "grid: no setting 'ranks'; the settings are rank, alpha, targets"),
         (["--memory", "much"], "memory: 'much' given, expected a size such as 4GB"),
         (["--eval-steps", 3], "eval_steps: 3 given"),
+        (["--loss-chunk", "8"], "loss_chunk: 8 given, but a sweep holds all logits"),
         (["--report-to", "wandb"], "report_to: wandb given, but a sweep writes its results to its own files only"),
         (["--grid", "rank=auto"], "rank: 'auto' given, which is the highest rank within a budget; give a budget"),
         (["--grid", "prefix-length=0,127"], "prefix_length: 127 given, expected 0 to 126 for 128 positions"),

@@ -237,6 +237,8 @@ def check_config(config: TrainConfig) -> None:
         raise ValueError(
             f"objective: {config.objective} given, but a sweep trains on next tokens and labels; use lora-jax train"
         )
+    if config.loss_chunk:
+        raise ValueError(f"loss_chunk: {config.loss_chunk} given, but a sweep holds all logits; leave it out")
     for name in ("eval_steps", "save_steps", "early_stopping_patience"):
         if getattr(config, name):
             raise ValueError(
