@@ -290,7 +290,7 @@ def test_meshes(kind, scheme):
     assert_close(jax.device_get(ours), jax.device_get(value_and_gradient(model, params)))
 
 
-@pytest.mark.parametrize("fn", [model, pytest.param(remat, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("fn", [pytest.param(model, marks=pytest.mark.slow), remat])
 @pytest.mark.parametrize("scheme", ["nf4", *(pytest.param(it, marks=pytest.mark.slow) for it in ("int8", "int4"))])
 def test_no_stack_is_alive_in_sixteen_bits(fn, scheme):
     """Neither W for the backward pass, nor a stack dequantized ahead of the scan, nor tables for its numbers.
