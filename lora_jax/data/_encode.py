@@ -182,7 +182,7 @@ def encoded(
 
 
 def boundaries_of(row: Row, tokenizer: Any) -> Boundaries:
-    """What tokenises this row and others of its form; it learns about the tokenizer with the first one."""
+    """Make the tokeniser of rows of this form; it examines the tokenizer with the first row."""
     # The text of a chat template has its special tokens already.
     return Boundaries(tokenizer, special=not isinstance(row, Chat))
 

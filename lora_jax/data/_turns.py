@@ -162,7 +162,7 @@ def _sides(text: str | None, mark: str) -> tuple[str, str] | None:
 def _marked_stop(
     whole: str, end: int, asked: str | None, shown: Messages, render: Render, end_token: str, mark: str
 ) -> int:
-    """Where a turn ends whose content ends at `end`; the last of the messages shown has a mark in place of it."""
+    """Find the end of a turn, whose content ends at `end`; the last of the messages shown has a mark in its place."""
     alone = _sides(render(shown, False), mark)
     stop = end + ((_length(whole, alone[1], end_token, end) or 0) if alone else 0)
     closed = None if whole[end:stop].strip() else _closed(whole, stop, asked, shown, render, end_token, mark)
@@ -172,7 +172,7 @@ def _marked_stop(
 def _closed(
     whole: str, stop: int, asked: str | None, shown: Messages, render: Render, end_token: str, mark: str = ""
 ) -> int | None:
-    """Where the last turn shown ends if it has another end than while it closes a text, as gpt-oss's turns.
+    """Find the end of the last turn shown, which may have another end where it closes a text, as gpt-oss's turns do.
 
     It ends where another generation prompt would begin. With a mark, `stop` is where the turn's content ends, else
     what `_length` has found; the length isn't less than that. None if it can't be found.

@@ -201,7 +201,7 @@ class Run:
         return self._saver.save(self.state)
 
     def _stops(self) -> bool:
-        """Whether the run stops after this step, which several processes do together."""
+        """Return whether the run stops after this step; several processes stop together."""
         asked, together = self._stop(), self._preemption.at(self.state.step)
         return together if several() else asked
 
