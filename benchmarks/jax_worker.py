@@ -29,12 +29,13 @@ def adamw() -> optax.GradientTransformation:
 
 
 def worker(
-    row: Row, step: Callable[..., Any], trained: Any, init: Callable[[Any], Any], base: Any, **about: Any
+    row: Row, step: Callable[..., Any], trained: Any, init: Callable[[Any], Any], base: Any, documents=1, **about: Any
 ) -> Worker:
     """Compile `step(trained, opt_state, base, batch) -> (trained, opt_state, loss, ...)` and return its worker.
 
     Args:
         init: From `trained` to the optimizer's state.
+        documents: The number of documents of a row, of equal length; more than one make it a packed row.
         about: Facts for the line of JSON.
     """
     rng, size = np.random.default_rng(0), (row.batch, row.length)
@@ -46,6 +47,9 @@ def worker(
         }
         for _ in range(2)
     ]
+    if documents > 1:
+        segments = 1 + np.arange(row.length, dtype=np.int32) * documents // row.length
+        batches = [batch | {"segment_ids": np.broadcast_to(segments, size)} for batch in batches]
     state = {"trained": trained, "optimizer": jax.jit(init)(trained)}
     began = time.perf_counter()
     compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*state.values(), base, batches[0]).compile()

@@ -12,7 +12,7 @@ the device has finished it; the table has the median of the rounds' medians, and
 The contenders:
 
 - `ours`: `models.init`, `adapt` and `make_step` with only the settings that it names. With `quantize=` (nf4, int4,
-  int8, fp8) the kernels of the layers are in few bits.
+  int8, fp8) the kernels of the layers are in few bits; with `documents=8` each row is packed, of 8 documents.
 - `hand`: LoRA written by hand in JAX (tests/by_hand.py), with the attention, remat and form of the layers that ours
   chooses.
 - `full`: all parameters of our model trained, with moments in float32. Its share counts the gradients of the kernels.

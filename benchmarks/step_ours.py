@@ -1,6 +1,7 @@
 """This library's contender for step.py, which starts it with ROW and settings of `models.init`, `name=value,...`.
 
-`quantize=nf4` (int4, int8, fp8) is no setting of `models.init`: it puts the layers' kernels into few bits.
+Two are no settings of `models.init`: `quantize=nf4` (int4, int8, fp8) puts the layers' kernels into few bits, and
+`documents=8` makes each row a packed one of so many documents.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ from lora_jax.train import LANGUAGE_MODELLING, TrainConfig, losses_in_chunks, ma
 
 def make() -> Worker:
     row, how = arguments()
-    scheme = how.pop("quantize", None)
+    scheme, documents = how.pop("quantize", None), int(how.pop("documents", 1))
     model = models.init(jax.random.key(0), row.config(), row.dtype, **how)
     ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
     axes = lora_jax.kernel_axes(model.apply, model.params, ids)
@@ -30,8 +31,9 @@ def make() -> Worker:
     apply = lora_jax.adapt(model.apply, on_materialize="error")
     logits = (row.batch, row.length, SHAPES[row.shape]["vocab_size"])
     step = make_step(losses_in_chunks(apply, LANGUAGE_MODELLING, None, base, adapter, logits=logits), tx)
-    attention = str(model.attention(row.batch, row.length))
-    return worker(row, step, adapter, tx.init, base, attention=attention, remat=model.remat, layers=model.layers)
+    about = {"remat": model.remat, "layers": model.layers}
+    about["attention"] = str(model.attention(row.batch, row.length, packed=documents > 1))
+    return worker(row, step, adapter, tx.init, base, documents, **about)
 
 
 if __name__ == "__main__":

@@ -245,11 +245,12 @@ def cudnn(monkeypatch):
 
 
 def calls(jaxpr, found=None):
-    """The settings of every call of cuDNN's kernels, by the primitive's name."""
+    """The settings of every call of cuDNN's kernels, and the shape of its mask, by the primitive's name."""
     found = collections.defaultdict(list) if found is None else found
     for eqn in jaxpr.eqns:
         if "dot_product_attention" in eqn.primitive.name:
-            found[eqn.primitive.name.split("attention_")[1][:3]].append(eqn.params)
+            kind = eqn.primitive.name.split("attention_")[1][:3]
+            found[kind].append(eqn.params | {"mask": eqn.invars[3].aval.shape})
         for inner in jaxprs_in_params(eqn.params):
             calls(inner, found)
     return found
@@ -268,6 +269,18 @@ def test_a_step_calls_cudnn(name, remat, cudnn):
         assert params["mask_type"].name == "PADDING_CAUSAL"
         assert params["variadic_args"] == (False, False)  # no bias
         assert params["sliding_window_length"] in kinds
+
+
+def test_packed_rows_call_cudnn(cudnn):
+    """Segments and windows are a mask of each row, [B, 1, T, T], and never one of all heads."""
+    model = models.init(jax.random.key(0), CONFIGS["two kinds of layers"], jnp.bfloat16, platform="cuda")
+    segments = jnp.ones((2, LENGTH), jnp.int32)
+    jaxpr = jax.make_jaxpr(lambda params: model.apply(params, segments, segment_ids=segments))(model.params)
+    found = calls(jaxpr.jaxpr)["fwd"]
+    assert len(found) == 2
+    for params in found:
+        assert (params["mask_type"].name, params["variadic_args"][0]) == ("CAUSAL", True)
+        assert params["mask"] == (2, 1, LENGTH, LENGTH)
 
 
 @pytest.mark.parametrize("shared", few([True, False], [True]))

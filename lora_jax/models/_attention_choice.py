@@ -102,8 +102,8 @@ def _lacks(kernel: str, case: Case) -> str:
         return f"activations are {jnp.dtype(case.dtype).name} and cuDNN's kernel takes bfloat16 or float16"
     if case.softcap is not None:
         return "its scores are capped, which cuDNN's kernel doesn't support"
-    if case.packed:
-        return "rows are packed, and JAX's call of cuDNN's kernel takes no segments"
+    if case.packed and case.length % 2:
+        return f"packed rows have {case.length} tokens, and with a mask cuDNN's kernel takes an even number"
     capability = float(getattr(jax.devices()[0], "compute_capability", 9.0))
     if capability < 8:
         return f"cuDNN's kernel needs compute capability 8.0 and this GPU has {capability}"

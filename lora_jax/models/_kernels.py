@@ -127,13 +127,23 @@ def blockwise(q, k, v, mask, *, causal: bool, scale: float, softcap: float | Non
     return out.swapaxes(0, 1).reshape(rows, count * size, *q.shape[2:])[:, :length]
 
 
-def cudnn(q, k, v, lengths=None, *, causal: bool, scale: float, window: int | None = None) -> jax.Array:
+def cudnn(q, k, v, lengths=None, segments=None, *, causal: bool, scale: float, window: int | None = None) -> jax.Array:
     """cuDNN's flash attention, for CUDA and 16-bit floats.
+
+    Segments are a mask, [B, 1, T, T], which JAX's call adds to the scores. JAX's rule for `vmap` doesn't allow one.
 
     Args:
         lengths: The number of real tokens of each row, which are first, int32[B]; None if all are real.
         window: The number of keys that a query attends to, the last of which is its own; None for all keys before it.
     """
+    if segments is not None:
+        allowed = segments[:, None, :, None] == segments[:, None, None, :]
+        if window is not None:
+            places = jnp.arange(q.shape[1])
+            allowed = allowed & (places[:, None] - places < window)
+        return jax.nn.dot_product_attention(
+            q, k, v, mask=allowed, scale=scale, is_causal=causal, implementation="cudnn"
+        )
     q, k, v, lengths = _batched_alike(q, k, v, lengths)
     # A causal model doesn't use the outputs of padding, so its queries are left out: they give 0. An encoder may.
     queries = lengths if causal or lengths is None else jnp.full_like(lengths, q.shape[1])
