@@ -11,11 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden.make_bitsandbytes import CASES, PATH, draw
+from agreement import assert_agrees
+from golden.make_bitsandbytes import ALPHA, CASES, NETWORK, PATH, RANK, draw, draw_network
 
 import lora_jax
 from lora_jax import Axes, QuantizeConfig, Quantized
+from lora_jax._forward.integers import activation_codes
 from lora_jax._quantize.codes import DYNAMIC
+from lora_jax._quantize.transform import round_activations
 
 TORCH = Axes((), (1,), (0,))
 # bitsandbytes looks a number's 8-bit code up in a table of 2¹⁶ entries on a CPU: near the middle of two codes it may
@@ -105,6 +108,46 @@ def test_int8_is_theirs(golden):
     node = quantized("float16", "int8")
     np.testing.assert_array_equal(np.asarray(node.values).T, golden["float16/int8"])
     np.testing.assert_allclose(node.scales, golden["float16/int8 scales"], rtol=1e-6)
+
+
+def test_rounded_activations_and_their_product_are_theirs(golden):
+    """`Linear8bitLt` with threshold 0: the codes of x, its largest of each row, and the output, in float16."""
+    x = jnp.asarray(draw("float16")[1])
+    codes = activation_codes(x, [1])
+    np.testing.assert_array_equal(codes.values, golden["float16/int8 x"])
+    np.testing.assert_array_equal(codes.scales[:, 0], golden["float16/int8 x scales"])
+    params = round_activations({"w": quantized("float16", "int8")}, "int8")
+    ours = lora_jax.quantized(lambda params, x: x @ params["w"].T)(params, x)
+    assert ours.dtype == jnp.float16
+    np.testing.assert_allclose(in_float32(ours), golden["float16/int8 output"], rtol=2.0**-10, atol=0)
+    plain = lora_jax.quantized(lambda params, x: x @ params["w"].T)({"w": quantized("float16", "int8")}, x)
+    assert np.abs(in_float32(plain) - golden["float16/int8 output"]).max() > 1e-2
+
+
+def test_gradients_beside_their_int8_layers_are_peft_s(golden):
+    """Of A, B and x, through two layers of integers; PEFT's in float32 and float64."""
+    drawn = {name: jnp.asarray(value) for name, value in draw_network().items()}
+    config = QuantizeConfig(scheme="int8", targets=list(NETWORK), activations="int8")
+    base = lora_jax.quantize({name: drawn[name] for name in NETWORK}, config, axes=dict.fromkeys(NETWORK, TORCH))
+    lora = lora_jax.LoRAConfig(rank=RANK, alpha=ALPHA, targets=list(NETWORK))
+    params = lora_jax.init(jax.random.key(0), base, lora, axes=dict.fromkeys(NETWORK, TORCH))
+    for name in NETWORK:
+        node = params[f"{name}_lora"]
+        params[f"{name}_lora"] = node.replace(a=drawn[f"{name}/A"].T, b=drawn[f"{name}/B"].T)
+
+    @lora_jax.adapt
+    def network(params, x):
+        hidden = jnp.tanh(x @ params["up"].T)
+        return hidden.astype(jnp.float16).astype(x.dtype) @ params["down"].T
+
+    base, adapter = lora_jax.split(params)
+    loss = lambda adapter, x: jnp.sum(jnp.square(network(lora_jax.combine(base, adapter), x) * drawn["probe"]))
+    gradient, dx = jax.grad(loss, (0, 1))(adapter, drawn["x"])
+    ours = {"output": network(params, drawn["x"]), "x": dx}
+    for name in NETWORK:
+        ours |= {f"{name}/A": gradient[f"{name}_lora"].a.T, f"{name}/B": gradient[f"{name}_lora"].b.T}
+    low, high = ({name: golden[f"network/{name}/{bits}"] for name in ours} for bits in (32, 64))
+    assert_agrees(ours, low, high)
 
 
 def test_the_golden_values_are_there():

@@ -133,6 +133,7 @@ def test_a_quantized_base_is_counted_in_its_bits(folder, one):
     assert told["per_chip"]["flops"] == one.per_chip["flops"]
     assert told["quantize"]["scheme"] == "int8"
     assert one.to_json()["quantize"] is None
+    assert told["quantize"]["activations"] is None
     for name in ("parameters", "trainable", "checkpoint"):
         assert told[name] == one.to_json()[name]
     for name in ("weights", "gradients", "optimizer", "flops"):

@@ -4,6 +4,9 @@ import contextlib
 import io
 import json
 import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,9 @@ from transformers import LlamaConfig
 
 import lora_jax
 from lora_jax.cli import main
-from lora_jax.plan import plan
+from lora_jax.plan import _run, plan
+from lora_jax.plan._chips import Topology
+from lora_jax.plan._request import Request
 from lora_jax.train import TrainConfig
 
 pytestmark = pytest.mark.tpu
@@ -68,6 +73,42 @@ def test_no_stack_of_a_quantized_base_is_alive_in_sixteen_bits(tmp_path, scheme)
     own = plan(tmp_path, LORA, train, topology="v5e:1x1", remat="full", quantize=config).per_chip
     assert own["temporaries"] < 2 * 16 * 1024 * 4096  # one of the MLP's three stacks
     assert own["arguments"] < 1.1 * (own["weights"] + own["adapter"] + own["optimizer"] + own["batch"])
+
+
+@pytest.mark.parametrize("layers", ["scan", "unrolled"])
+def test_products_of_integers_stay_so(tmp_path, layers):
+    """The matrix units are given 8-bit integers, and sum them in 32 bits: for each kernel a convolution of s8."""
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 2}
+    LlamaConfig(**SHAPE | sizes, dtype="bfloat16").save_pretrained(tmp_path)
+    request = Request(
+        model=str(tmp_path),
+        lora=LORA,
+        train=TrainConfig(batch_size=1, max_length=128),
+        remat="none",
+        layers=layers,
+        topology=Topology.parse("v5e:1x1"),
+        quantize=lora_jax.QuantizeConfig(scheme="int8", activations="int8"),
+    )
+    text = compiled(request)
+    types = dict(re.findall(r"%([\w.-]+) = (\w+)\[", text))
+    operands = re.findall(r"= s32\[[\d,]*\]\S* convolution\(%([\w.-]+), %([\w.-]+)\)", text)
+    assert len(operands) == 7 * (2 if layers == "unrolled" else 1)
+    assert {types[name] for pair in operands for name in pair} == {"s8"}
+
+
+def compiled(request):
+    """The program of a plan's step, compiled in a process as the plan's own is."""
+    script = (
+        "import json, sys\n"
+        "from lora_jax.plan import _child, _request, _step\n"
+        "request = _request.Request.from_json(json.load(sys.stdin))\n"
+        "step = _step.make(request, _step.open_model(request, 'tpu'), _child.devices_of(request.topology))\n"
+        "traced = step.jitted.trace(*step.arguments)\n"
+        "print(traced.lower(lowering_platforms=('tpu',)).compile().as_text())\n"
+    )
+    given, environment = json.dumps(request.to_json()), _run._environment(request.topology)
+    command = [sys.executable, "-c", script]
+    return subprocess.run(command, input=given, env=environment, capture_output=True, text=True, check=True).stdout
 
 
 def test_what_does_not_fit_is_refused_by_how_much(tmp_path):

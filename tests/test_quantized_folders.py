@@ -24,7 +24,7 @@ from test_cli import TRAIN, tiny_model, write_rows
 
 import lora_jax
 from lora_jax import Quantized, models
-from lora_jax.cli import main
+from lora_jax.cli import _base, main
 from lora_jax.plan import _step
 from lora_jax.plan._request import Request
 from lora_jax.train import TrainConfig
@@ -317,6 +317,23 @@ def test_the_command_plans_with_what_the_folder_holds(capsys):
     assert told["parameters"] == sum(leaf.size for leaf in loaded.values())
     assert main(["plan", "--model", str(FOLDERS / "nf4"), *words, "--quantize", "int8"]) == 2
     assert "kernel: is quantized already, as nf4; dequantize it first" in capsys.readouterr().err
+
+
+def test_the_activations_of_a_folder_in_int8_are_rounded_where_asked_for(case):
+    """As bitsandbytes does it: each kernel is marked, and logits differ by the rounding."""
+    name, folder, _ = case
+    base = _base.EvaluatedBase(model=str(folder), quantize_activations="int8")
+    if name != "int8":
+        with pytest.raises(ValueError, match="has no kernel in int8; give --quantize int8 too"):
+            base.load()
+        return
+    model = base.load()
+    nodes = [leaf for leaf in leaves_of(model.params).values() if isinstance(leaf, Quantized)]
+    assert [node.activations for node in nodes] == ["int8"] * len(LINEAR)
+    apply = jax.jit(lora_jax.quantized(model.apply))
+    ours, plain = (apply(params, jnp.asarray(TOKENS)) for params in (model.params, models.load(folder).params))
+    off = float(jnp.linalg.norm(ours - plain) / jnp.linalg.norm(plain))
+    assert 1e-3 < off < 0.1
 
 
 def with_adapter(base, adapter):

@@ -171,6 +171,40 @@ def test_a_run_resumes_from_its_checkpoint(folder, tmp_path):
     same(load_file(out / "adapter_model.safetensors"), trained)
 
 
+@pytest.mark.slow
+def test_a_run_with_products_of_integers(folder, tmp_path):
+    """It is evaluated as it was trained, resumes as it began, and merges with a word about what it rounded."""
+    data, out = write_rows(tmp_path / "data.jsonl"), tmp_path / "out"
+    rounding = ("--quantize", "int8", "--quantize-activations", "int8")
+    given = ("train", "--model", folder, "--data", data, "--output", out, *TRAIN, "--save-steps", "1")
+    said = run(*given, *rounding)
+    assert "--quantize int8 --quantize-activations int8" in said  # in the next command
+    trained = load_file(out / "adapter_model.safetensors")
+    assert "quantize_activations: int8" in (out / "run.yaml").read_text()
+    shutil.rmtree(out / "checkpoints" / "2")
+    with contextlib.redirect_stderr(io.StringIO()) as error:
+        assert main([*map(str, given), "--quantize", "int8", "--resume"]) == 2
+    assert "activations: int8 in the checkpoint, absent here" in error.getvalue()
+    run(*given, *rounding, "--resume")
+    same(load_file(out / "adapter_model.safetensors"), trained)
+    evaluated = ("evaluate", "--model", folder, "--quantize", "int8", "--adapter", out, "--data", data, "--json")
+    plain, own = (json.loads(run(*evaluated, *more))["loss"] for more in ((), rounding[2:]))
+    assert plain != own == pytest.approx(plain, rel=1e-2)
+    run("generate", "--model", folder, *rounding, "--adapter", out, "--prompt", "1 + 1 = ", "--max-tokens", "2")
+    said = run("merge", "--model", folder, "--adapter", out, "--quantize", "int8", "--output", tmp_path / "merged")
+    assert "the run rounded activations (--quantize-activations), which the merged model doesn't" in said
+
+
+def test_activations_are_rounded_beside_int8_alone(folder, capsys):
+    for more, message in (
+        (("--quantize", "nf4"), "quantize_activations: 'int8' given with --quantize nf4, expected --quantize int8"),
+        ((), "has no kernel in int8; give --quantize int8 too"),
+    ):
+        words = ["generate", "--model", folder, *more, "--quantize-activations", "int8", "--prompt", "a"]
+        assert main([str(word) for word in words]) == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_tokens_are_generated_with_a_loop_over_quantized_layers(folder):
     layers = {
         scheme: _base.DecodedBase(model=str(folder), quantize=scheme).execution["layers"] for scheme in (None, "nf4")

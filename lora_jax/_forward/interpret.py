@@ -16,7 +16,7 @@ from jax import core
 from jax.extend import core as jex
 from jax.extend import source_info_util
 
-from lora_jax._forward import dropout, lazy
+from lora_jax._forward import dropout, integers, lazy
 from lora_jax._forward.lazy import PRODUCTS, Lazy
 from lora_jax._forward.lowrank import RANK, LowRank, dense, is_vector
 from lora_jax._jaxprs import as_jaxpr
@@ -217,7 +217,7 @@ def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
     A value may be a quantized kernel: an equation that moves it gives another, a product dequantizes it.
     """
     if any(isinstance(value, Lazy) for value in values):
-        return lazy.apply(eqn, values, bind)
+        return lazy.apply(eqn, values, _multiplied)
     here = eqn.source_info.replace(name_stack=source_info_util.new_name_stack())
     eqn = eqn.replace(source_info=here)
     inputs: dict[Any, Any] = {}
@@ -225,6 +225,12 @@ def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
         if not isinstance(var, jex.Literal):
             inputs[var] = value
     return core.eval_jaxpr(as_jaxpr([eqn], list(inputs), eqn.outvars), (), *inputs.values())
+
+
+def _multiplied(eqn: Any, operands: Sequence[Any]) -> list[Any]:
+    """An equation that uses quantized kernels: a product of integers where they ask for it, else of dequantized W."""
+    made = integers.product(eqn, operands, bind)
+    return bind(eqn, list(map(lazy.settled, operands))) if made is None else made
 
 
 @contextlib.contextmanager

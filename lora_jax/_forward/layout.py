@@ -20,6 +20,7 @@ from lora_jax._forward import tracks
 from lora_jax._forward.dropout import varying_mesh_axes
 from lora_jax._forward.interpret import Frame, Rules, bind
 from lora_jax._forward.lowrank import ANY_AXIS, RANK, Factor, LowRank
+from lora_jax._forward.reshapes import reshape_groups
 
 RULES = Rules()
 
@@ -261,7 +262,7 @@ def _reshape(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
     kernel, shape = values[0], eqn.params["new_sizes"]
     if eqn.params["dimensions"] is not None or 0 in shape:
         return None
-    groups = tracks.reshape_groups(kernel.shape, shape)
+    groups = reshape_groups(kernel.shape, shape)
     if groups is None:
         return None
     for before, _ in groups:

@@ -343,8 +343,8 @@ def admits(eqn: Any, place: int, w: Lazy) -> Lazy | None:
     return w if place == 0 and plan is not None and plan(eqn, w) is not None else None
 
 
-def apply(eqn: Any, values: Sequence[Any], bind: Callable[[Any, Sequence[Any]], list[Any]]) -> list[Any]:
-    """One equation on operands of which some are quantized kernels.
+def apply(eqn: Any, values: Sequence[Any], multiply: Callable[[Any, Sequence[Any]], list[Any]]) -> list[Any]:
+    """One equation on operands of which some are quantized kernels; `multiply` evaluates it where it has no plan.
 
     Where it is a product, its derivative dequantizes once more: a forward pass that kept W for it would keep a whole
     model in 16 bits. The codes wait for the activations, or without a loop over layers all are dequantized at once.
@@ -357,7 +357,7 @@ def apply(eqn: Any, values: Sequence[Any], bind: Callable[[Any, Sequence[Any]], 
     def product(operands: list[Any]) -> list[Any]:
         # A barrier gives all of its outputs tangents, and the codes' would make the gradient of W out of them.
         behind = [w.cut(lax.stop_gradient) if isinstance(w, Lazy) else w for w in lax.optimization_barrier(operands)]
-        return bind(eqn, list(map(settled, behind)))
+        return multiply(eqn, behind)
 
     return jax.checkpoint(product)(list(values))
 

@@ -25,6 +25,9 @@ class QuantizeConfig:
         exclude: Patterns of kernels to leave alone.
         group_size: Inputs of an output that share a scale; None for the scheme's own, 64 of 4-bit schemes. The 8-bit
             ones have one scale for each output, and take none.
+        activations: `"int8"` rounds the activations x too, each row by its largest, where they meet a kernel of the
+            scheme int8, and multiplies integers (dynamic quantization; LLM.int8(), Dettmers et al. 2022, arXiv
+            2208.07339, without its outliers). None dequantizes the kernel instead. A and B see x as it is.
 
     Raises:
         ValueError: A setting is out of range or unknown.
@@ -40,6 +43,7 @@ class QuantizeConfig:
     targets: tuple[str, ...] = (ALL_LINEAR,)
     exclude: tuple[str, ...] = ()
     group_size: int | None = None
+    activations: Literal["int8"] | None = None
 
     if TYPE_CHECKING:  # what may be given; it is kept as the fields say
 
@@ -50,6 +54,7 @@ class QuantizeConfig:
             targets: str | Sequence[str] = ...,
             exclude: str | Sequence[str] = ...,
             group_size: int | None = ...,
+            activations: Literal["int8"] | None = ...,
         ) -> None: ...
 
     def __post_init__(self) -> None:
@@ -63,6 +68,13 @@ class QuantizeConfig:
         if not self.targets:
             raise ValueError("targets: none given; nothing would be quantized")
         self._check_group_size()
+        if self.activations not in (None, "int8"):
+            raise ValueError(f"activations: {self.activations!r} given, expected 'int8' or None")
+        if self.activations is not None and self.scheme != "int8":
+            raise ValueError(
+                f"activations: {self.activations!r} given with scheme {self.scheme!r}, expected scheme 'int8', the one"
+                " whose products are of integers; leave it out"
+            )
 
     def _check_group_size(self) -> None:
         size = self.group_size

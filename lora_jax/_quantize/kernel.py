@@ -51,7 +51,8 @@ def quantize_kernel(kernel: Any, config: QuantizeConfig, axes: Axes) -> Quantize
     else:
         whole = np.asarray(kernel) if isinstance(kernel, ReadInParts) else kernel
         data = _encoder(config.scheme, size, axes, _stack_is_cut(whole, axes))(whole)
-    return Quantized(**data, scheme=config.scheme, group_size=size, dtype=kernel.dtype, axes=axes)
+    settings = {"scheme": config.scheme, "group_size": size, "activations": config.activations}
+    return Quantized(**data, **settings, dtype=kernel.dtype, axes=axes)
 
 
 def _stack_is_cut(kernel: Any, axes: Axes) -> bool:

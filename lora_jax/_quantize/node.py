@@ -15,7 +15,7 @@ from lora_jax._axes import Axes
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("values", "scales", "outer", "offset"),
-    meta_fields=("scheme", "group_size", "dtype", "axes"),
+    meta_fields=("scheme", "group_size", "dtype", "axes", "activations"),
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class Quantized:
@@ -38,6 +38,7 @@ class Quantized:
         group_size: Inputs that share a scale; 0 where all of an output's do.
         dtype: The kernel's dtype, in which it meets activations.
         axes: The kernel's, stack axes and all.
+        activations: "int8" where activations are rounded too, and multiplied as integers; None where W is dequantized.
 
     >>> import lora_jax
     >>> params = {"w": jnp.ones((64, 3), jnp.bfloat16)}
@@ -54,6 +55,7 @@ class Quantized:
     group_size: int
     dtype: Any
     axes: Axes
+    activations: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))

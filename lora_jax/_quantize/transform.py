@@ -1,7 +1,8 @@
 """`quantize` and `dequantize`: kernels in few bits, and back."""
 
+import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
@@ -81,3 +82,25 @@ def dequantize(params: Any) -> Any:
         return rebox(leaf, dense_once(inner)) if isinstance(inner, Quantized) else leaf
 
     return edit(params, leaf=array_of)
+
+
+def round_activations(params: Any, activations: Literal["int8"] | None) -> Any:
+    """Set `activations` of each kernel in int8, as `QuantizeConfig` sets it of those that it makes.
+
+    Args:
+        params: A tree with kernels in int8, such as the model of a folder that has them.
+        activations: As in `QuantizeConfig`.
+
+    >>> import jax.numpy as jnp
+    >>> params = quantize({"up": {"kernel": jnp.ones((2, 1))}}, QuantizeConfig(scheme="int8", targets="up"))
+    >>> round_activations(params, "int8")["up"]["kernel"].activations
+    'int8'
+    """
+
+    def node_of(path: str, leaf: Any) -> Any:
+        inner = unbox(leaf)
+        if not isinstance(inner, Quantized) or inner.scheme != "int8":
+            return leaf
+        return rebox(leaf, dataclasses.replace(inner, activations=activations))
+
+    return edit(params, leaf=node_of)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from lora_jax._node import SUFFIX
-from lora_jax._tree import nodes_of
+from lora_jax._tree import is_quantized, nodes_of
 
 START = "start/"  # before the paths of the factors that `init` has taken out of kernels, which don't train
 
@@ -83,9 +83,15 @@ def by_path(tree: Any) -> dict[str, Any]:
 
 
 def shapes(tree: Any) -> dict[str, str]:
-    """Dtype and shape of each leaf by path, as text.
+    """Dtype and shape of each leaf by path, as text; for kernels beside which activations are rounded, to what.
 
     >>> shapes({"w": jax.numpy.ones((2, 3))})
     {'w': 'float32[2, 3]'}
     """
-    return {name: f"{x.dtype}{list(x.shape)}" for name, x in by_path(tree).items()}
+    found = {name: f"{x.dtype}{list(x.shape)}" for name, x in by_path(tree).items()}
+    nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_quantized)
+    rounding = [(path, node) for path, node in nodes if is_quantized(node) and node.activations is not None]
+    return found | {
+        f"{jax.tree_util.keystr(path, simple=True, separator='/')}/activations": node.activations
+        for path, node in rounding
+    }

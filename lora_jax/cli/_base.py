@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 import lora_jax
 from lora_jax._processes import several
+from lora_jax._quantize.transform import round_activations
 from lora_jax._sharding import spread_over
 from lora_jax._tree import trained_paths
 from lora_jax.cli import _mesh, _named_base, _new_tokens, _show
@@ -186,6 +187,27 @@ class EvaluatedBase(Base):
     quantize: Literal["nf4", "int4", "int8", "fp8"] | None = None
     """number format of the linear kernels, embeddings and heads excepted, to which they are rounded as they are read:
     nf4 (QLoRA's, 4.13 bits), int4 (4.5), int8, fp8; none if not given"""
+    quantize_activations: Literal["int8"] | None = None
+    """round the activations that meet kernels in int8 too, and multiply 8-bit integers, for which TPUs and GPUs have
+    faster units; needs --quantize int8 or a model in bitsandbytes' int8. Kernels are dequantized if not given"""
+
+    def __post_init__(self) -> None:
+        if self.quantize_activations is not None and self.quantize not in (None, "int8"):
+            raise ValueError(
+                f"quantize_activations: {self.quantize_activations!r} given with --quantize {self.quantize}, expected"
+                " --quantize int8; leave one of them out"
+            )
+
+    def load(self, *args: Any, **kwargs: Any) -> Any:
+        model = super().load(*args, **kwargs)
+        if self.quantize_activations is None or self.quantize is not None:
+            return model
+        if not any(getattr(leaf, "scheme", "") == "int8" for leaf in lora_jax.models.flatten(model.params).values()):
+            raise ValueError(
+                f"quantize_activations: {self.quantize_activations!r} given, but {self.name} has no kernel in int8;"
+                " give --quantize int8 too"
+            )
+        return replace(model, params=round_activations(model.params, self.quantize_activations))
 
     def _transform(self, labels: Sequence[str] | None) -> Callable[[Any], Any] | None:
         # The leaves that train in full stay as they are; which ones a new head has, the files alone show.
@@ -197,7 +219,15 @@ class EvaluatedBase(Base):
 
     def quantize_config(self, in_full: Sequence[str]) -> lora_jax.QuantizeConfig | None:
         """The settings of the kernels' rounding, which leaves out those that train in full."""
-        return None if self.quantize is None else lora_jax.QuantizeConfig(scheme=self.quantize, exclude=in_full)
+        if self.quantize is None:
+            return None
+        return lora_jax.QuantizeConfig(scheme=self.quantize, exclude=in_full, activations=self.quantize_activations)
+
+    @property
+    def rounding(self) -> dict[str, str]:
+        """The flags of the kernels' and the activations' rounding that are given, by name."""
+        given = {"quantize": self.quantize, "quantize_activations": self.quantize_activations}
+        return {name: value for name, value in given.items() if value is not None}
 
     @property
     def execution(self) -> dict[str, Any]:

@@ -31,6 +31,7 @@ SHOWN = (
     "also_train",
     "dora",
     "quantize",
+    "quantize_activations",
     "optim",
     "learning_rate",
     "lr_scheduler_type",

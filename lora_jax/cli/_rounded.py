@@ -20,14 +20,23 @@ def scheme_of_run(adapter: Path) -> str | None:
 
     After PiSSA and LoftQ it is None too: their adapters belong beside the plain model.
     """
+    settings = _settings(adapter)
+    scheme = None if settings.get("init") in CHANGES_KERNELS else settings.get("quantize")
+    return scheme if isinstance(scheme, str) else None
+
+
+def rounds_activations(adapter: Path) -> bool:
+    """Return whether a run rounded its activations too, as `run.yaml` says: no merged model does."""
+    return _settings(adapter).get("quantize_activations") is not None
+
+
+def _settings(adapter: Path) -> dict[str, Any]:
+    """The settings in the `run.yaml` beside an adapter; empty if there is none that can be read."""
     try:
         settings = yaml.safe_load((adapter / _run_file.FILE).read_bytes())
     except (OSError, yaml.YAMLError, UnicodeDecodeError, RecursionError):
-        return None
-    if not isinstance(settings, dict) or settings.get("init") in CHANGES_KERNELS:
-        return None
-    scheme = settings.get("quantize")
-    return scheme if isinstance(scheme, str) else None
+        return {}
+    return settings if isinstance(settings, dict) else {}
 
 
 @dataclass(frozen=True)

@@ -117,7 +117,8 @@ def begin(
     _mesh.check_rows(mesh, train.batch_size, train.gradient_accumulation_steps)
     changes = lora.init in CHANGES_KERNELS and adapter is None
     # Such an init starts from the weights as they are, and rounds what is left.
-    loaded = dataclasses.replace(base, quantize=None) if changes else base
+    rounds = changes and base.quantize is not None
+    loaded = dataclasses.replace(base, quantize=None, quantize_activations=None) if rounds else base
     model = loaded.load(labels=rows.label_names, key=jax.random.fold_in(key, 1), mesh=mesh)
     new_rows = {}
     if add_tokens is not None:

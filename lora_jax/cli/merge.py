@@ -13,7 +13,7 @@ import lora_jax
 from lora_jax._quantize.schemes import SCHEMES
 from lora_jax.cli import _base, _compare, _labels, _show
 from lora_jax.cli._merged import MergedWeights, check_tensors, merged
-from lora_jax.cli._rounded import Rounded, rounded, scheme_of_run
+from lora_jax.cli._rounded import Rounded, rounded, rounds_activations, scheme_of_run
 from lora_jax.data import Labels
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -87,6 +87,9 @@ def run(settings: Settings) -> None:
         show.print(line, markup=False, soft_wrap=True)
     if line := _about_bases(settings, base):
         show.print(line, markup=False, soft_wrap=True)
+    if rounds_activations(settings.adapter):
+        line = "the run rounded activations (--quantize-activations), which the merged model doesn't"
+        show.print(f"{line}: they agree up to that", markup=False, soft_wrap=True)
     show.print(f"merged model: {settings.output}", markup=False)
     next_words = "generate --model {} --prompt ..." if labels is None else "evaluate --model {} --data ..."
     show.print(f"next: lora-jax {next_words.format(settings.output)}", markup=False)

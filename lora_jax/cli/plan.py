@@ -42,6 +42,8 @@ def defaults(words: Sequence[str]) -> Settings:
 
 
 def run(settings: Settings) -> None:
+    if settings.base.quantize_activations is not None and settings.base.quantize is None:
+        raise ValueError("quantize_activations: given without --quantize, expected --quantize int8 too in a plan")
     lora = {field.name: getattr(settings.lora, field.name) for field in fields(lora_jax.LoRAConfig)}
     with _stages() as on_stage:
         first = plan(

@@ -249,7 +249,7 @@ def _train(settings: Settings, stop: Callable[[], bool]) -> Callable[[], None]:
             "labels": None if rows.labels is None else list(rows.labels.names),
             "task_type": rows.task_type,
             **choices,
-            **({} if settings.base.quantize is None else {"quantize": settings.base.quantize}),
+            **settings.base.rounding,
         },
     )
     _save(settings, model, rows, result)
@@ -409,8 +409,10 @@ def _comparison(result: TrainResult, before: Predictions, after: Predictions) ->
 def _next_command(settings: Settings, workload: Workload) -> str:
     model = [] if settings.base.model is None else ["--model", settings.base.model]
     model += [] if settings.base.revision is None else ["--revision", settings.base.revision]
-    if settings.base.quantize is not None and settings.lora.init not in CHANGES_KERNELS:
-        model += ["--quantize", settings.base.quantize]
+    if settings.lora.init not in CHANGES_KERNELS:
+        model += [
+            word for name, value in settings.base.rounding.items() for word in (f"--{name.replace('_', '-')}", value)
+        ]
     adapter = ["--adapter", str(settings.output)]
     if workload.examples.task is not None:
         return shlex.join(["lora-jax", "evaluate", *model, *adapter, "--data", *settings.data, *settings.reading.words])

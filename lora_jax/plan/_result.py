@@ -191,7 +191,9 @@ def _lines(plan: Plan) -> list[str]:
         if plan.fits
         else f"does not fit: {size(own['total'])} needed of {size(plan.limit)}, {size(plan.short_by)} too much"
     )
-    base = "" if plan.request.quantize is None else f"base in {plan.request.quantize.scheme}; "
+    kernels = plan.request.quantize
+    activations = "" if kernels is None or kernels.activations is None else f", activations in {kernels.activations}"
+    base = "" if kernels is None else f"base in {kernels.scheme}{activations}; "
     return [
         f"{over}, {train.batch_size} rows of {found['length']} tokens a step{at_once}; {found['compiler']}",
         f"{base}{found['attention']}; remat: {found['remat']}; layers: {found['layers']}; "

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 
 from lora_jax._node import LoRA
-from lora_jax._tree import combine, detach, is_box, kernel_path, nodes_of, path_of
+from lora_jax._tree import combine, detach, is_box, is_quantized, kernel_path, nodes_of, path_of
 
 
 def dims(shape: Sequence[int]) -> tuple[int, ...]:
@@ -66,7 +66,8 @@ def read_step(args: tuple[Any, ...], outputs: Any) -> Step:
     Raises:
         ValueError: There is no LoRA node among the arguments.
     """
-    pairs, _ = jax.tree_util.tree_flatten_with_path(args, is_leaf=lambda x: isinstance(x, LoRA) or is_box(x))
+    is_leaf = lambda x: isinstance(x, LoRA) or is_box(x) or is_quantized(x)
+    pairs, _ = jax.tree_util.tree_flatten_with_path(args, is_leaf=is_leaf)
     places = [path[: _mapping_start(path)] for path, leaf in pairs if isinstance(leaf, LoRA)]
     if not places:
         raise ValueError("no LoRA node in the step's arguments; pass the adapter (or the whole tree) that it trains")
@@ -176,9 +177,13 @@ def _find_base(pairs: Sequence[tuple[Any, Any]], kernels: dict[str, tuple[int, .
     for path, leaf in pairs:
         start = _mapping_start(path)
         shape = kernels.get(path_of(path[start:]))
-        if not isinstance(leaf, LoRA) and shape is not None and jax.tree.leaves(leaf)[0].shape == shape:
+        if not isinstance(leaf, LoRA) and shape is not None and _shape(leaf) == shape:
             found.append(path[:start])
     return min(found, key=len, default=None)
+
+
+def _shape(leaf: Any) -> tuple[int, ...]:
+    return jax.tree.leaves(leaf, is_leaf=is_quantized)[0].shape
 
 
 def _carried(args: tuple[Any, ...], outputs: Any) -> set[int]:
@@ -211,4 +216,5 @@ def _signature(tree: Any) -> tuple[Any, ...]:
 
 
 def _plain(base: Any, adapter: Any, together: bool) -> Any:
-    return detach(base if together else combine(base, adapter))[0]
+    plain = detach(base if together else combine(base, adapter))[0]
+    return jax.tree.map(lambda leaf: leaf.abstract() if is_quantized(leaf) else leaf, plain, is_leaf=is_quantized)
