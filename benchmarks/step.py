@@ -4,6 +4,7 @@
     make bench DEVICE=gpu                                        # the rows of the table below, but for 32k and 8b:all
     python benchmarks/step.py --rows 1b:4x2048:qv --contenders ours ours:remat=full peft:compile
     python benchmarks/step.py --rows 1b:4x2048:qv --contenders ours ours:quantize=nf4 peft:nf4 peft:nf4,compile
+    python benchmarks/step.py --rows 1b:4x2048:qv --contenders ours:quantize=int8 ours:quantize=int8,activations=int8
     python benchmarks/step.py --tiny                             # two layers on any machine, to see that it runs
 
 Every contender is a process with a model of random weights, in bfloat16 (`small`: float32). The contenders take their
@@ -12,7 +13,8 @@ the device has finished it; the table has the median of the rounds' medians, and
 The contenders:
 
 - `ours`: `models.init`, `adapt` and `make_step` with only the settings that it names. With `quantize=` (nf4, int4,
-  int8, fp8) the kernels of the layers are in few bits; with `documents=8` each row is packed, of 8 documents.
+  int8, fp8) the kernels of the layers are in few bits; with `activations=int8` too, products are of 8-bit integers.
+  With `documents=8` each row is packed, of 8 documents.
 - `hand`: LoRA written by hand in JAX (tests/by_hand.py), with the attention, remat and form of the layers that ours
   chooses.
 - `full`: all parameters of our model trained, with moments in float32. Its share counts the gradients of the kernels.
