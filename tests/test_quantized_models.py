@@ -1,6 +1,7 @@
 """Quantized bases from files: kernels are rounded as they are read, adapters go to PEFT and back, commands take it."""
 
 import contextlib
+import csv
 import io
 import json
 import pathlib
@@ -193,6 +194,21 @@ def test_a_run_with_products_of_integers(folder, tmp_path):
     run("generate", "--model", folder, *rounding, "--adapter", out, "--prompt", "1 + 1 = ", "--max-tokens", "2")
     said = run("merge", "--model", folder, "--adapter", out, "--quantize", "int8", "--output", tmp_path / "merged")
     assert "the run rounded activations (--quantize-activations), which the merged model doesn't" in said
+
+
+@pytest.mark.slow
+def test_a_sweep_with_products_of_integers(folder, tmp_path):
+    """Its adapters, trained side by side, are other ones than beside dequantized kernels."""
+    data, found = write_rows(tmp_path / "data.jsonl"), []
+    for name, more in (("w", ()), ("wx", ("--quantize-activations", "int8"))):
+        given = ("--model", folder, "--data", data, "--quantize", "int8", *more, "--grid", "rank=1,2", *TRAIN)
+        run("sweep", *given, "--output", tmp_path / name)
+        results = json.loads((tmp_path / name / "results.json").read_text())
+        assert results.get("quantize_activations") == (more[1] if more else None)
+        lines = (tmp_path / name / "results.csv").read_text().splitlines()
+        found.append([float(line["train_loss"]) for line in csv.DictReader(lines)])
+        assert len(found[-1]) == 2
+    assert found[0] != found[1] == pytest.approx(found[0], rel=1e-2)
 
 
 def test_activations_are_rounded_beside_int8_alone(folder, capsys):

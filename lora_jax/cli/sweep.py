@@ -237,6 +237,7 @@ def _write(settings: Settings, finished: _FinishedSweep) -> None:
         "model": settings.base.name,
         "data": " ".join(settings.data) or "embedded",
         "budget": settings.budget,
+        **settings.base.rounding,
         "lora": _without(of_points, dataclasses.asdict(finished.lora)),
         "train": _without(of_points, dataclasses.asdict(settings.train)) | {"load_best_model_at_end": False},
     }
