@@ -15,7 +15,7 @@ from test_quantized_folders import in_float32, kernel_of, run
 
 import lora_jax
 from lora_jax import Axes, LoRAConfig, QuantizeConfig, Quantized, _residual, checkpoint, models, peft
-from lora_jax.cli import main, train
+from lora_jax.cli import _train_checks, main
 
 PLAIN = {
     "up": {"kernel": 0.3 * jax.random.normal(jax.random.key(0), (3, 64, 48))},
@@ -309,7 +309,7 @@ def test_loftq_on_the_command_line_needs_quantize(tmp_path, capsys):
 
 
 def test_a_run_of_several_processes_is_refused_before_anything_is_read(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "several", lambda: True)
+    monkeypatch.setattr(_train_checks, "several", lambda: True)
     words = ["--model", str(tmp_path), "--data", str(tmp_path / "rows.jsonl"), "--quantize", "int8", "--init", "loftq"]
     assert main(["train", *words, "--output", str(tmp_path / "out")]) == 2
     message = "init: 'loftq' given for several processes, expected one; take another init"

@@ -75,7 +75,7 @@ def test_epochs_override_the_steps_of_the_file(parsed, written):
 
 
 def test_an_empty_file_changes_nothing(parsed, written):
-    assert parsed("--config", path := written("")) == command.replace(parsed(), config=path)
+    assert parsed("--config", path := written("")) == dataclasses.replace(parsed(), config=path)
 
 
 @pytest.mark.parametrize(
@@ -110,10 +110,10 @@ def test_a_file_that_is_not_there(tmp_path, capsys):
 
 def test_what_is_written_is_what_is_read(parsed, written, tmp_path):
     settings = parsed("--config", written(GIVEN), "--exclude", "a", "/b,c/", "--output", "a folder", "--seed", 3)
-    _run_file.write(tmp_path, command.replace(settings, push_to_hub="owner/name"))
-    assert parsed("--config", tmp_path / "run.yaml") == command.replace(settings, config=tmp_path / "run.yaml")
+    _run_file.write(tmp_path, dataclasses.replace(settings, push_to_hub="owner/name"))
+    assert parsed("--config", tmp_path / "run.yaml") == dataclasses.replace(settings, config=tmp_path / "run.yaml")
     _run_file.write(tmp_path, parsed())
-    assert parsed("--config", tmp_path / "run.yaml") == command.replace(parsed(), config=tmp_path / "run.yaml")
+    assert parsed("--config", tmp_path / "run.yaml") == dataclasses.replace(parsed(), config=tmp_path / "run.yaml")
     assert set(yaml.safe_load((tmp_path / "run.yaml").read_text())) & {"config", "overwrite", "resume"} == set()
 
 
