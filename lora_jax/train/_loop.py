@@ -200,21 +200,7 @@ def train(
         run.go(log)
         run.evaluate_at_end()
 
-    done, steps = run.state.step, program.steps
-    if done < steps and console is not None:
-        console.print(f"stopped early after step {done} of {steps}: {run.stale} evaluations found no better adapter")
-    adapter_step, adapter, after = run.result
-    speeds = [line["tokens_per_second"] for line in log.history if "tokens_per_second" in line]
-    return TrainResult(
-        params=combine(base, adapter),
-        history=log.history,
-        before=run.before,
-        after=after,
-        steps=done,
-        adapter_step=adapter_step,
-        tokens_per_second=float(np.median(speeds)) if speeds else 0.0,
-        seconds=time.perf_counter() - began,
-    )
+    return _result(run, program, log.history, console, began)
 
 
 def _program(
@@ -258,6 +244,25 @@ def _program(
         every=every,
     )
     return program, tx
+
+
+def _result(run: Run, program: Program, history: list[Record], console: Console | None, began: float) -> TrainResult:
+    """The result of a run that has ended, which `began` at this time of `time.perf_counter`."""
+    done, steps = run.state.step, program.steps
+    if done < steps and console is not None:
+        console.print(f"stopped early after step {done} of {steps}: {run.stale} evaluations found no better adapter")
+    adapter_step, adapter, after = run.result
+    speeds = [line["tokens_per_second"] for line in history if "tokens_per_second" in line]
+    return TrainResult(
+        params=combine(program.base, adapter),
+        history=history,
+        before=run.before,
+        after=after,
+        steps=done,
+        adapter_step=adapter_step,
+        tokens_per_second=float(np.median(speeds)) if speeds else 0.0,
+        seconds=time.perf_counter() - began,
+    )
 
 
 def _check_patience(config: TrainConfig, every: int, valid_data: Sequence[data.AnyExample] | None) -> None:
