@@ -4,7 +4,7 @@
 the values of its operands. There are four:
 
 - the forward (`_forward.interpret.Frame`): values are arrays, and kernels with a low-rank update;
-- `kernel_axes` (`_forward.tracks.Reader`): the axes of kernels that a value still has;
+- `kernel_axes` (`_forward.reader.Reader`): the axes of kernels that a value still has;
 - `certify` (`_program.cost.Flow`): whether a value depends on data, and which argument it is;
 - `_tables`: whether a value is token ids, or a table in which they are looked up.
 

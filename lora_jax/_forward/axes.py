@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax._axes import KernelAxes
+from lora_jax._forward.reader import Info, Reader, Track, Use
 from lora_jax._forward.settings import noted
-from lora_jax._forward.tracks import Info, Reader, Track, Use
 from lora_jax._forward.transform import RULES, is_array, trace
 from lora_jax._tree import detach, is_quantized, leaf_paths
 

@@ -1,4 +1,4 @@
-"""Control-flow rules: jit, remat, scan, while, cond and shard_map are issued again with the factors passed in.
+"""Rules for calls and branches: jit, remat, cond and shard_map are issued again with the factors passed in.
 
 jit and remat are transformed once for each sub-jaxpr and pattern of adapted kernels. A later call with the same jaxpr
 gives JAX the same function, so that JAX finds the trace of the first call in its own caches.
@@ -11,82 +11,17 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
-from lora_jax._forward import dropout
-from lora_jax._forward.interpret import Event, Frame, Rules, Session, source_of
+from lora_jax._forward.bodies import Body, Inside, enter, leave
+from lora_jax._forward.interpret import Frame, Rules
 from lora_jax._forward.layout import factor_spec
 from lora_jax._forward.lazy import Lazy, specs_of
-from lora_jax._forward.lowrank import RANK, Factor, LowRank
+from lora_jax._forward.lowrank import LowRank
 from lora_jax._jaxprs import as_jaxpr, opened
-from lora_jax._walk import CALLS, Loop
+from lora_jax._walk import CALLS
 
 RULES = Rules()
-
-
-class Body:
-    """A sub-jaxpr as a function of flat arrays, as JAX's control flow needs it; `treedef` makes kernels of them again.
-
-    It has no tracers in it, so that one body can be used for every call of the same jaxpr. A call for which JAX has a
-    trace in its cache doesn't run the body; the events of the first run are then reported to the caller again.
-    """
-
-    def __init__(self, session: Session, jaxpr: Any, consts: Sequence[Any], names: tuple, treedef: Any, *, whole: str):
-        self.session, self.jaxpr, self.consts, self.names, self.treedef = session, jaxpr, consts, names, treedef
-        self.whole = whole
-        self.events: dict[Event, None] = {}
-
-    def __call__(self, *leaves: Any) -> list[Any]:
-        return self.run(jax.tree.unflatten(self.treedef, leaves))
-
-    def run(self, values: Sequence[Any]) -> list[Any]:
-        """Evaluate on values in the sub-jaxpr's own slots; outputs are materialised if `whole` names a primitive."""
-        # Each run has a frame of its own, which counts the uses of a kernel from 1, whoever calls.
-        frame = Frame(self.session, self.names, self.events)
-        outputs = frame.evaluate(self.jaxpr, self.consts, values)
-        if not self.whole:
-            return outputs
-        return [frame.materialize(v, self.whole, "its output") if isinstance(v, LowRank) else v for v in outputs]
-
-
-@dataclasses.dataclass(frozen=True)
-class Inside:
-    """The operands of a sub-jaxpr, in slots of its own, each with a dropout draw for this use."""
-
-    values: list[Any]
-    origins: tuple[tuple[int, ...], ...]  # the caller's slots of the kernel in each slot inside
-    names: tuple[tuple[str, ...], ...]  # the paths of its leaves, for messages
-
-
-def enter(frame: Frame, values: Sequence[Any]) -> Inside:
-    """Renumber the kernels among the operands of a sub-jaxpr by their order: slots (5,) and (2,) become (0,) and (1,).
-
-    The kernels of another layer get the same slots, and so find the same transformed function in the cache.
-    """
-    # Each call is one more use of its kernels: their draws are folded with the caller's count of uses here.
-    inner, origins = [], []
-    for value in values:
-        if isinstance(value, LowRank):
-            origins.append(value.origin)
-            value = dataclasses.replace(value, origin=(len(origins) - 1,), draw=frame.fresh_draw(value))
-        inner.append(value)
-    return Inside(inner, tuple(origins), tuple(tuple(frame.paths(origin)) for origin in origins))
-
-
-def leave(frame: Frame, outputs: Sequence[Any], inside: Inside, body: Body) -> list[Any]:
-    """Return the outputs, their kernels in the caller's slots again, and report the body's events to the caller."""
-
-    # In the example of `enter`, slot 1 of the body is slot 2 of the caller.
-    def outer(origin: tuple[int, ...]) -> tuple[int, ...]:
-        return tuple(slot for inner in origin for slot in inside.origins[inner])
-
-    for event in body.events:
-        frame.note(dataclasses.replace(event, origin=outer(event.origin)))
-    return [
-        dataclasses.replace(value, origin=outer(value.origin)) if isinstance(value, LowRank) else value
-        for value in outputs
-    ]
 
 
 def _call_once_transformed(
@@ -224,121 +159,6 @@ def _bound(eqn: Any, function: Callable, prevent_cse: bool | tuple[bool, ...]) -
 def _closed_call(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
     jaxpr, consts = opened(eqn.params[CALLS[eqn.primitive.name]])
     return frame.evaluate(jaxpr, consts, values)
-
-
-class _Issued:
-    """A loop that is about to be issued again: its operands in slots of its own, its body as a function of one step.
-
-    The carry of the new loop has only the values that change. A kernel that the body returns unchanged is effectively a
-    constant, and isn't carried. Any other kernel in the carry is materialised, for its factors would change too. With
-    init = [W, h] and a body that returns [W, h W], `fixed` is {0: W} and the carry is [h].
-    """
-
-    def __init__(self, frame: Frame, eqn: Any, values: Sequence[Any]):
-        # In a scan over layers, x is the carry, consts are the arrays that the body closes over, and xs are the stacked
-        # kernels. Each step takes [*consts, x, *slices of the kernels].
-        self.inside = enter(frame, values)
-        self.loop = Loop.of(eqn, self.inside.values)
-        init, primitive = self.loop.carry, eqn.primitive.name
-        kept = [keep and isinstance(value, LowRank) for value, keep in zip(init, self.loop.kept, strict=True)]
-        self.fixed = {i: init[i] for i, keep in enumerate(kept) if keep}
-        self.moving = [i for i, keep in enumerate(kept) if not keep]
-        # In the caller's slots, so that the message about a materialised kernel in the carry names its leaf.
-        given = Loop.of(eqn, values).carry
-        self.start = [
-            frame.materialize(given[i], primitive, source_of(eqn)) if isinstance(given[i], LowRank) else init[i]
-            for i in self.moving
-        ]
-        # With dropout each step has another mask, so that steps must be counted.
-        self.counts = any(isinstance(v, LowRank) and v.draw is not None for v in self.inside.values)
-        self.body = Body(frame.session, *opened(self.loop.body), self.inside.names, None, whole=primitive)
-
-    def full(self, carry: Sequence[Any]) -> list[Any]:
-        """The original carry: with the kernel W fixed and h moving, [h] becomes [W, h], as the body expects."""
-        state = self.fixed | dict(zip(self.moving, carry, strict=True))
-        return [state[i] for i in range(len(state))]
-
-    def step(self, body: Body, number: Any, consts: Sequence[Any], carry: Sequence[Any], slices: Sequence[Any]) -> Any:
-        """Run a body, or a loop's test, at one step, and return its outputs."""
-        return body.run([_at_step(value, number) for value in [*consts, *self.full(carry), *slices]])
-
-
-def _at_step(value: Any, step: Any) -> Any:
-    """A loop's value at one step: a kernel has another dropout mask at each step."""
-    if isinstance(value, LowRank) and value.draw is not None:
-        return dataclasses.replace(value, draw=dropout.fold(value.draw, step))
-    return value
-
-
-@RULES("scan")
-def _scan(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
-    """Issue a scan again, over slices of W and of each factor that has the scanned axis."""
-    # W[layers, in, out] with a[layers, in, r] and b[layers, r, out]: step i gets W[i], a[i] and b[i]. A factor without
-    # the scanned axis, which all layers share, is None among the slices, and each step gets all of it.
-    issued, params = _Issued(frame, eqn, values), eqn.params
-    loop = issued.loop
-    scanned = [_scanned(x) if isinstance(x, LowRank) else x for x in loop.xs]
-
-    def step(carry: list[Any], x: tuple[Any, list[Any]]) -> tuple[list[Any], list[Any]]:
-        number, slices = x
-        here = [
-            _step_kernel(whole, part) if isinstance(whole, LowRank) else part
-            for whole, part in zip(loop.xs, slices, strict=True)
-        ]
-        outputs = issued.step(issued.body, number, loop.consts, carry, here)
-        return [outputs[i] for i in issued.moving], outputs[len(loop.carry) :]
-
-    # Each slice has a number, for its dropout mask. A reversed scan counts down, which is fine: they need only differ.
-    options = {key: params[key] for key in ("reverse", "unroll", "_split_transpose") if key in params}
-    numbers = jnp.arange(params["length"]) if issued.counts else None
-    carry, ys = lax.scan(step, issued.start, (numbers, scanned), length=params["length"], **options)
-    return leave(frame, [*issued.full(carry), *ys], issued.inside, issued.body)
-
-
-def _scanned(kernel: LowRank) -> tuple[Any, list[Any]]:
-    """The arrays that a scan slices: W, and each factor that has axis 0, with that axis first."""
-
-    # b[r, layers, out], as a transpose of W may have left it, is scanned over as b[layers, r, out].
-    def leading(factor: Factor) -> Any:
-        if 0 not in factor.axes:
-            return None
-        return factor.ordered([0, *(k for k in factor.axes if k != 0)])
-
-    return kernel.w, [leading(factor) for factor in kernel.factors]
-
-
-def _step_kernel(whole: LowRank, part: tuple[Any, list[Any]]) -> LowRank:
-    """The kernel of one step, its axes renumbered without the scanned one."""
-    # The axes (0, 1, RANK) of a[layers, in, r] are (0, RANK) at a step: W[i] has lost axis 0, and axis 1 is its axis 0.
-    w, slices = part
-    values = iter(slices)
-
-    def follow(factor: Factor) -> Factor:
-        axes = tuple(k if k == RANK else k - 1 for k in factor.axes if k != 0)
-        value = next(values)
-        return Factor(factor.value if value is None else value, axes)
-
-    return whole.moved(w, follow)
-
-
-@RULES("while")
-def _while(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
-    issued = _Issued(frame, eqn, values)
-    loop, body = issued.loop, issued.body
-    # The condition may use kernels too. Its events are collected with those of the body, and reported once.
-    test = Body(frame.session, *opened(loop.test), issued.inside.names, None, whole="while")
-    test.events = body.events
-
-    def keep_going(state: tuple[Any, list[Any]]) -> Any:
-        return issued.step(test, state[0], loop.test_consts, state[1], [])[0]
-
-    def step(state: tuple[Any, list[Any]]) -> tuple[Any, list[Any]]:
-        number, carry = state
-        outputs = issued.step(body, number, loop.consts, carry, [])
-        return (number + 1 if issued.counts else None), [outputs[i] for i in issued.moving]
-
-    _, carry = lax.while_loop(keep_going, step, (jnp.int32(0) if issued.counts else None, issued.start))
-    return leave(frame, issued.full(carry), issued.inside, body)
 
 
 @RULES("cond")

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax._forward.control import Body, enter, leave
+from lora_jax._forward.bodies import Body, enter, leave
 from lora_jax._forward.interpret import Frame, Rules, bind
 from lora_jax._forward.lowrank import LowRank
 from lora_jax._jaxprs import opened

@@ -1,165 +1,24 @@
-"""The labels of axes that `kernel_axes` follows through a jaxpr, and a rule of them for each kind of equation.
-
-Every axis of a kernel has a label, which is its number. Layout equations move the labels: a merged axis has the labels
-of its parts, and both parts of a split axis have its label. A consumer sorts the labels into inputs (contracted or
-looked up), outputs (left free) and stack (batched, scanned over, or indexed away before the product).
+"""The rule of each kind of equation for the labels of axes that `kernel_axes` follows through a jaxpr.
 
 A rule takes `(reader, eqn, infos)` and returns the `Info` of each output, or None where the value stops being a kernel.
-It is registered together with the forward's rule of the same primitive, in one table.
+It is registered together with the forward's rule of the same primitive, in one table. `reader.py` has what it is given.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
-from lora_jax._axes import Axes
-from lora_jax._forward.interpret import Rule, source_of
+from lora_jax._forward.reader import NONE, EquationSite, Info, Labels, Reader, Track, Use, merged
 from lora_jax._forward.reshapes import reshape_groups
-from lora_jax._walk import Analysis
-
-Labels = tuple[frozenset[int], ...]
-NONE: frozenset[int] = frozenset()
-
-
-class EquationSite(NamedTuple):
-    """An equation: its primitive, the user's line, and a number that identifies it."""
-
-    primitive: str
-    source: str
-    equation: int
-
-    @classmethod
-    def of(cls, eqn: Any) -> EquationSite:
-        return cls(eqn.primitive.name, source_of(eqn), id(eqn))
-
-    def __str__(self) -> str:
-        return f"{self.primitive} at {self.source}"
-
-
-@dataclass(frozen=True)
-class Track:
-    """A kernel on its way through a function: its leaf's path, and the labels of each axis of the value."""
-
-    path: str
-    labels: Labels
-    looked_up: frozenset[int] = NONE  # labels of axes that an index has picked already
-    where: EquationSite | None = None  # the equation that did so
-
-    @property
-    def every(self) -> frozenset[int]:
-        """The labels of all axes of the value: the kernel's axes that it still has."""
-        return NONE.union(*self.labels)
-
-
-class Info(NamedTuple):
-    """The facts about one value."""
-
-    tracks: tuple[Track, ...] = ()  # the kernels that it is
-    reach: frozenset[Use] = frozenset()  # uses of kernels whose products reach it through no other kernel
-    data: bool = False  # whether it depends on an argument other than the parameters
-
-
-@dataclass(frozen=True)
-class Use:
-    """One use of a kernel: its axes, and the equation that contracts, convolves or looks it up."""
-
-    path: str
-    axes: Axes
-    where: EquationSite
-
-    def __str__(self) -> str:
-        return f"{self.where}: {self.axes}"
-
-    def agrees(self, other: Use) -> bool:
-        sides = [{frozenset(u.axes.inputs), frozenset(u.axes.outputs)} for u in (self, other)]
-        return set(self.axes.stack) == set(other.axes.stack) and sides[0] == sides[1]
-
-
-@dataclass(eq=False)
-class Reader(Analysis[Info]):
-    """Collects the uses of kernels while a jaxpr is walked, given each kernel's shape and each primitive's rules."""
-
-    shapes: dict[str, tuple[int, ...]]
-    rules: Mapping[str, Rule]
-    uses: dict[Use, None] = field(default_factory=dict)
-    embeddings: set[str] = field(default_factory=set)  # paths of kernels that are looked up
-    feeding: set[Use] = field(default_factory=set)  # uses whose products enter another kernel's use
-
-    def use(
-        self, track: Track, where: EquationSite, inputs: frozenset[int], outputs: frozenset[int], stack: frozenset[int]
-    ) -> Use | None:
-        """Record a use; None where it has no input or no output.
-
-        A label in several groups counts as an input first, then as an output; a label in none belongs to the stack.
-        """
-        shape = self.shapes[track.path]
-        outputs = outputs - inputs
-        rest = [k for k in range(len(shape)) if k not in inputs and k not in outputs]
-        ones = [k for k in rest if shape[k] == 1 and k not in stack]
-        if not outputs and ones:
-            outputs = frozenset(ones[-1:])
-        elif not inputs and ones:
-            inputs = frozenset(ones[-1:])
-        if not inputs or not outputs:
-            return None
-        rest = [k for k in rest if k not in inputs and k not in outputs]
-        axes = Axes(tuple(rest), tuple(sorted(inputs)), tuple(sorted(outputs)))
-        use = Use(track.path, axes, where)
-        self.uses[use] = None
-        return use
-
-    def close(self, info: Info) -> Info:
-        """The facts about a value that stops being a kernel; if it was looked up, it is recorded as an embedding."""
-        found = [self.embedding(track) for track in info.tracks]
-        return Info(reach=info.reach.union(use for use in found if use is not None), data=info.data)
-
-    def embedding(self, track: Track) -> Use | None:
-        if track.where is None:
-            return None
-        self.embeddings.add(track.path)
-        return self.use(track, track.where, track.looked_up, NONE.union(*track.labels), NONE)
-
-    # The methods of `Analysis`.
-
-    def constant(self, var: Any) -> Info:
-        return Info()
-
-    def transfer(self, eqn: Any, facts: Sequence[Info]) -> Sequence[Info]:
-        if any(info.tracks for info in facts):
-            rule = self.rules.get(eqn.primitive.name)
-            outputs = None if rule is None or rule.labels is None else rule.labels(self, eqn, facts)
-            if outputs is not None:
-                return outputs
-            facts = [self.close(info) for info in facts]
-        return [_merged(facts)] * len(eqn.outvars)
-
-    def joined(self, one: Info, other: Info) -> Info:
-        return one if one == other else _merged([self.close(one), self.close(other)])
-
-    def chosen(self, index: Info, branches: Sequence[Info]) -> Info:
-        return _merged([self.close(info) for info in branches])
-
-    def carried(self, fact: Info) -> Info:
-        return self.close(fact)
-
-    def sliced(self, fact: Info) -> Info:
-        """The facts about one slice: without the label of the scanned axis, which is a stack, as no product has it."""
-        return fact._replace(tracks=tuple(replace(track, labels=track.labels[1:]) for track in fact.tracks))
-
 
 LabelRule = Callable[[Reader, Any, Sequence[Info]], Sequence[Info] | None]
 
 
-def _merged(infos: Sequence[Info]) -> Info:
-    """The facts about an array that is computed from several and is no kernel."""
-    return Info((), frozenset().union(*(info.reach for info in infos)), any(info.data for info in infos))
-
-
 def _tracked(eqn: Any, infos: Sequence[Info], tracks: Sequence[Track]) -> Sequence[Info] | None:
     """The facts about each output: the kernels that it is, and the facts about the operands."""
-    return [_merged(infos)._replace(tracks=tuple(tracks))] * len(eqn.outvars) if tracks else None
+    return [merged(infos)._replace(tracks=tuple(tracks))] * len(eqn.outvars) if tracks else None
 
 
 # Layout: how the labels of the first operand, or of all, become those of the output.
@@ -278,8 +137,8 @@ def _used(reader: Reader, eqn: Any, infos: Sequence[Info], found: Sequence[Use |
     """The facts about the outputs of a consumer: its uses reach them, and earlier uses end here."""
     uses = frozenset(use for use in found if use is not None)
     if not uses:
-        return [_merged(infos)] * len(eqn.outvars)
-    reader.feeding |= _merged(infos).reach
+        return [merged(infos)] * len(eqn.outvars)
+    reader.feeding |= merged(infos).reach
     return [Info(reach=uses, data=True)] * len(eqn.outvars)
 
 
@@ -325,7 +184,7 @@ def _kept_or_embedding(
     """The facts about a look-up's output: rows are an embedding's, while matrices stay kernels until they are used."""
     if not tracks:
         return None
-    shape, reach = eqn.outvars[0].aval.shape, _merged(infos).reach
+    shape, reach = eqn.outvars[0].aval.shape, merged(infos).reach
     kept, found = [], []
     for track in tracks:
         extent = [k for k, labels in enumerate(track.labels) if labels and shape[k] > 1]

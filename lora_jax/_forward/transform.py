@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lora_jax._forward import arithmetic, consumers, control, convolution, custom_rules, layout
+from lora_jax._forward import arithmetic, consumers, control, convolution, custom_rules, layout, loops
 from lora_jax._forward import dropout as dropping
 from lora_jax._forward.carried import carry, carry_alone
 from lora_jax._forward.interpret import Frame, Session
@@ -26,6 +26,7 @@ RULES = {
     **arithmetic.RULES,
     **consumers.RULES,
     **control.RULES,
+    **loops.RULES,
     **convolution.RULES,
     **custom_rules.RULES,
 }

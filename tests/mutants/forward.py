@@ -112,35 +112,35 @@ FORWARD = [
 
 CONTROL_FLOW = [
     Mutant(
-        "_forward/control.py",
+        "_forward/loops.py",
         "        return dataclasses.replace(value, draw=dropout.fold(value.draw, step))",
         "        return value",
         "every step of a loop drops the same elements",
         tests_in("dropout", "another_mask_for_each_step_of_a_loop"),
     ),
     Mutant(
-        "_forward/control.py",
+        "_forward/loops.py",
         "return (number + 1 if issued.counts else None), ",
         "return (number if issued.counts else None), ",
         "every step of a while loop drops the same elements",
         tests_in("dropout", "another_mask_for_each_step_of_a_loop[while]"),
     ),
     Mutant(
-        "_forward/control.py",
+        "_forward/loops.py",
         'for key in ("reverse", "unroll", "_split_transpose") if',
         'for key in ("unroll", "_split_transpose") if',
         "a reversed scan runs forwards",
         battery("scan_reversed_unrolled_with_outputs-output"),
     ),
     Mutant(
-        "_forward/control.py",
+        "_forward/bodies.py",
         "frame.note(dataclasses.replace(event, origin=outer(event.origin)))",
         "frame.note(event)",
         "what a function inside materialises is said of another leaf",
         forward("each_caller_of_a_shared_function_is_told"),
     ),
     Mutant(
-        "_forward/control.py",
+        "_forward/bodies.py",
         "value = dataclasses.replace(value, origin=(len(origins) - 1,), draw=frame.fresh_draw(value))",
         "value = dataclasses.replace(value, origin=(len(origins) - 1,))",
         "two calls of a function drop the same elements",
@@ -192,14 +192,14 @@ CONTROL_FLOW = [
 
 AXES = [
     Mutant(
-        "_forward/tracks.py",
+        "_forward/reader.py",
         "        outputs = outputs - inputs",
         "        pass",
         "an axis of which a part is contracted is input and output at once",
         "tests/test_kernel_axes.py::test_axes",
     ),
     Mutant(
-        "_forward/tracks.py",
+        "_forward/reader.py",
         "return set(self.axes.stack) == set(other.axes.stack) and sides[0] == sides[1]",
         "return self.axes == other.axes",
         "a tied head is refused: it contracts what the embedding looks up",
@@ -234,7 +234,7 @@ AXES = [
         "tests/test_kernel_axes.py::test_a_function_of_a_kernel_is_a_kernel",
     ),
     Mutant(
-        "_forward/tracks.py",
+        "_forward/reader.py",
         "labels=track.labels[1:]",
         "labels=track.labels[:-1]",
         "a scan slices the last axis",
@@ -248,8 +248,8 @@ AXES = [
         tests_in("kernel_axes", "embeddings_and_heads", "heads_are_known_from_a_loss_too"),
     ),
     Mutant(
-        "_forward/tracks.py",
-        "return one if one == other else _merged([self.close(one), self.close(other)])",
+        "_forward/reader.py",
+        "return one if one == other else merged([self.close(one), self.close(other)])",
         "return one",
         "what a loop's body does to its carry isn't followed round",
         "tests/test_kernel_axes.py::test_a_head_in_a_loop",
