@@ -9,7 +9,7 @@ from lora_jax._describe import describe, merge_report
 from lora_jax._forward import MaterializeWarning, adapt, kernel_axes, quantized
 from lora_jax._init import init
 from lora_jax._merge import delta, merge, unmerge
-from lora_jax._node import LoRA, Prefix, Trained, TrainedRows
+from lora_jax._node import LoRA
 from lora_jax._optim import check_padding, mask, masked, state_shardings
 from lora_jax._quantize.config import QuantizeConfig
 from lora_jax._quantize.node import Quantized
@@ -17,6 +17,7 @@ from lora_jax._quantize.report import quantize_report
 from lora_jax._quantize.transform import dequantize, quantize
 from lora_jax._sharding import shardings
 from lora_jax._stack import stack, unstack
+from lora_jax._trained import Prefix, Trained, TrainedRows
 from lora_jax._trained_rows import init_rows
 from lora_jax._tree import combine, split
 

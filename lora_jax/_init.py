@@ -19,11 +19,12 @@ from lora_jax._arguments import check_arguments, known_elsewhere, read_axes
 from lora_jax._axes import Axes, TracedAxes
 from lora_jax._config import CHANGES_KERNELS, LoRAConfig, Override
 from lora_jax._dora import magnitude_of
-from lora_jax._node import SUFFIX, LoRA, Trained, place, trained
+from lora_jax._node import SUFFIX, LoRA, place
 from lora_jax._paths import is_embedding, is_vector, match
 from lora_jax._quantize.config import QuantizeConfig
 from lora_jax._quantize.kernel import check_groups, check_plain, quantize_kernel, quantized_axes
 from lora_jax._residual import take_out
+from lora_jax._trained import Trained, trained
 from lora_jax._tree import attach, holders, leaves_with_paths, rebox, refuse_quantized, unbox
 
 

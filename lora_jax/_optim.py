@@ -8,8 +8,9 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lora_jax._node import SUFFIX, LoRA, Trained
+from lora_jax._node import SUFFIX, LoRA
 from lora_jax._ranks import pad_rank, used_ranks
+from lora_jax._trained import Trained
 from lora_jax._tree import edit, is_adapter, is_quantized, nodes_of, rebox, split, trained_paths
 
 # Sizes of the random gradients of the four steps with which an optimizer is tried. Clipping has an effect only at some

@@ -8,9 +8,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lora_jax._node import LoRA, Trained, place
+from lora_jax._node import LoRA, place
 from lora_jax._quantize.node import Quantized
 from lora_jax._quantize.placement import place as place_quantized
+from lora_jax._trained import Trained
 from lora_jax._tree import edit, kernel_path, leaves_with_paths, rebox, unbox
 
 

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax._node import ROWS, LoRA, Trained, TrainedRows
+from lora_jax._node import LoRA
 from lora_jax._paths import is_embedding
+from lora_jax._trained import ROWS, Trained, TrainedRows
 from lora_jax._tree import edit, is_box, is_leaf, is_quantized, join, leaves_with_paths
 
 

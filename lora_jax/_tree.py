@@ -5,9 +5,10 @@ from typing import Any
 
 import jax
 
-from lora_jax._node import ROWS, SUFFIX, LoRA, Prefix, Trained, TrainedRows
+from lora_jax._node import SUFFIX, LoRA
 from lora_jax._paths import match
 from lora_jax._quantize.node import Quantized
+from lora_jax._trained import ROWS, Prefix, Trained, TrainedRows
 
 
 def is_node(x: Any) -> bool:

@@ -19,9 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax._node import PREFIX as PREFIX
-from lora_jax._node import LoRA, Prefix, Trained
+from lora_jax._node import LoRA
 from lora_jax._paths import match
+from lora_jax._trained import PREFIX as PREFIX
+from lora_jax._trained import Prefix, Trained
 from lora_jax._tree import leaves_with_paths, unbox
 
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings")

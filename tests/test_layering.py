@@ -70,6 +70,7 @@ GROUPS = {
 }
 TREE = {
     "_node",
+    "_trained",
     "_ranks",
     "_axes",
     "_dtypes",

@@ -9,9 +9,10 @@ import numpy as np
 
 from lora_jax import _tree
 from lora_jax._huggingface.tensors import Tensor
-from lora_jax._node import LoRA, Trained, trained
+from lora_jax._node import LoRA
 from lora_jax._quantize.schemes import whole
 from lora_jax._residual import beside_plain_kernel
+from lora_jax._trained import Trained, trained
 
 
 class Parts(NamedTuple):

@@ -9,7 +9,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from lora_jax._node import SUFFIX, LoRA, Prefix, Trained, TrainedRows
+from lora_jax._node import SUFFIX, LoRA
+from lora_jax._trained import Prefix, Trained, TrainedRows
 from lora_jax.checkpoint._folder import find
 from lora_jax.checkpoint._orbax import quiet, read_arrays, read_facts
 from lora_jax.checkpoint._state import START

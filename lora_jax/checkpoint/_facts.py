@@ -6,7 +6,8 @@ from typing import Any
 
 import jax
 
-from lora_jax._node import LoRA, Trained, TrainedRows
+from lora_jax._node import LoRA
+from lora_jax._trained import Trained, TrainedRows
 from lora_jax._tree import nodes_of
 from lora_jax.checkpoint._state import TrainState, arrays_of, shapes
 

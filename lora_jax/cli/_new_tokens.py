@@ -12,7 +12,7 @@ import numpy as np
 from rich.console import Console
 
 import lora_jax
-from lora_jax._node import ROWS
+from lora_jax._trained import ROWS
 from lora_jax._tree import attach, leaves_with_paths, rows_of
 from lora_jax.cli import _run_file, _show
 from lora_jax.peft import adapter_folder

@@ -13,8 +13,8 @@ import safetensors.numpy
 
 from lora_jax import _disk, prefix
 from lora_jax._huggingface.messages import show
-from lora_jax._node import Prefix
 from lora_jax._processes import on_host
+from lora_jax._trained import Prefix
 from lora_jax.peft import _safetensors_file
 from lora_jax.peft._adapter_config import CHECKSUM, AdapterConfig, checksum
 from lora_jax.peft._adapter_config_file import CONFIG_FILE, read_json

@@ -9,8 +9,8 @@ import numpy as np
 from lora_jax._huggingface.messages import show
 from lora_jax._huggingface.tensors import HEAD, Tensor, Weight, tensors
 from lora_jax._huggingface.trees import Parts
-from lora_jax._node import ROWS
 from lora_jax._processes import on_host
+from lora_jax._trained import ROWS
 from lora_jax._tree import edit, join, rows_of
 from lora_jax.peft._adapter_config import AdapterConfig
 

@@ -13,9 +13,10 @@ from lora_jax import prefix
 from lora_jax._axes import Axes
 from lora_jax._config import CHANGES_KERNELS, LoRAConfig
 from lora_jax._init import init
-from lora_jax._node import LoRA, Prefix, with_scale_as_data
+from lora_jax._node import LoRA, with_scale_as_data
 from lora_jax._ranks import pad_rank
 from lora_jax._stack import stack
+from lora_jax._trained import Prefix
 from lora_jax._tree import edit, kernel_path, leaf_paths, leaves_with_paths, nodes_of, split
 from lora_jax.sweep._point import Point
 

@@ -116,7 +116,7 @@ TREE = [
         tests_in("tree", "a_dictionary_with_other_axes_is_refused"),
     ),
     Mutant(
-        "_node.py",
+        "_trained.py",
         "kept = wide(dtype)",
         "kept = dtype",
         "a bfloat16 leaf trains in bfloat16",
