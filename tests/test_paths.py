@@ -3,10 +3,12 @@
 import re
 
 import jax
+import numpy as np
 import pytest
+from public_trees import leaves_of
 
-from lora_jax._paths import check_patterns, match
-from lora_jax._tree import path_of
+import lora_jax
+from lora_jax import Axes, KernelAxes, LoRAConfig, Override
 
 LLAMA = [
     *(f"layers/self_attn/{name}_proj/kernel" for name in "qkvo"),
@@ -18,8 +20,27 @@ LLAMA = [
 ]
 
 
-def hits(pattern, paths, **settings):
-    return set(match([pattern], paths, what="targets", **settings))
+def tree_of(paths):
+    """A tree that has a matrix at each path."""
+    tree = {}
+    for path in paths:
+        *parents, name = path.split("/")
+        level = tree
+        for parent in parents:
+            level = level.setdefault(parent, {})
+        level[name] = np.ones((4, 4), np.float32)
+    return tree
+
+
+def ranks(tree, axes=None, rank=1, **settings):
+    """The rank of each kernel that is selected, by its path."""
+    config = LoRAConfig(rank=rank, alpha=1, **settings)
+    made = lora_jax.init(jax.random.key(0), tree, config, axes=axes)
+    return {row.path: row.rank for row in lora_jax.describe(made).rows}
+
+
+def hits(pattern, paths, axes=None):
+    return set(ranks(tree_of(paths), axes, targets=[pattern]))
 
 
 @pytest.mark.parametrize(
@@ -37,7 +58,12 @@ def hits(pattern, paths, **settings):
     ],
 )
 def test_a_pattern_matches(pattern, expected):
-    assert hits(pattern, LLAMA) == expected
+    """Kernels as targets, and any leaf as one that is trained in full."""
+    if kernels := {path for path in expected if path.endswith(("kernel", "embedding"))}:
+        assert hits(pattern, LLAMA) == kernels
+    if pattern != "attention":
+        adapter = lora_jax.split(tree_of(LLAMA), [pattern])[1]
+        assert set(leaves_of(adapter)) == expected
 
 
 @pytest.mark.parametrize("pattern", ["proj", "attn", "q_pro", "layers", "self_attn", "/q_proj/", "/layers.*bia/"])
@@ -54,16 +80,17 @@ def test_a_component_of_plain_dicts_is_no_final_leaf_name():
 
 
 def test_haiku_names_are_split():
-    (key_path, _), *_ = jax.tree_util.tree_leaves_with_path({"mlp/~/linear_0": {"w": 1}})
-    assert path_of(key_path) == "mlp/~/linear_0/w"
-    assert hits("linear_0", [path_of(key_path)]) == {"mlp/~/linear_0/w"}
+    tree = {"mlp/~/linear_0": {"w": np.ones((4, 4), np.float32)}}
+    assert set(ranks(tree, targets=["linear_0"])) == {"mlp/~/linear_0/w"}
 
 
 def test_the_first_match_wins():
-    chosen = match(["/.*q_proj.*/", "q_proj", "/.*kernel/"], LLAMA, what="overrides")
-    assert chosen["layers/self_attn/q_proj/kernel"] == 0
-    assert chosen["lm_head/kernel"] == 2
-    assert "layers/norm/scale" not in chosen
+    patterns = ("/.*q_proj.*/", "q_proj", "/.*kernel/")
+    overrides = [Override(target=pattern, rank=rank) for rank, pattern in enumerate(patterns, 2)]
+    chosen = ranks(tree_of(LLAMA), targets=["/.*/"], overrides=overrides)
+    assert chosen["layers/self_attn/q_proj/kernel"] == 2
+    assert chosen["lm_head/kernel"] == 4
+    assert chosen["embed_tokens/embedding"] == 1
 
 
 def test_nearest_names_are_listed():
@@ -71,7 +98,7 @@ def test_nearest_names_are_listed():
         hits("qproj", LLAMA)
     with pytest.raises(ValueError, match=r"nearest: 'self_attn/q_proj'"):
         hits("selfattn/q_proj", LLAMA)
-    with pytest.raises(ValueError, match=r"the tree has 'q_proj', 'k_proj'"):
+    with pytest.raises(ValueError, match=r"the tree has 'embed_tokens', .*'q_proj', 'v_proj'"):
         hits("zzz", LLAMA)
     with pytest.raises(ValueError, match=r"the tree has no leaves"):
         hits("q_proj", [])
@@ -145,7 +172,7 @@ def test_the_attention_preset_says_when_it_finds_nothing():
 
 
 def test_all_linear_is_what_the_trace_said():
-    assert hits("all-linear", LLAMA, linear={"layers/mlp/up_proj/kernel"}) == {"layers/mlp/up_proj/kernel"}
+    assert hits("all-linear", LLAMA, KernelAxes({"layers/mlp/up_proj/kernel": Axes()})) == {"layers/mlp/up_proj/kernel"}
     with pytest.raises(ValueError, match=r"pass axes=lora_jax.kernel_axes"):
         hits("all-linear", LLAMA)
 
@@ -153,4 +180,4 @@ def test_all_linear_is_what_the_trace_said():
 @pytest.mark.parametrize("pattern", ["", "/", "//", 3, None, "/(/"])
 def test_a_pattern_that_can_match_nothing_is_refused(pattern):
     with pytest.raises(ValueError, match=r"^targets: "):
-        check_patterns([pattern], "targets")
+        LoRAConfig(rank=1, alpha=1, targets=[pattern])
