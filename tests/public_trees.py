@@ -2,6 +2,7 @@
 
 import jax
 
+import lora_jax
 from lora_jax import LoRA, Quantized, Trained
 
 
@@ -27,3 +28,13 @@ def attach(tree, nodes, leaves=None):
             level = level[parent]
         level[last] = value
     return tree
+
+
+def with_scale_as_data(tree):
+    """The tree with the scale of each node as a leaf, as where adapters of several scales are stacked."""
+
+    def one(node):
+        two = [{"w_lora": node}, {"w_lora": node.replace(scale=node.scale + 1)}]
+        return jax.tree.map(lambda x: x[0], lora_jax.stack(two)["w_lora"])
+
+    return jax.tree.map(one, tree, is_leaf=lambda x: isinstance(x, LoRA))

@@ -200,6 +200,9 @@ def test_choices_by_platform_and_shape():
     assert "heads of 20 channels" in chosen(head_dim=20).why
     assert "capped" in chosen(softcap=2.0).why
     assert "positions" in chosen(placed=True).why
+    packed = {"rows": 2, "heads": 4, "head_dim": 8, "packed": True}
+    assert chosen(**packed, length=24).form == "cudnn"
+    assert str(chosen(**packed, length=25)).startswith("attention: xla (packed rows have 25 tokens, and")
     assert chosen(cached=True).form == "xla"
     assert "cache" in chosen(cached=True).why
     assert "one device" in chosen(platform="tpu").why  # there are eight here

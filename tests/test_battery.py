@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from battery import CASES
 from battery.case import make_nodes, merge_by_hand, with_nodes
+from jaxprs import equations_of
 
 import lora_jax
-from lora_jax._jaxprs import inner_jaxprs, opened
 
 # Where no factored form exists, the kernel is materialised, and the user told of the primitive that asked for it.
 # function -> (primitive, why)
@@ -233,13 +233,11 @@ def traced(case, f):
 def settings_of(jaxpr):
     """{"product": {(precision, dtype)}, "gather": {mode}} of all equations."""
     found = {"product": set(), "gather": set()}
-    for eqn in jaxpr.eqns:
+    for eqn in equations_of(jaxpr):
         if eqn.primitive.name in ("dot_general", "ragged_dot_general", "conv_general_dilated"):
             found["product"].add((eqn.params["precision"], eqn.outvars[0].aval.dtype.type))
         if eqn.primitive.name == "gather":
             found["gather"].add(eqn.params["mode"])
-        for inner in (settings_of(opened(held)[0]) for held in inner_jaxprs(eqn)):
-            found = {kind: found[kind] | inner[kind] for kind in found}
     return found
 
 

@@ -11,10 +11,9 @@ from tokenizers_of import CHAT, byte_level
 
 from lora_jax import data
 from lora_jax.cli import _rows
-from lora_jax.data import Chat, Completion, Preference, _stream
+from lora_jax.data import Chat, Completion, Loss, Preference, _stream
 from lora_jax.data._chat_pieces import _has_any
 from lora_jax.data._encode import COUNTED
-from lora_jax.data._rows import Loss
 from lora_jax.data._turns import find, mark_for
 
 # R1's distilled models: reasoning is cut away everywhere, and the generation prompt opens it.

@@ -6,9 +6,8 @@ import pytest
 import yaml
 from test_cli import tiny_model, write_rows
 
-from lora_jax import models
+from lora_jax import checkpoint, models
 from lora_jax.checkpoint import Checkpoints, TrainState
-from lora_jax.checkpoint._adapter import about
 from lora_jax.cli import main
 from lora_jax.cli._base import TrainedBase
 from lora_jax.cli._choices import line, of_checkpoint, taken, to_repeat
@@ -122,4 +121,4 @@ def test_a_run_writes_its_choices_and_takes_them_again(model, tmp_path, capsys):
     assert main([*given, "--max-steps", "2", "--resume"]) == 0
     assert "attention: xla; remat: lean; layers: unrolled" in capsys.readouterr().out
     assert chosen.items() <= yaml.safe_load((out / "run.yaml").read_text()).items()
-    assert chosen.items() <= about(out).items()
+    assert chosen.items() <= checkpoint.load_adapter(out).about.items()

@@ -11,13 +11,13 @@ import pytest
 from jax.experimental.ode import odeint
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxprs import equations_of
 from marks import few
+from public_trees import with_scale_as_data
 
 import lora_jax
 from lora_jax import Axes, LoRA, Trained
 from lora_jax._forward import ensure_adapted
-from lora_jax._jaxprs import inner_jaxprs, opened
-from lora_jax._node import with_scale_as_data
 
 DENSE = Axes()
 
@@ -306,7 +306,7 @@ def factors(tree):
 
 def test_gradient_and_the_scale_has_none():
     ours, merged = of_nodes(mlp)
-    data = {name: with_scale_as_data(n) for name, n in NODES.items()}
+    data = with_scale_as_data(NODES)
     got, expected = jax.grad(ours)(data), jax.grad(merged)(NODES)
     for x, y in zip(factors(got), factors(expected), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
@@ -322,14 +322,9 @@ def test_on_a_cpu_low_rank_products_are_of_matrices(tokens):
 
     x = normal(*tokens, 6)
 
-    def products(jaxpr):
-        for eqn in jaxpr.eqns:
-            yield from [eqn] if eqn.primitive.name == "dot_general" else ()
-            for inner in inner_jaxprs(eqn):
-                yield from products(opened(inner)[0])
-
-    equations = list(products(jax.jit(jax.grad(loss)).trace(NODES, x).jaxpr))
-    thin = [eqn for eqn in equations if any(2 in v.aval.shape[-2:] and v.aval.ndim == 2 for v in eqn.invars)]
+    program = jax.jit(jax.grad(loss)).trace(NODES, x).jaxpr
+    products = [eqn for eqn in equations_of(program) if eqn.primitive.name == "dot_general"]
+    thin = [eqn for eqn in products if any(2 in v.aval.shape[-2:] and v.aval.ndim == 2 for v in eqn.invars)]
     assert len(thin) >= 8
     assert all(v.aval.ndim == 2 for eqn in thin for v in eqn.invars)
     flat = jax.grad(loss)(NODES, x.reshape(-1, 6))
@@ -412,17 +407,8 @@ def test_a_float32_factor_does_not_promote():
 # Calls keep their form ----------------------------------------------------------------------------------------------
 
 
-def primitives(jaxpr):
-    """All equations, inner jaxprs included."""
-    for eqn in jaxpr.eqns:
-        yield eqn
-        for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
-            if hasattr(inner, "eqns"):
-                yield from primitives(getattr(inner, "jaxpr", inner))
-
-
 def equations(fn, *args):
-    return list(primitives(jax.make_jaxpr(fn)(*args).jaxpr))
+    return list(equations_of(jax.make_jaxpr(fn)(*args).jaxpr))
 
 
 def test_inner_jit_stays_a_jit_and_identical_ones_are_transformed_once():

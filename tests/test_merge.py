@@ -5,11 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from trees import adapted, trees
+from trees import adapted, by_path, nodes_in, trees
 
 import lora_jax
 from lora_jax import Axes, LoRA, LoRAConfig
-from lora_jax._tree import detach, leaves_with_paths
 
 CONFIG = LoRAConfig(rank=2, alpha=4, targets=["kernel"])
 LETTERS = "abcdefgh"
@@ -39,10 +38,10 @@ def one(dtype=jnp.float32, size=1.0, shape=(32, 48)):
 def test_merge_adds_the_update_in_the_kernels_order_and_rounds_once(case):
     params, axes = case
     whole = adapted(params, CONFIG, axes)
-    plain, nodes = detach(whole)
+    nodes = nodes_in(whole)
     merged = lora_jax.merge(whole)
     assert jax.tree.structure(merged) == jax.tree.structure(params)
-    for (path, before), (_, after) in zip(leaves_with_paths(plain), leaves_with_paths(merged), strict=True):
+    for (path, before), after in zip(by_path(params).items(), by_path(merged).values(), strict=True):
         assert before.dtype == after.dtype
         expected = np.asarray(before, np.float64)
         if path in nodes:
@@ -70,9 +69,9 @@ def test_unmerge_undoes_merge(case):
 def test_delta_is_the_update_and_none_elsewhere(case):
     params, axes = case
     whole = adapted(params, CONFIG, axes)
-    updates = dict(leaves_with_paths(lora_jax.delta(whole)))
+    updates = by_path(lora_jax.delta(whole))
     assert set(updates) == set(axes)
-    for path, node in detach(whole)[1].items():
+    for path, node in nodes_in(whole).items():
         assert updates[path].dtype == jnp.float32
         np.testing.assert_allclose(updates[path], by_einsum(node), rtol=1e-5, atol=1e-5)
 

@@ -6,11 +6,10 @@ import numpy as np
 import optax
 import pytest
 from marks import few
+from public_trees import with_scale_as_data
 
 import lora_jax
 from lora_jax import Axes, LoRA, LoRAConfig, Override, Trained
-from lora_jax._node import with_scale_as_data
-from lora_jax._ranks import pad_rank
 
 KEY = jax.random.key(0)
 AXES = {"layers/kernel": Axes((0,), (1,), (2,))}
@@ -38,7 +37,8 @@ def whole_floats():
 def padded():
     """Layers of ranks 4, 1 and 0 and a head of rank 2 padded to 3, with B away from zero where it counts."""
     tree = whole(targets=["layers", "head"], overrides=[Override(target="layers", rank=(4, 1, 0))])
-    tree["head"]["kernel_lora"] = pad_rank(tree["head"]["kernel_lora"], 3)
+    head = tree["head"]["kernel_lora"]
+    tree["head"]["kernel_lora"] = head.replace(a=jnp.pad(head.a, ((0, 0), (0, 1))), b=jnp.pad(head.b, ((0, 1), (0, 0))))
     node = tree["layers"]["kernel_lora"]
     used = (jnp.arange(4) < jnp.array([4, 1, 0])[:, None])[..., None]
     b = jnp.where(used, jax.random.normal(jax.random.key(5), node.b.shape), 0)
@@ -94,7 +94,7 @@ def test_what_split_was_told_to_train_trains():
 
 def test_a_magnitude_trains():
     node = LoRA(jnp.ones((2, 1)), jnp.ones((1, 3)), jnp.ones(()), magnitude=jnp.ones(3))
-    flags = lora_jax.mask({"kernel_lora": with_scale_as_data(node)})["kernel_lora"]
+    flags = lora_jax.mask(with_scale_as_data({"kernel_lora": node}))["kernel_lora"]
     assert (flags.magnitude, flags.scale) == (True, False)
 
 

@@ -18,7 +18,6 @@ from test_cli import compiled_once
 
 import lora_jax
 from lora_jax import LoRAConfig, Override, sweep
-from lora_jax._paths import attention_roles
 from lora_jax.data import LabelledExample
 from lora_jax.sweep import Point, _memory, _program, _round
 from lora_jax.sweep._batches import ShuffledBatches
@@ -339,7 +338,6 @@ def test_a_grid_that_cant_be_is_refused(words, settings, message):
 def test_roles_are_found_under_any_name():
     bert = [f"layer/attention/self/{name}/kernel" for name in ("query", "key", "value")]
     bert += ["layer/attention/output/dense/kernel", "layer/output/dense/kernel", "layer/attention/self/query/bias"]
-    assert attention_roles(bert)["o"] == ["layer/attention/output/dense"]
     point = Point(rank=1, alpha=1, targets=("o", "q"))
     assert point.settings(None, None, bert)[0].targets == ("layer/attention/output/dense", "layer/attention/self/query")
     fused = ["h/attn/c_attn/kernel", "h/attn/c_proj/kernel"]

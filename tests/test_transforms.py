@@ -10,10 +10,10 @@ from battery.case import make_nodes, merge_by_hand, with_nodes
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from public_trees import with_scale_as_data
 
 import lora_jax
 from lora_jax import Axes
-from lora_jax._node import with_scale_as_data
 
 KERNELS = {"in": Axes(), "layers": Axes((0,), (1,), (2,)), "out": Axes()}
 
@@ -96,7 +96,7 @@ def test_donated_adapter():
 @pytest.mark.slow
 def test_vmap_over_adapters_data_and_both():
     many = [make_nodes(PARAMS, KERNELS, seed) for seed in range(3)]
-    data = [{path: with_scale_as_data(node) for path, node in nodes.items()} for nodes in many]  # the scales differ
+    data = [with_scale_as_data(nodes) for nodes in many]  # the scales differ
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *data)
     over_adapters = jax.tree.map(lambda _: None, PARAMS)
     over_adapters = with_nodes(over_adapters, jax.tree.map(lambda _: 0, stacked))
@@ -153,7 +153,7 @@ def test_gradient_of_the_inputs():
 
 def test_the_scale_has_no_gradient():
     """A static one is no leaf; one that is data gets zeros."""
-    data = with_nodes(PARAMS, {path: with_scale_as_data(node) for path, node in NODES.items()})
+    data = with_nodes(PARAMS, with_scale_as_data(NODES))
     grads, again = (jax.grad(loss_of(adapted))(tree, X) for tree in (data, TREE))
     for path in NODES:
         ours, theirs = grads[f"{path}_lora"], again[f"{path}_lora"]

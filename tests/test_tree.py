@@ -14,12 +14,11 @@ from flax import linen as nn
 from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
-from trees import adapted, trees
+from public_trees import with_scale_as_data
+from trees import adapted, by_path, nodes_in, trees
 
 import lora_jax
 from lora_jax import Axes, LoRA, LoRAConfig, Trained
-from lora_jax._node import with_scale_as_data
-from lora_jax._tree import detach, leaf_paths
 
 CONFIG = LoRAConfig(rank=2, alpha=4, targets=["kernel"])
 KEY = jax.random.key(0)
@@ -58,22 +57,21 @@ def test_combine_undoes_split_with_extra_trained_leaves(case, named):
     whole = adapted(params, config, axes)
     base, adapter = lora_jax.split(whole, config if named else ["bias"])
     same(lora_jax.combine(base, adapter), whole)
-    assert "bias" not in {path.rpartition("/")[2] for path in leaf_paths(base)}
+    assert "bias" not in {path.rpartition("/")[2] for path in by_path(base)}
 
 
 @given(trees())
-def test_detach_gives_the_tree_before_init_and_the_nodes_by_path(case):
+def test_merging_gives_the_tree_before_init_and_nodes_have_the_axes_of_their_kernels(case):
     params, axes = case
-    plain, nodes = detach(adapted(params, CONFIG, axes))
+    whole = adapted(params, CONFIG, axes)
+    plain = jax.eval_shape(lora_jax.merge, whole)
     assert jax.tree.structure(plain) == jax.tree.structure(params)
-    assert {path: node.axes for path, node in nodes.items()} == dict(axes)
+    assert {path: node.axes for path, node in nodes_in(whole).items()} == dict(axes)
 
 
-def test_detach_without_nodes_copies_nothing():
+def test_a_tree_without_nodes_is_not_copied():
     params = {"a": [dense(), None], "b": ({}, 3)}
-    plain, nodes = detach(params)
-    assert plain is params
-    assert nodes == {}
+    assert lora_jax.merge(params) is params
 
 
 def test_untouched_parts_stay_the_very_same_object():
@@ -109,7 +107,6 @@ def test_leaves_trained_in_full_are_marked_and_of_low_precision_kept_in_float32(
     assert isinstance(whole["norm"]["scale"], Trained)
     assert whole["norm"]["scale"].value.dtype == jnp.float32
     assert isinstance(whole["head"]["kernel"], Trained)
-    same(detach(whole)[0], params)
     same(lora_jax.merge(whole), params)
     base, adapter = lora_jax.split(whole)
     same(lora_jax.split(whole, config)[1], adapter)
@@ -147,7 +144,6 @@ def test_whole_fine_tuning_is_split_too():
 )
 def test_a_boxed_kernel_counts_as_the_leaf(box):
     params = {"query": {"kernel": box(jnp.ones((3, 4)))}}
-    assert leaf_paths(params) == ["query/kernel"]
     whole = lora_jax.init(KEY, params, CONFIG)
     node = whole["query"]["kernel_lora"]
     assert (node.a.shape, node.b.shape) == ((3, 2), (2, 4))
@@ -168,7 +164,7 @@ def test_a_boxed_low_precision_leaf_trains_whole():
     config = LoRAConfig(rank=2, alpha=4, targets=["query"], also_train=["norm"])
     whole = lora_jax.init(KEY, params, config)
     assert jax.tree.leaves(whole["norm"])[0].dtype == jnp.float32
-    same(detach(whole)[0], params)
+    same(lora_jax.merge(whole), params)
     same(lora_jax.combine(*lora_jax.split(whole)), whole)
 
 
@@ -179,8 +175,8 @@ def test_an_nnx_state_takes_nodes():
 
     state = nnx.state(Model())
     whole = lora_jax.init(KEY, state, CONFIG)
-    assert list(detach(whole)[1]) == ["layers/0/kernel"]
-    same(detach(whole)[0], state)
+    assert [row.path for row in lora_jax.describe(whole).rows] == ["layers/0/kernel"]
+    same(lora_jax.merge(whole), state)
     same(lora_jax.combine(*lora_jax.split(whole)), whole)
 
 
@@ -272,7 +268,7 @@ def test_a_dictionary_with_other_axes_is_refused():
 def test_an_adapter_without_its_base_is_refused():
     _, adapter = lora_jax.split(lora_jax.init(KEY, {"query": dense()}, CONFIG))
     with pytest.raises(ValueError, match=r"^query/kernel: .*pass combine\(base, adapter\)"):
-        detach(adapter)
+        lora_jax.merge(adapter)
     with pytest.raises(ValueError, match=r"^query/kernel: the base has no such leaf"):
         lora_jax.combine({"key": dense()}, adapter)
     with pytest.raises(ValueError, match=r"^query/kernel: the base has no such leaf"):
@@ -282,9 +278,9 @@ def test_an_adapter_without_its_base_is_refused():
 def test_a_node_out_of_place_is_refused():
     node = LoRA(jnp.ones((3, 2)), jnp.ones((2, 4)), 1.0)
     with pytest.raises(ValueError, match=r"beside its kernel"):
-        detach([node])
+        lora_jax.merge([node])
     with pytest.raises(ValueError, match=r"NAME_lora"):
-        detach({"kernel": jnp.ones((3, 4)), "node": node})
+        lora_jax.merge({"kernel": jnp.ones((3, 4)), "node": node})
 
 
 def test_two_values_for_one_leaf_are_refused():
