@@ -17,13 +17,10 @@ from agreement import assert_agrees
 from dpo_cases import BETA, CASE, LOSSES, ROWS, tokenizer
 from peft_cases import draw
 from peft_trees import edit
-from test_peft_reference import llama
+from test_peft_reference import by_name, llama
 
 import lora_jax
 from lora_jax import data, peft
-from lora_jax._huggingface.tensors import tensors
-from lora_jax._huggingface.trees import parts, shapes
-from lora_jax.peft._tensor_names import factor_names
 from lora_jax.train import Reference, dpo, dpo_loss
 from lora_jax.train._reference import at_start
 
@@ -55,16 +52,6 @@ def test_tokens_are_trls(expected, tmp_path):
             for answer, (ids, targets) in zip(answers, example, strict=True):
                 assert ids.tolist() == prompt + answer, form
                 assert targets.tolist() == [False] * len(prompt) + [True] * len(answer), form
-
-
-def by_name(model, params, tree):
-    """The factors of a tree of nodes under the names of PEFT's file, in its layout."""
-    nodes, found = parts(tree).nodes, {}
-    for tensor in tensors(model.names, shapes(parts(params))).values():
-        if tensor.path in nodes:
-            node = nodes[tensor.path]
-            found |= zip(factor_names(tensor), (node.a[tensor.index].T, node.b[tensor.index].T), strict=True)
-    return {name: np.asarray(factor) for name, factor in found.items()}
 
 
 def filled(model, params, prefix, folder):
@@ -115,7 +102,7 @@ def test_losses_gradients_and_metrics_are_trls(expected, tmp_path):
         }
         assert abs(float(value) - theirs["loss/float64"]) <= 1e-5 * abs(theirs["loss/float64"])
         np.testing.assert_allclose(metrics, theirs["metrics/float64"], rtol=1e-4, atol=1e-5)
-        ours = by_name(model, params, jax.tree.map(lambda x, i=i: x[i], gradients))
+        ours = by_name(model, params, jax.tree.map(lambda x, i=i: x[i], gradients), tmp_path / "gradients")
         sides = [{name: theirs[f"gradient/{dtype}/{name}"] for name in ours} for dtype in ("float32", "float64")]
         assert_agrees(ours, *sides)
         assert sum(name.startswith("gradient/float64/") for name in theirs) == len(ours)

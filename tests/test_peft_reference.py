@@ -5,8 +5,8 @@ are computed anew, and what we write is loaded by PEFT and transformers. The rul
 """
 
 import importlib
+import tempfile
 import warnings
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,13 +18,12 @@ import pytest
 from agreement import assert_agrees
 from marks import few
 from peft_cases import ATTENTION, CASES, STEPS, Case, draw, model_config, tokens
+from peft_trees import tensors_in
+from safetensors.numpy import load_file, save_file
 from transformers import LlamaConfig
 
 import lora_jax
 from lora_jax import models, peft
-from lora_jax._huggingface.tensors import tensors
-from lora_jax._huggingface.trees import parts, shapes
-from lora_jax.peft._tensor_names import factor_names, magnitude_name
 
 # PEFT's own: a deprecated name that it asks transformers for, and that it copies adapted embeddings into the file.
 pytestmark = [
@@ -66,15 +65,13 @@ class Setting(NamedTuple):
 
 
 def llama(case: Case) -> models.Model:
-    """Our model with the case's weights."""
-    model = models.init(jax.random.key(0), LlamaConfig(**model_config(case)))
-    leaves = models.flatten(model.params)
-    for name, tensor in tensors(model.names, leaves).items():
-        leaf = np.array(leaves[tensor.path])
-        value = draw(name, tensor.saved_shape)
-        leaf[tensor.index] = value.T if tensor.transpose else value
-        leaves[tensor.path] = jnp.asarray(leaf)
-    return replace(model, params=models.unflatten(leaves))
+    """Our model with the case's weights, read from a folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = models.init(jax.random.key(0), LlamaConfig(**model_config(case)))
+        models.save(folder, model, model.params, overwrite=True)
+        file = Path(folder) / "model.safetensors"
+        save_file({name: draw(name, tensor.shape) for name, tensor in load_file(file).items()}, file)
+        return models.load(folder)
 
 
 def oracle():
@@ -84,26 +81,14 @@ def oracle():
         return importlib.import_module("golden.make_peft")
 
 
-def by_name(setting: Setting, adapter: Any) -> dict[str, np.ndarray]:
-    """The adapter tree, or one of its shape, with the names and shapes of PEFT's file; padding must be zero."""
-    params, found = setting.params, parts(adapter)
-    nodes, expected = parts(params).nodes, setting.expected
-    named = {}
-    for name, tensor in tensors(setting.model.names, shapes(parts(params))).items():
-        saved = f"base_model.model.{name}"
-        if tensor.path in nodes and nodes[tensor.path].scale[tensor.index] != 0:
-            pair = found.nodes[tensor.path].a[tensor.index].T, found.nodes[tensor.path].b[tensor.index].T
-            rank = expected[f"gradient/float64/{factor_names(tensor)[0]}"].shape[0]
-            assert not np.any(pair[0][rank:])
-            assert not np.any(pair[1][:, rank:])
-            named |= zip(factor_names(tensor), (pair[0][:rank], pair[1][:, :rank]), strict=True)
-            if found.nodes[tensor.path].magnitude is not None:
-                named[magnitude_name(tensor)] = found.nodes[tensor.path].magnitude[tensor.index]
-        elif tensor.path in found.leaves:
-            value = found.leaves[tensor.path][tensor.index]
-            inner = saved.replace(".bias", ".base_layer.bias")
-            named[inner] = value.T if tensor.transpose else value
-    return {name: np.asarray(array) for name, array in named.items()}
+def by_name(model: models.Model, params: Any, adapter: Any, folder: Path) -> dict[str, np.ndarray]:
+    """An adapter of `params`, or gradients by it, under the names and in the shapes of PEFT's file.
+
+    The file has no padding: an array in it that wasn't zero would make the rank another one than PEFT's.
+    """
+    base = lora_jax.split(params)[0]
+    peft.save(folder, lora_jax.combine(base, adapter), names=model.names, overwrite=True)
+    return tensors_in(folder)
 
 
 OFTEN = ("grouped_query", "patterns", "whole_modules")
@@ -127,7 +112,7 @@ def test_logits_of_the_base_and_of_the_merged_model(setting):
     setting.agrees("adapted", apply(lora_jax.merge(setting.params), jnp.asarray(tokens())))
 
 
-def test_logits_gradients_and_three_steps(setting):
+def test_logits_gradients_and_three_steps(setting, tmp_path):
     ids = jnp.asarray(tokens())
     base, adapter = lora_jax.split(setting.params, setting.also_train)
     apply = lora_jax.adapt(setting.model.apply, on_materialize="error")
@@ -146,10 +131,11 @@ def test_logits_gradients_and_three_steps(setting):
 
     trained, state, logits, gradients = step(adapter, tx.init(adapter))
     setting.agrees("adapted", logits)
-    setting.agrees("gradient", by_name(setting, gradients))
+    setting.agrees("gradient", by_name(setting.model, setting.params, gradients, tmp_path / "gradients"))
     for _ in range(STEPS - 1):
         trained, state, _, _ = step(trained, state)
-    moves = by_name(setting, jax.tree.map(jnp.subtract, trained, adapter))
+    moved = jax.tree.map(jnp.subtract, trained, adapter)
+    moves = by_name(setting.model, setting.params, moved, tmp_path / "moves")
     assert min(np.max(np.abs(move)) for move in moves.values()) >= 1e-2
     setting.agrees("move", moves)
 
