@@ -19,7 +19,6 @@ from transformers import LlamaConfig
 import lora_jax
 from lora_jax import models
 from lora_jax.generate import GenerateConfig, continuation, generate, generate_text
-from lora_jax.generate._loop import _generate
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz .,"
 EOS = 1
@@ -230,13 +229,27 @@ def test_draws_are_those_of_the_key(model):
     assert len(set(one[0].tolist())) > 2  # a step's draw is not the step's before
 
 
-def test_settings_that_are_not_in_the_program_compile_nothing(model):
+@pytest.fixture
+def compiled(caplog):
+    """Gives the number of programs with a loop over tokens that a call compiles."""
+
+    def count(call):
+        caplog.clear()
+        with jax.log_compiles():
+            call()
+        return sum("Compiling jit(_generate)" in message for message in caplog.messages)
+
+    return count
+
+
+def test_settings_that_are_not_in_the_program_compile_nothing(model, compiled):
     ids, mask = prompts(3, 9)
-    run(model, model.params, ids, mask, temperature=1.0, key=jax.random.key(1))
-    before = _generate._cache_size()
-    for temperature in (0.5, 0.7):
-        run(model, model.params, ids, mask, temperature=temperature, key=jax.random.key(2))
-    assert _generate._cache_size() == before
+
+    def generate():
+        for seed, temperature in enumerate((1.0, 0.5, 0.7)):
+            run(model, model.params, ids, mask, temperature=temperature, key=jax.random.key(seed), max_tokens=11)
+
+    assert compiled(generate) == 1
 
 
 # --- texts -----------------------------------------------------------------------------------------------------------
@@ -260,12 +273,10 @@ def test_texts_come_back_in_order_whatever_the_batches(model, adapted):
         assert text == Tokenizer().decode(new[:end], skip_special_tokens=True)
 
 
-def test_few_programs_for_many_lengths(model):
-    config = GenerateConfig(max_tokens=2, batch_size=2)
-    generate_text(model, model.params, ["ab", "cd"], config)
-    before = _generate._cache_size()
-    generate_text(model, model.params, ["a" * length for length in range(1, 16)], config)
-    assert _generate._cache_size() == before
+def test_few_programs_for_many_lengths(model, compiled):
+    config = GenerateConfig(max_tokens=13, batch_size=2)
+    texts = ["a" * length for length in range(1, 16)]
+    assert compiled(lambda: generate_text(model, model.params, texts, config)) == 1
 
 
 def test_half_a_character_in_a_prompt_is_named(model):

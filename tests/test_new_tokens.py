@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from agreement import assert_agrees
 from peft_cases import Case
+from public_trees import attach
 from test_cli import tiny_model, tiny_tokenizer, write_rows
 from test_cli_labels import call
 from test_peft_reference import llama, oracle
@@ -23,7 +24,6 @@ import lora_jax
 from lora_jax import checkpoint, models, peft
 from lora_jax.checkpoint import Checkpoints, TrainState
 from lora_jax.cli import _new_tokens, _run_file, main, train
-from lora_jax.models._new_tokens import _rows_near_the_mean
 
 EMBEDDING, HEAD = "embed_tokens/embedding", "lm_head/kernel"
 ROWS = (9, 2)
@@ -144,10 +144,12 @@ def test_new_rows_are_near_the_mean(tmp_path):
     assert at(models.resize_token_embeddings(model, 9, key=jax.random.key(0)).params, HEAD).shape == (16, 9)
 
 
-def test_new_rows_have_the_spread_of_the_old_ones():
-    rng = np.random.default_rng(0)
-    old = (rng.normal(size=(300, 4)) @ rng.normal(size=(4, 4))).astype(np.float32)
-    new = np.asarray(_rows_near_the_mean(jax.random.key(3), old, 0, 20_000, 300))
+def test_new_rows_have_the_spread_of_the_old_ones(tmp_path):
+    model, rng = models.load(tiny_model(tmp_path / "model")), np.random.default_rng(0)
+    old = (rng.normal(size=(258, 4)) @ rng.normal(size=(4, 16))).astype(np.float32)
+    model = replace(model, params=attach(model.params, {}, {EMBEDDING: jnp.asarray(old)}))
+    grown = models.resize_token_embeddings(model, 6_000, key=jax.random.key(3))
+    new = np.asarray(at(grown.params, EMBEDDING))[258:]
     found, expected = np.cov((new - old.mean(0)).T) * 1e9, np.cov(old.T, bias=True)
     np.testing.assert_allclose(found, expected, atol=0.06 * np.abs(expected).max())
 

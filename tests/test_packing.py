@@ -13,9 +13,7 @@ from transformers import LlamaConfig
 
 import lora_jax
 from lora_jax import data, models
-from lora_jax._tables import Vocabulary
 from lora_jax.train import TrainConfig, evaluate, make_loss_sums, train
-from lora_jax.train._feed import Feed
 
 LENGTH = 24
 RNG = np.random.default_rng(0)
@@ -128,14 +126,21 @@ def test_what_cannot_be_packed():
     config = dataclasses.replace(config, packing=False, eval_packing=True)
     with pytest.raises(ValueError, match="eval_packing: given for a function without the keyword segment_ids"):
         train(tiny.small_apply, params, ROWS, ROWS, config=config)
-    feed = Feed(labelled, config)
     with pytest.raises(ValueError, match="eval_packing: given for examples with labels"):
-        feed.check(tiny.small_apply, Vocabulary({}, None))
+        train(tiny.small_apply, params, labelled, config=config)
 
 
 def test_batches_of_a_stream_have_few_lengths():
     """Each is compiled."""
-    rows = grain.MapDataset.source([example(n) for n in range(2, 25)]).to_iter_dataset()
-    config = TrainConfig(batch_size=1, max_length=LENGTH, max_steps=1)
-    feed = Feed(rows, config)
-    assert {batch["input_ids"].shape for batch in feed.iterate(1)} == {(1, 16), (1, 24)}
+    examples = [data.Example(np.full(n, 3, np.int32), np.arange(n) > 0) for n in range(2, 25)]
+    rows = grain.MapDataset.source(examples).to_iter_dataset()
+    params = tiny.small_init(jax.random.key(0))
+    shapes = set()
+
+    def apply(params, ids, mask):
+        shapes.add(ids.shape)
+        return tiny.small_apply(params, ids, mask)
+
+    config = TrainConfig(batch_size=1, max_length=LENGTH, max_steps=23)
+    train(apply, params, rows, config=config, also_train="head")
+    assert shapes == {(1, 16), (1, 24)}

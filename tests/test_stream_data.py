@@ -1,17 +1,16 @@
 """Rows that are read as they are needed: every row in each pass, in an order of the seed, gone on with exactly."""
 
 import json
-from itertools import islice
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from lora_jax import data
-from lora_jax._tables import Vocabulary
-from lora_jax.train import TrainConfig
+from lora_jax.train import TrainConfig, train
 from lora_jax.train._feed import Feed
 
 COUNT = 50
@@ -137,14 +136,14 @@ def test_a_token_without_a_row_is_reported_with_its_line(tmp_path):
     file.write_text("".join(json.dumps({"text": "ab" if n != 4 else "az"}) + "\n" for n in range(1, 9)))
 
     def apply_fn(params, input_ids, attention_mask):
-        return params[input_ids]
+        return params["table"][input_ids]
 
+    config = TrainConfig(max_steps=8, batch_size=1, report_to="none")
+    params = {"table": jnp.ones((26, 26))}
     rows = stream(file, buffer_size=4)
     for examples, place in ((rows, "rows.jsonl:4"), (rows.map(lambda one: data.Example(*one)), "a training example")):
-        feed = Feed(examples, CONFIG)
-        feed.check(apply_fn, Vocabulary({"table": 26}, None))
         with pytest.raises(ValueError, match=f"{place}.*: token 26 is beyond table, a table of 26 rows"):
-            list(islice(feed.iterate(8), 8))
+            train(apply_fn, params, examples, config=config, also_train="table")
 
 
 def test_weights_of_streams_are_among_the_settings_of_a_run(path):
