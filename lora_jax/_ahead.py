@@ -28,7 +28,7 @@ def ahead(function: Callable[..., Any], fixed: Any, *args: Any, merge: bool = Fa
     memory is held as `fixed` takes.
 
     Args:
-        function: Of arrays in any trees, returns a tree of arrays.
+        function: Takes trees of arrays and returns a tree of arrays.
         args: Arrays, or their shapes and dtypes.
         merge: Whether products of one left operand become one product; see `divided`.
 

@@ -104,7 +104,7 @@ def state_shardings(tx: optax.GradientTransformation, adapter: Any) -> Any:
 
     Args:
         tx: The optimizer.
-        adapter: What `tx.init` is given, of arrays or of ShapeDtypeStructs with shardings.
+        adapter: The tree that `tx.init` is given, of arrays or of ShapeDtypeStructs with shardings.
 
     Returns:
         A tree as `tx.init(adapter)`, of shardings.

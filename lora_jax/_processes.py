@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-_MOST_BYTES = 1024  # of an error that the first process tells the others
+_MOST_BYTES = 1024  # of an error that the first process sends to the others
 
 
 def several() -> bool:

@@ -1,7 +1,7 @@
 """Prefix embeddings beside LoRA: tokens outside the vocabulary whose embeddings train (Hu et al. 2021, section 5.1).
 
 The paper's PrefixEmbed puts special tokens before the tokens of an example, and trains their embeddings; its section 8
-combines that with LoRA. Here the embeddings are one more leaf of the tree, which trains beside A and B:
+combines both methods. Here the embeddings are one more leaf of the tree, which trains beside A and B:
 
     params = lora_jax.prefix.init(key, params, length=8)              # a leaf `prefix`, f32[8, width]
     apply = lora_jax.prefix.adapt(lora_jax.adapt(model.apply))        # the same signature and the same outputs

@@ -89,7 +89,7 @@ def placing(folder: Path, *, remove: Collection[str] = (), last: Collection[str]
     Args:
         folder: The folder, which is created if it doesn't exist. Its other files stay.
         remove: Files of `folder` to remove, unless there are new ones with their names.
-        last: Files to move after all others, because readers take their presence for that of all.
+        last: Files to move after all others, because readers take their presence as a sign that all are there.
     """
     # Inside an existing folder, not beside it: it may be a mounted disk, and files can be moved within one disk only.
     home = folder if folder.exists() else folder.parent
@@ -110,7 +110,7 @@ def check_free(folder: Path, *, overwrite: bool, what: str = "", ours: Callable[
     Args:
         folder: The folder, which need not exist.
         overwrite: Whether its content may be replaced.
-        what: What is written there, for the message: "a report".
+        what: The name of the things that are written there, for the message: "a report".
         ours: Whether an entry of the folder is part of such a thing; None if everything may be replaced.
 
     Raises:
@@ -135,7 +135,7 @@ def check_free(folder: Path, *, overwrite: bool, what: str = "", ours: Callable[
 
 @contextlib.contextmanager
 def _temporary(home: Path, name: str) -> Iterator[Path]:
-    """Yield a new folder in `home`, removed at the end if it still exists, and remove those of killed processes."""
+    """Yield a new folder in `home`, removed at the end if it still exists; remove folders of killed processes."""
     for stale in home.glob(f".{name}.*{PARTIAL}"):
         if stale.is_dir() and (descriptor := _lock(stale)) is not None:
             shutil.rmtree(stale, ignore_errors=True)

@@ -74,7 +74,7 @@ def adapt(
         dropout: The rate in [0, 1) at which the activations that enter A are dropped (only on the low-rank path, scaled
             by 1 / (1 - rate)); 0 by default. Active only in calls with a `dropout_key`. It is the same with a
             magnitude, where PEFT also drops activations of a second product with W.
-        on_materialize: What to do where no factored form exists and W + ΔW must be materialised: "warn" (the default,
+        on_materialize: The reaction where no factored form exists and W + ΔW must be materialised: "warn" (the default,
             once for each leaf), "error", or "allow".
         allow_none: Whether to accept arguments without an adapted kernel, and call `apply_fn` as it is; False by
             default.
@@ -143,7 +143,8 @@ def ensure_adapted(apply_fn: Callable[..., Any], *, dropout: float = 0.0) -> Cal
 def quantized(apply_fn: Callable[..., Any]) -> Callable[..., Any]:
     """Give a function the quantized kernels in its arguments, as if they were arrays.
 
-    What `adapt` returned does so too, and is returned as it is, but for accepting a tree without adapters.
+    A function that `adapt` returned does so too, and is returned as it is, except that it accepts a tree without
+    adapters.
 
     Args:
         apply_fn: Any function that JAX can trace, as `adapt` has it.

@@ -131,7 +131,8 @@ class Checkpoints:
     def restore(self, template: TrainState) -> TrainState:
         """The newest checkpoint, in the structure, dtypes and placement of `template`, whatever mesh saved it.
 
-        Of a template on a mesh what isn't on it, as counts and the key may not be, is restored to all its devices.
+        Where the template is on a mesh, leaves that aren't (counts and the key may not be) are restored to all its
+        devices.
 
         Args:
             template: The state of a run that has just begun, with the same model, adapter and optimizer.

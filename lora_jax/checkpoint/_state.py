@@ -26,7 +26,7 @@ class BestAdapter(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """All that a training loop needs to go on, except for the base.
+    """The state from which a training loop goes on: everything but the base.
 
     >>> import jax, jax.numpy as jnp, optax, lora_jax
     >>> config = lora_jax.LoRAConfig(rank=2, alpha=4, targets="w")

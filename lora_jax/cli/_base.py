@@ -271,7 +271,7 @@ def _stay_in_few_bits(model: Any) -> list[str]:
 
 
 def head_leaves(model: Any) -> tuple[str, ...]:
-    """Patterns of the leaves that train in full on labels: those of the head and all newly initialised ones."""
+    """Patterns of the leaves that train in full on labels: the leaves of the head, and all newly initialised leaves."""
     if not model.head:
         return ()
     new = (path for path in model.newly_initialized if not path.startswith(f"{model.head}/"))

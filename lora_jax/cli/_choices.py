@@ -1,4 +1,4 @@
-"""How a run computes its steps (attention, remat, layers): a resumed run takes the choices of its checkpoint."""
+"""Chooses how a run computes its steps (attention, remat, layers); a resumed run takes its checkpoint's choices."""
 
 from collections.abc import Sequence
 from dataclasses import replace

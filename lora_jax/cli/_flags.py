@@ -45,8 +45,8 @@ def settings_of(
         kind: The dataclass.
         words: The flags.
         default: The value of `kind` where flags are left out.
-        prog: What tyro calls the program.
-        config: Settings of tyro's.
+        prog: The name by which tyro calls the program.
+        config: Settings of tyro.
         description: The first lines of help; the dataclass's docstring if None.
         in_one_line: Whether a choice that there isn't is a `ValueError` too, without tyro's box.
     """

@@ -32,7 +32,7 @@ def prompts_of(given: Sequence[str]) -> list[str]:
 
 
 def prompts_of_first(given: Sequence[str]) -> list[str]:
-    """The prompts of the first process of several, since standard input may be that of one process alone.
+    """The prompts of the first process of several, since only one process may have a standard input.
 
     Raises:
         ValueError: As `prompts_of`.

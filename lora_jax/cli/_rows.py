@@ -73,7 +73,7 @@ def read(
         words: The words of `--data`.
         base: The model's flags.
         flags: The flags on how rows are read.
-        objective: What preferences are trained for; such rows may have the columns of another form too.
+        objective: The goal for which preferences are trained; such rows may have the columns of another form too.
 
     Raises:
         ValueError: A row that can't be used, by file and line, or rows that the model can't be trained on.

@@ -196,7 +196,7 @@ def tokenized(
         rows: The rows.
         tokenizer: The tokenizer.
         loss: The targets.
-        boundaries: What tokenises them, if earlier rows have made it.
+        boundaries: The object that tokenises them, if earlier rows have made it.
 
     Raises:
         ValueError: A row can't be rendered by the chat template; the message has the row's number.

@@ -136,7 +136,7 @@ class Boundaries:
 def without_second_start(text: str, ids: list[int], tokenizer: Any) -> list[int]:
     """The tokens of a text without the start token that the tokenizer has put in front of the text's own.
 
-    What a chat template has rendered may begin with that token already, and a model has never seen two.
+    The text of a chat template may begin with that token already, and a model has never seen two.
     """
     start, token = getattr(tokenizer, "bos_token", None), getattr(tokenizer, "bos_token_id", None)
     if start and text.startswith(start) and ids[:2] == [token, token] and not text.startswith(2 * start):

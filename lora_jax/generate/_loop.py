@@ -99,8 +99,8 @@ def stream(
 ) -> Iterator[np.ndarray]:
     """Generate what `generate` does, and yield the new tokens while they are computed.
 
-    What `generate` computes once before its loop is computed once here too. The parts have one token, or more where
-    the model generates more than that in a twentieth of a second. Closing the iterator ends the generation.
+    Values that `generate` computes once before its loop are computed once here too. A part has one token, or more where
+    the model generates several in a twentieth of a second. Closing the iterator ends the generation.
 
     Args:
         model_apply: As in `generate`, and so are all others.
@@ -165,7 +165,7 @@ def _prompts(model_apply: Any, init_cache: Any, params: Any, input_ids: Any, mas
 
 
 class _Choosing(NamedTuple):
-    """How the next tokens are chosen, as arguments of a program."""
+    """The settings by which the next tokens are chosen, as arguments of a program."""
 
     eos_ids: jax.Array
     temperature: jax.Array

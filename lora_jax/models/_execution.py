@@ -118,7 +118,7 @@ def one_by_one(parent: nn.Module, name: str, layer: nn.Module, x: Any, own: Sequ
     Args:
         parent: Whose child `stacked` made them.
         layer: One of them, without a parent.
-        own: What `stacked` slices, already by layer.
+        own: The arrays that `stacked` slices, already by layer.
 
     Returns:
         The last x; each layer's `out`.

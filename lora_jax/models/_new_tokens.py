@@ -166,7 +166,7 @@ def _rows_near_the_mean(key: jax.Array, leaf: Any, axis: int, count: int, used: 
 
 
 def _placed(model: Model, leaves: dict[str, Any], like: Model | None = None) -> Model:
-    """The model with these leaves, its other fields those of `like`, and both where `like` is."""
+    """The model with these leaves and the other fields of `like`, on the devices of `like`."""
     like = model if like is None else like
     params = unflatten(leaves)
     names = ("params", "folder", "adapter", "template", "new_tokenizer", "newly_initialized")

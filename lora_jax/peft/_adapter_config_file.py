@@ -1,7 +1,7 @@
 """`adapter_config.json`: every field of PEFT's LoRA config, honoured or refused by name.
 
-Fields fall into three kinds. What shapes the adapter's function is honoured: it is a field of `AdapterConfig`. What
-only describes how the adapter was made (dropout, initialisation, provenance) is accepted whatever it says. All the
+Fields fall into three kinds. A field that shapes the adapter's function is honoured: `AdapterConfig` has it. A field
+that only describes how the adapter was made (dropout, initialisation, provenance) is accepted whatever it says. All the
 rest, fields that a newer PEFT adds included, is refused unless it is off (null, false or empty): an option that we
 don't know may change what the adapter computes.
 """

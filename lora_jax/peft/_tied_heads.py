@@ -21,7 +21,7 @@ class Base(NamedTuple):
 
     Attributes:
         table: Every tensor by its full name.
-        leaves: Every leaf by its path, those in `heads` too.
+        leaves: Every leaf by its path, the leaves in `heads` too.
         heads: The leaves that the tree doesn't have yet: heads that the adapter unties.
     """
 

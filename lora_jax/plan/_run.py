@@ -54,7 +54,7 @@ def plan(
             All along `fsdp` unless given, and without a topology one device.
         dtype: The dtype of the weights, as in `lora_jax.models.load`.
         attention: The attention kernel, as in `lora_jax.models.ExecutionOptions`.
-        remat: What the backward pass recomputes, as there.
+        remat: The part that the backward pass recomputes, as there.
         layers: The form of the stack of layers, as there.
         quantize: How the base is quantized; None for weights of `dtype`. Full fine-tuning's are in float32 with both.
         full: Compile full fine-tuning too, which otherwise has its arguments and gradients counted and no activations.

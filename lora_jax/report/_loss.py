@@ -16,7 +16,7 @@ def loss_png(records: Sequence[Mapping[str, float]], *, title: str = "") -> byte
     Args:
         records: The lines of metrics.jsonl, or a result's `history`: `step`, `loss`, `valid_loss`. Values that are
             missing, None or not finite aren't drawn.
-        title: What is above the plot.
+        title: The text above the plot.
 
     Returns:
         The bytes of a PNG file.

@@ -72,7 +72,7 @@ def make_program(
         apply_fn: The model's own function.
         config: The settings of the runs.
         steps: Number of steps of each run.
-        task: What is trained for and predicted.
+        task: The loss and the metrics.
         dropout: Whether any adapter has dropout.
         own_batches: Whether each adapter has batches of its own, so that a batch has a leading axis, too.
         own_prefix: Whether prefixes have several lengths, so that the shorter ones are padded.

@@ -79,7 +79,7 @@ def run(
         lora: `exclude`, `scaling`, `init`, `dtype` and `also_train` of the adapters; rank, alpha and targets are the
             points'.
         axes: How kernels are used; traced if not given.
-        task: What is trained for and predicted, if not `task_of(train_data)`.
+        task: The loss and the metrics, if not those of `task_of(train_data)`.
         newly_initialized: Returns, for a seed, values of leaves trained in full, by path, which replace the values in
             `params`: for instance a head that each seed initialises newly. Without it all start from the same values.
         prefix_after: Tokens of each example that stay before a prefix: 1 for an encoder that pools the first one.

@@ -13,7 +13,7 @@ from lora_jax._tree import edit
 
 @dataclass(frozen=True)
 class Matrices:
-    """How the axes of an array are those of matrices: [*stack, *rows, *columns]."""
+    """The axes of an array, divided as those of a stack of matrices: [*stack, *rows, *columns]."""
 
     stack: int
     """Axes of the stack."""

@@ -68,7 +68,7 @@ class Run:
     """A run between two of its steps.
 
     Args:
-        program: What it computes with.
+        program: The compiled step and the settings that it computes with.
         state: The state that it begins with, or goes on from.
         batches: The training batches, from that state on.
         saver: Saves its checkpoints.
