@@ -151,7 +151,7 @@ def test_an_extra_is_enough(extra, tmp_path):
 def test_the_wheel_installs_alone(core, tmp_path):
     source = tmp_path / "source"
     source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     shutil.copytree(ROOT / "lora_jax", source / "lora_jax", ignore=shutil.ignore_patterns("__pycache__"))
     build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", tmp_path]
@@ -170,6 +170,10 @@ def test_the_wheel_installs_alone(core, tmp_path):
     assert found.stdout.strip() == PROJECT["version"]
     needed = {re.match(r"[\w-]+", text)[0] for text in distribution_requires(folder)}
     assert needed == {"jax", "numpy", "optax"}
+    # A package index shows README.md, without the files beside it.
+    description = next(folder.glob("lora_jax-*.dist-info/METADATA")).read_text().partition("\n\n")[2]
+    assert re.findall(r"\]\((?!https?://).*", description) == []
+    assert "- docs/peft.md lists the effect of each of PEFT's options here" in description
 
 
 def distribution_requires(folder: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""Uploading an adapter to the Hugging Face hub."""
+"""Uploads an adapter to the Hugging Face hub."""
 
 from importlib import import_module
 from pathlib import Path

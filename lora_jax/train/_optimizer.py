@@ -1,4 +1,4 @@
-"""Optimizer, weight decay and clipping."""
+"""Makes the optimizer, with its weight decay and clipping."""
 
 from typing import Any
 
