@@ -11,7 +11,7 @@ import pytest
 
 from lora_jax.cli import train as train_command
 from lora_jax.train import TrainConfig, schedule
-from lora_jax.train._resume import changed_schedule
+from lora_jax.train._schedule_changes import changed_schedule
 
 STEPS, WARMUP, PEAK = 20, 4, 0.5
 LEFT = STEPS - WARMUP

@@ -14,6 +14,6 @@ from lora_jax._extras import require
 require(__name__, hf=("regex", "safetensors"))
 
 from lora_jax.peft._load import load as load
-from lora_jax.peft._names import names as names
+from lora_jax.peft._own_model_names import names as names
 from lora_jax.peft._save import save as save
 from lora_jax.peft._updates import updates as updates

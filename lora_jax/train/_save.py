@@ -18,7 +18,7 @@ from lora_jax.checkpoint import Checkpoints, TrainState, fingerprint, is_checkpo
 from lora_jax.train import _tensorboard
 from lora_jax.train._config import TrainConfig
 from lora_jax.train._report import WANDB_RUN
-from lora_jax.train._resume import changed_schedule
+from lora_jax.train._schedule_changes import changed_schedule
 
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"

@@ -241,7 +241,7 @@ AXES = [
         battery("scan_over_layers-axes"),
     ),
     Mutant(
-        "_forward/axes.py",
+        "_forward/find_axes.py",
         "heads={use.path for use in alone - reader.feeding},",
         "heads={use.path for use in alone},",
         "a kernel that feeds others counts as a head",
@@ -255,7 +255,7 @@ AXES = [
         "tests/test_kernel_axes.py::test_a_head_in_a_loop",
     ),
     Mutant(
-        "_forward/axes.py",
+        "_forward/find_axes.py",
         "alone = {use for info in outputs if len(info.reach) == 1 for use in info.reach}",
         "alone = {use for info in outputs for use in info.reach}",
         "a sum of several products makes heads of all of them",
