@@ -94,6 +94,7 @@ class Reader(Analysis[Info]):
         """
         shape = self.shapes[track.path]
         outputs = outputs - inputs
+        # W[in, 1] of a scalar output: a squeeze has removed axis 1, so that no product shows it. It is an output.
         rest = [k for k in range(len(shape)) if k not in inputs and k not in outputs]
         ones = [k for k in rest if shape[k] == 1 and k not in stack]
         if not outputs and ones:

@@ -28,6 +28,7 @@ def _moved(move: Callable[[Any, Labels], Labels]) -> LabelRule:
     """The rule of an equation that moves the axes of its first operand, from a function of its labels."""
 
     def rule(reader: Reader, eqn: Any, infos: Sequence[Info]) -> Sequence[Info] | None:
+        # W[in, out] has the labels ({0}, {1}), and its transpose ({1}, {0}), whatever it was before.
         return _tracked(eqn, infos, [replace(track, labels=move(eqn, track.labels)) for track in infos[0].tracks])
 
     return rule
@@ -57,6 +58,7 @@ def reduce_sum(eqn: Any, labels: Labels) -> Labels:
 
 @_moved
 def unstack(eqn: Any, labels: Labels) -> Labels:
+    # unstack of W[layers, in, out] gives one W[in, out] for each layer: {0} is gone, which makes it a stack axis.
     axis = eqn.params["axis"]
     return labels[:axis] + labels[axis + 1 :]
 
@@ -71,6 +73,7 @@ def all_gather(eqn: Any, labels: Labels) -> Labels:
 
 @_moved
 def broadcast(eqn: Any, labels: Labels) -> Labels:
+    # A row [out] with ({1},) that becomes [tokens, out] has (NONE, {1}): the new axis is no axis of the kernel.
     new = [NONE] * len(eqn.params["shape"])
     for place, each in zip(eqn.params["broadcast_dimensions"], labels, strict=True):
         new[place] = each
@@ -95,6 +98,7 @@ def reshape(reader: Reader, eqn: Any, infos: Sequence[Info]) -> Sequence[Info] |
 
 
 def stack(reader: Reader, eqn: Any, infos: Sequence[Info]) -> Sequence[Info] | None:
+    # Kernels W[in, out] of several leaves, stacked, are [n, in, out] with (NONE, {0}, {1}): one track for each leaf.
     axis = eqn.params["axis"]
     tracks = [] if any(info.data for info in infos) else [track for info in infos for track in info.tracks]
     opened = [replace(track, labels=(*track.labels[:axis], NONE, *track.labels[axis:])) for track in tracks]
@@ -119,6 +123,8 @@ def _combined(eqn: Any, infos: Sequence[Info]) -> list[Track]:
     if any(info.data for info in infos):
         return []
     tracks = [track for info in infos for track in info.tracks if len(track.labels) == ndim]
+    # ‖W‖, broadcast to W's shape, has (NONE, {1}), a part of W's ({0}, {1}): as a kernel of its own it would have no
+    # inputs.
     whole = {track.path: NONE for track in tracks}
     for track in tracks:
         whole[track.path] = max(whole[track.path], track.every, key=len)
@@ -152,6 +158,7 @@ def _sorted_use(reader: Reader, eqn: Any, track: Track, inputs: Sequence[int], s
 
 
 def dot_general(reader: Reader, eqn: Any, infos: Sequence[Info]) -> Sequence[Info]:
+    # x[t, heads, in] with W[heads, in, out], batched over heads: inputs (1,), outputs (2,), stack (0,).
     contracting, batch = eqn.params["dimension_numbers"]
     found = [
         _sorted_use(reader, eqn, track, contracting[side], batch[side])
@@ -162,12 +169,14 @@ def dot_general(reader: Reader, eqn: Any, infos: Sequence[Info]) -> Sequence[Inf
 
 
 def convolve(reader: Reader, eqn: Any, infos: Sequence[Info]) -> Sequence[Info]:
+    # W[3, 3, in, out] of an image: the window and the input channels are inputs, (0, 1, 2).
     _, contracted, *spatial = eqn.params["dimension_numbers"].rhs_spec
     found = [_sorted_use(reader, eqn, track, (contracted, *spatial), ()) for track in infos[1].tracks]
     return _used(reader, eqn, infos, found)
 
 
 def ragged_dot(reader: Reader, eqn: Any, infos: Sequence[Info]) -> Sequence[Info]:
+    # W[experts, in, out] with rows that are grouped by expert: the group axis is a stack.
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     (_, contracting), (_, batch) = numbers.dot_dimension_numbers
     stack = (*numbers.rhs_group_dimensions, *batch)
@@ -185,6 +194,7 @@ def _kept_or_embedding(
     if not tracks:
         return None
     shape, reach = eqn.outvars[0].aval.shape, merged(infos).reach
+    # E[9, 4] at one id is [4], a row: an activation. W[layers, in, out] at one layer is [in, out], still a kernel.
     kept, found = [], []
     for track in tracks:
         extent = [k for k, labels in enumerate(track.labels) if labels and shape[k] > 1]
@@ -198,6 +208,7 @@ def _kept_or_embedding(
 
 def gather(reader: Reader, eqn: Any, infos: Sequence[Info]) -> Sequence[Info] | None:
     numbers = eqn.params["dimension_numbers"]
+    # E[9, 4] at ids[3]: slices are (1, 4), dimension 0 is collapsed and indexed, and the result [3, 4] has (NONE, {1}).
     gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
     shape, sizes = eqn.invars[0].aval.shape, eqn.params["slice_sizes"]
     indexed = {k for k in numbers.start_index_map if k in gone or sizes[k] == 1 < shape[k]}

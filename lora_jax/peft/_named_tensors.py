@@ -48,7 +48,7 @@ def _trained(trained: TrainedInFull) -> Iterator[tuple[str, np.ndarray]]:
             yield name, trained.value(tensor)
     for tensor in trained.biases:
         names = trained_names(tensor)
-        if tensor.module in trained.adapted:
+        if tensor.module in trained.adapted:  # PEFT has wrapped the module, whose own bias is one level deeper then
             names = [f"{PREFIX}{module}.base_layer.bias" for module in tensor.modules]
         for name in names:
             yield name, trained.value(tensor)

@@ -77,6 +77,7 @@ def check(tree: Parts, names: Mapping[str, Weight], tokens: Collection[str]) -> 
         ValueError: An adapter tree has the embedding in it, which doesn't show whether the model is tied; or `tokens`
             names rows of an embedding that has been untied, which PEFT would put into the head too.
     """
+    # A node without its kernel, or leaves that all train: an adapter tree, which has no base.
     adapter = tree.nodes.keys().isdisjoint(tree.leaves) and (bool(tree.nodes) or tree.trained == tree.leaves.keys())
     for path, weight in names.items():
         for own, _ in heads_of(weight):
