@@ -6,7 +6,6 @@ import pytest
 
 from lora_jax import data
 from lora_jax.data import Chat, Completion, Labelled, Text
-from lora_jax.data._rows import is_target
 
 USER, ASSISTANT = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}
 
@@ -118,7 +117,7 @@ def test_a_separator_begins_the_completion(load):
 def test_a_conversational_prompt_has_no_targets(load):
     rows, notes = load({"prompt": [USER, ASSISTANT, USER], "completion": [ASSISTANT]})
     messages = rows[0].messages
-    assert [is_target(message) for message in messages] == [False, False, False, True]
+    assert [message.get("weight") for message in messages] == [0, 0, 0, None]
     assert [(message["role"], message["content"]) for message in messages] == [
         ("user", "hi"),
         ("assistant", "yes"),
@@ -221,7 +220,7 @@ def test_sharegpt(load):
     named = {"chat": row["conversations"]}
     assert load(named, format="sharegpt", columns={"messages": "chat"}) == ([read], ["read as ShareGPT (chat)"])
     (chat,), _ = load({"conversations": [row["conversations"][1], {"from": "gpt", "value": "no", "weight": 0}]})
-    assert not is_target(chat.messages[1])
+    assert chat.messages[1]["weight"] == 0
     of_another = {"from": "gpt", "value": "no", "role": "user", "content": "so", "name": "x"}
     assert load({"conversations": [of_another]})[0] == [Chat(({"role": "assistant", "content": "no", "name": "x"},))]
 
@@ -238,7 +237,7 @@ def test_a_call_of_a_tool_is_an_assistants_turn_of_sharegpt(load):
         assert [message["role"] for message in read.messages] == ["user", "assistant", "tool", "assistant"]
         calls = value if isinstance(value, list) else [value]
         assert read.messages[1]["tool_calls"] == [{"type": "function", "function": call} for call in calls]
-        assert is_target(read.messages[1])
+        assert "weight" not in read.messages[1]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ from tokenizers_of import CHAT, byte_level
 
 from lora_jax import data
 from lora_jax.cli import main
-from lora_jax.cli._data import DataFlags
 from lora_jax.data import Chat, Completion, Text
 
 TURNS = tuple(
@@ -84,6 +83,7 @@ def test_the_flag(tmp_path, capsys):
     for flags, tokens in (((), 7), (("--loss", "last"), 7), (("--loss", "prompt-and-completion"), 14)):
         assert main(["evaluate", "--model", model, "--data", str(path), "--json", *flags]) == 0
         assert json.loads(capsys.readouterr().out)["tokens"] == tokens
-    with pytest.raises(ValueError, match="loss: last given, but of rows with labels the label is learned"):
-        DataFlags(loss="last").check_text_only()
-    assert DataFlags(loss="last").words == ["--loss", "last"]
+    path.write_text(json.dumps({"text": "question", "label": 1}) + "\n")
+    output = ["--output", str(tmp_path / "out")]
+    assert main(["train", "--model", model, "--data", str(path), "--loss", "last", *output]) == 2
+    assert "loss: last given, but of rows with labels the label is learned" in capsys.readouterr().err
