@@ -346,6 +346,7 @@ def test_blocks_of_queries_are_the_definition(case):
         weights = np.exp(scores - np.maximum(scores.max(-1, keepdims=True), -1e9))
         return np.einsum("bnts,bsnd->btnd", weights / np.maximum(weights.sum(-1, keepdims=True), 1e-300), v)
 
+    @jax.jit
     def form(q, k, v):
         return _kernels.xla(q, k, v, mask, causal=causal, scale=0.4, softcap=softcap, segments=segments, blocks=True)
 
