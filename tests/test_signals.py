@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 import pytest
-from marks import few
 from safetensors.numpy import load_file
 from test_cli import TRAIN, compiled_once, refused, tiny_model, world  # noqa: F401
 
@@ -77,7 +76,8 @@ STOPS = [(signal.SIGTERM, 2), (signal.SIGINT, 3), (signal.SIGTERM, 9)]
 
 
 @pytest.mark.optimized
-@pytest.mark.parametrize("stop", few(STOPS, STOPS[:1]))
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", STOPS)
 def test_a_run_that_is_stopped_loses_no_step(world, unstopped, stopped, capfd, stop):  # noqa: F811
     """Within a line's steps, at a look at the validation rows (which is done later), and at the last step."""
     number, after = stop
