@@ -1,5 +1,6 @@
 """The embedded default: splits that share nothing, scoring that can't be fooled, a base that knows only plain SQL."""
 
+import functools
 import hashlib
 import itertools
 import random
@@ -13,8 +14,14 @@ from lora_jax.demo import text_to_sql
 from lora_jax.demo.text_to_sql import _pretraining, _query, _task, _topics
 from lora_jax.demo.text_to_sql._query import KINDS, Column, Condition, Query, Table
 
-FARMS = text_to_sql.Database("farms", ("crop", "hectares"), (("rye", 12), ("oats", 30), ("oats", 7)))
 TOPICS = {name: getattr(_topics, name) for name in ("PRETRAINING", "TRAIN", "VALID", "TEST")}
+FARMS = text_to_sql.Database("farms", ("crop", "hectares"), (("rye", 12), ("oats", 30), ("oats", 7)))
+
+
+@functools.cache
+def examples(conventions=text_to_sql.HOUSE):
+    """The validation questions with their databases, which take seconds to fill."""
+    return text_to_sql.examples("valid", conventions)
 
 
 # --- the task --------------------------------------------------------------------------------------------------------
@@ -56,7 +63,7 @@ def test_no_question_is_in_two_splits_or_twice_in_one():
     ("text", "digest"),
     [
         (lambda: "".join(p + c for p, c in (row.values() for row in text_to_sql.rows("train"))), "d8bea3d993b51b18"),
-        (lambda: repr([e.database.rows for e in text_to_sql.examples("valid")]), "9d5be5449e972d4d"),
+        (lambda: repr([e.database.rows for e in examples()]), "9d5be5449e972d4d"),
         (lambda: "".join(text_to_sql.pretraining_documents(0, 2000)), "6b89f6f76b35f158"),
     ],
 )
@@ -67,8 +74,8 @@ def test_what_is_generated_is_the_same_everywhere(text, digest):
 
 @pytest.mark.slow
 def test_the_reference_is_right_and_every_slip_is_wrong():
-    asked = text_to_sql.examples("valid")[:60]
-    plain = text_to_sql.examples("valid", text_to_sql.PLAIN)[:60]
+    asked = examples()[:60]
+    plain = examples(text_to_sql.PLAIN)[:60]
     assert text_to_sql.execution_accuracy([example.completion for example in asked], asked) == 1
     assert text_to_sql.execution_accuracy([example.completion for example in plain], asked) == 0
     for convention, forgotten in (
@@ -85,9 +92,7 @@ def test_the_reference_is_right_and_every_slip_is_wrong():
 
 @pytest.mark.slow
 def test_plain_examples_ask_the_same_of_plain_databases():
-    for house, plain in zip(
-        text_to_sql.examples("valid"), text_to_sql.examples("valid", text_to_sql.PLAIN), strict=True
-    ):
+    for house, plain in zip(examples(), examples(text_to_sql.PLAIN), strict=True):
         assert plain.prompt == house.prompt
         assert "deleted" not in plain.database.columns
         counts = [len(text_to_sql.execute(e.completion, e.database)) for e in (plain, house)]
@@ -194,7 +199,7 @@ def test_rows_are_counted_and_numbers_compared_as_numbers():
 
 
 def test_accuracy_wants_one_prediction_for_each_example():
-    asked = text_to_sql.examples("valid")[:2]
+    asked = [text_to_sql.Example("how many farms?", "SELECT COUNT(*) FROM farms", FARMS)] * 2
     with pytest.raises(ValueError, match="0 predictions for 2 examples"):
         text_to_sql.execution_accuracy([], asked)
     with pytest.raises(ValueError, match="1 predictions for 2 examples"):
@@ -219,10 +224,11 @@ def test_words_are_the_same_tokens_wherever_they_stand():
         assert tokenizer.decode(ids) == text
 
 
+@pytest.mark.slow
 def test_the_base_answers_plain_databases_and_knows_nothing_of_the_house():
     model = models.load(text_to_sql.BASE, "float32")
-    house = text_to_sql.examples("valid")[:24]
-    plain = text_to_sql.examples("valid", text_to_sql.PLAIN)[:24]
+    house = examples()[:24]
+    plain = examples(text_to_sql.PLAIN)[:24]
     config = generate.GenerateConfig(max_tokens=text_to_sql.DEFAULTS.max_tokens, batch_size=24)
     answers = generate.generate_text(model, model.params, [example.prompt for example in house], config)
     assert text_to_sql.execution_accuracy(answers, plain) > 0.75
