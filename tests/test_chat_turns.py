@@ -3,18 +3,25 @@
 The templates are small ones in the style of those of models that reason or call tools.
 """
 
+import itertools
 import json
+import random
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
+from marks import few
 from tokenizers_of import CHAT, byte_level
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from lora_jax import data
 from lora_jax.cli import _rows
 from lora_jax.data import Chat, Completion, Loss, Preference, _stream
+from lora_jax.data._call_forms import with_content
 from lora_jax.data._chat_pieces import _has_any
 from lora_jax.data._encode import COUNTED
-from lora_jax.data._turns import find, mark_for
+from lora_jax.data._turns import find, find_all, mark_for
 
 # R1's distilled models: reasoning is cut away everywhere, and the generation prompt opens it.
 R1 = (
@@ -178,9 +185,13 @@ def test_an_end_token_in_place_of_another_end(learned):
     reasoned = template.replace("{{ m.content", "{{ m.why or '' if loop.last }}{{ m.content")
     row = (user("a?"), answer("yes", why="so "), *ROW[2:])
     assert learned(reasoned, *row)[0] == ["yes<|end|>", "no</s>"]
-    # Where the user's turns have it too, nothing separates the end from the prompt.
+    # Where the user's turns have it too, the prompt is that of a conversation without messages, if there is one.
     template = ENDS.replace("LAST", "loop.last and not add_generation_prompt")
-    assert learned(template, *ROW) == (["yes", "no</s>"], {"rewritten": 1})
+    assert learned(template, *ROW) == (["yes<|end|>", "no</s>"], {"rewritten": 1})
+    assert learned("{{ bos_token }}" + template, *ROW)[0] == ["yes<|end|>", "no</s>"]
+    template = "{% if messages[0].role == 'system' %}{% endif %}" + template
+    assert learned(template, *ROW) == (["yes", "no</s>"], {"rewritten": 1, "unended": 1})
+    assert learned(template, *ROW, loss="last") == (["no</s>"], {})
 
 
 def test_an_end_that_the_last_turn_lacks_is_learned(learned):
@@ -231,6 +242,107 @@ def test_a_turn_of_which_the_text_has_the_end_alone_is_not_found():
     found = find(whole, turns, 3, render)
     assert found is not None
     assert whole[found.start : found.stop] == "no."
+
+
+# --- many turns ------------------------------------------------------------------------------------------------------
+
+MANY = {
+    "chat": CHAT,
+    "r1": R1,
+    "qwq": QWQ,
+    "kept": QWQ.replace(" if loop.last else m.content.split('</think>')[-1]", ""),
+    "qwen": QWEN,
+    "thinking": THINKING,
+    "open": OPEN,
+    "ends": ENDS.replace("LAST", "m.role == 'assistant' and loop.last and not add_generation_prompt"),
+    "ends of all": ENDS.replace("LAST", "loop.last and not add_generation_prompt"),
+}
+
+
+def rendering(template):
+    """Renders messages with a template, and the number of times that it did."""
+    count = itertools.count()
+
+    def render(messages, prompt) -> Any:
+        next(count)
+        given: Any = [[dict(message) for message in messages]]
+        names: Any = {"bos_token": "<s>", "eos_token": "</s>"}
+        try:
+            return render_jinja_template(
+                given, tools=None, chat_template=template, add_generation_prompt=prompt, **names
+            )[0][0]
+        except Exception:
+            return None
+
+    return render, count
+
+
+def many(seed, answers):
+    """A conversation with calls of tools, reasoning, and texts that look like a template's."""
+    rng = random.Random(seed)
+    texts = ["yes", "no", "so it is"]
+    if seed % 2:
+        texts += ["", "\nyes", "<think", "no</s>", "[assistant]", "<A>"]
+        texts += ["<think>hm</think>no", "<think>\nhm\n</think>\n\nno", "<think>\nhm"]
+    turns = [SYSTEM] * rng.randrange(2) + [answer("hi")] * rng.randrange(2)
+    for number in range(answers):
+        turns.append(user(rng.choice(texts)))
+        for _ in range(rng.choice([0, 0, 1, 2])):
+            turns += [call(number, **{"reasoning_content": "hm"} if rng.random() < 0.3 else {}), RESULT]
+        turns.append(answer(rng.choice(texts), **{"reasoning_content": "so"} if rng.random() < 0.3 else {}))
+    return turns
+
+
+@pytest.mark.parametrize("template", MANY)
+@pytest.mark.parametrize("seed", few(range(12), (0, 1)))
+def test_many_turns_are_where_each_alone_is_found(template, seed):
+    """So the token ids and the targets are the same."""
+    render, _ = rendering(MANY[template])
+    messages = with_content(many(seed, 14), render)
+    whole = render(messages, False)
+    turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+    found = [find(whole, messages, turn, render, "</s>") for turn in turns]
+    assert find_all(whole, messages, turns, render, "</s>") == found
+    assert any(found)
+
+
+@pytest.mark.parametrize("template", MANY)
+def test_renderings_do_not_grow_with_the_turns(template):
+    def counted(answers):
+        render, count = rendering(MANY[template])
+        messages = [turn for i in range(answers) for turn in (user(f"{i}?"), answer(f"it is {i}"))]
+        found = find_all(render(messages, False), messages, range(1, 2 * answers, 2), render, "</s>")
+        assert all(found)
+        return next(count)
+
+    assert counted(48) == counted(16) < 40
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_5_think", "deepseek_r1_distill", "gptoss", "gemma4_v5", "llama3_1"])
+def test_many_turns_of_templates_of_models(name):
+    """The templates that TRL comes with."""
+    import trl
+
+    render, _ = rendering((Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text())
+    for seed in range(4):
+        messages = with_content(many(seed, 16), render)
+        whole = render(messages, False)
+        if whole is None:  # Llama's refuses some
+            continue
+        turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+        found = [find(whole, messages, turn, render, "</s>") for turn in turns]
+        assert find_all(whole, messages, turns, render, "</s>") == found
+
+
+def test_a_turn_that_a_template_treats_otherwise_is_found_alone():
+    """By its number, where neither its message nor the texts around it show it."""
+    other = "{% if loop.index0 == 15 and not loop.last %}!{% endif %}"
+    template = CHAT.replace("{{ m.content }}", "{{ m.content }}" + other)
+    render, _ = rendering(template)
+    messages = [turn for i in range(16) for turn in (user(f"{i}?"), answer(f"it is {i}"))]
+    whole, turns = render(messages, False), range(1, 32, 2)
+    assert find_all(whole, messages, turns, render) == [find(whole, messages, turn, render) for turn in turns]
 
 
 # --- content of None -------------------------------------------------------------------------------------------------

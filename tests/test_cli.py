@@ -236,6 +236,7 @@ def test_what_has_no_effect_in_rows_is_reported_once(world, tmp_path, capsys):
         "rows_incomplete": 0,
         "rows_omitted": 0,
         "rows_shortened": 0,
+        "rows_unended": 0,
     }
 
 

@@ -21,6 +21,8 @@ CHATS = {  # counts of `Encoded`, in words
     "incomplete": "with answers of which the chat template leaves out or changes a part, such as reasoning",
     "omitted": "with other messages of which the chat template leaves out or changes content",
     "shortened": "without the messages after the last target, with which the chat template rewrites it",
+    "unended": "with answers learned without an end, because the chat template has another one for the last turn and"
+    " theirs can't be told from the next prompt; give --chat-template or --loss last",
 }
 COUNTED = 1_000  # first rows of each stream that are tokenised before training to report what is cut
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from lora_jax.data._chat_template import Budget, refusal, rendered, template_of
 from lora_jax.data._rows import ASSISTANT, Chat, Loss, is_target
-from lora_jax.data._turns import REASONING
+from lora_jax.data._turns import REASONING, is_open
 
 Pieces = list[tuple[str, bool]]  # text, and whether its tokens are targets
 
@@ -27,6 +27,7 @@ class ChatPieces(NamedTuple):
     incomplete: bool = False  # a target hasn't all of its message's content, reasoning and calls
     omitted: bool = False  # the text hasn't all content of a message that isn't the assistant's
     shortened: bool = False  # messages after the last target are left out, with which it would have another form
+    unended: bool = False  # a target has another end while it is the last turn, and here one that isn't found
 
 
 def chat_pieces(row: Chat, tokenizer: Any, number: int, budget: Budget, loss: Loss = "all") -> ChatPieces:
@@ -73,13 +74,14 @@ def chat_pieces(row: Chat, tokenizer: Any, number: int, budget: Budget, loss: Lo
         incomplete = not all(_has_all(written, messages[turn]) for turn in answers)
         return ChatPieces([(whole, True)], incomplete=incomplete, omitted=omitted)
     special = [token for token in getattr(tokenizer, "all_special_tokens", ()) if token]
-    pieces, end, learned, incomplete = [], 0, [], False
+    pieces, end, learned, incomplete, unended = [], 0, [], False, False
     for turn, found in zip(targets, turns, strict=True):
         said = "" if found is None else whole[found.start : found.stop]
         if found is not None and end <= found.start and _has_any(said, messages[turn], special):
             pieces += [(whole[end : found.start], False), (said, True)]
             text = said if found.reasoned else whole[max(end, found.start - HEADER) : found.stop]
             incomplete |= not _has_all(_without_space(text), messages[turn])
+            unended |= found.rewritten and found.stop < len(whole) and is_open(said, messages[turn])
             end = found.stop
             learned.append(found)
     if end < len(whole) or not pieces:
@@ -91,6 +93,7 @@ def chat_pieces(row: Chat, tokenizer: Any, number: int, budget: Budget, loss: Lo
         unprompted=any(found.unprompted for found in learned),
         incomplete=incomplete,
         omitted=omitted,
+        unended=unended,
     )
 
 

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from lora_jax.data import _turns
+from lora_jax.data import _call_forms, _turns
 from lora_jax.data._turns import Turn
 
 PROGRAM = pathlib.Path(__file__).parent / "_render_template.py"
@@ -181,13 +181,13 @@ def _called(
         except Exception:  # a template may need messages that a part of the conversation lacks
             return None
 
-    messages = list(_turns.with_content(messages, text_or_none))
+    messages = list(_call_forms.with_content(messages, text_or_none))
     try:
         whole = text_of(messages, prompt)
     except Exception as error:  # a template may raise any exception
         raise ValueError(str(error)) from error
     end = getattr(tokenizer, "eos_token", None) or ""
-    found = [_turns.find(whole, messages, turn, text_or_none, end) for turn in turns]
+    found = _turns.find_all(whole, messages, turns, text_or_none, end)
     return Rendered(whole, found, _turns.left_out(whole, messages, others, text_or_none))
 
 

@@ -75,6 +75,7 @@ class Encoded(NamedTuple, Generic[_Example]):
     incomplete: int = 0  # with targets of which content, reasoning or calls are left out or changed, at least in part
     omitted: int = 0  # with other messages of which content is left out or changed, at least in part
     shortened: int = 0  # without the messages after the last target, with which it would have another form
+    unended: int = 0  # with targets that have another end than while they were the last turn, which isn't found
 
 
 def encode(

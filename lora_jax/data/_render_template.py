@@ -6,7 +6,7 @@ stopped. The operating system can stop them, with a timer of CPU time that ends 
 space.
 
 The program reads requests, one JSON object a line, and answers each with one. It is run as a file, and loads
-`_turns.py` as one, so that nothing else of this package is imported.
+`_turns.py` and `_call_forms.py` as files, so that nothing else of this package is imported.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ except ImportError:  # Windows
     resource = None
 
 MEBIBYTE = 2**20
-TURNS = runpy.run_path(str(pathlib.Path(__file__).with_name("_turns.py")))
+TURNS, FORMS = (runpy.run_path(str(pathlib.Path(__file__).with_name(name))) for name in ("_turns.py", "_call_forms.py"))
 
 
 def main() -> None:
@@ -76,9 +76,9 @@ def _answer(render: Any, line: bytes) -> dict[str, Any]:
     began = time.process_time()
     try:
         with _limits(request["seconds"], memory):
-            messages = TURNS["with_content"](messages, text_or_none)
+            messages = FORMS["with_content"](messages, text_or_none)
             whole, end = text_of(messages, request["prompt"]), names.get("eos_token") or ""
-            turns = [TURNS["find"](whole, messages, turn, text_or_none, end) for turn in request["turns"]]
+            turns = TURNS["find_all"](whole, messages, request["turns"], text_or_none, end)
             left_out = TURNS["left_out"](whole, messages, request["others"], text_or_none)
         return {"text": whole, "turns": turns, "left_out": left_out, "seconds": time.process_time() - began}
     except MemoryError:

@@ -4,7 +4,6 @@
 """
 
 import itertools
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -14,6 +13,8 @@ Render = Callable[[Messages, bool], str | None]  # with the generation prompt or
 
 # transformers passes each of these to a template under all three names.
 REASONING = ("reasoning_content", "thinking", "reasoning")
+FEW = 6  # turns that are found one by one, without looking for those that are alike
+NEAR = 4  # messages before a turn whose order may matter
 
 
 class Turn(NamedTuple):
@@ -52,7 +53,7 @@ def find(whole: str, messages: Messages, turn: int, render: Render, end_token: s
     start = None if asked is None else _length(whole, asked)
     stop = None if said is None else _length(whole, said, end_token)
     unprompted, rewritten = start is None, stop is None
-    if stop is not None and _is_open(whole[:stop], messages[turn]):
+    if stop is not None and is_open(whole[:stop], messages[turn]):
         cut = said is not None and not whole.startswith(said)
         closed = _closed(whole, stop, asked, shown, render, end_token)
         stop, rewritten = (None if cut else stop, cut) if closed is None else (closed, cut and closed > stop)
@@ -76,43 +77,140 @@ def find(whole: str, messages: Messages, turn: int, render: Render, end_token: s
     return Turn(start, stop, rewritten, unprompted, reasoned)
 
 
-def with_content(messages: Messages, render: Render) -> Messages:
-    """The messages with no content where it is None, beside calls of tools, or in another form that the template takes.
+class _Place(NamedTuple):
+    """The characters of what a text has of a message's reasoning and content, and the texts of the template around it.
 
-    transformers leaves None out. Templates that add contents to texts refuse that: R1's takes None, Qwen 3's "". R1's
-    also adds the arguments of calls, so that it needs them as JSON text.
+    Where a turn's calls are written beside its content, they are between these too.
     """
-    silent = {number for number, message in enumerate(messages) if message.get("content", "") is None}
-    absent = [
-        {name: value for name, value in message.items() if value is not None or number not in silent}
-        for number, message in enumerate(messages)
-    ]
-    empty = [message | {"content": ""} if number in silent else message for number, message in enumerate(messages)]
-    forms = [absent, messages, empty] if silent else [messages]
-    written = [[_with_arguments(message) for message in form] for form in forms]
-    if written[-1] != forms[-1]:
-        # "" comes after the arguments, because R1's template leaves the calls beside it out.
-        forms = [*forms[:2], *written[:2], *forms[2:], *written[2:]] if silent else [*forms, *written]
-    # The last one's error is reported.
-    return next((form for form in forms[:-1] if render(form, False) is not None), forms[-1])
+
+    start: int
+    stop: int
+    around: list[str]  # before, after, and perhaps between the two
 
 
-def _with_arguments(message: dict[str, Any]) -> dict[str, Any]:
-    """The message with the arguments of its calls as JSON text."""
-    calls = message.get("tool_calls")
-    if not isinstance(calls, list | tuple):
-        return message
-    return {**message, "tool_calls": [_written(call) for call in calls]}
+def find_all(
+    whole: str, messages: Messages, turns: Sequence[int], render: Render, end_token: str = ""
+) -> list[Turn | None]:
+    """Find turns as `find` does, in a number of renderings that doesn't grow with the number of turns that are alike.
+
+    A turn takes `find` four renderings or more of the conversation. So all messages are rendered once with a mark in
+    each, which gives the text that the template writes around each turn. Turns are alike if the texts around them and
+    all that templates look at are the same; the first, the last and one in the middle of those are found by `find`, and
+    the others are at the same distances from the texts around them. Where the three disagree, where the text has the
+    texts around a turn at several places, or has a turn's mark not once, each is found by `find`.
+
+    Args: as for `find`, which takes one turn.
+    """
+    found = {}
+    places = _places(whole, messages, render) if len(turns) > FEW else {}
+    for alike in _alike(whole, messages, [turn for turn in turns if turn in places], places, render):
+        samples = {alike[0], alike[len(alike) // 2], alike[-1]}
+        found |= {turn: find(whole, messages, turn, render, end_token) for turn in samples}
+        shape, *others = {_shape(whole, found[turn], places[turn]) for turn in samples}
+        if not others:
+            moved = {turn: _moved(shape, places[turn]) for turn in alike if turn not in samples}
+            found |= {turn: at for turn, at in moved.items() if _shape(whole, at, places[turn]) == shape}
+    return [found[turn] if turn in found else find(whole, messages, turn, render, end_token) for turn in turns]
 
 
-def _written(call: Any) -> Any:
-    if not isinstance(call, dict):
-        return call
-    if isinstance(call.get("function"), dict):
-        return {**call, "function": _written(call["function"])}
-    if not isinstance(call.get("arguments"), dict):
-        return call
-    return {**call, "arguments": json.dumps(call["arguments"], ensure_ascii=False)}
+def _places(whole: str, messages: Messages, render: Render) -> dict[int, _Place]:
+    """The messages of which it is certain where the text has them, by number."""
+    mark = mark_for(whole)
+    text = render([_numbered(message, f"{mark}{number}") for number, message in enumerate(messages)], False)
+    around = [] if text is None else re.split(f"{mark}([0-9]+[re])", text)
+    marks, around = [(int(found[:-1]), found[-1] == "e") for found in around[1::2]], around[::2]
+    if not marks or any(one >= other for one, other in itertools.pairwise(marks)):
+        return {}
+    if not whole.startswith(around[0]) or not whole.endswith(around[-1]):
+        return {}
+    # The first places that the texts between can have, from the left, and the last ones, from the right.
+    lows, highs, at, end = [], [], len(around[0]), len(whole) - len(around[-1])
+    for between in around[1:-1]:
+        lows.append(whole.find(between, at, end))
+        if lows[-1] < 0:
+            return {}
+        at = lows[-1] + len(between)
+    for between in reversed(around[1:-1]):
+        highs.append(whole.rfind(between, 0, highs[-1] if highs else end))
+    certain = [None if low != high else low for low, high in zip(lows, reversed(highs), strict=True)]
+    stops, found = [*certain, end], {}
+    after = (None if at is None else at + len(text) for at, text in zip(certain, around[1:-1], strict=True))
+    starts = [len(around[0]), *after]
+    for at, (number, says) in enumerate(marks):
+        first = at - 1 if at and marks[at - 1][0] == number else at
+        start, stop = starts[first], stops[at]
+        if says and start is not None and stop is not None:
+            found[number] = _Place(start, stop, [around[first], around[at + 1], *around[first + 1 : at + 1]])
+    return found
+
+
+def _numbered(message: dict[str, Any], mark: str) -> dict[str, Any]:
+    """The message without its calls, with one mark in place of its content and another in place of its reasoning."""
+    other = {name: value for name, value in message.items() if name != "tool_calls"}
+    content, says = message.get("content"), f"{mark}e"
+    if isinstance(content, str) and "</think>" in content:
+        says = f"{'<think>' * content.lstrip().startswith('<think>')}{mark}r</think>{says}"
+    thinks = {name: f"{mark}r" for name in REASONING if isinstance(message.get(name), str) and message[name]}
+    return {**other, **thinks, "content": _replaced(content, says)}
+
+
+def _alike(
+    whole: str, messages: Messages, turns: Sequence[int], places: dict[int, _Place], render: Render
+) -> Iterator[list[int]]:
+    """Turns in groups, within which all is the same that their texts, and texts that end at them, may depend on."""
+    if not turns:
+        return
+    asked, text = (render(messages[: turns[-1]], prompt) or "" for prompt in (True, False))
+    prompt = asked.removeprefix(text)
+    kinds = [_kind(message) for message in messages]
+    groups, wanted = dict[Any, list[int]](), set(turns)
+    last = max((number for number, message in enumerate(messages) if message["role"] == "user"), default=-1)
+    since = 0  # the user's last message
+    for turn, message in enumerate(messages):
+        since = turn if message["role"] == "user" else since
+        if turn in wanted:
+            place, near = places[turn], max(turn - NEAR, since)
+            written = whole[place.start : place.stop]
+            said = message["content"].strip() if isinstance(message.get("content"), str) else ""
+            traits = (
+                *(tuple(place.around), tuple(kinds[near : turn + 2]), frozenset(kinds[since:near]), turn > last),
+                *(bool(written), written == said, _overlap(prompt, written), _overlap(said, place.around[1])),
+            )
+            groups.setdefault(traits, []).append(turn)
+    yield from groups.values()
+
+
+def _kind(message: dict[str, Any]) -> Any:
+    """What a template may look at in a message, without its texts."""
+    values = ((name, type(value).__name__, bool(value)) for name, value in message.items())
+    return message["role"], "</think>" in str(message.get("content")), *sorted(values)
+
+
+def _overlap(one: str, other: str) -> int:
+    """The most characters at the end of a text with which another begins.
+
+    >>> _overlap("[assistant]<think>", "<think>hm"), _overlap("yes", "no")
+    (7, 0)
+    """
+    sizes = range(min(len(one), len(other)), 0, -1)
+    return next((size for size in sizes if one.endswith(other[:size])), 0)
+
+
+def _shape(whole: str, turn: Turn | None, place: _Place) -> Any:
+    """Where a turn begins and ends beside its place, with the characters between."""
+    if turn is None:
+        return None
+    start, stop, *facts = turn
+    texts = (
+        whole[min(start, place.start) : max(start, place.start)],
+        whole[min(stop, place.stop) : max(stop, place.stop)],
+    )
+    return start - place.start, stop - place.stop, *facts, *texts
+
+
+def _moved(shape: Any, place: _Place) -> Turn | None:
+    """The turn of such a shape at another place."""
+    return None if shape is None else Turn(place.start + shape[0], place.stop + shape[1], *shape[2:5])
 
 
 def left_out(whole: str, messages: Messages, numbers: Sequence[int], render: Render) -> list[int]:
@@ -181,9 +279,11 @@ def _closed(
     if end_token and whole.startswith(end_token, beyond):
         return beyond + len(end_token)
     text, before = render(shown, True), render(shown[:-1], False)
-    if not asked or not text or before is None or not asked.startswith(before):
+    if not asked or not text or before is None:
         return None
-    prompt = asked[len(before) :]
+    if not asked.startswith(before):  # the user's turns have another end there too: the prompt of no messages hasn't
+        asked, before = render([], True) or "", render([], False) or ""
+    prompt = asked.removeprefix(before)
     if not prompt or not text.endswith(prompt):
         return None
     text, at = text.removesuffix(prompt), 0
@@ -195,7 +295,7 @@ def _closed(
     return at + len(text) if whole.startswith(text, at) and at + len(text) >= stop else None
 
 
-def _is_open(text: str, message: dict[str, Any]) -> bool:
+def is_open(text: str, message: dict[str, Any]) -> bool:
     """Return whether a text ends with a message's content, and nothing closes the turn."""
     content = message.get("content")
     if isinstance(content, list):
