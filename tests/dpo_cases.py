@@ -1,4 +1,4 @@
-"""Preferences, a tokenizer for them and losses on which we are compared with TRL's DPOTrainer."""
+"""Preferences, a tokenizer for them and losses on which we are compared with TRL's DPOTrainer and ORPOTrainer."""
 
 from peft_cases import CASES
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -7,6 +7,10 @@ from transformers import PreTrainedTokenizerFast
 CASE = CASES["untied"]
 BETA = 0.3
 LOSSES = {"sigmoid": 0.0, "robust": 0.1, "hinge": 0.0, "ipo": 0.0}  # label_smoothing of each
+ORPO_METRICS = (
+    *("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected"),
+    *("nll_loss", "log_odds_ratio", "log_odds_chosen"),
+)
 SPECIAL = ("<pad>", "<s>", "</s>", "<user>", "<assistant>", "<unk>")
 WORDS = (
     *SPECIAL,

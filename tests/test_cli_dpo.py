@@ -54,16 +54,33 @@ def test_a_planted_preference_through_the_command_line(world):
     assert 0 < evaluated(second)["rewards/margins"] < found["rewards/margins"]
 
 
+@pytest.mark.slow
+def test_orpo_through_the_command_line(world):
+    """Without a reference a new prefix is allowed, and evaluation takes the objective from the run."""
+    output = world["folder"] / "orpo"
+    given = ["orpo" if word == "dpo" else word for word in GIVEN]
+    words = ["--data", world["data"], *given, "--learning-rate", 0.03, "--max-steps", 12, "--prefix-length", 2]
+    call("train", "--model", world["model"], *words, "--output", output)
+    assert "Trained by ORPO on" in (output / "README.md").read_text()
+    assert "loss_type" not in (output / "README.md").read_text()
+    last = json.loads((output / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["valid_rewards/accuracies"] == 1
+    found = json.loads(call("evaluate", "--adapter", output, "--data", world["data"], "--json"))
+    assert found["rewards/accuracies"] > 0.9
+    assert found["nll_loss"] > 0
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        ((), "data: rows of chosen and rejected answers, which lora-jax train takes with --objective dpo; or give"),
+        ((), "data: rows of chosen and rejected answers, which lora-jax train takes with --objective dpo or orpo; or"),
         (("--objective", "dpo", "--loss", "last"), "loss: last given, but of preferences the answers are compared"),
         (
             ("--objective", "dpo", "--streaming", "--max-steps", "1"),
             "streaming: given with the objective dpo, whose rows are read whole",
         ),
         (("--objective", "dpo", "--prefix-length", "2"), "prefix_length: 2 given for dpo, whose reference would have"),
+        (("--objective", "orpo", "--loss-type", "ipo"), "loss_type: ipo given for orpo, which has none, expected dpo"),
         (("--objective", "dpo", "--packing"), "packing: given for dpo, which compares whole texts; leave it out"),
         (
             ("--objective", "dpo", "--format", "alpaca"),

@@ -307,7 +307,7 @@ def test_long_rows():
 @pytest.mark.parametrize(
     ("settings", "line"),
     [
-        ({"objective": "ppo"}, "objective: ppo given, expected dpo, or none"),
+        ({"objective": "ppo"}, "objective: ppo given, expected dpo or orpo, or none"),
         ({"objective": "dpo", "beta": 0.0}, "beta: 0.0 given, expected more than 0"),
         ({"beta": 0.2}, "beta: 0.2 given without an objective, which alone uses it"),
         ({"objective": "dpo", "label_smoothing": 0.5}, "label_smoothing: 0.5 given, expected at least 0 and less"),

@@ -110,7 +110,8 @@ def card(
     }
     name = base if on_hub else Path(base).name
     goal = settings.get("objective")
-    shown = SHOWN if goal else [key for key in SHOWN if key not in ("beta", "loss_type", "label_smoothing")]
+    unused = {"dpo": (), "orpo": ("loss_type", "label_smoothing")}.get(goal, ("beta", "loss_type", "label_smoothing"))
+    shown = [key for key in SHOWN if key not in unused]
     rows = [(key, settings[key]) for key in shown if settings.get(key) not in (None, [], False)]
     return f"""---
 {yaml.safe_dump(about, sort_keys=False, allow_unicode=True).rstrip()}

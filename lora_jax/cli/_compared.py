@@ -6,7 +6,8 @@ from typing import Any
 
 from lora_jax.cli import _base, _run_file, _show
 from lora_jax.cli._data import DataFlags
-from lora_jax.train import Task, TrainConfig, dpo
+from lora_jax.train import Task, TrainConfig
+from lora_jax.train._task import preference_task
 
 
 @dataclass(frozen=True)
@@ -17,12 +18,12 @@ class Compared:
     earlier: Path | None
 
     def reference(self, model: Any) -> Any:
-        """The parameters of the reference model, whose base is the model's own."""
-        return _base.with_adapter(model, self.earlier)
+        """The parameters of the reference model, whose base is the model's own; None for a task without one."""
+        return None if self.task.reference is None else _base.with_adapter(model, self.earlier)
 
 
 def of_run(adapter: Path | None, flags: DataFlags) -> Compared:
-    """Read from an adapter's run.yaml what it was compared with; without one, DPO's defaults and the base.
+    """Read from an adapter's run.yaml what it was trained for; without one, DPO's defaults and the base.
 
     Raises:
         ValueError: There is no adapter, so that nothing is compared; a flag has no effect on preferences; or the run
@@ -35,12 +36,17 @@ def of_run(adapter: Path | None, flags: DataFlags) -> Compared:
             "adapter: none given for rows of chosen and rejected answers, expected one, which is compared with the"
             " model without it"
         )
-    names = ("beta", "label_smoothing", "loss_type")
+    names = ("objective", "beta", "label_smoothing", "loss_type")
     given = {name: value for name in names if (value := _run_file.value(adapter, name)) is not None}
     try:
-        config = TrainConfig(objective="dpo", **given)
+        config = TrainConfig(**({"objective": "dpo"} | given))
+        task = preference_task(config)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{adapter / _run_file.FILE}: {error}") from None
+    assert task is not None
+    if task.reference is None:
+        _show.notes().print(f"objective: {config.objective}, without a reference; beta {config.beta}", soft_wrap=True)
+        return Compared(task, None)
     if _run_file.value(adapter, "objective") is not None and (length := _run_file.value(adapter, "prefix_length")):
         raise ValueError(
             f"{adapter}: its run compared with a model that had a new prefix of {length} tokens ({_run_file.FILE}),"
@@ -56,4 +62,4 @@ def of_run(adapter: Path | None, flags: DataFlags) -> Compared:
     if _run_file.value(adapter, "add_tokens") is not None:
         reference += ", with its own rows for the new tokens"
     _show.notes().print(f"reference: {reference}; beta {config.beta}", markup=False, soft_wrap=True)
-    return Compared(dpo(config.beta, config.label_smoothing, config.loss_type), earlier)
+    return Compared(task, earlier)

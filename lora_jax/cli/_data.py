@@ -19,7 +19,7 @@ class DataFlags:
 
     format: data.Format | None = None
     """form of the rows, which otherwise their columns say: alpaca (instruction, input, output), sharegpt (conversations
-    of from and value) or preference (chosen, rejected and perhaps prompt), which is that of --objective dpo"""
+    of from and value) or preference (chosen, rejected and perhaps prompt), which is that of --objective"""
     prompt_column: str | None = None
     """column of the prompts, text or lists of messages; prompt if not given. Columns without a use are left out"""
     completion_column: str | None = None

@@ -92,8 +92,8 @@ def read(
     rows = Rows(source, parts, None, flags.truncation_mode or "keep_end", flags.loss or "all")
     if objective is None and _data.preferences(rows.by_split["train"]):
         raise ValueError(
-            "data: rows of chosen and rejected answers, which lora-jax train takes with --objective dpo; or give"
-            " --completion-column chosen to learn the chosen ones alone"
+            "data: rows of chosen and rejected answers, which lora-jax train takes with --objective dpo or orpo; or"
+            " give --completion-column chosen to learn the chosen ones alone"
         )
     train, valid = (_data.labelled(rows.by_split[split]) for split in SPLITS)
     model = base.abstract()

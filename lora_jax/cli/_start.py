@@ -56,7 +56,7 @@ def check_reference(train: TrainConfig, prefix_length: int) -> None:
 
     No file has that prefix, so the adapter couldn't be evaluated against the reference.
     """
-    if prefix_length and train.objective is not None:
+    if prefix_length and train.objective == "dpo":
         raise ValueError(
             f"prefix_length: {prefix_length} given for {train.objective}, whose reference would have the untrained"
             " prefix; leave it out, or train it on examples first and pass --from-adapter"

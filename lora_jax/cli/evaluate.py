@@ -31,9 +31,9 @@ from lora_jax.train import TrainConfig, evaluate
 class Settings:
     """Print loss and metrics over the rows of a data file.
 
-    The metrics are perplexity for text; rewards for preferences, compared with the model that the adapter's run began
-    from, and with that run's beta; accuracy, F1 and Matthews' correlation for labels; Pearson's and Spearman's
-    correlation for scores; and execution accuracy for the embedded task.
+    The metrics are perplexity for text; rewards for preferences, by the objective and the beta of the adapter's run,
+    for dpo compared with the model that the run began from; accuracy, F1 and Matthews' correlation for labels;
+    Pearson's and Spearman's correlation for scores; and execution accuracy for the embedded task.
     """
 
     data: tuple[str, ...] = ()

@@ -26,6 +26,7 @@ from lora_jax.train._meter import Record as Record
 from lora_jax.train._optimizer import averaged as averaged
 from lora_jax.train._optimizer import make_optimizer as make_optimizer
 from lora_jax.train._optimizer import schedule as schedule
+from lora_jax.train._orpo import orpo_loss as orpo_loss
 from lora_jax.train._reference import Reference as Reference
 from lora_jax.train._save import Stopped as Stopped
 from lora_jax.train._step import StepMetrics as StepMetrics
@@ -37,5 +38,6 @@ from lora_jax.train._task import REGRESSION as REGRESSION
 from lora_jax.train._task import Task as Task
 from lora_jax.train._task import classification as classification
 from lora_jax.train._task import dpo as dpo
+from lora_jax.train._task import orpo as orpo
 from lora_jax.train._task import task_of as task_of
 from lora_jax.train._token_losses import losses_in_chunks as losses_in_chunks

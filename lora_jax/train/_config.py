@@ -18,7 +18,7 @@ Optimizer = Literal["adamw", "lion", "sgd", "rmsprop", "adagrad", "adafactor", "
 # These move each entry by its own gradients alone, so that the zeros with which ranks are padded stay zero.
 ELEMENTWISE = ("adamw", "lion", "sgd", "rmsprop", "adagrad")
 SCHEDULE_FREE = ("schedule_free_adamw",)
-Goal = Literal["dpo"]
+Goal = Literal["dpo", "orpo"]
 LossType = Literal["sigmoid", "robust", "hinge", "ipo"]
 SMOOTHED = ("sigmoid", "robust")  # of these, the losses that have a label_smoothing
 Reporter = Literal["tensorboard", "wandb"]
@@ -132,10 +132,12 @@ class TrainConfig:
 
     objective: Goal | None = None
     """Objective of training on preferences: dpo is direct preference optimization (Rafailov et al. 2023, arXiv
-    2305.18290), on rows of prompt, chosen and rejected. None: next tokens, or the labels of the rows."""
+    2305.18290), orpo odds ratio preference optimization (Hong et al. 2024, arXiv 2403.07691), both on rows of prompt,
+    chosen and rejected. None: next tokens, or the labels of the rows."""
 
     beta: float = 0.1
-    """Weight of the distance to the reference in dpo: a higher one keeps the model closer to it."""
+    """Weight of the distance to the reference in dpo: a higher one keeps the model closer to it. In orpo the weight of
+    the odds ratio beside the loss of the chosen answers."""
 
     loss_type: LossType = "sigmoid"
     """Loss of dpo: the paper's sigmoid, robust (Chowdhury et al. 2024), hinge (Zhao et al. 2023), or ipo (Azar et al.
@@ -192,7 +194,7 @@ class TrainConfig:
                 self.early_stopping_patience is None or 1 <= self.early_stopping_patience <= MOST_STEPS,
                 f"1 to {MOST_STEPS}",
             ),
-            "objective": (self.objective in (None, *get_args(Goal)), "dpo, or none for next tokens and labels"),
+            "objective": (self.objective in (None, *get_args(Goal)), "dpo or orpo, or none for next tokens and labels"),
             "beta": (0 < self.beta < math.inf, "more than 0"),
             "loss_type": (self.loss_type in get_args(LossType), " or ".join(get_args(LossType))),
             "label_smoothing": (0 <= self.label_smoothing < 0.5, "at least 0 and less than 0.5"),
@@ -227,6 +229,9 @@ class TrainConfig:
         for name in ("beta", "loss_type", "label_smoothing"):
             if self.objective is None and (given := getattr(self, name)) != getattr(type(self), name):
                 raise ValueError(f"{name}: {given} given without an objective, which alone uses it; expected dpo too")
+        for name in ("loss_type", "label_smoothing"):
+            if self.objective == "orpo" and (given := getattr(self, name)) != getattr(type(self), name):
+                raise ValueError(f"{name}: {given} given for orpo, which has none, expected dpo; leave it out")
         if self.objective is not None and (self.packing or self.eval_packing):
             raise ValueError(f"packing: given for {self.objective}, which compares whole texts; leave it out")
         if self.label_smoothing and self.loss_type not in SMOOTHED:

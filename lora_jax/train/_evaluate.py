@@ -63,7 +63,7 @@ def evaluate(
         params: Its parameters, with or without LoRA nodes.
         examples: Tokenised examples, at least one.
         batch_size: Examples computed at once; it doesn't change the result.
-        task: The loss and the metrics; defaults to `task_of(examples)`. Preferences need `dpo()`.
+        task: The loss and the metrics; defaults to `task_of(examples)`. Preferences need `dpo()` or `orpo()`.
         reference: The parameters of the reference model for preferences; defaults to `params` without LoRA nodes.
         mesh: The devices to compute on, as for `train`.
         rules: Other axes of the mesh for the names of the model's axes, as for `train`.

@@ -14,6 +14,7 @@ from lora_jax.train._config import LossType, TrainConfig
 from lora_jax.train._dpo import answer_log_probs, dpo_loss
 from lora_jax.train._loss import classification_loss, next_token_loss, regression_loss
 from lora_jax.train._metrics import classification_metrics, regression_metrics
+from lora_jax.train._orpo import orpo_loss
 from lora_jax.train._step import Objective
 
 Metrics = Callable[[np.ndarray, np.ndarray], dict[str, float]]
@@ -89,6 +90,28 @@ def dpo(beta: float = 0.1, label_smoothing: float = 0.0, loss_type: LossType = "
     return Task(objective=objective, of_tokens=True, reference=answer_log_probs)
 
 
+def orpo(beta: float = 0.1) -> Task:
+    """The task of learning the chosen answers, and of raising their odds over the rejected ones'; see `orpo_loss`.
+
+    >>> orpo(beta=0.2).reference is None
+    True
+    """
+    return Task(objective=functools.partial(orpo_loss, beta=beta), of_tokens=True)
+
+
+def preference_task(config: TrainConfig) -> Task | None:
+    """The task of settings that have an objective for preferences.
+
+    >>> preference_task(TrainConfig(objective="orpo")).of_tokens, preference_task(TrainConfig())
+    (True, None)
+    """
+    if config.objective is None:
+        return None
+    if config.objective == "orpo":
+        return orpo(config.beta)
+    return dpo(config.beta, config.label_smoothing, config.loss_type)
+
+
 def task_of(examples: Sequence[AnyExample], config: TrainConfig | None = None) -> Task:
     """The task of tokenised examples: next tokens without labels, classes for integer labels, scores for floats.
 
@@ -111,12 +134,12 @@ def task_of(examples: Sequence[AnyExample], config: TrainConfig | None = None) -
     first = examples[0]
     goal = None if config is None else config.objective
     if isinstance(first, PreferenceExample) != (goal is not None):
-        have, expected = ("", "dpo") if goal is None else ("no ", "none")
+        have, expected = ("", "dpo or orpo") if goal is None else ("no ", "none")
         raise ValueError(
             f"objective: {goal or 'none'} given for examples with {have}chosen and rejected answer, expected {expected}"
         )
-    if config is not None and goal is not None:
-        return dpo(config.beta, config.label_smoothing, config.loss_type)
+    if config is not None and (task := preference_task(config)) is not None:
+        return task
     if isinstance(first, Example):
         return LANGUAGE_MODELLING
     labels = np.array([example.label for example in examples if isinstance(example, LabelledExample)])
