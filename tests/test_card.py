@@ -1,6 +1,9 @@
 """The model card and the curve that a run leaves beside its adapter, and their way to the hub."""
 
 import json
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -116,6 +119,19 @@ def test_the_adapter_is_uploaded_without_checkpoints_and_paths(hub, tmp_path, ca
     patterns = upload["allow_patterns"]
     assert list(huggingface_hub.utils.filter_repo_objects(names + others, allow_patterns=patterns)) == names
     assert "uploaded: https://hub/commit" in capsys.readouterr().out
+
+
+def test_the_name_is_checked_where_nothing_else_has_loaded_the_hubs_client():
+    """Its parts are modules of their own, which other tests have imported."""
+    code = (
+        "from lora_jax.cli import _hub\n"
+        "_hub.check('owner/name')\n"
+        "try: _hub.check('a name')\n"
+        "except ValueError as error: print(error)"
+    )
+    environment = os.environ | {"HF_TOKEN": "token"}
+    said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert said.stdout.startswith("push_to_hub: 'a name' given, expected owner/name"), said.stderr
 
 
 def test_a_hub_that_fails_is_one_line(hub, tmp_path):

@@ -696,6 +696,18 @@ def test_mistyped_flag_is_explained(capsys):
     assert "--rank" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "words", [["generate", "--prompt", "a", "--prompt=b"], ["train", "--data", "a.jsonl", "--data", "b.jsonl"]]
+)
+def test_a_list_that_is_given_twice_is_refused(words, capsys):
+    """Not cut to the last one in silence."""
+    assert main(words) == 2
+    flag = words[1]
+    assert capsys.readouterr().err == (
+        f"lora-jax: {flag}: given 2 times, expected once, before all its values: {flag} A B\n"
+    )
+
+
 def test_traceback_on_request(world, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("LORA_JAX_TRACEBACK", "1")
     assert main(["inspect", "--model", str(tmp_path)]) == 2

@@ -1,17 +1,22 @@
 """Flags: the words after a command become its settings, and a mistake among them one line."""
 
+import collections
 import contextlib
+import dataclasses
 import io
 import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import tyro
 
 from lora_jax.cli import _help
+
+REPEATED = ("grid",)  # flags that are given once for each value
+_SUPPRESSED = get_args(tyro.conf.Suppress[int])[1]
 
 
 def parse(command: ModuleType, words: Sequence[str], *, prog: str) -> Any:
@@ -19,6 +24,7 @@ def parse(command: ModuleType, words: Sequence[str], *, prog: str) -> Any:
 
     An error of this library (rank 0) is raised as it is, not in the box in which tyro explains a mistyped flag.
     """
+    _check_lists(command.Settings, words)
     default = command.defaults(words) if hasattr(command, "defaults") else tyro.MISSING_NONPROP
     about = command.description(words) if hasattr(command, "description") else None
     try:
@@ -75,6 +81,33 @@ def settings_of(
             raise ValueError(mistake) from None
         sys.stderr.write(messages.getvalue())
         raise
+
+
+def fields(kind: Any) -> Iterator[tuple[str, str, Any]]:
+    """The field, the flag and the type of each setting of a dataclass; nested ones have their own fields for a flag."""
+    hints = get_type_hints(kind, include_extras=True)
+    for field in dataclasses.fields(kind):
+        hint, marks = hints[field.name], ()
+        if get_origin(hint) is Annotated:
+            hint, *marks = get_args(hint)
+        if _SUPPRESSED not in marks and field.name != "overrides":  # which have no flag
+            named = next((mark.name for mark in marks if getattr(mark, "name", None)), field.name)
+            yield field.name, named.replace("-", "_"), hint
+
+
+def types(kind: Any) -> Iterator[tuple[str, Any]]:
+    """The flag and the type of each setting of a dataclass and of those in it."""
+    for _, name, hint in fields(kind):
+        yield from types(hint) if dataclasses.is_dataclass(hint) else ((name, hint),)
+
+
+def _check_lists(kind: Any, words: Sequence[str]) -> None:
+    """Refuse a flag of several values that is given twice: tyro would take the last one's alone."""
+    given = collections.Counter(word.split("=")[0] for word in words if word.startswith("--"))
+    for name, hint in types(kind):
+        flag = f"--{name.replace('_', '-')}"
+        if given[flag] > 1 and get_origin(hint) is tuple and name not in REPEATED:
+            raise ValueError(f"{flag}: given {given[flag]} times, expected once, before all its values: {flag} A B")
 
 
 def _not_a_number(box: str) -> str | None:

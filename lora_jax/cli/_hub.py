@@ -23,8 +23,8 @@ def check(name: str) -> None:
     """
     hub = _hub()
     try:
-        hub.utils.validate_repo_id(name)
-    except hub.errors.HFValidationError as error:
+        import_module("huggingface_hub.utils").validate_repo_id(name)
+    except import_module("huggingface_hub.errors").HFValidationError as error:
         raise ValueError(f"push_to_hub: {name!r:.80} given, expected owner/name ({error!s:.80})") from None
     if "/" not in name:
         raise ValueError(f"push_to_hub: {name!r} given, expected owner/name")

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Any, get_origin
 
 import tyro
 import yaml
@@ -19,11 +19,8 @@ from lora_jax.cli import _flags
 FILE = "run.yaml"
 MOST_BYTES = 2**16  # of a file that comes with someone's adapter
 ONCE = ("config", "overwrite", "resume")  # flags of one call, which another call doesn't repeat
-REPEATED = ("grid",)  # flags that are given once for each value
 # A run that is repeated replaces nothing on the hub, and where its processes are is another call's.
 NOT_WRITTEN = (*ONCE, "push_to_hub", "distributed", "coordinator_address", "num_processes", "process_id")
-
-_SUPPRESSED = get_args(tyro.conf.Suppress[int])[1]
 
 
 def path_in(words: Sequence[str]) -> Path | None:
@@ -56,7 +53,7 @@ def read(path: Path, kind: Any, other: Any = None) -> dict[str, list[str]]:
         content = {}
     if not isinstance(content, dict):
         raise ValueError(f"{path}: a {type(content).__name__} given, expected a mapping such as `rank: 8`")
-    known = {name: hint for name, hint in _types(kind) if name not in ONCE}
+    known = {name: hint for name, hint in _flags.types(kind) if name not in ONCE}
     others = {} if other is None else values_of(other)
     words = {}
     for given, value in content.items():
@@ -131,7 +128,7 @@ def _words(where: str, name: str, value: Any, *, several: bool) -> list[str]:
     if any(isinstance(x, list | dict) for x in values):
         raise ValueError(f"{where}: {value!s:.60} given, expected {'a list of values' if several else 'one value'}")
     flag = f"--{name.replace('_', '-')}"
-    if name in REPEATED:
+    if name in _flags.REPEATED:
         return [word for x in values for word in (flag, str(x))]
     return [flag, *map(str, values)] if several else [f"{flag}={value}"]
 
@@ -143,25 +140,8 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     return f"; the nearest is {near[0]}"
 
 
-def _fields(kind: Any) -> Iterator[tuple[str, str, Any]]:
-    """The field, the flag and the type of each setting of a dataclass; nested ones have their own fields for a flag."""
-    hints = get_type_hints(kind, include_extras=True)
-    for field in dataclasses.fields(kind):
-        hint, marks = hints[field.name], ()
-        if get_origin(hint) is Annotated:
-            hint, *marks = get_args(hint)
-        if _SUPPRESSED not in marks and field.name != "overrides":  # which have no flag
-            named = next((mark.name for mark in marks if getattr(mark, "name", None)), field.name)
-            yield field.name, named.replace("-", "_"), hint
-
-
-def _types(kind: Any) -> Iterator[tuple[str, Any]]:
-    for _, name, hint in _fields(kind):
-        yield from _types(hint) if dataclasses.is_dataclass(hint) else ((name, hint),)
-
-
 def _values(settings: Any) -> Iterator[tuple[str, Any]]:
-    for field, name, hint in _fields(type(settings)):
+    for field, name, hint in _flags.fields(type(settings)):
         value = getattr(settings, field)
         if dataclasses.is_dataclass(hint):
             yield from _values(value)

@@ -51,8 +51,8 @@ def chat_pieces(row: Chat, tokenizer: Any, number: int, budget: Budget, loss: Lo
     messages = row.messages
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
-            'the tokenizer has no chat template, which rows of {"messages"} need: '
-            'add a template to it, or give rows of {"prompt", "completion"}'
+            "the tokenizer has no chat template, which conversations need: give one (--chat-template FILE), or rows of"
+            ' {"prompt", "completion"}'
         )
     try:
         answers = [turn for turn, message in enumerate(messages) if is_target(message)]

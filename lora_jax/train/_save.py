@@ -18,7 +18,7 @@ from lora_jax.checkpoint import Checkpoints, TrainState, fingerprint, is_checkpo
 from lora_jax.train import _tensorboard
 from lora_jax.train._config import TrainConfig
 from lora_jax.train._report import WANDB_RUN
-from lora_jax.train._schedule_changes import changed_schedule
+from lora_jax.train._schedule_changes import changed_schedule, refusal
 
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
@@ -88,7 +88,11 @@ class Saver:
         """The state of the newest checkpoint, as from `Checkpoints.restore`."""
         checkpoints = self._open()
         saved = checkpoints.settings
-        self.changed = changed_schedule(saved, self._config, checkpoints.latest or 0, self._examples) or {}
+        schedules = saved, self._config, checkpoints.latest or 0, self._examples
+        changed = changed_schedule(*schedules)
+        if changed is None and (refused := refusal(*schedules)):
+            raise ValueError(f"{checkpoints.folder}: does not fit this run: {refused}")
+        self.changed = changed or {}
         state = checkpoints.restore(self._identified(template)._replace(settings=self._settings | self.changed))
         self._latest = state.step
         return state

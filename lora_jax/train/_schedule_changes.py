@@ -49,6 +49,29 @@ def changed_schedule(saved: Mapping[str, Any], config: TrainConfig, step: int, e
     return changed if sound else None
 
 
+def refusal(saved: Mapping[str, Any], config: TrainConfig, step: int, examples: int) -> str | None:
+    """Say which setting of the schedule must not change, and what to do; None if the checkpoint has all as they are.
+
+    The arguments are those of `changed_schedule`.
+    """
+    given = dataclasses.asdict(config)
+    changed = {name: saved[name] for name in SCHEDULE if name in saved and saved[name] != given[name]}
+
+    def refused_alone(name: str) -> bool:
+        try:
+            alone = dataclasses.replace(config, **{other: x for other, x in changed.items() if other != name})
+        except (TypeError, ValueError):
+            return False
+        return changed_schedule(saved, alone, step, examples) is None
+
+    for name in sorted(changed, key=refused_alone, reverse=True)[:1]:
+        return (
+            f"setting {name}: {saved[name]} in the checkpoint, {given[name]} here, which changes the rates of"
+            " the steps done; give the checkpoint's, or start a new run from its adapter (--from-adapter)"
+        )
+    return None
+
+
 def _of_peak_1(config: TrainConfig) -> TrainConfig:
     """The settings with rates as shares of the peak, also those that are given as rates: `min_lr` and `lr_end`."""
     if config.optim in SCHEDULE_FREE:  # it weights the average by the rates themselves
