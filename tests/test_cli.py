@@ -177,6 +177,14 @@ def test_evaluate_prints_one_json_object(world, capsys):
     assert adapted["loss"] < base["loss"]
 
 
+def test_evaluate_prints_counts_of_rows_that_are_not_0(world, capsys):
+    for length, counts in (("64", []), ("4", ["rows truncated"])):
+        assert main(["evaluate", "--model", world["model"], "--data", world["data"], "--max-length", length]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert [line[:20].strip() for line in lines if line.startswith("rows ") and "left" not in line][1:] == counts
+        assert any(line.startswith("loss ") for line in lines)
+
+
 def test_evaluate_cuts_rows_as_the_run_did(world, tmp_path, capsys):
     shutil.copytree(world["out"], tmp_path / "out")
     path = tmp_path / "out" / "run.yaml"

@@ -110,7 +110,7 @@ def card(
     }
     name = base if on_hub else Path(base).name
     goal = settings.get("objective")
-    unused = {"dpo": (), "orpo": ("loss_type", "label_smoothing")}.get(goal, ("beta", "loss_type", "label_smoothing"))
+    unused = {None: ("beta", "loss_type", "label_smoothing"), "orpo": ("loss_type", "label_smoothing")}.get(goal, ())
     shown = [key for key in SHOWN if key not in unused]
     rows = [(key, settings[key]) for key in shown if settings.get(key) not in (None, [], False)]
     return f"""---

@@ -38,8 +38,9 @@ def of_run(adapter: Path | None, flags: DataFlags) -> Compared:
         )
     names = ("objective", "beta", "label_smoothing", "loss_type")
     given = {name: value for name in names if (value := _run_file.value(adapter, name)) is not None}
+    settings: dict[str, Any] = {"objective": "dpo", **given}
     try:
-        config = TrainConfig(**({"objective": "dpo"} | given))
+        config = TrainConfig(**settings)
         task = preference_task(config)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{adapter / _run_file.FILE}: {error}") from None

@@ -77,7 +77,9 @@ def _run(settings: Settings) -> None:
     if settings.json:
         _show.print_json(metrics)
     else:
-        _show.metrics(metrics)
+        # Of the counts of rows, those that say something.
+        shown = {name: value for name, value in metrics.items() if value or not name.startswith("rows_")}
+        _show.metrics(shown)
 
 
 def _max_length(given: int | None, adapter: Path | None) -> int:
