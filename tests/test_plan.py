@@ -20,10 +20,12 @@ import lora_jax
 from lora_jax import _extras, _mesh, models
 from lora_jax.cli import main
 from lora_jax.cli import plan as command
+from lora_jax.data import Example
 from lora_jax.plan import Plan, _run, _search, _step, plan
+from lora_jax.plan._chips import Topology
 from lora_jax.plan._measure import over_full
 from lora_jax.plan._request import Request
-from lora_jax.train import TrainConfig
+from lora_jax.train import TrainConfig, _token_losses, train
 
 WIDTH, MLP, VOCABULARY, LAYERS, HEADS, RANK = 64, 96, 128, 2, 4, 2
 ROWS, LENGTH = 8, 32
@@ -197,6 +199,39 @@ def test_the_length_is_that_of_the_compiled_step(folder):
     ]
     assert advised(found.found["length"]) == []
     assert advised(1024) == ["--max-length 512"]
+
+
+class Chunk(Exception):
+    """The positions of a chunk, in place of its losses."""
+
+
+def test_a_cpus_plan_has_the_chunks_of_its_training(folder, monkeypatch):
+    """Chosen from the same logits; neither on a mesh nor for another platform's topology."""
+
+    def stop(loss, x, ids, chunk, frozen):
+        raise Chunk(chunk)
+
+    monkeypatch.setattr(_token_losses, "_by_chunks", stop)
+    monkeypatch.setattr(_token_losses, "MOST_LOGITS", 4 * 4 * LENGTH * VOCABULARY - 1)
+    monkeypatch.setattr(_token_losses, "CHUNK_LOGITS", 4 * 4 * 7 * VOCABULARY)
+    config = TrainConfig(batch_size=8, max_length=LENGTH, max_steps=1, gradient_accumulation_steps=2)
+    model = models.load_abstract(folder)
+    axes = lora_jax.kernel_axes(model.apply, model.params, jnp.ones((1, 8), jnp.int32))
+    shapes = jax.eval_shape(lambda params: lora_jax.init(jax.random.key(0), params, LORA, axes=axes), model.params)
+    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    rows = [Example(np.ones(LENGTH, np.int32), np.arange(LENGTH) > 2)] * 8
+    runs = [lambda: train(model.apply, params, rows, config=config)]
+    runs += [lambda mesh=mesh: plan(folder, LORA, config, mesh=mesh) for mesh in (None, "auto")]
+    monkeypatch.setattr(jax, "device_count", lambda: 1)  # of which auto makes no mesh
+    for run_one in runs:
+        with pytest.raises(Chunk) as found:
+            run_one()
+        assert found.value.args == (7,)
+    devices, request = jax.devices()[:1], Request(model=folder, lora=LORA, train=config)
+    for other in ({"topology": Topology.parse("v5e:1x1")}, {"mesh": {"fsdp": 1}}):
+        asked = dataclasses.replace(request, **other)
+        step = _step.make(asked, _step.open_model(asked, None), devices)
+        step.jitted.trace(*step.arguments)
 
 
 def test_arguments_that_are_too_many_ask_for_chips(cut):
@@ -455,6 +490,25 @@ def test_a_search_goes_on_after_what_does_not_compile(cut, monkeypatch):
         "fsdp=8, remat none: not compiled: the compiler gives up",
         "fsdp=8, remat lean: not compiled: the compiler's process ended (-9)",
     ]
+
+
+def test_a_search_on_one_device_has_no_mesh(one, monkeypatch):
+    """With one, a CPU wouldn't choose chunks by itself."""
+    asked = []
+
+    def pretend(request, on_stage):
+        asked.append(request)
+        return Plan(request, 1, 2**30, one.found | {"remat": request.remat})
+
+    monkeypatch.setattr(_search, "run", pretend)
+    first = Plan(dataclasses.replace(one.request, remat="full"), 1, 2**30, one.found | {"remat": "full"})
+    assert [plan.found["remat"] for plan in _search.search(first)] == ["full", "none"]
+    assert [(request.mesh, request.remat) for request in asked] == [(None, "none")]
+    monkeypatch.setattr(command, "plan", lambda *_, **__: first)
+    monkeypatch.setattr(command, "search", lambda *_, **__: [first])
+    for words, best in (((), "--remat full"), (("--remat", "full"), "the flags as they are")):
+        _, out, _ = run("--model", "m", "--search", *words)
+        assert out.splitlines()[-1] == f"the best: {best}"
 
 
 def test_the_command_says_which_flags_are_best(folder, cut, monkeypatch):

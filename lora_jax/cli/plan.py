@@ -74,7 +74,8 @@ def run(settings: Settings) -> None:
         chunk = best.request.train.loss_chunk
         chunks = "" if chunk == settings.train.loss_chunk else f" --loss-chunk {chunk}"
         verdict = "the best" if best.fits else "nothing fits; the nearest"
-        show.print(f"{verdict}: --mesh {_mesh.show(best.mesh)}{remat}{chunks}", markup=False)
+        mesh = "" if best.request.is_local else f" --mesh {_mesh.show(best.mesh)}"
+        show.print(f"{verdict}:{f'{mesh}{remat}{chunks}' or ' the flags as they are'}", markup=False)
 
 
 def _row(found: Plan) -> tuple[str, ...]:

@@ -39,6 +39,11 @@ class Request:
         if self.topology is not None:
             self.check_devices(self.topology.chips)
 
+    @property
+    def is_local(self) -> bool:
+        """Return whether the step is one of this machine's first device, without a mesh."""
+        return self.topology is None and self.mesh is None
+
     def sizes(self, devices: int) -> dict[str, int]:
         """The mesh, all devices along `fsdp` unless given."""
         return {"fsdp": devices} if self.mesh is None else self.mesh

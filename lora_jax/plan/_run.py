@@ -72,7 +72,8 @@ def plan(
     """
     train, chips = train or TrainConfig(), None if topology is None else Topology.parse(topology)
     if mesh == "auto":
-        mesh = _mesh.auto(jax.device_count() if chips is None else chips.chips, train.micro_batch_size)
+        count = jax.device_count() if chips is None else chips.chips
+        mesh = None if count == 1 else _mesh.auto(count, train.micro_batch_size)  # as training has none then
     request = Request(
         model=os.fspath(model),
         lora=lora,

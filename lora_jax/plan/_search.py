@@ -62,7 +62,8 @@ def search(
         where = f"mesh {number} of {len(meshes)}"
         for remat in REMAT:
             try:
-                request = dataclasses.replace(first.request, mesh=sizes, remat=remat)
+                mesh = None if first.request.is_local else sizes
+                request = dataclasses.replace(first.request, mesh=mesh, remat=remat)
                 request.check_devices(first.chips)
             except ValueError:
                 break
@@ -100,10 +101,11 @@ def _compiled(request: Request, on_failure: Callable[[str], None]) -> Plan | Non
 
 
 def _known(found: list[Plan], request: Request) -> Plan | None:
-    wanted = (request.mesh, request.remat, request.train.loss_chunk)
+    wanted = (request.sizes(found[0].chips), request.remat, request.train.loss_chunk)
     return next((p for p in found if (p.mesh, p.found["remat"], p.request.train.loss_chunk) == wanted), None)
 
 
 def _name(request: Request) -> str:
     chunk = request.train.loss_chunk
-    return f"{_mesh.show(request.mesh or {})}, remat {request.remat}" + (f", loss chunk {chunk}" if chunk else "")
+    mesh = "one device" if request.mesh is None else _mesh.show(request.mesh)
+    return f"{mesh}, remat {request.remat}" + (f", loss chunk {chunk}" if chunk else "")

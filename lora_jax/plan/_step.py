@@ -94,8 +94,10 @@ def make(request: Request, model: Any, devices: Sequence[Any], *, full: bool = F
     params = jax.eval_shape(started, weights)
     base, adapter = split(_at(params, shardings(params, models.shardings(model, mesh))))
     train = request.train
+    shape = (train.batch_size, train.max_length if train.packing else min(train.max_length, model.max_length))
     tx = make_optimizer(train, STEPS)
-    apply_fn = losses_in_chunks(model.apply, LANGUAGE_MODELLING, train.loss_chunk, base, adapter)
+    logits = (train.micro_batch_size, shape[1], model.config.vocab_size) if request.is_local else None
+    apply_fn = losses_in_chunks(model.apply, LANGUAGE_MODELLING, train.loss_chunk, base, adapter, logits=logits)
     step = make_step(
         apply_fn,
         tx,
@@ -104,10 +106,9 @@ def make(request: Request, model: Any, devices: Sequence[Any], *, full: bool = F
     )
     copied = NamedSharding(mesh, PartitionSpec())
     rows = NamedSharding(mesh, PartitionSpec(tuple(name for name in sizes if name != "model") or None))
-    shape = (train.batch_size, min(train.max_length, model.max_length))
     dtypes = {"input_ids": jnp.int32, "attention_mask": jnp.int32, "loss_weights": jnp.float32}
     if train.packing:
-        shape, dtypes["segment_ids"] = (train.batch_size, train.max_length), jnp.int32
+        dtypes["segment_ids"] = jnp.int32
     key = jax.eval_shape(lambda: jax.random.key(0))
     return Step(
         jitted=jax.jit(step, donate_argnums=(0, 1)),
