@@ -137,7 +137,7 @@ def test_two_processes_stop_together_and_one_goes_on(words, alone, tmp_path):
     """The processes on one mesh, with a SIGTERM to the second of them; one process on another mesh."""
     output = tmp_path / "out"
     given = [*words, "--output", str(output)]
-    run = Together([*given, "--mesh", "data=2,fsdp=4"], tmp_path)
+    run = Together([*given, "--mesh", "fsdp=8"], tmp_path)
     run.send_after(3, output, signal.SIGTERM, 1)
     assert run.wait() == [143, 143], run.errors
     step = newest(output / "checkpoints")
@@ -300,23 +300,17 @@ def test_the_watchdog_runs_by_its_path_alone():
 
 @pytest.mark.slow
 def test_streamed_and_packed_rows_are_those_of_one_process(words, tmp_path):
-    """Each process puts its own rows of a batch on its devices, whatever their number."""
-    given = [
-        *words,
-        "--streaming",
-        "--packing",
-        "--max-length",
-        "64",
-        "--shuffle-buffer",
-        "100",
-        "--max-steps",
-        "4",
-        "--save-steps",
-        "0",
-    ]
+    """Tokenised by both, from two sets; one process goes on from their position."""
+    folder = Path(words[words.index("--data") + 1])
+    sets = ["--data", str(folder), str(folder / "train.jsonl"), "--data-weights", "2", "1"]
+    packed = ["--streaming", "--packing", "--max-length", "64", "--shuffle-buffer", "100"]
+    given = [*words, *sets, *packed, "--save-steps", "2"]
     together, one = tmp_path / "together", tmp_path / "one"
-    run = Together([*given, "--output", str(together), "--mesh", "data=2,fsdp=4"], tmp_path)
+    halved = [*given, "--max-steps", "2", "--lr-scheduler-type", "constant", "--output", str(together)]
+    run = Together([*halved, "--mesh", "data=2,fsdp=4"], tmp_path)
     assert run.wait(240) == [0, 0], run.errors
+    given += ["--lr-scheduler-type", "constant", "--max-steps", "4"]
+    assert run_here([*given, "--output", str(together), "--resume"]) == 0
     assert run_here([*given, "--output", str(one)]) == 0
-    assert steps(together) == [1, 2, 3, 4]
+    assert steps(together) == steps(one) == [1, 2, 3, 4]
     np.testing.assert_allclose(losses(together), losses(one), atol=1e-5)

@@ -1,8 +1,12 @@
 """Rows that are read as they are needed: every row in each pass, in an order of the seed, gone on with exactly."""
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
@@ -10,7 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from lora_jax import data
-from lora_jax.train import TrainConfig, train
+from lora_jax._tables import Vocabulary
+from lora_jax.data._stream_examples import Processes
+from lora_jax.train import TrainConfig, _feed, train
 from lora_jax.train._feed import Feed
 
 COUNT = 50
@@ -40,8 +46,8 @@ def path(request, tmp_path):
 
 
 def stream(path, **keywords):
-    settings: dict[str, Any] = {"buffer_size": 25} | keywords
-    return data.stream(path, Letters(), 16, **settings)
+    settings: dict[str, Any] = {"tokenizer": Letters(), "max_length": 16, "buffer_size": 25} | keywords
+    return data.stream(path, **settings)
 
 
 def taken(rows, count):
@@ -83,6 +89,121 @@ def test_batches_of_a_stream_go_on_exactly(path, pack, monkeypatch):
         for expected in found[done : done + 7]:
             batch = next(again)
             assert all(np.array_equal(batch[name], expected[name]) for name in expected)
+
+
+class Recorded(Letters):
+    """Keeps the texts that it gets."""
+
+    def __init__(self):
+        self.texts = []
+
+    def __call__(self, text, *, add_special_tokens):
+        self.texts.append(text)
+        return super().__call__(text, add_special_tokens=add_special_tokens)
+
+
+def in_step(count, run):
+    """The results of `run(processes)` in so many threads, which stand for processes."""
+    barrier, given = threading.Barrier(count, timeout=60), [b""] * count
+
+    def exchange(index, value):
+        given[index] = value
+        barrier.wait()
+        found = list(given)
+        barrier.wait()
+        return found
+
+    def one(index):
+        return run(Processes(index, count, lambda value: exchange(index, value)))
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(one, range(count)))
+
+
+def test_processes_tokenise_their_shares(path, monkeypatch):
+    """Mixed, some left out: the examples and the positions are those of one process, which goes on from them."""
+    monkeypatch.setattr("lora_jax.data._stream_examples.EACH", 4)
+    short = {"max_length": 3, "truncation_mode": "drop"}  # half of the rows have four tokens
+
+    def rows(tokenizer, processes=None):
+        parts = [stream(path, tokenizer=tokenizer, seed=seed, **more) for seed, more in ((0, {}), (5, short))]
+        mixed = data.mix_streams(parts, [3, 1])
+        return iter(mixed if processes is None else mixed.among(processes))
+
+    def told(found):
+        return [(example.input_ids.tolist(), example.targets.tolist(), example.where) for example in found]
+
+    def run(processes):
+        tokenizer, states = Recorded(), []
+        found = rows(tokenizer, processes)
+        taken = []
+        for _ in range(60):
+            taken.append(next(found))
+            states.append(json.loads(json.dumps(found.get_state())))
+        again = rows(Letters(), processes)
+        again.set_state(states[36])
+        return told(taken), states, told(islice(again, 7)), len(tokenizer.texts)
+
+    alone = rows(tokenizer := Recorded())
+    expected, states = [], []
+    for _ in range(60):
+        expected += told([next(alone)])
+        states.append(json.loads(json.dumps(alone.get_state())))
+    called = len(tokenizer.texts)
+    for found, positions, after, calls in in_step(3, run):
+        assert found == expected
+        assert positions == states
+        assert after == expected[37:44]
+        assert calls < 0.6 * called  # a third, and what is read ahead of the last example
+    again = rows(Letters())
+    again.set_state(states[36])
+    assert told(islice(again, 7)) == expected[37:44]
+
+
+def test_only_processes_of_one_mesh_tokenise_together(path, monkeypatch):
+    """Others may have streams of their own."""
+    rows, mesh = stream(path), jax.make_mesh((8,), ("fsdp",))
+    expected = taken(iter(rows), 5)
+    assert _feed._among_all(rows, mesh) is rows
+    monkeypatch.setattr(_feed, "several", lambda: True)
+    assert _feed._among_all(rows, None) is rows
+    shared = _feed._among_all(rows, mesh)
+    assert shared is not rows
+    assert taken(iter(shared), 5) == expected
+    monkeypatch.setattr(jax, "process_count", lambda: 2)  # the mesh is of one of them
+    assert _feed._among_all(rows, mesh) is rows
+
+
+def test_a_row_that_one_process_refuses_is_refused_by_all(tmp_path, monkeypatch):
+    """In its place, after the rows before it; and so is one that none can read."""
+    monkeypatch.setattr("lora_jax.data._stream_examples.EACH", 3)
+
+    class Refusing(Letters):
+        def __call__(self, text, *, add_special_tokens):
+            if "bad" in text[0]:
+                raise ValueError("row 1: a letter that it doesn't know")
+            return super().__call__(text, add_special_tokens=add_special_tokens)
+
+    def refusal(found, said):
+        taken(found, 4)
+        with pytest.raises(ValueError, match=said) as error:
+            next(found)
+        return str(error.value)
+
+    file = tmp_path / "rows.jsonl"
+    for line, said in (
+        ('{"text": "bad"}', "a letter that it doesn't know"),
+        ('{"text": 3}', 'rows.jsonl:5: "text" is a int'),
+    ):
+        file.write_text("\n".join(['{"text": "a"}'] * 4 + [line] + ['{"text": "a"}'] * 9))
+
+        rows: Any = stream(file, tokenizer=Refusing(), buffer_size=1)
+
+        def run(processes, rows=rows, said=said):
+            return refusal(iter(rows.among(processes)), said)
+
+        expected = refusal(iter(rows), said)
+        assert in_step(2, run) == [expected] * 2
 
 
 def test_the_tokenizer_is_looked_into_once(tmp_path):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lora_jax._extras import require
 from lora_jax.data._encode import (
@@ -47,7 +47,8 @@ def stream(
 
     Rows are shuffled among the next `buffer_size` ones, which are all that is held in memory. The iterator has
     `get_state()` and `set_state()`: it goes on from its place in the files exactly, and refuses the state of others.
-    Several streams are mixed by `grain.IterDataset.mix(streams, weights)`.
+    Where `lora_jax.train` runs in several processes, each tokenises its share of the rows. Several streams are mixed by
+    `grain.IterDataset.mix(streams, weights)`.
 
     Args:
         path: A file, or a folder with `train.jsonl` or `train.parquet`, or with Parquet's parts.
@@ -90,8 +91,8 @@ def stream(
     ordered: Any = rows
     if buffer_size > 1:
         ordered = grain.experimental.WindowShuffleIterDataset(rows, window_size=buffer_size, seed=seed)
-    encode = _Encoder(tokenizer, max_length, truncation_mode, loss)
-    return ordered.map(encode).filter(lambda example: example is not None)
+    encoder = Encoder(tokenizer, max_length, truncation_mode, loss)
+    return import_module("lora_jax.data._stream_examples").Examples(ordered, encoder)
 
 
 def streamed_rows(
@@ -128,8 +129,22 @@ def first_rows(path: str | Path, count: int, **reading: Any) -> list[Row]:
     return [parser.row(fields, where) for _, where, fields in islice(rows.read(0, []), count)]
 
 
-class _Encoder:
-    """Tokenises one row; None if no target is left."""
+class Tokenized(NamedTuple):
+    """A row after the tokenizer.
+
+    Attributes:
+        example: The example; None if no target is left.
+        unfound: Whether the chat template's text lacks a target of the row.
+        refused: The error's message in place of an example.
+    """
+
+    example: Example | None
+    unfound: bool = False
+    refused: str = ""
+
+
+class Encoder:
+    """Tokenises rows one by one, and counts those without a target."""
 
     def __init__(self, tokenizer: Any, max_length: int, truncation_mode: TruncationMode, loss: Loss):
         self._tokenizer, self._max_length = tokenizer, max_length
@@ -138,20 +153,32 @@ class _Encoder:
         self._without = self._unfound = 0
         self._boundaries: Boundaries | None = None  # made once: finding out about a tokenizer takes calls of it
 
-    def __call__(self, found: Any) -> Example | None:
+    def tokenize(self, found: Any) -> Tokenized:
+        """The example of a row; None if no target is left."""
         where, row = found
         self._boundaries = self._boundaries or boundaries_of(row, self._tokenizer)
         try:
             [example], _, [pieces] = tokenized([row], self._tokenizer, self._loss, self._boundaries)
         except ValueError as error:
-            raise ValueError(f"{where}: {str(error).removeprefix('row 1: ')}") from None
+            return Tokenized(None, refused=f"{where}: {str(error).removeprefix('row 1: ')}")
         dropped = self._mode == "drop" and len(example.input_ids) > self._max_length
         example = cut(example, self._max_length, self._mode, self._tokenizer)
-        if not dropped and example.targets.any():
+        return Tokenized(None if dropped or not example.targets.any() else example, pieces.unfound)
+
+    def checked(self, found: Any, made: Tokenized) -> Example | None:
+        """The example with its place, or None.
+
+        Raises:
+            ValueError: The row is refused, or it is the last of too many without a target.
+        """
+        where, _ = found
+        if made.refused:
+            raise ValueError(made.refused)
+        if made.example is not None:
             self._without = self._unfound = 0
-            return _placed(example, where)
+            return _placed(made.example, where)
         self._without += 1
-        self._unfound += pieces.unfound
+        self._unfound += made.unfound
         if self._without == MOST_WITHOUT_TARGET == self._unfound:
             raise ValueError(f"{where}: {without_answers(f'{MOST_WITHOUT_TARGET:,} rows one after another')}")
         if self._without == MOST_WITHOUT_TARGET:

@@ -19,7 +19,14 @@ class MixedStreams(grain.IterDataset[Any]):
     def __init__(self, streams: Sequence[grain.IterDataset[Any]], weights: Sequence[float]):
         super().__init__()
         self.weights = tuple(map(float, weights))
+        self._streams = streams
         self._mixed = grain.IterDataset.mix(streams, weights)
+
+    def among(self, processes: Any) -> "MixedStreams":
+        """The same mixture, whose rows are tokenised by these processes together, as far as the streams can."""
+        streams: list[Any] = list(self._streams)
+        shared = [one.among(processes) if hasattr(one, "among") else one for one in streams]
+        return MixedStreams(shared, self.weights)
 
     def __iter__(self) -> grain.DatasetIterator[Any]:
         return iter(self._mixed)

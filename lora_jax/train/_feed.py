@@ -7,10 +7,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import grain
+import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from lora_jax import data
+from lora_jax._processes import exchanged, several
 from lora_jax._tables import Vocabulary, check_ids
+from lora_jax.data._stream_examples import Processes
 from lora_jax.data._stream_mix import MixedStreams
 from lora_jax.train._config import TrainConfig
 from lora_jax.train._task import LANGUAGE_MODELLING, Task, task_of
@@ -122,11 +126,14 @@ class Feed:
                     " documents; those of lora_jax.models decoders have it"
                 )
 
-    def iterate(self, steps: int) -> grain.DatasetIterator[Any]:
-        """The batches, for `steps` steps at least; the state of the iterator is a run's position."""
+    def iterate(self, steps: int, mesh: Mesh | None = None) -> grain.DatasetIterator[Any]:
+        """The batches, for `steps` steps at least; the state of the iterator is a run's position.
+
+        Processes of one mesh tokenise a stream together.
+        """
         size, length, seed = self._config.batch_size, self._config.max_length, self._config.shuffle_seed
         if self.streamed:
-            examples = self._data.map(self._checked)
+            examples = _among_all(self._data, mesh).map(self._checked)
             return iter(
                 data.pack(examples, size, length, seed=seed) if self._config.packing else _even(examples, size, length)
             )
@@ -146,6 +153,17 @@ class Feed:
             where = getattr(example, "where", "a training example of the stream")
             raise ValueError(f"{where}: {str(error).removeprefix('example 1: ')}") from None
         return example
+
+
+def _among_all(stream: Any, mesh: Mesh | None) -> Any:
+    """A stream of `lora_jax.data` that the processes of the mesh tokenise together, each its share of the rows.
+
+    Without a mesh over all processes each of them is a run of its own, perhaps on other data.
+    """
+    own = mesh is None or len({device.process_index for device in mesh.devices.flat}) < jax.process_count()
+    if own or not several() or not hasattr(stream, "among"):
+        return stream
+    return stream.among(Processes(jax.process_index(), jax.process_count(), exchanged))
 
 
 def _even(examples: Any, batch_size: int, length: int) -> Any:

@@ -175,7 +175,7 @@ def train(
     evaluated = apply_fn if config.loss_chunk is None and not task.reference else stepped
     start, facts = at_start(base, adapter) if task.reference else (None, {})
     program, tx = _program(stepped, evaluated, base, feed, valid_data, config, task, placement, start, also_train)
-    batches = feed.iterate(program.steps)
+    batches = feed.iterate(program.steps, placement.mesh)
     with contextlib.ExitStack() as stack:
         stack.enter_context(claimed(folder, config, resume, overwrite))
         stack.enter_context(placement.context())
