@@ -62,6 +62,23 @@ def test_a_step_is_compiled_for_chips_that_are_not_here(folder, topology, mesh):
     assert dict(os.environ) == before
 
 
+@pytest.mark.parametrize(("remat", "times"), [("full", 3), ("lean", 2)])
+def test_little_more_is_sent_than_the_weights(tmp_path, remat, times):
+    """Those of a layer are needed forward and backward, and by full remat's recomputation too; the head's once.
+
+    Without constraints the head and the logits are sent for each of the eight chunks: 2.1 and 2.9 times as much.
+    """
+    shape = SHAPE | {"vocab_size": 16384}
+    LlamaConfig(**shape, dtype="bfloat16").save_pretrained(tmp_path)
+    train = TrainConfig(batch_size=8, max_length=512, loss_chunk=64)
+    own = plan(tmp_path, LORA, train, topology="v6e:2x4", mesh="fsdp=8", remat=remat).per_chip
+    width, mlp, layers = (shape[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers"))
+    layer, head = 4 * width**2 + 3 * width * mlp, shape["vocab_size"] * width
+    needed = 2 * (times * layers * layer + head)
+    sent = sum(kind["bytes"] for kind in own["collectives"].values())
+    assert 0.5 * needed < sent < 1.3 * needed
+
+
 @pytest.mark.parametrize("scheme", ["nf4", "int4", "int8", "fp8"])
 def test_no_stack_of_a_quantized_base_is_alive_in_sixteen_bits(tmp_path, scheme):
     """Neither for the backward pass nor ahead of the scan; the arguments are in few bits too."""
