@@ -492,6 +492,17 @@ def test_a_search_goes_on_after_what_does_not_compile(cut, monkeypatch):
     ]
 
 
+def test_a_search_notes_what_a_plan_sends_where_that_is_known(cut, monkeypatch):
+    """A compiler that refuses what doesn't fit has no program to read it from."""
+    said = []
+    monkeypatch.setattr(command, "_print", said.append)
+    refused = cut.found | {"per_chip": cut.found["per_chip"] | {"collectives": None}}
+    for found in (cut.found, refused):
+        command._note(dataclasses.replace(cut, found=found, capacity=2**40))
+    assert re.fullmatch(r"fsdp=8, remat none: [\d.]+ [KM]iB of a chip, fits; [\d.]+ [KM]iB sent", said[0])
+    assert said[1] == said[0].split(";")[0]
+
+
 def test_a_search_on_one_device_has_no_mesh(one, monkeypatch):
     """With one, a CPU wouldn't choose chunks by itself."""
     asked = []

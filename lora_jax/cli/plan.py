@@ -95,7 +95,8 @@ def _row(found: Plan) -> tuple[str, ...]:
 def _note(found: Plan) -> None:
     mesh, remat, chunk, total, verdict, _, sent = _row(found)
     chunks = f", loss chunk {chunk}" if chunk else ""
-    _print(f"{mesh}, remat {remat}{chunks}: {total} of a chip, {verdict}; {sent} sent")
+    sends = "" if found.per_chip["collectives"] is None else f"; {sent} sent"
+    _print(f"{mesh}, remat {remat}{chunks}: {total} of a chip, {verdict}{sends}")
 
 
 def _print(line: str) -> None:
