@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from model_cases import CASES
 from safetensors.numpy import load_file, save_file
+from test_processes import free_port
 from transformers import BertConfig, LlamaConfig
 
 import lora_jax
@@ -242,3 +243,31 @@ def test_a_merge_takes_less_than_two_shards(larger):
 @pytest.mark.slow
 def test_loading_holds_the_weights_once(larger):
     assert peak("held", larger) < larger[2] + SHARD // 2
+
+
+SHARE = """
+jax.distributed.initialize(sys.argv.pop(), 2, int(sys.argv.pop()))
+mesh = jax.make_mesh((2,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+
+def held(model):
+    return models.load(model, mesh=mesh)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_holds_its_share_and_one_tensor(larger):
+    """Of a model that two processes have a half each of."""
+    before, after = MEASURE.split("def resident", 1)
+    program = f"import jax\n{before}{SHARE}\ndef resident{after}"
+    where = f"127.0.0.1:{free_port()}"
+    plain = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "NPROC")}
+    run = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, "held", *larger[:2], str(number), where], stdout=subprocess.PIPE, env=plain
+        )
+        for number in range(2)
+    ]
+    tensor = 4 * LARGE["vocab_size"] * LARGE["hidden_size"]
+    for process in run:
+        assert int(process.communicate(timeout=300)[0].splitlines()[-1]) < larger[2] // 2 + tensor
+        assert process.returncode == 0
