@@ -14,7 +14,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from lora_jax import data
-from lora_jax._tables import Vocabulary
 from lora_jax.data._stream_examples import Processes
 from lora_jax.train import TrainConfig, _feed, train
 from lora_jax.train._feed import Feed
