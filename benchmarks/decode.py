@@ -16,8 +16,7 @@ program's text, and their bytes; those inside fused products are not counted. Co
 each merged and adapted; `--profile` prints an unrolled token's longest kernels. The floor is one read of the weights:
 2.5 GB of the 1B shape, 0.52 ms at an H200's 4.8 TB/s. With `scan`, and the cache as it was then, an H200 did 379
 tokens/s for one prompt and 4,943 for 16, adapted, and PEFT merged with a static cache 404 and 4,201. Now it does 15,274
-for 16, and 15,661 merged (jax 0.11.2, --tokens 64 --forms unrolled); for one 715 and 733, measured when the products
-with B weren't sums yet.
+for 16, and 15,661 merged (jax 0.11.2, --tokens 64 --forms unrolled); for one 734 and 735.
 """
 
 import argparse

@@ -43,8 +43,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax_worker import ceiling
 from step import RANKS, SHAPES, TARGETS, Row, card
-from step_ours import ceiling
 
 import lora_jax
 from lora_jax import models
