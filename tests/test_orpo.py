@@ -72,7 +72,7 @@ def test_losses_gradients_and_metrics_are_trls(expected, tmp_path):
         assert abs(float(value) - theirs) <= 1e-5 * abs(theirs)
         np.testing.assert_allclose(metrics, expected[f"{number}/metrics/float64"], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(loss, np.mean([value for value, _ in each]), rtol=1e-6)
-    ours = by_name(model, params, gradients)
+    ours = by_name(model, params, gradients, tmp_path / "gradients")
     sides = [{name: expected[f"gradient/{dtype}/{name}"] for name in ours} for dtype in ("float32", "float64")]
     assert_agrees(ours, *sides)
     assert sum(name.startswith("gradient/float64/") for name in expected) == len(ours)
