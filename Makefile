@@ -38,8 +38,8 @@ docs: .venv/.docs  ## the site, in build/site; any warning is an error
 	$(BIN)/python -m doctest docs/site/hooks.py docs/site/griffe_extension.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-tpu: .venv/.tpu  ## plans for TPU topologies, compiled with libtpu; no TPU is needed
-	$(BIN)/python -m pytest --tpu tests/test_plan_tpu.py
+tpu: .venv/.tpu  ## plans for TPU topologies and a step beside one by hand, compiled with libtpu; no TPU is needed
+	$(BIN)/python -m pytest --tpu tests/test_plan_tpu.py tests/test_step_cost.py
 
 mutants: .venv/.test  ## faults put into the core one at a time, each of which a test must find; 5 minutes on two cores
 	$(BIN)/python tests/mutate.py
