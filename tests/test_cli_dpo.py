@@ -86,7 +86,7 @@ def test_orpo_through_the_command_line(world):
             ("--objective", "dpo", "--format", "alpaca"),
             "objective: dpo given with the format alpaca, expected",
         ),
-        (("--beta", "0.2"), "beta: 0.2 given without an objective, which alone uses it; expected dpo too"),
+        (("--beta", "0.2"), "beta: 0.2 given without an objective, which alone uses it; expected dpo or orpo too"),
         (
             ("--objective", "dpo", "--rejected-column", "bad"),
             "{data}:1: no column 'bad'; the columns are pr",

@@ -1,6 +1,7 @@
 """Rows that are read as they are needed: every row in each pass, in an order of the seed, gone on with exactly."""
 
 import json
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -117,6 +118,37 @@ def in_step(count, run):
 
     with ThreadPoolExecutor(count) as pool:
         return list(pool.map(one, range(count)))
+
+
+class Failing(Letters):
+    """Fails at one text, in a way that isn't a refusal of the row."""
+
+    def __call__(self, text, *, add_special_tokens):
+        if texts()[COUNT // 2] in text:
+            raise KeyError("unknown")
+        return super().__call__(text, add_special_tokens=add_special_tokens)
+
+
+def message(rows):
+    with pytest.raises(ValueError, match=r"\S") as found:
+        taken(iter(rows), 2 * COUNT)
+    return str(found.value)
+
+
+def test_an_error_of_one_tokenizer_is_raised_by_all(path):
+    failed = in_step(3, lambda processes: message(stream(path, tokenizer=Failing()).among(processes)))
+    assert len(set(failed)) == 1
+    assert re.fullmatch(r".*train\.\w+.*: KeyError: 'unknown'", failed[0])
+
+
+def test_an_error_of_one_file_ends_all(tmp_path):
+    lines = [json.dumps({"text": text}) for text in texts()]
+    paths = tmp_path / "good.jsonl", tmp_path / "bad.jsonl"
+    for path, last in zip(paths, (lines[-1], '{"text": 5}'), strict=True):
+        path.write_text("\n".join([*lines[:-1], last]))
+    failed = in_step(2, lambda processes: message(stream(paths[processes.index], buffer_size=1).among(processes)))
+    assert re.fullmatch(r"stream: the processes read \d+, \d+ rows at one place, .*give all the same files", failed[0])
+    assert "bad.jsonl" in failed[1]
 
 
 def test_processes_tokenise_their_shares(path, monkeypatch):

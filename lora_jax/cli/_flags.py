@@ -103,10 +103,13 @@ def types(kind: Any) -> Iterator[tuple[str, Any]]:
 
 def _check_lists(kind: Any, words: Sequence[str]) -> None:
     """Refuse a flag of several values that is given twice: tyro would take the last one's alone."""
-    given = collections.Counter(word.split("=")[0] for word in words if word.startswith("--"))
+    given = collections.Counter(word.split("=")[0].replace("_", "-") for word in words if word.startswith("--"))
     for name, hint in types(kind):
         flag = f"--{name.replace('_', '-')}"
-        if given[flag] > 1 and get_origin(hint) is tuple and name not in REPEATED:
+        several = any(
+            get_origin(one) is tuple for one in (hint, *get_args(hint))
+        )  # tuple[X, ...], with None or without
+        if given[flag] > 1 and several and name not in REPEATED:
             raise ValueError(f"{flag}: given {given[flag]} times, expected once, before all its values: {flag} A B")
 
 

@@ -110,33 +110,57 @@ class _Iterator(grain.DatasetIterator[Example]):
 
 
 def _share(reads: list[_Read], encoder: Encoder, processes: Processes) -> list[_Read]:
-    """The rows with what is made of them: each process tokenises every so-manyth, and hears of the others'."""
+    """The rows with what is made of them: each process tokenises every so-manyth, and hears of the others'.
+
+    Whatever goes wrong in one process is sent, so that all raise it and none waits for another.
+
+    Raises:
+        ValueError: The processes have read different numbers of rows.
+    """
     rows = [read for read in reads if read.error is None]
-    own = [encoder.tokenize(read.found) for read in rows[processes.index :: processes.count]]
-    parts = [_unpacked(data) for data in processes.exchange(_packed(own))]
+    own = [_tokenized(encoder, read.found) for read in rows[processes.index :: processes.count]]
+    counts, parts = zip(*map(_unpacked, processes.exchange(_packed(own, len(rows)))), strict=True)
+    if len(set(counts)) > 1:
+        for read in reads[len(rows) :]:
+            if not isinstance(read.error, StopIteration):
+                assert read.error is not None
+                raise read.error
+        raise ValueError(
+            f"stream: the processes read {', '.join(map(str, counts))} rows at one place, expected as many in each;"
+            " give all the same files"
+        )
     made = [parts[number % processes.count][number // processes.count] for number in range(len(rows))]
     return [read._replace(made=one) for read, one in zip(rows, made, strict=True)] + reads[len(rows) :]
 
 
-def _packed(made: Sequence[Tokenized]) -> bytes:
-    """Bytes of tokenised rows: the sizes as a line of JSON, then all tokens, then all targets."""
+def _tokenized(encoder: Encoder, found: Any) -> Tokenized:
+    """What the encoder makes of a row, or its error as the reason to refuse the row."""
+    try:
+        return encoder.tokenize(found)
+    except Exception as error:
+        return Tokenized(None, refused=f"{found[0]}: {type(error).__name__}: {error}")
+
+
+def _packed(made: Sequence[Tokenized], rows: int) -> bytes:
+    """Bytes of tokenised rows: the number of all rows and the sizes as a line of JSON, then tokens, then targets."""
     kept = [one.example for one in made if one.example is not None]
     sizes = [None if one.example is None else len(one.example.input_ids) for one in made]
-    line = json.dumps([sizes, [one.unfound for one in made], [one.refused for one in made]])
+    line = json.dumps([rows, sizes, [one.unfound for one in made], [one.refused for one in made]])
     parts = [np.asarray(example.input_ids, np.int32).tobytes() for example in kept]
     parts += [np.asarray(example.targets, bool).tobytes() for example in kept]
     return b"".join([line.encode(), b"\n", *parts])
 
 
-def _unpacked(data: bytes) -> list[Tokenized]:
-    """
+def _unpacked(data: bytes) -> tuple[int, list[Tokenized]]:
+    """Read what `_packed` wrote: the number of all rows, and those that were tokenised.
+
     >>> row = Tokenized(Example(np.array([5, 9], np.int32), np.array([False, True])))
-    >>> _, found = _unpacked(_packed([Tokenized(None, unfound=True), row]))
-    >>> found.example.input_ids.tolist(), found.example.targets.tolist()
-    ([5, 9], [False, True])
+    >>> count, (_, found) = _unpacked(_packed([Tokenized(None, unfound=True), row], 4))
+    >>> count, found.example.input_ids.tolist(), found.example.targets.tolist()
+    (4, [5, 9], [False, True])
     """
     end = data.index(b"\n") + 1
-    sizes, unfound, refused = json.loads(data[:end])
+    rows, sizes, unfound, refused = json.loads(data[:end])
     total = sum(size or 0 for size in sizes)
     ids = np.frombuffer(data, np.int32, total, end).copy()
     targets = np.frombuffer(data, bool, total, end + 4 * total).copy()
@@ -144,4 +168,4 @@ def _unpacked(data: bytes) -> list[Tokenized]:
     for size, *rest in zip(sizes, unfound, refused, strict=True):
         cut = slice(place, place := place + (size or 0))
         found.append(Tokenized(None if size is None else Example(ids[cut], targets[cut]), *rest))
-    return found
+    return rows, found

@@ -226,9 +226,11 @@ class TrainConfig:
 
     def _check_objective(self) -> None:
         """Refuse settings that the objective doesn't use."""
-        for name in ("beta", "loss_type", "label_smoothing"):
+        for name, users in (("beta", "dpo or orpo"), ("loss_type", "dpo"), ("label_smoothing", "dpo")):
             if self.objective is None and (given := getattr(self, name)) != getattr(type(self), name):
-                raise ValueError(f"{name}: {given} given without an objective, which alone uses it; expected dpo too")
+                raise ValueError(
+                    f"{name}: {given} given without an objective, which alone uses it; expected {users} too"
+                )
         for name in ("loss_type", "label_smoothing"):
             if self.objective == "orpo" and (given := getattr(self, name)) != getattr(type(self), name):
                 raise ValueError(f"{name}: {given} given for orpo, which has none, expected dpo; leave it out")

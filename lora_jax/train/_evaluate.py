@@ -64,7 +64,7 @@ def evaluate(
         examples: Tokenised examples, at least one.
         batch_size: Examples computed at once; it doesn't change the result.
         task: The loss and the metrics; defaults to `task_of(examples)`. Preferences need `dpo()` or `orpo()`.
-        reference: The parameters of the reference model for preferences; defaults to `params` without LoRA nodes.
+        reference: The parameters of the reference model for `dpo()`; defaults to `params` without LoRA nodes.
         mesh: The devices to compute on, as for `train`.
         rules: Other axes of the mesh for the names of the model's axes, as for `train`.
         console: Shows the progress, as for `train`. None shows nothing.
@@ -88,6 +88,8 @@ def evaluate(
     apply_fn, params = placement.apply_fn, placement.params
     check_examples(apply_fn, params, {"example": examples}, batch_size)
     task = task or task_of(examples)
+    if task.reference is None and reference is not None:
+        raise ValueError("reference: given for a task that compares with none, expected dpo(); leave it out")
     if task.reference is not None and reference is None:
         reference = _base_of(params)
     elif reference is not None:

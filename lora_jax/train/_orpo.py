@@ -23,7 +23,7 @@ def orpo_loss(outputs: Array, batch: dict[str, Array], *, beta: float = 0.1) -> 
         outputs: Logits [2 · batch, length, vocabulary], or the tokens' losses, as for `next_token_loss`; rows 2i and
             2i + 1 are the two texts of example i.
         batch: `input_ids` and `attention_mask` int [batch, 2, length], and `loss_weights` float [batch, 2, length], 1
-            at the tokens of the answers. A pair whose weights are all 0 isn't counted.
+            at the tokens of the answers. A pair with an answer of no weight isn't counted.
         beta: β, the weight of the odds ratio; the paper's λ.
 
     Returns:

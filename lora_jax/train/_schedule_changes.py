@@ -56,6 +56,9 @@ def refusal(saved: Mapping[str, Any], config: TrainConfig, step: int, examples: 
     """
     given = dataclasses.asdict(config)
     changed = {name: saved[name] for name in SCHEDULE if name in saved and saved[name] != given[name]}
+    if changed and (total := config.total_steps(examples)) < step:
+        name = "num_train_epochs" if config.max_steps is None else "max_steps"
+        return f"setting {name}: {given[name]} given, {total} steps, but the checkpoint has done {step}; give more"
 
     def refused_alone(name: str) -> bool:
         try:
