@@ -194,6 +194,21 @@ def test_an_end_token_in_place_of_another_end(learned):
     assert learned(template, *ROW, loss="last") == (["no</s>"], {})
 
 
+@pytest.mark.parametrize("said", [call(1), call(1) | {"content": "let me look"}])
+def test_a_turn_that_ends_with_its_calls_keeps_its_end(learned, said):
+    """Its content isn't what stands before the end."""
+    calls = "{{ m.content or '' }}{% for c in m.tool_calls or [] %}<call>{{ c.function.name }}</call>{% endfor %}"
+    template = ENDS.replace("LAST", "m.role == 'assistant' and loop.last and not add_generation_prompt")
+    assert "{{ m.content }}" in template
+    template = template.replace("{{ m.content }}", calls)
+    texts, counts = learned(template, user("a?"), said, RESULT, answer("3"))
+    assert texts == [f"{said['content'] or ''}<call>add</call><|end|>", "3</s>"]
+    assert counts == {"rewritten": 1}
+    prompted = template.replace(" and not add_generation_prompt", "")
+    texts, counts = learned(prompted, user("a?"), said, RESULT, answer("3"))
+    assert counts == {"rewritten": 1, "unended": 1}
+
+
 def test_an_end_that_the_last_turn_lacks_is_learned(learned):
     assert learned(OPEN, *ROW)[0] == ["yes</s>", "no\n</s>"]
     plain = CHAT.replace("{{ eos_token }}", "")

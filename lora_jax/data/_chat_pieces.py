@@ -81,7 +81,8 @@ def chat_pieces(row: Chat, tokenizer: Any, number: int, budget: Budget, loss: Lo
             pieces += [(whole[end : found.start], False), (said, True)]
             text = said if found.reasoned else whole[max(end, found.start - HEADER) : found.stop]
             incomplete |= not _has_all(_without_space(text), messages[turn])
-            unended |= found.rewritten and found.stop < len(whole) and is_open(said, messages[turn])
+            lacks = found.unended or (found.rewritten and is_open(said, messages[turn]))
+            unended |= lacks and found.stop < len(whole)
             end = found.stop
             learned.append(found)
     if end < len(whole) or not pieces:

@@ -25,6 +25,7 @@ class Turn(NamedTuple):
     rewritten: bool = False  # the turn has another text while it is the last
     unprompted: bool = False  # the text before it has only the beginning of the generation prompt
     reasoned: bool = False  # the text before it has reasoning of the message, which isn't of the generation prompt
+    unended: bool = False  # the last turn's end was left out, and it isn't known which end this one has
 
 
 def find(whole: str, messages: Messages, turn: int, render: Render, end_token: str = "") -> Turn | None:
@@ -53,10 +54,16 @@ def find(whole: str, messages: Messages, turn: int, render: Render, end_token: s
     start = None if asked is None else _length(whole, asked)
     stop = None if said is None else _length(whole, said, end_token)
     unprompted, rewritten = start is None, stop is None
-    if stop is not None and is_open(whole[:stop], messages[turn]):
-        cut = said is not None and not whole.startswith(said)
+    cut = stop is not None and said is not None and not whole.startswith(said)
+    unended = False
+    if stop is not None and (cut or is_open(whole[:stop], messages[turn])):
         closed = _closed(whole, stop, asked, shown, render, end_token)
-        stop, rewritten = (None if cut else stop, cut) if closed is None else (closed, cut and closed > stop)
+        if closed is not None:
+            stop, rewritten = closed, cut and closed > stop
+        elif cut and is_open(whole[:stop], messages[turn]):
+            stop, rewritten = None, True
+        else:  # after calls, or nothing, it isn't known what closes the turn
+            rewritten = unended = cut
     mark = mark_for(whole) if stop is None or unprompted else ""
     reasoned = False
     for number, other in enumerate(_marked(messages[turn], mark)) if mark else ():
@@ -74,7 +81,7 @@ def find(whole: str, messages: Messages, turn: int, render: Render, end_token: s
             stop = _marked_stop(whole, end, asked, [*messages[:turn], other], render, end_token, mark)
     if start is None or stop is None or start >= stop:
         return None
-    return Turn(start, stop, rewritten, unprompted, reasoned)
+    return Turn(start, stop, rewritten, unprompted, reasoned, unended)
 
 
 class _Place(NamedTuple):
@@ -99,7 +106,7 @@ def find_all(
     the others are at the same distances from the texts around them. Where the three disagree, where the text has the
     texts around a turn at several places, or has a turn's mark not once, each is found by `find`.
 
-    Args: as for `find`, which takes one turn.
+    The arguments are those of `find`, which takes one turn.
     """
     found = {}
     places = _places(whole, messages, render) if len(turns) > FEW else {}
