@@ -189,9 +189,10 @@ def test_one_process_fails_alone(words, tmp_path):
     """Its own line and exit code, and no page of C++; the other misses it."""
     damaged = tmp_path / "rows.jsonl"
     damaged.write_text('{"prompt": 3')
-    given = [*words, "--output", str(tmp_path / "out")]
-    program = ("-c", IMPATIENT)
-    run = Together(given, tmp_path, devices=1, program=program, own=((), ("--data", str(damaged))))
+    at = words.index("--data")
+    given = [*words[:at], *words[at + 2 :], "--output", str(tmp_path / "out")]
+    program, own = ("-c", IMPATIENT), (words[at : at + 2], ("--data", str(damaged)))
+    run = Together(given, tmp_path, devices=1, program=program, own=own)
     assert run.wait() == [-signal.SIGABRT, 2], run.errors
     said = [[line for line in text.splitlines() if "[Gloo]" not in line] for text in run.errors]
     assert said[0][-1].startswith("lora-jax: process 0 of 2 ends, because process 1 has ended; ")
@@ -301,10 +302,10 @@ def test_the_watchdog_runs_by_its_path_alone():
 @pytest.mark.slow
 def test_streamed_and_packed_rows_are_those_of_one_process(words, tmp_path):
     """Tokenised by both, from two sets; one process goes on from their position."""
-    folder = Path(words[words.index("--data") + 1])
-    sets = ["--data", str(folder), str(folder / "train.jsonl"), "--data-weights", "2", "1"]
+    at = words.index("--data") + 1
+    sets = [words[at], str(Path(words[at]) / "train.jsonl"), "--data-weights", "2", "1"]
     packed = ["--streaming", "--packing", "--max-length", "64", "--shuffle-buffer", "100"]
-    given = [*words, *sets, *packed, "--save-steps", "2"]
+    given = [*words[:at], *sets, *words[at + 1 :], *packed, "--save-steps", "2"]
     together, one = tmp_path / "together", tmp_path / "one"
     halved = [*given, "--max-steps", "2", "--lr-scheduler-type", "constant", "--output", str(together)]
     run = Together([*halved, "--mesh", "data=2,fsdp=4"], tmp_path)
