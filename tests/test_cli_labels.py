@@ -364,7 +364,8 @@ def test_a_label_of_valid_that_train_lacks(world, tmp_path, refused):
 def test_peft_gives_the_same_logits(tmp_path, config_class, architecture, targets):
     base, out = encoder(tmp_path / "base", config_class, architecture), tmp_path / "out"
     rows = write_rows(tmp_path / "rows.jsonl", ["a", "b", "c"])
-    settings = (*TRAIN, "--targets", *targets, "--learning-rate", "0.1")
+    at = TRAIN.index("--targets") + 1
+    settings = (*TRAIN[:at], *targets, *TRAIN[at + 2 :], "--learning-rate", "0.1")
     call("train", "--model", base, "--data", rows, "--output", out, *settings)
     model = models.load(base, labels=("a", "b", "c"))
     axes = lora_jax.kernel_axes(model.apply, model.params, jnp.ones((1, 4), jnp.int32))
