@@ -172,7 +172,7 @@ def test_another_peak_holds_from_the_checkpoint_on(finished, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"max_steps": 4}, "setting max_steps: 8 in the checkpoint, 4 here"),
+        ({"max_steps": 4}, "setting max_steps: 4 given, 4 steps, but the checkpoint has done 8; give more"),
         ({"lr_scheduler_type": "linear"}, "setting lr_scheduler_type: constant in the checkpoint, linear here"),
     ],
 )
