@@ -301,6 +301,27 @@ def test_adapters_together_call_cudnn(layers, shared, cudnn):
     assert [x.shape for x in jax.tree.leaves(grads)] == [x.shape for x in jax.tree.leaves(lanes)]
 
 
+@pytest.mark.parametrize("layers", few(["scan", "unrolled"], ["scan"]))
+def test_packed_rows_under_vmap_are_refused_by_cudnn_only(layers, cudnn):
+    segments = jnp.ones((2, LENGTH), jnp.int32)
+
+    def losses(**choices):
+        model = models.init(jax.random.key(0), CONFIGS["llama"], jnp.bfloat16, layers=layers, **choices)
+        loss = lambda params, ids: model.apply(params, ids, segment_ids=segments).astype(jnp.float32).sum()
+        lanes = jax.tree.map(lambda x: jnp.stack([x, x]), model.params)
+        return lambda params_axis, ids_axis: jax.eval_shape(
+            jax.vmap(jax.grad(loss), in_axes=(params_axis, ids_axis)),
+            model.params if params_axis is None else lanes,
+            segments if ids_axis is None else jnp.stack([segments, segments]),
+        )
+
+    on_cuda, by_xla = losses(platform="cuda"), losses(platform="cuda", attention="xla")
+    for axes in ((0, None), (None, 0)):
+        with pytest.raises(ValueError, match=r"'cudnn' given for packed rows under vmap.*; give attention 'xla'"):
+            on_cuda(*axes)
+        assert by_xla(*axes)
+
+
 def test_kernel_axes_sees_through_cudnn(cudnn):
     ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
     axes = [

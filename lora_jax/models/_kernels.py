@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_batching import custom_vmap
 
 from lora_jax.models._execution import SAVED
 
@@ -130,13 +131,17 @@ def blockwise(q, k, v, mask, *, causal: bool, scale: float, softcap: float | Non
 def cudnn(q, k, v, lengths=None, segments=None, *, causal: bool, scale: float, window: int | None = None) -> jax.Array:
     """cuDNN's flash attention, for CUDA and 16-bit floats.
 
-    Segments are a mask, [B, 1, T, T], which JAX's call adds to the scores. JAX's rule for `vmap` doesn't allow one.
+    Segments are a mask, [B, 1, T, T], which JAX's call adds to the scores.
 
     Args:
         lengths: The number of real tokens of each row, which are first, int32[B]; None if all are real.
         window: The number of keys that a query attends to, the last of which is its own; None for all keys before it.
+
+    Raises:
+        ValueError: There are segments, and the call is under `vmap`.
     """
     if segments is not None:
+        segments = _never_batched(segments, [x[:, 0, 0, 0].astype(jnp.int32) for x in (q, k, v)])
         allowed = segments[:, None, :, None] == segments[:, None, None, :]
         if window is not None:
             places = jnp.arange(q.shape[1])
@@ -157,6 +162,20 @@ def cudnn(q, k, v, lengths=None, segments=None, *, causal: bool, scale: float, w
         key_value_seq_lengths=lengths,
         local_window_size=None if window is None else (window - 1, 0),
         implementation="cudnn",
+    )
+
+
+@custom_vmap
+def _never_batched(segments, others) -> jax.Array:
+    """Return the segments; an error where they or the others are batched by `vmap`, for whose masks JAX has no rule."""
+    return segments
+
+
+@_never_batched.def_vmap
+def _refuse_batches(*_) -> Any:
+    raise ValueError(
+        "attention: 'cudnn' given for packed rows under vmap, but cuDNN's kernel takes their mask in no vmap; give"
+        " attention 'xla' (models.load and models.init take it), or a loop (jax.lax.map) over what vmap batches"
     )
 
 
