@@ -17,7 +17,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from lora_jax import data
 from lora_jax.cli import _rows
-from lora_jax.data import Chat, Completion, Loss, Preference, _stream
+from lora_jax.data import Chat, Completion, Loss, Preference, _encoder
 from lora_jax.data._call_forms import with_content
 from lora_jax.data._chat_pieces import _has_any
 from lora_jax.data._encode import COUNTED
@@ -417,7 +417,7 @@ def test_a_row_without_an_answer_in_its_text_is_left_out(tokenizer):
 
 
 def test_a_stream_without_an_answer_in_its_texts_names_the_template(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(_stream, "MOST_WITHOUT_TARGET", 3)
+    monkeypatch.setattr(_encoder, "MOST_WITHOUT_TARGET", 3)
     tokenizer.chat_template = CHAT.replace("{{ m.content }}", "{{ m.content if m.role == 'user' }}")
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"messages": [user("a?"), answer("yes")]}) + "\n")

@@ -2,6 +2,7 @@
 
 import ast
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,10 @@ TREE = {
 NUMBER_FORMAT = {f"lora_jax.{name}" for name in ("_axes", "_quantize.node", "_quantize.codes", "_quantize.placement")}
 
 
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+
+
 def group_of(module: str) -> str:
     """`lora_jax._forward.layout` and `lora_jax.models.llama` belong to `_forward` and `models`."""
     parts = module.split(".")
@@ -103,16 +108,20 @@ def group_of(module: str) -> str:
     return "_tree" if parts[1] in TREE else parts[1]
 
 
-def imports_of(path: Path, source: str | None = None) -> set[str]:
-    """Absolute dotted names of all that `path` imports, anywhere in the file."""
-    package = ".".join(path.relative_to(PACKAGE.parent).parent.parts)
-    found = set()
+def tree_of(path: Path, source: str | None = None) -> ast.Module:
     tree = ast.parse(path.read_text() if source is None else source)
     if path == PACKAGE / "__init__.py":  # the namespaces, which type checkers alone import
         tree.body = [
             node for node in tree.body if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
         ]
-    for node in ast.walk(tree):
+    return tree
+
+
+def imports_of(path: Path, source: str | None = None) -> set[str]:
+    """Absolute dotted names of all that `path` imports, anywhere in the file."""
+    package = ".".join(path.relative_to(PACKAGE.parent).parent.parts)
+    found = set()
+    for node in ast.walk(tree_of(path, source)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -124,7 +133,7 @@ def imports_of(path: Path, source: str | None = None) -> set[str]:
 
 
 def broken_arrows(path: Path, source: str | None = None) -> list[str]:
-    module = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+    module = module_of(path)
     group = group_of(module)
     layers, packages = GROUPS[group]
     broken = []
@@ -173,3 +182,32 @@ def test_modules_import_one_another_at_the_top():
                 names += [node.module or "."] if isinstance(node, ast.ImportFrom) else []
                 hidden += [f"{path.name}: {name}" for name in names if name.split(".")[0] in ("lora_jax", "")]
     assert hidden == []
+
+
+def imported_modules(path: Path, modules: set[str], source: str | None = None) -> set[str]:
+    """The modules of ours that `path` imports, by statements or by name."""
+    found = set()
+    for node in ast.walk(tree_of(path, source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):  # `from lora_jax.cli import _base` imports the module `_base`
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in modules else node.module for name in names}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            found |= {argument.value for argument in node.args if isinstance(argument, ast.Constant)}
+    return found & modules - {module_of(path)}
+
+
+def imports_in_order(sources: dict[Path, str]) -> list[str]:
+    """All modules after those that they import, with other sources of some files."""
+    modules = {module_of(path) for path in MODULES}
+    imports = {module_of(path): imported_modules(path, modules, sources.get(path)) for path in MODULES}
+    return list(TopologicalSorter(imports).static_order())
+
+
+def test_no_module_imports_itself_through_others():
+    """Imports by name inside functions count too: Python doesn't see their cycles."""
+    assert len(imports_in_order({})) == len(MODULES)
+    lazy = "def f():\n    importlib.import_module('lora_jax.data._stream')"
+    with pytest.raises(CycleError):
+        imports_in_order({PACKAGE / "data" / "_encoder.py": lazy})

@@ -9,7 +9,7 @@ import grain
 import numpy as np
 
 from lora_jax.data._encode import Example
-from lora_jax.data._stream import Encoder, Tokenized
+from lora_jax.data._encoder import Encoder, Tokenized
 
 EACH = 32  # rows that a process tokenises before it shares them
 
