@@ -360,6 +360,16 @@ def test_a_turn_that_a_template_treats_otherwise_is_found_alone():
     assert find_all(whole, messages, turns, render) == [find(whole, messages, turn, render) for turn in turns]
 
 
+def test_a_turn_that_begins_with_the_prompts_end_is_found_alone():
+    """The generation prompt ends in a word that only the text of this turn has after it."""
+    render, _ = rendering(CHAT + "{% if add_generation_prompt %}Well, {% endif %}")
+    messages = [turn for i in range(16) for turn in (user(f"{i}?"), answer(f"{'Well, ' * (i == 5)}it is {i}"))]
+    whole, turns = render(messages, False), range(1, 32, 2)
+    found = find_all(whole, messages, turns, render)
+    assert found == [find(whole, messages, turn, render) for turn in turns]
+    assert [turn for turn, at in zip(turns, found, strict=True) if at and not at.unprompted] == [11]
+
+
 # --- content of None -------------------------------------------------------------------------------------------------
 
 
