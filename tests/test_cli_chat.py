@@ -96,7 +96,8 @@ def typed(said, folder, monkeypatch):
 def test_each_line_that_is_piped_is_a_turn(said, folder, answered):
     code, out, _ = said("chat", "--model", folder, "--system", "be brief", *SHORT, given="hi\n\nand more\n")
     first = answered("sbe brief", "uhi")
-    assert (code, out) == (0, f"{first}\n{answered('sbe brief', 'uhi', 'a' + first, 'uand more')}\n")
+    second = answered("sbe brief", "uhi", f"a{first}", "uand more")
+    assert (code, out) == (0, f"{first}\n--- 2: and more\n{second}\n")
 
 
 def test_a_conversation_at_a_terminal(typed, answered):

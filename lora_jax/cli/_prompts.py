@@ -85,9 +85,18 @@ def show_completions(prompts: Sequence[str], texts: Sequence[str], as_json: bool
         elif len(prompts) == 1:
             print(text)
         else:
-            first = " ".join(prompt.split())
-            print(f"--- {number} of {len(prompts)}: {first if len(first) <= SHOWN else first[:SHOWN] + '...'}")
+            print(mark(f"{number} of {len(prompts)}", prompt))
             print(text)
+
+
+def mark(number: str, prompt: str) -> str:
+    """The line above a text that tells it from the one before.
+
+    >>> mark("2 of 3", "columns: a\\nquestion: how many?")
+    '--- 2 of 3: columns: a question: how many?'
+    """
+    first = " ".join(prompt.split())
+    return f"--- {number}: {first if len(first) <= SHOWN else first[:SHOWN] + '...'}"
 
 
 def print_stream(pieces: Iterator[str], *, interruptible: bool = False) -> str:

@@ -23,7 +23,8 @@ class Settings:
     """Talk with a model, with or without an adapter, by its chat template.
 
     /exit or Ctrl-D ends the conversation, /clear begins a new one, and Ctrl-C ends an answer. If standard input is not
-    a terminal, each line of it is a turn, and the answers alone go to standard output.
+    a terminal, each line of it is a turn, and the answers alone go to standard output: the first alone, each further
+    one below a line with its number and turn.
     """
 
     adapter: Path | None = None
@@ -45,7 +46,9 @@ def run(settings: Settings) -> None:
     model = base.load(mesh=settings.base.devices(1))
     answers = _Answers(model, _base.with_adapter(model, settings.adapter), settings)
     if not sys.stdin.isatty():
-        for text in _prompts.lines():
+        for number, text in enumerate(_prompts.lines(), 1):
+            if number > 1:  # it isn't known whether a line follows the first one, whose answer may be waited for
+                print(_prompts.mark(str(number), text), flush=True)
             answers.to(text)
         return
     _show.notes().print(f"{EXIT} or Ctrl-D ends the conversation, {CLEAR} begins a new one, Ctrl-C ends an answer")
