@@ -145,9 +145,7 @@ def test_conversations_that_are_none(load, row, message):
 
 def test_a_completion_with_a_label_may_be_a_bad_one(load):
     row = {"prompt": "p", "completion": "c", "label": False}
-    with pytest.raises(
-        ValueError, match=r"rows.jsonl:1: keys prompt, completion, label; accepted are .*name the columns"
-    ):
+    with pytest.raises(ValueError, match=r'rows.jsonl:1: a "label" beside "prompt" and "completion", .*name the colu'):
         load(row)
     columns = {"prompt": "prompt", "completion": "completion"}
     assert load(row, columns=columns)[0] == [Completion("p", "c")]

@@ -9,12 +9,15 @@ from pathlib import Path
 from lora_jax.data._jsonl import check_file
 from lora_jax.data._rows import listed, quoted
 
+DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
+
 
 def records(path: Path, delimiter: str = ",") -> Iterator[tuple[str, dict[str, str]]]:
     """The rows as cells by column, with `file:line` of each row's beginning.
 
     Raises:
-        ValueError: It isn't UTF-8, a quotation mark is out of place, or a row has more or fewer cells than the header.
+        ValueError: It isn't UTF-8, a quotation mark is out of place, a row has more or fewer cells than the header, or
+            the header has another delimiter.
     """
     columns: list[str] | None = None
     for line, cells in _cells(path, delimiter):
@@ -45,6 +48,8 @@ def _cells(path: Path, delimiter: str) -> list[tuple[int, list[str]]]:
     try:
         for cells in reader:
             if cells:
+                if not found:
+                    _check_header(cells, delimiter, f"{path}:{begin}")
                 found.append((begin, cells))
             begin = reader.line_num + 1
     except csv.Error as error:
@@ -52,3 +57,13 @@ def _cells(path: Path, delimiter: str) -> list[tuple[int, list[str]]]:
     finally:
         csv.field_size_limit(limit)
     return found
+
+
+def _check_header(cells: list[str], delimiter: str, where: str) -> None:
+    """Refuse a header in one cell that has another character between its names, as spreadsheets may write it."""
+    other = next((mark for mark in DELIMITERS if mark != delimiter and mark in cells[0]), None)
+    if len(cells) == 1 and other is not None:
+        raise ValueError(
+            f"{where}: {DELIMITERS[other]} between the columns of the header {quoted(cells[0])}, expected"
+            f" {DELIMITERS[delimiter]}; save the file with these"
+        )

@@ -181,6 +181,11 @@ class Parser:
             self._known[keys] = _recognised(keys)
         form = self._known[keys]
         if form is None:
+            if keys.issuperset(COMPLETION.fields):
+                raise ValueError(
+                    f'{where}: a "label" beside "prompt" and "completion", which may mark bad completions; to learn all'
+                    " alike, name the columns (--prompt-column prompt --completion-column completion)"
+                )
             raise ValueError(f"{where}: keys {listed(fields)}; accepted are {accepted()}; or name the columns")
         return form, {field: field for field in form.fields}
 
