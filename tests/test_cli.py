@@ -188,11 +188,12 @@ def test_evaluate_prints_counts_of_rows_that_are_not_0(world, capsys):
 def test_evaluate_cuts_rows_as_the_run_did(world, tmp_path, capsys):
     shutil.copytree(world["out"], tmp_path / "out")
     path = tmp_path / "out" / "run.yaml"
-    path.write_text(path.read_text().replace("max_length: 512", "max_length: 6"))
+    path.write_text(path.read_text().replace("max_length: 512", "max_length: 6").replace("loss: null", "loss: last"))
     argv = ["evaluate", "--adapter", str(tmp_path / "out"), "--data", world["data"], "--json"]
     assert main(argv) == 0
     said = capsys.readouterr()
     assert f"max_length: 6, as in {path}" in said.err
+    assert "its run read rows with --loss last, not given here" in said.err
     assert json.loads(said.out)["rows_truncated"] == 12
     assert main([*argv, "--max-length", "40"]) == 0
     assert json.loads(capsys.readouterr().out)["rows_truncated"] == 0

@@ -7,7 +7,7 @@ import pytest
 from test_cli import tiny_model
 
 from lora_jax import models
-from lora_jax.cli import _base, _rows, main
+from lora_jax.cli import _base, _data, _rows, main
 from lora_jax.cli._base import Base
 from lora_jax.cli._data import DataFlags, DataSource, TrainedDataFlags
 from lora_jax.data import Text
@@ -95,6 +95,22 @@ def test_columns_by_name(tmp_path, capsys, texts, refused, model):
         ' or {"text", "label"} or {"text", "text_pair", "label"} or {"chosen", "rejected"} or {"instruction", "output"}'
         ' or {"conversations"}; or name the columns'
     )
+
+
+def test_flags_of_the_run_that_are_not_given_are_printed(tmp_path, capsys):
+    """Without the separator the loss is another one, and without the columns a file may not be read."""
+    (tmp_path / "run.yaml").write_text('prompt_column: question\nseparator: "\\n"\nloss: last\nformat: null\n')
+    for flags, left in (
+        (DataFlags(loss="last"), r"--prompt-column question --separator '\n'"),
+        (DataFlags(prompt_column="q", loss="all"), r"--separator '\n'"),
+    ):
+        _data.note_run(tmp_path, flags)
+        assert capsys.readouterr().err == f"{tmp_path}: its run read rows with {left}, not given here\n"
+    _data.note_run(tmp_path, DataFlags(prompt_column="q", separator=" ", loss="all"))
+    _data.note_run(None, DataFlags())
+    (tmp_path / "run.yaml").write_text('separator: "\\e[2J"\n')
+    _data.note_run(tmp_path, DataFlags())
+    assert capsys.readouterr().err == ""
 
 
 def test_the_form_of_rows_is_printed_once(tmp_path, capsys, texts):

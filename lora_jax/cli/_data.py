@@ -1,12 +1,13 @@
 """The `--data` flag, files and folders or GLUE's own files, and the flags on how their rows are read."""
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from lora_jax import data
-from lora_jax.cli import _show
+from lora_jax.cli import _run_file, _show
 from lora_jax.data import Labelled, Labels, Preference, Row
 from lora_jax.data._stream import first_rows, streamed_rows
 
@@ -235,6 +236,21 @@ def source_of(words: Sequence[str], flags: DataFlags = DEFAULTS) -> DataSource |
         case _ if not any(word.startswith("glue:") for word in words):
             return DataSource(tuple(map(Path, words)), flags=flags)
     raise ValueError(f"data: {' '.join(words)!r} given, expected files or folders, or glue:TASK and a folder")
+
+
+def note_run(adapter: Path | None, flags: DataFlags) -> None:
+    """Print the flags with which the run of an adapter read its rows, where they aren't given here: losses differ."""
+    if adapter is None:
+        return
+    left = []
+    for setting in fields(DataFlags):
+        value = _run_file.value(adapter, setting.name)
+        if isinstance(value, str) and value and not getattr(flags, setting.name):
+            left += [f"--{setting.name.replace('_', '-')}", value.replace("\n", "\\n")]
+    if left and all(map(str.isprintable, left)):
+        _show.notes().print(
+            f"{adapter}: its run read rows with {shlex.join(left)}, not given here", markup=False, soft_wrap=True
+        )
 
 
 def preferences(rows: Sequence[Row]) -> list[Preference]:

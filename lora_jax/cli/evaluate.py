@@ -66,6 +66,8 @@ def _run(settings: Settings) -> None:
     settings = replace(settings, max_length=_max_length(settings.max_length, settings.adapter))
     _embedded.check_data_given(settings.base, settings.data)
     source = _data.source_of(settings.data, settings.reading)
+    if source is not None:
+        _data.note_run(settings.adapter, settings.reading)
     rows = _read(source, settings.split)
     labelled = _data.labelled(rows)
     if source is None or not labelled:

@@ -15,6 +15,7 @@ from lora_jax.checkpoint import newest
 from lora_jax.cli import (
     _card,
     _choices,
+    _data,
     _distributed,
     _labels,
     _new_tokens,
@@ -66,6 +67,7 @@ def _run(settings: Settings) -> None:
 def _train(settings: Settings, stop: Callable[[], bool]) -> Callable[[], None]:
     """Train and save the adapter, and return a function that prints the results."""
     began = time.perf_counter()
+    _data.note_run(settings.from_adapter, settings.reading)
     rows = _rows.read(settings.data, settings.base, settings.reading, settings.train.objective)
     if rows.labels is not None:
         settings.template.check_text_only()
