@@ -88,7 +88,9 @@ def test_a_run_stopped_before_its_first_line_keeps_the_evaluation_before_trainin
 
 def test_resuming_a_finished_run_gives_its_result(tmp_path):
     expected = run(tmp_path)
-    result = run(tmp_path, resume=True)
+    said = Console(file=io.StringIO(), width=120)
+    result = run(tmp_path, resume=True, console=said)
+    assert said.file.getvalue() == "resumed after step 12 of 12, so that none is left\n"
     assert (result.after, result.steps, result.history) == (expected.after, 12, [])
     for x, y in zip(jax.tree.leaves(result.params), jax.tree.leaves(expected.params), strict=True):
         np.testing.assert_array_equal(x, y)
@@ -163,6 +165,7 @@ def test_another_peak_holds_from_the_checkpoint_on(finished, tmp_path):
     said = Console(file=io.StringIO(), width=120)
     changed = dataclasses.replace(CONSTANT, learning_rate=2e-2, max_steps=12)
     run(tmp_path / "half", config=changed, resume=True, console=said)
+    assert "resumed after step 8 of 12\n" in said.file.getvalue()
     assert "learning_rate: 0.01 until step 8, 0.02 from there on" in said.file.getvalue()
     assert "max_steps: 8 until step 8, 12 from there on" in said.file.getvalue()
     rates = [line["learning_rate"] for line in lines(tmp_path / "half")[1:]]

@@ -144,6 +144,17 @@ def test_the_run_file_repeats_the_run(world, tmp_path):
     assert all((written[name] == repeated[name]).all() for name in written)
 
 
+@pytest.mark.slow
+def test_a_finished_run_that_is_resumed_says_that_no_step_is_left(world, tmp_path, capsys):
+    argv = ["train", "--model", world["model"], "--data", world["data"], "--output", str(tmp_path / "out"), *TRAIN]
+    assert main([*argv, "--save-steps", "2"]) == 0
+    assert " s of them training at " in capsys.readouterr().out
+    assert main([*argv, "--save-steps", "2", "--resume"]) == 0
+    said = capsys.readouterr()
+    assert "resumed after step 2 of 2, so that none is left\n" in said.err
+    assert re.search(r"^\d+ s in all$", said.out, re.MULTILINE)
+
+
 def test_train_prints_what_it_matched_and_the_next_command(world):
     for word in ("layers/self_attn/q_proj/kernel", "parameters train", "perplexity", "before", "after", "expected"):
         assert word in world["said"]

@@ -22,9 +22,8 @@ def report(settings: Settings, workload: Workload, result: TrainResult, before: 
         show.print(_comparison(result, before, after))
     if result.adapter_step != result.steps:
         show.print(f"the adapter is that of step {result.adapter_step} of {result.steps}, which was the best")
-    show.print(
-        f"{seconds:.0f} s in all, {result.seconds:.0f} s of them training at {result.tokens_per_second:,.0f} tokens/s"
-    )
+    trained = f", {result.seconds:.0f} s of them training at {result.tokens_per_second:,.0f} tokens/s"
+    show.print(f"{seconds:.0f} s in all{trained if result.history else ''}")  # a resumed run may have no step left
     show.print(f"adapter: {settings.output}", markup=False)
     if settings.push_to_hub is not None and jax.process_index() == 0:
         _hub.push(settings.output, settings.push_to_hub)

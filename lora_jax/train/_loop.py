@@ -185,6 +185,7 @@ def train(
         saver = stack.enter_context(Saver(folder, config, base, settings, about, examples=feed.rows))
         if resume:
             state = saver.restore(state)
+            _note_resumed(console, state.step, program.steps)
             _note_changes(console, state.step, saver.changed, config)
             batches.set_state(state.position)
         run = Run(program, state, batches, saver, stop)
@@ -279,6 +280,12 @@ def _parts(params: Any, also_train: Any) -> tuple[Any, Any]:
             "nothing to train: no LoRA node in params (lora_jax.init adds them), and also_train names no leaf"
         )
     return jax.tree.map(jnp.asarray, base), jax.tree.map(jnp.array, adapter)
+
+
+def _note_resumed(console: Console | None, step: int, steps: int) -> None:
+    if console is not None:
+        left = "" if step < steps else ", so that none is left"
+        console.print(f"resumed after step {step} of {steps}{left}")
 
 
 def _note_changes(console: Console | None, step: int, changed: Mapping[str, Any], config: TrainConfig) -> None:
