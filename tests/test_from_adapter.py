@@ -64,7 +64,7 @@ def test_it_starts_where_the_earlier_run_ended(earlier, tmp_path):
         (["--rank", "3"], "rank: 3 given, but {adapter} decides it (--from-adapter); leave it out"),
         (["--prefix-length", "2"], "prefix_length: 2 given, but {adapter} decides it (--from-adapter); leave it out"),
         (["--output", "{adapter}"], "{adapter}: is read by this command and would be lost; pass another --output"),
-        (["--from-adapter", "none"], "none: not a PEFT adapter"),
+        (["--from-adapter", "none"], "none: no such adapter folder"),
     ],
 )
 def test_what_is_refused(earlier, tmp_path, capsys, words, line):

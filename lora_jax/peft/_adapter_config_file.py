@@ -52,6 +52,8 @@ def read(folder: Path) -> AdapterConfig:
         ValueError: It isn't JSON, or has fields that aren't supported; all of them are named in one line.
     """
     path = folder / CONFIG_FILE
+    if not folder.exists():
+        raise FileNotFoundError(f"{folder}: no such adapter folder")
     if not path.is_file():
         raise FileNotFoundError(f"{folder}: not a PEFT adapter: it holds no {CONFIG_FILE}")
     return parse(read_json(path), str(path))

@@ -32,8 +32,6 @@ def find(folder: Path) -> tuple[AdapterConfig, Path]:
         FileNotFoundError: There is no such folder, or a file is missing.
         ValueError: The config is damaged, or has an option that isn't supported.
     """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such adapter folder")
     config = _adapter_config_file.read(folder)
     path = folder / TENSORS_FILE
     if not path.is_file():
