@@ -50,6 +50,8 @@ def pytest_configure(config):
     if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1":
         # Each fusion has an MLIR pipeline of its own otherwise, which takes two thirds of what compiling then takes.
         os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+        # A program is cut into as many as 32 modules otherwise, each compiled on its own: a fifth more work.
+        os.environ["XLA_FLAGS"] += " --xla_cpu_parallel_codegen_split_count=1"
 
 
 def pytest_addoption(parser):
