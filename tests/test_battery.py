@@ -162,7 +162,7 @@ def check_yardstick(case):
 
 def check_start(case):
     """With B = 0, the base's outputs bit for bit."""
-    zero = {path: node.replace(b=jnp.zeros_like(node.b)) for path, node in nodes_of(case.name).items()}
+    zero = {path: node.replace(b=np.zeros_like(node.b)) for path, node in nodes_of(case.name).items()}
     plain = lambda params, arrays: arrays_only(case.call(case.fn, params, arrays))
     ours = forward(case.name, "adapted")(case.params, zero, case.arrays)
     base = jax.jit(plain)(case.params, case.arrays)
@@ -193,10 +193,10 @@ def check_vmap(case):
         {path: node.replace(scale=scales[path]) for path, node in nodes_of(case.name, seed).items()}
         for seed in range(3)
     ]
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *nodes)
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *nodes)
     together = jax.jit(jax.vmap(lambda n: run(case, "adapted", n, case.arrays)))(stacked)
     alone = [forward(case.name, "adapted")(case.params, n, case.arrays) for n in nodes]
-    assert_close(together, jax.tree.map(lambda *leaves: jnp.stack(leaves), *alone))
+    assert_close(together, jax.tree.map(lambda *leaves: np.stack(leaves), *alone))
 
 
 def check_dtype(case):

@@ -17,8 +17,13 @@ DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 NAMES = ("q", "attn", "mlp", "0", "a/b")
 
 
+def put(array, dtype):
+    """The array on the device; jnp.asarray would compile a conversion for each shape."""
+    return jax.device_put(np.asarray(array).astype(dtype))
+
+
 def values(shape, dtype=jnp.float32, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+    return put(np.random.default_rng(seed).normal(size=shape), dtype)
 
 
 def by_path(tree):
@@ -50,7 +55,7 @@ def adapted(params, config, axes=None):
         warnings.filterwarnings("ignore", message=".*: rank .* is above")  # these kernels are tiny
         abstract = jax.eval_shape(lambda tree: lora_jax.init(jax.random.key(0), tree, config, axes=axes), params)
     rng = np.random.default_rng(0)
-    return jax.tree.map(lambda x: jnp.asarray(np.asarray(rng.normal(size=x.shape)), x.dtype), abstract)
+    return jax.tree.map(lambda x: put(rng.normal(size=x.shape), x.dtype), abstract)
 
 
 def containers(children):

@@ -116,6 +116,11 @@ def leaf(tree, path):
     return tree
 
 
+def put(array):
+    """The array on the device in float32; jnp.asarray would compile a conversion for each shape."""
+    return jax.device_put(np.asarray(array, np.float32))
+
+
 def make_nodes(params, axes: dict[str, Axes], seed=1) -> dict[str, LoRA]:
     """Adapters with b != 0 and another scale for each stack index, drawn without the library's help."""
     nodes = {}
@@ -125,10 +130,10 @@ def make_nodes(params, axes: dict[str, Axes], seed=1) -> dict[str, LoRA]:
         key = [seed, zlib.crc32(path.encode())]
         a, b, scale = (np.random.default_rng([*key, part]) for part in range(3))
         nodes[path] = LoRA(
-            a=jnp.asarray(0.4 * a.normal(size=(*sizes(stack), *sizes(inputs), RANK)), jnp.float32),
-            b=jnp.asarray(0.4 * b.normal(size=(*sizes(stack), RANK, *sizes(outputs))), jnp.float32),
+            a=put(0.4 * a.normal(size=(*sizes(stack), *sizes(inputs), RANK))),
+            b=put(0.4 * b.normal(size=(*sizes(stack), RANK, *sizes(outputs)))),
             # A leaf, so that one program does for all seeds.
-            scale=jnp.asarray(scale.uniform(0.5, 1.5, size=sizes(stack)), jnp.float32),
+            scale=put(scale.uniform(0.5, 1.5, size=sizes(stack))),
             axes=Axes(stack, inputs, outputs),
         )
     return nodes
