@@ -37,7 +37,7 @@ class Net(nn.Module):
 
 IDS = jnp.array([[1, 5, 2], [6, 0, 3]])
 NET = Net()
-BASE = NET.init(jax.random.key(0), IDS)["params"]
+BASE = jax.jit(NET.init)(jax.random.key(0), IDS)["params"]
 
 
 def apply_fn(params, ids):
