@@ -2,6 +2,7 @@
 
 import math
 import re
+import statistics
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,6 @@ from flax import linen as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from scipy.stats import norm
 
 import lora_jax
 from lora_jax import Axes, LoRAConfig, QuantizeConfig, Quantized
@@ -76,8 +76,9 @@ def bound(x, scheme, group, dtype):
 def _nf4():
     """The quantiles that QLoRA's appendix E defines, by its own formula."""
     ends = 0.9677083
-    positive = norm.ppf(np.linspace(ends, 0.5, 9)[:-1])
-    negative = -norm.ppf(np.linspace(ends, 0.5, 8)[:-1])
+    quantile = np.vectorize(statistics.NormalDist().inv_cdf)
+    positive = quantile(np.linspace(ends, 0.5, 9)[:-1])
+    negative = -quantile(np.linspace(ends, 0.5, 8)[:-1])
     both = np.concatenate([positive, [0.0], negative])
     return both / both.max()
 
