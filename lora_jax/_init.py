@@ -115,7 +115,7 @@ def init(
 def _to_quantize(
     leaves: Mapping[str, Any], config: QuantizeConfig | None, axes: Mapping[str, Axes] | None, in_full: Collection[str]
 ) -> dict[str, "_Kernel"]:
-    """The kernels that are quantized too."""
+    """Return the kernels that are quantized too."""
     if config is None:
         return {}
     kernels = select(leaves, config, axes)

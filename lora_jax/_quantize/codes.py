@@ -16,7 +16,7 @@ _EXPONENTS = 7
 
 
 def _dynamic_map() -> np.ndarray:
-    """The 256 numbers of a signed 8-bit code with as many bits of fraction as its exponent leaves.
+    """Return the 256 numbers of a signed 8-bit code with as many bits of fraction as its exponent leaves.
 
     Of each exponent, the middles of equal parts of [0.1, 1], twice as many as of the one below (Dettmers 2015, arXiv
     1511.04561, and bitsandbytes' `create_dynamic_map`); with 0 and 1.

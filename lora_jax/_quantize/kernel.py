@@ -21,7 +21,7 @@ _AT_ONCE = 2**24  # numbers that are encoded together: of a stack, the float32 c
 
 
 def quantized_axes(kernel: Any) -> Axes:
-    """A kernel's axes; an embedding's rows are a stack, so that looking one up looks up its scales."""
+    """Return a kernel's axes; an embedding's rows are a stack, so that looking one up looks up its scales."""
     axes = Axes(*kernel.axes)
     return Axes((*axes.stack, *axes.inputs), axes.outputs, ()) if kernel.embedding else axes
 
@@ -44,7 +44,7 @@ def check_groups(path: str, inputs: list[int], config: QuantizeConfig) -> None:
 
 
 def quantize_kernel(kernel: Any, config: QuantizeConfig, axes: Axes) -> Quantized:
-    """One kernel as a node."""
+    """Return one kernel as a node."""
     size = config.inputs_in_a_group
     if isinstance(kernel, ReadInParts) and kernel.stack and axes.stack[: kernel.stack] == (*range(kernel.stack),):
         data = _part_by_part(kernel, config, axes)
@@ -76,7 +76,7 @@ class ReadInParts(Protocol):
 
 
 def _part_by_part(kernel: ReadInParts, config: QuantizeConfig, axes: Axes) -> dict[str, Any]:
-    """The data of a stack of which one kernel at a time is read: at most that one is in memory before it is rounded."""
+    """Round a stack whose kernels are read one at a time: at most one is in memory before it is rounded."""
     stack = kernel.stack
     inside = Axes(*(tuple(k - stack for k in group if k >= stack) for group in axes))
     encoder = _encoder(config.scheme, config.inputs_in_a_group, inside)
@@ -88,7 +88,7 @@ def _part_by_part(kernel: ReadInParts, config: QuantizeConfig, axes: Axes) -> di
 
 @functools.cache
 def _encoder(scheme: str, group_size: int, axes: Axes, at_once: bool = False) -> Any:
-    """The compiled function from a kernel to a node's data; a large stack in parts, unless `at_once`."""
+    """Compile the function from a kernel to a node's data; a large stack in parts, unless `at_once`."""
     order = [axis for group in axes for axis in group]
     stack, inputs = len(axes.stack), len(axes.inputs)
 

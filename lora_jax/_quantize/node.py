@@ -86,7 +86,7 @@ class Quantized:
         return sum(-(-array.size * bits_of(array.dtype) // 8) for array in jax.tree.leaves(self))
 
     def abstract(self) -> jax.ShapeDtypeStruct:
-        """The kernel's shape and dtype, as a traced function sees them; on an explicit mesh its place."""
+        """Return the kernel's shape and dtype, as a traced function sees them; on an explicit mesh its place."""
         typed = jax.typeof(self.values).sharding if isinstance(self.values, jax.Array) else None
         return jax.ShapeDtypeStruct(self.shape, self.dtype, sharding=self._of_kernel(typed))
 

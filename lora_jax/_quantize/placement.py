@@ -11,7 +11,7 @@ from lora_jax._quantize.node import Quantized
 
 
 def place(sharding: Any, node: Quantized) -> Quantized:
-    """The node's shardings, from its kernel's NamedSharding or PartitionSpec; of any other kind, the same for all.
+    """Return the node's shardings, from its kernel's NamedSharding or PartitionSpec; any other is kept for all.
 
     An axis of groups is cut as its inputs are, where the mesh divides their number; second scales and offsets, a few
     numbers, are cut along the stack alone.
@@ -40,7 +40,7 @@ def _canonical(spec: PartitionSpec, node: Quantized) -> tuple[Any, ...]:
 
 
 def place_along(spec: Sequence[Any], node: Quantized, mesh: Mapping[Any, int]) -> dict[str, PartitionSpec]:
-    """The specs of the node's data, from the spec of [*stack, *inputs, *outputs]."""
+    """Return the specs of the node's data, from the spec of [*stack, *inputs, *outputs]."""
     spec = (*spec, *(None,) * (node.ndim - len(spec)))
     inputs, outputs = len(node.axes.inputs), len(node.axes.outputs)
     stack = node.ndim - inputs - outputs
@@ -66,6 +66,6 @@ def _groups(spec: Sequence[Any], node: Quantized, mesh: Mapping[Any, int]) -> li
 
 
 def parts_of(part: Any, mesh: Mapping[Any, int]) -> int:
-    """The number of parts that an axis is cut into; 1 where the mesh isn't known."""
+    """Return the number of parts that an axis is cut into; 1 where the mesh isn't known."""
     names = part if isinstance(part, tuple) else (part,)
     return math.prod(mesh.get(name, 1) for name in names)

@@ -44,7 +44,7 @@ class Scheme(NamedTuple):
 
 
 def _nearest(x: jax.Array, codes: np.ndarray) -> jax.Array:
-    """The place of the nearest of the sorted codes; of the lower one in the middle of two."""
+    """Find the place of the nearest of the sorted codes; of the lower one in the middle of two."""
     middles = (codes[:-1] + codes[1:]) / np.float32(2)
     if len(middles) > MOST_COMPARED:
         # By comparisons, as the other methods have no rule for an x that an Explicit mesh cuts.
@@ -53,7 +53,7 @@ def _nearest(x: jax.Array, codes: np.ndarray) -> jax.Array:
 
 
 def _pick(codes: jax.Array, numbers: np.ndarray) -> jax.Array:
-    """numbers[codes] of a short table, by choices between two: elementwise, so that it fuses with what follows."""
+    """Return numbers[codes] of a short table, by choices between two: elementwise, which fuses with what follows."""
     bits = codes.astype(jnp.uint8)
     # XLA drops this zero. Without it JAX would move arrays of each number out of a scan over layers, and keep them.
     zero = (bits & 0).astype(jnp.float32)
@@ -97,7 +97,7 @@ SCHEMES = {
 
 
 def encode(kernel: jax.Array, scheme: str, group_size: int, stack: int, inputs: int) -> dict[str, Any]:
-    """The data of a node.
+    """Encode a kernel as the data of a node.
 
     Args:
         kernel: F[*stack, *inputs, *outputs].
@@ -120,7 +120,7 @@ def encode(kernel: jax.Array, scheme: str, group_size: int, stack: int, inputs: 
 
 
 def group_axes(inputs: Sequence[int], group_size: int) -> tuple[int, ...]:
-    """The inputs' axes with a last one of `group_size`: of the last axis, where that divides it, else of all in one.
+    """Return the inputs' axes with a last one of `group_size`: of the last axis, if divisible, else of all in one.
 
     >>> group_axes((8, 128), 64), group_axes((8, 16), 64), group_axes((8, 16), 0)
     ((8, 2, 64), (2, 64), (8, 16))
@@ -133,7 +133,7 @@ def group_axes(inputs: Sequence[int], group_size: int) -> tuple[int, ...]:
 
 
 def _nested(scales: jax.Array, stack: int, groups: int) -> dict[str, jax.Array]:
-    """Scales less their mean, in blocks of 256 as they lie output by output, each in 8 bits of its largest."""
+    """Encode scales less their mean, in blocks of 256 output by output, each in 8 bits of its largest."""
     lead = scales.shape[:stack]
     every = tuple(range(stack, scales.ndim))
     offset = jnp.mean(scales, axis=every, keepdims=True)
@@ -153,7 +153,7 @@ def _nested(scales: jax.Array, stack: int, groups: int) -> dict[str, jax.Array]:
 
 
 def plain_scales(node: Quantized) -> jax.Array:
-    """The scales in float32, f32[*stack, *groups, *outputs]."""
+    """Return the scales in float32, f32[*stack, *groups, *outputs]."""
     if node.outer is None:
         return node.scales
     stack, outputs = node.outer.ndim - 1, len(node.axes.outputs)
@@ -167,14 +167,14 @@ def plain_scales(node: Quantized) -> jax.Array:
 
 
 def _looked_up(codes: jax.Array) -> jax.Array:
-    """The dynamic map's numbers, placed as their codes are."""
+    """Look up the dynamic map's numbers, placed as their codes are."""
     sharding = jax.typeof(codes).sharding
     where = {"out_sharding": sharding} if any(part is not None for part in sharding.spec) else {}
     return jnp.asarray(DYNAMIC).at[codes].get(mode="promise_in_bounds", **where)
 
 
 def decode(node: Quantized) -> jax.Array:
-    """The kernel's numbers in its dtype, in the order of the node's axes: f[*stack, *inputs, *outputs]."""
+    """Return the kernel's numbers in its dtype, in the order of the node's axes: f[*stack, *inputs, *outputs]."""
     inputs, outputs = len(node.axes.inputs), len(node.axes.outputs)
     stack = node.values.ndim - inputs - outputs
     scales, numbers = plain_scales(node), SCHEMES[node.scheme].decode(node.values)
@@ -188,11 +188,11 @@ def decode(node: Quantized) -> jax.Array:
 
 
 def dense(node: Quantized) -> jax.Array:
-    """The kernel's numbers in its dtype and in the order of its axes."""
+    """Return the kernel's numbers in its dtype and in the order of its axes."""
     order = [axis for group in node.own_axes for axis in group]
     return decode(node).transpose([order.index(axis) for axis in range(len(order))])
 
 
 def whole(leaf: Any) -> Any:
-    """A leaf as an array: the numbers of a quantized kernel, and anything else as it is."""
+    """Return a leaf as an array: the numbers of a quantized kernel, and anything else as it is."""
     return dense(leaf) if isinstance(leaf, Quantized) else leaf

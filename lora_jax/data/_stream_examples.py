@@ -134,7 +134,7 @@ def _share(reads: list[_Read], encoder: Encoder, processes: Processes) -> list[_
 
 
 def _tokenized(encoder: Encoder, found: Any) -> Tokenized:
-    """What the encoder makes of a row, or its error as the reason to refuse the row."""
+    """Encode a row, or return the error as the reason to refuse the row."""
     try:
         return encoder.tokenize(found)
     except Exception as error:

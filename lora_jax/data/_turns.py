@@ -188,7 +188,7 @@ def _alike(
 
 
 def _kind(message: dict[str, Any]) -> Any:
-    """What a template may look at in a message, without its texts."""
+    """Return the parts of a message that a template may look at, without its texts."""
     values = ((name, type(value).__name__, bool(value)) for name, value in message.items())
     return message["role"], "</think>" in str(message.get("content")), *sorted(values)
 

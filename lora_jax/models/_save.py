@@ -117,7 +117,7 @@ def check_free(folder: str | os.PathLike[str], *, overwrite: bool) -> None:
 
 
 def _layout(model: Model, leaves: Mapping[str, Any]) -> dict[str, Path] | None:
-    """The file of each tensor in the model's folder, in the files' order; None if no leaf is streamed."""
+    """Return the file of each tensor in the model's folder, in the files' order; None if no leaf is streamed."""
     if model.folder is None or not any(isinstance(leaf, Streamed) for leaf in leaves.values()):
         return None
     files = TensorFiles(model.folder)
