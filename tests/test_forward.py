@@ -307,7 +307,7 @@ def factors(tree):
 def test_gradient_and_the_scale_has_none():
     ours, merged = of_nodes(mlp)
     data = with_scale_as_data(NODES)
-    got, expected = jax.grad(ours)(data), jax.grad(merged)(NODES)
+    got, expected = jax.jit(jax.grad(ours))(data), jax.jit(jax.grad(merged))(NODES)
     for x, y in zip(factors(got), factors(expected), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
     assert all(float(n.scale) == 0.0 for n in got.values())
@@ -322,20 +322,21 @@ def test_on_a_cpu_low_rank_products_are_of_matrices(tokens):
 
     x = normal(*tokens, 6)
 
-    program = jax.jit(jax.grad(loss)).trace(NODES, x).jaxpr
+    gradient = jax.jit(jax.grad(loss))
+    program = gradient.trace(NODES, x).jaxpr
     products = [eqn for eqn in equations_of(program) if eqn.primitive.name == "dot_general"]
     thin = [eqn for eqn in products if any(2 in v.aval.shape[-2:] and v.aval.ndim == 2 for v in eqn.invars)]
     assert len(thin) >= 8
     assert all(v.aval.ndim == 2 for eqn in thin for v in eqn.invars)
-    flat = jax.grad(loss)(NODES, x.reshape(-1, 6))
-    for ours, expected in zip(factors(jax.grad(loss)(NODES, x)), factors(flat), strict=True):
+    flat = gradient(NODES, x.reshape(-1, 6))
+    for ours, expected in zip(factors(gradient(NODES, x)), factors(flat), strict=True):
         np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_gradient_of_gradient():
     def hvp(fn):
         g = lambda nodes: sum(jnp.sum(x**2) for x in factors(jax.grad(fn)(nodes)))
-        return factors(jax.grad(g)(NODES))
+        return factors(jax.jit(jax.grad(g))(NODES))
 
     ours, merged = of_nodes(mlp)
     for x, y in zip(hvp(ours), hvp(merged), strict=True):

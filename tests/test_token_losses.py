@@ -167,11 +167,11 @@ def test_a_cpu_computes_many_logits_in_chunks_by_itself(which, chunk, monkeypatc
     monkeypatch.setattr(_token_losses, "MOST_LOGITS", 4 * 3 * 13 * VOCABULARY - 1)
     monkeypatch.setattr(_token_losses, "CHUNK_LOGITS", 4 * 3 * 5 * VOCABULARY)
     params, given = lora_jax.combine(base, adapter), batch()
-    outputs = make(logits=shape)(params, given["input_ids"], given["attention_mask"])
+    outputs = jax.jit(make(logits=shape))(params, given["input_ids"], given["attention_mask"])
     assert outputs.shape == (shape if chunk is None else shape[:2])
     if chunk:
         asked = losses_in_chunks(apply, LANGUAGE_MODELLING, chunk, base, adapter)
-        np.testing.assert_array_equal(outputs, asked(params, given["input_ids"], given["attention_mask"]))
+        np.testing.assert_array_equal(outputs, jax.jit(asked)(params, given["input_ids"], given["attention_mask"]))
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert make(logits=shape) is apply
 
