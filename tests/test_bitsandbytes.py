@@ -142,8 +142,8 @@ def test_gradients_beside_their_int8_layers_are_peft_s(golden):
 
     base, adapter = lora_jax.split(params)
     loss = lambda adapter, x: jnp.sum(jnp.square(network(lora_jax.combine(base, adapter), x) * drawn["probe"]))
-    gradient, dx = jax.grad(loss, (0, 1))(adapter, drawn["x"])
-    ours = {"output": network(params, drawn["x"]), "x": dx}
+    gradient, dx = jax.jit(jax.grad(loss, (0, 1)))(adapter, drawn["x"])
+    ours = {"output": jax.jit(network)(params, drawn["x"]), "x": dx}
     for name in NETWORK:
         ours |= {f"{name}/A": gradient[f"{name}_lora"].a.T, f"{name}/B": gradient[f"{name}_lora"].b.T}
     low, high = ({name: golden[f"network/{name}/{bits}"] for name in ours} for bits in (32, 64))

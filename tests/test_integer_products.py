@@ -162,13 +162,13 @@ def test_the_derivative_passes_the_rounding_by():
     """Forwards and backwards dx meets the dequantized W, and of second derivatives there are those of what follows."""
     base = lora_jax.quantize({"w": small(6, 4)}, ROUNDING, axes={"w": Axes((), (0,), (1,))})
     w, x, dy, dx = lora_jax.dequantize(base)["w"], small(3, 6), small(3, 4), small(3, 6, seed=1)
-    apply = lambda x: lora_jax.quantized(lambda p, x: x @ p["w"])(base, x)
+    apply = jax.jit(lambda x: lora_jax.quantized(lambda p, x: x @ p["w"])(base, x))
     y, back = jax.vjp(apply, x)
     np.testing.assert_allclose(back(dy)[0], dy @ w.T, rtol=1e-5)
     np.testing.assert_allclose(jax.jvp(apply, (x,), (dx,))[1], dx @ w, rtol=1e-5, atol=1e-6)
-    hessian = jax.hessian(lambda x: jnp.sum(apply(x[None]) ** 3))(x[0])
+    hessian = jax.jit(jax.hessian(lambda x: jnp.sum(apply(x[None]) ** 3)))(x[0])
     np.testing.assert_allclose(hessian, 6 * (w * y[0]) @ w.T, rtol=1e-4, atol=1e-4)
-    rows = jax.vmap(jax.grad(lambda x: jnp.sum(apply(x) * dy[0])))(x)
+    rows = jax.jit(jax.vmap(jax.grad(lambda x: jnp.sum(apply(x) * dy[0]))))(x)
     np.testing.assert_allclose(rows, jnp.broadcast_to(dy[0] @ w.T, (3, 6)), rtol=1e-5, atol=1e-6)
 
 
