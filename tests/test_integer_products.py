@@ -213,7 +213,7 @@ def integer_products(fn, base, *arguments):
 
 
 def test_where_products_stay_of_floats():
-    """Scales that vary along what is contracted; sums that leave int32; activations in integers; other primitives."""
+    """Scales that vary along what is contracted, if any is; sums that leave int32; activations in integers; others."""
     base = lora_jax.quantize({"w": small(6, 6)}, ROUNDING, axes={"w": Axes((), (0,), (1,))})
     stack = lora_jax.quantize({"w": small(3, 6, 4)}, ROUNDING, axes={"w": STACKED})
     x = small(2, 6)
@@ -223,6 +223,7 @@ def test_where_products_stay_of_floats():
     assert integer_products(lambda p, x: jnp.einsum("bei,eio->beo", x, p["w"]), stack, small(2, 3, 6)) == 1
     assert integer_products(lambda p, x: jnp.einsum("bei,eio->bo", x, p["w"]), stack, small(2, 3, 6)) == 0
     assert integer_products(lambda p, x: x @ -p["w"], base, x) == 0
+    assert integer_products(lambda p, x: jnp.einsum("b,io->bio", x[:, 0], p["w"]), base, x) == 0
     for count in (133_000, 134_000):  # 2³¹ / 127² is 133,144
         long = lora_jax.quantize({"w": jnp.ones((count, 1))}, ROUNDING, axes={"w": Axes((), (0,), (1,))})
         assert integer_products(lambda p, x: x @ p["w"], long, jnp.ones((1, count))) == (count < 133_144)
@@ -230,6 +231,15 @@ def test_where_products_stay_of_floats():
     ragged = lambda p, x: jax.lax.ragged_dot(x, p["w"], jnp.array([1, 1, 0]))
     assert integer_products(ragged, stack, x) == 0
     np.testing.assert_allclose(lora_jax.quantized(ragged)(stack, x), ragged(lora_jax.dequantize(stack), x), rtol=1e-5)
+
+
+def test_the_product_of_both_scales_may_be_out_of_range():
+    """m · s is 1e40 here, and x W a ten thousandth of it."""
+    w, x = 1e22 * jnp.eye(4), jnp.full((1, 4), 1e18).at[0, 1:].set(1e14)
+    base = lora_jax.quantize({"w": w.at[0, 0].set(1e15)}, ROUNDING, axes={"w": Axes((), (0,), (1,))})
+    y = jax.jit(lora_jax.quantized(lambda p, x: x @ p["w"]))(base, x)
+    assert np.isfinite(y).all()
+    np.testing.assert_allclose(y[0, 0], 1e33, rtol=1e-5)
 
 
 @pytest.mark.parametrize("activations", [None, "int8"])

@@ -290,6 +290,28 @@ def test_meshes(kind, scheme):
     assert_close(jax.device_get(ours), jax.device_get(value_and_gradient(model, params)))
 
 
+@pytest.mark.parametrize(
+    ("spec", "rows", "out"), [(P("m", None), P("d", "m"), P("d", None)), (P(None, "m"), P("d", None), P("d", "m"))]
+)
+@pytest.mark.parametrize("activations", [None, "int8"])
+def test_a_shard_map_has_the_kernels_places_as_types(spec, rows, out, activations):
+    """Without an adapter too: on an explicit mesh what stands in for its factors is placed as they would be."""
+    mesh = jax.make_mesh((2, 2), ("d", "m"), axis_types=(AxisType.Explicit,) * 2)
+    along_inputs = spec[0] is not None
+
+    def fn(params, x):
+        inside = lambda w, x: jax.lax.psum(x @ w, "m") if along_inputs else x @ w
+        return jax.shard_map(inside, mesh=mesh, in_specs=(spec, rows), out_specs=out)(params["w"], x)
+
+    w, x = (np.random.default_rng(k).normal(size=size).astype(np.float32) for k, size in enumerate(((8, 12), (4, 8))))
+    config = QuantizeConfig(scheme="int8", targets="w", activations=activations)
+    params = lora_jax.quantize({"w": jax.device_put(w, NamedSharding(mesh, spec))}, config)
+    with jax.set_mesh(mesh):
+        ours = jax.jit(lora_jax.quantized(fn))(params, jax.device_put(x, NamedSharding(mesh, rows)))
+    expected = x @ jax.device_get(lora_jax.dequantize(params)["w"])
+    np.testing.assert_allclose(ours, expected, atol=1e-5 if activations is None else 0.05 * np.abs(expected).max())
+
+
 @pytest.mark.parametrize("fn", [pytest.param(model, marks=pytest.mark.slow), remat])
 @pytest.mark.parametrize("scheme", ["nf4", *(pytest.param(it, marks=pytest.mark.slow) for it in ("int8", "int4"))])
 def test_no_stack_is_alive_in_sixteen_bits(fn, scheme):

@@ -15,7 +15,7 @@ from lora_jax._forward import dropout
 from lora_jax._forward.layout import drop
 from lora_jax._forward.lazy import Lazy
 from lora_jax._forward.lowrank import RANK, Factor, LowRank
-from lora_jax._node import SUFFIX, LoRA, check_node
+from lora_jax._node import SUFFIX, LoRA, check_node, place
 from lora_jax._quantize.node import Quantized
 
 
@@ -43,8 +43,11 @@ def carry(path: str, w: Any, node: LoRA, draw: dropout.DropoutDraw | None, slot:
 def carry_alone(w: Quantized, slot: int) -> LowRank:
     """A quantized kernel without an adapter: with an update of rank 0, it takes the way of all others."""
     stack, inputs, outputs = (tuple(w.shape[axis] for axis in group) for group in w.own_axes)
-    node = LoRA(jnp.zeros((*stack, *inputs, 0)), jnp.zeros((*stack, 0, *outputs)), 1.0, axes=w.own_axes)
-    return carry("", w, node, None, slot)
+    a, b = jnp.zeros((*stack, *inputs, 0)), jnp.zeros((*stack, 0, *outputs))
+    if (placed := w.abstract().sharding) is not None:  # on an explicit mesh, where places are types
+        where = place(placed, LoRA(True, True, 1.0, axes=w.own_axes))
+        a, b = jax.sharding.reshard(a, where.a), jax.sharding.reshard(b, where.b)
+    return carry("", w, LoRA(a, b, 1.0, axes=w.own_axes), None, slot)
 
 
 def _check_fit(path: str, w: Any, node: LoRA) -> None:

@@ -45,8 +45,8 @@ def product(eqn: Any, values: Sequence[Any], bind: Callable[[Any, Sequence[Any]]
 
     Returns:
         The output as f[...] of the equation's dtype. None where nothing asks for integers: the kernel's node, the
-        primitive, the activations' dtype; and where scales vary along what is contracted (a transposed use), where
-        steps have changed the numbers, or where the sum could leave int32.
+        primitive, the activations' dtype; and where nothing is contracted, where scales vary along what is (a
+        transposed use), where steps have changed the numbers, or where the sum could leave int32.
     """
     side = 0 if isinstance(values[0], Lazy) else 1
     w, x = values[side], values[1 - side]
@@ -55,6 +55,8 @@ def product(eqn: Any, values: Sequence[Any], bind: Callable[[Any, Sequence[Any]]
     contracting = eqn.params["dimension_numbers"][0]
     count = math.prod(w.shape[k] for k in contracting[side])
     if not jnp.issubdtype(x.dtype, jnp.floating) or 0 in w.shape or count * _MOST**2 > _LARGEST_SUM:
+        return None
+    if not contracting[side]:
         return None
     codes = codes_of(w)
     if codes is None or any(codes.scales.shape[k] != 1 for k in contracting[side]):
@@ -86,7 +88,8 @@ def _of_integers(eqn: Any, x: Any, codes: Codes, side: int) -> Any:
     # The output's dimensions: those of the batch, the free ones of the left operand, then of the right.
     m = _as_output(left.scales, contracting[0], batch[0], len(batch[0]), sums)
     s = _as_output(right.scales, contracting[1], batch[1], left.values.ndim - len(contracting[0]), sums)
-    return (sums.astype(jnp.float32) * (m * s) * (1 / _MOST**2)).astype(eqn.outvars[0].aval.dtype)
+    # Each scale is divided alone: m · s may be out of float32's range where the product isn't.
+    return (sums.astype(jnp.float32) * ((m / _MOST) * (s / _MOST))).astype(eqn.outvars[0].aval.dtype)
 
 
 def activation_codes(x: Any, contracted: Sequence[int]) -> Codes:
