@@ -3,7 +3,9 @@
 import csv
 import json
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 from test_cli import compiled_once, tiny_model, write_rows
 from test_cli_labels import encoder
 from test_cli_labels import write_rows as write_labelled
@@ -55,6 +57,14 @@ def test_a_grid_under_a_budget(paths, tmp_path, capsys):
     model = models.load(paths["model"])
     params = lora_jax.peft.load(out / lines[2]["adapter"], model.params, names=model.names)
     assert lora_jax.describe(params).trainable == int(lines[2]["trainable"])
+    # The run.yaml of an adapter trains it by itself.
+    saved = out / lines[3]["adapter"]
+    assert main(["train", "--config", str(saved / "run.yaml"), "--output", str(tmp_path / "alone")]) == 0
+    ours, alone = (load_file(folder / "adapter_model.safetensors") for folder in (saved, tmp_path / "alone"))
+    assert ours.keys() == alone.keys()
+    for name, tensor in ours.items():
+        np.testing.assert_allclose(tensor, alone[name], rtol=1e-4, atol=1e-6)
+    capsys.readouterr()
     assert sweep(paths, *grid, "--output", out) == 2
     assert f"{out}: holds results already (results.csv)" in capsys.readouterr().err
 

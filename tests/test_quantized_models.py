@@ -202,21 +202,28 @@ def test_a_sweep_with_products_of_integers(folder, tmp_path):
     data, found = write_rows(tmp_path / "data.jsonl"), []
     for name, more in (("w", ()), ("wx", ("--quantize-activations", "int8"))):
         given = ("--model", folder, "--data", data, "--quantize", "int8", *more, "--grid", "rank=1,2", *TRAIN)
-        run("sweep", *given, "--output", tmp_path / name)
+        run("sweep", *given, "--output", tmp_path / name, "--save-adapters")
         results = json.loads((tmp_path / name / "results.json").read_text())
         assert results.get("quantize_activations") == (more[1] if more else None)
         lines = (tmp_path / name / "results.csv").read_text().splitlines()
         found.append([float(line["train_loss"]) for line in csv.DictReader(lines)])
         assert len(found[-1]) == 2
     assert found[0] != found[1] == pytest.approx(found[0], rel=1e-2)
+    for name in ("w", "wx"):
+        adapter = min((tmp_path / name / "adapters").iterdir())
+        said = run("merge", "--model", folder, "--adapter", adapter, "--output", tmp_path / f"merged-{name}")
+        assert ("the run rounded activations (--quantize-activations)" in said) == (name == "wx")
+        assert "int8" in said  # the base that it was trained beside
 
 
-def test_activations_are_rounded_beside_int8_alone(folder, capsys):
+def test_activations_are_rounded_beside_int8_alone(folder, tmp_path, capsys):
+    """The settings say so before weights are read."""
+    shutil.copy(f"{folder}/config.json", tmp_path)
     for more, message in (
         (("--quantize", "nf4"), "quantize_activations: 'int8' given with --quantize nf4, expected --quantize int8"),
         ((), "has no kernel in int8; give --quantize int8 too"),
     ):
-        words = ["generate", "--model", folder, *more, "--quantize-activations", "int8", "--prompt", "a"]
+        words = ["generate", "--model", tmp_path, *more, "--quantize-activations", "int8", "--prompt", "a"]
         assert main([str(word) for word in words]) == 2
         assert message in capsys.readouterr().err.splitlines()[-1]
 

@@ -199,15 +199,21 @@ class EvaluatedBase(Base):
             )
 
     def load(self, *args: Any, **kwargs: Any) -> Any:
+        rounds = self.quantize_activations is not None and self.quantize is None
+        if rounds and not lora_jax.models.quant_method(self._place(weights=False)):  # before weights are read
+            raise self._no_kernel_in_int8()
         model = super().load(*args, **kwargs)
-        if self.quantize_activations is None or self.quantize is not None:
+        if not rounds:
             return model
         if not any(getattr(leaf, "scheme", "") == "int8" for leaf in lora_jax.models.flatten(model.params).values()):
-            raise ValueError(
-                f"quantize_activations: {self.quantize_activations!r} given, but {self.name} has no kernel in int8;"
-                " give --quantize int8 too"
-            )
+            raise self._no_kernel_in_int8()
         return replace(model, params=round_activations(model.params, self.quantize_activations))
+
+    def _no_kernel_in_int8(self) -> ValueError:
+        return ValueError(
+            f"quantize_activations: {self.quantize_activations!r} given, but {self.name} has no kernel in int8;"
+            " give --quantize int8 too"
+        )
 
     def _transform(self, labels: Sequence[str] | None) -> Callable[[Any], Any] | None:
         # The leaves that train in full stay as they are; which ones a new head has, the files alone show.

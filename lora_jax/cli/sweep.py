@@ -293,7 +293,24 @@ def _save(settings: Settings, finished: _FinishedSweep, number: int) -> str | No
     with one_writes() as writes:
         if writes and finished.rows.labels is not None:
             _labels.save(settings.output / folder, finished.rows.labels)
+        if writes:
+            _run_file.write(settings.output / folder, _alone(settings, finished.model, result.point, folder))
     return folder
+
+
+def _alone(settings: Settings, model: Any, point: Point, folder: str) -> train_command.Settings:
+    """The settings of `lora-jax train` that train this point's adapter by itself."""
+    lora, config = point.settings(settings.lora, settings.train, lora_jax.models.flatten(model.params))
+    reading = {field.name: getattr(settings.reading, field.name) for field in dataclasses.fields(settings.reading)}
+    return train_command.Settings(
+        data=settings.data,
+        output=settings.output / folder,
+        prefix_length=point.prefix_length or 0,
+        base=settings.base,
+        lora=dataclasses.replace(settings.lora, **{name: getattr(lora, name) for name in ("rank", "alpha", "targets")}),
+        train=dataclasses.replace(config, load_best_model_at_end=False),
+        reading=_data.TrainedDataFlags(**reading),
+    )
 
 
 def folder_of(number: int, point: Point, varied: Sequence[str]) -> str:
