@@ -415,3 +415,10 @@ def test_scales_in_float32_are_those_of_the_codes():
         np.abs(plain_scales(node) - scales).max()
         <= np.abs(scales - scales.mean()).max() * np.diff(DYNAMIC).max() / 2 + 1e-6
     )
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4", "nf4", "fp8"])
+@pytest.mark.parametrize("size", [(0, 8), (128, 0)])
+def test_a_kernel_without_numbers_stays_one(scheme, size):
+    params = lora_jax.quantize({"w": jnp.zeros(size)}, QuantizeConfig(scheme=scheme, targets="w"))
+    assert lora_jax.dequantize(params)["w"].shape == size

@@ -110,7 +110,7 @@ def encode(kernel: jax.Array, scheme: str, group_size: int, stack: int, inputs: 
     groups = group_axes(x.shape[stack : stack + inputs], group_size)
     grouped = x.reshape(*x.shape[:stack], *groups, *x.shape[stack + inputs :])
     within = tuple(range(stack, stack + inputs)) if group_size == 0 else (stack + len(groups) - 1,)
-    largest = jnp.max(jnp.abs(grouped), axis=within, keepdims=True)
+    largest = jnp.max(jnp.abs(grouped), axis=within, keepdims=True, initial=0)
     relative = jnp.clip(grouped * (1 / jnp.maximum(largest, _LEAST)), -1, 1)
     scales = jnp.squeeze(largest, within)
     second = (
