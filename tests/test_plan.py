@@ -425,6 +425,27 @@ def test_a_search_takes_the_least_computed_anew_that_fits(folder, cut, monkeypat
     assert len(told) == 4
 
 
+def test_a_search_prefers_plans_that_leave_room(cut, monkeypatch):
+    """Of "none" a hundredth of the chip is left, which is the cheapest: the best is what computes more, and a tight one
+    comes before what doesn't fit.
+    """
+    need = {("fsdp=8", "none"): 990, ("fsdp=8", "lean"): 900, ("data=8", "none"): 1001, ("data=8", "lean"): 985}
+    asked = []
+
+    def pretend(request, on_stage):
+        mesh, remat = _mesh.show(request.mesh), request.remat
+        asked.append((mesh, remat))
+        per_chip = {"total": need.get((mesh, remat), 1100), "limit": None, "flops": 5 if remat == "none" else 6}
+        return Plan(request, 8, 1000, cut.found | {"remat": remat, "per_chip": cut.found["per_chip"] | per_chip})
+
+    monkeypatch.setattr(_search, "run", pretend)
+    monkeypatch.setattr(_mesh, "candidates", lambda devices, heads: [{"fsdp": 8}, {"data": 8}])
+    first = pretend(dataclasses.replace(cut.request, mesh={"fsdp": 8}, remat="none"), None)
+    plans = [(_mesh.show(found.mesh), found.found["remat"]) for found in _search.search(first)]
+    assert plans[:4] == [("fsdp=8", "lean"), ("fsdp=8", "none"), ("data=8", "lean"), ("data=8", "none")]
+    assert asked[-1] == ("data=8", "full")
+
+
 def test_a_search_tries_chunks_where_the_logits_are_what_is_too_much(cut, monkeypatch):
     """Of "none" far more is lacking than the logits take, of "lean" less."""
     logits = 8 * 2 * 512 * 100
@@ -433,7 +454,7 @@ def test_a_search_tries_chunks_where_the_logits_are_what_is_too_much(cut, monkey
 
     def pretend(request, on_stage):
         asked.append((request.remat, request.train.loss_chunk))
-        spared = logits if request.train.loss_chunk else 0
+        spared = logits + 2**26 if request.train.loss_chunk else 0
         per_chip = cut.found["per_chip"] | {"total": 2**30 + over[request.remat] - spared, "limit": None}
         found = {"remat": request.remat, "per_chip": per_chip, "length": 512, "vocabulary": 100}
         return Plan(request, 8, 2**30, cut.found | found)

@@ -9,6 +9,9 @@ from lora_jax.plan._result import Plan
 from lora_jax.plan._run import OnStage, run
 
 REMAT = ("none", "lean", "full")  # from the fewest operations to the least memory
+# Part of a chip's memory that a plan should leave. A runtime keeps some for itself (a v5e's, 0.25 of 16 GiB), and a
+# process has other arrays than a step's.
+ROOM = 0.02
 CHUNK = 256  # positions of a row whose logits are held at once, where that may make a step fit
 
 
@@ -21,7 +24,8 @@ def search(
 ) -> list[Plan]:
     """Plan a step on other meshes too, and sort: first the plans that fit, then by FLOPs, then by bytes sent.
 
-    On each mesh "none", "lean" and "full" are compiled up to the first that fits: those after it compute more. Where
+    Plans that leave less than 2 percent of a chip's memory come after those that leave more, whatever they cost. On
+    each mesh "none", "lean" and "full" are compiled up to the first that leaves it: those after it compute more. Where
     the memory that one of them lacks is no more than the logits take, it is compiled with the loss in chunks too,
     unless the request says of how many positions. A mesh that doesn't divide the rows is passed over, and so is what
     doesn't compile.
@@ -72,15 +76,20 @@ def search(
                 plan = attempt(
                     dataclasses.replace(request, train=dataclasses.replace(request.train, loss_chunk=CHUNK)), where
                 )
-            if plan is not None and plan.fits:
+            if plan is not None and _leaves_room(plan):
                 break
     return sorted(found, key=order)
 
 
-def order(plan: Plan) -> tuple[int, int, int]:
+def order(plan: Plan) -> tuple[int, bool, int, int]:
     """The key that sorts plans."""
     kinds = plan.per_chip["collectives"] or {}
-    return (plan.short_by, plan.per_chip["flops"], sum(kind["bytes"] for kind in kinds.values()))
+    sent = sum(kind["bytes"] for kind in kinds.values())
+    return (plan.short_by, not _leaves_room(plan), plan.per_chip["flops"], sent)
+
+
+def _leaves_room(plan: Plan) -> bool:
+    return plan.limit - plan.found["per_chip"]["total"] >= ROOM * plan.limit
 
 
 def _chunks_may_help(plan: Plan) -> bool:
