@@ -174,8 +174,8 @@ def _never_batched(segments, others) -> jax.Array:
 @_never_batched.def_vmap
 def _refuse_batches(*_) -> Any:
     raise ValueError(
-        "attention: 'cudnn' given for packed rows under vmap, but cuDNN's kernel takes their mask in no vmap; give"
-        " attention 'xla' (models.load and models.init take it), or a loop (jax.lax.map) over what vmap batches"
+        "attention: 'cudnn' given for packed rows under vmap, whose masks its kernel doesn't take; give attention 'xla'"
+        " (models.load and models.init take it), or a loop (jax.lax.map) instead of vmap"
     )
 
 
