@@ -101,7 +101,7 @@ def _divide(jaxpr: Any, count: int) -> _Division:
 
 
 def _alike(division: _Division) -> list[list[Any]]:
-    """The later products with a matrix that are to be replaced, in groups that are alike but for the outputs.
+    """Return the later products with a matrix that are to be replaced, in groups that are alike but for the outputs.
 
     These are groups of two and more, and products over few numbers.
     """
@@ -152,7 +152,7 @@ def _evaluate_merged(closed: Any, count: int, groups: Sequence[Sequence[Any]], *
 
 
 def _product(eqn: Any, x: Any, matrices: Sequence[Any]) -> list[Any]:
-    """The products of x with each matrix, as one product or sum."""
+    """Return the products of x with each matrix, as one product or sum."""
     ((_, (contracted,)), _) = eqn.params["dimension_numbers"]
     widths = [matrix.shape[1 - contracted] for matrix in matrices]
     order = sorted(range(len(widths)), key=lambda i: -widths[i])  # so that wide parts begin at even places
@@ -169,7 +169,7 @@ def _product(eqn: Any, x: Any, matrices: Sequence[Any]) -> list[Any]:
 
 
 def _parts(jaxpr: Any, given: Collection[Any]) -> tuple[list[Any], list[Any], set[Any]]:
-    """Equations that need what is given alone, those to compute at each call, and what needs the given alone.
+    """Return equations that need what is given alone, those to compute at each call, and what needs the given alone.
 
     Some equations are in both.
     """
@@ -197,7 +197,7 @@ def _variables(eqn: Any) -> list[Any]:
 
 
 def _used(eqns: Sequence[Any], outputs: Sequence[Any]) -> dict[Any, None]:
-    """The variables that the equations read and the variables that are put out, in order."""
+    """Return the variables that the equations read and the variables that are put out, in order."""
     read = [var for eqn in eqns for var in _variables(eqn)]
     return dict.fromkeys([*read, *(var for var in outputs if not isinstance(var, jex.Literal))])
 

@@ -76,7 +76,9 @@ def read_axes(axes: Any, paths: Collection[str], *, used: bool) -> tuple[dict[st
 
 
 def known_elsewhere(path: str, exact: Collection[str]) -> str:
-    """A hint that the axes have the leaf under a longer or shorter path, such as without `params/`; empty if not."""
+    """Return a hint that the axes have the leaf under a longer or shorter path, such as without
+    `params/`; empty if not.
+    """
     for other in exact:
         longer, shorter = (path, other) if len(path) > len(other) else (other, path)
         if longer.endswith("/" + shorter):
@@ -122,7 +124,7 @@ def _model(x: Any) -> str | None:
 
 
 def kind(x: Any) -> str:
-    """A short text for a value that was given."""
+    """Return a short text for a value that was given."""
     if isinstance(x, jax.Array | np.ndarray):
         return f"an array {x.dtype}{list(x.shape)}"
     if callable(x) and hasattr(x, "__name__"):

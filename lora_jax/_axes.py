@@ -41,7 +41,7 @@ class TracedAxes(Axes):
 
     @classmethod
     def of(cls, axes: Any, *, embedding: bool = False, head: bool = False) -> "TracedAxes":
-        """The entry for these axes, with the given roles added to its own."""
+        """Return the entry for these axes, with the given roles added to its own."""
         roles = embedding or getattr(axes, "embedding", False), head or getattr(axes, "head", False)
         return cls(*axes, embedding=roles[0], head=roles[1])
 

@@ -219,7 +219,7 @@ class LoRAConfig:
             raise ValueError("targets: none given, but exclude or overrides are; they choose among the targets")
 
     def scale(self, rank: int, alpha: float) -> float:
-        """The scale of a kernel with this rank and alpha, alpha / rank or alpha / √rank; 0 for rank 0.
+        """Return the scale of a kernel with this rank and alpha, alpha / rank or alpha / √rank; 0 for rank 0.
 
         >>> LoRAConfig(rank=8, alpha=16, scaling="rank_stabilized").scale(4, 16)
         8.0

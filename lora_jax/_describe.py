@@ -195,7 +195,7 @@ class Norms(NamedTuple):
 
 
 def norms_of(kernel: Any, node: LoRA, dtype: Any) -> Norms:
-    """The norms of one merge into `dtype`; not jitted, for XLA removes a cast that the next cast undoes."""
+    """Return the norms of one merge into `dtype`; not jitted, for XLA removes a cast that the next cast undoes."""
     kernel = jnp.asarray(whole(kernel), wide(kernel.dtype))
     update = difference(kernel, node)
     rounded, before = (x.astype(dtype).astype(kernel.dtype) for x in (changed(kernel, node), kernel))
@@ -204,7 +204,7 @@ def norms_of(kernel: Any, node: LoRA, dtype: Any) -> Norms:
 
 
 def report_of(norms: Mapping[str, Sequence[Norms]], dtypes: Mapping[str, str]) -> MergeReport:
-    """The report of kernels, each given as the norms of its parts."""
+    """Return the report of kernels, each given as the norms of its parts."""
     rows, lost, moved = [], 0.0, 0.0
     for path, parts in norms.items():
         whole = Norms(*(math.hypot(*side) for side in zip(*parts, strict=True)))
@@ -237,7 +237,7 @@ def _span(value: Any) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns side by side, the last one flush right."""
+    """Return columns side by side, the last one flush right."""
     widths = [max(len(line[column]) for line in (head, *rows)) for column in range(len(head))]
     lines = []
     for line in (head, *rows):

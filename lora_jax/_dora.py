@@ -103,13 +103,15 @@ def _gain(node: LoRA, squares: jax.Array) -> jax.Array:
 
 
 def _explicit_spec(kernel: Any) -> PartitionSpec | None:
-    """The spec of a kernel on a mesh with explicit axes, where products must have output shardings; None elsewhere."""
+    """Return the spec of a kernel on a mesh with explicit axes, where products must have output
+    shardings; None elsewhere.
+    """
     spec = jax.typeof(kernel).sharding.spec
     return spec if any(part is not None for part in spec) else None
 
 
 def _cut(kernel: Any, spec: PartitionSpec, axes: Sequence[int | None]) -> NamedSharding:
-    """The sharding of a product whose dimensions are these axes of the kernel; None for one that isn't cut."""
+    """Return the sharding of a product whose dimensions are these axes of the kernel; None for one that isn't cut."""
     full = dict(enumerate(spec))
     where = PartitionSpec(*(None if axis is None else full.get(axis) for axis in axes))
     return NamedSharding(jax.typeof(kernel).sharding.mesh, where)

@@ -7,7 +7,7 @@ import numpy as np
 
 
 def wide(dtype: Any) -> np.dtype:
-    """The dtype for arithmetic on weights: float32, or `dtype` itself if it is wider.
+    """Return the dtype for arithmetic on weights: float32, or `dtype` itself if it is wider.
 
     `jnp.promote_types` refuses floats of 8 bits.
 

@@ -9,7 +9,7 @@ from lora_jax._tree import leaves_with_paths
 
 
 def unfinite_leaf(tree: Any) -> str | None:
-    """Path of the first leaf that holds nan or inf; None where all are finite.
+    """Return the path of the first leaf that holds nan or inf; None where all are finite.
 
     >>> unfinite_leaf({"a": jnp.ones(2), "b": {"kernel": jnp.array([1.0, jnp.nan])}})
     'b/kernel'

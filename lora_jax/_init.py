@@ -144,12 +144,12 @@ class _Kernel(NamedTuple):
     embedding: bool
 
     def sizes(self) -> tuple[tuple[int, ...], ...]:
-        """Sizes of the stack, the inputs and the outputs."""
+        """Return sizes of the stack, the inputs and the outputs."""
         return tuple(tuple(self.shape[axis] for axis in group) for group in self.axes)
 
 
 def by_path(params: Any) -> dict[str, Any]:
-    """The leaves outside nodes by path; boxed leaves stay in their boxes."""
+    """Return the leaves outside nodes by path; boxed leaves stay in their boxes."""
     pairs = [(path, leaf) for path, leaf in leaves_with_paths(params) if not isinstance(leaf, LoRA)]
     twice = [path for path, count in collections.Counter(path for path, _ in pairs).items() if count > 1]
     if twice:
@@ -161,7 +161,7 @@ def by_path(params: Any) -> dict[str, Any]:
 
 
 def select(leaves: Mapping[str, Any], config: Selection, axes: Mapping[str, Axes] | None) -> dict[str, _Kernel]:
-    """The kernels that the config targets."""
+    """Return the kernels that the config targets."""
     exact, rules = read_axes(axes, leaves, used=bool(config.targets))
     adaptable = {path for path, leaf in leaves.items() if _is_matrix(path, unbox(leaf), exact)}
     linear = None if exact is None else adaptable & _linear(exact, rules)
@@ -184,7 +184,9 @@ def select(leaves: Mapping[str, Any], config: Selection, axes: Mapping[str, Axes
 
 
 def _linear(exact: Mapping[str, TracedAxes], rules: Collection[str]) -> set[str]:
-    """The kernels of `"all-linear"`: contracted with activations in the trace and no head, or given axes by a rule."""
+    """Return the kernels of `"all-linear"`: contracted with activations in the trace and no head,
+    or given axes by a rule.
+    """
     traced = {path for path, entry in exact.items() if not entry.embedding and not entry.head}
     return traced | {path for path in rules if path not in exact and not is_embedding(path)}
 
@@ -224,7 +226,9 @@ def _kernel(path: str, leaf: Any, exact: Mapping[str, TracedAxes] | None, rules:
 
 
 def _sharding_of(leaf: Any) -> Any:
-    """The sharding of a real array, or of a ShapeDtypeStruct that has one; None lets JAX choose one for the factors."""
+    """Return the sharding of a real array, or of a ShapeDtypeStruct that has one; None lets JAX
+    choose one for the factors.
+    """
     if isinstance(leaf, Tracer):
         sharding = jax.typeof(leaf).sharding  # known only under a mesh with explicit axes
         return sharding if any(axis is not None for axis in sharding.spec) else None
@@ -249,7 +253,7 @@ def _check_places(params: Any, kernels: Collection[str]) -> None:
 
 
 def _ranks(kernels: Mapping[str, _Kernel], config: LoRAConfig) -> dict[str, tuple[tuple[int, ...], tuple[float, ...]]]:
-    """The rank and the scale of each stack index of each kernel; one of each for a kernel that isn't stacked."""
+    """Return the rank and the scale of each stack index of each kernel; one of each for a kernel that isn't stacked."""
     matched = match([override.target for override in config.overrides], kernels, what="overrides")
     plain = Override(target="/.*/")
     result = {}
@@ -293,7 +297,9 @@ def _node(key: jax.Array, path: str, kernel: _Kernel, ranks_scales: tuple[tuple,
 
 
 def _fold(key: jax.Array, path: str) -> jax.Array:
-    """The kernel's own key, from a hash of its path that is the same in every process, which Python's `hash` isn't."""
+    """Return the kernel's own key, from a hash of its path that is the same in every process,
+    which Python's `hash` isn't.
+    """
     digest = hashlib.sha256(path.encode()).digest()
     for word in np.frombuffer(digest[:8], "<u4"):
         key = jax.random.fold_in(key, word)
@@ -303,7 +309,9 @@ def _fold(key: jax.Array, path: str) -> jax.Array:
 # A cache of compiled functions: a model has many kernels, and few combinations of shape, sharding and axes.
 @functools.cache
 def _maker(kernel: _Kernel, ranks: tuple[int, ...], initializer: str, dtype: str):
-    """A function from a key to (a, b), which creates them on the devices of the kernel's sharding, and on no others."""
+    """Return a function from a key to (a, b), which creates them on the devices of the kernel's
+    sharding, and on no others.
+    """
     stack, inputs, outputs = kernel.sizes()
     rank = max(ranks)
 
@@ -349,7 +357,7 @@ def _with_magnitude(node: LoRA, leaf: Any, kernel: _Kernel) -> LoRA:
 
 @functools.cache
 def _measure(kernel: _Kernel) -> Callable[..., Any]:
-    """A function from (W, scale) to the magnitude: W's norms, and 0 at stack indices that aren't adapted."""
+    """Return a function from (W, scale) to the magnitude: W's norms, and 0 at stack indices that aren't adapted."""
 
     def make(given: tuple[jax.Array, jax.Array]) -> jax.Array:
         w, scale = given
@@ -360,7 +368,7 @@ def _measure(kernel: _Kernel) -> Callable[..., Any]:
 
 
 def _master(path: str, leaf: Any) -> Any:
-    """The leaf marked as trained in full, float32 where its dtype is narrower."""
+    """Return the leaf marked as trained in full, float32 where its dtype is narrower."""
     refuse_quantized(path, leaf)
     dtype = jnp.dtype(unbox(leaf).dtype)
     if not jnp.issubdtype(dtype, jnp.floating):

@@ -11,7 +11,8 @@ from jax.interpreters import partial_eval
 
 
 def scan_counts(eqn: Any) -> tuple[int, int]:
-    """The number of a scan's operands that are constants, and the number that are its carry; the rest is scanned over.
+    """Return the number of a scan's operands that are constants, and the number that are its carry; the rest is scanned
+    over.
 
     JAX 0.11 keeps them as groups of `ft_in`, the versions before as two numbers.
 
@@ -28,7 +29,7 @@ def scan_counts(eqn: Any) -> tuple[int, int]:
 
 
 def inner_jaxprs(eqn: Any) -> Iterator[Any]:
-    """The jaxprs in an equation's parameters, closed or not, in the order of the parameters.
+    """Return the jaxprs in an equation's parameters, closed or not, in the order of the parameters.
 
     >>> import jax
     >>> eqn = jax.make_jaxpr(lambda x: jax.lax.cond(x > 0, lambda: x, lambda: -x))(1.0).eqns[-1]
@@ -41,7 +42,7 @@ def inner_jaxprs(eqn: Any) -> Iterator[Any]:
 
 
 def as_jaxpr(eqns: Sequence[Any], inputs: Sequence[Any], outputs: Sequence[Any]) -> Any:
-    """Equations of a jaxpr, or of a part of one, as a jaxpr without constants."""
+    """Return equations of a jaxpr, or of a part of one, as a jaxpr without constants."""
     info = _debug_info()._replace(arg_names=("",) * len(inputs), result_paths=("",) * len(outputs))
     effects = frozenset().union(*(eqn.effects for eqn in eqns))
     return jex.Jaxpr((), inputs, outputs, eqns, effects, info)
@@ -54,7 +55,7 @@ def _debug_info() -> Any:
 
 
 def opened(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
-    """A jaxpr, closed or not, and its constants."""
+    """Return a jaxpr, closed or not, and its constants."""
     return (jaxpr.jaxpr, jaxpr.consts) if isinstance(jaxpr, jex.ClosedJaxpr) else (jaxpr, ())
 
 

@@ -140,7 +140,7 @@ def delta(params: Any) -> Any:
 
 
 def _moved(plain: Any, nodes: dict[str, LoRA], move: Callable[[Any, LoRA], Any], dtype: Any) -> Any:
-    """The tree with each kernel changed by its node through `move`, in float32 or wider, and rounded once."""
+    """Return the tree with each kernel changed by its node through `move`, in float32 or wider, and rounded once."""
 
     def leaf_of(path: str, leaf: Any) -> Any:
         if path not in nodes or leaf is None:

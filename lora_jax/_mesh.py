@@ -52,17 +52,17 @@ def check(sizes: Mapping[str, int], devices: int) -> None:
 
 
 def size(sizes: Mapping[str, int]) -> int:
-    """The number of devices."""
+    """Return the number of devices."""
     return math.prod(sizes.values())
 
 
 def rows_over(sizes: Mapping[str, int]) -> int:
-    """The number of devices that the rows of a batch are spread over."""
+    """Return the number of devices that the rows of a batch are spread over."""
     return math.prod(count for name, count in sizes.items() if name != "model")
 
 
 def show(sizes: Mapping[str, int]) -> str:
-    """The text of a mesh, as `--mesh` takes it.
+    """Return the text of a mesh, as `--mesh` takes it.
 
     >>> show({"data": 2, "fsdp": 4})
     'data=2,fsdp=4'
@@ -71,7 +71,7 @@ def show(sizes: Mapping[str, int]) -> str:
 
 
 def candidates(devices: int, heads: int) -> list[dict[str, int]]:
-    """Meshes worth trying, from the one that cuts most storage to the one that cuts most products.
+    """Return meshes worth trying, from the one that cuts most storage to the one that cuts most products.
 
     >>> [show(sizes) for sizes in candidates(8, heads=2)]
     ['fsdp=8', 'fsdp=4,model=2', 'data=2,fsdp=4']

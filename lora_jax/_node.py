@@ -113,7 +113,7 @@ class LoRA:
         return len(self.a.shape) - len(self.axes.stack) - len(self.axes.inputs) - 1
 
     def replace(self, **changes: Any) -> "LoRA":
-        """The node with other arrays, another scale, other axes or another start."""
+        """Return the node with other arrays, another scale, other axes or another start."""
         unknown = set(changes) - {"a", "b", "scale", "magnitude", "axes", "start"}
         if unknown:
             raise TypeError(f"a LoRA node has a, b, scale, magnitude, axes and start; got {sorted(unknown)}")
@@ -145,7 +145,7 @@ class LoRA:
         return LoRA.tree_unflatten, (static, children)
 
     def to_dict(self) -> dict[str, Any]:
-        """The node as a dict for files: its arrays, and its axes as lists of numbers."""
+        """Return the node as a dict for files: its arrays, and its axes as lists of numbers."""
         arrays = {"a": self.a, "b": self.b, "scale": self.scale}
         if self.magnitude is not None:
             arrays["magnitude"] = self.magnitude
@@ -190,7 +190,7 @@ class LoRA:
 
 
 def _numbers_of(scale: Any, stack: int) -> tuple[float, ...] | None:
-    """The static scale: numbers, or one number where all are equal; None for a traced scale or a placeholder.
+    """Return the static scale: numbers, or one number where all are equal; None for a traced scale or a placeholder.
 
     Raises:
         ValueError: Several numbers are given for a kernel that isn't stacked.
@@ -207,7 +207,7 @@ def _numbers_of(scale: Any, stack: int) -> tuple[float, ...] | None:
 
 
 def with_scale_as_data(node: LoRA) -> LoRA:
-    """The node with its scale as a leaf."""
+    """Return the node with its scale as a leaf."""
     scale = jnp.asarray(node.scale)
     return LoRA.tree_unflatten((node.axes, None, node.start), (node.a, node.b, scale, node.magnitude))
 
@@ -231,7 +231,7 @@ def check_node(path: str, kernel: Any, node: LoRA) -> None:
 
 
 def at_index(node: LoRA, index: tuple[int, ...]) -> LoRA:
-    """The node of the kernel at one index of the stack axes.
+    """Return the node of the kernel at one index of the stack axes.
 
     >>> layers = LoRA(jnp.ones((4, 3, 2)), jnp.ones((4, 2, 5)), (1.0, 2.0, 3.0, 4.0), axes=Axes((0,), (1,), (2,)))
     >>> at_index(layers, (3,)).a.shape, at_index(layers, (3,)).scale, at_index(layers, (3,)).axes
@@ -244,7 +244,8 @@ def at_index(node: LoRA, index: tuple[int, ...]) -> LoRA:
 
 
 def place(sharding: Any, node: LoRA) -> LoRA:
-    """The shardings of a node: each factor is cut along the axes that it shares with its kernel; the rank is never cut.
+    """Return the shardings of a node: each factor is cut along the axes that it shares with its kernel; the rank is
+    never cut.
 
     Args:
         sharding: The kernel's NamedSharding or PartitionSpec; a sharding of another type must be fully replicated.

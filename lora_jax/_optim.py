@@ -19,7 +19,7 @@ _TRIED_SIZES = (1.0, 1e3, 1e-3, 1.0)
 
 
 def mask(tree: Any, also_train: Any = ()) -> Any:
-    """A tree of booleans that are true for the leaves that train: A, B, magnitudes, and leaves trained in full.
+    """Return a tree of booleans that are true for the leaves that train: A, B, magnitudes, and leaves trained in full.
 
     A scale never trains. It is a leaf only where adapters of different scales are stacked.
 
@@ -96,7 +96,8 @@ def masked(tx: optax.GradientTransformation, also_train: Any = ()) -> optax.Grad
 
 
 def state_shardings(tx: optax.GradientTransformation, adapter: Any) -> Any:
-    """The shardings of an optimizer's state: each moment is cut as its parameter is, and all else is on every device.
+    """Return the shardings of an optimizer's state: each moment is cut as its parameter is, and all else is on every
+    device.
 
         opt_state = jax.jit(tx.init, out_shardings=lora_jax.state_shardings(tx, adapter))(adapter)
 
@@ -170,7 +171,7 @@ def check_padding(tx: optax.GradientTransformation, adapter: Any, also_train: An
 
 
 def _singles(adapter: Any) -> list[Any]:
-    """The adapters of a stacked tree, with their padding; a single adapter in a list otherwise."""
+    """Return the adapters of a stacked tree, with their padding; a single adapter in a list otherwise."""
     nodes = list(nodes_of(adapter).values())
     if not any(node.lead for node in nodes):
         return [adapter]
@@ -213,7 +214,8 @@ def _is_accumulation(x: Any) -> bool:
 
 
 def _parts_of_a_step(tx: optax.GradientTransformationExtraArgs, params: Any) -> list[jax.Array]:
-    """The count at which each `optax.MultiSteps` in `tx` moves the parameters: the gradients it accumulates, less one.
+    """Return the count at which each `optax.MultiSteps` in `tx` moves the parameters: the gradients it accumulates,
+    less one.
 
     That number k is inside a closure. But the count after a step is (count + 1) % k, so that a step from -2 gives
     (-2 + 1) % k = k - 1. Only the counts of the step are outputs, so that XLA computes nothing else.
@@ -234,7 +236,7 @@ def _parts_of_a_step(tx: optax.GradientTransformationExtraArgs, params: Any) -> 
 
 
 def _at_its_last_part(state: Any, parts: list[jax.Array]) -> Any:
-    """The state with these counts in its accumulations: the next gradient moves the parameters."""
+    """Return the state with these counts in its accumulations: the next gradient moves the parameters."""
     left = iter(parts)
     return jax.tree.map(
         lambda x: x._replace(mini_step=next(left)) if _is_accumulation(x) else x, state, is_leaf=_is_accumulation
@@ -242,7 +244,7 @@ def _at_its_last_part(state: Any, parts: list[jax.Array]) -> Any:
 
 
 def _real_entries(path: str, leaf: Any) -> Any:
-    """A leaf of ones, with zeros at entries that are padding."""
+    """Return a leaf of ones, with zeros at entries that are padding."""
     if not isinstance(leaf, LoRA):
         return jax.tree.map(lambda x: np.ones(x.shape, np.float32), leaf)
     stack = len(leaf.axes.stack)
@@ -256,10 +258,10 @@ def _real_entries(path: str, leaf: Any) -> Any:
 
 
 def _padded_once_more(tree: Any) -> Any:
-    """The tree with one more padded rank in each node."""
+    """Return the tree with one more padded rank in each node."""
     return edit(tree, leaf=lambda _, leaf: pad_rank(leaf, leaf.a.shape[-1] + 1) if isinstance(leaf, LoRA) else leaf)
 
 
 def _cut_like(tree: Any, like: Any) -> Any:
-    """The leading entries of every array, in the shapes of `like`."""
+    """Return the leading entries of every array, in the shapes of `like`."""
     return jax.tree.map(lambda array, small: array[tuple(map(slice, small.shape))], tree, like)

@@ -122,7 +122,7 @@ def _matches(pattern: str, paths: Collection[str], what: str, linear: Collection
 
 
 def _names(path: str) -> list[list[str]]:
-    """The components that a suffix is compared with: all of them, and all without a final leaf name."""
+    """Return the components that a suffix is compared with: all of them, and all without a final leaf name."""
     parts = path.split("/")
     return [parts, parts[:-1]] if parts[-1] in LEAF_NAMES and len(parts) > 1 else [parts]
 
@@ -132,7 +132,7 @@ def _ends_with(parts: list[str], suffix: list[str]) -> bool:
 
 
 def attention_roles(paths: Collection[str]) -> dict[str, list[str]]:
-    """The modules of the attention layers by their projection: `"q"`, `"k"`, `"v"`, `"o"`; `"qkv"` where fused.
+    """Return the modules of the attention layers by their projection: `"q"`, `"k"`, `"v"`, `"o"`; `"qkv"` where fused.
 
     >>> attention_roles([f"attn/{name}/kernel" for name in ("query", "key", "value", "out", "norm")])
     {'q': ['attn/query'], 'k': ['attn/key'], 'v': ['attn/value'], 'o': ['attn/out']}
@@ -157,7 +157,7 @@ def _attention(paths: Collection[str]) -> set[str]:
 
 
 def _modules(paths: Collection[str]) -> dict[tuple[str, ...], list[str]]:
-    """The leaves of each module by the components of its path, such as ("layer_0", "attn", "query")."""
+    """Return the leaves of each module by the components of its path, such as ("layer_0", "attn", "query")."""
     modules: dict[tuple[str, ...], list[str]] = {}
     for path in paths:
         modules.setdefault(tuple(_names(path)[-1]), []).append(path)
@@ -165,7 +165,9 @@ def _modules(paths: Collection[str]) -> dict[tuple[str, ...], list[str]]:
 
 
 def _beside(parent: tuple[str, ...], name: str) -> tuple[str, ...]:
-    """The module `name` in `parent`; a name with slashes is beside it: `attention/output/dense` of `attention/self`."""
+    """Return the module `name` in `parent`; a name with slashes is beside it:
+    `attention/output/dense` of `attention/self`.
+    """
     above, *below = name.split("/")
     if not below:
         return (*parent, name)
@@ -191,7 +193,7 @@ _FOREIGN = frozenset("*.^$|()[]+?\\, ")
 
 
 def _from_elsewhere(pattern: str, paths: Collection[str]) -> str:
-    """A hint how to write a pattern of PEFT's or a shell's in this library; empty for any other pattern.
+    """Return a hint how to write a pattern of PEFT's or a shell's in this library; empty for any other pattern.
 
     >>> _from_elsewhere(".*q_proj", ["layers/q_proj/kernel"])
     "here it is 'q_proj'; regular expressions match whole paths and stand between slashes: '/.*q_proj/kernel/'"
@@ -212,7 +214,7 @@ def _from_elsewhere(pattern: str, paths: Collection[str]) -> str:
 
 
 def _suffix(pattern: str, paths: Collection[str]) -> str:
-    """The longest ending of a pattern, in whole names, that is a suffix of a path; empty if there is none."""
+    """Return the longest ending of a pattern, in whole names, that is a suffix of a path; empty if there is none."""
     ending = re.search(r"(?:^|[.*^/])([\w-]+(?:[./][\w-]+)*)\$?$", pattern.replace("\\.", "."))
     parts = re.split("[./]", ending[1]) if ending else []
     for stop in (len(parts), len(parts) - 1) if parts[-1:] == ["weight"] else (len(parts),):
@@ -226,7 +228,7 @@ def _suffix(pattern: str, paths: Collection[str]) -> str:
 
 
 def _rewritten(pattern: str) -> list[str]:
-    """Regular expressions for paths with slashes, from one for dotted names or from a shell's pattern."""
+    """Return regular expressions for paths with slashes, from one for dotted names or from a shell's pattern."""
     body = pattern.strip("/").removeprefix("^").removesuffix("$").replace("\\.", "/")
     body = re.sub(r"(?<=[\w)\]])\.(?=[\w(\[])", "/", body)
     body = re.sub(r"(?<![.)\]])\*", ".*", body)
@@ -235,7 +237,9 @@ def _rewritten(pattern: str) -> list[str]:
 
 
 def _translated(regex: str, paths: Collection[str]) -> str:
-    """The regular expression between slashes, with a leaf's name if it lacks one; empty if it matches no path."""
+    """Return the regular expression between slashes, with a leaf's name if it lacks one; empty if
+    it matches no path.
+    """
     try:
         compiled = re.compile(regex)
     except re.error:

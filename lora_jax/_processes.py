@@ -75,7 +75,7 @@ def _reached(step: int) -> bool:
 
 
 def from_first(value: bytes) -> bytes:
-    """The bytes that the first process has; every process has as many.
+    """Return the bytes that the first process has; every process has as many.
 
     >>> from_first(b"12")
     b'12'
@@ -86,7 +86,7 @@ def from_first(value: bytes) -> bytes:
 
 
 def text_of_first(text: str) -> str:
-    """The text that the first process has.
+    """Return the text that the first process has.
 
     >>> text_of_first("a prompt")
     'a prompt'
@@ -97,7 +97,7 @@ def text_of_first(text: str) -> str:
 
 
 def exchanged(value: bytes) -> list[bytes]:
-    """The bytes of every process, in their order; every process calls this, with any number of bytes.
+    """Return the bytes of every process, in their order; every process calls this, with any number of bytes.
 
     >>> exchanged(b"12")
     [b'12']
@@ -111,7 +111,7 @@ def exchanged(value: bytes) -> list[bytes]:
 
 
 def on_host(tree: Any) -> Any:
-    """A tree whose arrays this process can read: those that are spread over several processes are gathered.
+    """Return a tree whose arrays this process can read: those that are spread over several processes are gathered.
 
     Every process must call this, with the same tree.
 

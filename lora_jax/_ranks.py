@@ -12,7 +12,7 @@ from lora_jax._processes import on_host
 
 
 def used_ranks(node: LoRA) -> np.ndarray:
-    """The rank of each stack index without its padding, i64[*stack].
+    """Return the rank of each stack index without its padding, i64[*stack].
 
     Padding is a zero column of `a` with a zero row of `b`, after the last pair that isn't zero. Traced and abstract
     arrays have no values, and count as without padding; so does an index that is zero throughout, unless its scale is
@@ -39,7 +39,7 @@ def _used(a: jax.Array, b: jax.Array, stack: int) -> jax.Array:
 
 
 def pad_rank(node: LoRA, rank: int) -> LoRA:
-    """The node padded with zeros to a higher rank: the same update."""
+    """Return the node padded with zeros to a higher rank: the same update."""
     more, stack = rank - node.a.shape[-1], len(node.axes.stack)
     a = jnp.pad(node.a, [(0, 0)] * (node.a.ndim - 1) + [(0, more)])
     b = jnp.pad(node.b, [(0, more) if axis == stack else (0, 0) for axis in range(node.b.ndim)])
@@ -47,7 +47,7 @@ def pad_rank(node: LoRA, rank: int) -> LoRA:
 
 
 def trim_rank(node: LoRA) -> LoRA:
-    """The node without the padding that all stack indices share: the same update."""
+    """Return the node without the padding that all stack indices share: the same update."""
     rank = max(1, int(used_ranks(node).max(initial=0)))
     b = jax.lax.slice_in_dim(jnp.asarray(node.b), 0, rank, axis=len(node.axes.stack))
     return node.replace(a=node.a[..., :rank], b=b)

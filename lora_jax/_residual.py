@@ -100,7 +100,9 @@ def _check(path: str, w: Any, initializer: str, quantize: QuantizeConfig | None)
 # A cache of compiled functions: a model has many kernels, and few combinations of axes and ranks.
 @functools.cache
 def _largest(axes: Axes, ranks: tuple[int, ...], scales: tuple[float, ...]) -> Any:
-    """A function from W to A and B with scale · A B = the largest part of W, split evenly: A = U √(S / scale)."""
+    """Return a function from W to A and B with scale · A B = the largest part of W, split evenly:
+    A = U √(S / scale).
+    """
     order = [axis for group in axes for axis in group]
     rank = max(ranks)
     used = (np.arange(rank) < np.asarray(ranks)[:, None]) & (np.asarray(scales) != 0)[:, None]
@@ -131,7 +133,8 @@ def _less(w: jax.Array, node: LoRA) -> jax.Array:
 
 
 def beside_plain_kernel(node: LoRA) -> LoRA:
-    """The node as it belongs beside the kernel that `init` was given: of rank 2r where the start was taken out of it.
+    """Return the node as it belongs beside the kernel that `init` was given: of rank 2r where the start was taken out
+    of it.
 
         scale · (A B - A₀ B₀) = scale · [A A₀] [B; -B₀]
 

@@ -73,7 +73,7 @@ def spread_over(mesh: Mesh, params: Any, base: Mapping[str, Any]) -> Any:
 
 
 def put(x: Any, where: Any) -> jax.Array:
-    """An array of this process, the same in all, or one that is on all their devices, where it belongs."""
+    """Return an array of this process, the same in all, or one that is on all their devices, where it belongs."""
     if jax.process_count() == 1 or (isinstance(x, jax.Array) and not x.is_fully_addressable):
         return jax.device_put(x, where)
     host = np.asarray(x)

@@ -83,7 +83,7 @@ def unstack(stacked: Any) -> list[Any]:
 
 
 def _same_scales(nodes: list[LoRA]) -> list[LoRA]:
-    """The nodes with scales that can be stacked: static if they are equal, arrays otherwise."""
+    """Return the nodes with scales that can be stacked: static if they are equal, arrays otherwise."""
     static = all(node.scale_is_static for node in nodes)
     if static and all(np.array_equal(node.scale, nodes[0].scale) for node in nodes):
         return nodes
@@ -91,7 +91,7 @@ def _same_scales(nodes: list[LoRA]) -> list[LoRA]:
 
 
 def _with_static_scale(node: LoRA) -> LoRA:
-    """The node with a static scale; a traced scale has no value, and stays a leaf."""
+    """Return the node with a static scale; a traced scale has no value, and stays a leaf."""
     scale = node.scale
     return node if isinstance(scale, Tracer | jax.ShapeDtypeStruct) else node.replace(scale=np.asarray(scale))
 
@@ -107,7 +107,7 @@ def _check_same(number: int, table: dict[str, Any], first: dict[str, Any]) -> No
 
 
 def _form(leaf: Any) -> Any:
-    """The properties of a leaf that must agree: the structure, axes included, and all sizes but the rank."""
+    """Return the properties of a leaf that must agree: the structure, axes included, and all sizes but the rank."""
     if not isinstance(leaf, LoRA):
         return jax.tree.structure(leaf), [jnp.shape(array) for array in jax.tree.leaves(leaf)]
     stack = len(leaf.axes.stack)

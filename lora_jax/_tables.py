@@ -184,7 +184,7 @@ class _Lookups(Analysis[_Mark | None]):
         return [_result(eqn, facts, self.found) if any(facts) else None] * len(eqn.outvars)
 
     def joined(self, one: _Mark | None, other: _Mark | None) -> _Mark | None:
-        """The mark of a value with different marks in two steps or branches: it is ids in one of them only."""
+        """Return the mark of a value with different marks in two steps or branches: it is ids in one of them only."""
         return one if one == other else _Ids.OTHER if isinstance(one, _Ids) or isinstance(other, _Ids) else None
 
     def chosen(self, index: _Mark | None, branches: Sequence[_Mark | None]) -> _Mark | None:
@@ -192,7 +192,7 @@ class _Lookups(Analysis[_Mark | None]):
 
 
 def _result(eqn: Any, inputs: Sequence[_Mark | None], found: list[_Lookup]) -> _Mark | None:
-    """The mark of an equation's outputs.
+    """Return the mark of an equation's outputs.
 
     `table[ids]` is traced as lt(ids, 0), add(ids, rows), select_n, gather. The marks on the way are NEGATIVE, OTHER,
     IDS, and a lookup with its number of rows is recorded at the gather.
@@ -221,7 +221,7 @@ def _result(eqn: Any, inputs: Sequence[_Mark | None], found: list[_Lookup]) -> _
 
 
 def _selected(predicate: _Mark | None, cases: Sequence[_Mark | None]) -> _Mark | None:
-    """The mark of the output of `select_n`: the first case is taken where the predicate is false."""
+    """Return the mark of the output of `select_n`: the first case is taken where the predicate is false."""
     if predicate is None:
         return _first_mark(cases)
     kept, other = cases[0], cases[-1]
@@ -233,7 +233,7 @@ def _selected(predicate: _Mark | None, cases: Sequence[_Mark | None]) -> _Mark |
 
 
 def _first_mark(marks: Sequence[_Mark | None]) -> _Mark | None:
-    """The mark of an array made of several, in the order of `_Ids`: IDS if one of them is ids."""
+    """Return the mark of an array made of several, in the order of `_Ids`: IDS if one of them is ids."""
     return next((mark for mark in _Ids if mark in marks), None)
 
 

@@ -35,7 +35,7 @@ class Trained:
     dtype: str
 
     def cast(self) -> Any:
-        """The leaf in the dtype in which the function gets it."""
+        """Return the leaf in the dtype in which the function gets it."""
         return cast(self.value, self.dtype)
 
 
@@ -115,7 +115,7 @@ def trained(leaf: Any, value: Any = None) -> Trained:
 
 
 def cast(leaf: Any, dtype: Any) -> Any:
-    """A leaf, boxed or not, real or a ShapeDtypeStruct, in another dtype."""
+    """Return a leaf, boxed or not, real or a ShapeDtypeStruct, in another dtype."""
 
     def one(x: Any) -> Any:
         return x.update(dtype=jnp.dtype(dtype)) if isinstance(x, jax.ShapeDtypeStruct) else jnp.asarray(x, dtype)

@@ -22,7 +22,7 @@ def is_quantized(x: Any) -> bool:
 
 
 def path_of(key_path: Sequence[Any]) -> str:
-    """The path string of a JAX key path: its components joined with "/".
+    """Return the path string of a JAX key path: its components joined with "/".
 
     >>> [(key_path, _)], _ = jax.tree_util.tree_flatten_with_path({"mlp/~/linear_0": {"w": 1.0}})
     >>> path_of(key_path)
@@ -35,7 +35,7 @@ def path_of(key_path: Sequence[Any]) -> str:
 
 
 def _children(tree: Any) -> tuple[list[tuple[Any, Any]], Any] | None:
-    """The (key, child) pairs of one pytree level and its treedef; None for a leaf."""
+    """Return the (key, child) pairs of one pytree level and its treedef; None for a leaf."""
     pairs, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is not tree)
     if len(pairs) == 1 and not pairs[0][0]:
         return None
@@ -56,7 +56,7 @@ def is_box(tree: Any) -> bool:
 
 
 def unbox(leaf: Any) -> Any:
-    """The array of a leaf, without its wrapper if it has one."""
+    """Return the array of a leaf, without its wrapper if it has one."""
     return jax.tree.leaves(leaf, is_leaf=is_quantized)[0] if is_box(leaf) else leaf
 
 
@@ -66,7 +66,7 @@ def rebox(box: Any, value: Any) -> Any:
 
 
 def _entries(tree: Mapping) -> list[tuple[Any, Any]]:
-    """Keys and children of a mapping, as stored and in its own order."""
+    """Return keys and children of a mapping, as stored and in its own order."""
     if isinstance(tree, dict):
         return list(tree.items())
     # Through the pytree form, since `nnx.State` makes new wrappers of its children at each access.
@@ -79,7 +79,7 @@ def _raw_key(key: Any) -> Any:
 
 
 def _rebuilt(tree: Any, entries: dict[Any, Any]) -> Any:
-    """A mapping of the type of `tree` with other entries."""
+    """Return a mapping of the type of `tree` with other entries."""
     if hasattr(tree, "default_factory"):
         return type(tree)(tree.default_factory, entries)
     return entries if type(tree) is dict else type(tree)(entries)
@@ -122,13 +122,14 @@ def join(path: str, key: Any) -> str:
 
 
 def leaves_with_paths(tree: Any) -> list[tuple[str, Any]]:
-    """Pairs (path, leaf) of every leaf in JAX's order; boxed leaves and nodes count as leaves, None doesn't."""
+    """Return pairs (path, leaf) of every leaf in JAX's order; boxed leaves and nodes count as leaves, None doesn't."""
     pairs, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: is_node(x) or is_box(x))
     return [(path_of(key_path), leaf) for key_path, leaf in pairs]
 
 
 def leaf_paths(tree: Any) -> list[str]:
-    """The path of every leaf of a tree without nodes, in the order of `jax.tree.leaves`; boxes aren't in the path.
+    """Return the path of every leaf of a tree without nodes, in the order of `jax.tree.leaves`; boxes aren't in the
+    path.
 
     >>> leaf_paths({"query": {"kernel": 1.0, "bias": 2.0}, "layers": [{"w": 3.0}]})
     ['layers/0/w', 'query/bias', 'query/kernel']
@@ -140,14 +141,14 @@ def leaf_paths(tree: Any) -> list[str]:
 
 
 def kernel_path(node_path: str) -> str:
-    """The path of the kernel that the node at `node_path` belongs to."""
+    """Return the path of the kernel that the node at `node_path` belongs to."""
     if not node_path.endswith(SUFFIX):
         raise ValueError(f"{node_path or 'the root'}: a LoRA node must be beside its kernel as NAME{SUFFIX}")
     return node_path.removesuffix(SUFFIX)
 
 
 def nodes_of(tree: Any) -> dict[str, LoRA]:
-    """The LoRA nodes of a whole tree or an adapter tree, by their kernel's path."""
+    """Return the LoRA nodes of a whole tree or an adapter tree, by their kernel's path."""
     return {kernel_path(path): leaf for path, leaf in leaves_with_paths(tree) if isinstance(leaf, LoRA)}
 
 
@@ -199,7 +200,7 @@ def detach(tree: Any) -> tuple[Any, dict[str, LoRA]]:
 
 
 def rows_of(tree: Any) -> dict[str, TrainedRows]:
-    """The trained rows in a whole tree or an adapter tree, by the path of their table."""
+    """Return the trained rows in a whole tree or an adapter tree, by the path of their table."""
     leaves = leaves_with_paths(tree)
     return {path.removesuffix(ROWS): leaf for path, leaf in leaves if isinstance(leaf, TrainedRows)}
 
@@ -252,14 +253,14 @@ def is_leaf(x: Any) -> bool:
 
 
 def train_patterns(also_train: Any) -> tuple[str, ...]:
-    """The patterns of leaves trained in full: given as patterns, or as the config that `init` had."""
+    """Return the patterns of leaves trained in full: given as patterns, or as the config that `init` had."""
     if isinstance(also_train, str):
         return (also_train,)
     return tuple(getattr(also_train, "also_train", also_train))
 
 
 def trained_paths(tree: Any, also_train: Any = ()) -> set[str]:
-    """Paths of the leaves trained in full: named by `also_train`, or marked (`Trained`)."""
+    """Return paths of the leaves trained in full: named by `also_train`, or marked (`Trained`)."""
     leaves = [(path, leaf) for path, leaf in leaves_with_paths(tree) if not isinstance(leaf, LoRA)]
     known = {path for path, leaf in leaves if isinstance(leaf, Trained)}
     named = match(train_patterns(also_train), [path for path, _ in leaves], what="also_train")
@@ -278,7 +279,7 @@ def refuse_quantized(path: str, leaf: Any) -> None:
 
 
 def holders(tree: Any) -> dict[str, Mapping]:
-    """The mapping that each leaf is in, for the leaves that are in one under a string key."""
+    """Return the mapping that each leaf is in, for the leaves that are in one under a string key."""
     found: dict[str, Mapping] = {}
 
     def note(path: str, mapping: Mapping, entries: dict[Any, Any]) -> dict[Any, Any]:
@@ -347,7 +348,9 @@ def combine(base: Any, adapter: Any) -> Any:
 
 
 def _pruned(tree: Any, keep: Callable[[str, Any], bool], path: str = "") -> Any:
-    """The tree without the leaves for which `keep` is false and without empty containers; None if nothing is left."""
+    """Return the tree without the leaves for which `keep` is false and without empty containers;
+    None if nothing is left.
+    """
     if tree is None or is_leaf(tree):
         return tree if tree is not None and keep(path, tree) else None
     if isinstance(tree, Mapping):

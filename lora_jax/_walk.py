@@ -84,7 +84,9 @@ def walk(jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Any], how: Any) -> 
 
 
 def _last_uses(jaxpr: Any) -> dict[Any, int]:
-    """The position of the last equation that reads each variable; for outputs, the position after the last equation."""
+    """Return the position of the last equation that reads each variable; for outputs, the position
+    after the last equation.
+    """
     last: dict[Any, int] = {}
     for position, eqn in enumerate(jaxpr.eqns):
         for var in eqn.invars:
@@ -111,7 +113,7 @@ class Loop(NamedTuple):
 
     @classmethod
     def of(cls, eqn: Any, operands: Sequence[Any]) -> Loop:
-        """The loop of a `scan` or `while` equation on these operands."""
+        """Return the loop of a `scan` or `while` equation on these operands."""
         params, operands = eqn.params, list(operands)
         if eqn.primitive.name == "scan":
             before, body, test = 0, params["jaxpr"], None
@@ -134,30 +136,34 @@ class Analysis(abc.ABC, Generic[Fact]):
 
     @abc.abstractmethod
     def constant(self, var: Any) -> Fact:
-        """The fact about a literal, or about a constant of the jaxpr."""
+        """Return the fact about a literal, or about a constant of the jaxpr."""
 
     @abc.abstractmethod
     def transfer(self, eqn: Any, facts: list[Fact]) -> Sequence[Fact]:
-        """The facts about the outputs of an equation that is no call, loop or branch."""
+        """Return the facts about the outputs of an equation that is no call, loop or branch."""
 
     @abc.abstractmethod
     def joined(self, one: Fact, other: Fact) -> Fact:
-        """The fact about a value for which one or the other holds, as at two steps of a loop."""
+        """Return the fact about a value for which one or the other holds, as at two steps of a loop."""
 
     @abc.abstractmethod
     def chosen(self, index: Fact, branches: Sequence[Fact]) -> Fact:
-        """The fact about an output of `cond`, from the fact about the index and those about each branch's output."""
+        """Return the fact about an output of `cond`, from the fact about the index and those about
+        each branch's output.
+        """
 
     def carried(self, fact: Fact) -> Fact:
-        """The fact about a value that becomes a changing carry of a loop, or a part of a loop's stacked outputs."""
+        """Return the fact about a value that becomes a changing carry of a loop, or a part of a loop's
+        stacked outputs.
+        """
         return fact
 
     def sliced(self, fact: Fact) -> Fact:
-        """The fact about one step's slice of a value that is scanned over."""
+        """Return the fact about one step's slice of a value that is scanned over."""
         return fact
 
     def inside(self, runs: int) -> Analysis[Fact]:
-        """The analysis for a jaxpr that runs `runs` times: this one, or a new one.
+        """Return the analysis for a jaxpr that runs `runs` times: this one, or a new one.
 
         A loop's body is walked several times, until its facts don't change; the results of the last walk count.
         """
@@ -170,17 +176,19 @@ class Analysis(abc.ABC, Generic[Fact]):
         return True
 
     def stretch(self, eqns: Sequence[Any], read: Callable[[Any], Fact], used: Any) -> Iterator[tuple[Any, Fact]]:
-        """Facts about equations without an input, such as `iota`; each pair is stored before the next is asked for."""
+        """Yield facts about equations without an input, such as `iota`; each pair is stored before the
+        next is asked for.
+        """
         for eqn in eqns:
             yield from zip(eqn.outvars, self.equation(eqn, [read(var) for var in eqn.invars]), strict=True)
 
     def outputs(self, jaxpr: Any, facts: Sequence[Fact]) -> list[Fact]:
-        """The facts about the outputs of a jaxpr, closed or not."""
+        """Return the facts about the outputs of a jaxpr, closed or not."""
         jaxpr, _ = opened(jaxpr)
         return walk(jaxpr, [self.constant(var) for var in jaxpr.constvars], facts, self)
 
     def equation(self, eqn: Any, facts: list[Fact]) -> Sequence[Fact]:
-        """The facts about an equation's outputs; an equation with jaxprs of its own is walked through."""
+        """Return the facts about an equation's outputs; an equation with jaxprs of its own is walked through."""
         name = eqn.primitive.name
         if name in CALLS:
             return self._called([eqn.params[CALLS[name]]], facts, math.prod(_manual_sizes(eqn)))[0]
@@ -218,7 +226,7 @@ class Analysis(abc.ABC, Generic[Fact]):
 
 
 def _manual_sizes(eqn: Any) -> list[int]:
-    """Sizes of a shard_map's manual mesh axes: its body runs once for each device along them."""
+    """Return sizes of a shard_map's manual mesh axes: its body runs once for each device along them."""
     if eqn.primitive.name != "shard_map":
         return []
     mesh = eqn.params["mesh"]

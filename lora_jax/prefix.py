@@ -82,7 +82,7 @@ def put(params: Any, value: Any, *, after: int = 0, embedding: str | None = None
 
 
 def take(params: Any) -> tuple[Any, Prefix | None]:
-    """The tree without its prefix, and the prefix or None.
+    """Return the tree without its prefix, and the prefix or None.
 
     >>> params = init(jax.random.key(0), {"wte": {"embedding": jnp.ones((9, 4))}}, length=2)
     >>> plain, node = take(params)
@@ -95,7 +95,7 @@ def take(params: Any) -> tuple[Any, Prefix | None]:
 
 
 def length(params: Any) -> int:
-    """Tokens of the prefix in `params`; 0 without one.
+    """Return tokens of the prefix in `params`; 0 without one.
 
     >>> params = {"embedding": jnp.ones((7, 4)), "out": jnp.ones((4, 3))}
     >>> length(params), length(init(jax.random.key(0), params, length=2, embedding="embedding"))
@@ -201,7 +201,7 @@ def _inserted(apply_fn, used, plain, node, input_ids, attention_mask=None, *, to
 
 
 def _shifted(node: Prefix, used: Any, rows: jax.Array) -> jax.Array:
-    """Rows [B, T + length] without the unused part of the prefix, padded at the end to the same length."""
+    """Return rows [B, T + length] without the unused part of the prefix, padded at the end to the same length."""
     if used is None:
         return rows
     places = jnp.arange(rows.shape[1])
@@ -211,7 +211,7 @@ def _shifted(node: Prefix, used: Any, rows: jax.Array) -> jax.Array:
 
 
 def _own(node: Prefix, used: Any, output: jax.Array) -> jax.Array:
-    """The entries of an output [B, T + length, ...] at tokens outside the prefix: [B, T, ...]."""
+    """Return the entries of an output [B, T + length, ...] at tokens outside the prefix: [B, T, ...]."""
     if used is not None:
         places = jnp.arange(output.shape[1] - len(node.value))
         return jnp.take(output, jnp.where(places < node.after, places, places + used), axis=1, mode="clip")
@@ -220,13 +220,13 @@ def _own(node: Prefix, used: Any, output: jax.Array) -> jax.Array:
 
 
 def _like(params: Mapping, entries: dict[str, Any]) -> Any:
-    """A mapping of the type of `params`."""
+    """Return a mapping of the type of `params`."""
     mapping: Any = type(params)
     return mapping(entries)
 
 
 def _table(params: Any, embedding: str | None, *, sole: bool = False) -> tuple[str, Any]:
-    """Path and array of the table of token embeddings; with `sole`, of the only table called embedding."""
+    """Return the path and array of the table of token embeddings; with `sole`, of the only table called embedding."""
     if not isinstance(params, Mapping):
         raise ValueError(f"{PREFIX}: the parameters are a {type(params).__name__}, expected a mapping to put it in")
     if params.get(PREFIX) is not None:

@@ -19,7 +19,7 @@ def to_json(values: Any, **layout: Any) -> str:
 
 
 def finite(values: Any) -> Any:
-    """The same values, with None for each number that isn't finite.
+    """Return the same values, with None for each number that isn't finite.
 
     >>> finite({"loss": float("nan"), "steps": [3, float("-inf")]})
     {'loss': None, 'steps': [3, None]}

@@ -59,7 +59,7 @@ def check_unheld(folder: Path) -> None:
 
 
 def _locked(folder: Path) -> int | None:
-    """A descriptor of the folder's lock; None if the system or the disk has no locks."""
+    """Return a descriptor of the folder's lock; None if the system or the disk has no locks."""
     if fcntl is None:
         return None
     path = folder / LOCK

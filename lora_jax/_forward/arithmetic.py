@@ -95,13 +95,13 @@ def _scaled(
 
 
 def _stretched(kernel: LowRank, shape: Sequence[int]) -> tuple[Factor, Factor]:
-    """The factors of a kernel whose axes of size one are broadcast to `shape`."""
+    """Return the factors of a kernel whose axes of size one are broadcast to `shape`."""
     axes = _stretched_axes(kernel, shape)
     return drop(kernel.a, axes), drop(kernel.b, axes)
 
 
 def _stretched_axes(kernel: LowRank, shape: Sequence[int]) -> list[int]:
-    """The axes along which a kernel is broadcast: W[1, out] to [in, out] along axis 0."""
+    """Return the axes along which a kernel is broadcast: W[1, out] to [in, out] along axis 0."""
     return [k for k, size in enumerate(kernel.shape) if size != shape[k]]
 
 
@@ -126,7 +126,7 @@ def _add(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
 
 @RULES("complex", labels=tracks.combine)
 def _complex(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
-    """The complex array of a real and an imaginary part, either of which may be a kernel."""
+    """Return the complex array of a real and an imaginary part, either of which may be a kernel."""
     # W + i (V + a b) = (W + i V) + a (i b): the factor b becomes imaginary, and the rest is an addition.
     real, imaginary = values
     if isinstance(imaginary, LowRank):
@@ -136,7 +136,9 @@ def _complex(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
 
 
 def _summed(eqn: Any, values: Sequence[Any], terms: Sequence[Any]) -> list[Any] | None:
-    """The equation on the plain kernels, and the sum of the terms' updates: factors side by side along the rank."""
+    """Return the equation on the plain kernels, and the sum of the terms' updates: factors side by
+    side along the rank.
+    """
     kernels = [term for term in terms if isinstance(term, LowRank)]
     if any(kernel.gain is not None for kernel in kernels):
         return None  # g (W + a b) + C isn't g' (W + C + a b) for any g'
@@ -150,7 +152,7 @@ def _summed(eqn: Any, values: Sequence[Any], terms: Sequence[Any]) -> list[Any] 
 
 
 def _joined(kernels: Sequence[LowRank], w: Any, a: Factor, b: Factor, gain: Factor | None = None) -> LowRank:
-    """One kernel made of several, with these joined factors."""
+    """Return one kernel made of several, with these joined factors."""
     # If it is materialised later, the message names the leaves of all parts. The joined factors meet the activations in
     # one product, so that there is one dropout mask, the first kernel's.
     origin = tuple(dict.fromkeys(slot for kernel in kernels for slot in kernel.origin))
@@ -159,12 +161,12 @@ def _joined(kernels: Sequence[LowRank], w: Any, a: Factor, b: Factor, gain: Fact
 
 
 def _by_rank(factors: Sequence[Factor]) -> Factor:
-    """Factors side by side along the rank: a[in, r] and c[in, s] become [a c], [in, r + s]."""
+    """Return factors side by side along the rank: a[in, r] and c[in, s] become [a c], [in, r + s]."""
     return _along(factors, RANK)
 
 
 def _along(factors: Sequence[Factor], axis: int) -> Factor:
-    """Factors concatenated along an axis that all have, in the order of axes of the first."""
+    """Return factors concatenated along an axis that all have, in the order of axes of the first."""
     axes = factors[0].axes
     dtype = jnp.result_type(*(factor.value for factor in factors))
     values = [factor.ordered(axes).astype(dtype) for factor in factors]
@@ -239,7 +241,9 @@ def _concatenate(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | N
 
 
 def _gains_along(values: Sequence[Any], axis: int) -> list[Factor] | None:
-    """The gain of each value, 1 where it has none; empty if none has one, None if they can't be joined along `axis`."""
+    """Return the gain of each value, 1 where it has none; empty if none has one, None if they
+    can't be joined along `axis`.
+    """
     # Along the outputs, [g ⊙ W | V] has the gain [g | 1]. Along the inputs, along which g doesn't vary, one gain for
     # each output can't serve both.
     found = {v.gain.axes for v in values if isinstance(v, LowRank) and v.gain is not None}
@@ -279,7 +283,7 @@ def _stack(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
 
 
 def _placed(factor: Factor, axis: int, start: int, length: int) -> Factor:
-    """The factor with zeros before and after it along an axis."""
+    """Return the factor with zeros before and after it along an axis."""
     # b[2, 3] at start 4 of length 10: four columns of zeros, b, and three columns of zeros.
     after = length - start - factor.size(axis)
     widths = [(start, after, 0) if k == axis else (0, 0, 0) for k in factor.axes]
@@ -287,7 +291,7 @@ def _placed(factor: Factor, axis: int, start: int, length: int) -> Factor:
 
 
 def _stack_factor(values: Sequence[Any], kernels: Sequence[LowRank], axis: int, which: str) -> Factor:
-    """One factor for the whole stack: ranks are padded with zeros to the largest, and plain arrays get zeros."""
+    """Return one factor for the whole stack: ranks are padded with zeros to the largest, and plain arrays get zeros."""
     # Ranks 2 and 3: a[in, 2] gets a column of zeros, and the stack's a is [2, in, 3].
     rank = max(kernel.a.size(RANK) for kernel in kernels)
     model = getattr(kernels[0], which)
@@ -305,7 +309,7 @@ def _stack_factor(values: Sequence[Any], kernels: Sequence[LowRank], axis: int, 
 
 
 def varying_axes(var: Any, producers: dict[Any, Any]) -> set[int]:
-    """The axes along which a value can vary, as far as the equation that made it shows."""
+    """Return the axes along which a value can vary, as far as the equation that made it shows."""
     if isinstance(var, jex.Literal):
         return set()
     # A g[out] that the equation before has broadcast to [in, out] varies along axis 1 alone.

@@ -20,7 +20,7 @@ from lora_jax._quantize.node import Quantized
 
 
 def carry(path: str, w: Any, node: LoRA, draw: dropout.DropoutDraw | None, slot: int) -> LowRank:
-    """A kernel and its node as one value; the scale, which never trains, is multiplied into b.
+    """Return a kernel and its node as one value; the scale, which never trains, is multiplied into b.
 
     Factors narrower than float32 are widened first: a scale rounded to bfloat16 would be off by up to 0.4 % for every
     entry alike. A consumer casts the product b · scale back, so that it is rounded once. A magnitude becomes a gain
@@ -41,7 +41,7 @@ def carry(path: str, w: Any, node: LoRA, draw: dropout.DropoutDraw | None, slot:
 
 
 def carry_alone(w: Quantized, slot: int) -> LowRank:
-    """A quantized kernel without an adapter: with an update of rank 0, it takes the way of all others."""
+    """Return a quantized kernel without an adapter: with an update of rank 0, it takes the way of all others."""
     stack, inputs, outputs = (tuple(w.shape[axis] for axis in group) for group in w.own_axes)
     a, b = jnp.zeros((*stack, *inputs, 0)), jnp.zeros((*stack, 0, *outputs))
     if (placed := w.abstract().sharding) is not None:  # on an explicit mesh, where places are types
@@ -59,7 +59,9 @@ def _check_fit(path: str, w: Any, node: LoRA) -> None:
 
 
 def _differentiable(path: str, factor: Any) -> Any:
-    """The factor, or where Adam's eps rounds to zero in its dtype (0 / 0 is nan), one whose gradient is an error."""
+    """Return the factor, or where Adam's eps rounds to zero in its dtype (0 / 0 is nan), one whose
+    gradient is an error.
+    """
     return factor if has_adams_eps(factor.dtype) else _forward_only(factor, path)
 
 

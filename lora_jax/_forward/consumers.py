@@ -27,12 +27,13 @@ def add(base: jax.Array, delta: jax.Array) -> list[jax.Array]:
 
 
 def scaled(results: Sequence[jax.Array], gain: Factor | None, places: Mapping[int, int]) -> list[jax.Array]:
-    """Each result times the gain, if there is one; `places` as in `gained`."""
+    """Return each result times the gain, if there is one; `places` as in `gained`."""
     return [result if gain is None else gained(result, gain, places) for result in results]
 
 
 def compute_dtype(x: Any, kernel: LowRank) -> Any:
-    """The dtype of the low-rank products: the activation's, for a float32 factor must not promote a bfloat16 network.
+    """Return the dtype of the low-rank products: the activation's, for a float32 factor must not promote a bfloat16
+    network.
 
     Where activations are integers or quantized, it is the kernel's dtype; float32 where the kernel is quantized too.
     """
@@ -110,12 +111,14 @@ def _placement(sharding: Any, output: Sequence[int]) -> Callable[[Sequence[int]]
 
 
 def _oriented(x: Factor, factor: Factor, side: int, **options: Any) -> Factor:
-    """The product of activations and a factor, the factor on the side on which the kernel is in the equation."""
+    """Return the product of activations and a factor, the factor on the side on which the kernel is in the equation."""
     return product(factor, x, **options) if side == 0 else product(x, factor, **options)
 
 
 def _first_and_second(kernel: LowRank, contracted: set[int]) -> tuple[Factor, Factor] | None:
-    """The order in which the factors are multiplied; None if neither has a contracted axis that the other lacks."""
+    """Return the order in which the factors are multiplied; None if neither has a contracted axis
+    that the other lacks.
+    """
     sides = {kernel.only(k) for k in contracted}
     if "a" in sides:
         return kernel.a, kernel.b
@@ -177,7 +180,9 @@ def _gather(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
 
 
 def _names_after(numbers: Any, ndim: int, kernel_ndim: int) -> dict[int, int]:
-    """The dimension of the gather's result that each axis of the kernel becomes, without axes that are indexed away."""
+    """Return the dimension of the gather's result that each axis of the kernel becomes, without
+    axes that are indexed away.
+    """
     # E[9, 4] at ids[3]: axis 0 is indexed away, and axis 1 is dimension 1 of the result, so names = {1: 1}.
     batch = [d for d in range(ndim) if d not in numbers.offset_dims]
     gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
@@ -195,7 +200,7 @@ def _is_whole(factor: Factor, axis: int, params: Any) -> bool:
 
 
 def _look_up(factor: Factor, indices: Any, params: Any, batch: Sequence[int], names: dict[int, int]) -> Factor:
-    """The same gather on a factor, with the indices of its own axes; without any, only the names change."""
+    """Return the same gather on a factor, with the indices of its own axes; without any, only the names change."""
     numbers = params["dimension_numbers"]
     # Indices [..., 2] into W[layers, in, out] are (layer, input). b[layers, rank, out] takes the first column alone.
     columns = [
@@ -277,7 +282,7 @@ def _ragged_dot(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | No
 
 
 def _by_row(gain: Factor | None, sizes: Any, group: int, ragged: int, rows: int) -> Factor | None:
-    """The gain of each row of a ragged product, which is its group's."""
+    """Return the gain of each row of a ragged product, which is its group's."""
     if gain is None or group not in gain.axes:
         return gain
     # g[e, out] with sizes (2, 1) becomes [g[0], g[0], g[1]], which is [t, out].
@@ -287,7 +292,9 @@ def _by_row(gain: Factor | None, sizes: Any, group: int, ragged: int, rows: int)
 
 
 def _ragged(x: Factor, factor: Factor, sizes: Any, group: int, ragged: int, **options: Any) -> Factor:
-    """A ragged product by names: shared names are contracted, and the dimension `ragged` is split into groups."""
+    """Return a ragged product by names: shared names are contracted, and the dimension `ragged` is
+    split into groups.
+    """
     shared = [k for k in x.axes if k in factor.axes]
     numbers = lax.RaggedDotDimensionNumbers(
         dot_dimension_numbers=(

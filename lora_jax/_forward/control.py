@@ -51,7 +51,9 @@ def _call_once_transformed(
 
 
 def _hashable(params: Any) -> tuple:
-    """The part of a cache key that distinguishes two calls of one jaxpr: all parameters, by `id` if unhashable."""
+    """Return the part of a cache key that distinguishes two calls of one jaxpr: all parameters, by
+    `id` if unhashable.
+    """
 
     def token(value: Any) -> Any:
         try:
@@ -103,7 +105,7 @@ def _specified(sharding: Any) -> bool:
 
 
 def _leaf_shardings(value: Any, sharding: Any) -> list[Any]:
-    """One sharding for each array of a value: the factors are cut as the kernel is."""
+    """Return one sharding for each array of a value: the factors are cut as the kernel is."""
     if not isinstance(value, LowRank):
         return [sharding if _specified(sharding) else None]
     # The leaves of a kernel are W, a, b, a gain if there is one, and the key and rate of its dropout.
@@ -137,7 +139,8 @@ def _remat(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
 
 
 def _bound(eqn: Any, function: Callable, prevent_cse: bool | tuple[bool, ...]) -> Callable:
-    """A function that binds the equation's primitive with the transformed jaxpr, and all of its other parameters.
+    """Return a function that binds the equation's primitive with the transformed jaxpr, and all of its other
+    parameters.
 
     A gradient inside the traced function gives remat equations parameters that `jax.checkpoint` can't set.
     """
@@ -208,7 +211,7 @@ def _shard_map(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
 
 
 def _on_shards(value: Any, spec: Any) -> Any:
-    """The kernel with a record of the mesh axes along which its factors are cut."""
+    """Return the kernel with a record of the mesh axes along which its factors are cut."""
     if not isinstance(value, LowRank):
         return value
     # With P("x", ("y", "z")), W differs along x, y and z, its a along x alone, and its b along y and z.

@@ -54,13 +54,15 @@ def _convolve(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None
 
 
 def _with_axes(factor: Factor, axes: Sequence[int], shape: Sequence[int]) -> Factor:
-    """The factor with each of `axes`, repeated along axes that it doesn't have: the kernel is constant along these."""
+    """Return the factor with each of `axes`, repeated along axes that it doesn't have: the kernel
+    is constant along these.
+    """
     missing = [k for k in axes if k not in factor.axes]
     return stretch(factor, missing, shape) if missing else factor
 
 
 def _convolution(x: Any, weights: Any, params: Any) -> Any:
-    """The equation's convolution, its weights laid out as (out, in, *spatial)."""
+    """Return the equation's convolution, its weights laid out as (out, in, *spatial)."""
     lhs, _, out = params["dimension_numbers"]
     numbers = lax.ConvDimensionNumbers(lhs, tuple(range(weights.ndim)), out)
     kept = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "feature_group_count", "precision")

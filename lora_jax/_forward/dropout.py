@@ -17,7 +17,7 @@ class DropoutDraw(NamedTuple):
 
 
 def draw_for(key: Any, rate: Any, path: str) -> DropoutDraw:
-    """The draw of one kernel: its key is folded from a hash of its path, which is the same in every process."""
+    """Return the draw of one kernel: its key is folded from a hash of its path, which is the same in every process."""
     return fold(DropoutDraw(key, jnp.asarray(rate, jnp.float32)), zlib.crc32(path.encode()))
 
 
@@ -45,7 +45,7 @@ def drop(x: jax.Array, draw: DropoutDraw | None) -> jax.Array:
 
 
 def varying_mesh_axes(x: Any) -> frozenset[str]:
-    """The mesh axes along which x differs inside a `shard_map`; `vma` in older versions of JAX."""
+    """Return the mesh axes along which x differs inside a `shard_map`; `vma` in older versions of JAX."""
     kind = jax.typeof(x)
     manual = getattr(kind, "manual_axis_type", None)
     return getattr(kind, "vma", frozenset()) if manual is None else manual.varying

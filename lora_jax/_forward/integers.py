@@ -36,7 +36,8 @@ class Codes(NamedTuple):
 
 
 def product(eqn: Any, values: Sequence[Any], bind: Callable[[Any, Sequence[Any]], list[Any]]) -> list[Any] | None:
-    """A `dot_general` of activations and a quantized kernel as one of integers; None where it has to be of floats.
+    """Return a `dot_general` of activations and a quantized kernel as one of integers; None where it has to be of
+    floats.
 
     Args:
         eqn: The equation.
@@ -77,7 +78,7 @@ def product(eqn: Any, values: Sequence[Any], bind: Callable[[Any, Sequence[Any]]
 
 
 def _of_integers(eqn: Any, x: Any, codes: Codes, side: int) -> Any:
-    """The equation on rounded activations, times both scales, in the equation's dtype."""
+    """Return the equation on rounded activations, times both scales, in the equation's dtype."""
     contracting, batch = eqn.params["dimension_numbers"]
     rounded = activation_codes(x, contracting[1 - side])
     left, right = (codes, rounded) if side == 0 else (rounded, codes)
@@ -93,14 +94,16 @@ def _of_integers(eqn: Any, x: Any, codes: Codes, side: int) -> Any:
 
 
 def activation_codes(x: Any, contracted: Sequence[int]) -> Codes:
-    """Activations in int8, with one scale for all that is contracted together: f[*batch, *rows, *inputs]."""
+    """Return activations in int8, with one scale for all that is contracted together: f[*batch, *rows, *inputs]."""
     wide = x.astype(jnp.float32)
     largest = jnp.maximum(jnp.max(jnp.abs(wide), axis=tuple(contracted), keepdims=True), _LEAST)
     return Codes(jnp.round(wide * (_MOST / largest)).astype(jnp.int8), largest)
 
 
 def _as_output(scales: Any, contracting: Sequence[int], batch: Sequence[int], start: int, sums: Any) -> Any:
-    """An operand's scales with the dimensions of the product, whose free ones for this operand are at `start`."""
+    """Return an operand's scales with the dimensions of the product, whose free ones for this
+    operand are at `start`.
+    """
     free = [k for k in range(scales.ndim) if k not in (*contracting, *batch)]
     places = [*range(len(batch)), *range(start, start + len(free))]
     left = [k for k in range(scales.ndim) if k not in contracting]

@@ -97,7 +97,7 @@ class Session:
     within: list[Any] = field(default_factory=list)
 
     def line(self) -> str:
-        """The user's line: that of the innermost equation, or of a call around it where that is in a library."""
+        """Return the user's line: that of the innermost equation, or of a call around it where that is in a library."""
         return next(filter(None, map(source_of, reversed(self.within))), "in a library's code")
 
 
@@ -145,7 +145,9 @@ class Frame:
             self.session.within.pop()
 
     def admitted(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
-        """The operands as the equation can have them: quantized kernels are dequantized if it has no rule for them."""
+        """Return the operands as the equation can have them: without a rule for it, a quantized kernel
+        is dequantized.
+        """
         found: dict[int, Any] = {}
         for place, value in enumerate(values):
             if id(value) not in found and isinstance(value, LowRank) and isinstance(value.w, Lazy):
@@ -172,7 +174,7 @@ class Frame:
         return list(dict.fromkeys(path for slot in origin for path in self.names[slot]))
 
     def fresh_draw(self, kernel: LowRank) -> dropout.DropoutDraw | None:
-        """The dropout draw of one more use of a kernel; None without dropout."""
+        """Return the dropout draw of one more use of a kernel; None without dropout."""
         if kernel.draw is None:
             return None
         self.uses[kernel.origin] = self.uses.get(kernel.origin, 0) + 1
@@ -207,7 +209,7 @@ def _bare_product(eqn: Any, values: Sequence[Any]) -> bool:
 
 
 def source_of(eqn: Any) -> str:
-    """File and line of the user's code that made the equation."""
+    """Return the file and line of the user's code that made the equation."""
     return source_info_util.summarize(eqn.source_info)
 
 
@@ -228,7 +230,9 @@ def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
 
 
 def _multiplied(eqn: Any, operands: Sequence[Any]) -> list[Any]:
-    """An equation that uses quantized kernels: a product of integers where they ask for it, else of dequantized W."""
+    """Return an equation that uses quantized kernels: a product of integers where they ask for it,
+    else of dequantized W.
+    """
     made = integers.product(eqn, operands, bind)
     return bind(eqn, list(map(lazy.settled, operands))) if made is None else made
 

@@ -26,7 +26,7 @@ RULES = Rules()
 
 
 def _each_factor(kernel: LowRank, w: Any, move: Callable[[Factor], Factor]) -> list[LowRank]:
-    """The outputs of an equation with one kernel as its result: W is `w`, and a, b and a gain are moved."""
+    """Return the outputs of an equation with one kernel as its result: W is `w`, and a, b and a gain are moved."""
     return [kernel.moved(w, move)]
 
 
@@ -73,7 +73,7 @@ def _ppermute(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
 
 
 def _varying_as(w: Any, factor: Factor) -> Factor:
-    """The factor, marked as differing along the mesh axes along which W differs, as some collectives require."""
+    """Return the factor, marked as differing along the mesh axes along which W differs, as some collectives require."""
     more = tuple(sorted(varying_mesh_axes(w) - varying_mesh_axes(factor.value)))
     if not more:
         return factor
@@ -106,7 +106,7 @@ def _transpose(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
 
 
 def drop(factor: Factor, axes: Sequence[int]) -> Factor:
-    """The factor without the given axes of W, which have size one."""
+    """Return the factor without the given axes of W, which have size one."""
     gone = [d for d, axis in enumerate(factor.axes) if axis in axes]
     if not gone:
         return factor
@@ -246,7 +246,7 @@ def _pad(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
 
 
 def _spread(factor: Factor, axes: Sequence[int], shape: Sequence[int]) -> Factor:
-    """The factor repeated along axes that it doesn't have, which come last."""
+    """Return the factor repeated along axes that it doesn't have, which come last."""
     if not axes:
         return factor
     sizes = [*factor.value.shape, *(shape[axis] for axis in axes)]
@@ -301,7 +301,7 @@ def _regroup(factor: Factor, groups: Sequence, old: Sequence[int], new: Sequence
 
 
 def stretch(factor: Factor, axes: Sequence[int], shape: Sequence[int]) -> Factor:
-    """The factor repeated along axes that it doesn't have, which come first."""
+    """Return the factor repeated along axes that it doesn't have, which come first."""
     count = len(axes)
     value = lax.broadcast_in_dim(
         factor.value, [shape[k] for k in axes] + list(factor.value.shape), range(count, count + factor.value.ndim)
@@ -327,7 +327,7 @@ def _sharding_constraint(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[
 
 
 def factor_spec(spec: Any, axes: Sequence[int]) -> jax.sharding.PartitionSpec:
-    """The kernel's partition spec restricted to the axes of a factor."""
+    """Return the kernel's partition spec restricted to the axes of a factor."""
     full = dict(enumerate(spec))
     return jax.sharding.PartitionSpec(*(None if axis == RANK else full.get(axis) for axis in axes))
 

@@ -63,7 +63,7 @@ class Lazy:
 
     @classmethod
     def of(cls, node: Quantized) -> Lazy:
-        """The kernel as it is in the tree. Nothing of it trains."""
+        """Return the kernel as it is in the tree. Nothing of it trains."""
         order = [axis for group in node.own_axes for axis in group]
         permutation = tuple(order.index(axis) for axis in range(len(order)))
         return cls(jax.tree.map(lax.stop_gradient, node))._transposed(permutation)
@@ -98,7 +98,7 @@ class Lazy:
         return x
 
     def then(self, function: Callable[..., Any], keep: int, *arguments: Any) -> Lazy:
-        """One step more, which leaves the first `keep` axes alone; its arguments are those for the others."""
+        """Return one step more, which leaves the first `keep` axes alone; its arguments are those for the others."""
         return replace(self, steps=(*self.steps, Step(function, self.ndim - keep, arguments)))
 
     def _transposed(self, permutation: Sequence[int]) -> Lazy:
@@ -116,7 +116,7 @@ class Lazy:
         return self.then(lax.transpose, kept, tuple(axis - kept for axis in permutation[kept:]))
 
     def cut(self, take: Callable[[Any], Any]) -> Lazy:
-        """The same cut, along leading axes, of all the codes' arrays."""
+        """Return the same cut, along leading axes, of all the codes' arrays."""
         return replace(self, node=jax.tree.map(take, self.node))
 
 
@@ -272,7 +272,7 @@ def _dynamic_slice(eqn: Any, w: Lazy) -> Plan | None:
 
 @_plan("gather")
 def _gather(eqn: Any, w: Lazy) -> Plan | None:
-    """Rows of an embedding, or kernels of a stack: indices into the first axis take the codes of what they name."""
+    """Return an embedding's rows, or a stack's kernels: indices into the first axis give the codes that they name."""
     numbers, sizes = eqn.params["dimension_numbers"], tuple(eqn.params["slice_sizes"])
     indices = eqn.invars[1].aval
     batch = len(indices.shape) - 1
@@ -320,7 +320,7 @@ def _each_array(eqn: Any, w: Lazy) -> Plan:
 
 @_plan("optimization_barrier", "stop_gradient")
 def _through(eqn: Any, w: Lazy) -> Plan | None:
-    """Equations whose rule takes W apart as a pytree."""
+    """Return equations whose rule takes W apart as a pytree."""
     return _gives(w)
 
 
@@ -331,7 +331,7 @@ TAKING_IN = HOLDERS - {"custom_jvp_call", "custom_vjp_call"}
 
 
 def admits(eqn: Any, place: int, w: Lazy) -> Lazy | None:
-    """The kernel as the equation's operand at `place` can have it; None where it can have W as an array alone."""
+    """Return the kernel as the equation's operand at `place` can have it; None where that can only be an array."""
     name = eqn.primitive.name
     if name == "scan" and place >= sum(scan_counts(eqn)):
         return w if w.lead else None
@@ -344,7 +344,7 @@ def admits(eqn: Any, place: int, w: Lazy) -> Lazy | None:
 
 
 def apply(eqn: Any, values: Sequence[Any], multiply: Callable[[Any, Sequence[Any]], list[Any]]) -> list[Any]:
-    """One equation on operands of which some are quantized kernels; `multiply` evaluates it where it has no plan.
+    """Evaluate an equation of which some operands are quantized kernels; by `multiply` where it has no plan.
 
     Where it is a product, its derivative dequantizes once more: a forward pass that kept W for it would keep a whole
     model in 16 bits. The codes wait for the activations, or without a loop over layers all are dequantized at once.
@@ -368,7 +368,7 @@ def settled(w: Any) -> Any:
 
 
 def specs_of(w: Any, spec: Any) -> list[Any]:
-    """The partition spec of each array that W is as a pytree; `spec` is W's."""
+    """Return the partition spec of each array that W is as a pytree; `spec` is W's."""
     if not isinstance(w, Lazy):
         return [spec]
     return list(place_along(_by_codes(w, spec), w.node, {}).values())

@@ -47,7 +47,7 @@ class _Issued:
         self.body = Body(frame.session, *opened(self.loop.body), self.inside.names, None, whole=primitive)
 
     def full(self, carry: Sequence[Any]) -> list[Any]:
-        """The original carry: with the kernel W fixed and h moving, [h] becomes [W, h], as the body expects."""
+        """Return the original carry: with the kernel W fixed and h moving, [h] becomes [W, h], as the body expects."""
         state = self.fixed | dict(zip(self.moving, carry, strict=True))
         return [state[i] for i in range(len(state))]
 
@@ -57,7 +57,7 @@ class _Issued:
 
 
 def _at_step(value: Any, step: Any) -> Any:
-    """A loop's value at one step: a kernel has another dropout mask at each step."""
+    """Return a loop's value at one step: a kernel has another dropout mask at each step."""
     if isinstance(value, LowRank) and value.draw is not None:
         return dataclasses.replace(value, draw=dropout.fold(value.draw, step))
     return value
@@ -89,7 +89,7 @@ def _scan(frame: Frame, eqn: Any, values: Sequence[Any]) -> list[Any]:
 
 
 def _scanned(kernel: LowRank) -> tuple[Any, list[Any]]:
-    """The arrays that a scan slices: W, and each factor that has axis 0, with that axis first."""
+    """Return the arrays that a scan slices: W, and each factor that has axis 0, with that axis first."""
 
     # b[r, layers, out], as a transpose of W may have left it, is scanned over as b[layers, r, out].
     def leading(factor: Factor) -> Any:
@@ -101,7 +101,7 @@ def _scanned(kernel: LowRank) -> tuple[Any, list[Any]]:
 
 
 def _step_kernel(whole: LowRank, part: tuple[Any, list[Any]]) -> LowRank:
-    """The kernel of one step, its axes renumbered without the scanned one."""
+    """Return the kernel of one step, its axes renumbered without the scanned one."""
     # The axes (0, 1, RANK) of a[layers, in, r] are (0, RANK) at a step: W[i] has lost axis 0, and axis 1 is its axis 0.
     w, slices = part
     values = iter(slices)

@@ -40,11 +40,11 @@ class Factor(NamedTuple):
         return self.value.shape[self.axes.index(axis)]
 
     def rename(self, names: Mapping[int, int]) -> Factor:
-        """The factor after W's axes were renumbered; `names` must have every axis that the factor has."""
+        """Return the factor after W's axes were renumbered; `names` must have every axis that the factor has."""
         return Factor(self.value, tuple(axis if axis == RANK else names[axis] for axis in self.axes))
 
     def ordered(self, axes: Sequence[int]) -> Any:
-        """The array with its dimensions in the order `axes`; no equation if they already are."""
+        """Return the array with its dimensions in the order `axes`; no equation if they already are."""
         permutation = tuple(self.axes.index(axis) for axis in axes)
         return self.value if permutation == tuple(range(len(axes))) else lax.transpose(self.value, permutation)
 
@@ -103,21 +103,21 @@ class LowRank:
         return self.w.shape
 
     def only(self, axis: int) -> str:
-        """The factors that have an axis: "a", "b", "both" or "none"."""
+        """Return the factors that have an axis: "a", "b", "both" or "none"."""
         return {(True, True): "both", (True, False): "a", (False, True): "b", (False, False): "none"}[
             axis in self.a.axes, axis in self.b.axes
         ]
 
     def with_factors(self, w: Any, a: Factor, b: Factor) -> LowRank:
-        """The kernel with another W and other factors, and the same gain: the axes must be the same."""
+        """Return the kernel with another W and other factors, and the same gain: the axes must be the same."""
         return replace(self, w=w, a=a, b=b)
 
     def picked(self) -> LowRank:
-        """The kernel after an index has picked a part of it, which may be another part in each shard."""
+        """Return the kernel after an index has picked a part of it, which may be another part in each shard."""
         return replace(self, differs=(ANY_AXIS, ANY_AXIS))
 
     def moved(self, w: Any, move: Callable[[Factor], Factor]) -> LowRank:
-        """The kernel with another W, and with `move` applied to a, to b and to the gain, in this order."""
+        """Return the kernel with another W, and with `move` applied to a, to b and to the gain, in this order."""
         a, b, *gain = map(move, self.factors)
         return replace(self, w=w, a=a, b=b, gain=gain[0] if gain else None)
 
@@ -165,7 +165,7 @@ def _on_one_cpu(*values: Any) -> bool:
 
 
 def _flat(lhs: Factor, rhs: Factor, contracted: Sequence[int]) -> Callable[..., Any] | None:
-    """The product of the operands as matrices; None where they are, or where it would move data."""
+    """Return the product of the operands as matrices; None where they are, or where it would move data."""
     inner = math.prod(lhs.size(k) for k in contracted)
     if lhs.value.ndim == rhs.value.ndim == 2 or not contracted or not inner:
         return None

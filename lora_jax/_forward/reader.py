@@ -110,7 +110,9 @@ class Reader(Analysis[Info]):
         return use
 
     def close(self, info: Info) -> Info:
-        """The facts about a value that stops being a kernel; if it was looked up, it is recorded as an embedding."""
+        """Return the facts about a value that stops being a kernel; if it was looked up, it is
+        recorded as an embedding.
+        """
         found = [self.embedding(track) for track in info.tracks]
         return Info(reach=info.reach.union(use for use in found if use is not None), data=info.data)
 
@@ -144,10 +146,12 @@ class Reader(Analysis[Info]):
         return self.close(fact)
 
     def sliced(self, fact: Info) -> Info:
-        """The facts about one slice: without the label of the scanned axis, which is a stack, as no product has it."""
+        """Return the facts about one slice: without the label of the scanned axis, which is a stack,
+        as no product has it.
+        """
         return fact._replace(tracks=tuple(replace(track, labels=track.labels[1:]) for track in fact.tracks))
 
 
 def merged(infos: Sequence[Info]) -> Info:
-    """The facts about an array that is computed from several and is no kernel."""
+    """Return the facts about an array that is computed from several and is no kernel."""
     return Info((), frozenset().union(*(info.reach for info in infos)), any(info.data for info in infos))

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 
 def reshape_groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[tuple[int, ...], tuple[int, ...]]] | None:
-    """Pairs of old axes and the new axes that they become in a reshape: the finest such groups, without sizes of one.
+    """Return pairs of old axes and the new axes that they become in a reshape: the finest such groups, without sizes of
+    one.
 
     >>> reshape_groups((8, 1, 24), (8, 4, 6)), reshape_groups((8, 6), (6, 8))
     ([((0,), (0,)), ((2,), (1, 2))], [((0, 1), (0, 1))])

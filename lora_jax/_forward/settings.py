@@ -74,7 +74,7 @@ def note(function: Callable[..., Any], raw: Callable[..., Any], settings: Settin
 
 
 def noted(function: Any) -> Note | None:
-    """The record on a function, or on the function that it wraps; None if neither has one."""
+    """Return the record on a function, or on the function that it wraps; None if neither has one."""
     for _ in range(DEPTH):
         found = getattr(function, NOTE, None)
         if isinstance(found, Note):

@@ -17,7 +17,7 @@ LabelRule = Callable[[Reader, Any, Sequence[Info]], Sequence[Info] | None]
 
 
 def _tracked(eqn: Any, infos: Sequence[Info], tracks: Sequence[Track]) -> Sequence[Info] | None:
-    """The facts about each output: the kernels that it is, and the facts about the operands."""
+    """Return the facts about each output: the kernels that it is, and the facts about the operands."""
     return [merged(infos)._replace(tracks=tuple(tracks))] * len(eqn.outvars) if tracks else None
 
 
@@ -25,7 +25,7 @@ def _tracked(eqn: Any, infos: Sequence[Info], tracks: Sequence[Track]) -> Sequen
 
 
 def _moved(move: Callable[[Any, Labels], Labels]) -> LabelRule:
-    """The rule of an equation that moves the axes of its first operand, from a function of its labels."""
+    """Return the rule of an equation that moves the axes of its first operand, from a function of its labels."""
 
     def rule(reader: Reader, eqn: Any, infos: Sequence[Info]) -> Sequence[Info] | None:
         # W[in, out] has the labels ({0}, {1}), and its transpose ({1}, {0}), whatever it was before.
@@ -115,7 +115,8 @@ def combine(reader: Reader, eqn: Any, infos: Sequence[Info]) -> Sequence[Info] |
 
 
 def _combined(eqn: Any, infos: Sequence[Info]) -> list[Track]:
-    """The kernels that an output is: a value computed from weights alone is a kernel, one from data an activation.
+    """Return the kernels that an output is: a value computed from weights alone is a kernel, one from data an
+    activation.
 
     Where a kernel is combined with a part of itself, as in W / ‖W‖, the track with the most axes counts.
     """
@@ -140,7 +141,7 @@ def weight_function(reader: Reader, eqn: Any, infos: Sequence[Info]) -> Sequence
 
 
 def _used(reader: Reader, eqn: Any, infos: Sequence[Info], found: Sequence[Use | None]) -> Sequence[Info]:
-    """The facts about the outputs of a consumer: its uses reach them, and earlier uses end here."""
+    """Return the facts about the outputs of a consumer: its uses reach them, and earlier uses end here."""
     uses = frozenset(use for use in found if use is not None)
     if not uses:
         return [merged(infos)] * len(eqn.outvars)
@@ -149,7 +150,7 @@ def _used(reader: Reader, eqn: Any, infos: Sequence[Info], found: Sequence[Use |
 
 
 def _sorted_use(reader: Reader, eqn: Any, track: Track, inputs: Sequence[int], stack: Sequence[int]) -> Use | None:
-    """The use of a kernel whose axes `inputs` are contracted and `stack` are batched; the others are free."""
+    """Return the use of a kernel whose axes `inputs` are contracted and `stack` are batched; the others are free."""
     labels = track.labels
     contracted = NONE.union(*(labels[k] for k in inputs))
     batched = NONE.union(*(labels[k] for k in stack))
@@ -190,7 +191,9 @@ def ragged_dot(reader: Reader, eqn: Any, infos: Sequence[Info]) -> Sequence[Info
 def _kept_or_embedding(
     reader: Reader, eqn: Any, infos: Sequence[Info], tracks: Sequence[Track]
 ) -> Sequence[Info] | None:
-    """The facts about a look-up's output: rows are an embedding's, while matrices stay kernels until they are used."""
+    """Return the facts about a look-up's output: rows are an embedding's, while matrices stay
+    kernels until they are used.
+    """
     if not tracks:
         return None
     shape, reach = eqn.outvars[0].aval.shape, merged(infos).reach

@@ -163,7 +163,7 @@ def quantized(apply_fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def dropout_of(apply_fn: Callable[..., Any]) -> float:
-    """The dropout rate that a function was adapted with; 0 for a raw function.
+    """Return the dropout rate that a function was adapted with; 0 for a raw function.
 
     >>> dropout_of(adapt(abs, dropout=0.1)), dropout_of(abs)
     (0.1, 0.0)
@@ -225,7 +225,8 @@ def _adapted(apply_fn: Callable[..., Any], settings: Settings) -> Callable[..., 
 
 
 def _draws(dropout_key: Any, rate: Any, rows: Collection[str]) -> Callable[[str], dropping.DropoutDraw | None]:
-    """A function from a kernel's path to its dropout draw: None without a key or at rate 0; a pair has its own rate.
+    """Return a function from a kernel's path to its dropout draw: None without a key or at rate 0; a pair has its own
+    rate.
 
     Tables with trained `rows` have none: dropout is of the low-rank path's inputs, and these rows are weights.
     """
@@ -248,7 +249,8 @@ def is_array(leaf: Any) -> bool:
 def _detached(
     args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[list[Any], Any, dict[int, tuple[str, LoRA | None]]]:
-    """The leaves of the plain arguments, their treedef, and the path and node of each adapted kernel by its leaf.
+    """Return the leaves of the plain arguments, their treedef, and the path and node of each adapted kernel by its
+    leaf.
 
     A quantized kernel without an adapter is among these, with None for its node.
     """
@@ -276,7 +278,9 @@ def _detached(
 def trace(
     apply_fn: Callable[..., Any], leaves: Sequence[Any], arrays: Sequence[int], treedef: Any
 ) -> tuple[Any, Callable]:
-    """The function's jaxpr on plain arrays, and a function that puts its outputs, arrays and others, together again."""
+    """Return the function's jaxpr on plain arrays, and a function that puts its outputs, arrays
+    and others, together again.
+    """
     result: list[Any] = []
 
     def flat(*values: Any) -> list[Any]:

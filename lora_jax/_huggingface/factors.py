@@ -31,7 +31,7 @@ class Factors(NamedTuple):
 
 
 def factors_of(path: str, node: LoRA, tensors: Sequence[Tensor]) -> list[Factors]:
-    """The node's factors: one entry, without padded ranks, for each index of its stack that is adapted.
+    """Return the node's factors: one entry, without padded ranks, for each index of its stack that is adapted.
 
     Args:
         path: Path of the node's kernel, for messages.
@@ -71,7 +71,7 @@ def factors_of(path: str, node: LoRA, tensors: Sequence[Tensor]) -> list[Factors
 
 
 def node_of(factors: Sequence[Factors], shape: tuple[int, ...], axes: Axes) -> LoRA:
-    """The inverse of `factors_of`: the node of a kernel of this shape, float32, padded to the largest rank.
+    """Return the inverse of `factors_of`: the node of a kernel of this shape, float32, padded to the largest rank.
 
     Layers without an entry get scale 0. For a kernel (3, 8, 6) with ranks 2 and 4 in layers 0 and 2, a is (3, 8, 4):
     layer 0 has two columns of zeros, and layer 1 has only zeros.
@@ -102,7 +102,7 @@ def node_of(factors: Sequence[Factors], shape: tuple[int, ...], axes: Axes) -> L
 
 
 def nodes_of(factors: Sequence[Factors], leaves: Mapping[str, Any], axes: Mapping[str, Axes]) -> dict[str, LoRA]:
-    """The nodes that consist of these factors, by the path of their kernel.
+    """Return the nodes that consist of these factors, by the path of their kernel.
 
     Args:
         factors: The factors of any kernels, in any order.
@@ -116,5 +116,5 @@ def nodes_of(factors: Sequence[Factors], leaves: Mapping[str, Any], axes: Mappin
 
 
 def module_node(a: Any, b: Any, scale: float) -> LoRA:
-    """The node of a single module, from A (rank, in) and B (out, rank) as files have them."""
+    """Return the node of a single module, from A (rank, in) and B (out, rank) as files have them."""
     return LoRA(jnp.asarray(a.T, jnp.float32), jnp.asarray(b.T, jnp.float32), jnp.float32(scale))

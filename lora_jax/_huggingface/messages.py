@@ -5,7 +5,7 @@ from typing import Any
 
 
 def one_line(problems: Iterable[str], limit: int = 8) -> str:
-    """The problems joined by `; `, the first `limit` of them spelled out and the rest counted.
+    """Return the problems joined by `; `, the first `limit` of them spelled out and the rest counted.
 
     >>> one_line(["a is missing", "b is missing", "c is missing"], limit=2)
     'a is missing; b is missing; and 1 more'

@@ -77,7 +77,7 @@ class Tensor(NamedTuple):
 
 
 def tensors(names: Mapping[str, Weight], leaves: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Every tensor of the model by its full name, from the leaves (arrays or their shapes) by path.
+    """Return every tensor of the model by its full name, from the leaves (arrays or their shapes) by path.
 
     A leaf (3, 8, 6) named `layers.{}.query.weight` has one `{}`, so its first axis is the stack: three tensors with
     index (0,), (1,) and (2,), each of shape (8, 6).
@@ -100,7 +100,9 @@ def tensors(names: Mapping[str, Weight], leaves: Mapping[str, Any]) -> dict[str,
 
 
 def modules(names: Mapping[str, Weight], table: Mapping[str, Tensor]) -> set[str]:
-    """The dotted name of every module; where an adapter tree lacks a stacked leaf, only the module in layer 0."""
+    """Return the dotted name of every module; where an adapter tree lacks a stacked leaf, only the
+    module in layer 0.
+    """
     present = {tensor.path for tensor in table.values()}
     absent = {path: weight for path, weight in names.items() if path not in present}
     others = [name for weight in absent.values() for name in (weight.name, *getattr(weight, "tied", ()))]
@@ -109,7 +111,7 @@ def modules(names: Mapping[str, Weight], table: Mapping[str, Tensor]) -> set[str
 
 
 def axes_of(tensor: Tensor, axes: Mapping[str, Axes] | None) -> Axes:
-    """Axes of the whole leaf that `tensor` is a part of: as given, or of a matrix after its stack axes.
+    """Return axes of the whole leaf that `tensor` is a part of: as given, or of a matrix after its stack axes.
 
     Raises:
         ValueError: The leaf is no stack of matrices and isn't in `axes`, or its axes don't fit its name.
@@ -143,7 +145,7 @@ def looks_up(tensor: Tensor, axes: Axes) -> bool:
 
 
 def widths(tensor: Tensor, axes: Axes) -> tuple[int, int]:
-    """The numbers of inputs and outputs of a kernel: the outer dimensions of A and B in the file.
+    """Return the numbers of inputs and outputs of a kernel: the outer dimensions of A and B in the file.
 
     A DenseGeneral kernel (8, 4, 2) with inputs (0,) and outputs (1, 2) has widths (8, 8).
     """

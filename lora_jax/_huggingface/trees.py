@@ -30,7 +30,7 @@ class Parts(NamedTuple):
 
 
 def parts(params: Any, also_train: Any = ()) -> Parts:
-    """The tables of a whole tree, or of an adapter tree, whose leaves all train."""
+    """Return the tables of a whole tree, or of an adapter tree, whose leaves all train."""
     nodes = {path: beside_plain_kernel(node) for path, node in _tree.nodes_of(params).items()}
     leaves = {
         path: leaf.value if isinstance(leaf, Trained) else _tree.unbox(leaf)
@@ -42,7 +42,7 @@ def parts(params: Any, also_train: Any = ()) -> Parts:
 
 
 def base_leaves(params: Any) -> dict[str, Any]:
-    """Every leaf of a tree without nodes, by path.
+    """Return every leaf of a tree without nodes, by path.
 
     Raises:
         ValueError: The tree has nodes.
@@ -98,7 +98,9 @@ def _with_leaf(params: Any, path: str, leaf: Any) -> Any:
 
 
 def filled(values: Iterable[tuple[Tensor, np.ndarray]], leaves: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Copies of whole leaves, float32, in which these tensors replace their parts; the rest is as in `leaves`."""
+    """Return copies of whole leaves, float32, in which these tensors replace their parts; the rest
+    is as in `leaves`.
+    """
     new: dict[str, np.ndarray] = {}
     for tensor, value in values:
         if tensor.path not in new:
@@ -108,7 +110,7 @@ def filled(values: Iterable[tuple[Tensor, np.ndarray]], leaves: Mapping[str, Any
 
 
 def kernel_shape(node: LoRA) -> tuple[int, ...]:
-    """Shape of the kernel that the node belongs to.
+    """Return the shape of the kernel that the node belongs to.
 
     With a (3, 8, rank), b (3, rank, 6) and axes stack (0,), inputs (2,), outputs (1,), the kernel is (3, 6, 8).
     """
@@ -119,6 +121,6 @@ def kernel_shape(node: LoRA) -> tuple[int, ...]:
 
 
 def shapes(tree: Parts) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shape of each leaf, and of each kernel that isn't in an adapter tree."""
+    """Return the shape of each leaf, and of each kernel that isn't in an adapter tree."""
     found = {path: jax.ShapeDtypeStruct(kernel_shape(node), jnp.float32) for path, node in tree.nodes.items()}
     return found | {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in tree.leaves.items()}

@@ -26,7 +26,7 @@ def heads_of(weight: Weight) -> tuple[tuple[str, Weight], ...]:
 
 
 def names_of(names: Mapping[str, Weight], paths: Collection[str]) -> dict[str, Weight]:
-    """The names of a tree that has leaves at `paths`: a head with a leaf of its own is no copy of the embedding.
+    """Return the names of a tree that has leaves at `paths`: a head with a leaf of its own is no copy of the embedding.
 
     With a leaf at `lm_head/kernel`, `embed/embedding: Weight("embed.weight", tied=("lm_head.weight",))` becomes
     `embed/embedding: Weight("embed.weight")` and `lm_head/kernel: Weight("lm_head.weight")`.

@@ -150,7 +150,7 @@ def _product(eqn: Any, facts: list[Value], flops: int) -> Product:
 
 
 def _pallas_flops(eqn: Any) -> int:
-    """FLOPs of a Pallas kernel: its own estimate, or the products of its body times the grid."""
+    """Return FLOPs of a Pallas kernel: its own estimate, or the products of its body times the grid."""
     if eqn.params.get("cost_estimate") is not None:
         return int(eqn.params["cost_estimate"].flops)
     points = math.prod(size for size in eqn.params["grid_mapping"].grid if isinstance(size, int))
@@ -160,7 +160,7 @@ def _pallas_flops(eqn: Any) -> int:
 
 
 def _attention_flops(eqn: Any) -> int:
-    """FLOPs of cuDNN's attention: two products of queries and keys forward, five backward.
+    """Return FLOPs of cuDNN's attention: two products of queries and keys forward, five backward.
 
     q is [B, T, N, d] and k is [B, S, K, d], so that one product has 2 · B·T·N·d · S FLOPs.
     """
@@ -175,7 +175,7 @@ def _dot_general(eqn: Any) -> int:
 
 
 def _ragged_dot(eqn: Any) -> int:
-    """FLOPs of a ragged product: each row is multiplied by the kernel of its group only."""
+    """Return FLOPs of a ragged product: each row is multiplied by the kernel of its group only."""
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     (_, rhs_contracting), (_, rhs_batch) = numbers.dot_dimension_numbers
     lhs, rhs = eqn.invars[0].aval.shape, eqn.invars[1].aval.shape

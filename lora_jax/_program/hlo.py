@@ -46,7 +46,7 @@ class Collective(NamedTuple):
 
 
 def collectives(text: str) -> list[Collective]:
-    """The collectives of a compiled program, in the order of its computations' calls.
+    """Return the collectives of a compiled program, in the order of its computations' calls.
 
     An asynchronous one counts once, however many pieces a compiler spreads it over (they share a channel).
 
@@ -58,7 +58,7 @@ def collectives(text: str) -> list[Collective]:
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    """The lines of each computation, and the name of the first that runs. Loose lines are one computation."""
+    """Return the lines of each computation, and the name of the first that runs. Loose lines are one computation."""
     found: dict[str, list[str]] = {"": []}
     name, entry = "", ""
     for line in text.splitlines():
@@ -136,7 +136,9 @@ class _Reader:
         return -(-bounds.pop() // stride)
 
     def stride(self, body: str, index: str) -> int:
-        """The step by which a loop's body raises the part of its carry with this index; 1 where it isn't seen."""
+        """Return the step by which a loop's body raises the part of its carry with this index; 1 where
+        it isn't seen.
+        """
         text = "\n".join(self.computations.get(body, []))
         constants = {name: int(number) for name, number in _CONSTANT.findall(text)}
         counters = {name for name, part in _PART.findall(text) if part == index}
@@ -156,7 +158,7 @@ class _Reader:
 def _moved(
     kind: str, operation: str, type_: str, operands: str, types: dict[str, str]
 ) -> list[tuple[str, tuple[int, ...]]]:
-    """The arrays of a collective. One that has only begun gives what goes in, what comes out, and a context."""
+    """Return the arrays of a collective. One that has only begun gives what goes in, what comes out, and a context."""
     if kind == "reduce-scatter":
         named = [types.get(operand.strip().split(" ")[-1].lstrip("%"), "") for operand in operands.split(",")]
         type_ = ", ".join(filter(None, named)) or type_

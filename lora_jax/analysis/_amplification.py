@@ -86,7 +86,7 @@ def amplification(key: jax.Array, w: ArrayLike, lora: LoRA, *, own: Spectrum | N
 
 
 def _row(kernel: Float, update: ThinSVD, top: Float, key: jax.Array) -> tuple[float, ...]:
-    """The five norms of one matrix; `top` are W's largest singular values, as many as the update's rank."""
+    """Return the five norms of one matrix; `top` are W's largest singular values, as many as the update's rank."""
     # U [in, r] and V [out, r] of the update -> UᵀWV [r, r]
     left, right = update.left[:, : len(top)], update.right[:, : len(top)]
     noise_left, noise_right = _random_bases(key, kernel.shape, len(top))
@@ -95,7 +95,7 @@ def _row(kernel: Float, update: ThinSVD, top: Float, key: jax.Array) -> tuple[fl
 
 
 def _random_bases(key: jax.Array, shape: tuple[int, ...], rank: int) -> tuple[Float, Float]:
-    """Orthonormal bases of uniformly random subspaces, which the singular vectors of a Gaussian matrix are."""
+    """Return orthonormal bases of uniformly random subspaces, which the singular vectors of a Gaussian matrix are."""
     keys = jax.random.split(key)
     draws = (jax.random.normal(one, (features, rank)) for one, features in zip(keys, shape, strict=True))
     left, right = (np.linalg.qr(np.asarray(draw, np.float64))[0] for draw in draws)

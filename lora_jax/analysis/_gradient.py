@@ -107,7 +107,8 @@ def _replaced(path: str, leaf: Any, probes: dict[str, LoRA]) -> Any:
 
 
 def _probe(node: LoRA, rank: int, key: jax.Array) -> LoRA:
-    """A node whose update is zero, and whose factors have two sketches of the kernel's gradient as their gradients.
+    """Return a node whose update is zero, and whose factors have two sketches of the kernel's gradient as their
+    gradients.
 
     a = [0, Ω] is [in, few + many] and b = [Ψ; 0] is [few + many, out], with Ω [in, many] and Ψ [few, out].
     """
@@ -123,7 +124,9 @@ def _probe(node: LoRA, rank: int, key: jax.Array) -> LoRA:
 
 
 def _sizes(node: LoRA, rank: int) -> tuple[int, int]:
-    """The sizes of the two sketches, as Tropp et al. advise: 2r + 1 for G's range, twice that plus 1 for its rows."""
+    """Return the sizes of the two sketches, as Tropp et al. advise: 2r + 1 for G's range, twice
+    that plus 1 for its rows.
+    """
     stack, inputs = len(node.axes.stack), len(node.axes.inputs)
     wide = int(np.prod(node.a.shape[stack : stack + inputs])), int(np.prod(node.b.shape[stack + 1 :]))
     few = min(2 * rank + 1, *wide)

@@ -36,7 +36,7 @@ class Spectrum:
         return np.divide(energy.sum(-1), top, out=np.zeros_like(top), where=top > 0)
 
     def energy_rank(self, share: float) -> NDArray[np.int64]:
-        """The smallest number of directions with at least `share` of the energy Σσ²; 0 for a zero matrix.
+        """Return the smallest number of directions with at least `share` of the energy Σσ²; 0 for a zero matrix.
 
         Raises:
             ValueError: The share is not in (0, 1].

@@ -71,7 +71,7 @@ def thin_svd(lora: LoRA) -> ThinSVD:
 
 
 def directions(factor: Float) -> Float:
-    """Singular vectors on the feature side, (*stack, features, rank); zero beyond the numerical rank."""
+    """Return singular vectors on the feature side, (*stack, features, rank); zero beyond the numerical rank."""
     vectors, values, _ = np.linalg.svd(factor, full_matrices=False)
     vectors = vectors * (values > rounding(values, max(factor.shape[-2:])))[..., None, :]
     missing = factor.shape[-1] - vectors.shape[-1]
@@ -79,7 +79,7 @@ def directions(factor: Float) -> Float:
 
 
 def rounding(values: Float, size: int) -> Float:
-    """The largest value that float64 rounding can make of a singular value of zero."""
+    """Return the largest value that float64 rounding can make of a singular value of zero."""
     return 8 * size * np.finfo(np.float64).eps * values[..., :1]
 
 
@@ -122,7 +122,9 @@ def top_singular_values(kernel: Float, count: int) -> Float:
 
 
 def _orthonormal(block: NDArray[Any]) -> NDArray[Any]:
-    """An orthonormal basis of the columns' span, by their Gram matrix: applied twice, as exact as a QR, and faster."""
+    """Return an orthonormal basis of the columns' span, by their Gram matrix: applied twice, as
+    exact as a QR, and faster.
+    """
     values, vectors = np.linalg.eigh(block.T.astype(np.float64) @ block)
     least = float(np.finfo(np.float32).eps) ** 2 * values[-1]
     return (block @ (vectors / np.sqrt(np.maximum(values, least)))).astype(np.float32)

@@ -81,7 +81,7 @@ def load_adapter(folder: str | Path) -> Saved:
 
 
 def about(folder: str | Path) -> dict[str, Any]:
-    """The `TrainState.about` of a run's newest checkpoint; empty if it has none, or can't be read.
+    """Return the `TrainState.about` of a run's newest checkpoint; empty if it has none, or can't be read.
 
     Raises:
         FileNotFoundError: There is no checkpoint.
@@ -108,7 +108,7 @@ def _tree_of(
     in_full: dict[str, Any],
     starts: dict[str, Any],
 ) -> Any:
-    """The adapter whose leaves by path are `leaves`, with its nodes; the rest is as `facts_of` saves it."""
+    """Return the adapter whose leaves by path are `leaves`, with its nodes; the rest is as `facts_of` saves it."""
     adapter: dict[str, Any] = {}
     for path, groups in axes.items():
         parts = {part: leaves.pop(f"{path}/{part}", None) for part in ("a", "b", "scale", "magnitude")}
@@ -130,7 +130,9 @@ def _tree_of(
 
 
 def _averaged(leaves: dict[str, Any], arrays: dict[str, Any]) -> dict[str, Any]:
-    """The adapter's averaged weights, x = (y − (1 − β₁) z) / β₁, if its optimizer is `optax.contrib.schedule_free`."""
+    """Return the adapter's averaged weights, x = (y − (1 − β₁) z) / β₁, if its optimizer is
+    `optax.contrib.schedule_free`.
+    """
     states = [name.removesuffix("weight_sum") for name in arrays if name.endswith("/weight_sum")]
     if not states:
         return leaves
@@ -139,7 +141,7 @@ def _averaged(leaves: dict[str, Any], arrays: dict[str, Any]) -> dict[str, Any]:
 
 
 def _abstract(text: str, sharding: Any) -> jax.ShapeDtypeStruct:
-    """The inverse of the text of `shapes`, such as `float32[2, 3]`."""
+    """Return the inverse of the text of `shapes`, such as `float32[2, 3]`."""
     dtype, sizes = text.removesuffix("]").split("[")
     return jax.ShapeDtypeStruct([int(size) for size in sizes.split(",") if size.strip()], dtype, sharding=sharding)
 

@@ -129,7 +129,7 @@ class Checkpoints:
         raise OSError(f"{self.folder / str(step)}: not saved: {reason(error)}; {latest}") from error
 
     def restore(self, template: TrainState) -> TrainState:
-        """The newest checkpoint, in the structure, dtypes and placement of `template`, whatever mesh saved it.
+        """Return the newest checkpoint, in the structure, dtypes and placement of `template`, whatever mesh saved it.
 
         Where the template is on a mesh, leaves that aren't (counts and the key may not be) are restored to all its
         devices.
@@ -152,7 +152,7 @@ class Checkpoints:
 
 
 def _saved(arrays: dict[str, Any]) -> dict[str, Any]:
-    """The arrays as Orbax takes them: of several processes only those that all have a part of, and NumPy's."""
+    """Return the arrays as Orbax takes them: of several processes only those that all have a part of, and NumPy's."""
     if jax.process_count() == 1:
         return arrays
     return {name: np.asarray(x) if x.is_fully_addressable else x for name, x in arrays.items()}

@@ -13,7 +13,7 @@ from lora_jax.checkpoint._state import TrainState, arrays_of, shapes
 
 
 def facts_of(state: TrainState) -> dict[str, Any]:
-    """The facts that are saved beside the arrays of a state."""
+    """Return the facts that are saved beside the arrays of a state."""
     facts = {
         "step": state.step,
         "position": state.position,
@@ -61,7 +61,7 @@ def check(facts: dict[str, Any], template: TrainState, where: Path) -> None:
 
 
 def _axes(adapter: Any) -> dict[str, list[list[int]]]:
-    """The axes of each adapted kernel: on a square kernel the shapes don't distinguish inputs from outputs."""
+    """Return the axes of each adapted kernel: on a square kernel the shapes don't distinguish inputs from outputs."""
     nodes = jax.tree_util.tree_leaves_with_path(adapter, is_leaf=lambda x: isinstance(x, LoRA))
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): [list(group) for group in node.axes]
@@ -71,7 +71,7 @@ def _axes(adapter: Any) -> dict[str, list[list[int]]]:
 
 
 def _scales(adapter: Any) -> dict[str, Any]:
-    """The static scale of each adapted kernel, which is in no array: with another alpha a run isn't the same."""
+    """Return the static scale of each adapted kernel, which is in no array: with another alpha a run isn't the same."""
     return {path: node.scale.tolist() for path, node in nodes_of(adapter).items() if node.scale_is_static}
 
 
@@ -90,7 +90,7 @@ def _trained_in_full(adapter: Any) -> dict[str, Any]:
 
 
 def _as_json(facts: Any) -> Any:
-    """The facts with each nan and infinity as text that `float` reads, since JSON has no such numbers."""
+    """Return the facts with each nan and infinity as text that `float` reads, since JSON has no such numbers."""
     if isinstance(facts, dict):
         return {name: _as_json(value) for name, value in facts.items()}
     if isinstance(facts, list | tuple):

@@ -12,7 +12,7 @@ from lora_jax.checkpoint._state import by_path
 
 
 def fingerprint(tree: Any) -> str:
-    """A short text that differs between trees of different paths, shapes, dtypes or values.
+    """Return a short text that differs between trees of different paths, shapes, dtypes or values.
 
     It takes one pass over the arrays where they are, in integers: Σ bits · (2 · position + 1) mod 2³² for each leaf,
     whatever the sharding. It distinguishes models; it doesn't protect against someone who makes two look alike.

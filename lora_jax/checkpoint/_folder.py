@@ -8,7 +8,7 @@ _PARTIAL = re.compile(r"\d+\.orbax-checkpoint-tmp.*")
 
 
 def newest(folder: str | Path) -> int | None:
-    """The step of the newest checkpoint in a folder of checkpoints; None if there is none.
+    """Return the step of the newest checkpoint in a folder of checkpoints; None if there is none.
 
     >>> import tempfile
     >>> newest(tempfile.mkdtemp()) is None
@@ -38,7 +38,8 @@ def remove_partial(folder: Path) -> None:
 
 
 def find(folder: Path) -> tuple[Path, int]:
-    """The folder of checkpoints and the step that `folder` means: a run's, a folder of checkpoints, or a checkpoint.
+    """Return the folder of checkpoints and the step that `folder` means: a run's, a folder of checkpoints, or a
+    checkpoint.
 
     Raises:
         FileNotFoundError: There is no checkpoint.

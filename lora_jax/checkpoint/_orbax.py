@@ -12,17 +12,19 @@ import orbax.checkpoint as ocp
 
 
 def read_facts(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
-    """The JSON item of a checkpoint."""
+    """Return the JSON item of a checkpoint."""
     return manager.restore(step, args=ocp.args.Composite(facts=ocp.args.JsonRestore()))["facts"]
 
 
 def read_arrays(manager: ocp.CheckpointManager, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
-    """The arrays of a checkpoint, as `abstract` has them: one `jax.ShapeDtypeStruct` with its sharding for each."""
+    """Return the arrays of a checkpoint, as `abstract` has them: one `jax.ShapeDtypeStruct` with
+    its sharding for each.
+    """
     return manager.restore(step, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(abstract)))["arrays"]
 
 
 def reason(error: BaseException) -> str:
-    """The cause of an error while writing, in a few words: Orbax wraps the system's error many times."""
+    """Return the cause of an error while writing, in a few words: Orbax wraps the system's error many times."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, OSError) and seen.strerror:

@@ -52,7 +52,9 @@ class TrainState(NamedTuple):
 
 
 def arrays_of(state: TrainState) -> dict[str, Any]:
-    """The arrays of a state by path, such as `adapter/query/kernel_lora/a`, and those of starts: `start/.../a`."""
+    """Return the arrays of a state by path, such as `adapter/query/kernel_lora/a`, and those of
+    starts: `start/.../a`.
+    """
     starts = {f"{path}{SUFFIX}": node.start for path, node in nodes_of(state.adapter).items() if node.start}
     return by_path(_trees(state)) | {
         f"{START}{path}/{name}": jnp.asarray(getattr(start, name)) for path, start in starts.items() for name in "ab"
@@ -77,13 +79,14 @@ def _trees(state: TrainState) -> dict[str, Any]:
 
 
 def by_path(tree: Any) -> dict[str, Any]:
-    """The leaves of a tree by path: a flat dict doesn't depend on the containers, such as optax's states."""
+    """Return the leaves of a tree by path: a flat dict doesn't depend on the containers, such as optax's states."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
 def shapes(tree: Any) -> dict[str, str]:
-    """Dtype and shape of each leaf by path, as text; for kernels beside which activations are rounded, to what.
+    """Return the dtype and shape of each leaf by path, as text; for kernels beside which activations are rounded, to
+    what.
 
     >>> shapes({"w": jax.numpy.ones((2, 3))})
     {'w': 'float32[2, 3]'}

@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def usage() -> str:
-    """The commands with a line on each, as `lora-jax --help` prints them."""
+    """Return the commands with a line on each, as `lora-jax --help` prints them."""
     width = max(map(len, COMMANDS))
     commands = "\n".join(f"  {name:{width}}  {what}" for name, what in COMMANDS.items())
     return USAGE.format(commands=commands, environment=ENVIRONMENT)
@@ -125,7 +125,7 @@ def _gib(count: int) -> str:
 
 
 def _device_bytes() -> int | None:
-    """The memory of a device; None if its backend doesn't report it."""
+    """Return the memory of a device; None if its backend doesn't report it."""
     jax = sys.modules.get("jax")
     try:
         return None if jax is None else jax.local_devices()[0].memory_stats()["bytes_limit"]
@@ -134,7 +134,7 @@ def _device_bytes() -> int | None:
 
 
 def _in_one_line(error: Exception) -> str:
-    """The error's message on one line; an error of the system begins with its file.
+    """Return the error's message on one line; an error of the system begins with its file.
 
     >>> _in_one_line(FileNotFoundError(2, "No such file or directory", "data.jsonl"))
     'data.jsonl: No such file or directory'

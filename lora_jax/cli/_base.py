@@ -56,7 +56,7 @@ class Base:
     """file of a chat template, which takes precedence over the tokenizer's"""
 
     def for_adapter(self, adapter: Path | None) -> "Base":
-        """The base of this adapter: the model that was given, or else the one that the adapter names.
+        """Return the base of this adapter: the model that was given, or else the one that the adapter names.
 
         Raises:
             OSError: The named model can't be found.
@@ -89,7 +89,7 @@ class Base:
         return text_to_sql.BASE if self.model is None else self.model
 
     def _place(self, *, weights: bool) -> str | Path:
-        """The folder, or the name on the hub, from which the model is read: of a revision, its local copy.
+        """Return the folder, or the name on the hub, from which the model is read: of a revision, its local copy.
 
         Raises:
             ValueError: A revision is given without a name on the hub.
@@ -115,11 +115,11 @@ class Base:
         return {}
 
     def devices(self, rows: int) -> Mesh | None:
-        """The mesh to compute on, for batches of so many rows; None for one device."""
+        """Return the mesh to compute on, for batches of so many rows; None for one device."""
         return None
 
     def abstract(self, *, labels: Sequence[str] | None = None) -> Any:
-        """The model without weights, so that errors in its configuration are found before weights are read."""
+        """Return the model without weights, so that errors in its configuration are found before weights are read."""
         return self._with_tokenizer(
             lora_jax.models.load_abstract(
                 self._place(weights=False), self.loaded_dtype, labels=labels, **self.execution
@@ -134,7 +134,9 @@ class Base:
         key: jax.Array | None = None,
         mesh: Mesh | None = None,
     ) -> Any:
-        """The model with its weights; `labels` and `key` make a head if it has none that predicts these labels."""
+        """Return the model with its weights; `labels` and `key` make a head if it has none that
+        predicts these labels.
+        """
         with _show.working(f"reading {self.name}"), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             transform = self._transform(labels)
@@ -156,11 +158,11 @@ class Base:
         return self._with_tokenizer(model)
 
     def _transform(self, labels: Sequence[str] | None) -> Callable[[Any], Any] | None:
-        """The transform of the weights while they are read."""
+        """Return the transform of the weights while they are read."""
         return None
 
     def load_streamed(self, labels: Sequence[str] | None = None, key: jax.Array | None = None) -> Any:
-        """The model with its weights still in their files, from which they are read one tensor at a time."""
+        """Return the model with its weights still in their files, from which they are read one tensor at a time."""
         return self._with_tokenizer(
             lora_jax.models.load_streamed(self._place(weights=True), self.loaded_dtype, labels=labels, key=key)
         )
@@ -224,7 +226,7 @@ class EvaluatedBase(Base):
         return lambda params: lora_jax.quantize(params, config, axes=axes)
 
     def quantize_config(self, in_full: Sequence[str]) -> lora_jax.QuantizeConfig | None:
-        """The settings of the kernels' rounding, which leaves out those that train in full."""
+        """Return the settings of the kernels' rounding, which leaves out those that train in full."""
         if self.quantize is None:
             return None
         return lora_jax.QuantizeConfig(scheme=self.quantize, exclude=in_full, activations=self.quantize_activations)
@@ -269,7 +271,7 @@ class TrainedBase(EvaluatedBase):
 
 
 def _stay_in_few_bits(model: Any) -> list[str]:
-    """A line on the kernels that are in few bits in the model's folder and stay so."""
+    """Return a line on the kernels that are in few bits in the model's folder and stay so."""
     leaves = lora_jax.models.flatten(model.params).values()
     schemes = sorted(leaf.scheme for leaf in leaves if isinstance(leaf, lora_jax.Quantized))
     named = ", ".join(f"{schemes.count(scheme)} in {scheme}" for scheme in dict.fromkeys(schemes))
@@ -277,7 +279,9 @@ def _stay_in_few_bits(model: Any) -> list[str]:
 
 
 def head_leaves(model: Any) -> tuple[str, ...]:
-    """Patterns of the leaves that train in full on labels: the leaves of the head, and all newly initialised leaves."""
+    """Return patterns of the leaves that train in full on labels: the leaves of the head, and all
+    newly initialised leaves.
+    """
     if not model.head:
         return ()
     new = (path for path in model.newly_initialized if not path.startswith(f"{model.head}/"))
@@ -285,7 +289,7 @@ def head_leaves(model: Any) -> tuple[str, ...]:
 
 
 def kernel_axes(model: Any) -> lora_jax.KernelAxes:
-    """The axes of the model's kernels, from an abstract trace."""
+    """Return the axes of the model's kernels, from an abstract trace."""
     params = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype),
         model.params,
@@ -295,7 +299,7 @@ def kernel_axes(model: Any) -> lora_jax.KernelAxes:
 
 
 def with_adapter(model: Any, adapter: Path | None) -> Any:
-    """The model's parameters, with the adapter's nodes if an adapter is given.
+    """Return the model's parameters, with the adapter's nodes if an adapter is given.
 
     Raises:
         ValueError: The adapter doesn't fit, or lacks leaves that the model doesn't have either.
@@ -334,7 +338,7 @@ def check_prefix(length: int, model: Any) -> None:
 
 
 def prefix_place(model: Any) -> int:
-    """Number of an example's tokens before a prefix: 1 for an encoder, whose head pools the first token."""
+    """Return the number of an example's tokens before a prefix: 1 for an encoder, whose head pools the first token."""
     return 0 if model.generates or model.head == DECODERS_HEAD else 1
 
 

@@ -90,7 +90,7 @@ def card(
     task_type: str,
     curve: bool,
 ) -> str:
-    """The text of the model card, with the metadata that the hub reads as PEFT writes them.
+    """Return the text of the model card, with the metadata that the hub reads as PEFT writes them.
 
     Args:
         result: The run's result.
@@ -148,7 +148,7 @@ PEFT, transformers and vLLM load the adapter too, with `PeftModel.from_pretraine
 
 
 def _data(words: Sequence[str]) -> str:
-    """The data's name without the folders that it is in, which are nobody else's business."""
+    """Return the data's name without the folders that it is in, which are nobody else's business."""
     return " ".join(f"`{Path(word).name}`" for word in words) or "the embedded text-to-SQL task"
 
 
@@ -159,7 +159,7 @@ def _best(result: TrainResult) -> str:
 
 
 def _resized(result: TrainResult) -> str:
-    """A line on the base's vocabulary, if rows of new tokens were trained."""
+    """Return a line on the base's vocabulary, if rows of new tokens were trained."""
     leaves = dict(leaves_with_paths(result.params))
     sizes = {leaves[path].shape[node.axis] for path, node in rows_of(result.params).items()}
     line = "\nIts new tokens are in the tokenizer beside it, and need `model.resize_token_embeddings({})` first."

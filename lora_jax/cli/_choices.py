@@ -13,7 +13,7 @@ from lora_jax.train._save import CHECKPOINTS
 
 
 def attention(model: Any, examples: int, length: int, *, packed: bool = False, pairs: bool = False) -> Any:
-    """The form of attention that computes a batch, as the model chooses it.
+    """Return the form of attention that computes a batch, as the model chooses it.
 
     Args:
         model: The model.
@@ -32,7 +32,7 @@ def attention(model: Any, examples: int, length: int, *, packed: bool = False, p
 
 
 def line(model: Any, train: TrainConfig) -> str:
-    """One line on how a model computes its steps: attention, remat and layers.
+    """Return one line on how a model computes its steps: attention, remat and layers.
 
     Raises:
         ValueError: The form of attention that was asked for can't compute the steps, or their evaluation.
@@ -43,12 +43,13 @@ def line(model: Any, train: TrainConfig) -> str:
 
 
 def taken(model: Any, train: TrainConfig) -> dict[str, str]:
-    """The choices of a model for the batches of a run, by the names of the flags, with each "auto" resolved."""
+    """Return the choices of a model for the batches of a run, by the names of the flags, with each "auto" resolved."""
     return {"attention": _of_steps(model, train).form, "remat": model.remat, "layers": model.layers}
 
 
 def to_repeat(model: Any, train: TrainConfig) -> dict[str, str]:
-    """The choices that are flags of the same run: `taken`, but "auto" where steps and evaluation differ in attention.
+    """Return the choices that are flags of the same run: `taken`, but "auto" where steps and evaluation differ in
+    attention.
 
     Evaluation differs where one of the two has packed rows, for which a platform's kernel may have no segments.
     """
@@ -61,7 +62,7 @@ def to_repeat(model: Any, train: TrainConfig) -> dict[str, str]:
 def of_checkpoint(
     base: _base.TrainedBase, output: Path, train: TrainConfig, labels: Sequence[str] | None
 ) -> _base.TrainedBase:
-    """The base of a resumed run, with the choices of its newest checkpoint.
+    """Return the base of a resumed run, with the choices of its newest checkpoint.
 
     A flag other than "auto" is stronger. One line is printed for each choice that is another one from here on.
 

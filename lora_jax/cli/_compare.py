@@ -81,7 +81,9 @@ def padded(rows: Sequence[Sequence[int]], model: Any, source: str) -> TokenRows:
 
 
 def outputs(apply: Any, params: Any, rows: TokenRows) -> np.ndarray:
-    """A model's logits without padding: f32[tokens, V], or f32[rows, labels] for models with one output a row."""
+    """Return a model's logits without padding: f32[tokens, V], or f32[rows, labels] for models
+    with one output a row.
+    """
     logits = np.asarray(jax.block_until_ready(apply(params, rows.ids, rows.mask)), np.float32)
     return logits[rows.mask.astype(bool)] if logits.ndim == 3 else logits
 

@@ -18,7 +18,7 @@ class Compared:
     earlier: Path | None
 
     def reference(self, model: Any) -> Any:
-        """The parameters of the reference model, whose base is the model's own; None for a task without one."""
+        """Return the parameters of the reference model, whose base is the model's own; None for a task without one."""
         return None if self.task.reference is None else _base.with_adapter(model, self.earlier)
 
 

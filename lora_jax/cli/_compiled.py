@@ -46,7 +46,7 @@ def keep() -> None:
 
 
 def _user_folder() -> Path | None:
-    """The folder by the XDG base directory specification, which ignores a relative path; None without a home."""
+    """Return the folder by the XDG base directory specification, which ignores a relative path; None without a home."""
     given = Path(os.environ.get("XDG_CACHE_HOME", ""))
     try:
         return (given if given.is_absolute() else Path.home() / ".cache") / "lora_jax" / "compiled"

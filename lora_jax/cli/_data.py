@@ -139,7 +139,7 @@ class DataSource:
     _noted: set[str] = field(default_factory=set, compare=False)
 
     def parts(self, split: data.Split | None, *, of_files: bool = False, paths: Sequence[Path] = ()) -> list[list[Row]]:
-        """The rows of a split, by path; how they were read is printed once.
+        """Return the rows of a split, by path; how they were read is printed once.
 
         Args:
             split: The split.
@@ -157,7 +157,7 @@ class DataSource:
         ]
 
     def streams(self, tokenizer: data.Tokenizer, max_length: int, seed: int) -> Any:
-        """The training rows as one stream of examples, mixed by weight if there are several paths."""
+        """Return the training rows as one stream of examples, mixed by weight if there are several paths."""
         flags = self.flags
         assert isinstance(flags, TrainedDataFlags)
         streams = [
@@ -176,7 +176,7 @@ class DataSource:
         return streams[0] if len(streams) == 1 else data.mix_streams(streams, flags.data_weights)
 
     def first_rows(self, count: int) -> list[list[Row]]:
-        """The first rows of each path, which training streams."""
+        """Return the first rows of each path, which training streams."""
         return [first_rows(path, count, **self._reading) for path in self.paths]
 
     def check_streams(self) -> None:
@@ -213,7 +213,7 @@ class DataSource:
         return None if self.glue is None else data.glue_task(self.glue).metric
 
     def labels(self, rows: Sequence[Labelled]) -> Labels:
-        """The labels of the rows; for GLUE the task's, in its order."""
+        """Return the labels of the rows; for GLUE the task's, in its order."""
         return data.labels_of(rows) if self.glue is None else Labels(data.glue_task(self.glue).labels)
 
 
@@ -254,10 +254,10 @@ def note_run(adapter: Path | None, flags: DataFlags) -> None:
 
 
 def preferences(rows: Sequence[Row]) -> list[Preference]:
-    """The rows that are preferences: all, or none."""
+    """Return the rows that are preferences: all, or none."""
     return [row for row in rows if isinstance(row, Preference)]
 
 
 def labelled(rows: Sequence[Row]) -> list[Labelled]:
-    """The rows that have labels: all, or none if they are text."""
+    """Return the rows that have labels: all, or none if they are text."""
     return [row for row in rows if isinstance(row, Labelled)]

@@ -102,7 +102,7 @@ def _end_soon(error: Exception) -> None:
 
 
 def over_all(base: Any) -> Any:
-    """The base's flags, with a mesh over the devices of all processes where there are several."""
+    """Return the base's flags, with a mesh over the devices of all processes where there are several."""
     return replace(base, mesh="auto") if several() and base.mesh is None else base
 
 

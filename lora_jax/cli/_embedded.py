@@ -37,19 +37,19 @@ def check_data_given(base: Base, given: Sequence[str] | Path | None) -> None:
 
 
 def _merged_from_embedded(folder: Path) -> bool:
-    """True if the folder has the embedded model's tokenizer, which was made for the embedded task alone."""
+    """Return whether the folder has the embedded model's tokenizer, which was made for the embedded task alone."""
     own, given = (path / "tokenizer.json" for path in (text_to_sql.BASE, folder))
     return given.is_file() and given.read_bytes() == own.read_bytes()
 
 
 def rows(split: str) -> list[data.Completion]:
-    """The rows of a split."""
+    """Return the rows of a split."""
     return [data.Completion(**row) for row in text_to_sql.rows(split)]
 
 
 @functools.cache
 def questions_of(split: str) -> list[text_to_sql.Example]:
-    """The questions of a split with their databases, which take seconds to fill and are therefore cached."""
+    """Return the questions of a split with their databases, which take seconds to fill and are therefore cached."""
     return text_to_sql.examples(split)
 
 

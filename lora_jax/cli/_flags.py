@@ -45,7 +45,7 @@ def settings_of(
     description: str | None = None,
     in_one_line: bool = False,
 ) -> Any:
-    """The dataclass `kind` with the values of its flags.
+    """Return the dataclass `kind` with the values of its flags.
 
     Args:
         kind: The dataclass.
@@ -84,7 +84,9 @@ def settings_of(
 
 
 def fields(kind: Any) -> Iterator[tuple[str, str, Any]]:
-    """The field, the flag and the type of each setting of a dataclass; nested ones have their own fields for a flag."""
+    """Yield the field, the flag and the type of each setting of a dataclass; nested ones have
+    their own fields for a flag.
+    """
     hints = get_type_hints(kind, include_extras=True)
     for field in dataclasses.fields(kind):
         hint, marks = hints[field.name], ()
@@ -96,7 +98,7 @@ def fields(kind: Any) -> Iterator[tuple[str, str, Any]]:
 
 
 def types(kind: Any) -> Iterator[tuple[str, Any]]:
-    """The flag and the type of each setting of a dataclass and of those in it."""
+    """Yield the flag and the type of each setting of a dataclass and of those in it."""
     for _, name, hint in fields(kind):
         yield from types(hint) if dataclasses.is_dataclass(hint) else ((name, hint),)
 

@@ -23,7 +23,7 @@ MOST_BYTES = 2**24
 
 
 def to_train(source: DataSource, base: Any, train: Sequence[Labelled], valid: Sequence[Labelled]) -> Labels:
-    """The labels to train on: those of the rows, in the order of the model's own head if it has the same labels.
+    """Return the labels to train on: those of the rows, in the order of the model's own head if it has the same labels.
 
     Raises:
         ValueError: A row has another label; the message names its file and line.
@@ -37,7 +37,7 @@ def to_train(source: DataSource, base: Any, train: Sequence[Labelled], valid: Se
 
 
 def to_evaluate(source: DataSource, base: Any, adapter: Path | None, rows: Sequence[Labelled]) -> Labels:
-    """The labels that the adapter or the model was trained on; the rows' labels if neither has names for them.
+    """Return the labels that the adapter or the model was trained on; the rows' labels if neither has names for them.
 
     Raises:
         ValueError: Neither the adapter nor the model has a classification head.
@@ -55,7 +55,7 @@ def to_evaluate(source: DataSource, base: Any, adapter: Path | None, rows: Seque
 
 
 def own_labels(base: Any) -> Labels | None:
-    """The labels of the model's own classification head; None if it has no head."""
+    """Return the labels of the model's own classification head; None if it has no head."""
     return Labels(lora_jax.models.label_names(base.config)) if base.head else None
 
 
@@ -81,7 +81,7 @@ def load(adapter: Path | None) -> Labels | None:
 
 
 def of_adapter(adapter: Path, base: Base) -> Labels | None:
-    """The labels with which to load a base for an adapter; None if the base is loaded as it is.
+    """Return the labels with which to load a base for an adapter; None if the base is loaded as it is.
 
     PEFT's files have no names of labels: if such an adapter brings a head to a base without one, numbers are the names.
     """
@@ -101,7 +101,7 @@ def save(folder: Path, labels: Labels | None) -> None:
 
 
 def new_parts(model: Any) -> str:
-    """The newly initialised parts of the model, in words; empty if there are none."""
+    """Return the newly initialised parts of the model, in words; empty if there are none."""
     parts = sorted({path.split("/")[0] for path in model.newly_initialized})
     return f"newly initialised and trained in full: {', '.join(parts)}" if parts else ""
 
@@ -126,7 +126,7 @@ def task(source: DataSource, examples: Sequence[LabelledExample], labels: Labels
 def texts_and_labels(
     rows: Sequence[Labelled], examples: Sequence[LabelledExample], labels: Labels
 ) -> list[tuple[str, str]]:
-    """Each row's text and the name of its label."""
+    """Return each row's text and the name of its label."""
     return [
         (row.text if row.text_pair is None else f"{row.text} / {row.text_pair}", _name(example.label, labels))
         for row, example in zip(rows, examples, strict=True)

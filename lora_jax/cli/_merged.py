@@ -29,7 +29,7 @@ class MergedWeights:
     norms: dict[str, dict[tuple[int, ...], Norms]]
 
     def tree(self, dtype: Any = None) -> Any:
-        """The parameters, in their own dtypes or in `dtype`."""
+        """Return the parameters, in their own dtypes or in `dtype`."""
         changed = {} if dtype is None else {"dtype": np.dtype(dtype)}
         return lora_jax.models.unflatten({path: replace(leaf, **changed) for path, leaf in self.leaves.items()})
 
@@ -40,7 +40,7 @@ class MergedWeights:
 
 
 def merged(model: Any, params: Any, dtype: Any = None) -> MergedWeights:
-    """The merged weights of a model from `models.load_streamed`.
+    """Return the merged weights of a model from `models.load_streamed`.
 
     Args:
         model: The base.
@@ -96,7 +96,7 @@ def check_tensors(folder: Path, expected: MergedWeights) -> int:
 
 
 def _same(written: np.ndarray, expected: np.ndarray, dtype: np.dtype) -> bool:
-    """True if `written` has the bits of `expected` in this dtype. Only some rows at a time are copied."""
+    """Return whether `written` has the bits of `expected` in this dtype. Only some rows at a time are copied."""
     if written.dtype != dtype or written.shape != expected.shape:
         return False
     step = max(1, BLOCK // max(1, written[:1].size))

@@ -11,7 +11,7 @@ EMBEDDED = "embedded"  # name of the model in the package
 
 
 def base_of(adapter: Path) -> str | None:
-    """The base that `adapter_config.json` names as `base_model_name_or_path`; None if it names none.
+    """Return the base that `adapter_config.json` names as `base_model_name_or_path`; None if it names none.
 
     A relative path is looked up in the current folder, then in the adapter's folder and in that folder's parents, so
     that an adapter that was moved together with its base finds it.
@@ -35,7 +35,7 @@ def base_of(adapter: Path) -> str | None:
 
 
 def _found(adapter: Path, named: str, revision: str | None) -> str | None:
-    """The base's folder, or its name if the hub has it; None if neither has."""
+    """Return the base's folder, or its name if the hub has it; None if neither has."""
     absolute = adapter.absolute()
     try:
         path = Path(named).expanduser()
@@ -49,12 +49,12 @@ def _found(adapter: Path, named: str, revision: str | None) -> str | None:
 
 
 def trains_tokens(adapter: Path) -> bool:
-    """True if the adapter has trained rows of an embedding, as with tokens that were added to the vocabulary."""
+    """Return whether the adapter has trained rows of an embedding, as with tokens that were added to the vocabulary."""
     return adapter_folder.has_config(adapter) and adapter_folder.trains_embeddings(adapter)
 
 
 def fits(adapter: Path, model: Any, axes: Any) -> bool:
-    """True if the adapter fits this model by names and shapes.
+    """Return whether the adapter fits this model by names and shapes.
 
     Raises:
         OSError: A file is missing.

@@ -22,7 +22,7 @@ COPIED = "sha256 of the tokenizer that was copied from the adapter"
 
 
 def read(path: Path) -> list[str]:
-    """The tokens in a file: one a line, without the spaces around it, or a JSON list of texts.
+    """Return the tokens in a file: one a line, without the spaces around it, or a JSON list of texts.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -54,7 +54,7 @@ def read(path: Path) -> list[str]:
 
 
 def add(path: Path, model: Any, key: jax.Array, show: Console) -> tuple[Any, dict[str, tuple[int, ...]]]:
-    """The model with the tokens of a file, and the rows of tables that train.
+    """Return the model with the tokens of a file, and the rows of tables that train.
 
     Raises:
         ValueError: The file is faulty, or the tokenizer has one of the tokens already.
@@ -104,7 +104,7 @@ def has_own(adapter: Path) -> bool:
 
 
 def gone_on_with(params: Any, base: Any, rows: Mapping[str, Sequence[int]]) -> Any:
-    """The parameters of an adapter, of whose tables the rows that it trained go on training, and no others.
+    """Return the parameters of an adapter, of whose tables the rows that it trained go on training, and no others.
 
     Args:
         params: The tree of `peft.load`, which has such a table as a leaf trained in full.
@@ -131,7 +131,9 @@ def remove_earlier(folder: Path) -> None:
 
 
 def notes(adapter: Path | None) -> dict[str, str]:
-    """The note of a run's file by which later runs know the tokenizer that the run copies from an adapter, if any."""
+    """Return the note of a run's file by which later runs know the tokenizer that the run copies
+    from an adapter, if any.
+    """
     if adapter is None or not has_own(adapter):
         return {}
     return {COPIED: str(lora_jax.models.tokenizer_digest(adapter))}
@@ -156,7 +158,7 @@ def _wrote_tokenizer(folder: Path) -> bool:
 
 
 def fitted(model: Any, adapter: Path | None) -> Any:
-    """The model with rows for all tokens that the adapter has added, which hold the adapter's once it is loaded.
+    """Return the model with rows for all tokens that the adapter has added, which hold the adapter's once it is loaded.
 
     A row beyond the vocabulary that the adapter doesn't have would be a random one: `peft.load` refuses such adapters.
     """

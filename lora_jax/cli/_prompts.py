@@ -16,7 +16,8 @@ SHOWN = 100  # characters of a prompt above its completion
 
 
 def prompts_of(given: Sequence[str]) -> list[str]:
-    """The prompts of the flag; without any, each line of standard input is one, and `-` is all of standard input.
+    """Return the prompts of the flag; without any, each line of standard input is one, and `-` is all of standard
+    input.
 
     Raises:
         ValueError: None is given, and standard input is a terminal or empty; or `-` is given twice.
@@ -32,7 +33,7 @@ def prompts_of(given: Sequence[str]) -> list[str]:
 
 
 def prompts_of_first(given: Sequence[str]) -> list[str]:
-    """The prompts of the first process of several, since only one process may have a standard input.
+    """Return the prompts of the first process of several, since only one process may have a standard input.
 
     Raises:
         ValueError: As `prompts_of`.
@@ -44,24 +45,24 @@ def prompts_of_first(given: Sequence[str]) -> list[str]:
 
 
 def lines() -> Iterator[str]:
-    """The lines of standard input that aren't blank, as they come."""
+    """Yield the lines of standard input that aren't blank, as they come."""
     for line in sys.stdin:
         if text := line.rstrip("\r\n"):
             yield text
 
 
 def opening(system: str | None) -> list[Message]:
-    """The messages before the first of the user's."""
+    """Return the messages before the first of the user's."""
     return [] if system is None else [{"role": "system", "content": system}]
 
 
 def rendered(model: Any, prompts: Sequence[str], system: str | None) -> list[list[int]]:
-    """Each prompt as the user's message of a conversation of its own, by the model's chat template."""
+    """Return each prompt as the user's message of a conversation of its own, by the model's chat template."""
     return [chat_prompt(model.tokenizer, [*opening(system), {"role": "user", "content": text}]) for text in prompts]
 
 
 def fitted(model: Any, params: Any, ids: Sequence[int], config: GenerateConfig) -> GenerateConfig:
-    """The settings with as many new tokens as the model has positions for, after a conversation's tokens.
+    """Return the settings with as many new tokens as the model has positions for, after a conversation's tokens.
 
     Raises:
         ValueError: There is no position left.
@@ -90,7 +91,7 @@ def show_completions(prompts: Sequence[str], texts: Sequence[str], as_json: bool
 
 
 def mark(number: str, prompt: str) -> str:
-    """The line above a text that tells it from the one before.
+    """Return the line above a text that tells it from the one before.
 
     >>> mark("2 of 3", "columns: a\\nquestion: how many?")
     '--- 2 of 3: columns: a question: how many?'

@@ -16,7 +16,7 @@ from lora_jax.cli import _base, _run_file
 
 
 def scheme_of_run(adapter: Path) -> str | None:
-    """The scheme in which a run had its base, from the `run.yaml` beside its adapter; None if that says none.
+    """Return the scheme in which a run had its base, from the `run.yaml` beside its adapter; None if that says none.
 
     After PiSSA and LoftQ it is None too: their adapters belong beside the plain model.
     """
@@ -31,7 +31,7 @@ def rounds_activations(adapter: Path) -> bool:
 
 
 def _settings(adapter: Path) -> dict[str, Any]:
-    """The settings in the `run.yaml` beside an adapter; empty if there is none that can be read."""
+    """Return the settings in the `run.yaml` beside an adapter; empty if there is none that can be read."""
     try:
         settings = yaml.safe_load((adapter / _run_file.FILE).read_bytes())
     except (OSError, yaml.YAMLError, UnicodeDecodeError, RecursionError):
@@ -59,7 +59,7 @@ class Rounded:
 
 
 def rounded(model: Any, scheme: Any) -> Rounded:
-    """The model with those kernels rounded that `--quantize` rounds.
+    """Return the model with those kernels rounded that `--quantize` rounds.
 
     Raises:
         ValueError: They are in few bits already, or groups of the scheme don't divide a kernel's inputs.

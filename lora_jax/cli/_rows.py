@@ -105,7 +105,7 @@ def read(
 
 
 def _held(source: DataSource, split: str) -> list[list[Row]]:
-    """The rows that are in memory although the training rows are streamed: those of files of validation rows."""
+    """Return the rows that are in memory although the training rows are streamed: those of files of validation rows."""
     if split == "train":
         if source.glue is not None:
             raise ValueError(f"streaming: given for glue:{source.glue}, whose rows have labels; leave it out")
@@ -154,7 +154,7 @@ def encode(rows: Rows, model: Any, max_length: int, seed: int = 0) -> EncodedRow
 
 
 def _name(rows: Rows, split: str, number: int) -> str:
-    """The name of a part of a split in a line, with its path if there are several."""
+    """Return the name of a part of a split in a line, with its path if there are several."""
     paths = () if rows.source is None or rows.streamed else rows.source.paths
     return f"{split}, {paths[number]}" if len(paths) > 1 else split
 

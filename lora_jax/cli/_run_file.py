@@ -24,14 +24,14 @@ NOT_WRITTEN = (*ONCE, "push_to_hub", "distributed", "coordinator_address", "num_
 
 
 def path_in(words: Sequence[str]) -> Path | None:
-    """The last file that `--config` names; without a name tyro explains the mistake."""
+    """Return the last file that `--config` names; without a name tyro explains the mistake."""
     found = [word.removeprefix("--config=") for word in words if word.startswith("--config=")]
     found += [name for flag, name in itertools.pairwise(words) if flag == "--config"]
     return Path(found[-1]) if found else None
 
 
 def read(path: Path, kind: Any, other: Any = None) -> dict[str, list[str]]:
-    """The flags that a file of settings stands for, as words, by name: `rank: 8` is `--rank=8`.
+    """Return the flags that a file of settings stands for, as words, by name: `rank: 8` is `--rank=8`.
 
     Args:
         path: A YAML file of one mapping, from names of flags to their values; underscores or hyphens join words.
@@ -71,7 +71,7 @@ def read(path: Path, kind: Any, other: Any = None) -> dict[str, list[str]]:
 
 
 def settings(path: Path, words: dict[str, list[str]], default: Any) -> Any:
-    """The default settings with the file's values.
+    """Return the default settings with the file's values.
 
     Raises:
         ValueError: A value has the wrong type or is out of range.
@@ -86,7 +86,7 @@ def settings(path: Path, words: dict[str, list[str]], default: Any) -> Any:
 
 
 def value(folder: Path, name: str) -> Any:
-    """A value in the file of the run in a folder; None if there is none that can be read."""
+    """Return a value in the file of the run in a folder; None if there is none that can be read."""
     try:
         content = yaml.safe_load((folder / FILE).read_bytes()[:MOST_BYTES])
     except (OSError, yaml.YAMLError, UnicodeDecodeError, RecursionError):
@@ -95,7 +95,7 @@ def value(folder: Path, name: str) -> Any:
 
 
 def note(folder: Path, name: str) -> str | None:
-    """A note in the comments that `write` puts at the head of the file of a run; None if there is none."""
+    """Return a note in the comments that `write` puts at the head of the file of a run; None if there is none."""
     try:
         head = (folder / FILE).read_bytes()[:MOST_BYTES].decode(errors="replace")
     except OSError:
@@ -116,12 +116,12 @@ def write(folder: Path, settings: Any, notes: Mapping[str, str] | None = None) -
 
 
 def values_of(settings: Any) -> dict[str, Any]:
-    """The settings by the names of the flags, as YAML and JSON have them."""
+    """Return the settings by the names of the flags, as YAML and JSON have them."""
     return dict(_values(settings))
 
 
 def _words(where: str, name: str, value: Any, *, several: bool) -> list[str]:
-    """A flag with its value, as it is typed; `several` says whether it takes a list."""
+    """Return a flag with its value, as it is typed; `several` says whether it takes a list."""
     if isinstance(value, dict) and name == "lr_scheduler_kwargs":
         value = json.dumps(value)
     values = value if several and isinstance(value, list) else [value]

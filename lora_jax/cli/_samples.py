@@ -81,7 +81,7 @@ def _cut(tokenizer: Any, row: Row, example: Example, length: int) -> Prompt:
 
 
 def _asked(row: Chat) -> str:
-    """The text of the user's last message before the last answer that is learned; empty if there is none."""
+    """Return the text of the user's last message before the last answer that is learned; empty if there is none."""
     last = max((turn for turn, message in enumerate(row.messages) if is_target(message)), default=0)
     for message in reversed(row.messages[:last]):
         if message["role"] == "user":
@@ -116,7 +116,7 @@ def show(console: Console, samples: Sequence[Sample]) -> None:
 
 
 def _last_line(prompt: str) -> str:
-    """The prompt's last line that isn't the name of a field to fill in: `question: ...` rather than `sql:`.
+    """Return the prompt's last line that isn't the name of a field to fill in: `question: ...` rather than `sql:`.
 
     >>> _last_line("columns: a, b\\nquestion: how many?\\nsql: ")
     'question: how many?'

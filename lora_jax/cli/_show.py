@@ -17,12 +17,12 @@ LOG_WIDTH = 120  # width of files and pipes; a terminal has its own
 
 
 def results() -> Console:
-    """A console for a command's results. It is new at each call, so that a redirected `sys.stdout` is used."""
+    """Return a console for a command's results. It is new at each call, so that a redirected `sys.stdout` is used."""
     return Console(highlight=False, width=_width(sys.stdout), quiet=not is_shown())
 
 
 def notes() -> Console:
-    """A console for everything but results: files that are being read, progress, hints."""
+    """Return a console for everything but results: files that are being read, progress, hints."""
     return Console(stderr=True, highlight=False, width=_width(sys.stderr), quiet=not is_shown())
 
 
@@ -67,7 +67,7 @@ def metrics(values: Mapping[str, Any]) -> None:
 
 
 def number(value: float) -> str:
-    """A number as text, with separators of thousands or four significant digits.
+    """Return a number as text, with separators of thousands or four significant digits.
 
     >>> number(6553600), number(0.02), number(2.0)
     ('6,553,600', '0.02', '2')
@@ -76,7 +76,7 @@ def number(value: float) -> str:
 
 
 def percent(share: float) -> str:
-    """A share as a percentage with three significant digits.
+    """Return a share as a percentage with three significant digits.
 
     >>> percent(0.0005), percent(0.8437), percent(1.0)
     ('0.05 %', '84.4 %', '100 %')
@@ -85,7 +85,7 @@ def percent(share: float) -> str:
 
 
 def size(count: float) -> str:
-    """A number of bytes as text, in the largest binary unit in which it is at least 1.
+    """Return a number of bytes as text, in the largest binary unit in which it is at least 1.
 
     >>> size(26_031_738_880), size(512)
     ('24.2 GiB', '512 B')

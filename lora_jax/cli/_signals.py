@@ -121,7 +121,7 @@ def _ignore() -> None:
 
 
 def exit_code(number: signal.Signals) -> int:
-    """The exit code of a process that a signal ended.
+    """Return the exit code of a process that a signal ended.
 
     >>> exit_code(signal.SIGTERM), exit_code(signal.SIGINT)
     (143, 130)

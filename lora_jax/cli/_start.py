@@ -64,7 +64,7 @@ def check_reference(train: TrainConfig, prefix_length: int) -> None:
 
 
 def labels_of_adapter(rows: Rows, adapter: Path) -> Rows:
-    """The rows with the adapter's labels, in its order.
+    """Return the rows with the adapter's labels, in its order.
 
     Raises:
         ValueError: The rows have a label that the adapter doesn't have, or have none where the adapter has.

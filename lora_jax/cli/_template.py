@@ -22,7 +22,7 @@ class TemplateFlags:
     where the other commands find it"""
 
     def of(self, base: _Base) -> _Base:
-        """The base with this template, if one is given.
+        """Return the base with this template, if one is given.
 
         Raises:
             FileNotFoundError: There is no such file.

@@ -52,7 +52,9 @@ class Settings:
 
 
 def defaults(words: Sequence[str]) -> Settings:
-    """The default settings: those of the `--config` file, and others for the embedded task than for data files."""
+    """Return the default settings: those of the `--config` file, and others for the embedded task
+    than for data files.
+    """
     given = _given(words)
     path = _run_file.path_in(words)
     in_file = {} if path is None else _run_file.read(path, Settings)
@@ -66,7 +68,7 @@ def defaults(words: Sequence[str]) -> Settings:
 
 
 def description(words: Sequence[str]) -> str:
-    """The first lines of help, which say whose defaults follow."""
+    """Return the first lines of help, which say whose defaults follow."""
     path = _run_file.path_in(words)
     in_file = {} if path is None else _run_file.read(path, Settings)
     own = bool((_given(words) | _named(in_file)) & OWN)
@@ -82,7 +84,7 @@ def _given(words: Sequence[str]) -> set[str]:
 
 
 def _named(in_file: Mapping[str, Sequence[str]]) -> set[str]:
-    """The settings that a file has; a run's own has none of data and model if it is of the embedded task."""
+    """Return the settings that a file has; a run's own has none of data and model if it is of the embedded task."""
     return {name for name, flag in in_file.items() if flag not in (["--data"], ["--model=None"])}
 
 

@@ -91,7 +91,7 @@ def _pass_on(alive: int) -> tuple[bool, bytes]:
 
 
 def explain(page: bytes, number: int, count: int) -> str:
-    """The reason why a process has ended, from what C++ printed.
+    """Return the reason why a process has ended, from what C++ printed.
 
     >>> explain(b"unhealthy (stopped sending heartbeats):\\n1\\nThe tasks", 0, 4)
     'process 0 of 4 ends, because process 1 has ended; the same command with --resume goes on from the newest ...'

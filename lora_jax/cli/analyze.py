@@ -90,7 +90,7 @@ def run(settings: Settings) -> None:
 
 
 def _no_base_note(adapter: Path) -> str:
-    """The note to print if the adapter was measured without its model."""
+    """Return the note to print if the adapter was measured without its model."""
     names = ""
     if adapter_folder.has_config(adapter):
         named = adapter_folder.base_model(adapter)
@@ -123,7 +123,9 @@ def read(path: Path, settings: Settings) -> dict[str, LoRA]:
 
 
 def _checkpoint(path: Path) -> Path | None:
-    """The loralib checkpoint at `path` or in that folder; None if it is a folder in PEFT's format or doesn't exist."""
+    """Return the loralib checkpoint at `path` or in that folder; None if it is a folder in PEFT's
+    format or doesn't exist.
+    """
     if path.is_file():
         return path
     files = sorted(path.glob("*.bin")) if path.is_dir() and not (path / PEFT_CONFIG).exists() else []
@@ -131,7 +133,7 @@ def _checkpoint(path: Path) -> Path | None:
 
 
 def _selected(updates: dict[str, LoRA], settings: Settings) -> dict[str, LoRA]:
-    """The updates of the layers to measure.
+    """Return the updates of the layers to measure.
 
     Raises:
         ValueError: A layer that the adapter doesn't change.
@@ -183,7 +185,7 @@ def weights_of(model: str, updates: Mapping[str, LoRA]) -> Callable[[str], Any]:
 
 
 def summary(measured: list[report.KernelMeasurements]) -> Any:
-    """A table of the means by kind of kernel."""
+    """Return a table of the means by kind of kernel."""
     rows = report.by_kind(measured)
     columns = ["kernels of", "number>", "rank>", "‖ΔW‖>", "effective rank>", "rank at 90 %>"]
     fields = ["kind", "kernels", "rank", "delta_norm", "effective_rank", "rank_90"]

@@ -63,7 +63,7 @@ def run(settings: Settings) -> None:
 
 
 def _typed() -> Iterator[str]:
-    """The lines that are typed, until the end is asked for."""
+    """Yield the lines that are typed, until the end is asked for."""
     with contextlib.suppress(ImportError):  # Windows
         importlib.import_module("readline")  # gives `input` a history, and keys that edit a line
     while True:

@@ -85,7 +85,9 @@ def _run(settings: Settings) -> None:
 
 
 def _max_length(given: int | None, adapter: Path | None) -> int:
-    """The most tokens of a row: the flag's, or those of the run that has written the adapter, which is printed."""
+    """Return the most tokens of a row: the flag's, or those of the run that has written the
+    adapter, which is printed.
+    """
     if given is not None or adapter is None:
         return given or TrainConfig.max_length
     of_run = _run_file.value(adapter, "max_length")

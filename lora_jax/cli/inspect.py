@@ -22,7 +22,7 @@ class Settings:
 
 
 def defaults(words: Sequence[str]) -> Settings:
-    """The default settings: without --model, the settings that `lora-jax train` uses for the embedded model."""
+    """Return the default settings: without --model, the settings that `lora-jax train` uses for the embedded model."""
     given = any(word.split("=")[0] == "--model" for word in words)
     return Settings(lora=_base.LORA if given else _base.LORA_EMBEDDED)
 
@@ -42,7 +42,7 @@ def run(settings: Settings) -> None:
 
 
 def match(model: Any, lora: lora_jax.LoRAConfig) -> Any:
-    """The kernels that `lora` selects, as `lora_jax.describe` reports them, without making an array."""
+    """Return the kernels that `lora` selects, as `lora_jax.describe` reports them, without making an array."""
     axes = _base.kernel_axes(model)
     lora = replace(lora, init="kaiming_normal")  # a table of shapes, whatever the numbers are
     params = jax.eval_shape(lambda base: lora_jax.init(jax.random.key(0), base, lora, axes=axes), model.params)
@@ -50,7 +50,7 @@ def match(model: Any, lora: lora_jax.LoRAConfig) -> Any:
 
 
 def memory_of(model: Any, matched: Any) -> dict[str, int]:
-    """Bytes of the weights, and of float32 gradients and Adam's two moments for all trained parameters."""
+    """Return bytes of the weights, and of float32 gradients and Adam's two moments for all trained parameters."""
     base = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(model.params))
     parameters = sum(leaf.size for leaf in jax.tree.leaves(model.params))
     return {
@@ -62,7 +62,7 @@ def memory_of(model: Any, matched: Any) -> dict[str, int]:
 
 
 def as_json(settings: Settings, matched: Any, memory: dict[str, int]) -> dict[str, Any]:
-    """The same information as a JSON object."""
+    """Return the same information as a JSON object."""
     return {
         "model": settings.base.name,
         "rank": settings.lora.rank,

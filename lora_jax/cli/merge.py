@@ -96,7 +96,7 @@ def run(settings: Settings) -> None:
 
 
 def _streamed(settings: Settings, labels: Labels | None) -> tuple[Any, Rounded | None]:
-    """The model with its weights in their files, and how its kernels are rounded if they are."""
+    """Return the model with its weights in their files, and how its kernels are rounded if they are."""
     model = settings.base.load_streamed(labels and labels.names)
     if settings.quantize is None:
         return model, None
@@ -105,7 +105,7 @@ def _streamed(settings: Settings, labels: Labels | None) -> tuple[Any, Rounded |
 
 
 def _about_bases(settings: Settings, base: Rounded | None) -> str:
-    """A line on the kernels that the adapter was added to, if the run had others or they are in few bits."""
+    """Return a line on the kernels that the adapter was added to, if the run had others or they are in few bits."""
     if method := lora_jax.models.quant_method(settings.base.folder):
         line = f"the base is in few bits ({method}): the adapter was added to its dequantized kernels"
         return f"{line}, not to the original; nothing was rounded to few bits again"
@@ -119,7 +119,7 @@ def _about_bases(settings: Settings, base: Rounded | None) -> str:
 
 
 def _compares(settings: Settings, model: Any) -> bool:
-    """True if logits are to be compared."""
+    """Return whether logits are to be compared."""
     if settings.check != "auto":
         return settings.check == "always"
     return sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(model.params)) <= MOST_PARAMETERS

@@ -36,7 +36,7 @@ class Settings:
 
 
 def defaults(words: Sequence[str]) -> Settings:
-    """The default settings: without --model, the settings that `lora-jax train` uses for the embedded model."""
+    """Return the default settings: without --model, the settings that `lora-jax train` uses for the embedded model."""
     given = any(word.split("=")[0] == "--model" for word in words)
     return Settings(lora=_base.LORA if given else _base.LORA_EMBEDDED)
 

@@ -81,7 +81,7 @@ class Settings:
 
 
 def defaults(words: Sequence[str]) -> Settings:
-    """The default settings, which are different for the embedded task."""
+    """Return the default settings, which are different for the embedded task."""
     given = {word.split("=")[0] for word in words}
     path = _run_file.path_in(words)
     in_file = {} if path is None else _run_file.read(path, Settings, train_command.Settings())
@@ -194,7 +194,7 @@ def _check(settings: Settings) -> None:
 
 
 def _points(settings: Settings, model: Any) -> tuple[list[Point], int]:
-    """The grid's points, which fit the model, and the length of their longest prefix."""
+    """Return the grid's points, which fit the model, and the length of their longest prefix."""
     common = {"prefix_length": [settings.prefix_length]} if settings.prefix_length else {}
     points = sweep.grid(
         common | sweep.parse(settings.grid),
@@ -210,7 +210,9 @@ def _points(settings: Settings, model: Any) -> tuple[list[Point], int]:
 
 
 def _newly_initialized(settings: Settings, model: Any, rows: Rows) -> Callable[[int], dict[str, Any]]:
-    """A function from a seed to the model's newly initialised leaves, with the values of `lora-jax train --seed`."""
+    """Return a function from a seed to the model's newly initialised leaves, with the values of
+    `lora-jax train --seed`.
+    """
 
     @functools.cache
     def leaves_of(seed: int) -> dict[str, Any]:
@@ -259,13 +261,13 @@ def _without(names: Collection[str], settings: dict[str, Any]) -> dict[str, Any]
 
 
 def _saved_before(output: Path) -> list[Path]:
-    """The folders of adapters that earlier results in `output` list; new results replace them."""
+    """Return the folders of adapters that earlier results in `output` list; new results replace them."""
     named = [str(point.get("adapter")) for point in _points_before(output) or []]
     return [output / name for name in named if re.fullmatch(r"adapters/[0-9]{3,}-[A-Za-z0-9.-]+", name)]
 
 
 def _points_before(output: Path) -> list[dict[str, Any]] | None:
-    """The points of earlier results in `output`; None if no sweep has written there."""
+    """Return the points of earlier results in `output`; None if no sweep has written there."""
     try:
         points = json.loads((output / "results.json").read_text())["points"]
         return points if points and all({"targets", "rank", "alpha"} <= set(point) for point in points) else None
@@ -299,7 +301,7 @@ def _save(settings: Settings, finished: _FinishedSweep, number: int) -> str | No
 
 
 def _alone(settings: Settings, model: Any, point: Point, folder: str) -> train_command.Settings:
-    """The settings of `lora-jax train` that train this point's adapter by itself."""
+    """Return the settings of `lora-jax train` that train this point's adapter by itself."""
     lora, config = point.settings(settings.lora, settings.train, lora_jax.models.flatten(model.params))
     reading = {field.name: getattr(settings.reading, field.name) for field in dataclasses.fields(settings.reading)}
     return train_command.Settings(
@@ -314,7 +316,7 @@ def _alone(settings: Settings, model: Any, point: Point, folder: str) -> train_c
 
 
 def folder_of(number: int, point: Point, varied: Sequence[str]) -> str:
-    """The name of an adapter's folder: its line in results.csv, and the settings in which points differ.
+    """Return the name of an adapter's folder: its line in results.csv, and the settings in which points differ.
 
     >>> folder_of(3, Point(rank=4, alpha=8, targets=("q", "v"), dropout=0.1, seed=1), ["targets", "rank"])
     '003-q-v-rank-4-seed-1'

@@ -121,7 +121,9 @@ def _train(settings: Settings, stop: Callable[[], bool]) -> Callable[[], None]:
 
 
 def _about(settings: Settings, model: Any, rows: Rows) -> dict[str, Any]:
-    """Facts about the run that its checkpoints have, for commands that read them and for a run that is resumed."""
+    """Return facts about the run that its checkpoints have, for commands that read them and for a
+    run that is resumed.
+    """
     return {
         "model": settings.base.model,
         **({} if settings.base.revision is None else {"revision": settings.base.revision}),
@@ -175,7 +177,7 @@ def _save(settings: Settings, model: Any, rows: Rows, result: TrainResult) -> No
 
 
 def _resume_hint(settings: Settings, possible: bool) -> str:
-    """The end of a line on how to continue, if there is a checkpoint of this run."""
+    """Return the end of a line on how to continue, if there is a checkpoint of this run."""
     step = newest(settings.output / CHECKPOINTS) if possible else None
     return "" if step is None else f"; the same command with --resume continues from step {step}"
 

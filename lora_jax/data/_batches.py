@@ -25,7 +25,8 @@ WINDOW = 16
 
 
 def bucket(length: int, longest: int) -> int:
-    """The padded length of a batch: the smallest of 16, 24, 32, 48, 64, 96, 128, ... that fits, `longest` at most.
+    """Return the padded length of a batch: the smallest of 16, 24, 32, 48, 64, 96, 128, ... that fits, `longest` at
+    most.
 
     There are few lengths, because each is compiled, but one between two powers of two, because padding is computed too.
 
@@ -69,7 +70,7 @@ def pad(examples: Sequence[AnyExample], batch_size: int, length: int) -> Batch:
 
 
 def longest_of(example: AnyExample) -> int:
-    """The tokens of an example, or of the longer text of a pair.
+    """Return the tokens of an example, or of the longer text of a pair.
 
     >>> long, short = (Example(np.arange(n), np.arange(n) > 1) for n in (5, 3))
     >>> longest_of(short), longest_of(PreferenceExample(short, long))
@@ -136,7 +137,9 @@ def batches(
 
     @functools.lru_cache(maxsize=2)
     def window(epoch: int, number: int) -> list[np.ndarray]:
-        """Batches of similar length in random order, as the indices of their examples: a function of seed and place."""
+        """Return batches of similar length in random order, as the indices of their examples: a
+        function of seed and place.
+        """
         start, stop = number * WINDOW * batch_size, min((number + 1) * WINDOW * batch_size, len(examples))
         begin = 0 if seed is None else epoch * len(examples)
         indices = np.array([order[begin + i] for i in range(start, stop)])

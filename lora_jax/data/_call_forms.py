@@ -12,7 +12,8 @@ Render = Callable[[Messages, bool], str | None]  # as in `_turns.py`
 
 
 def with_content(messages: Messages, render: Render) -> Messages:
-    """The messages with no content where it is None, beside calls of tools, or in another form that the template takes.
+    """Return the messages with no content where it is None, beside calls of tools, or in another form that the template
+    takes.
 
     transformers leaves None out. Templates that add contents to texts refuse that: R1's takes None, Qwen 3's "". R1's
     also adds the arguments of calls, so that it needs them as JSON text.
@@ -33,7 +34,7 @@ def with_content(messages: Messages, render: Render) -> Messages:
 
 
 def _with_arguments(message: dict[str, Any]) -> dict[str, Any]:
-    """The message with the arguments of its calls as JSON text."""
+    """Return the message with the arguments of its calls as JSON text."""
     calls = message.get("tool_calls")
     if not isinstance(calls, list | tuple):
         return message

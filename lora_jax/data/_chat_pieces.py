@@ -117,7 +117,7 @@ def _words(text: str, special: Sequence[str]) -> set[str]:
 
 
 def _texts(message: Mapping[str, Any]) -> Iterator[str]:
-    """The texts of a message's content and reasoning, and the names of the tools that it calls."""
+    """Return the texts of a message's content and reasoning, and the names of the tools that it calls."""
     content = message.get("content")
     parts = content if isinstance(content, list) else [{"text": content}]
     calls = message.get("tool_calls")
@@ -134,7 +134,7 @@ def _without_space(text: str) -> str:
 
 
 def keys_unread(rows: Iterable[Chat], tokenizer: Any) -> tuple[str, ...]:
-    """Keys of messages, or `tools`, that are ignored: neither this library nor the chat template uses them."""
+    """Return keys of messages, or `tools`, that are ignored: neither this library nor the chat template uses them."""
     rows = list(rows)
     keys = {"tools"} if any(row.tools for row in rows) else set()
     keys |= {name for row in rows for message in row.messages for name, value in message.items() if value is not None}
@@ -146,5 +146,5 @@ def keys_unread(rows: Iterable[Chat], tokenizer: Any) -> tuple[str, ...]:
 
 
 def roles_unknown(rows: Iterable[Chat]) -> tuple[str, ...]:
-    """Roles of messages that are neither the assistant's nor known ones of others."""
+    """Return roles of messages that are neither the assistant's nor known ones of others."""
     return tuple(sorted({message["role"] for row in rows for message in row.messages} - {ASSISTANT, *OTHERS}))

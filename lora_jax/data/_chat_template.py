@@ -57,7 +57,7 @@ def render_chat(
 
 
 def refusal(error: Exception) -> str:
-    """The error of `rendered` as a short line."""
+    """Return the error of `rendered` as a short line."""
     said = " ".join(str(error).split())
     said = said if len(said) <= LONGEST_ERROR else f"{said[:LONGEST_ERROR]}..."
     return f"the tokenizer's chat template refuses it ({said})"
@@ -142,7 +142,7 @@ def _is_silent(message: Message, name: str) -> bool:
 
 
 def template_of(tokenizer: Any) -> str | None:
-    """The template that conversations are rendered with; None if there is none.
+    """Return the template that conversations are rendered with; None if there is none.
 
     Raises:
         ValueError: There are several, and none is called default.
@@ -207,7 +207,7 @@ class _Renderer:
         self.owner = os.getpid()
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """The answer to a request: the text, what was found in it, and the CPU time that it took.
+        """Return the answer to a request: the text, what was found in it, and the CPU time that it took.
 
         Raises:
             ValueError: The template raised an error or exceeded a limit.
@@ -269,7 +269,9 @@ _held: list[_Renderer] = []
 
 
 def _renderer() -> _Renderer:
-    """The process that renders, started if none runs: one for all texts, because starting takes most of a second."""
+    """Return the process that renders, started if none runs: one for all texts, because starting
+    takes most of a second.
+    """
     if not _held or not _held[0].running:
         close()
         _held.append(_Renderer())

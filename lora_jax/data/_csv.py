@@ -13,7 +13,7 @@ DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 
 
 def records(path: Path, delimiter: str = ",") -> Iterator[tuple[str, dict[str, str]]]:
-    """The rows as cells by column, with `file:line` of each row's beginning.
+    """Yield the rows as cells by column, with `file:line` of each row's beginning.
 
     Raises:
         ValueError: It isn't UTF-8, a quotation mark is out of place, a row has more or fewer cells than the header, or
@@ -34,7 +34,7 @@ def records(path: Path, delimiter: str = ",") -> Iterator[tuple[str, dict[str, s
 
 
 def _cells(path: Path, delimiter: str) -> list[tuple[int, list[str]]]:
-    """The rows that aren't blank, with the lines that they begin in."""
+    """Return the rows that aren't blank, with the lines that they begin in."""
     check_file(path)
     content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     try:

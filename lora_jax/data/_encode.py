@@ -191,7 +191,7 @@ def boundaries_of(row: Row, tokenizer: Any) -> Boundaries:
 def tokenized(
     rows: Sequence[Row], tokenizer: Any, loss: Loss, boundaries: Boundaries | None = None
 ) -> tuple[list[Example], list[Joint], list[ChatPieces]]:
-    """The examples of rows, of any length, with the tokens and the pieces that they are made of.
+    """Return the examples of rows, of any length, with the tokens and the pieces that they are made of.
 
     Args:
         rows: The rows.
@@ -211,7 +211,7 @@ def tokenized(
 
 
 def cut(example: Example, max_length: int, truncation_mode: TruncationMode, tokenizer: Any) -> Example:
-    """The example with at most `max_length` tokens."""
+    """Return the example with at most `max_length` tokens."""
     ids, targets = example
     if len(ids) <= max_length or truncation_mode != "keep_end":
         return Example(ids[:max_length], targets[:max_length])
@@ -224,7 +224,7 @@ def cut(example: Example, max_length: int, truncation_mode: TruncationMode, toke
 
 
 def without_answers(rows: str) -> str:
-    """The message for rows of which the chat template's text has no answer."""
+    """Return the message for rows of which the chat template's text has no answer."""
     return (
         f"the texts of the tokenizer's chat template have an answer in none of {rows}, or no generation"
         " prompt before it; give another template (--chat-template FILE), or learn the whole text"
@@ -233,7 +233,7 @@ def without_answers(rows: str) -> str:
 
 
 def without_targets(rows: Sequence[Row], found: Encoded[Any], max_length: int, drop: bool) -> ValueError:
-    """The error for rows of which none has a target."""
+    """Return the error for rows of which none has a target."""
     if found.unfound == len(rows):
         return ValueError(without_answers(f"{len(rows)} rows"))
     roles = listed(dict.fromkeys(message["role"] for row in rows if isinstance(row, Chat) for message in row.messages))

@@ -84,7 +84,7 @@ def encode_preferences(
         )
 
     def either(counted: Any) -> int:
-        """Rows of which `counted` is true in one half or the other."""
+        """Return rows of which `counted` is true in one half or the other."""
         return sum(any(map(counted, row)) for row in zip(*(zip(*half, strict=True) for half in halves), strict=True))
 
     chats = [half for row in rows for half in row if isinstance(half, Chat)]

@@ -34,7 +34,7 @@ class Encoder:
         self._boundaries: Boundaries | None = None  # made once: finding out about a tokenizer takes calls of it
 
     def tokenize(self, found: Any) -> Tokenized:
-        """The example of a row; None if no target is left."""
+        """Return the example of a row; None if no target is left."""
         where, row = found
         self._boundaries = self._boundaries or boundaries_of(row, self._tokenizer)
         try:
@@ -46,7 +46,7 @@ class Encoder:
         return Tokenized(None if dropped or not example.targets.any() else example, pieces.unfound)
 
     def checked(self, found: Any, made: Tokenized) -> Example | None:
-        """The example with its place, or None.
+        """Return the example with its place, or None.
 
         Raises:
             ValueError: The row is refused, or it is the last of too many without a target.

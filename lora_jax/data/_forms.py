@@ -98,7 +98,7 @@ FIELDS = tuple(dict.fromkeys(field for form in PLAIN for field in form.fields))
 
 
 def accepted() -> str:
-    """The columns of all forms, for messages."""
+    """Return the columns of all forms, for messages."""
     return _forms(dict.fromkeys((*PLAIN, *NAMED.values())))
 
 
@@ -159,7 +159,7 @@ class Parser:
         return row._replace(completion=self._separator + row.completion)
 
     def note(self, path: Path) -> str | None:
-        """A line on how the records were read; None if they have the columns of a form and no others."""
+        """Return a line on how the records were read; None if they have the columns of a form and no others."""
         form = self._first
         if form is None or not (form.name or self._left_out):
             return None
@@ -197,7 +197,7 @@ def _recognised(keys: frozenset[str]) -> Form | None:
 
 
 def _given(format: str | None, columns: dict[str, str]) -> tuple[Form, Names] | None:
-    """The form and the columns that arguments select; None if they select none."""
+    """Return the form and the columns that arguments select; None if they select none."""
     if unknown := [field for field in columns if field not in FIELDS]:
         raise ValueError(f"columns: {quoted(unknown[0])} given, expected {listed(FIELDS, len(FIELDS))}")
     if format is None:

@@ -75,7 +75,7 @@ _JSON_NAMES = {"sentence1": "premise", "sentence2": "hypothesis", "gold_label": 
 
 
 def glue_task(name: str) -> GlueTask:
-    """The task with a name, in any spelling: `sst2`, `SST-2`.
+    """Return the task with a name, in any spelling: `sst2`, `SST-2`.
 
     Raises:
         ValueError: There is no such task.
@@ -111,7 +111,7 @@ def _needed(task: GlueTask) -> list[str]:
 
 
 def _tsv_records(path: Path, task: GlueTask) -> Iterator[tuple[str, dict[str, str]]]:
-    """The lines as columns: tabs separate them, and a quotation mark is a character like any other."""
+    """Yield the lines as columns: tabs separate them, and a quotation mark is a character like any other."""
     columns = task.header
     for where, line in lines(path):
         try:

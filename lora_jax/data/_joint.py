@@ -37,7 +37,7 @@ class Boundaries:
         self._closing: int | None = None
 
     def join(self, rows: Sequence[Sequence[str]]) -> Iterator[Joint]:
-        """The tokens of each row."""
+        """Yield the tokens of each row."""
         texts = ["".join(pieces) for pieces in rows]
         for number, text in enumerate(texts, 1):
             check_text(text, f"row {number}")
@@ -65,7 +65,7 @@ class Boundaries:
     def _before(
         self, pieces: Sequence[str], ids: list[int], starts: Sequence[int], known: Sequence[bool]
     ) -> tuple[int, list[int]]:
-        """The last tokens of the pieces' text, tokenised alone, and the index among `ids` of the first of them.
+        """Return the last tokens of the pieces' text, tokenised alone, and the index among `ids` of the first of them.
 
         Tokens depend on nearby text only, so it is enough to tokenise the end of the text, and to align it with `ids`
         at the first run of equal tokens in the same place of the text. If the text is short, or there is no such run,
@@ -113,7 +113,9 @@ class Boundaries:
         return end, last != text
 
     def _open(self, texts: list[str]) -> list[list[int]]:
-        """The tokens of texts that continue: without the special tokens that some tokenizers append to every text."""
+        """Return the tokens of texts that continue: without the special tokens that some tokenizers
+        append to every text.
+        """
         found = self._ids(texts, self._special)
         if not self._special or not found:
             return found
@@ -134,7 +136,7 @@ class Boundaries:
 
 
 def without_second_start(text: str, ids: list[int], tokenizer: Any) -> list[int]:
-    """The tokens of a text without the start token that the tokenizer has put in front of the text's own.
+    """Return the tokens of a text without the start token that the tokenizer has put in front of the text's own.
 
     The text of a chat template may begin with that token already, and a model has never seen two.
     """

@@ -25,7 +25,7 @@ def check_file(path: Path) -> None:
 
 
 def lines(path: Path) -> Iterator[tuple[str, bytes]]:
-    """The lines that aren't blank, each with `file:line`; raises the errors of `check_file`."""
+    """Yield the lines that aren't blank, each with `file:line`; raises the errors of `check_file`."""
     check_file(path)
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
@@ -36,13 +36,15 @@ def lines(path: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The JSON object of each line, with `file:line`."""
+    """Yield the JSON object of each line, with `file:line`."""
     for where, line in lines(path):
         yield where, _object_of(line, where)
 
 
 def objects_from(path: Path, place: list[int]) -> Iterator[tuple[list[int], str, dict[str, Any]]]:
-    """The same from a place on, each with the place after it: the byte and the number of lines; [] is the start."""
+    """Yield the same from a place on, each with the place after it: the byte and the number of
+    lines; [] is the start.
+    """
     byte, number = place or (0, 0)
     with path.open("rb") as file:
         file.seek(byte)
@@ -59,7 +61,7 @@ def _object_of(line: bytes, where: str) -> dict[str, Any]:
 
 
 def array(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The JSON objects of a list, with `file: row`; a file that doesn't begin with a list is read as jsonl."""
+    """Yield the JSON objects of a list, with `file: row`; a file that doesn't begin with a list is read as jsonl."""
     check_file(path)
     content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     if not content.lstrip().startswith(b"["):
@@ -99,7 +101,7 @@ class _Twice(Exception):
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object whose keys differ: the json module would silently drop the first of two equal keys."""
+    """Return a JSON object whose keys differ: the json module would silently drop the first of two equal keys."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
         raise _Twice(Counter(name for name, _ in pairs).most_common(1)[0][0])
@@ -107,7 +109,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _half_character(fields: Any) -> str | None:
-    """A surrogate without its other half, which JSON can write but which is no character; None if there is none.
+    """Return a surrogate without its other half, which JSON can write but which is no character; None if there is none.
 
     Programs that count characters in units of 16 bits leave one when they cut a text within an emoji.
 

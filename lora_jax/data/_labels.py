@@ -30,7 +30,7 @@ class Labels(NamedTuple):
         return len(self.names) == 1
 
     def value(self, row: Labelled) -> np.int32 | np.float32:
-        """The number of the row's label, or its score.
+        """Return the number of the row's label, or its score.
 
         Raises:
             ValueError: The label isn't in `names`, or isn't a finite number; the message starts with the row's

@@ -106,7 +106,7 @@ def load(
 
 
 def _of_files(path: Path, split: Split | None, layout: _Layout) -> tuple[list[Row], bool]:
-    """The rows of a split's file, and whether they are training rows from which some are held out."""
+    """Return the rows of a split's file, and whether they are training rows from which some are held out."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such data file or folder")
     paths, divide = _files(path, split, layout.files) if path.is_dir() else ([path], split is not None)
@@ -116,7 +116,7 @@ def _of_files(path: Path, split: Split | None, layout: _Layout) -> tuple[list[Ro
 
 
 def _of_set(path: Path, split: Split | None, parser: Parser, note: Any) -> tuple[list[Row], bool]:
-    """The same for a set of `datasets`."""
+    """Return the same for a set of `datasets`."""
     found = _sets.splits(path)
     if "" in found:
         name, divide = None if split == "test" else "", split is not None
@@ -135,7 +135,7 @@ def _of_set(path: Path, split: Split | None, parser: Parser, note: Any) -> tuple
 
 
 def _files(folder: Path, split: Split | None, names: Mapping[str, tuple[str, ...]]) -> tuple[list[Path], bool]:
-    """The files of a split in a folder, and whether they are training rows from which some are held out."""
+    """Return the files of a split in a folder, and whether they are training rows from which some are held out."""
     if split is None:
         raise ValueError(f"{folder}: a folder, expected a file, or the split to read: train, valid or test")
     if not names[split]:
@@ -150,7 +150,7 @@ def _files(folder: Path, split: Split | None, names: Mapping[str, tuple[str, ...
 
 
 def split_files(path: Path, split: Split) -> list[Path]:
-    """The files of a split in a folder; empty if there is none.
+    """Return the files of a split in a folder; empty if there is none.
 
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp())
@@ -162,7 +162,7 @@ def split_files(path: Path, split: Split) -> list[Path]:
 
 
 def train_files(path: Path) -> list[Path]:
-    """The file, or the files of the training rows in a folder.
+    """Return the file, or the files of the training rows in a folder.
 
     Raises:
         FileNotFoundError: There is none.
@@ -193,7 +193,7 @@ def _read(paths: Sequence[Path], parser: Parser, note: Callable[[str], None] | N
 
 
 def _parsed(path: Path, found: Records, parser: Parser, note: Callable[[str], None] | None) -> list[Row]:
-    """The rows of records."""
+    """Return the rows of records."""
     rows = [parser.row(fields, where) for where, fields in found]
     if not rows:
         raise ValueError(f"{path}: the file has no rows, expected {accepted()}")
@@ -203,7 +203,7 @@ def _parsed(path: Path, found: Records, parser: Parser, note: Callable[[str], No
 
 
 def _first(folder: Path, names: tuple[str, ...]) -> list[Path]:
-    """The file with the first name that is there, or the files if it is a pattern; empty if there is none."""
+    """Return the file with the first name that is there, or the files if it is a pattern; empty if there is none."""
     for name in names:
         found = sorted(folder.glob(name)) if "*" in name else [folder / name]
         if found and found[0].exists():

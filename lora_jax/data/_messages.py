@@ -88,7 +88,9 @@ def sharegpt(messages: Any, name: str, where: str) -> Chat:
 
 
 def _calls(text: str, at: str) -> list[dict[str, Any]]:
-    """The calls of tools in a turn `function_call`: one object with `name` and `arguments`, or a list of them."""
+    """Return the calls of tools in a turn `function_call`: one object with `name` and `arguments`,
+    or a list of them.
+    """
     try:
         calls = json.loads(text)
     except (ValueError, RecursionError):

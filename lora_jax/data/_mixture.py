@@ -89,7 +89,7 @@ def mix_streams(streams: Sequence[Any], weights: Sequence[float]) -> Any:
 
 
 def order_of(examples: Sequence[Any], seed: int) -> grain.MapDataset[int]:
-    """The numbers of the examples in shuffled order, pass after pass without end, each in another order."""
+    """Return the numbers of the examples in shuffled order, pass after pass without end, each in another order."""
     require("data.batches", train=("grain",))
     import grain
 

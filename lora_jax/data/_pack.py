@@ -71,7 +71,8 @@ def pack(
 
 
 def packing_of(examples: Sequence[Example], batch_size: int, length: int, seed: int) -> Packing:
-    """The number of rows of a pass over the examples, packed as with these arguments, from the first `COUNTED` of them.
+    """Return the number of rows of a pass over the examples, packed as with these arguments, from the first `COUNTED`
+    of them.
 
     >>> rows = [Example(np.ones(n, np.int32), np.ones(n, bool)) for n in (3, 4, 2)]
     >>> packing_of(rows, batch_size=2, length=6, seed=0)
@@ -88,7 +89,7 @@ def packing_of(examples: Sequence[Example], batch_size: int, length: int, seed: 
 
 
 def _filled(batch_size: int, lengths: Any = None, length: int = 0, seed: int | None = None) -> int:
-    """The number of rows that are filled at a time."""
+    """Return the number of rows that are filled at a time."""
     if lengths is None:  # of a stream, of which a resumed run reads them again
         return WINDOW * batch_size
     most = max(WINDOW * batch_size, LEAST_FILLED)
@@ -107,7 +108,7 @@ def _check(examples: Sequence[Any], length: int) -> None:
 
 
 def _read(order: Any, examples: Sequence[Any] | None = None) -> Any:
-    """The numbers of a dataset or an array, or the examples with these numbers, one after another."""
+    """Return the numbers of a dataset or an array, or the examples with these numbers, one after another."""
     require("data.pack", train=("grain",))
     import grain  # here, because encoding and generating don't need it
 
@@ -123,7 +124,7 @@ def _fields(example: Example) -> dict[str, np.ndarray]:
 
 
 def _rows(examples: grain.IterDataset[Any], length: int, bins: int, seed: int | None) -> grain.IterDataset[Any]:
-    """The packed rows, each with the features of the examples."""
+    """Return the packed rows, each with the features of the examples."""
     import grain
 
     first = next(iter(examples))
@@ -137,7 +138,7 @@ def _rows(examples: grain.IterDataset[Any], length: int, bins: int, seed: int | 
 
 
 def _batch(rows: Sequence[dict[str, np.ndarray]], batch_size: int) -> Batch:
-    """A batch of packed rows; a missing one is padding, which attends to padding."""
+    """Return a batch of packed rows; a missing one is padding, which attends to padding."""
 
     def stacked(name: str, dtype: Any) -> np.ndarray:
         found = np.stack([row[name] for row in rows]).astype(dtype)

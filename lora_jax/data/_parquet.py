@@ -17,7 +17,7 @@ LONGEST_ERROR = 100  # characters of pyarrow's error in a message
 
 
 def records(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The rows, with `file: row`.
+    """Yield the rows, with `file: row`.
 
     Raises:
         MissingExtra: Pyarrow isn't installed.
@@ -35,7 +35,7 @@ def records(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def records_from(path: Path, place: list[int]) -> Iterator[tuple[list[int], str, Mapping[str, Any]]]:
-    """The rows from a place on, each with the place after it: the number of rows; [] is the start.
+    """Yield the rows from a place on, each with the place after it: the number of rows; [] is the start.
 
     Some rows are in memory at a time, whatever the size of the file and of its row groups.
     """
@@ -71,11 +71,11 @@ class _File:
             raise ValueError(f"{path}: the column {quoted(name)} is there {times} times")
 
     def rows(self, group: int) -> int:
-        """The number of rows of a row group."""
+        """Return the number of rows of a row group."""
         return self._try(lambda: self._file.metadata.row_group(group).num_rows)
 
     def column(self, group: int, name: str) -> list[Any]:
-        """The values of a column in a row group."""
+        """Return the values of a column in a row group."""
         what = f": column {quoted(name)}"
         values = []
         for size, part in self.parts(group, name):
@@ -90,7 +90,7 @@ class _File:
         return values
 
     def parts(self, group: int, name: str) -> Iterator[tuple[int, list[Any]]]:
-        """The values of a column in a row group, some at a time, with the bytes that they were decoded from."""
+        """Yield the values of a column in a row group, some at a time, with the bytes that they were decoded from."""
         what = f": column {quoted(name)}"
         batches = self._try(lambda: self._file.iter_batches(BATCH, row_groups=[group], columns=[name]), what)
         while (batch := self._try(lambda: next(batches, None), what)) is not None:
@@ -110,7 +110,7 @@ class _File:
 
 
 def without_nulls(value: Any) -> Any:
-    """The value without the keys that are null: all structures of a column have the keys of all of them."""
+    """Return the value without the keys that are null: all structures of a column have the keys of all of them."""
     if isinstance(value, dict):
         return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
     return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
@@ -126,7 +126,7 @@ class _Columns:
         self.rows = file.rows(group)
 
     def value(self, name: str, row: int) -> Any:
-        """One value."""
+        """Return one value."""
         if name not in self._decoded:
             self._decoded[name] = self._file.column(self._group, name)
         return self._decoded[name][row]
@@ -142,7 +142,7 @@ class _Streamed:
         self.rows = file.rows(group)
 
     def value(self, name: str, row: int) -> Any:
-        """One value."""
+        """Return one value."""
         parts, begin, values = self._parts.get(name) or (self._file.parts(self._group, name), 0, [])
         while row >= begin + len(values):
             begin, (_, values) = begin + len(values), next(parts)

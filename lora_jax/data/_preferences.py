@@ -69,7 +69,7 @@ def _texts(values: Sequence[str], names: Answers, prompt: str | None, where: str
 
 
 def _shared_text(one: str, other: str) -> int:
-    """Characters of the words with which two texts begin; the space after them belongs to what follows.
+    """Return characters of the words with which two texts begin; the space after them belongs to what follows.
 
     >>> _shared_text("The sky is blue.", "The sky is black."), _shared_text("Q: why?\\nYes", "Q: why?\\nNo")
     (10, 8)
@@ -81,7 +81,7 @@ def _shared_text(one: str, other: str) -> int:
 
 
 def _conversations(values: Sequence[Any], names: Answers, where: str) -> list[Chat]:
-    """Conversations of which the messages that both begin with aren't learned."""
+    """Return conversations of which the messages that both begin with aren't learned."""
     whole = [chat(value, name, where) for value, name in zip(values, names, strict=True)]
     count = _shared(whole)
     if not count:
@@ -94,6 +94,6 @@ def _conversations(values: Sequence[Any], names: Answers, where: str) -> list[Ch
 
 
 def _shared(rows: Sequence[Chat]) -> int:
-    """Messages with which two conversations begin."""
+    """Return messages with which two conversations begin."""
     one, other = rows
     return shared_length(one.messages, other.messages)

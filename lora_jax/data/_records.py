@@ -20,7 +20,7 @@ TEXT_ONLY = (".csv", ".tsv")  # numbers are text too
 
 
 def records(path: Path) -> Records:
-    """The records of a file, each with its place; a file with another ending is read as jsonl.
+    """Return the records of a file, each with its place; a file with another ending is read as jsonl.
 
     Raises:
         ValueError: The file is no such file; the message starts with the place.

@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def _answer(render: Any, line: bytes) -> dict[str, Any]:
-    """The answer to one request: `{"text", "turns", "left_out", "seconds"}` or `{"error"}`.
+    """Return the answer to one request: `{"text", "turns", "left_out", "seconds"}` or `{"error"}`.
 
     `text` is the rendered text, `turns` has a `Turn` for each of the turns asked for, or None, `left_out` the messages
     among the others asked for that the text hasn't, and `seconds` is the CPU time.
@@ -110,7 +110,7 @@ def _limits(seconds: float, memory: int):
 
 
 def _address_space() -> int:
-    """The size of this process's address space in bytes.
+    """Return the size of this process's address space in bytes.
 
     Raises:
         OSError: The system has no /proc.

@@ -121,7 +121,7 @@ def listed(names: Iterable[Any], most: int = 5) -> str:
 
 
 def string_in(fields: Mapping[str, Any], name: str, where: str) -> str:
-    """The string in a column.
+    """Return the string in a column.
 
     Raises:
         ValueError: The value is something else; the message starts with `where`.

@@ -35,7 +35,8 @@ def has_splits(path: Path) -> bool:
 
 
 def splits(path: Path) -> dict[str, Any]:
-    """The sets of a folder from `save_to_disk`, or of the hub, by the name of their split; empty for a single one.
+    """Return the sets of a folder from `save_to_disk`, or of the hub, by the name of their split; empty for a single
+    one.
 
     Raises:
         MissingExtra: `datasets` isn't installed.
@@ -64,7 +65,7 @@ def splits(path: Path) -> dict[str, Any]:
 
 
 def records(dataset: Any, where: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The rows, each with its place; images and sound aren't decoded.
+    """Yield the rows, each with its place; images and sound aren't decoded.
 
     Raises:
         ValueError: They take more memory than a data file may.

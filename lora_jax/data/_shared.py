@@ -5,7 +5,7 @@ from typing import Any
 
 
 def shared_length(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """The number of first elements that two sequences share: characters, tokens or messages.
+    """Return the number of first elements that two sequences share: characters, tokens or messages.
 
     >>> shared_length("black", "blue"), shared_length([1, 2], [1, 2, 3])
     (2, 2)

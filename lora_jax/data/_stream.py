@@ -94,7 +94,7 @@ def streamed_rows(
     separator: str,
     note: Callable[[str], None] | None,
 ) -> Any:
-    """The rows of `stream` before they are tokenised, the first of which is read and checked here."""
+    """Return the rows of `stream` before they are tokenised, the first of which is read and checked here."""
 
     def parser() -> Parser:
         return Parser(format, columns, separator)
@@ -113,7 +113,9 @@ def streamed_rows(
 
 
 def first_rows(path: str | Path, count: int, **reading: Any) -> list[Row]:
-    """The first rows of a stream's first file, at most `count`, in its order; `reading` is as for `streamed_rows`."""
+    """Return the first rows of a stream's first file, at most `count`, in its order; `reading` is
+    as for `streamed_rows`.
+    """
     rows = streamed_rows(path, **reading)
     parser = rows.parser()
     return [parser.row(fields, where) for _, where, fields in islice(rows.read(0, []), count)]

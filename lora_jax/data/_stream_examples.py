@@ -42,7 +42,7 @@ class Examples(grain.IterDataset[Example]):
         self._rows, self._encoder, self._processes = rows, encoder, processes
 
     def among(self, processes: Processes) -> "Examples":
-        """The same examples with the same positions, each tokenised by one of these processes."""
+        """Return the same examples with the same positions, each tokenised by one of these processes."""
         return Examples(self._rows, self._encoder, processes)
 
     def __iter__(self) -> grain.DatasetIterator[Example]:
@@ -88,7 +88,7 @@ class _Iterator(grain.DatasetIterator[Example]):
         return read.found, read.made
 
     def _read(self, count: int) -> list[_Read]:
-        """The next rows; an error, which comes after them, ends them."""
+        """Return the next rows; an error, which comes after them, ends them."""
         if self._state is None:
             self._state = self._rows.get_state()
         reads: list[_Read] = []
@@ -110,7 +110,7 @@ class _Iterator(grain.DatasetIterator[Example]):
 
 
 def _share(reads: list[_Read], encoder: Encoder, processes: Processes) -> list[_Read]:
-    """The rows with what is made of them: each process tokenises every so-manyth, and hears of the others'.
+    """Return the rows with what is made of them: each process tokenises every so-manyth, and hears of the others'.
 
     Whatever goes wrong in one process is sent, so that all raise it and none waits for another.
 
@@ -142,7 +142,9 @@ def _tokenized(encoder: Encoder, found: Any) -> Tokenized:
 
 
 def _packed(made: Sequence[Tokenized], rows: int) -> bytes:
-    """Bytes of tokenised rows: the number of all rows and the sizes as a line of JSON, then tokens, then targets."""
+    """Return bytes of tokenised rows: the number of all rows and the sizes as a line of JSON, then
+    tokens, then targets.
+    """
     kept = [one.example for one in made if one.example is not None]
     sizes = [None if one.example is None else len(one.example.input_ids) for one in made]
     line = json.dumps([rows, sizes, [one.unfound for one in made], [one.refused for one in made]])

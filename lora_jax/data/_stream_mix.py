@@ -23,7 +23,7 @@ class MixedStreams(grain.IterDataset[Any]):
         self._mixed = grain.IterDataset.mix(streams, weights)
 
     def among(self, processes: Any) -> "MixedStreams":
-        """The same mixture, whose rows are tokenised by these processes together, as far as the streams can."""
+        """Return the same mixture, whose rows are tokenised by these processes together, as far as the streams can."""
         streams: list[Any] = list(self._streams)
         shared = [one.among(processes) if hasattr(one, "among") else one for one in streams]
         return MixedStreams(shared, self.weights)

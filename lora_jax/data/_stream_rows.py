@@ -40,17 +40,17 @@ class Rows(grain.IterDataset[tuple[str, Row]]):
         self.paths, self.parser, self._settings = tuple(paths), parser, settings
 
     def about(self, number: int) -> str:
-        """The file with this number and the settings, in words."""
+        """Return the file with this number and the settings, in words."""
         path = self.paths[number]
         return f"{path.name} of {path.stat().st_size:,} bytes, {self._settings}"
 
     def read(self, number: int, place: list[int]) -> Found:
-        """The records of the file with this number, from a place on."""
+        """Return the records of the file with this number, from a place on."""
         path = self.paths[number]
         return READERS[path.suffix.lower()](path, place)
 
     def first(self) -> tuple[str, Mapping[str, Any]]:
-        """The first record.
+        """Return the first record.
 
         Raises:
             ValueError: There is none.

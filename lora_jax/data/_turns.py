@@ -121,7 +121,7 @@ def find_all(
 
 
 def _places(whole: str, messages: Messages, render: Render) -> dict[int, _Place]:
-    """The messages of which it is certain where the text has them, by number."""
+    """Return the messages of which it is certain where the text has them, by number."""
     mark = mark_for(whole)
     text = render([_numbered(message, f"{mark}{number}") for number, message in enumerate(messages)], False)
     around = [] if text is None else re.split(f"{mark}([0-9]+[re])", text)
@@ -152,7 +152,9 @@ def _places(whole: str, messages: Messages, render: Render) -> dict[int, _Place]
 
 
 def _numbered(message: dict[str, Any], mark: str) -> dict[str, Any]:
-    """The message without its calls, with one mark in place of its content and another in place of its reasoning."""
+    """Return the message without its calls, with one mark in place of its content and another in
+    place of its reasoning.
+    """
     other = {name: value for name, value in message.items() if name != "tool_calls"}
     content, says = message.get("content"), f"{mark}e"
     if isinstance(content, str) and "</think>" in content:
@@ -194,7 +196,7 @@ def _kind(message: dict[str, Any]) -> Any:
 
 
 def _overlap(one: str, other: str) -> int:
-    """The most characters at the end of a text with which another begins.
+    """Return the most characters at the end of a text with which another begins.
 
     >>> _overlap("[assistant]<think>", "<think>hm"), _overlap("yes", "no")
     (7, 0)
@@ -216,12 +218,12 @@ def _shape(whole: str, turn: Turn | None, place: _Place) -> Any:
 
 
 def _moved(shape: Any, place: _Place) -> Turn | None:
-    """The turn of such a shape at another place."""
+    """Return the turn of such a shape at another place."""
     return None if shape is None else Turn(place.start + shape[0], place.stop + shape[1], *shape[2:5])
 
 
 def left_out(whole: str, messages: Messages, numbers: Sequence[int], render: Render) -> list[int]:
-    """The messages among `numbers` of whose content nothing is written: a mark in its place isn't either."""
+    """Return the messages among `numbers` of whose content nothing is written: a mark in its place isn't either."""
     mark, marked = mark_for(whole), list(messages)
     for number in numbers:
         marked[number] = {**messages[number], "content": _replaced(messages[number].get("content"), f"{mark}{number}e")}
@@ -230,7 +232,7 @@ def left_out(whole: str, messages: Messages, numbers: Sequence[int], render: Ren
 
 
 def mark_for(text: str) -> str:
-    """A word that isn't in a text, of letters and digits, which no template escapes or cuts.
+    """Return a word that isn't in a text, of letters and digits, which no template escapes or cuts.
 
     >>> mark_for("no x0x, but x1x")
     'x2x'
@@ -240,7 +242,9 @@ def mark_for(text: str) -> str:
 
 
 def _marked(message: dict[str, Any], mark: str) -> Iterator[dict[str, Any]]:
-    """The message with a mark in place of all that it says, with its calls and reasoning beside it, and after these."""
+    """Yield the message with a mark in place of all that it says, with its calls and reasoning
+    beside it, and after these.
+    """
     other = {**message, "content": _replaced(message.get("content"), mark)}
     alone = {name: value for name, value in other.items() if name not in ("tool_calls", *REASONING)}
     yield alone
@@ -311,7 +315,7 @@ def is_open(text: str, message: dict[str, Any]) -> bool:
 
 
 def _length(whole: str, text: str, end_token: str = "", at: int = 0) -> int | None:
-    """The length of a text that is in another at a place, perhaps without an end token; None if it isn't."""
+    """Return the length of a text that is in another at a place, perhaps without an end token; None if it isn't."""
     if whole.startswith(text, at):
         return len(text)
     shorter = text.rstrip().removesuffix(end_token) if end_token else text

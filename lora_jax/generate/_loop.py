@@ -152,7 +152,7 @@ def _check_settings(max_tokens: int, temperature: float, top_p: float, key: jax.
 
 
 def _prompts(model_apply: Any, init_cache: Any, params: Any, input_ids: Any, mask: Any) -> tuple[jax.Array, jax.Array]:
-    """The prompts and their mask, checked."""
+    """Return the prompts and their mask, checked."""
     mask = np.asarray(mask, bool)
     if (mask[:, :-1] & ~mask[:, 1:]).any():
         raise ValueError("attention_mask: a prompt is padded on the right, expected padding on the left only")
@@ -179,7 +179,7 @@ def _choosing(eos_id: int | Sequence[int], temperature: float, top_p: float, key
 
 
 def limits(model_apply: Any, init_cache: Any, params: Any) -> Vocabulary:
-    """The number of rows of the table of embeddings: read from a trace once for each model."""
+    """Return the number of rows of the table of embeddings: read from a trace once for each model."""
     leaves, structure = jax.tree.flatten(params)
     shapes = tuple((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
     return _read_limits(model_apply, init_cache, structure, shapes)
@@ -253,7 +253,7 @@ def _begin(params, input_ids, mask, eos_ids, *, model_apply, init_cache, max_tok
 
 @functools.partial(jax.jit, static_argnames=("model_apply", "sample", "nucleus", "merge"), donate_argnames="state")
 def _advance(params, choosing, values, state, until, *, model_apply, sample, nucleus, merge):
-    """The state when there are `until` tokens, or all rows have ended."""
+    """Return the state when there are `until` tokens, or all rows have ended."""
     _, late = divided(_one_token(model_apply), params, state.last[:, None], state.cache, merge=merge)
     return _loop(lambda *args: late(params, values, *args), state, choosing, until, sample, nucleus)
 

@@ -164,7 +164,7 @@ def continuation(tokenizer: Any, before: Sequence[int], ids: Sequence[int]) -> s
 def _encoded(
     model: Any, params: Any, prompts: Sequence[str | Sequence[int]], max_tokens: int
 ) -> tuple[list[list[int]], int]:
-    """The prompts' tokens, checked, and how many a prompt may have."""
+    """Return the prompts' tokens, checked, and how many a prompt may have."""
     for number, prompt in enumerate(prompts, 1):
         if isinstance(prompt, str):
             check_text(prompt, f"prompt {number}")
@@ -183,7 +183,7 @@ def _encoded(
 
 
 def _eos_ids(model) -> list[int]:
-    """The end tokens: the tokenizer's first, which training appends, then the model's own."""
+    """Return the end tokens: the tokenizer's first, which training appends, then the model's own."""
     own = getattr(model, "end_tokens", None)
     if own is None:  # not one of `lora_jax.models`
         own = model.config.eos_token_id
@@ -195,7 +195,7 @@ def _eos_ids(model) -> list[int]:
 
 
 def _batches(encoded: list[list[int]], size: int) -> Iterator[list[int]]:
-    """The indices of prompts in batches of similar length."""
+    """Yield the indices of prompts in batches of similar length."""
     order = sorted(range(len(encoded)), key=lambda row: len(encoded[row]))
     for start in range(0, len(order), size):
         yield order[start : start + size]

@@ -187,7 +187,7 @@ def block_diagonal(b: np.ndarray, blocks: _Blocks) -> np.ndarray:
 
 
 def _misfits(arrays: Mapping[str, np.ndarray], table: Mapping[str, Tensor]) -> list[str]:
-    """Faults of tensors trained in full: an unknown name or another shape."""
+    """Return faults of tensors trained in full: an unknown name or another shape."""
     problems = []
     for name, array in arrays.items():
         if name not in table:

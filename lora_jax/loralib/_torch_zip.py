@@ -64,7 +64,7 @@ class _Mark(NamedTuple):
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """The tensors of a file that `torch.save` wrote from a state dict.
+    """Return the tensors of a file that `torch.save` wrote from a state dict.
 
     Args:
         path: The file; nothing in it is executed.
@@ -145,7 +145,7 @@ class _Archive:
         return {name: value.copy() for name, value in found.items()}
 
     def storage(self, reference: Any) -> np.ndarray:
-        """The numbers that a persistent id names: ("storage", type, key, device, count)."""
+        """Return the numbers that a persistent id names: ("storage", type, key, device, count)."""
         if not isinstance(reference, tuple) or len(reference) != 5 or reference[0] != "storage":
             raise ValueError("it refers to something that is no storage")
         _, kind, key, _, count = reference
@@ -161,7 +161,8 @@ class _Archive:
 
 
 def interpret(program: bytes, storage: Callable[[Any], np.ndarray]) -> Any:
-    """The value that a pickle describes, built from tables: dicts, tuples, strings, numbers and tensors, nothing else.
+    """Return the value that a pickle describes, built from tables: dicts, tuples, strings, numbers and tensors, nothing
+    else.
 
     >>> import pickle
     >>> interpret(pickle.dumps({"a": (1, True)}, protocol=2), storage=lambda reference: None)
@@ -277,7 +278,7 @@ def _set(target: Any, items: list[Any]) -> None:
 
 
 def _call(function: Any, arguments: Any) -> Any:
-    """The value that a call of one of the three known functions would return."""
+    """Return the value that a call of one of the three known functions would return."""
     name = function.name if isinstance(function, _Global) else None
     count = len(arguments) if isinstance(arguments, tuple) else -1
     if name == ORDERED_DICT and count == 0:
@@ -290,7 +291,7 @@ def _call(function: Any, arguments: Any) -> Any:
 
 
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any) -> np.ndarray:
-    """The view of a storage that a tensor is, as `_rebuild_tensor_v2` makes it.
+    """Return the view of a storage that a tensor is, as `_rebuild_tensor_v2` makes it.
 
     A tensor of size (2, 3) with stride (3, 1) and offset 6 has the entries 6 to 11 of its storage. Sizes and strides
     come from the file, so a view that reaches beyond its storage is refused: NumPy would read memory that isn't its

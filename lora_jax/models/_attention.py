@@ -91,14 +91,16 @@ def begin(
 
 
 def positions_of(input_ids: jax.Array, attention_mask: jax.Array | None) -> jax.Array:
-    """The position of each token among the real tokens of its row, int32[B or 1, T]; 0 for padding before them."""
+    """Return the position of each token among the real tokens of its row, int32[B or 1, T]; 0 for
+    padding before them.
+    """
     if attention_mask is None:
         return jnp.arange(input_ids.shape[1], dtype=jnp.int32)[None]
     return jnp.maximum(jnp.cumsum(attention_mask.astype(jnp.int32), axis=1) - 1, 0)
 
 
 def positions_in(segment_ids: jax.Array) -> jax.Array:
-    """The position of each token in its segment, int32[B, T]: [1, 1, 2, 2, 2, 0, 0] → [0, 1, 0, 1, 2, 0, 0].
+    """Return the position of each token in its segment, int32[B, T]: [1, 1, 2, 2, 2, 0, 0] → [0, 1, 0, 1, 2, 0, 0].
 
     Padding stays at 0, for there may be more of it than a table of positions has.
     """
@@ -108,7 +110,7 @@ def positions_in(segment_ids: jax.Array) -> jax.Array:
 
 
 def cached_mask(cache: Cache, positions: jax.Array, window: int | None) -> jax.Array:
-    """The slots that each of the T new tokens attends to, bool[B, 1, T, S]."""
+    """Return the slots that each of the T new tokens attends to, bool[B, 1, T, S]."""
     slots = jnp.arange(cache["positions"].shape[1])
     own = cache["index"] + jnp.arange(positions.shape[1])
     keys = cache["positions"][:, None, None, :]
@@ -117,7 +119,7 @@ def cached_mask(cache: Cache, positions: jax.Array, window: int | None) -> jax.A
 
 
 def causal_mask(positions: jax.Array, attention_mask: jax.Array | None, window: int | None) -> jax.Array:
-    """The tokens that each token attends to, bool[B or 1, 1, T, T]."""
+    """Return the tokens that each token attends to, bool[B or 1, 1, T, T]."""
     seen = jnp.tril(jnp.ones((positions.shape[1],) * 2, bool))[None, None]
     if window is not None:
         seen = seen & (positions[:, None, :, None] - positions[:, None, None, :] < window)
@@ -159,7 +161,8 @@ def _put(index: jax.Array, old: jax.Array, now: jax.Array) -> jax.Array:
 
 
 def real_first(attention_mask: Any) -> tuple[jax.Array, jax.Array]:
-    """The order that moves the real tokens of each row to its front, as the kernels need them; padding may be anywhere.
+    """Return the order that moves the real tokens of each row to its front, as the kernels need them; padding may be
+    anywhere.
 
     [0, 1, 0, 1] → order [1, 3, 0, 2], length 2.
 
@@ -173,7 +176,9 @@ def real_first(attention_mask: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def segments_of(choice: Choice, attention_mask: Any, segment_ids: Any, lengths: Any) -> Any:
-    """The segments that a decoder's kernel gets: those of packed rows, or real tokens as 1 where they weren't moved."""
+    """Return the segments that a decoder's kernel gets: those of packed rows, or real tokens as 1
+    where they weren't moved.
+    """
     if segment_ids is None and choice.form == "splash" and lengths is None and attention_mask is not None:
         return attention_mask.astype(jnp.int32)
     return segment_ids
@@ -188,7 +193,7 @@ def ordered(order: jax.Array | None, x: jax.Array) -> jax.Array:
 
 
 def put_back(order: jax.Array | None, x: jax.Array) -> jax.Array:
-    """The inverse of `ordered`."""
+    """Return the inverse of `ordered`."""
     return ordered(None if order is None else jnp.argsort(order, axis=1).astype(jnp.int32), x)
 
 
@@ -264,7 +269,7 @@ def _on_each(layout: Layout, kernel: Any, given: dict[str, jax.Array]) -> Any:
 
 
 def _as_cut(layout: Layout, q: jax.Array, x: jax.Array) -> jax.Array:
-    """Keys or values, repeated where they have too few heads to be cut as the queries' are."""
+    """Return keys or values, repeated where they have too few heads to be cut as the queries' are."""
     parts, heads = layout.parts("heads"), x.shape[2]
     if heads % parts == 0 or q.shape[2] % parts:
         return x

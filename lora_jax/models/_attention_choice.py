@@ -93,7 +93,7 @@ def _plain(case: Case, layout: Layout) -> str:
 
 
 def _lacks(kernel: str, case: Case) -> str:
-    """The reason why a kernel can't compute this case; empty if it can."""
+    """Return the reason why a kernel can't compute this case; empty if it can."""
     if case.placed:
         return "its window counts positions that are given"
     if kernel == "splash":

@@ -41,15 +41,16 @@ class Layout:
     rules: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
     def first(self, name: str) -> "Layout":
-        """The same layout with the rule for a name before the others."""
+        """Return the same layout with the rule for a name before the others."""
         return Layout(self.mesh, tuple(sorted(self.rules, key=lambda rule: rule[0] != name)))
 
     def parts(self, name: str) -> int:
-        """The number of parts that the mesh divides an axis with this name into."""
+        """Return the number of parts that the mesh divides an axis with this name into."""
         return 1 if self.mesh is None else _size(self.mesh, dict(self.rules).get(name, ()))
 
     def spec(self, names: Sequence[str | None], counts: Sequence[int]) -> PartitionSpec:
-        """The axes of the mesh for each axis of an array, by name; an axis whose count isn't divisible isn't divided.
+        """Return the axes of the mesh for each axis of an array, by name; an axis whose count isn't divisible isn't
+        divided.
 
         If several axes of the mesh are for one axis of the array and don't divide it, the last ones are left out first.
         """
@@ -61,7 +62,7 @@ class Layout:
         return PartitionSpec(*(self._dividing(axes, count) for axes, count in zip(wanted, counts, strict=True)))
 
     def rows(self) -> NamedSharding:
-        """The sharding of a batch, whose first axis is its rows."""
+        """Return the sharding of a batch, whose first axis is its rows."""
         assert self.mesh is not None
         return NamedSharding(self.mesh, PartitionSpec(dict(self.rules).get("batch")))
 
@@ -83,7 +84,7 @@ ONE_DEVICE = Layout()
 
 
 def auto_mesh(mesh: Mesh) -> Mesh:
-    """The mesh with Auto axes."""
+    """Return the mesh with Auto axes."""
     return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
 
 
@@ -111,7 +112,7 @@ def layout_of(mesh: Mesh, rules: Rules = RULES) -> Layout:
 
 
 def shardings_of(layout: Layout, shapes: Mapping[str, Any], axes: Mapping[str, Any], counts: Mapping[str, int]) -> Any:
-    """The NamedSharding of each leaf by path; warns of axes that can't be divided.
+    """Return the NamedSharding of each leaf by path; warns of axes that can't be divided.
 
     Args:
         layout: A layout with a mesh.

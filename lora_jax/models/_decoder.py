@@ -219,7 +219,7 @@ class Decoder(nn.Module):
         return {"heads": self.spec.num_heads, "kv_heads": self.spec.num_kv_heads}
 
     def attention(self, rows: int, length: int, dtype: Any, **call: bool) -> Choice:
-        """The form of attention of a call."""
+        """Return the form of attention of a call."""
         spec = self.spec
         case = Case(rows, length, spec.num_heads, spec.head_dim, dtype, spec.attention_softcap, **call)
         return choose(self.execution, case)
@@ -284,7 +284,7 @@ class Decoder(nn.Module):
 
 
 def unembed(spec: DecoderSpec, layout: Layout, params: Any) -> Callable[[Any], Any]:
-    """The function from the last hidden states to the logits, as at the end of `Decoder`."""
+    """Return the function from the last hidden states to the logits, as at the end of `Decoder`."""
     kernel = head_kernel(params, "embed_tokens", layout)
     return lambda x: _scaled(spec, layout.constrain(x @ kernel.astype(x.dtype), "batch", "length", "vocab"))
 
@@ -298,7 +298,9 @@ def _scaled(spec, logits):
 
 
 def _seen(spec, choice, sliding, positions, attention_mask, cache, dtype):
-    """The rotation and the mask of one type of layer; with a mask of None, the attention function applies causality."""
+    """Return the rotation and the mask of one type of layer; with a mask of None, the attention
+    function applies causality.
+    """
     rope = spec.sliding_rope if sliding and spec.sliding_rope else spec.rope
     window = spec.window if sliding else None
     if cache is not None:
@@ -314,7 +316,7 @@ def _seen(spec, choice, sliding, positions, attention_mask, cache, dtype):
 
 
 def _of_layer(sliding, layer_types):
-    """The rotation and the mask of a layer, selected from both types (full, sliding) if the model has both."""
+    """Return the rotation and the mask of a layer, selected from both types (full, sliding) if the model has both."""
     if sliding is None or isinstance(sliding, bool):
         return layer_types[bool(sliding)]
     return jax.tree.map(lambda full, near: jnp.where(sliding, near, full), *layer_types)

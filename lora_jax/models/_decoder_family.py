@@ -52,7 +52,7 @@ def classifier(
 
 
 def common(config: Any, rotation: Rope | None = None) -> dict[str, Any]:
-    """The fields that have the same names in the configurations of all these families, and the rotation."""
+    """Return the fields that have the same names in the configurations of all these families, and the rotation."""
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -70,17 +70,17 @@ def common(config: Any, rotation: Rope | None = None) -> dict[str, Any]:
 
 
 def rope(config: Any, parameters: Any) -> Rope:
-    """The rotation that `rope_parameters`, of the configuration or of one type of layer, describe."""
+    """Return the rotation that `rope_parameters`, of the configuration or of one type of layer, describe."""
     return rope_of(parameters, head_dim(config), config.max_position_embeddings)
 
 
 def head_dim(config: Any) -> int:
-    """The channels of one head."""
+    """Return the channels of one head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def sliding_layers(config: Any) -> dict[str, Any]:
-    """The fields of a model whose configuration has the type of each layer."""
+    """Return the fields of a model whose configuration has the type of each layer."""
     return {
         "window": config.sliding_window if "sliding_attention" in config.layer_types else None,
         "sliding": tuple(name == "sliding_attention" for name in config.layer_types),
@@ -88,7 +88,7 @@ def sliding_layers(config: Any) -> dict[str, Any]:
 
 
 def weights(spec: DecoderSpec) -> dict[str, Weight]:
-    """The leaves of the tree and their names in a Hugging Face file, the same for all these families."""
+    """Return the leaves of the tree and their names in a Hugging Face file, the same for all these families."""
     projections = {f"self_attn/{name}_proj": spec.qkv_bias for name in "qkv"}
     projections["self_attn/o_proj"] = spec.output_bias
     if spec.experts is None:

@@ -10,7 +10,8 @@ MOST_BYTES = 2**20  # size of the file, which has a few dozen settings
 
 
 def end_tokens(config: Any, folder: Path | None) -> tuple[int, ...]:
-    """The end tokens of the configuration and of the folder's `generation_config.json`, if any: each ends a text.
+    """Return the end tokens of the configuration and of the folder's `generation_config.json`, if any: each ends a
+    text.
 
     Raises:
         ValueError: The file isn't a JSON object or is too large, or its `eos_token_id` isn't an id or a list of them.

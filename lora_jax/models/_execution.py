@@ -65,7 +65,7 @@ def execution(
 
 
 def decodes(execution: Execution, layer_bytes: int, tokens: int) -> Execution:
-    """The choices for a cache of so many tokens, with `decoding` resolved.
+    """Return the choices for a cache of so many tokens, with `decoding` resolved.
 
     A loop over the layers copies each kernel out of its stack for every token, some 10 GB/s on a CPU; without one, a
     layer takes half a second to compile.
@@ -76,7 +76,7 @@ def decodes(execution: Execution, layer_bytes: int, tokens: int) -> Execution:
 
 
 def default_platform() -> str:
-    """The platform that JAX computes on by default: "cpu", "cuda", "rocm" or "tpu"."""
+    """Return the platform that JAX computes on by default: "cpu", "cuda", "rocm" or "tpu"."""
     device = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue] - a setting that is created at run time
     if not isinstance(device, jax.Device):
         device = jax.devices()[0]
@@ -113,7 +113,7 @@ def stacked(layer: type[nn.Module], count: int, execution: Execution) -> Any:
 
 
 def one_by_one(parent: nn.Module, name: str, layer: nn.Module, x: Any, own: Sequence[Any], context: Any) -> Any:
-    """The layers under `name` without a loop, for what is called too often to copy a kernel out of its stack.
+    """Return the layers under `name` without a loop, for what is called too often to copy a kernel out of its stack.
 
     Args:
         parent: Whose child `stacked` made them.

@@ -99,7 +99,7 @@ class SparseMLP(nn.Module):
 
 
 def expert_weights(block: str, names: Mapping[str, str]) -> dict[str, Weight]:
-    """The router's and the experts' leaves and their names in a Hugging Face file.
+    """Return the router's and the experts' leaves and their names in a Hugging Face file.
 
     Args:
         block: The name of a layer's mixture there.

@@ -75,7 +75,7 @@ class Family(NamedTuple):
     positions: Callable[[Any], int] = lambda config: config.max_position_embeddings
 
     def names(self, config: Any) -> dict[str, Weight]:
-        """The weights by leaf path, each with the names of its copies."""
+        """Return the weights by leaf path, each with the names of its copies."""
         copies: dict[str, tuple[str, ...]] = {}
         for copy, original in self.copies(config).items():
             copies[original] = (*copies.get(original, ()), copy)
@@ -90,7 +90,9 @@ class Family(NamedTuple):
 
 
 def predicts_labels(decoder: Family) -> Family:
-    """The family of a decoder whose head `score` sees each row's last token, in place of its head of the vocabulary."""
+    """Return the family of a decoder whose head `score` sees each row's last token, in place of
+    its head of the vocabulary.
+    """
     return decoder._replace(
         init_cache=None,
         unembed=None,
@@ -102,12 +104,12 @@ def predicts_labels(decoder: Family) -> Family:
 
 
 def untied(names: Mapping[str, Weight]) -> dict[str, str]:
-    """The heads that share an embedding: the path of the head's own leaf, and the path of the embedding."""
+    """Return the heads that share an embedding: the path of the head's own leaf, and the path of the embedding."""
     return {own: path for path, weight in names.items() for own, _ in weight.untied}
 
 
 def flatten(tree: Tree) -> dict[str, Any]:
-    """A nested dict as `{"a/b": leaf}`; a leaf is what has a shape, and so a quantized kernel is one leaf.
+    """Return a nested dict as `{"a/b": leaf}`; a leaf is what has a shape, and so a quantized kernel is one leaf.
 
     >>> flatten({"a": {"b": 1}, "c": 2})
     {'a/b': 1, 'c': 2}
@@ -117,7 +119,7 @@ def flatten(tree: Tree) -> dict[str, Any]:
 
 
 def unflatten(leaves: dict[str, Any]) -> Tree:
-    """The inverse of `flatten`.
+    """Return the inverse of `flatten`.
 
     >>> unflatten({"a/b": 1, "c": 2})
     {'a': {'b': 1}, 'c': 2}

@@ -101,7 +101,7 @@ class TensorFiles:
         return out
 
     def data(self, name: str, where: Stored) -> np.ndarray:
-        """The bytes of a tensor."""
+        """Return the bytes of a tensor."""
         data = np.fromfile(where.file, np.uint8, where.size, offset=where.start)
         if data.size != where.size:
             raise ValueError(f"{where.file}: tensor {name} can't be read: the file has become shorter")
@@ -120,7 +120,7 @@ def _fill(file: FileIO, memory: np.ndarray) -> bool:
 
 
 def _contents(path: Path) -> list[tuple[str, Stored]]:
-    """Names and places of a file's tensors, in the file's order, after safetensors has checked the file."""
+    """Return names and places of a file's tensors, in the file's order, after safetensors has checked the file."""
     if not path.exists():
         there = "a broken link" if path.is_symlink() else f"no such file, though {INDEX} names it"
         raise FileNotFoundError(f"{path}: {there}; download the folder again")
@@ -149,7 +149,8 @@ def _contents(path: Path) -> list[tuple[str, Stored]]:
 
 
 def current(name: str) -> str:
-    """The current name of a tensor: checkpoints converted from TensorFlow have other names for a LayerNorm's weights.
+    """Return the current name of a tensor: checkpoints converted from TensorFlow have other names for a LayerNorm's
+    weights.
 
     >>> current("bert.embeddings.LayerNorm.gamma")
     'bert.embeddings.LayerNorm.weight'
@@ -166,7 +167,7 @@ def _exists(path: Path) -> bool:
 
 
 def _files(folder: Path) -> list[Path]:
-    """The safetensors files with the folder's weights."""
+    """Return the safetensors files with the folder's weights."""
     index = folder / INDEX
     if _exists(folder / SINGLE):
         return [folder / SINGLE]

@@ -91,13 +91,13 @@ def read_config(folder: Path, families: Mapping[str, Family]) -> tuple[Family, A
 
 
 def _reason(error: Exception) -> str:
-    """The message of an error, without the place in transformers that raised it."""
+    """Return the message of an error, without the place in transformers that raised it."""
     text = _settings.one_line(error, 1000)
     return _settings.one_line(ValueError(_FOUND_BY.sub("", text)), 110)
 
 
 def family_of(model_type: Any, architectures: Any, families: Mapping[str, Family]) -> Family:
-    """The family of a configuration: of its architecture, or the first of its model type if it names none.
+    """Return the family of a configuration: of its architecture, or the first of its model type if it names none.
 
     Raises:
         ValueError: The family isn't supported.
@@ -122,6 +122,6 @@ def copy_text_files(source: Path, target: Path, patterns: Sequence[str] = TEXT_F
 
 
 def text_files(folder: Path, patterns: Sequence[str] = TEXT_FILES) -> list[Path]:
-    """The files that are copied from a model's folder to a new one."""
+    """Return the files that are copied from a model's folder to a new one."""
     found = [path for pattern in patterns for path in folder.glob(pattern)]
     return [path for path in found if path.is_file() and not NOT_COPIED.fullmatch(path.name)]

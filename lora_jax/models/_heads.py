@@ -10,7 +10,8 @@ from lora_jax.models._files import TensorFiles
 
 
 def label_names(config: Any) -> tuple[str, ...]:
-    """The names of a configuration's labels, in the order of their numbers; the numbers if the labels have no names.
+    """Return the names of a configuration's labels, in the order of their numbers; the numbers if the labels have no
+    names.
 
     >>> from transformers import BertConfig
     >>> label_names(BertConfig(id2label={0: "no", 1: "yes"})), label_names(BertConfig(num_labels=3))
@@ -24,7 +25,7 @@ def label_names(config: Any) -> tuple[str, ...]:
 def labelled(
     family: Family, config: Any, labels: Sequence[str], families: Mapping[str, Family]
 ) -> tuple[Family, Any, bool]:
-    """The family and configuration that predict `labels`, and whether the folder's own head predicts them.
+    """Return the family and configuration that predict `labels`, and whether the folder's own head predicts them.
 
     Raises:
         ValueError: No model of this type has a classification head.
@@ -46,7 +47,7 @@ def labelled(
 
 
 def absent(folder: Path, names: Mapping[str, Weight], family: Family, own_head: bool) -> tuple[str, ...]:
-    """The paths of the leaves to initialise newly: of a new head, and of parts before it that the folder lacks.
+    """Return the paths of the leaves to initialise newly: of a new head, and of parts before it that the folder lacks.
 
     A part is initialised newly only if all its leaves are missing in the files: half a part is an error.
     """

@@ -49,7 +49,9 @@ class PackedReader:
 
 
 def node_of(leaf: Any, reader: PackedReader, sharding: Any = None) -> Quantized:
-    """The leaf as a quantized kernel, f[*stack, inputs, outputs], whose parts are placed as `sharding` places it."""
+    """Return the leaf as a quantized kernel, f[*stack, inputs, outputs], whose parts are placed as
+    `sharding` places it.
+    """
     lead, parts = leaf.shape[: leaf.stack], [one.parts() for one in _packed(reader)]
     data = {
         name: None if array is None else _stacked([part[name] for part in parts], lead)
@@ -62,7 +64,9 @@ def node_of(leaf: Any, reader: PackedReader, sharding: Any = None) -> Quantized:
 
 
 def shapes_of(leaf: Any, reader: PackedReader) -> Quantized:
-    """The node of the leaf with a `jax.ShapeDtypeStruct` for each array; of its stack the first tensor is read."""
+    """Return the node of the leaf with a `jax.ShapeDtypeStruct` for each array; of its stack the
+    first tensor is read.
+    """
     lead, first = leaf.shape[: leaf.stack], _packed(reader)[0].parts()
     data = {
         name: None if array is None else jax.ShapeDtypeStruct((*lead, *np.shape(array)), array.dtype)

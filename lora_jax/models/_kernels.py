@@ -180,7 +180,7 @@ def _refuse_batches(*_) -> Any:
 
 
 def _batched_alike(q, k, v, lengths) -> Any:
-    """The same arrays, each of which depends on all: under `vmap` the kernel requires all batched, or none.
+    """Return the same arrays, each of which depends on all: under `vmap` the kernel requires all batched, or none.
 
     They depend on each other through an integer that XLA simplifies to zero, so that nothing is computed.
     """

@@ -43,7 +43,7 @@ def dense(parent: Any, name: str, features: int, x: Any, axes: tuple[str, str | 
 
 
 def named(init: Any, *axes: str | None) -> Any:
-    """An initialiser whose leaf has axes of these names."""
+    """Return an initialiser whose leaf has axes of these names."""
     return nn.with_logical_partitioning(init, axes)
 
 
@@ -82,12 +82,12 @@ class Embed(nn.Module):
         return x
 
     def attend(self, x: Array) -> Array:
-        """The product of x, [..., features], with every embedding: [..., count]."""
+        """Return the product of x, [..., features], with every embedding: [..., count]."""
         return x @ self.embedding.T.astype(x.dtype)
 
 
 def head_kernel(params: Mapping[str, Any], table: str, layout: Layout) -> Array:
-    """The kernel of the head, [D, V]: the tree's own `lm_head`, or the transposed embedding that it is tied to.
+    """Return the kernel of the head, [D, V]: the tree's own `lm_head`, or the transposed embedding that it is tied to.
 
     On a mesh each device gets all of its inputs here, once, so that many products with it gather nothing more.
     """
@@ -96,7 +96,7 @@ def head_kernel(params: Mapping[str, Any], table: str, layout: Layout) -> Array:
 
 
 def last_tokens(x: Array, attention_mask: Array | None) -> Array:
-    """The state [B, D] of each row's last token that isn't padding."""
+    """Return the state [B, D] of each row's last token that isn't padding."""
     if attention_mask is None:
         return x[:, -1]
     last = jnp.max(attention_mask.astype(bool) * jnp.arange(x.shape[1]), axis=1)

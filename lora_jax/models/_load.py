@@ -308,6 +308,6 @@ def init(
 
 
 def _resolved(options: ExecutionOptions) -> tuple[Execution, Any]:
-    """The choices, checked and resolved where they are "auto", and the dtype of the activations."""
+    """Return the choices, checked and resolved where they are "auto", and the dtype of the activations."""
     choices: Any = {name: value for name, value in options.items() if name != "compute_dtype"}
     return execution(**choices), options.get("compute_dtype")

@@ -101,7 +101,7 @@ class Model:
     new_tokenizer: PreTrainedTokenizerBase | None = None
 
     def on_mesh(self, mesh: Mesh, rules: Rules | None = None) -> "Model":
-        """The same model with activations that are spread over a mesh, between the layers and within them.
+        """Return the same model with activations that are spread over a mesh, between the layers and within them.
 
         `params` aren't moved; `shardings(model)` are the shardings for them:
 
@@ -211,7 +211,7 @@ class OnMesh(NamedTuple):
 def _functions(
     family: Family, config: Any, dtypes: tuple[Any, Any], chosen: Execution, shapes: Any, named: tuple[Any, Any]
 ) -> dict[str, Any]:
-    """The model's functions: fields of a `Model`."""
+    """Return the model's functions: fields of a `Model`."""
     compute_dtype, param_dtype = dtypes
     module = family.module(config, compute_dtype, param_dtype, chosen)
     leaves, names = flatten(shapes), family.names(config)
@@ -273,7 +273,7 @@ def _functions(
 
 
 def shardings(model: Model, mesh: Mesh | None = None, rules: Rules | None = None) -> dict[str, Any]:
-    """The shardings of a model's weights on a mesh, from which the shardings of factors and moments follow.
+    """Return the shardings of a model's weights on a mesh, from which the shardings of factors and moments follow.
 
         model = models.load("path/to/folder")
         base = models.shardings(model, mesh)
@@ -315,7 +315,7 @@ def shardings(model: Model, mesh: Mesh | None = None, rules: Rules | None = None
 
 
 def _axes(boxed: Any) -> dict[str, tuple[str | None, ...]]:
-    """The names of the axes of each leaf that has any, as Flax's boxes hold them."""
+    """Return the names of the axes of each leaf that has any, as Flax's boxes hold them."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf.names

@@ -135,7 +135,7 @@ def resize_token_embeddings(model: Model, size: int, *, key: jax.Array) -> Model
 
 
 def _tables(model: Model) -> dict[str, int]:
-    """The leaves that have an entry for each token, and the axis of these entries."""
+    """Return the leaves that have an entry for each token, and the axis of these entries."""
     leaves = flatten(model.params)
     axes = {path: names.index("vocab") for path, names in model.axes.items() if "vocab" in names and path in leaves}
     return {path: axis for path, axis in axes.items() if leaves[path].shape[axis] == model.config.vocab_size}
@@ -166,7 +166,7 @@ def _rows_near_the_mean(key: jax.Array, leaf: Any, axis: int, count: int, used: 
 
 
 def _placed(model: Model, leaves: dict[str, Any], like: Model | None = None) -> Model:
-    """The model with these leaves and the other fields of `like`, on the devices of `like`."""
+    """Return the model with these leaves and the other fields of `like`, on the devices of `like`."""
     like = model if like is None else like
     params = unflatten(leaves)
     names = ("params", "folder", "adapter", "template", "new_tokenizer", "newly_initialized")
@@ -178,7 +178,7 @@ def _placed(model: Model, leaves: dict[str, Any], like: Model | None = None) -> 
 
 
 def _key(key: jax.Array, path: str) -> jax.Array:
-    """A key of the table's own, which doesn't depend on the others."""
+    """Return a key of the table's own, which doesn't depend on the others."""
     return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 

@@ -52,7 +52,7 @@ class Packed(NamedTuple):
 
 
 def check_method(quantization: Any) -> str:
-    """The method by which a configuration's weights are quantized; empty for plain weights.
+    """Return the method by which a configuration's weights are quantized; empty for plain weights.
 
     Raises:
         ValueError: It isn't one that is read.
@@ -185,7 +185,7 @@ def _four_bits(read: _Reader, weight: str, state_name: str) -> tuple[list[str], 
 
 
 def _other(state: Mapping[str, Any], shape: tuple[int, ...], nf4: bool, dynamic: bool) -> str:
-    """The reason why `lora_jax.Quantized` can't hold a weight's 4 bits; empty if it can."""
+    """Return the reason why `lora_jax.Quantized` can't hold a weight's 4 bits; empty if it can."""
     if state["quant_type"] != "nf4":
         return f"{state['quant_type']} isn't one of nf4, int8 and fp8"
     if shape[1] % state["blocksize"]:
@@ -196,7 +196,7 @@ def _other(state: Mapping[str, Any], shape: tuple[int, ...], nf4: bool, dynamic:
 
 
 def _state(read: _Reader, name: str) -> dict[str, Any]:
-    """The JSON that describes a weight, with its fields checked."""
+    """Return the JSON that describes a weight, with its fields checked."""
     where = read.place(name, "U8")
     try:
         state = json.loads(read.raw(name).tobytes()) if where.size <= _MOST_STATE else None
@@ -260,7 +260,7 @@ def _fp8(
         raise ValueError(f"weight_scale_inv has shape {read.place(scale, kinds).shape}, expected {blocks}")
 
     def scales() -> np.ndarray:
-        """The scale of each output in each block of inputs, f32[out, blocks]."""
+        """Return the scale of each output in each block of inputs, f32[out, blocks]."""
         return np.repeat(read.get(scale, kinds).astype(np.float32).reshape(blocks), rows, 0)[: shape[0]]
 
     def numbers() -> np.ndarray:

@@ -44,7 +44,7 @@ class _Settings(NamedTuple):
     max_positions: int
 
     def number(self, name: str, default: float | None = None, *, above: float = 0.0) -> float:
-        """A setting that must be a finite number above `above`; null means absent."""
+        """Return a setting that must be a finite number above `above`; null means absent."""
         value = self.parameters.get(name)
         value = default if value is None else value
         real = isinstance(value, int | float) and not isinstance(value, bool)
@@ -64,7 +64,7 @@ class _Settings(NamedTuple):
 
 
 def rope_of(parameters: Any, head_dim: int, max_positions: int) -> Rope:
-    """The rotation that a configuration describes: θ^(-2i/d), scaled according to its `rope_type`.
+    """Return the rotation that a configuration describes: θ^(-2i/d), scaled according to its `rope_type`.
 
     The reference is transformers 5.23, modeling_rope_utils.py.
 
@@ -101,7 +101,8 @@ def rope_of(parameters: Any, head_dim: int, max_positions: int) -> Rope:
 
 
 def reach(parameters: Any, max_positions: int) -> int:
-    """The longest row that the rotation is made for: `max_positions` of some configurations is the one before scaling.
+    """Return the longest row that the rotation is made for: `max_positions` of some configurations is the one before
+    scaling.
 
     >>> reach({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}, 32768)
     131072
@@ -242,14 +243,14 @@ def _floats(frequencies: np.ndarray) -> tuple[float, ...]:
 
 
 def rotation(rope: Rope, positions: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines of the angles at positions int32[B, T], each dtype[B, T, 1, d/2]."""
+    """Return cosines and sines of the angles at positions int32[B, T], each dtype[B, T, 1, d/2]."""
     angles = positions[:, :, None, None].astype(jnp.float32) * _frequencies(rope, positions)
     cos, sin = ((turn(angles) * rope.attention_factor).astype(dtype) for turn in (jnp.cos, jnp.sin))
     return cos, sin
 
 
 def _frequencies(rope: Rope, positions: jax.Array) -> jax.Array:
-    """The frequencies for the length of the longest row."""
+    """Return the frequencies for the length of the longest row."""
     usual = jnp.asarray(rope.frequencies, jnp.float32)
     if not rope.long and not rope.growth:
         return usual

@@ -135,7 +135,7 @@ def check_dtype(value: Any, name: str) -> None:
 
 
 def param_dtype(config: Any, dtype: Any) -> np.dtype:
-    """The given dtype, or the configuration's if it is None.
+    """Return the given dtype, or the configuration's if it is None.
 
     Raises:
         ValueError: It isn't a dtype of weights.

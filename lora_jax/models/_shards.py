@@ -46,7 +46,7 @@ def divided(
     shard_bytes: int = 5 * 10**9,
     layout: Mapping[str, Any] | None = None,
 ) -> list[list[Entry]]:
-    """The tensors of every leaf, divided into files.
+    """Return the tensors of every leaf, divided into files.
 
     Args:
         leaves: Path -> array or `Streamed`.
@@ -183,7 +183,8 @@ def _check_finite(tensor: np.ndarray, entry: Entry) -> None:
 
 
 def ours(folder: Path, source: Path | None) -> Callable[[Path], bool]:
-    """A predicate for paths in `folder`: whether they were written with weights by `write`, whose metadata names them.
+    """Return a predicate for paths in `folder`: whether they were written with weights by `write`, whose metadata names
+    them.
 
     In the model's own folder, `source`, it is also true for the files that the new folder will have: configuration,
     weights, tokenizer.

@@ -26,7 +26,7 @@ MOST_BYTES = 2**20  # size of a template
 
 
 def beside(folder: Path) -> str:
-    """The part of a tokenizer that is in a folder: `"tokenizer"`, `"chat template"` only, or an empty string.
+    """Return the part of a tokenizer that is in a folder: `"tokenizer"`, `"chat template"` only, or an empty string.
 
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp())

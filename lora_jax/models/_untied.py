@@ -13,7 +13,7 @@ from lora_jax.models._model import Model
 
 
 def untied(model: Model) -> Model:
-    """The same model with an output head of its own instead of the shared embedding: a transposed copy of it.
+    """Return the same model with an output head of its own instead of the shared embedding: a transposed copy of it.
 
     `apply` is the same function: it uses the head if its parameters have one. `lora_jax.peft.load` returns such
     parameters for an adapter that changes only one of the two.

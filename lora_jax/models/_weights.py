@@ -61,7 +61,7 @@ class Streamed:
         return replace(self, shape=self.shape[::-1], read=lambda index: self.read(index).T)
 
     def indices(self) -> Iterator[tuple[int, ...]]:
-        """All indices of the stack axes."""
+        """Return all indices of the stack axes."""
         return np.ndindex(*self.shape[: self.stack])
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
@@ -107,14 +107,14 @@ def materialize(leaf: Streamed, sharding: Any = None) -> Any:
 
 
 def _part(leaf: Streamed, index: tuple[int, ...], box: Bounds) -> np.ndarray:
-    """The part of the array at an index that is in a box; read alone where the leaf is in a file."""
+    """Return the part of the array at an index that is in a box; read alone where the leaf is in a file."""
     if isinstance(leaf.read, FromFiles):
         return leaf.read.part(index, box)
     return leaf.read(index)[tuple(slice(*bounds) for bounds in box)]
 
 
 def entries(weight: Weight, shape: Sequence[int]) -> Iterator[tuple[tuple[int, ...], str, tuple[int, ...]]]:
-    """The tensors of a leaf in the file: stack index, name and shape there.
+    """Yield the tensors of a leaf in the file: stack index, name and shape there.
 
     >>> list(entries(Weight("layers.{}.up.weight", transpose=True), (2, 3, 5)))
     [((0,), 'layers.0.up.weight', (5, 3)), ((1,), 'layers.1.up.weight', (5, 3))]
@@ -139,7 +139,7 @@ def stream(
     quantization: Any = None,
     packed_dtype: Any = np.float32,
 ) -> dict[str, Streamed]:
-    """The leaves in the folder's files, checked against the expected ones and not yet read.
+    """Return the leaves in the folder's files, checked against the expected ones and not yet read.
 
     Args:
         folder: A folder with `model.safetensors`, or with shards and `model.safetensors.index.json`.
@@ -202,7 +202,9 @@ def _check_count(files: TensorFiles, leaves: Mapping[str, Any], weights: Mapping
 
 
 def missing_prefix(files: TensorFiles, prefix: str) -> str:
-    """The prefix if the files lack it, as files of the bare model (its base class in transformers) do; else empty."""
+    """Return the prefix if the files lack it, as files of the bare model (its base class in
+    transformers) do; else empty.
+    """
     return "" if any(name.startswith(prefix) for name in files.tensors) else prefix
 
 
@@ -244,7 +246,9 @@ class FromFiles:
         return self.part(index, None)
 
     def part(self, index: tuple[int, ...], box: Bounds | None) -> np.ndarray:
-        """A part of the array at an index: the bounds are of the leaf's axes, which the file may have transposed."""
+        """Return a part of the array at an index: the bounds are of the leaf's axes, which the file
+        may have transposed.
+        """
         name = self.names[index]
         transposed = self.transpose or name in self.files.packed
         if transposed and box is not None:
@@ -254,7 +258,7 @@ class FromFiles:
 
 
 def _common(stored: Collection[str]) -> np.dtype:
-    """The dtype that all layers of a stack fit into without rounding: float16 and bfloat16 need float32.
+    """Return the dtype that all layers of a stack fit into without rounding: float16 and bfloat16 need float32.
 
     >>> _common({"BF16"}).name, _common({"BF16", "F16"}).name, _common({"F16", "F64"}).name
     ('bfloat16', 'float32', 'float64')

@@ -40,7 +40,7 @@ class EncoderSpec:
 
 
 def spec(config: Any, head: str) -> EncoderSpec:
-    """The encoder that a `BertConfig` or `RobertaConfig` describes, with a head.
+    """Return the encoder that a `BertConfig` or `RobertaConfig` describes, with a head.
 
     Raises:
         ValueError: The variant isn't implemented; the message names it.
@@ -252,7 +252,7 @@ class Encoder(nn.Module):
         return {"heads": self.spec.num_heads}
 
     def attention(self, rows: int, length: int, dtype: Any, **call: bool) -> Choice:
-        """The form of attention of a call."""
+        """Return the form of attention of a call."""
         heads = self.spec.num_heads
         return choose(self.execution, Case(rows, length, heads, self.spec.hidden_size // heads, dtype, **call))
 
@@ -289,7 +289,7 @@ class Encoder(nn.Module):
 
 
 def weights(config: Any, head: str) -> dict[str, Weight]:
-    """The leaves of the tree and their names in a Hugging Face file."""
+    """Return the leaves of the tree and their names in a Hugging Face file."""
     base = "" if head == "none" else f"{config.model_type}."
     table = {}
     for name in ("word", "position", "token_type"):
@@ -325,7 +325,7 @@ def weights(config: Any, head: str) -> dict[str, Weight]:
 
 
 def _copies(config: Any) -> dict[str, str]:
-    """The tensors of a tied head, which are in some files as copies."""
+    """Return the tensors of a tied head, which are in some files as copies."""
     of_head = "lm_head" if config.model_type == "roberta" else "cls.predictions"
     return {
         f"{of_head}.decoder.weight": f"{config.model_type}.embeddings.word_embeddings.weight",
@@ -334,7 +334,7 @@ def _copies(config: Any) -> dict[str, str]:
 
 
 def _positions(config: Any) -> int:
-    """The most tokens of a row: RoBERTa's positions begin after the padding's id."""
+    """Return the most tokens of a row: RoBERTa's positions begin after the padding's id."""
     return config.max_position_embeddings - (config.pad_token_id + 1 if config.model_type == "roberta" else 0)
 
 

@@ -13,23 +13,25 @@ from lora_jax.models._decoder_family import classifier, common, family, rope, sl
 
 
 def gemma(config: Any) -> DecoderSpec:
-    """The decoder that a `GemmaConfig` describes."""
+    """Return the decoder that a `GemmaConfig` describes."""
     return DecoderSpec(**_fields(config))
 
 
 def gemma2(config: Any) -> DecoderSpec:
-    """The decoder that a `Gemma2Config` describes."""
+    """Return the decoder that a `Gemma2Config` describes."""
     return DecoderSpec(**_fields(config), **_later_fields(config))
 
 
 def gemma3(config: Any) -> DecoderSpec:
-    """The decoder that a `Gemma3TextConfig` describes."""
+    """Return the decoder that a `Gemma3TextConfig` describes."""
     near, full = (rope(config, _rope_parameters(config, name)) for name in ("sliding_attention", "full_attention"))
     return DecoderSpec(**_fields(config, full), **_later_fields(config), query_key_norm=True, sliding_rope=near)
 
 
 def _rope_parameters(config, layer_type):
-    """The parameters of one type of layer; transformers reads YaRN's `truncate` beside the types, not in them."""
+    """Return the parameters of one type of layer; transformers reads YaRN's `truncate` beside the
+    types, not in them.
+    """
     parameters = config.rope_parameters.get(layer_type)
     return parameters and {**parameters, "truncate": config.rope_parameters.get("truncate", True)}
 

@@ -40,7 +40,7 @@ class GPT2Spec:
 
 
 def spec(config: Any) -> GPT2Spec:
-    """The model that a `GPT2Config` describes.
+    """Return the model that a `GPT2Config` describes.
 
     Raises:
         ValueError: The variant isn't implemented; the message names it.
@@ -141,7 +141,7 @@ class GPT2(nn.Module):
         return {"heads": self.spec.num_heads}
 
     def attention(self, rows: int, length: int, dtype: Any, **call: bool) -> Choice:
-        """The form of attention of a call."""
+        """Return the form of attention of a call."""
         heads = self.spec.num_heads
         return choose(self.execution, Case(rows, length, heads, self.spec.hidden_size // heads, dtype, **call))
 
@@ -198,13 +198,13 @@ class GPT2(nn.Module):
 
 
 def unembed(config: Any, layout: Layout, params: Any) -> Callable[[Array], Array]:
-    """The function from the last hidden states to the logits, as at the end of `GPT2`."""
+    """Return the function from the last hidden states to the logits, as at the end of `GPT2`."""
     kernel = head_kernel(params, "wte", layout)
     return lambda x: layout.constrain(x @ kernel.astype(x.dtype), "batch", "length", "vocab")
 
 
 def weights(config: Any) -> dict[str, Weight]:
-    """The leaves of the tree and their names in a Hugging Face file."""
+    """Return the leaves of the tree and their names in a Hugging Face file."""
     table = {
         "wte/embedding": Weight("transformer.wte.weight"),
         "wpe/embedding": Weight("transformer.wpe.weight"),

@@ -11,7 +11,7 @@ from lora_jax.models._decoder_family import family
 
 
 def spec(config: Any) -> DecoderSpec:
-    """The decoder that a `GraniteConfig` describes."""
+    """Return the decoder that a `GraniteConfig` describes."""
     return replace(
         llama.spec(config),
         embedding_scale=config.embedding_multiplier,

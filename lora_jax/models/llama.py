@@ -9,7 +9,7 @@ from lora_jax.models._decoder_family import classifier, common, family
 
 
 def spec(config: Any) -> DecoderSpec:
-    """The decoder that a `LlamaConfig` describes."""
+    """Return the decoder that a `LlamaConfig` describes."""
     return DecoderSpec(
         **common(config),
         qkv_bias=config.attention_bias,

@@ -11,12 +11,12 @@ from lora_jax.models._family import Weight
 
 
 def mistral(config: Any) -> DecoderSpec:
-    """The decoder that a `MistralConfig` describes."""
+    """Return the decoder that a `MistralConfig` describes."""
     return DecoderSpec(**common(config), window=config.sliding_window)
 
 
 def mixtral(config: Any) -> DecoderSpec:
-    """The decoder that a `MixtralConfig` describes."""
+    """Return the decoder that a `MixtralConfig` describes."""
     experts = ExpertsSpec(
         count=config.num_local_experts,
         top_k=config.num_experts_per_tok,

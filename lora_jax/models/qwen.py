@@ -11,18 +11,18 @@ from lora_jax.models._family import Weight
 
 
 def qwen2(config: Any) -> DecoderSpec:
-    """The decoder that a `Qwen2Config` describes."""
+    """Return the decoder that a `Qwen2Config` describes."""
     return DecoderSpec(**common(config), **sliding_layers(config), qkv_bias=True)
 
 
 def qwen3(config: Any) -> DecoderSpec:
-    """The decoder that a `Qwen3Config` describes."""
+    """Return the decoder that a `Qwen3Config` describes."""
     bias = config.attention_bias
     return DecoderSpec(**common(config), **sliding_layers(config), qkv_bias=bias, output_bias=bias, query_key_norm=True)
 
 
 def qwen3_moe(config: Any) -> DecoderSpec:
-    """The decoder that a `Qwen3MoeConfig` describes.
+    """Return the decoder that a `Qwen3MoeConfig` describes.
 
     Raises:
         ValueError: Some layers have a dense MLP, but all layers of a stack must be equal.

@@ -87,13 +87,13 @@ class AdapterConfig:
         return _module_patterns.layer(self.layers_pattern, module, self.budget) in self.layers_to_transform
 
     def rank(self, module: str) -> int:
-        """The rank of `module`: that of the first pattern that names it, or `r`."""
+        """Return the rank of `module`: that of the first pattern that names it, or `r`."""
         if module not in self._ranks:
             self._ranks[module] = self._by_pattern(self.rank_pattern, module, self.r)
         return self._ranks[module]
 
     def scale(self, module: str) -> float:
-        """The scale: alpha/rank, or alpha/√rank with `use_rslora` (Kalajdzievski 2023, arXiv 2312.03732)."""
+        """Return the scale: alpha/rank, or alpha/√rank with `use_rslora` (Kalajdzievski 2023, arXiv 2312.03732)."""
         rank = self.rank(module)
         alpha = self._by_pattern(self.alpha_pattern, module, self.lora_alpha)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank

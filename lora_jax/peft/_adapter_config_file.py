@@ -88,7 +88,7 @@ def _no_constant(name: str) -> float:
 
 
 def parse(fields: Any, where: str) -> AdapterConfig:
-    """The config that `fields` (parsed JSON) describe; the message of a ValueError begins with `where`."""
+    """Return the config that `fields` (parsed JSON) describe; the message of a ValueError begins with `where`."""
     if not isinstance(fields, dict):
         raise ValueError(f"{where}: expected a JSON object, found {type(fields).__name__}")
     if fields.get("peft_type") != "LORA":
@@ -133,7 +133,7 @@ def to_json(config: AdapterConfig, **descriptive: Any) -> str:
 
 
 def _whole(number: float) -> float:
-    """The number as an int where it is whole, 5.0 as 5: some readers insist on an int."""
+    """Return the number as an int where it is whole, 5.0 as 5: some readers insist on an int."""
     return int(number) if number == int(number) else number
 
 
@@ -184,7 +184,9 @@ def _names(value: Any) -> tuple[str, ...]:
 
 
 def _patterned(value: Any) -> tuple[str, ...] | str | None:
-    """A regular expression or a list of names; an expression is compiled once, so that its faults are found here."""
+    """Return a regular expression or a list of names; an expression is compiled once, so that its
+    faults are found here.
+    """
     if isinstance(value, str):
         _module_patterns.check([value])
         return value

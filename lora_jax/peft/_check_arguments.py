@@ -34,7 +34,7 @@ def check_save(
 
 
 def folder_of(folder: Any) -> Path:
-    """The path of an adapter's folder.
+    """Return the path of an adapter's folder.
 
     >>> folder_of(None)
     Traceback (most recent call last):
@@ -87,7 +87,7 @@ def rows_of(tokens: Any) -> dict[str, list[int]]:
 
 
 def show(value: Any) -> str:
-    """A short text for a value that was given.
+    """Return a short text for a value that was given.
 
     >>> show(["a"]), show(None), show(int)
     ("['a']", 'None', 'int')

@@ -51,7 +51,7 @@ def read(
 
 
 def _expected_name(name: str, expected: Expected) -> str:
-    """The table's name of a tensor of the file: `q.lora_A.weight` for `q.lora_A.default.weight`."""
+    """Return the table's name of a tensor of the file: `q.lora_A.weight` for `q.lora_A.default.weight`."""
     if name in expected.slots or name in expected.copies:
         return name
     other = peft_name(name)
@@ -60,7 +60,7 @@ def _expected_name(name: str, expected: Expected) -> str:
 
 
 def _misfits(file: TensorsFile, expected: Expected, known: Mapping[str, str], prefix_only: bool) -> list[str]:
-    """Faults of names, shapes and dtypes; with `prefix_only` a file without any tensor is right."""
+    """Return faults of names, shapes and dtypes; with `prefix_only` a file without any tensor is right."""
     there = {known[name] for name in file.header if not is_original(name)}
     problems = [f"{name} is missing" for name in expected.slots if name not in there]
     for name, (dtype, shape) in file.header.items():
@@ -79,7 +79,9 @@ def _misfits(file: TensorsFile, expected: Expected, known: Mapping[str, str], pr
 def _by_peft_name(
     stored: Mapping[str, np.ndarray], known: Mapping[str, str]
 ) -> tuple[dict[str, np.ndarray], list[str]]:
-    """The arrays by PEFT's names; and the faults: a tensor that the file has under two names, with different values."""
+    """Return the arrays by PEFT's names; and the faults: a tensor that the file has under two
+    names, with different values.
+    """
     arrays: dict[str, np.ndarray] = {}
     first: dict[str, str] = {}  # the file's first name of each tensor
     problems = []
@@ -95,7 +97,9 @@ def _by_peft_name(
 
 
 def _contradictions(arrays: Mapping[str, np.ndarray], expected: Expected) -> Iterator[str]:
-    """Faults of tensors that are one parameter in our tree: modules that share a leaf, and factors of tied heads."""
+    """Yield faults of tensors that are one parameter in our tree: modules that share a leaf, and
+    factors of tied heads.
+    """
     first: dict[TrainedLeaf, str] = {}
     for name, slot in expected.slots.items():
         if isinstance(slot.goes_to, TrainedLeaf):

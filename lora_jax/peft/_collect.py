@@ -107,7 +107,7 @@ def collect(
 
 
 def _factors(tree: Parts, table: Mapping[str, Tensor]) -> list[Factors]:
-    """The factors of every module that a node adapts.
+    """Return the factors of every module that a node adapts.
 
     A node beside `layers/query/kernel` (3, 8, 6) is three modules, `layers.0.query` to `layers.2.query`. One whose
     scale is 0 isn't adapted, and is left out.
@@ -137,7 +137,7 @@ def _check_magnitudes(factors: Sequence[Factors], form: str) -> None:
 
 
 def _with_one_rank(factors: Sequence[Factors]) -> list[Factors]:
-    """The same ΔW with scale 1 and one rank for all: the scale goes into b, rows and columns of zeros are added.
+    """Return the same ΔW with scale 1 and one rank for all: the scale goes into b, rows and columns of zeros are added.
 
     With ranks 2 and 4, the first becomes a [in, 2] -> [in, 4] and b [2, out] -> [4, out], whose product is the same.
     """

@@ -12,7 +12,9 @@ from lora_jax.peft._tensor_names import PREFIX
 
 
 def config_of(saved: Collected) -> AdapterConfig:
-    """The config under which PEFT gives each saved module and parameter its rank and scale, and adapts nothing else."""
+    """Return the config under which PEFT gives each saved module and parameter its rank and scale,
+    and adapts nothing else.
+    """
     factors, parameters = saved.factors, saved.parameters
     ranks = {found.tensor.module: found.rank for found in factors} | {it.parameter.name: it.rank for it in parameters}
     scales = {found.tensor.module: found.scale for found in factors} | {
@@ -50,7 +52,9 @@ def _most_common(values: Iterable[Any], default: Any) -> Any:
 
 
 def _targets(adapted: set[str], modules: set[str]) -> tuple[str, ...]:
-    """The shortest endings of names that select `adapted` out of `modules`: `q_proj`, or full names for some layers."""
+    """Return the shortest endings of names that select `adapted` out of `modules`: `q_proj`, or
+    full names for some layers.
+    """
     # PEFT compares endings with containers such as `layers.0.attn` too, and refuses to adapt one.
     everything = modules | {
         ".".join(parts[:n]) for parts in (m.split(".") for m in modules) for n in range(1, len(parts))
@@ -74,7 +78,7 @@ def _targets(adapted: set[str], modules: set[str]) -> tuple[str, ...]:
 
 
 def _pattern(module: str, modules: Iterable[str]) -> str:
-    """A pattern that names `module` and no other of `modules`.
+    """Return a pattern that names `module` and no other of `modules`.
 
     PEFT takes the first pattern that fits, and saving may change their order: with two that fit, the rank would depend
     on it.
@@ -84,5 +88,5 @@ def _pattern(module: str, modules: Iterable[str]) -> str:
 
 
 def _saved_name(module: str, modules: set[str]) -> str:
-    """The name of `module` in `modules_to_save`: PEFT selects every name that ends in it, after a dot or not."""
+    """Return the name of `module` in `modules_to_save`: PEFT selects every name that ends in it, after a dot or not."""
     return module if sum(other.endswith(module) for other in modules) <= 1 else PREFIX + module

@@ -95,7 +95,7 @@ class Expected(NamedTuple):
 
 
 def expected(config: AdapterConfig, table: Mapping[str, Tensor], axes: Mapping[str, Axes] | None) -> Expected:
-    """The tensors that the config and the model together call for.
+    """Return the tensors that the config and the model together call for.
 
     Args:
         config: The adapter's config.
@@ -146,7 +146,7 @@ def _selected(tensor: Tensor, selects: Callable[[str], bool]) -> bool:
 def _trained_in_full(
     config: AdapterConfig, table: Mapping[str, Tensor], adapted: set[str]
 ) -> Iterator[tuple[str, ExpectedTensor]]:
-    """The modules of `modules_to_save`, and the biases that `bias` names."""
+    """Yield the modules of `modules_to_save`, and the biases that `bias` names."""
     for tensor in table.values():
         names: list[str] = []
         if _selected(tensor, config.saves):
@@ -176,7 +176,7 @@ def _rows(
 
 
 def _biases(table: Mapping[str, Tensor], adapted: Sequence[Tensor]) -> dict[str, Tensor]:
-    """The bias to which each module's bias of B is added: y + scale · bias_B is the module with another bias."""
+    """Return the bias to which each module's bias of B is added: y + scale · bias_B is the module with another bias."""
     own = {tensor.module: tensor for tensor in table.values() if tensor.parameter == "bias"}
     lacking = [tensor.module for tensor in adapted if tensor.module not in own]
     if lacking:
@@ -196,7 +196,7 @@ def _check_dora(adapted: Sequence[Tensor], axes: Mapping[str, Axes]) -> None:
 def _factors(
     config: AdapterConfig, tensor: Tensor, axes: Axes, bias: Tensor | None
 ) -> Iterator[tuple[str, ExpectedTensor]]:
-    """The slots of one module: A (rank, in), B (out, rank), and what goes with them."""
+    """Yield the slots of one module: A (rank, in), B (out, rank), and what goes with them."""
     rank = config.rank(tensor.module)
     inputs, outputs = widths(tensor, axes)
     module = AdaptedModule(tensor=tensor, scale=config.scale(tensor.module), bias=bias)

@@ -60,7 +60,8 @@ class Fused(NamedTuple):
 
 
 def parameters(table: Mapping[str, Tensor]) -> dict[str, Parameter]:
-    """The parameters that hold the model's matrices, by name; parameters of one module are in the module's order.
+    """Return the parameters that hold the model's matrices, by name; parameters of one module are in the module's
+    order.
 
     `experts.gate_up_proj` of layer 0 has the parts ((gate of expert 0, of 1, ...), (up of expert 0, of 1, ...)).
     """
@@ -73,7 +74,7 @@ def parameters(table: Mapping[str, Tensor]) -> dict[str, Parameter]:
 
 
 def targeted(config: AdapterConfig, table: Mapping[str, Tensor]) -> list[Parameter]:
-    """The parameters that `target_parameters` names, by whole names or endings of them.
+    """Return the parameters that `target_parameters` names, by whole names or endings of them.
 
     Raises:
         ValueError: It names no parameter of this model, or another option is set that PEFT lacks for parameters.
@@ -92,7 +93,7 @@ def targeted(config: AdapterConfig, table: Mapping[str, Tensor]) -> list[Paramet
 
 
 def factor_names(adapted: Iterable[Parameter]) -> dict[str, tuple[str, str]]:
-    """The names of A and B in the file, by the name of the parameter.
+    """Return the names of A and B in the file, by the name of the parameter.
 
     PEFT wraps a module once for each of its parameters. The wrapper of the last one is outermost, and each parameter
     before it is one `base_layer` deeper.
@@ -109,13 +110,13 @@ def factor_names(adapted: Iterable[Parameter]) -> dict[str, tuple[str, str]]:
 
 
 def shapes(parameter: Parameter, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The shapes of A and B in the file."""
+    """Return the shapes of A and B in the file."""
     rows = rank * len(parameter.parts[0])
     return (rows, parameter.inputs), (sum(parameter.widths), rows)
 
 
 def split(parameter: Parameter, a: np.ndarray, b: np.ndarray, scale: float) -> list[Factors]:
-    """The factors of the kernels in a parameter, from A and B as files have them.
+    """Return the factors of the kernels in a parameter, from A and B as files have them.
 
     A component whose B is zero in gate and not in up belongs to up alone, and the other way round: this is how `fuse`
     writes kernels with different A.
@@ -138,7 +139,7 @@ def split(parameter: Parameter, a: np.ndarray, b: np.ndarray, scale: float) -> l
 def fused(
     factors: Sequence[Factors], names: Mapping[str, Weight], table: Mapping[str, Tensor], *, always: bool
 ) -> list[Fused]:
-    """The factors of experts, as factors of parameters; empty where one entry for each expert is as good.
+    """Return the factors of experts, as factors of parameters; empty where one entry for each expert is as good.
 
     PEFT fuses such entries itself when it loads them, with `r` and `lora_alpha` for all. That is right only where every
     expert has an entry and all have one rank and one alpha/r. With alpha/√r PEFT would give gate and up √2 times their
@@ -165,7 +166,7 @@ def fused(
 
 
 def fuse(parameter: Parameter, factors: Mapping[str, Factors]) -> Fused | None:
-    """The inverse of `split`, from factors by module; None where no kernel of this parameter has any.
+    """Return the inverse of `split`, from factors by module; None where no kernel of this parameter has any.
 
     Where gate and up have different A, the components of gate come first and then those of up, and B is block-diagonal:
 
@@ -200,7 +201,9 @@ def fuse(parameter: Parameter, factors: Mapping[str, Factors]) -> Fused | None:
 
 
 def _padded(part: Sequence[Factors | None], outputs: int, inputs: int) -> tuple[np.ndarray, np.ndarray]:
-    """The factors of one kernel's experts, [E, in, rank] and [E, rank, out], with zeros for experts of lower rank."""
+    """Return the factors of one kernel's experts, [E, in, rank] and [E, rank, out], with zeros for
+    experts of lower rank.
+    """
     there = [found for found in part if found is not None]
     rank = max((found.rank for found in there), default=0)
     dtype = there[0].a.dtype if there else np.dtype(np.float32)
@@ -212,7 +215,7 @@ def _padded(part: Sequence[Factors | None], outputs: int, inputs: int) -> tuple[
 
 
 def tensors(fused: Sequence[Fused]) -> dict[str, np.ndarray]:
-    """A and B of each parameter as files have them, by name."""
+    """Return A and B of each parameter as files have them, by name."""
     names, found = factor_names(it.parameter for it in fused), {}
     for it in fused:
         name_a, name_b = names[it.parameter.name]

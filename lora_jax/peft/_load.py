@@ -73,7 +73,7 @@ def load(
 def _expected(
     names: Mapping[str, Weight], leaves: Mapping[str, Any], config: AdapterConfig, axes: Mapping[str, Axes] | None
 ) -> tuple[Base, Expected]:
-    """The base, with heads untied where the adapter needs it, and the tensors that the adapter's file must have.
+    """Return the base, with heads untied where the adapter needs it, and the tensors that the adapter's file must have.
 
     Raises:
         Misfit: The config and the model don't belong together.

@@ -49,7 +49,8 @@ class Budget:
         self.seconds += SECONDS_A_NAME * names
 
     def match(self, pattern: str, name: str, *, whole: bool = False) -> regex.Match[str] | None:
-        """The match that `re.match` would give, or with `whole` `re.fullmatch`; its time is taken off the budget.
+        """Return the match that `re.match` would give, or with `whole` `re.fullmatch`; its time is taken off the
+        budget.
 
         Raises:
             ValueError: `pattern` isn't a regular expression or is too large; the time is used up.
@@ -68,22 +69,24 @@ class Budget:
 
 
 def whole(pattern: str) -> str:
-    """The expression of a pattern for a whole name (`target_modules`, `exclude_modules`)."""
+    """Return the expression of a pattern for a whole name (`target_modules`, `exclude_modules`)."""
     return pattern
 
 
 def end(pattern: str) -> str:
-    """The expression of a pattern for a name, or for its ending after a dot (`rank_pattern`, `alpha_pattern`)."""
+    """Return the expression of a pattern for a name, or for its ending after a dot
+    (`rank_pattern`, `alpha_pattern`).
+    """
     return rf"(.*\.)?({pattern})$"
 
 
 def part(pattern: str) -> str:
-    """The expression of a pattern for consecutive components of a name (`modules_to_save`)."""
+    """Return the expression of a pattern for consecutive components of a name (`modules_to_save`)."""
     return rf"(^|.*\.){pattern}($|\..*)"
 
 
 def layers(pattern: str) -> str:
-    """The expression of a pattern for a list of layers, followed by a layer's number (`layers_pattern`)."""
+    """Return the expression of a pattern for a list of layers, followed by a layer's number (`layers_pattern`)."""
     return rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\."
 
 
@@ -134,7 +137,7 @@ def names_part(pattern: str, name: str, budget: Budget | None = None) -> bool:
 
 
 def layer(patterns: Collection[str], name: str, budget: Budget | None = None) -> int | None:
-    """The number of the layer that `name` belongs to; None where there is no layer number.
+    """Return the number of the layer that `name` belongs to; None where there is no layer number.
 
     It is the number after the list of layers that the first fitting pattern names. Without patterns it is the first
     number after two components.
@@ -178,7 +181,8 @@ def _compiled(pattern: str) -> regex.Pattern[str]:
 
 
 def _for_regex(pattern: str, spaced: bool) -> str:
-    r"""The pattern in `regex`'s syntax, where lone braces and brackets in a class have meanings that `re` doesn't know.
+    r"""Return the pattern in `regex`'s syntax, where lone braces and brackets in a class have meanings that `re`
+    doesn't know.
 
     `regex` writes counted repeats out when it compiles: `(?:a{100}){100}` is 10,000 parts, and a few more braces fill
     the memory. So the length that it will have is counted here, group by group.
@@ -216,7 +220,8 @@ def _for_regex(pattern: str, spaced: bool) -> str:
 
 
 def _without_nested_sets(text: str) -> str:
-    r"""A class with its inner brackets escaped: to `re` they are characters, to `regex` `[[:alpha:]]` is a set of sets.
+    r"""Return a class with its inner brackets escaped: to `re` they are characters, to `regex` `[[:alpha:]]` is a set
+    of sets.
 
     >>> _without_nested_sets(r"[^[:\d]")
     '[^\\[:\\d]'

@@ -19,7 +19,7 @@ from lora_jax.peft._trained_in_full import TrainedInFull
 
 
 def named(saved: Collected) -> dict[str, np.ndarray]:
-    """Every tensor of the file by its name.
+    """Return every tensor of the file by its name.
 
     Raises:
         ValueError: A leaf that was trained in full isn't at hand or can't be saved.
@@ -33,7 +33,7 @@ def named(saved: Collected) -> dict[str, np.ndarray]:
 
 
 def _factors(found: Factors) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors of one module: a (in, rank) and b (rank, out) as A (rank, in) and B (out, rank)."""
+    """Return the tensors of one module: a (in, rank) and b (rank, out) as A (rank, in) and B (out, rank)."""
     pairs = list(zip(factor_names(found.tensor), (found.a.T, found.b.T), strict=True))
     for head in found.tensor.tied:  # the head multiplies by Wᵀ, and ΔWᵀ = (a b)ᵀ = bᵀ aᵀ: its A is b, its B is a
         pairs += zip(head_factor_names(head), (found.b, found.a), strict=True)

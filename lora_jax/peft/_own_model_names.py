@@ -33,7 +33,7 @@ def names(
     stacked: Collection[str] = (),
     rename: Callable[[str], str] | None = None,
 ) -> dict[str, Name]:
-    """The name of each leaf of a model of your own, for `load` and `save`, made from its path by a rule.
+    """Return the name of each leaf of a model of your own, for `load` and `save`, made from its path by a rule.
 
     The path `encoder/query/kernel` becomes `encoder.query.weight`. The names `kernel`, `w`, `embedding` and a norm's
     `scale` become `weight`, and `b` and `offset` become `bias`. Under any other name a kernel of two or more axes is a

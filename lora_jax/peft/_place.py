@@ -22,7 +22,7 @@ from lora_jax.peft._tied_heads import Base
 
 
 def place(params: Any, base: Base, expected: Expected, arrays: Mapping[str, np.ndarray]) -> Any:
-    """The tree `params` with every expected array in its place.
+    """Return the tree `params` with every expected array in its place.
 
     Args:
         params: The tree that the adapter is loaded into.

@@ -27,12 +27,12 @@ KIND = "PROMPT_TUNING"
 
 
 def declared(node: Prefix) -> dict[str, int]:
-    """The entry of the adapter's config that describes its prefix."""
+    """Return the entry of the adapter's config that describes its prefix."""
     return {"length": len(node.value), "after": node.after}
 
 
 def files(node: Prefix | None, config: AdapterConfig, **descriptive: Any) -> dict[str, bytes | None]:
-    """The contents of the prefix's files by name; None for a file that must not be there."""
+    """Return the contents of the prefix's files by name; None for a file that must not be there."""
     if node is None:
         return dict.fromkeys(FILES)
     value = np.asarray(on_host(node.value))

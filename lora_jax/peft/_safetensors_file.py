@@ -34,7 +34,7 @@ class TensorsFile:
         return self._file.get_tensor(name)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Every tensor by its name."""
+        """Return every tensor by its name."""
         return {name: self.array(name) for name in self.header}
 
 
@@ -55,7 +55,7 @@ def opened(path: Path) -> Iterator[TensorsFile]:
 
 
 def wrong_dtype(dtype: str) -> str:
-    """The end of a message about a tensor of this dtype; empty for a dtype that an adapter may have.
+    """Return the end of a message about a tensor of this dtype; empty for a dtype that an adapter may have.
 
     >>> wrong_dtype("F32"), wrong_dtype("I8")
     ('', 'I8; expected one of BF16, F16, F32, F64')

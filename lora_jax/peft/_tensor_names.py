@@ -18,7 +18,7 @@ _WRAPPER = re.compile(rf"\.(modules_to_save|original_module)(\.{ADAPTER})?(?=\.)
 
 
 def factor_names(tensor: Tensor) -> tuple[str, str]:
-    """The names of A and B."""
+    """Return the names of A and B."""
     start = PREFIX + tensor.module
     if tensor.is_embedding:
         return f"{start}.lora_embedding_A", f"{start}.lora_embedding_B"
@@ -26,48 +26,54 @@ def factor_names(tensor: Tensor) -> tuple[str, str]:
 
 
 def linear_factor_names(start: str) -> tuple[str, str]:
-    """The names of A and B of a linear layer, from PEFT's name of the module."""
+    """Return the names of A and B of a linear layer, from PEFT's name of the module."""
     return f"{start}.lora_A.weight", f"{start}.lora_B.weight"
 
 
 def head_factor_names(head: str) -> tuple[str, str]:
-    """The names of A and B of a head that shares the embedding's weight: its A is the embedding's Bᵀ, its B is Aᵀ."""
+    """Return the names of A and B of a head that shares the embedding's weight: its A is the
+    embedding's Bᵀ, its B is Aᵀ.
+    """
     return linear_factor_names(PREFIX + head)
 
 
 def magnitude_name(tensor: Tensor) -> str:
-    """The name of DoRA's magnitude."""
+    """Return the name of DoRA's magnitude."""
     return f"{PREFIX}{tensor.module}.lora_magnitude_vector"
 
 
 def factor_bias_name(tensor: Tensor) -> str:
-    """The name of the bias of B (`lora_bias`)."""
+    """Return the name of the bias of B (`lora_bias`)."""
     return f"{PREFIX}{tensor.module}.lora_B.bias"
 
 
 def token_rows_name(embedding: Tensor) -> str:
-    """The name of the trained rows; PEFT saves them once for an embedding and a head that share the weight."""
+    """Return the name of the trained rows; PEFT saves them once for an embedding and a head that share the weight."""
     return f"{PREFIX}{embedding.module}.token_adapter.trainable_tokens_delta"
 
 
 def trained_names(tensor: Tensor) -> list[str]:
-    """The names of a tensor that is trained in full: one for each module that holds it."""
+    """Return the names of a tensor that is trained in full: one for each module that holds it."""
     return [f"{PREFIX}{module}.{tensor.parameter}" for module in tensor.modules]
 
 
 def wrapped_bias_name(tensor: Tensor) -> str:
-    """The name of the bias of a module that has factors too: PEFT has wrapped the module."""
+    """Return the name of the bias of a module that has factors too: PEFT has wrapped the module."""
     return f"{PREFIX}{tensor.module}.base_layer.bias"
 
 
 def base_names(tensor: Tensor, *, in_rows: bool = False) -> list[str]:
-    """The names under which PEFT may copy the base's own tensor into the file; `in_rows` if some of its rows train."""
+    """Return the names under which PEFT may copy the base's own tensor into the file; `in_rows` if
+    some of its rows train.
+    """
     wrappers = ("", ".base_layer", *([".token_adapter.base_layer"] if in_rows else []))
     return [f"{PREFIX}{module}{inner}.{tensor.parameter}" for module in tensor.modules for inner in wrappers]
 
 
 def head_rows_names(embedding: Tensor) -> list[str]:
-    """The names under which PEFT writes the rows of a resized embedding once more, for heads that share the weight."""
+    """Return the names under which PEFT writes the rows of a resized embedding once more, for
+    heads that share the weight.
+    """
     return [f"{PREFIX}{module}.token_adapter.trainable_tokens_delta" for module in embedding.tied]
 
 

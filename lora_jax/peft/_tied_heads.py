@@ -31,7 +31,8 @@ class Base(NamedTuple):
 
 
 def untied(names: Mapping[str, Weight], leaves: Mapping[str, Any], config: AdapterConfig) -> Base:
-    """The model, with a leaf (a transposed copy) for each head that the adapter changes differently from the embedding.
+    """Return the model, with a leaf (a transposed copy) for each head that the adapter changes differently from the
+    embedding.
 
     Args:
         names: The Hugging Face name of each leaf.

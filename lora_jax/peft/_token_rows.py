@@ -29,7 +29,7 @@ class TokenRows(NamedTuple):
 
 
 def named_rows(config: AdapterConfig, table: Mapping[str, Tensor]) -> list[tuple[Tensor, Rows]]:
-    """The tables of which `config` names trained rows, each with the numbers of these rows.
+    """Return the tables of which `config` names trained rows, each with the numbers of these rows.
 
     Raises:
         ValueError: A name fits no table of this model or several, or a row is beyond the table's.
@@ -56,7 +56,7 @@ def named_rows(config: AdapterConfig, table: Mapping[str, Tensor]) -> list[tuple
 
 
 def collect(tokens: Mapping[str, Sequence[int]], tree: Parts, table: Mapping[str, Tensor]) -> list[TokenRows]:
-    """The rows to save, with their values.
+    """Return the rows to save, with their values.
 
     Raises:
         ValueError: A path isn't that of a table, it has factors too, or a row is beyond it.
@@ -80,7 +80,7 @@ def collect(tokens: Mapping[str, Sequence[int]], tree: Parts, table: Mapping[str
 
 
 def taken(params: Any, names: Mapping[str, Weight]) -> tuple[Any, list[TokenRows]]:
-    """The tree without its `TrainedRows`, and these, as they are saved.
+    """Return the tree without its `TrainedRows`, and these, as they are saved.
 
     Raises:
         ValueError: A table has no name.

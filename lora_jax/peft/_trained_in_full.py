@@ -33,7 +33,7 @@ class TrainedInFull(NamedTuple):
     leaves: Mapping[str, Any]
 
     def value(self, tensor: Tensor) -> np.ndarray:
-        """The tensor's value as a checkpoint has it.
+        """Return the tensor's value as a checkpoint has it.
 
         Raises:
             ValueError: The leaf isn't at hand, holds NaN or infinity, or isn't a matrix.
@@ -98,7 +98,8 @@ def _check_complete(tree: Parts, names: Mapping[str, Weight], whole: set[str], a
 
 
 def _with_whole_heads(modules: set[str], others: set[str]) -> set[str]:
-    """The modules, with all modules of a head replaced by the head: PEFT adds heads of these names for `SEQ_CLS`.
+    """Return the modules, with all modules of a head replaced by the head: PEFT adds heads of these names for
+    `SEQ_CLS`.
 
     >>> sorted(_with_whole_heads({"classifier.dense", "classifier.out_proj", "pooler"}, {"embeddings"}))
     ['classifier', 'pooler']

@@ -64,13 +64,15 @@ def check(folder: Path) -> None:
 
 
 def base_model(folder: Path) -> Any:
-    """The value of `base_model_name_or_path` in a config that can be read, whatever its type; None without one."""
+    """Return the value of `base_model_name_or_path` in a config that can be read, whatever its
+    type; None without one.
+    """
     _adapter_config_file.read(folder)
     return _adapter_config_file.read_json(folder / CONFIG_FILE).get("base_model_name_or_path")
 
 
 def revision(folder: Path) -> str | None:
-    """The revision of the base model on the hub that a config names; None without one."""
+    """Return the revision of the base model on the hub that a config names; None without one."""
     found = _adapter_config_file.read_json(folder / CONFIG_FILE).get("revision")
     return found if isinstance(found, str) and found else None
 
@@ -82,20 +84,25 @@ def trains_embeddings(folder: Path) -> bool:
 
 
 def token_rows(folder: Path, params: Any, names: Mapping[str, Weight]) -> dict[str, tuple[int, ...]]:
-    """The rows of embeddings that the adapter trains, by the path of their leaf: the argument `tokens` of `save`."""
+    """Return the rows of embeddings that the adapter trains, by the path of their leaf: the
+    argument `tokens` of `save`.
+    """
     table = tensors(names, trees.parts(params).leaves)
     return {tensor.path: rows for tensor, rows in _token_rows.named_rows(_adapter_config_file.read(folder), table)}
 
 
 def added_rows(folder: Path) -> set[int]:
-    """The numbers of all rows of tables that the adapter trains: new tokens have rows beyond its base's vocabulary."""
+    """Return the numbers of all rows of tables that the adapter trains: new tokens have rows
+    beyond its base's vocabulary.
+    """
     given = _adapter_config_file.read(folder).trainable_token_indices or {}
     lists = given.values() if isinstance(given, Mapping) else [given]
     return {row for rows in lists for row in rows}
 
 
 def labels(folder: Path, width: int) -> int | None:
-    """The number of labels of the adapter's own classification head, on a model of this width; None without a head.
+    """Return the number of labels of the adapter's own classification head, on a model of this width; None without a
+    head.
 
     A file that can't be read or a head of another width counts as no head: `load` reports its fault.
     """

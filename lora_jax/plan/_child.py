@@ -16,7 +16,7 @@ from lora_jax.plan._request import Request
 
 
 def devices_of(topology: Topology) -> list[Any]:
-    """The chips, as the compiler knows them.
+    """Return the chips, as the compiler knows them.
 
     Raises:
         ValueError: No such topology can be built of this generation's hosts.

@@ -63,7 +63,7 @@ def measure(request: Request, devices: Sequence[Any], platform: str | None, repo
 
 
 def _stay_in_few_bits(request: Request, step: Step) -> list[str]:
-    """A line on the kernels that are in few bits in the model's folder."""
+    """Return a line on the kernels that are in few bits in the model's folder."""
     held = _step.schemes(step.base) if request.quantize is None else {}
     named = ", ".join(f"{count} in {scheme}" for scheme, count in held.items())
     return [f"kernels that stay in few bits, as they are in {request.model}: {named}"] if held else []
@@ -138,7 +138,9 @@ def over_full(message: str, arguments: int) -> dict[str, Any]:
 
 
 def _sent(compiled: Any) -> dict[str, Any]:
-    """Collectives by kind, and the largest with their origins; None where the compiler can't print its program."""
+    """Return collectives by kind, and the largest with their origins; None where the compiler
+    can't print its program.
+    """
     try:
         text = compiled.as_text()
     except jax.errors.JaxRuntimeError:

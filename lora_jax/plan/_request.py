@@ -45,7 +45,7 @@ class Request:
         return self.topology is None and self.mesh is None
 
     def sizes(self, devices: int) -> dict[str, int]:
-        """The mesh, all devices along `fsdp` unless given."""
+        """Return the mesh, all devices along `fsdp` unless given."""
         return {"fsdp": devices} if self.mesh is None else self.mesh
 
     def check_devices(self, devices: int) -> None:

@@ -88,7 +88,7 @@ class Plan:
         }
 
     def to_json(self) -> dict[str, Any]:
-        """One object: the request, `per_chip`, full fine-tuning beside it, and the advice."""
+        """Return one object: the request, `per_chip`, full fine-tuning beside it, and the advice."""
         train = self.request.train
         names = ("device", "compiler", "attention", "remat", "layers", "parameters", "trainable")
         return {
@@ -142,13 +142,15 @@ class Plan:
         return [*lines, "--search tries meshes, remat and the loss in chunks"]
 
     def _parts_of(self, fitting: int) -> int | None:
-        """The fewest parts of a batch of which each has at most so many rows of a chip; None where there are none."""
+        """Return the fewest parts of a batch of which each has at most so many rows of a chip; None
+        where there are none.
+        """
         batch, over = self.request.train.batch_size, _mesh.rows_over(self.mesh)
         counts = (count for count in range(1, batch // over + 1) if batch % (count * over) == 0)
         return next((count for count in counts if batch // (count * over) <= fitting), None)
 
     def _chips_for(self) -> int:
-        """Chips over which the arguments take at most four fifths of a chip."""
+        """Return chips over which the arguments take at most four fifths of a chip."""
         cut = self.chips // self.mesh.get("data", 1)
         return -(-self.found["per_chip"]["arguments"] * cut * 5 // (4 * self.limit))
 

@@ -91,7 +91,7 @@ def plan(
 
 
 def run(request: Request, on_stage: OnStage) -> Plan:
-    """The plan of a request."""
+    """Return the plan of a request."""
     if request.topology is None:
         devices = _local(request)
         found = measure(request, devices, None, on_stage) | {"compiler": f"jaxlib {version('jaxlib')}"}
@@ -112,7 +112,7 @@ def _local(request: Request) -> list[Any]:
 
 
 def _capacity(device: Any) -> int:
-    """Bytes of a device's memory; of a CPU's, its part of the machine's."""
+    """Return bytes of a device's memory; of a CPU's, its part of the machine's."""
     stats = device.memory_stats() or {}
     return (
         stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
@@ -157,7 +157,7 @@ def _in_child(request: Request, on_stage: OnStage) -> dict[str, Any]:
 
 
 def _answer(process: Any, request: Request, on_stage: OnStage) -> dict[str, Any]:
-    """The child's result; the lines before it are stages.
+    """Return the child's result; the lines before it are stages.
 
     Raises:
         EOFError: There is none.

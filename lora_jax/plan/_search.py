@@ -82,7 +82,7 @@ def search(
 
 
 def order(plan: Plan) -> tuple[int, bool, int, int]:
-    """The key that sorts plans."""
+    """Return the key that sorts plans."""
     kinds = plan.per_chip["collectives"] or {}
     sent = sum(kind["bytes"] for kind in kinds.values())
     return (plan.short_by, not _leaves_room(plan), plan.per_chip["flops"], sent)

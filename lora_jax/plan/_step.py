@@ -123,13 +123,13 @@ def make(request: Request, model: Any, devices: Sequence[Any], *, full: bool = F
 
 
 def schemes(tree: Any) -> dict[str, int]:
-    """The number of kernels in each scheme of few bits."""
+    """Return the number of kernels in each scheme of few bits."""
     leaves = jax.tree.leaves(tree, is_leaf=is_quantized)
     return dict(Counter(sorted(leaf.scheme for leaf in leaves if is_quantized(leaf))))
 
 
 def bytes_on_a_device(tree: Any) -> int:
-    """Bytes that arrays take on one device, without the padding of their tiles.
+    """Return bytes that arrays take on one device, without the padding of their tiles.
 
     >>> sharding = NamedSharding(jax.make_mesh((1,), ("fsdp",)), PartitionSpec("fsdp"))
     >>> bytes_on_a_device({"w": jax.ShapeDtypeStruct((4, 8), jnp.bfloat16, sharding=sharding)})

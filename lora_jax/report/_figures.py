@@ -140,7 +140,7 @@ def overlaps_by_layer(measured: Sequence[KernelMeasurements], side: str) -> Iter
 
 
 def label(kernel: KernelMeasurements | str) -> str:
-    """The label of a kernel or a kind in ASCII, which every font has: names come from files.
+    """Return the label of a kernel or a kind in ASCII, which every font has: names come from files.
 
     >>> label("self_attn.q_proj")
     'self_attn.q_proj'
@@ -152,7 +152,9 @@ def label(kernel: KernelMeasurements | str) -> str:
 
 
 def _mean(overlaps: Sequence[Overlap]) -> Overlap:
-    """Mean over the kernels of one kind; where their ranks differ, over the directions that all of them have."""
+    """Return the mean over the kernels of one kind; where their ranks differ, over the directions
+    that all of them have.
+    """
     rows, columns = (min(overlap.phi.shape[axis] for overlap in overlaps) for axis in (0, 1))
     parts = ([part[:rows, :columns] for part in parts] for parts in zip(*overlaps, strict=True))
     phi, random = (np.mean(np.stack(part), axis=0) for part in parts)
@@ -174,7 +176,7 @@ def _heatmaps(figure: Figure, panels: Sequence[tuple[str, np.ndarray]], columns:
 
 
 def _extent(phi: np.ndarray) -> tuple[float, float, float, float]:
-    """The extent with which ticks count directions from 1, the first of them in the upper left corner."""
+    """Return the extent with which ticks count directions from 1, the first of them in the upper left corner."""
     rows, columns = phi.shape
     return 0.5, columns + 0.5, rows + 0.5, 0.5
 

@@ -112,7 +112,7 @@ def _sections(measured: Sequence[KernelMeasurements]) -> Any:
 
 
 def number(value: float | None) -> str:
-    """A number of the page's tables as text; a dash for None and for what isn't finite.
+    """Return a number of the page's tables as text; a dash for None and for what isn't finite.
 
     >>> number(0.123456), number(1234.5), number(None), number(float("nan"))
     ('0.123', '1,234', '–', '–')

@@ -44,7 +44,7 @@ def by_kind(measured: Sequence[KernelMeasurements]) -> list[KindSummary]:
 
 
 def grouped(measured: Sequence[KernelMeasurements]) -> dict[str, list[KernelMeasurements]]:
-    """The kernels by kind."""
+    """Return the kernels by kind."""
     groups: dict[str, list[KernelMeasurements]] = {}
     for one in measured:
         groups.setdefault(one.kind, []).append(one)
@@ -74,13 +74,15 @@ def _summarise(kind: str, kernels: list[KernelMeasurements]) -> KindSummary:
 
 
 def _mean_of_numbers(values: Sequence[float]) -> float | None:
-    """Mean of the finite values: a kernel whose update is zero has no factor, and a kernel of zeros no ratio."""
+    """Return the mean of the finite values: a kernel whose update is zero has no factor, and a
+    kernel of zeros no ratio.
+    """
     numbers = [value for value in values if np.isfinite(value)]
     return float(np.mean(numbers)) if numbers else None
 
 
 def ratio(part: Any, whole: Any) -> float:
-    """The part's share of the whole; NaN if the whole is zero.
+    """Return the part's share of the whole; NaN if the whole is zero.
 
     >>> ratio(1, 2), ratio(1, 0)
     (0.5, nan)
@@ -89,7 +91,7 @@ def ratio(part: Any, whole: Any) -> float:
 
 
 def updates_sentence(measured: Sequence[KernelMeasurements]) -> str:
-    """Effective rank of the updates against the rank that they have."""
+    """Return the effective rank of the updates against the rank that they have."""
     rank = np.mean([one.rank for one in measured])
     effective = np.mean([one.update.effective_rank for one in measured])
     most = np.mean([one.update.energy_rank(0.9) for one in measured])
@@ -100,7 +102,7 @@ def updates_sentence(measured: Sequence[KernelMeasurements]) -> str:
 
 
 def weights_sentence(measured: Sequence[KernelMeasurements]) -> str:
-    """Effective rank of the kernels against their size."""
+    """Return the effective rank of the kernels against their size."""
     spectra = [one.weight for one in measured if one.weight is not None]
     full = np.mean([len(one.singular_values) for one in spectra])
     effective = np.mean([one.effective_rank for one in spectra])
@@ -108,7 +110,7 @@ def weights_sentence(measured: Sequence[KernelMeasurements]) -> str:
 
 
 def amplification_sentence(measured: Sequence[KernelMeasurements]) -> str:
-    """The median factor, and the shares of W's norm from which it comes."""
+    """Return the median factor, and the shares of W's norm from which it comes."""
     amplifications = [one.amplification for one in measured if one.amplification is not None]
     factors = [float(one.factor) for one in amplifications if np.isfinite(one.factor)]
     if not factors:

@@ -83,7 +83,7 @@ def _is_ours(path: Path) -> bool:
 
 
 def as_json(one: KernelMeasurements) -> dict[str, Any]:
-    """One kernel's measures as plain numbers of six digits; None where there is no finite number."""
+    """Return one kernel's measures as plain numbers of six digits; None where there is no finite number."""
     return {
         "name": one.name,
         "layer": one.layer,

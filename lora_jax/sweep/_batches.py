@@ -29,7 +29,7 @@ class ShuffledBatches:
         return len(self._by_seed) > 1
 
     def batch(self, step: int, configs: Sequence[TrainConfig]) -> data.Batch:
-        """The batch of one step: one for all adapters, or one each on a leading axis, padded to one length."""
+        """Return the batch of one step: one for all adapters, or one each on a leading axis, padded to one length."""
         by_seed = {seed: self._by_seed[seed][step] for seed in {config.shuffle_seed for config in configs}}
         if not self.differ:
             return next(iter(by_seed.values()))
@@ -39,12 +39,12 @@ class ShuffledBatches:
         return {name: np.stack([batch[name] for batch in each]) for name in each[0]}
 
     def first(self, count: int) -> list[data.Batch]:
-        """The first batches of the first order, padded to one length."""
+        """Return the first batches of the first order, padded to one length."""
         batches = next(iter(self._by_seed.values()))
         return [_to_length(batches[step], self._longest) for step in range(min(count, len(batches)))]
 
     def longest_batch(self, count: int) -> Any:
-        """The shapes of a batch of the longest examples, for `count` adapters."""
+        """Return the shapes of a batch of the longest examples, for `count` adapters."""
         batches = next(iter(self._by_seed.values()))
         return shapes(_to_length(batches[0], self._longest), (count,) if self.differ else ())
 

@@ -95,7 +95,7 @@ class _ParameterCounts:
         self._params, self._lora, self._axes, self._paths = params, lora, axes, leaf_paths(params)
 
     def at_rank_one(self, point: Point) -> int:
-        """Number of parameters of A and B at rank 1, for the point's targets."""
+        """Return the number of parameters of A and B at rank 1, for the point's targets."""
         if point.targets not in self.known:
             config, _ = point.settings(self._lora, None, self._paths)
             adapted = jax.eval_shape(
@@ -108,7 +108,7 @@ class _ParameterCounts:
         return self.known[point.targets]
 
     def highest_rank(self, targets: tuple[str, ...]) -> int:
-        """The smallest size of any targeted kernel; a higher rank adds nothing. `at_rank_one` comes first."""
+        """Return the smallest size of any targeted kernel; a higher rank adds nothing. `at_rank_one` comes first."""
         return self._smallest[targets]
 
 

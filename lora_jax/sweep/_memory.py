@@ -14,7 +14,8 @@ SMALL_MACHINE = 8 * 2**30  # bytes, assumed where a system reports none
 
 
 def adapters_per_round(count: int, fixed: int, needed: Callable[[int], int], memory: int) -> int:
-    """Number of adapters, of `count`, that train at once: rounds are equal and none needs more than `memory`.
+    """Return the number of adapters, of `count`, that train at once: rounds are equal and none needs more than
+    `memory`.
 
     Args:
         count: Number of all adapters.
@@ -44,7 +45,8 @@ def adapters_per_round(count: int, fixed: int, needed: Callable[[int], int], mem
 
 
 def bytes_needed(step: Callable[..., Any], *arguments: Any) -> int:
-    """Memory of the compiled step: its arguments, its results and what its backward pass needs of the forward pass.
+    """Return the memory of the compiled step: its arguments, its results and what its backward pass needs of the
+    forward pass.
 
     0 where the backend doesn't report it.
     """
@@ -60,18 +62,18 @@ def bytes_needed(step: Callable[..., Any], *arguments: Any) -> int:
 
 
 def size_of(tree: Any) -> int:
-    """Bytes of all arrays on one device."""
+    """Return bytes of all arrays on one device."""
     return sum(math.prod(_part(leaf)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _part(leaf: Any) -> tuple[int, ...]:
-    """The shape of the part of an array that is on one device."""
+    """Return the shape of the part of an array that is on one device."""
     sharding = getattr(leaf, "sharding", None)
     return leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
 
 
 def shapes(tree: Any, lead: tuple[int, ...] = ()) -> Any:
-    """The tree with a `ShapeDtypeStruct` for each array, which has `lead` as further leading axes.
+    """Return the tree with a `ShapeDtypeStruct` for each array, which has `lead` as further leading axes.
 
     Without further axes, what is on a mesh stays there: a device needs memory for its part alone.
     """
@@ -85,7 +87,7 @@ def shapes(tree: Any, lead: tuple[int, ...] = ()) -> Any:
 
 
 def free_memory() -> int:
-    """Half of the bytes that the device has free."""
+    """Return half of the bytes that the device has free."""
     stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return (stats["bytes_limit"] - stats.get("bytes_in_use", 0)) // 2
@@ -93,7 +95,7 @@ def free_memory() -> int:
 
 
 def _available() -> int:
-    """Bytes available on the host as Linux reports them, else all that it has, else `SMALL_MACHINE`."""
+    """Return bytes available on the host as Linux reports them, else all that it has, else `SMALL_MACHINE`."""
     listed = pathlib.Path("/proc/meminfo")
     found = re.search(r"^MemAvailable: +(\d+) kB$", listed.read_text() if listed.exists() else "", re.MULTILINE)
     if found:

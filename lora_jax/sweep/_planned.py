@@ -36,5 +36,5 @@ def plan(point: Point, config: TrainConfig, params: Any) -> PlannedRun:
 
 
 def settings_of(runs: Sequence[PlannedRun]) -> PointSettings:
-    """The runs' settings as arrays with a leading axis."""
+    """Return the runs' settings as arrays with a leading axis."""
     return point_settings([run.config for run in runs], [run.point.prefix_length or 0 for run in runs])

@@ -71,7 +71,7 @@ class Point:
     def settings(
         self, lora: LoRAConfig | None = None, config: TrainConfig | None = None, paths: Collection[str] | None = None
     ) -> tuple[LoRAConfig, TrainConfig]:
-        """The settings with which this adapter trains in a run alone, for `lora_jax.init` and `train`.
+        """Return the settings with which this adapter trains in a run alone, for `lora_jax.init` and `train`.
 
         Args:
             lora: The settings that a point doesn't have: exclude, scaling, init, dtype, also_train. A point has one
@@ -97,7 +97,7 @@ class Point:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """The settings by name, with the targets as one string."""
+        """Return the settings by name, with the targets as one string."""
         return {**dataclasses.asdict(self), "targets": ",".join(self.targets)}
 
 

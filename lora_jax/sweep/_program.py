@@ -24,7 +24,7 @@ class PointSettings(NamedTuple):
 
 
 def point_settings(configs: Sequence[TrainConfig], prefixes: Sequence[int] = ()) -> PointSettings:
-    """The adapters' settings, each with a leading axis."""
+    """Return the adapters' settings, each with a leading axis."""
     rates = {
         name: jnp.asarray([getattr(config, name) for config in configs], jnp.float32)
         for name in ("learning_rate", "weight_decay", "dropout")

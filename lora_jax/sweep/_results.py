@@ -105,7 +105,7 @@ class Results:
         return [name for name in _settings() if name == "targets" or len({point[name] for point in points}) > 1]
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row for each point: its settings and its result, with None for a metric that it doesn't have."""
+        """Return one row for each point: its settings and its result, with None for a metric that it doesn't have."""
         return [
             {
                 **result.point.as_dict(),
@@ -119,7 +119,8 @@ class Results:
         ]
 
     def summary(self) -> list[dict[str, Any]]:
-        """One row for the repeats of each point: settings without seed and data_seed, mean and standard deviation.
+        """Return one row for the repeats of each point: settings without seed and data_seed, mean and standard
+        deviation.
 
         Failed adapters count in `failed` only, and metrics that aren't finite (the perplexity of a large loss) are left
         out. The deviation is the sample's, None for fewer than two repeats.
@@ -145,7 +146,7 @@ class Results:
         return text.get()
 
     def table(self) -> Table:
-        """The summary for a terminal: settings that differ between points, and metrics as mean ± deviation."""
+        """Return the summary for a terminal: settings that differ between points, and metrics as mean ± deviation."""
         rows, varied = self.summary(), self.varied
         where = " on the validation examples" if "valid_loss" in self.metric_names else ""
         table = Table(title=f"{len(self.results)} adapters{where}, mean ± standard deviation over repeats")
@@ -197,7 +198,9 @@ class Results:
         _disk.write(folder / "results.csv", text.getvalue())
 
     def _scores(self) -> dict[str, Any]:
-        """Entries of results.json: the kernels' scores, and how the settings' scores correlate with each metric."""
+        """Return entries of results.json: the kernels' scores, and how the settings' scores correlate
+        with each metric.
+        """
         if not self.scores:
             return {}
         kernels = {
@@ -228,7 +231,7 @@ def _summary_row(point: Point, group: Sequence[Result], names: Sequence[str]) ->
 
 
 def _heading(name: str) -> str:
-    """The heading of a metric's column.
+    """Return the heading of a metric's column.
 
     >>> _heading("valid_loss"), _heading("valid_matthews_correlation")
     ('validation loss', 'matthews correlation')
@@ -244,6 +247,6 @@ def _spread(row: dict[str, Any], name: str) -> str:
 
 
 def weighted(losses: Iterable[float], weights: Iterable[float]) -> float:
-    """Mean loss over all targets of several steps; a step's weight is its number of targets."""
+    """Return the mean loss over all targets of several steps; a step's weight is its number of targets."""
     losses, weights = np.asarray(losses, np.float64), np.asarray(weights, np.float64)
     return float(np.sum(losses * weights) / max(np.sum(weights), 1))

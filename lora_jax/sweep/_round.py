@@ -50,7 +50,7 @@ class RoundTrainer(NamedTuple):
     task: Task
 
     def adapters_per_round(self, runs: Sequence[PlannedRun], memory: int) -> int:
-        """Number of adapters that train at once within `memory` bytes.
+        """Return the number of adapters that train at once within `memory` bytes.
 
         Raises:
             ValueError: Not even one adapter fits.
@@ -85,7 +85,7 @@ class RoundTrainer(NamedTuple):
         ]
 
     def _train(self, adapters: Any, runs: Sequence[PlannedRun], progress: RoundProgress) -> tuple[StepMetrics, Any]:
-        """Every step's metrics, each [steps, adapters], and the trained adapters."""
+        """Return every step's metrics, each [steps, adapters], and the trained adapters."""
         states, settings, configs = self.program.init(adapters), settings_of(runs), [run.config for run in runs]
         in_flight, fetched = None, []
         for step in range(1, self.training.steps + 1):

@@ -161,13 +161,13 @@ def run(
 def _trained(
     trainer: RoundTrainer, rounds: Sequence[Sequence[PlannedRun]], size: int, log: Log, steps: int, logging_steps: int
 ) -> Iterator[Result]:
-    """The results of round after round, each round's as it ends."""
+    """Yield the results of round after round, each round's as it ends."""
     for number, runs in enumerate(rounds):
         yield from trainer.train(runs, size, RoundProgress(log, number * steps, logging_steps))
 
 
 def _with_own_dropout(apply_fn: Callable[..., Any], points: Sequence[Point], config: TrainConfig) -> TrainConfig:
-    """The settings with the dropout rate of a function that is adapted already.
+    """Return the settings with the dropout rate of a function that is adapted already.
 
     Raises:
         ValueError: The settings or a point give another rate.

@@ -75,7 +75,7 @@ class AdapterFactory:
 
         @functools.cache
         def maker(config: LoRAConfig, length: int) -> Any:
-            """A function from a key to an adapter, compiled once for all seeds."""
+            """Return a function from a key to an adapter, compiled once for all seeds."""
 
             def make(key: jax.Array, params: Any) -> Any:
                 # As `lora-jax train` does: the seed's key draws the prefix, and fold 0 of it draws A. Training folds in
@@ -93,7 +93,7 @@ class AdapterFactory:
             jax.eval_shape(maker(config, length), jax.random.key(0), params)
 
     def base(self) -> Any:
-        """The base that all adapters share, with None where a leaf is in the adapters."""
+        """Return the base that all adapters share, with None where a leaf is in the adapters."""
         params = self._with_prefix(jax.random.key(0), self._params, self._longest)
         return jax.tree.map(jnp.asarray, split(params, self._lora.also_train)[0])
 
@@ -107,21 +107,23 @@ class AdapterFactory:
         return jax.eval_shape(lambda tree: edit(tree, leaf=leaf_of), self._all)
 
     def shape(self, point: Point) -> Any:
-        """The shapes of one point's own adapter."""
+        """Return the shapes of one point's own adapter."""
         make = self._maker(self._configs[point], self._length_of(point))
         return jax.eval_shape(make, jax.random.key(0), self._params)
 
     def everywhere(self) -> Any:
-        """The complete tree, with a node of rank 1 for every kernel that any point targets."""
+        """Return the complete tree, with a node of rank 1 for every kernel that any point targets."""
         return init(jax.random.key(0), self._params, self._union, axes=self._axes)
 
     def alone(self, point: Point, seed: int) -> Any:
-        """The adapter with which a run of this point alone starts."""
+        """Return the adapter with which a run of this point alone starts."""
         make = self._maker(self._configs[point], self._length_of(point))
         return make(jax.random.key(seed), self._params_of(seed))
 
     def _length_of(self, point: Point) -> int:
-        """Length of the prefix to draw for the point: 0 if the tree has a prefix, from which all points start."""
+        """Return the length of the prefix to draw for the point: 0 if the tree has a prefix, from
+        which all points start.
+        """
         return 0 if prefix.length(self._params) else point.prefix_length or 0
 
     def _params_of(self, seed: int) -> Any:
@@ -159,14 +161,14 @@ def _zeros(like: jax.ShapeDtypeStruct) -> jax.Array:
 
 
 def count_trainable(adapter: Any) -> int:
-    """Number of parameters that train: all but the scales."""
+    """Return the number of parameters that train: all but the scales."""
     leaves = [leaf for _, leaf in leaves_with_paths(adapter)]
     arrays = [leaf.replace(scale=None) if isinstance(leaf, LoRA) else leaf for leaf in leaves]
     return int(sum(np.size(array) for array in jax.tree.leaves(arrays)))
 
 
 def unstacked(stacked: Any, index: int, like: Any) -> Any:
-    """One adapter of the stack, cut to the nodes and the rank of `like`."""
+    """Return one adapter of the stack, cut to the nodes and the rank of `like`."""
     leaves, nodes = dict(leaves_with_paths(stacked)), nodes_of(stacked)
 
     def cut(array: Any, small: Any) -> Any:

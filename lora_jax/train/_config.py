@@ -277,14 +277,14 @@ class TrainConfig:
         return max(1, math.ceil(steps))
 
     def warmup(self, steps: int) -> int:
-        """Steps of warm-up in a run of `steps` steps; at least one step follows them."""
+        """Return steps of warm-up in a run of `steps` steps; at least one step follows them."""
         if self.lr_scheduler_type == "constant":
             return 0
         warmup = self.warmup_steps if self.warmup_steps >= 1 else round(self.warmup_steps * steps)
         return min(int(warmup), steps - 1)
 
     def evaluation_interval(self, examples: int, labelled: bool) -> int:
-        """Steps between evaluations in a run over `examples` training examples; 0: only before and after it."""
+        """Return steps between evaluations in a run over `examples` training examples; 0: only before and after it."""
         if self.eval_steps is None:
             return math.ceil(examples / self.batch_size) if labelled else 0
         return self.eval_steps

@@ -9,7 +9,7 @@ from lora_jax.train._loss import following, token_losses, weighted_sums
 
 
 def answer_log_probs(outputs: Array, batch: dict[str, Array]) -> Array:
-    """The log probability of each answer after its prompt: the sum over its tokens, float32 [batch, 2].
+    """Return the log probability of each answer after its prompt: the sum over its tokens, float32 [batch, 2].
 
     Args:
         outputs: Logits [2 · batch, length, vocabulary], or the tokens' losses, as for `next_token_loss`; rows 2i and
@@ -36,7 +36,7 @@ def dpo_loss(
     label_smoothing: float = 0.0,
     loss_type: LossType = "sigmoid",
 ) -> tuple[Array, Array, dict[str, Array]]:
-    """The sum of the pairs' losses, the number of pairs, and the sums of their rewards, margins and accuracies.
+    """Return the sum of the pairs' losses, the number of pairs, and the sums of their rewards, margins and accuracies.
 
         reward r(y) = β log (π(y | x) / π_ref(y | x))        margin m = r(chosen) − r(rejected)
         sigmoid  −(1 − ε) log σ(m) − ε log σ(−m)

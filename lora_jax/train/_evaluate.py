@@ -40,7 +40,7 @@ class Evaluation(NamedTuple):
     (the share of positive margins) for preferences."""
 
     def metric(self, name: str) -> float:
-        """The loss or a metric by name."""
+        """Return the loss or a metric by name."""
         return self.loss if name == "loss" else self.metrics[name]
 
 
@@ -104,7 +104,7 @@ def evaluate(
 
 
 def _base_of(params: Any) -> Any:
-    """The parameters without what was trained; what `init` has taken out of kernels (PiSSA, LoftQ) is there again."""
+    """Return the parameters without what was trained; what PiSSA or LoftQ has taken out of kernels is there again."""
     base, adapter = split(params)
     if in_full := trained_paths(adapter):
         raise ValueError(
@@ -188,7 +188,7 @@ class Evaluator:
 
 
 def evaluation_of(task: Task, sums: Sequence[Any], labels: Sequence[tuple[Any, np.ndarray]]) -> Evaluation:
-    """The evaluation of a set, from the results of `make_loss_sums` on its batches.
+    """Return the evaluation of a set, from the results of `make_loss_sums` on its batches.
 
     Args:
         task: The task.

@@ -92,7 +92,7 @@ class Feed:
         )
 
     def first(self) -> data.Batch:
-        """A batch such as training gets, to trace the model with; one of padding where rows are packed or streamed."""
+        """Return a batch such as training gets, to trace the model with; padding where rows are packed or streamed."""
         if not self.streamed and not self._config.packing:
             batches: Any = data.batches(self._data, self._config.batch_size)
             return batches[0]
@@ -101,7 +101,9 @@ class Feed:
         return {name: np.zeros(shape, np.int32) for name in names} | {"loss_weights": np.zeros(shape, np.float32)}
 
     def largest(self, first: data.Batch) -> tuple[int, int]:
-        """The rows and the length of the largest batch of a step's part; `first` is a batch such as training gets."""
+        """Return the rows and the length of the largest batch of a step's part; `first` is a batch
+        such as training gets.
+        """
         *rows, length = first["input_ids"].shape
         for example in self.examples:
             texts = example if isinstance(example, data.PreferenceExample) else (example,)
@@ -127,7 +129,7 @@ class Feed:
                 )
 
     def iterate(self, steps: int, mesh: Mesh | None = None) -> grain.DatasetIterator[Any]:
-        """The batches, for `steps` steps at least; the state of the iterator is a run's position.
+        """Return the batches, for `steps` steps at least; the state of the iterator is a run's position.
 
         Processes of one mesh tokenise a stream together.
         """
@@ -156,7 +158,7 @@ class Feed:
 
 
 def _among_all(stream: Any, mesh: Mesh | None) -> Any:
-    """A stream of `lora_jax.data` that the processes of the mesh tokenise together, each its share of the rows.
+    """Return a stream of `lora_jax.data` that the processes of the mesh tokenise together, each its share of the rows.
 
     Without a mesh over all processes each of them is a run of its own, perhaps on other data.
     """
@@ -167,7 +169,7 @@ def _among_all(stream: Any, mesh: Mesh | None) -> Any:
 
 
 def _even(examples: Any, batch_size: int, length: int) -> Any:
-    """Batches of a stream's examples, in its order; of few lengths, each of which is compiled."""
+    """Return batches of a stream's examples, in its order; of few lengths, each of which is compiled."""
 
     def batch(rows: Sequence[data.Example]) -> data.Batch:
         longest = max(len(example.input_ids) for example in rows)

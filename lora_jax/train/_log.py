@@ -88,7 +88,7 @@ class Log:
 
 
 def _metrics_file(folder: Path, last: int) -> TextIO:
-    """The file to append to, with the lines up to step `last`, at whatever moment an earlier process ended."""
+    """Return the file to append to, with the lines up to step `last`, at whatever moment an earlier process ended."""
     path = folder / "metrics.jsonl"
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     _disk.write(path, b"".join(line for line in lines if _step_of(line) <= last))
@@ -96,7 +96,7 @@ def _metrics_file(folder: Path, last: int) -> TextIO:
 
 
 def _step_of(line: bytes) -> float:
-    """The step of a line; infinity for a line that was cut off when an earlier process ended."""
+    """Return the step of a line; infinity for a line that was cut off when an earlier process ended."""
     try:
         return json.loads(line)["step"] if line.endswith(b"\n") else np.inf
     except (ValueError, KeyError, TypeError, RecursionError):

@@ -248,7 +248,7 @@ def _program(
 
 
 def _result(run: Run, program: Program, history: list[Record], console: Console | None, began: float) -> TrainResult:
-    """The result of a run that has ended, which `began` at this time of `time.perf_counter`."""
+    """Return the result of a run that has ended, which `began` at this time of `time.perf_counter`."""
     done, steps = run.state.step, program.steps
     if done < steps and console is not None:
         console.print(f"stopped early after step {done} of {steps}: {run.stale} evaluations found no better adapter")

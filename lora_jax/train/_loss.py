@@ -46,7 +46,8 @@ cross_entropy.defvjp(_forward, _backward)
 
 
 def next_token_loss(logits: Array, batch: dict[str, Array]) -> tuple[Array, Array]:
-    """The weighted sum of the tokens' cross entropies, each predicted from the tokens before it, and of the weights.
+    """Return the weighted sum of the tokens' cross entropies, each predicted from the tokens before it, and of the
+    weights.
 
     The result is two sums and not a mean, so that parts of a batch add up exactly.
 
@@ -68,7 +69,7 @@ def next_token_loss(logits: Array, batch: dict[str, Array]) -> tuple[Array, Arra
 
 
 def token_losses(outputs: Array, ids: Array) -> Array:
-    """The cross entropy of each token's successor, float32 [batch, length], of a model's output.
+    """Return the cross entropy of each token's successor, float32 [batch, length], of a model's output.
 
     Args:
         outputs: Logits [batch, length, vocabulary], or these losses themselves: `losses_in_chunks` makes functions that
@@ -79,12 +80,12 @@ def token_losses(outputs: Array, ids: Array) -> Array:
 
 
 def following(x: Array) -> Array:
-    """The value of the next position, [batch, length]; 0 at the last, which predicts nothing."""
+    """Return the value of the next position, [batch, length]; 0 at the last, which predicts nothing."""
     return jnp.pad(x[:, 1:], ((0, 0), (0, 1)))
 
 
 def classification_loss(logits: Array, batch: dict[str, Array]) -> tuple[Array, Array]:
-    """The weighted sum of the examples' cross entropies, and the sum of the weights.
+    """Return the weighted sum of the examples' cross entropies, and the sum of the weights.
 
     Args:
         logits: Float [batch, classes].
@@ -101,7 +102,7 @@ def classification_loss(logits: Array, batch: dict[str, Array]) -> tuple[Array, 
 
 
 def regression_loss(scores: Array, batch: dict[str, Array]) -> tuple[Array, Array]:
-    """The weighted sum of the examples' squared errors, and the sum of the weights.
+    """Return the weighted sum of the examples' squared errors, and the sum of the weights.
 
     Args:
         scores: Float [batch, 1].

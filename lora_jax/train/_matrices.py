@@ -23,7 +23,7 @@ class Matrices:
 
 
 def matrices(tree: Any) -> Any:
-    """The `Matrices` of each leaf of an adapter; a leaf trained in full is left as it is.
+    """Return the `Matrices` of each leaf of an adapter; a leaf trained in full is left as it is.
 
     >>> node = LoRA(jax.numpy.ones((3, 2)), jax.numpy.ones((2, 5)), 0.5)
     >>> matrices({"kernel_lora": node})["kernel_lora"].a
@@ -91,7 +91,7 @@ def _pairs(tree: Any, params: Any) -> list[tuple[jax.Array, Matrices]]:
 
 
 def _matrix(x: jax.Array, of: Matrices) -> jax.Array:
-    """The array with each matrix's rows in one axis, and its columns in one.
+    """Return the array with each matrix's rows in one axis, and its columns in one.
 
     >>> _matrix(jax.numpy.ones((5, 2, 3, 4)), Matrices(stack=1, rows=2)).shape
     (5, 6, 4)

@@ -98,7 +98,7 @@ class Meter:
             self._fetch()
 
     def read(self) -> Record:
-        """The metrics since `restart`; waits for the steps in flight."""
+        """Return the metrics since `restart`; waits for the steps in flight."""
         self._fetch_all()
         seconds = time.perf_counter() - self._started
         columns = {name: np.array([step[name] for step in self._steps]) for name in self._steps[0]}
@@ -118,7 +118,9 @@ class Meter:
 
 
 def _peak_memory() -> dict[str, float]:
-    """The most memory in use so far on any device of this process, where the backend counts it: a CPU doesn't."""
+    """Return the most memory in use so far on any device of this process, where the backend counts
+    it: a CPU doesn't.
+    """
     counts = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
     known = [count for count in counts if count is not None]
     return {"peak_memory_gib": round(max(known) / 2**30, 3)} if known else {}

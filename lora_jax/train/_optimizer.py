@@ -49,7 +49,8 @@ def make_optimizer(
 
 
 def averaged(opt_state: Any, adapter: Any) -> Any:
-    """The adapter to evaluate and to save: of a schedule-free optimizer the averaged weights, else `adapter` itself.
+    """Return the adapter to evaluate and to save: of a schedule-free optimizer the averaged weights, else `adapter`
+    itself.
 
         x = (y − (1 − β₁) z) / β₁        y: the weights at which gradients are taken, z: those that the steps move
 
@@ -78,7 +79,7 @@ def averaged(opt_state: Any, adapter: Any) -> Any:
 
 
 def _optimizer(config: TrainConfig, rate: optax.Schedule, decay: Any) -> optax.GradientTransformation:
-    """The optimizer by name, its last part the learning rate, LoRA+'s included."""
+    """Return the optimizer by name, its last part the learning rate, LoRA+'s included."""
     match config.optim:
         case "adamw":
             scaled = optax.scale_by_adam()

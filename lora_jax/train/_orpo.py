@@ -10,7 +10,7 @@ CERTAIN = -1e-6  # the highest mean log probability that has odds in float32
 
 
 def orpo_loss(outputs: Array, batch: dict[str, Array], *, beta: float = 0.1) -> tuple[Array, Array, dict[str, Array]]:
-    """The sum of the pairs' losses, the number of pairs, and the sums of what is logged of them.
+    """Return the sum of the pairs' losses, the number of pairs, and the sums of what is logged of them.
 
         log p(y) = 1/|y| Σ_t log π(y_t | x, y_<t)        odds(y) = p(y) / (1 − p(y))
         loss = NLL(x, chosen) − β log σ(log odds(chosen) − log odds(rejected))
@@ -68,7 +68,7 @@ def orpo_loss(outputs: Array, batch: dict[str, Array], *, beta: float = 0.1) -> 
 
 
 def _means(losses: Array, weights: Array) -> tuple[Array, Array]:
-    """The mean loss of each text over its weighted tokens, and the sum of the weights, both [batch, 2]."""
+    """Return the mean loss of each text over its weighted tokens, and the sum of the weights, both [batch, 2]."""
     weights = following(weights.astype(jnp.float32))
     sizes = jnp.sum(weights, axis=-1)
     # Not the product alone: the loss of padding may be inf, and 0 · inf is nan.

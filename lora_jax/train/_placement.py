@@ -35,23 +35,23 @@ class Placement(NamedTuple):
     rows: NamedSharding | None = None
 
     def batch(self, batch: Mapping[str, np.ndarray]) -> Any:
-        """A batch whose examples are on the mesh; each process puts its own devices' there."""
+        """Return a batch whose examples are on the mesh; each process puts its own devices' there."""
         if self.rows is None:
             return batch
         return {name: put(x, self.rows) for name, x in batch.items()}
 
     def state(self, tx: optax.GradientTransformation, adapter: Any) -> Any:
-        """The optimizer's first state, its moments beside their parameters."""
+        """Return the optimizer's first state, its moments beside their parameters."""
         if self.rows is None:
             return jax.jit(tx.init)(adapter)
         return jax.jit(tx.init, out_shardings=state_shardings(tx, adapter))(adapter)
 
     def key(self, seed: int) -> jax.Array:
-        """The run's random key, on all devices."""
+        """Return the run's random key, on all devices."""
         return jax.jit(lambda: jax.random.key(seed), out_shardings=self.everywhere)()
 
     def context(self) -> contextlib.AbstractContextManager[Any]:
-        """The context of the run: its arrays are on this mesh, whatever mesh the caller has set."""
+        """Return the context of the run: its arrays are on this mesh, whatever mesh the caller has set."""
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     @property
@@ -98,7 +98,7 @@ def placed(
 
 
 def _as_they_are(params: Any, mesh: Mesh) -> tuple[NamedSharding, dict[str, NamedSharding]]:
-    """The shardings of batches, and of the leaves that are on the mesh's devices already.
+    """Return the shardings of batches, and of the leaves that are on the mesh's devices already.
 
     Raises:
         ValueError: A leaf is on another mesh of these devices.
@@ -119,7 +119,7 @@ def _as_they_are(params: Any, mesh: Mesh) -> tuple[NamedSharding, dict[str, Name
 
 
 def _auto(mesh: Mesh) -> Mesh:
-    """The mesh with Auto axes."""
+    """Return the mesh with Auto axes."""
     return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
 
 

@@ -52,14 +52,16 @@ class Reference:
         self._found = found
 
     def __call__(self, batch: Mapping[str, Any], parts: int = 1) -> dict[str, Any]:
-        """The batch with the `reference` of its examples, computed in `parts` one after another to save memory."""
+        """Return the batch with the `reference` of its examples, computed in `parts` one after another
+        to save memory.
+        """
         if self._task.reference is None:
             return dict(batch)
         return {**batch, "reference": self._found(self._params, dict(batch), parts)}
 
 
 def at_start(base: Any, adapter: Any) -> tuple[Any, dict[str, str]]:
-    """The parameters of the model that a run starts from, and what a resumed run must have the same of them.
+    """Return the parameters of the model that a run starts from, and what a resumed run must have the same of them.
 
     Factors whose product is zero are left out, so that a new adapter takes no memory and no time here: the result is
     the base itself. Leaves trained in full, the factors of an adapter that a run goes on from, and those that `init`

@@ -55,7 +55,7 @@ def reporters(config: TrainConfig, folder: Path | None, last: int | None) -> Ite
 
 
 def tagged(record: Record) -> dict[str, float]:
-    """The metrics of a line under the tags that transformers gives them.
+    """Return the metrics of a line under the tags that transformers gives them.
 
     >>> tagged({"step": 7, "loss": 0.5, "valid_loss": 0.75})
     {'train/loss': 0.5, 'eval/loss': 0.75}

@@ -60,7 +60,7 @@ class Program:
     every: int
 
     def evaluated(self, state: TrainState) -> Any:
-        """The parameters that are evaluated: those of a schedule-free run are averages."""
+        """Return the parameters that are evaluated: those of a schedule-free run are averages."""
         return combine(self.base, averaged(state.opt_state, state.adapter))
 
 
@@ -210,7 +210,7 @@ class Run:
         return self.state.step == self._program.steps or (self._logged and self.stale >= patience)
 
     def _better(self, found: Evaluation) -> BestAdapter | None:
-        """The better of this adapter, copied because steps donate theirs, and the best one so far."""
+        """Return the better of this adapter, copied because steps donate theirs, and the best one so far."""
         state, task = self.state, self._program.task
         if not self._program.config.load_best_model_at_end:
             return None
@@ -223,7 +223,7 @@ class Run:
 
 
 def _of_facts(facts: Mapping[str, Any]) -> Evaluation:
-    """The evaluation in the facts of a checkpoint, where infinity is text."""
+    """Return the evaluation in the facts of a checkpoint, where infinity is text."""
     metrics = {name: float(value) for name, value in facts["metrics"].items()}
     return Evaluation(float(facts["loss"]), facts["count"], metrics)
 

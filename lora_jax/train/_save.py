@@ -85,7 +85,7 @@ class Saver:
         self._stack.__exit__(*error)
 
     def restore(self, template: TrainState) -> TrainState:
-        """The state of the newest checkpoint, as from `Checkpoints.restore`."""
+        """Return the state of the newest checkpoint, as from `Checkpoints.restore`."""
         checkpoints = self._open()
         saved = checkpoints.settings
         schedules = saved, self._config, checkpoints.latest or 0, self._examples
@@ -200,7 +200,7 @@ def check_ours(folder: Path) -> None:
 
 
 def _others_in(folder: Path, ours: Callable[[Path], bool]) -> list[Path]:
-    """The files in a folder that aren't ours; a file in its place."""
+    """Return the files in a folder that aren't ours; a file in its place."""
     if not folder.is_dir():
         return [folder] if folder.exists() else []
     return [path for path in sorted(folder.iterdir()) if not ours(path)]
@@ -217,7 +217,9 @@ def _starts_as_metrics(path: Path) -> bool:
 def fixed(
     config: TrainConfig, train_data: Sequence[data.AnyExample], valid_data: Sequence[data.AnyExample] | None
 ) -> dict[str, Any]:
-    """The settings and data that must be the same for a resumed run to have the same losses and the same adapter."""
+    """Return the settings and data that must be the same for a resumed run to have the same losses
+    and the same adapter.
+    """
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE}
     sets = {"training examples": train_data}
     if config.load_best_model_at_end:

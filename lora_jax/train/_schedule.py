@@ -11,7 +11,7 @@ from lora_jax.train._schedule_settings import LR_END
 
 
 def schedule(config: TrainConfig, steps: int, peak: Any = None) -> optax.Schedule:
-    """The learning rate of each step: a linear rise to the peak, then the schedule of `lr_scheduler_type`.
+    """Return the learning rate of each step: a linear rise to the peak, then the schedule of `lr_scheduler_type`.
 
         lr(t) = peak · (t + 1) / (w + 1)                            t < w, w steps of warm-up
 
@@ -54,7 +54,7 @@ def _rise(config: TrainConfig, peak: Any, warmup: int) -> optax.Schedule:
 
 
 def _after_warmup(config: TrainConfig, peak: Any, steps: int, warmup: int) -> optax.Schedule:
-    """The schedule of the steps after warm-up, the first of which is its step 0."""
+    """Return the schedule of the steps after warm-up, the first of which is its step 0."""
     given = config.schedule_settings
     cycles = given.get("num_cycles", 0.5)
     match config.lr_scheduler_type:
@@ -105,7 +105,7 @@ def _stable_then_decay(given: dict[str, Any], peak: Any, steps: int) -> optax.Sc
 
 
 def _fall(kind: str, share: Any, cycles: float = 0.5) -> Any:
-    """A curve from 1 at share 0 to 0 at share 1."""
+    """Return a curve from 1 at share 0 to 0 at share 1."""
     match kind:
         case "linear":
             return 1 - share

@@ -23,7 +23,7 @@ SCHEDULE = (
 
 
 def changed_schedule(saved: Mapping[str, Any], config: TrainConfig, step: int, examples: int) -> dict[str, Any] | None:
-    """The settings of the schedule that a checkpoint has otherwise, where going on with the new ones is sound.
+    """Return the settings of the schedule that a checkpoint has otherwise, where going on with the new ones is sound.
 
     The steps done must have had the rates that the new schedule gives them, as shares of the peak: then more steps of a
     constant rate are the steps of a run that had them from the start, and another peak holds from the checkpoint on.
@@ -76,7 +76,9 @@ def refusal(saved: Mapping[str, Any], config: TrainConfig, step: int, examples: 
 
 
 def _of_peak_1(config: TrainConfig) -> TrainConfig:
-    """The settings with rates as shares of the peak, also those that are given as rates: `min_lr` and `lr_end`."""
+    """Return the settings with rates as shares of the peak, also those that are given as rates:
+    `min_lr` and `lr_end`.
+    """
     if config.optim in SCHEDULE_FREE:  # it weights the average by the rates themselves
         return config
     settings = config.schedule_settings

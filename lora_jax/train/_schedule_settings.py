@@ -57,7 +57,7 @@ _SETTINGS: dict[str, dict[str, _Setting]] = {
 
 
 def parse(given: str | Mapping[str, Any] | None, scheduler: str, peak: float) -> dict[str, Any]:
-    """The settings of a schedule, from a mapping or from a JSON object's text.
+    """Return the settings of a schedule, from a mapping or from a JSON object's text.
 
     Raises:
         ValueError: It is neither, names a setting that the schedule doesn't have, or a value is out of its range.

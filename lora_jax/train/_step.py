@@ -156,7 +156,8 @@ def _check_used(loss: Callable[[Any], Array], adapter: Any) -> None:
 
 
 def apply_to_batch(apply_fn: Callable[..., Any], params: Any, batch: Batch, **keywords: Any) -> Any:
-    """The model's output for a batch, with its `token_type_ids` and `segment_ids`, if any, and `keywords` as keywords.
+    """Return the model's output for a batch, with its `token_type_ids` and `segment_ids`, if any, and `keywords` as
+    keywords.
 
     The rows of a batch of preferences, [B, 2, T], are its 2 B texts.
 

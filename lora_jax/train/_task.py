@@ -65,7 +65,7 @@ REGRESSION = Task(
 
 
 def classification(classes: int) -> Task:
-    """The task of classifying examples into `classes` classes, evaluated by accuracy.
+    """Return the task of classifying examples into `classes` classes, evaluated by accuracy.
 
     >>> task = classification(3)
     >>> task.best, task.highest
@@ -81,7 +81,8 @@ def classification(classes: int) -> Task:
 
 
 def dpo(beta: float = 0.1, label_smoothing: float = 0.0, loss_type: LossType = "sigmoid") -> Task:
-    """The task of preferring chosen to rejected answers more than the reference does; the settings are `dpo_loss`'s.
+    """Return the task of preferring chosen to rejected answers more than the reference does; the settings are
+    `dpo_loss`'s.
 
     >>> dpo(beta=0.2).of_tokens
     True
@@ -91,7 +92,8 @@ def dpo(beta: float = 0.1, label_smoothing: float = 0.0, loss_type: LossType = "
 
 
 def orpo(beta: float = 0.1) -> Task:
-    """The task of learning the chosen answers, and of raising their odds over the rejected ones'; see `orpo_loss`.
+    """Return the task of learning the chosen answers, and of raising their odds over the rejected ones'; see
+    `orpo_loss`.
 
     >>> orpo(beta=0.2).reference is None
     True
@@ -100,7 +102,7 @@ def orpo(beta: float = 0.1) -> Task:
 
 
 def preference_task(config: TrainConfig) -> Task | None:
-    """The task of settings that have an objective for preferences.
+    """Return the task of settings that have an objective for preferences.
 
     >>> preference_task(TrainConfig(objective="orpo")).of_tokens, preference_task(TrainConfig())
     (True, None)
@@ -113,7 +115,7 @@ def preference_task(config: TrainConfig) -> Task | None:
 
 
 def task_of(examples: Sequence[AnyExample], config: TrainConfig | None = None) -> Task:
-    """The task of tokenised examples: next tokens without labels, classes for integer labels, scores for floats.
+    """Return the task of tokenised examples: next tokens without labels, classes for integer labels, scores for floats.
 
     Args:
         examples: Tokenised examples.

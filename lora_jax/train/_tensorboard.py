@@ -77,7 +77,7 @@ class TensorBoard:
         _disk.write(path, b"".join(kept))
 
     def _records(self, content: bytes) -> Iterator[tuple[bytes, Any]]:
-        """The complete records of a file and their events: the process that wrote it may have been killed."""
+        """Yield the complete records of a file and their events: the process that wrote it may have been killed."""
         start = 0
         while start + 12 <= len(content):
             (length,) = struct.unpack_from("<Q", content, start)

@@ -100,7 +100,7 @@ def losses_in_chunks(
 
 
 def _chunk(rows: int, length: int, width: int) -> int:
-    """The positions of a chunk where nobody has given them: of equal chunks, as few as CHUNK_LOGITS allows.
+    """Return the positions of a chunk where nobody has given them: of equal chunks, as few as CHUNK_LOGITS allows.
 
     >>> _chunk(4, 256, 32000)  # 65 positions have 32 MiB
     64

@@ -30,7 +30,7 @@ PEAKS = {
 
 
 def peak_of(device_kind: str) -> float | None:
-    """The peak of a kind of device; None if it isn't known.
+    """Return the peak of a kind of device; None if it isn't known.
 
     >>> peak_of("NVIDIA H200"), peak_of("TPU v5 lite"), peak_of("cpu")
     (989000000000000.0, 197000000000000.0, None)
@@ -58,7 +58,7 @@ class Utilization:
         self._seconds: dict[Any, float] = {}
 
     def seconds(self, *arguments: Any, batch: dict[str, np.ndarray], key: Any) -> float:
-        """The seconds of a step with these arguments; 0 where the peak isn't known."""
+        """Return the seconds of a step with these arguments; 0 where the peak isn't known."""
         if not self._peak:
             return 0.0
         shape = batch["input_ids"].shape

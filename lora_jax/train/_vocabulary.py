@@ -43,6 +43,6 @@ def check_examples(
 
 
 def _texts(group: Sequence[data.AnyExample]) -> Sequence[Sequence[Example | LabelledExample]]:
-    """The examples; preferences become examples with the chosen answers, and examples with the rejected ones."""
+    """Return the examples; preferences become examples with the chosen answers, and examples with the rejected ones."""
     pairs = [example for example in group if isinstance(example, PreferenceExample)]
     return [list(texts) for texts in zip(*pairs, strict=True)] if pairs else [group]  # pyright: ignore[reportReturnType]

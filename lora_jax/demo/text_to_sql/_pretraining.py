@@ -58,7 +58,9 @@ def _invented_name(rng: random.Random) -> str:
 
 
 def _questions(rng: random.Random) -> str:
-    """A table and one or two questions with their SQL; in some documents, notes on the database's conventions."""
+    """Return a table and one or two questions with their SQL; in some documents, notes on the
+    database's conventions.
+    """
     table = draw_table(rng)
     notes, conventions = _noted_conventions(rng) if rng.random() < 0.35 else ([], _query.PLAIN)
     lines = [str(table), *(f"note: {note}." for note in notes)]
@@ -69,7 +71,7 @@ def _questions(rng: random.Random) -> str:
 
 
 def _noted_conventions(rng: random.Random) -> tuple[list[str], Conventions]:
-    """Notes on a database, and the conventions that they state."""
+    """Return notes on a database, and the conventions that they state."""
     flag = f"{rng.choice(_FLAGS) if rng.random() < 0.7 else _query.draw_word(rng)} = {rng.choice((0, 1))}"
     known = {
         "amounts are in cents": {"cents": True},
@@ -85,7 +87,7 @@ def _noted_conventions(rng: random.Random) -> tuple[list[str], Conventions]:
 
 
 def _script(rng: random.Random) -> str:
-    """A question and its SQL as a commented script."""
+    """Return a question and its SQL as a commented script."""
     table = draw_table(rng)
     query = _query.draw_query(rng, table)
     columns = ", ".join(f"{c.name} {_TYPES[c.kind]}" for c in table.columns)
@@ -93,7 +95,7 @@ def _script(rng: random.Random) -> str:
 
 
 def _facts(rng: random.Random) -> str:
-    """A table, two of its rows, and sentences about their values."""
+    """Return a table, two of its rows, and sentences about their values."""
     table = draw_table(rng)
     rows = [{c: _query.draw_value(rng, c.kind) for c in table.columns} for _ in range(2)]
     lines = [str(table), *("row: " + ", ".join(f"{c.name} {v}" for c, v in row.items()) for row in rows)]
@@ -107,7 +109,7 @@ def _facts(rng: random.Random) -> str:
 
 
 def _forms(rng: random.Random) -> str:
-    """Sentences that write a value in two forms."""
+    """Return sentences that write a value in two forms."""
     lines = []
     for _ in range(rng.randint(3, 6)):
         kind = rng.choice(("date", "money", "text"))

@@ -79,7 +79,7 @@ def _select(connection: sqlite3.Connection, sql: str) -> list[Row]:
 
 
 def same_answer(answer: Sequence[Row], reference: Sequence[Row]) -> bool:
-    """True if two results have the same rows, in any order, with numbers equal to six decimals.
+    """Return whether two results have the same rows, in any order, with numbers equal to six decimals.
 
     Example:
         >>> same_answer([("rye", 0.1 + 0.2), ("oats", 1)], [("oats", 1.0), ("rye", 0.3)])
@@ -95,7 +95,7 @@ def _comparable(rows: Sequence[Row]) -> list[str]:
 
 
 def is_right(prediction: str, completion: str, database: Database) -> bool:
-    """True if `prediction` has the result of the reference `completion`; False if it fails to run.
+    """Return whether `prediction` has the result of the reference `completion`; False if it fails to run.
 
     Only the prediction's first line is run: a model that hasn't learned where to stop continues with another question.
 

@@ -50,7 +50,7 @@ class Record(NamedTuple):
 
 
 def rows(split: str) -> list[dict[str, str]]:
-    """A split as the lines of a jsonl data file, without databases, as training needs it.
+    """Return a split as the lines of a jsonl data file, without databases, as training needs it.
 
     Example:
         >>> row = rows("train")[0]
@@ -64,7 +64,7 @@ def rows(split: str) -> list[dict[str, str]]:
 
 
 def examples(split: str, conventions: Conventions = HOUSE) -> list[Example]:
-    """The same rows with the databases on which their answers are run.
+    """Return the same rows with the databases on which their answers are run.
 
     With `conventions=PLAIN` the databases have the same records without the task's conventions, and the SQL fits them.
     This measures what the base can do without conventions that it doesn't know.
@@ -124,7 +124,7 @@ def _discriminating_records(query: Query, seed: str) -> tuple[Record, ...]:
 
 
 def _wrong_queries(query: Query) -> list[str]:
-    """The query without one of its conventions or conditions, and without any convention."""
+    """Return the query without one of its conventions or conditions, and without any convention."""
     without_one = [HOUSE._replace(**{name: getattr(PLAIN, name)}) for name in HOUSE._fields]
     shorter = [query._replace(conditions=tuple(d for d in query.conditions if d is not c)) for c in query.conditions]
     wrong = {_query.sql(query, c) for c in (PLAIN, *without_one)} | {_query.sql(q, HOUSE) for q in shorter}
@@ -175,5 +175,5 @@ def _stored_value(value: str | int, kind: str, conventions: Conventions) -> str 
 
 
 def _typed(value: str | int | float, number: int) -> str | int | float:
-    """Text in upper case, in lower case or as it is, by the number modulo 3."""
+    """Return the text in upper case, in lower case or as it is, by the number modulo 3."""
     return (value.upper(), value.lower(), value)[number % 3] if isinstance(value, str) else value
