@@ -115,7 +115,8 @@ def test_fsdp_gathers_weights_and_no_activations(name):
 def test_each_device_computes_its_share(mesh):
     config = llama(hidden_size=256, intermediate_size=704)
     alone = run(config, rank=1).compiled().cost_analysis()["flops"]
-    assert run(config, mesh_of(mesh), rank=1).compiled().cost_analysis()["flops"] <= 1.1 * alone / 8
+    for kind in ("auto", "explicit"):
+        assert run(config, mesh_of(mesh, kind), rank=1).compiled().cost_analysis()["flops"] <= 1.1 * alone / 8
 
 
 @pytest.mark.slow
