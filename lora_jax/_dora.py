@@ -23,7 +23,7 @@ _EXACT = lax.Precision.HIGHEST
 
 
 def magnitude_of(kernel: jax.Array, axes: Axes) -> jax.Array:
-    """‖W‖ over the inputs, f32[*stack, *outputs]: the magnitude with which W' is W while B is zero.
+    """Compute ‖W‖ over the inputs, f32[*stack, *outputs]: the magnitude with which W' is W while B is zero.
 
     >>> magnitude_of(jnp.array([[3.0, 0.0], [4.0, 2.0]]), Axes())
     Array([5., 2.], dtype=float32)

@@ -85,7 +85,7 @@ class TrainedRows(Trained):
     axis: int = 0
 
     def low_rank(self, size: int) -> LoRA:
-        """E V as the node of a table of `size` rows."""
+        """Return E V as the node of a table of `size` rows."""
         # Of 3 rows in a table of 7: E is [7, 3], and V [3, width].
         one_hot = (jnp.arange(size)[:, None] == jnp.asarray(self.rows)).astype(jnp.float32)
         return LoRA(jnp.matrix_transpose(self.value), one_hot.T, 1.0) if self.axis else LoRA(one_hot, self.value, 1.0)

@@ -181,7 +181,7 @@ class Frame:
         return dropout.fold(kernel.draw, self.uses[kernel.origin])
 
     def materialize(self, kernel: LowRank, primitive: str, source: str) -> Any:
-        """W + ΔW as an array; recorded as an event unless the kernel is a looked-up row, where it costs nothing."""
+        """Return W + ΔW as an array; an event, unless the kernel is a looked-up row, where it costs nothing."""
         if not is_vector(kernel):
             self.note(Event(kernel.origin, primitive, source or self.session.line()))
         return dense(kernel)

@@ -91,7 +91,7 @@ class Lazy:
         return _made(structure, tuple((array.shape, array.dtype) for array in arrays), self.steps)
 
     def dense(self) -> jax.Array:
-        """W as an array."""
+        """Return W as an array."""
         x = decode(self.node)
         for step in self.steps:
             x = step(x)
@@ -363,7 +363,7 @@ def apply(eqn: Any, values: Sequence[Any], multiply: Callable[[Any, Sequence[Any
 
 
 def settled(w: Any) -> Any:
-    """W as an array."""
+    """Return W as an array."""
     return w.dense() if isinstance(w, Lazy) else w
 
 

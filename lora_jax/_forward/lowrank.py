@@ -189,7 +189,7 @@ def _flat(lhs: Factor, rhs: Factor, contracted: Sequence[int]) -> Callable[..., 
 
 
 def update(kernel: LowRank) -> jax.Array:
-    """ΔW as an array of the kernel's shape, computed in float32 (or wider, if the factors are)."""
+    """Compute ΔW as an array of the kernel's shape, computed in float32 (or wider, if the factors are)."""
     dtype = jnp.promote_types(wide(kernel.a.value.dtype), wide(kernel.b.value.dtype))
     a = Factor(kernel.a.value.astype(dtype), kernel.a.axes)
     b = Factor(kernel.b.value.astype(dtype), kernel.b.axes)

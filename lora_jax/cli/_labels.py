@@ -118,7 +118,7 @@ def with_head(config: lora_jax.LoRAConfig, model: Any) -> lora_jax.LoRAConfig:
 
 
 def task(source: DataSource, examples: Sequence[LabelledExample], labels: Labels) -> Task:
-    """Regression or classification, judged by GLUE's metric if the data are GLUE's."""
+    """Return regression or classification, judged by GLUE's metric if the data are GLUE's."""
     found = task_of(examples) if labels.regression else lora_jax.train.classification(len(labels.names))
     return dataclasses.replace(found, best=source.metric or found.best)
 

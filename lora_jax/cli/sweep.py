@@ -309,7 +309,7 @@ def _alone(settings: Settings, model: Any, point: Point, folder: str) -> train_c
         output=settings.output / folder,
         prefix_length=point.prefix_length or 0,
         base=settings.base,
-        lora=dataclasses.replace(settings.lora, **{name: getattr(lora, name) for name in ("rank", "alpha", "targets")}),
+        lora=dataclasses.replace(settings.lora, rank=lora.rank, alpha=lora.alpha, targets=lora.targets),
         train=dataclasses.replace(config, load_best_model_at_end=False),
         reading=_data.TrainedDataFlags(**reading),
     )

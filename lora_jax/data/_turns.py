@@ -166,7 +166,7 @@ def _numbered(message: dict[str, Any], mark: str) -> dict[str, Any]:
 def _alike(
     whole: str, messages: Messages, turns: Sequence[int], places: dict[int, _Place], render: Render
 ) -> Iterator[list[int]]:
-    """Turns in groups, within which all is the same that their texts, and texts that end at them, may depend on."""
+    """Yield groups of turns, within which all is the same that their texts, and texts up to them, may depend on."""
     if not turns:
         return
     asked, text = (render(messages[: turns[-1]], prompt) or "" for prompt in (True, False))
@@ -206,7 +206,7 @@ def _overlap(one: str, other: str) -> int:
 
 
 def _shape(whole: str, turn: Turn | None, place: _Place) -> Any:
-    """Where a turn begins and ends beside its place, with the characters between."""
+    """Return a turn's distances from both ends of its place, with the characters between them."""
     if turn is None:
         return None
     start, stop, *facts = turn

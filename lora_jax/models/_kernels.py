@@ -129,7 +129,7 @@ def blockwise(q, k, v, mask, *, causal: bool, scale: float, softcap: float | Non
 
 
 def cudnn(q, k, v, lengths=None, segments=None, *, causal: bool, scale: float, window: int | None = None) -> jax.Array:
-    """cuDNN's flash attention, for CUDA and 16-bit floats.
+    """Call cuDNN's flash attention, for CUDA and 16-bit floats.
 
     Segments are a mask, [B, 1, T, T], which JAX's call adds to the scores.
 

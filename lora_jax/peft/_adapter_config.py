@@ -116,7 +116,7 @@ class AdapterConfig:
 
 
 def checksum(config: AdapterConfig, tensors: Mapping[str, np.ndarray]) -> str:
-    """SHA-256 of everything that decides what the adapter computes: the config and the tensors.
+    """Return the SHA-256 of everything that decides what the adapter computes: the config and the tensors.
 
     Nothing else would show that an alpha was edited or that a bit of a mantissa flipped: the adapter is still valid,
     and computes something else.

@@ -131,7 +131,7 @@ class Results:
         return [_summary_row(point, group, self.metric_names) for point, group in groups.items()]
 
     def rank_correlation(self, metric: str = "valid_loss") -> float | None:
-        """Spearman's correlation of the scores with a metric, over the settings; repeats are averaged first.
+        """Compute Spearman's correlation of the scores with a metric, over the settings; repeats are averaged first.
 
         Scores estimate how much the loss may fall: with a loss, -1 is a perfect order; with accuracy, 1 is. None if
         fewer than three settings have both.

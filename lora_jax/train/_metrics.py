@@ -9,7 +9,7 @@ import numpy as np
 
 
 def classification_metrics(predictions: np.ndarray, labels: np.ndarray, classes: int = 2) -> dict[str, float]:
-    """Accuracy, F1 and Matthews' correlation coefficient.
+    """Compute accuracy, F1 and Matthews' correlation coefficient.
 
     F1 is the F1 of class 1 for two classes, as for MRPC and QQP, and the mean over the classes for more.
 
@@ -35,7 +35,7 @@ def classification_metrics(predictions: np.ndarray, labels: np.ndarray, classes:
 
 
 def regression_metrics(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Pearson's and Spearman's correlation of predictions, float [examples], with labels, float [examples].
+    """Compute Pearson's and Spearman's correlation of predictions, float [examples], with labels, float [examples].
 
     Example:
         >>> regression_metrics(np.array([1.0, 2.0, 4.0]), np.array([1.0, 2.0, 3.0]))
